@@ -1,0 +1,94 @@
+"""The exact oracle: a class-conditional Gaussian mixture under noise, in closed form.
+
+Class c has density sum_k weights[c, k] N(means[c, k], stds[c, k]^2 I); adding noise of level sigma
+only adds sigma^2 to every variance, so densities, posteriors and denoisers are exact at any sigma.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.nn import logsumexp
+
+from mclr_jax.denoiser import expand
+
+
+@struct.dataclass
+class GaussianMixture:
+    """K classes of C isotropic components in d dimensions. x is (B, d); sigma is () or (B,).
+
+    Its `denoise` is a `DenoiseFn`. Work in float64 (`jax.enable_x64`) where exactness matters.
+
+    Attributes:
+      means: (K, C, d).
+      stds: (K, C), positive; 0 puts all mass of a component in one point.
+      weights: (K, C), each row sums to one.
+      class_prior: (K,), sums to one.
+    """
+
+    means: jax.Array
+    stds: jax.Array
+    weights: jax.Array
+    class_prior: jax.Array
+
+    def __post_init__(self):
+        if hasattr(self.means, "shape"):  # not while JAX rebuilds the tree around other leaves
+            k, c = self.means.shape[:2]
+            chex.assert_shape([self.stds, self.weights], (k, c))
+            chex.assert_shape(self.class_prior, (k,))
+
+    @property
+    def num_classes(self) -> int:
+        return self.means.shape[0]
+
+    def _log_components(self, x, sigma):
+        """log [weights N(x; means, stds^2 + sigma^2)], (B, K, C)."""
+        dim = self.means.shape[-1]
+        variance = self.stds**2 + expand(jnp.asarray(sigma), x[:, :, None]) ** 2
+        distance = jnp.sum((x[:, None, None] - self.means) ** 2, -1)
+        log_normal = -0.5 * (distance / variance + dim * jnp.log(2 * jnp.pi * variance))
+        return jnp.log(self.weights) + log_normal
+
+    def log_prob_given_label(self, x: jax.Array, sigma) -> jax.Array:
+        """log p_sigma(x | c) for every class, (B, K)."""
+        return logsumexp(self._log_components(x, sigma), axis=-1)
+
+    def log_prob(self, x: jax.Array, sigma) -> jax.Array:
+        """log p_sigma(x), (B,)."""
+        return logsumexp(self.log_prob_given_label(x, sigma) + jnp.log(self.class_prior), axis=-1)
+
+    def posterior(self, x: jax.Array, sigma) -> jax.Array:
+        """p(c | x_sigma = x), (B, K)."""
+        return jax.nn.softmax(self.log_prob_given_label(x, sigma) + jnp.log(self.class_prior))
+
+    def denoise(self, x: jax.Array, sigma, label: jax.Array) -> jax.Array:
+        """E[x0 | x_sigma = x, label], (B, d); label == K (null) averages over the classes."""
+        classes = jnp.arange(self.num_classes)
+        allowed = (label[:, None] == classes) | (label[:, None] == self.num_classes)
+        log_weight = self._log_components(x, sigma) + jnp.log(self.class_prior)[:, None]
+        log_weight = jnp.where(allowed[..., None], log_weight, -jnp.inf)
+        responsibility = jax.nn.softmax(log_weight, axis=(1, 2))  # p(component | x, label)
+        variance = self.stds**2 + expand(jnp.asarray(sigma), x[:, :, None]) ** 2
+        gain = (self.stds**2 / variance)[..., None]  # of the linear denoiser of one component
+        denoised = self.means + gain * (x[:, None, None] - self.means)
+        return jnp.sum(responsibility[..., None] * denoised, axis=(1, 2))
+
+    def sample(self, key: jax.Array, num_samples: int) -> tuple[jax.Array, jax.Array]:
+        """Clean samples (n, d) and their labels (n,) int32."""
+        key_label, key_component, key_noise = jax.random.split(key, 3)
+        label = jax.random.categorical(key_label, jnp.log(self.class_prior), shape=(num_samples,))
+        component = jax.random.categorical(key_component, jnp.log(self.weights[label]))
+        noise = jax.random.normal(key_noise, (num_samples, self.means.shape[-1]))
+        std = self.stds[label, component][:, None]
+        return self.means[label, component] + std * noise, label.astype(jnp.int32)
+
+
+def toy() -> GaussianMixture:
+    """3 overlapping classes of 2 components on a ring in 2-D: the data of configs/mixture.py.
+
+    The components alternate around the ring, so that each class meets the others on both sides.
+    """
+    angles = jnp.arange(6).reshape(2, 3).T * (2 * jnp.pi / 6)
+    means = 1.2 * jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    uniform = jnp.full((3, 2), 0.5)
+    return GaussianMixture(means, jnp.full((3, 2), 0.45), uniform, jnp.full(3, 1 / 3))

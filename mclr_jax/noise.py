@@ -1,0 +1,77 @@
+"""Noise levels: how training draws them, how the loss weighs them, where sampling visits them.
+
+`sigma` is a standard deviation in the unit of the data: x_sigma = x0 + sigma * n, n ~ N(0, I).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class LogNormal:
+    """ln sigma ~ N(mean, std^2); the training distribution of EDM (Karras et al. 2022, Table 1)."""
+
+    mean: float = -1.2
+    std: float = 1.2
+
+    def sample(self, key: jax.Array) -> jax.Array:
+        """One noise level, shape (), from one key."""
+        return jnp.exp(self.mean + self.std * jax.random.normal(key))
+
+
+@dataclasses.dataclass(frozen=True)
+class LogUniform:
+    """ln sigma uniform between ln sigma_min and ln sigma_max."""
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+
+    def sample(self, key: jax.Array) -> jax.Array:
+        """One noise level, shape (), from one key."""
+        low, high = np.log(self.sigma_min), np.log(self.sigma_max)
+        return jnp.exp(low + (high - low) * jax.random.uniform(key))
+
+
+def edm_weight(sigma: jax.Array, sigma_data: float) -> jax.Array:
+    """Loss weight (sigma^2 + sigma_data^2) / (sigma sigma_data)^2, the shape of `sigma`.
+
+    It makes the loss of an untrained EDM-preconditioned network one at every noise level
+    (Karras et al. 2022, Table 1).
+    """
+    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+
+
+def rho_grid(
+    num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+) -> np.ndarray:
+    """Sampling grid, (num_steps + 1,) float64, falling from sigma_max to sigma_min, then 0.
+
+    sigma_i = (sigma_max^(1/rho) + i/(N-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho
+    (Karras et al. 2022, eq. 5). With one step the grid is (sigma_max, 0).
+
+    Raises:
+      ValueError: if num_steps < 1, or not 0 < sigma_min < sigma_max, or rho <= 0.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps is {num_steps}; a sampling grid needs at least 1.")
+    if not 0 < sigma_min < sigma_max or rho <= 0:
+        raise ValueError(
+            f"Got sigma_min={sigma_min}, sigma_max={sigma_max}, rho={rho}; "
+            "expected 0 < sigma_min < sigma_max and rho > 0."
+        )
+    ends = np.array([sigma_max, sigma_min], np.float64) ** (1 / rho)
+    ramp = np.linspace(0, 1, num_steps)
+    return np.append((ends[0] + ramp * (ends[1] - ends[0])) ** rho, 0.0)
+
+
+def sample_keys(seed: int, indices) -> jax.Array:
+    """Keys (n,) of the samples numbered `indices` (n,): sample i depends on (seed, i) alone."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(indices))
+
+
+def normal_like(keys: jax.Array, x: jax.Array) -> jax.Array:
+    """Standard normal noise of the shape and type of x (B, ...), example i from keys[i] alone."""
+    return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)

@@ -1,0 +1,15 @@
+"""Settings of every test, made before JAX starts: 8 virtual CPU devices, and cheap compilation."""
+
+import os
+import pathlib
+
+# Tests compile far more than they compute: LLVM's optimisations do not pay, and a program that
+# several tests or processes use is compiled once.
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+CACHE = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "xla"
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"

@@ -1,0 +1,85 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mclr_jax.mixture import GaussianMixture
+
+
+@pytest.mark.parametrize("case", range(3))
+def test_densities_posteriors_and_denoisers_match_reference(case):
+    ref = {k.split("/")[-1]: v for k, v in reference.load("mixture_samplers").items()
+           if k.startswith(f"exact/{case}/")}  # fmt: skip
+    with jax.enable_x64(True):
+        mix, x, sigma = reference.mixture(), jnp.asarray(ref["x"]), ref["sigma"]
+        labels = jnp.asarray(reference.load("mixture_samplers")["labels"], jnp.int32)
+        got = {
+            "log_p_x_given_class": mix.log_prob_given_label(x, sigma),
+            "log_p_x": mix.log_prob(x, sigma),
+            "posterior": mix.posterior(x, sigma),
+            "denoised_class": mix.denoise(x, sigma, labels),
+            "denoised_null": mix.denoise(x, sigma, jnp.full_like(labels, 3)),
+        }
+        chex.assert_trees_all_close(got, {k: ref[k] for k in got}, rtol=1e-7, atol=1e-7)
+
+
+def random_mixture(seed, num_classes=3, components=2, dim=2):
+    rng = np.random.default_rng(seed)
+    return GaussianMixture(
+        means=jnp.asarray(2 * rng.normal(size=(num_classes, components, dim))),
+        stds=jnp.asarray(rng.uniform(0.2, 1.0, (num_classes, components))),
+        weights=jnp.asarray(rng.dirichlet(np.ones(components), num_classes)),
+        class_prior=jnp.asarray(rng.dirichlet(np.full(num_classes, 3.0))),
+    )
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 10**6), sigma=st.floats(0.1, 10.0))
+def test_tweedie_and_bayes(seed, sigma):
+    """D = x + sigma^2 grad log p (Tweedie), and p(x) = sum_c p(c) p(x|c), on random mixtures."""
+    with jax.enable_x64(True):
+        mix = random_mixture(seed)
+        x = jnp.asarray(np.random.default_rng(seed + 1).normal(size=(5, 2)) * (1 + sigma))
+        label = jnp.arange(5) % 4  # 3 is the null label
+
+        def log_density(point, label):
+            per_class = mix.log_prob_given_label(point[None], sigma)[0]
+            everything = mix.log_prob(point[None], sigma)[0]
+            return jnp.append(per_class, everything)[label]
+
+        tweedie = x + sigma**2 * jax.vmap(jax.grad(log_density))(x, label)
+        np.testing.assert_allclose(mix.denoise(x, sigma, label), tweedie, rtol=1e-8, atol=1e-8)
+        joint = jnp.exp(mix.log_prob_given_label(x, sigma)) * mix.class_prior
+        posterior = joint / jnp.exp(mix.log_prob(x, sigma))[:, None]
+        np.testing.assert_allclose(mix.posterior(x, sigma), posterior, rtol=1e-8)
+
+
+def test_per_example_sigma_equals_scalar_sigma():
+    mix, x = random_mixture(0), jnp.ones((3, 2))
+    label, sigmas = jnp.array([0, 1, 3]), jnp.array([0.1, 1.0, 5.0])
+    together = mix.denoise(x, sigmas, label)
+    for i in range(3):
+        alone = mix.denoise(x[i : i + 1], sigmas[i], label[i : i + 1])
+        np.testing.assert_allclose(together[i : i + 1], alone, rtol=1e-5)
+
+
+def test_samples_have_the_moments_of_each_class():
+    mix = random_mixture(3)
+    x, label = mix.sample(jax.random.key(0), 200_000)
+    for c in range(3):
+        w = np.asarray(mix.weights[c])
+        mean = w @ np.asarray(mix.means[c])
+        second = w @ np.asarray(mix.means[c] ** 2 + mix.stds[c][:, None] ** 2)
+        members = np.asarray(x)[np.asarray(label) == c]
+        assert abs(len(members) / 200_000 - mix.class_prior[c]) < 0.005
+        np.testing.assert_allclose(members.mean(0), mean, atol=0.05)
+        np.testing.assert_allclose((members**2).mean(0), second, rtol=0.03)
+
+
+def test_mismatched_shapes_are_refused():
+    with pytest.raises(AssertionError, match="shape"):
+        GaussianMixture(jnp.zeros((3, 2, 2)), jnp.ones((3, 1)), jnp.ones((3, 2)), jnp.ones(3) / 3)

@@ -1,0 +1,62 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mclr_jax import noise
+
+
+def test_rho_grid_is_edm_equation_5():
+    """18 steps from 80 to 0.002 with rho 7; the formula written out step by step."""
+    expected = [
+        (80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(18)
+    ]
+    np.testing.assert_allclose(noise.rho_grid(18), [*expected, 0.0], rtol=1e-12)
+
+
+@given(
+    n=st.integers(1, 100), low=st.floats(1e-4, 0.1), high=st.floats(0.2, 1e3), rho=st.floats(1, 10)
+)
+def test_grids_fall_from_sigma_max_to_sigma_min_to_zero(n, low, high, rho):
+    grid = noise.rho_grid(n, low, high, rho)
+    assert len(grid) == n + 1
+    assert grid[-1] == 0
+    assert np.all(np.diff(grid) < 0)
+    np.testing.assert_allclose(grid[0], high, rtol=1e-9)
+    if n > 1:
+        np.testing.assert_allclose(grid[-2], low, rtol=1e-9)
+
+
+@pytest.mark.parametrize("bad", [(0, 0.002, 80, 7), (5, 0, 80, 7), (5, 90, 80, 7), (5, 0.1, 1, 0)])
+def test_bad_grids_are_refused(bad):
+    with pytest.raises(ValueError, match=r"num_steps is 0|expected 0 < sigma_min"):
+        noise.rho_grid(*bad)
+
+
+def test_training_distributions_have_their_moments():
+    keys = jax.random.split(jax.random.key(0), 100_000)
+    log_sigma = np.log(jax.vmap(noise.LogNormal(-0.4, 1.3).sample)(keys))
+    np.testing.assert_allclose([log_sigma.mean(), log_sigma.std()], [-0.4, 1.3], atol=0.015)
+    log_sigma = np.log(jax.vmap(noise.LogUniform(0.01, 10.0).sample)(keys))
+    low, high = np.log(0.01), np.log(10.0)
+    np.testing.assert_allclose(log_sigma.mean(), (low + high) / 2, atol=0.03)
+    np.testing.assert_allclose(log_sigma.std(), (high - low) / np.sqrt(12), atol=0.03)
+    assert log_sigma.min() >= low - 1e-5
+    assert log_sigma.max() <= high + 1e-5
+
+
+def test_edm_weight_is_one_over_c_out_squared():
+    sigma, sigma_data = jnp.array([0.01, 0.5, 30.0]), 0.5
+    c_out = sigma * sigma_data / jnp.sqrt(sigma**2 + sigma_data**2)
+    np.testing.assert_allclose(noise.edm_weight(sigma, sigma_data), 1 / c_out**2, rtol=1e-5)
+
+
+def test_noise_of_a_sample_is_addressed_by_seed_and_number():
+    x = jnp.zeros((4, 3, 2))
+    all_four = noise.normal_like(noise.sample_keys(1, [0, 1, 2, 3]), x)
+    two = noise.normal_like(noise.sample_keys(1, [2, 0]), x[:2])
+    np.testing.assert_array_equal(all_four[np.array([2, 0])], two)
+    other_seed = noise.normal_like(noise.sample_keys(2, [0, 1, 2, 3]), x)
+    assert np.abs(all_four - other_seed).min() > 0

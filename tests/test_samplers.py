@@ -1,0 +1,159 @@
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from mclr_jax import guidance, samplers
+from mclr_jax.noise import normal_like, rho_grid, sample_keys
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.5])
+@pytest.mark.parametrize("method", ["euler", "heun", "dpmpp_2m"])
+def test_trajectories_end_where_the_reference_ends(method, gamma):
+    ref = reference.load("mixture_samplers")
+    with jax.enable_x64(True):
+        sigmas = jnp.asarray(ref["sampler/sigmas"])
+        denoise = guidance.classifier_free(reference.mixture().denoise, 3, 1 + gamma)
+        x_init = sigmas[0] * jnp.asarray(ref["x_unit_noise"])
+        labels = jnp.asarray(ref["labels"], jnp.int32)
+        got = samplers.sample(denoise, x_init, labels, sigmas, method)
+        np.testing.assert_allclose(got, ref[f"sampler/{method}/gamma{gamma}"], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2), ("dpmpp_2m", 2)])
+def test_order_of_convergence(method, order):
+    """The error of one Gaussian class, whose ODE has the exact solution below, falls as h^order.
+
+    x(sigma) = m + (x(sigma_max) - m) sqrt((s^2 + sigma^2) / (s^2 + sigma_max^2)). The grid stops at
+    a sigma well above 0 and its last step is exact to far below the error measured.
+    """
+    mean, std, sigma_max = 1.5, 0.5, 10.0
+
+    def denoise(x, sigma, label):
+        return mean + std**2 / (std**2 + sigma[:, None] ** 2) * (x - mean)
+
+    with jax.enable_x64(True):
+        x = jnp.linspace(-20.0, 20.0, 9)[:, None]
+        exact = mean + (x - mean) * std / np.sqrt(std**2 + sigma_max**2)
+        errors = []
+        for steps in (64, 128, 256):
+            sigmas = jnp.asarray(rho_grid(steps, 1e-7, sigma_max))
+            got = samplers.sample(denoise, x, jnp.zeros(9, jnp.int32), sigmas, method)
+            errors.append(float(jnp.abs(got - exact).max()))
+    rates = np.log2(np.array(errors[:-1]) / errors[1:])
+    np.testing.assert_allclose(rates, order, atol=0.2)
+
+
+def test_churn_matches_algorithm_2_written_out():
+    """EDM Algorithm 2 with S_churn, S_min, S_max, S_noise, in plain Python."""
+    mix = reference.mixture()
+    sigmas = np.float32(rho_grid(10, 0.01, 20.0))
+    churn = samplers.Churn(amount=3.0, sigma_min=0.1, sigma_max=5.0, noise_scale=1.01)
+    keys, labels = sample_keys(7, range(4)), jnp.array([0, 1, 2, 3])
+    x = x_init = sigmas[0] * normal_like(keys, jnp.zeros((4, 2)))
+    call = 0
+    for s, s_next in itertools.pairwise(sigmas):
+        s_hat = s
+        if churn.sigma_min <= s <= churn.sigma_max:
+            s_hat = s * (1 + min(churn.amount / 10, np.sqrt(2) - 1))
+            noise = normal_like(jax.vmap(jax.random.fold_in, (0, None))(keys, call), x)
+            x = x + np.sqrt(s_hat**2 - s**2) * churn.noise_scale * noise
+        d = (x - mix.denoise(x, s_hat, labels)) / s_hat
+        x_euler = x + (s_next - s_hat) * d
+        if s_next > 0:
+            d_next = (x_euler - mix.denoise(x_euler, s_next, labels)) / s_next
+            x = x + (s_next - s_hat) * (d + d_next) / 2
+        else:
+            x = x_euler
+        call += 2
+    got = samplers.sample(mix.denoise, x_init, labels, sigmas, churn=churn, keys=keys)
+    np.testing.assert_allclose(got, x, rtol=1e-4, atol=1e-4)
+
+
+def test_churn_keeps_the_distribution():
+    """Stochastic sampling of one Gaussian ends with its mean and variance."""
+
+    def denoise(x, sigma, label):
+        return 1.0 + 0.25 / (0.25 + sigma[:, None] ** 2) * (x - 1.0)
+
+    keys = sample_keys(0, range(20_000))
+    x_init = 20 * normal_like(keys, jnp.zeros((20_000, 1)))
+    churn = samplers.Churn(amount=20.0, sigma_min=0.0, sigma_max=100.0, noise_scale=1.0)
+    grid = rho_grid(60, 0.01, 20.0)
+    labels = jnp.zeros(20_000, jnp.int32)
+    x = samplers.sample(denoise, x_init, labels, grid, churn=churn, keys=keys)
+    assert abs(float(x.mean()) - 1.0) < 0.02
+    assert abs(float(x.std()) - 0.5) < 0.015
+
+
+@pytest.mark.parametrize("churn", [None, samplers.Churn()])
+def test_sample_i_depends_on_its_own_key_alone(churn):
+    mix, grid = reference.mixture(), rho_grid(8, 0.01, 20.0)
+
+    def run(indices):
+        keys = sample_keys(5, indices)
+        x_init = grid[0] * normal_like(keys, jnp.zeros((len(indices), 2)))
+        labels = jnp.asarray(indices) % 3
+        return samplers.sample(mix.denoise, x_init, labels, grid, churn=churn, keys=keys)
+
+    together = run(np.arange(12))
+    apart = jnp.concatenate([run(np.arange(0, 5)), run(np.arange(5, 12))])
+    np.testing.assert_allclose(together, apart, rtol=1e-5, atol=1e-5)
+
+
+def test_guidance_interval_and_grid_never_recompile():
+    mix = reference.mixture()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def run(x_init, labels, sigmas, scale, interval, churn, keys):
+        denoise = guidance.classifier_free(mix.denoise, 3, scale, interval)
+        return samplers.sample(denoise, x_init, labels, sigmas, churn=churn, keys=keys)
+
+    keys, labels = sample_keys(0, range(4)), jnp.arange(4)
+    x_init = 20 * normal_like(keys, jnp.zeros((4, 2)))
+    results = [
+        run(x_init, labels, rho_grid(6, low, 20.0, rho), scale, interval, churn, keys)
+        for low, rho, scale, interval, churn in [
+            (0.01, 7.0, 1.0, (0.0, jnp.inf), samplers.Churn(0.0)),
+            (0.02, 5.0, 2.0, (0.0, jnp.inf), samplers.Churn(0.0)),
+            (0.01, 7.0, 3.0, (0.5, 2.0), samplers.Churn(10.0)),
+        ]
+    ]
+    assert run._cache_size() == 1
+    assert not np.allclose(results[0], results[1])
+
+
+def test_the_number_of_network_calls():
+    """A counter inside the denoiser: N for Euler and 2M, 2N - 1 for Heun."""
+    for method, expected in [("euler", 7), ("heun", 13), ("dpmpp_2m", 7)]:
+        calls = []
+
+        def denoise(x, sigma, label, calls=calls):
+            jax.debug.callback(lambda: calls.append(1))
+            return 0.5 * x
+
+        samplers.sample(denoise, jnp.ones((2, 1)), jnp.zeros(2, int), rho_grid(7), method)
+        jax.effects_barrier()
+        assert len(calls) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "huen"}, "Unknown sampler 'huen'"),
+        ({"sigmas": np.array([3.0, 1.0])}, "end in 0"),
+        ({"sigmas": np.array([1.0, 3.0, 0.0])}, "must fall"),
+        ({"sigmas": np.array([0.0])}, r"shape \(1,\)"),
+        ({"churn": samplers.Churn()}, "per-sample keys"),
+        ({"churn": samplers.Churn(), "method": "dpmpp_2m"}, "single-step"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    call = {"sigmas": rho_grid(3)} | arguments
+    with pytest.raises(ValueError, match=message):
+        samplers.sample(lambda x, s, c: x, jnp.ones((1, 1)), jnp.zeros(1, int), **call)
