@@ -1,0 +1,245 @@
+"""The U-Nets of EDM (DDPM++, NCSN++, ADM): one block, one network, official module names.
+
+Sources: Karras et al. 2022 (arXiv:2206.00364), Table 7 and Appendix F.2; Song et al. 2021
+(arXiv:2011.13456) for DDPM++ and NCSN++; Dhariwal and Nichol 2021 (arXiv:2105.05233) for ADM.
+Official weights load through `mclr_jax.pretrained.edm`.
+"""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mclr_jax.networks import layers
+from mclr_jax.networks.layers import Linear, kaiming_uniform, xavier_uniform
+
+ARCHITECTURES = ("ddpmpp", "ncsnpp", "adm")
+
+
+class Block(nn.Module):
+    """Residual block, optionally with resampling before and self-attention after.
+
+    The ADM block modulates its second norm by scale and shift, and sums without rescaling; the
+    block of DDPM++/NCSN++ adds the embedding before that norm and divides each sum by sqrt(2).
+    """
+
+    features: int
+    adm: bool
+    resample: str = ""  # "", "up" or "down"
+    resample_filter: tuple[float, ...] = (1, 1)
+    heads: int = 0
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, embedding: jax.Array, dropout_keys: jax.Array | None
+    ) -> jax.Array:
+        """x (B, H, W, C), embedding (B, E), dropout_keys (B,) or None -> (B, H', W', features)."""
+        linear, init_zero, init_attention = _initialised(self.adm, self.dtype)
+        norm = partial(layers.GroupNorm, 1e-5 if self.adm else 1e-6, self.dtype)
+        rescale = 1.0 if self.adm else np.sqrt(0.5).item()
+
+        def resampled(x):
+            if not self.resample:
+                return x
+            operation = {"up": layers.upsample, "down": layers.downsample}[self.resample]
+            return operation(x, self.resample_filter)
+
+        h = nn.silu(norm(name="norm0")(x))
+        h = linear(self.features, 3, name="conv0")(resampled(h))
+        modulation = linear(self.features * (2 if self.adm else 1), name="affine")(embedding)
+        modulation = modulation[:, None, None, :]
+        if self.adm:
+            scale, shift = jnp.split(modulation, 2, axis=-1)
+            h = nn.silu(norm(name="norm1")(h) * (1 + scale) + shift)
+        else:
+            h = nn.silu(norm(name="norm1")(h + modulation))
+        h = layers.Dropout(self.dropout, name="dropout")(h, dropout_keys)
+        h = linear(self.features, 3, name="conv1", **init_zero)(h)
+
+        skip = resampled(x)
+        if self.features != x.shape[-1] or (self.resample and not self.adm):
+            skip = linear(self.features, name="skip")(skip)
+        x = (h + skip) * rescale
+
+        if self.heads:
+            qkv = linear(3 * self.features, name="qkv", **init_attention)(norm(name="norm2")(x))
+            qkv = qkv.reshape(len(x), -1, self.heads, 3 * self.features // self.heads)
+            h = layers.attention(*jnp.split(qkv, 3, axis=-1)).reshape(x.shape)
+            x = (x + linear(self.features, name="proj", **init_zero)(h)) * rescale
+        return x
+
+
+def _initialised(adm: bool, dtype: Any) -> tuple[partial, dict, dict]:
+    """EDM's initialisers: the layer, and what its last layers and its attention do otherwise."""
+    if adm:
+        linear = partial(Linear, kernel_init=kaiming_uniform(3**-0.5), bias_scale=1.0, dtype=dtype)
+        return linear, {"kernel_init": nn.initializers.zeros, "bias_scale": 0.0}, {}
+    return (
+        partial(Linear, kernel_init=xavier_uniform(), dtype=dtype),
+        {"kernel_init": xavier_uniform(1e-5)},
+        {"kernel_init": xavier_uniform(0.2**0.5)},
+    )
+
+
+def positional_embedding(c_noise: jax.Array, channels: int, endpoint: bool) -> jax.Array:
+    """cos and sin of c_noise (B,) at frequencies from 1 down to 1/10000 -> (B, channels).
+
+    `endpoint` includes the last frequency, as DDPM++ does and ADM does not.
+    """
+    half = channels // 2
+    frequencies = 1e-4 ** (np.arange(half) / (half - endpoint))
+    angles = c_noise[:, None] * frequencies.astype(np.float32)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def attention_heads(architecture: str, features: int) -> int:
+    """ADM has 64 channels per head, the others one head."""
+    return max(1, features // 64) if architecture == "adm" else 1
+
+
+class UNet(nn.Module):
+    """EDM's U-Net: 3 architectures that differ where `adm`, `ncsnpp` or `residual` is read below.
+
+    Official settings: CIFAR-10 is the default here with dropout 0.13 and augment_dim 9; FFHQ and
+    AFHQ 64x64 have channel_mult (1, 2, 2, 2) and dropout 0.05 (0.25 for AFHQ); ImageNet 64x64 is
+    architecture "adm" with channels 192, channel_mult (1, 2, 3, 4), num_blocks 3,
+    attention_resolutions (32, 16, 8), dropout 0.1.
+
+    Attributes:
+      architecture: "ddpmpp", "ncsnpp" or "adm".
+      out_channels: channels of the output.
+      num_classes: classes; label == num_classes is the null label (a zero vector). 0 for none.
+      channels: channels at full resolution, multiplied by `channel_mult` at each level.
+      num_blocks: residual blocks per level of the encoder; the decoder has one more.
+      attention_resolutions: image heights at which blocks attend.
+      augment_dim: length of the augmentation vector, 0 for none.
+      dtype: compute dtype; parameters, norms, softmax and output are float32.
+      remat: recompute blocks in the backward pass to save memory.
+    """
+
+    architecture: str = "ddpmpp"
+    out_channels: int = 3
+    num_classes: int = 10
+    channels: int = 128
+    channel_mult: tuple[int, ...] = (2, 2, 2)
+    num_blocks: int = 4
+    attention_resolutions: tuple[int, ...] = (16,)
+    augment_dim: int = 0
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        c_noise: jax.Array,
+        label: jax.Array,
+        augment: jax.Array | None = None,
+        dropout_keys: jax.Array | None = None,
+    ) -> jax.Array:
+        """x (B, H, W, C), c_noise (B,), label (B,) int -> raw output (B, H, W, out_channels).
+
+        Args:
+          augment: (B, augment_dim) augmentation vector; None for unaugmented images.
+          dropout_keys: (B,) typed PRNG keys, one per example; None for no dropout.
+
+        Raises:
+          ValueError: unknown architecture, or a size that the levels do not divide.
+        """
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(f"architecture is {self.architecture!r}, expected {ARCHITECTURES}")
+        levels = len(self.channel_mult)
+        if any(size % 2 ** (levels - 1) for size in x.shape[1:3]):
+            raise ValueError(
+                f"images are {x.shape[1]}x{x.shape[2]}; {levels} levels of channel_mult need sizes "
+                f"divisible by {2 ** (levels - 1)}"
+            )
+        adm, ncsnpp = self.architecture == "adm", self.architecture == "ncsnpp"
+        taps = (1, 3, 3, 1) if ncsnpp else (1, 1)
+        linear, init_zero, _ = _initialised(adm, self.dtype)
+        embedding = self._embedding(c_noise, label, augment).astype(self.dtype)
+
+        def block(name: str, h: jax.Array, features: int, attend=False, resample="") -> jax.Array:
+            heads = attention_heads(self.architecture, features) if attend else 0
+            cls = nn.remat(Block) if self.remat else Block
+            module = cls(features, adm, resample, taps, heads, self.dropout, self.dtype, name=name)
+            return module(h, embedding, dropout_keys)
+
+        # Encoder.
+        widths = [self.channels * mult for mult in self.channel_mult]
+        sizes = [f"{x.shape[1] >> level}x{x.shape[2] >> level}" for level in range(levels)]
+        attends = [x.shape[1] >> level in self.attention_resolutions for level in range(levels)]
+        residual = x.astype(self.dtype)
+        h = linear(widths[0] if adm else self.channels, 3, name=f"enc_{sizes[0]}_conv")(residual)
+        skips = [h]
+        for level, (width, size) in enumerate(zip(widths, sizes, strict=True)):
+            if level > 0:
+                h = block(f"enc_{size}_down", h, h.shape[-1], resample="down")
+                if ncsnpp:  # the image itself also goes down, and joins in at each level
+                    residual = layers.blur(residual, taps, stride=1, pad=len(taps) // 2)
+                    name = f"enc_{size}_aux_residual"
+                    residual = linear(h.shape[-1], 3, 2, "VALID", name=name)(residual)
+                    h = residual = (h + residual) * np.sqrt(0.5).item()
+                skips.append(h)
+            for index in range(self.num_blocks):
+                h = block(f"enc_{size}_block{index}", h, width, attends[level])
+                skips.append(h)
+
+        # Decoder.
+        for level in reversed(range(levels)):
+            width, size = widths[level], sizes[level]
+            if level == levels - 1:
+                h = block(f"dec_{size}_in0", h, h.shape[-1], attend=True)
+                h = block(f"dec_{size}_in1", h, h.shape[-1])
+            else:
+                h = block(f"dec_{size}_up", h, h.shape[-1], resample="up")
+            for index in range(self.num_blocks + 1):
+                attend = attends[level] and (adm or index == self.num_blocks)
+                h = jnp.concatenate([h, skips.pop()], axis=-1)
+                h = block(f"dec_{size}_block{index}", h, width, attend)
+
+        prefix = "out" if adm else f"dec_{sizes[0]}_aux"
+        h = layers.GroupNorm(1e-5 if adm else 1e-6, self.dtype, name=f"{prefix}_norm")(h)
+        h = linear(self.out_channels, 3, name=f"{prefix}_conv", **init_zero)(nn.silu(h))
+        return h.astype(jnp.float32)
+
+    def _embedding(self, c_noise, label, augment) -> jax.Array:
+        """Noise level, class and augmentation -> (B, 4 channels) float32."""
+        adm, ncsnpp = self.architecture == "adm", self.architecture == "ncsnpp"
+        linear, init_zero, _ = _initialised(adm, jnp.float32)
+        one_hot = jax.nn.one_hot(label, self.num_classes)  # the null label gives zeros
+
+        noise_channels = self.channels * (2 if ncsnpp else 1)
+        c_noise = c_noise.astype(jnp.float32)
+        if ncsnpp:
+            normal = nn.initializers.normal(16.0)
+            frequencies = self.param("map_noise_freqs", normal, (noise_channels // 2,))
+            angles = 2 * np.pi * c_noise[:, None] * jax.lax.stop_gradient(frequencies)
+            embedding = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+        else:
+            embedding = positional_embedding(c_noise, noise_channels, endpoint=not adm)
+            if not adm:  # sin before cos
+                embedding = jnp.roll(embedding, noise_channels // 2, axis=-1)
+        if self.num_classes and not adm:
+            scaled = one_hot * np.sqrt(self.num_classes)
+            embedding = embedding + linear(noise_channels, name="map_label")(scaled)
+        if self.augment_dim and augment is not None:
+            init = init_zero if adm else {}
+            module = linear(noise_channels, use_bias=False, name="map_augment", **init)
+            embedding = embedding + module(augment)
+
+        embedding = nn.silu(linear(4 * self.channels, name="map_layer0")(embedding))
+        embedding = linear(4 * self.channels, name="map_layer1")(embedding)
+        if self.num_classes and adm:
+            normal = nn.initializers.normal(1.0)
+            labelled = linear(
+                4 * self.channels, use_bias=False, kernel_init=normal, name="map_label"
+            )
+            embedding = embedding + labelled(one_hot)
+        return nn.silu(embedding)

@@ -1,0 +1,162 @@
+"""DiT: official weights give the official output (network and converter), and what must not matter.
+
+Covers mclr_jax/networks/dit.py and mclr_jax/pretrained/dit.py.
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mclr_jax.networks.dit import Block, DiT, position_embedding, timestep_embedding
+from mclr_jax.pretrained import dit as pretrained
+
+# Compiling is most of the time here: a network runs once or twice.
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+ARRAYS = dict(np.load(Path(__file__).parent / "data" / "dit.npz"))
+KWARGS = json.loads(str(ARRAYS["meta.json"]))["kwargs"]
+PREFIX = "state_dict/"
+STATE = {k.removeprefix(PREFIX): v for k, v in ARRAYS.items() if k.startswith(PREFIX)}
+NET = DiT(
+    out_channels=2 * KWARGS["in_channels"],
+    num_classes=KWARGS["num_classes"],
+    patch_size=KWARGS["patch_size"],
+    width=KWARGS["hidden_size"],
+    depth=KWARGS["depth"],
+    heads=KWARGS["num_heads"],
+    time_scale=1.0,
+)
+X = jnp.asarray(ARRAYS["input/x"].transpose(0, 2, 3, 1))
+T, LABEL = jnp.asarray(ARRAYS["input/t"]), jnp.asarray(ARRAYS["input/y"], jnp.int32)
+EXPECTED = ARRAYS["output/out"].transpose(0, 2, 3, 1)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return pretrained.convert(STATE, NET)
+
+
+@jax.jit  # parity is tested as it will run
+def apply(params, x=X, t=T, label=LABEL, augment=None, dropout_keys=None):
+    return NET.apply({"params": params}, x, t, label, augment, dropout_keys)
+
+
+def relative_error(actual, expected):
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+def test_official_output(params):
+    error = relative_error(apply(params), EXPECTED)
+    print("relative error", error)
+    assert KWARGS["num_classes"] in LABEL  # the null label is among the inputs
+    assert error < 1e-5
+
+
+def test_position_and_time_tables():
+    table = position_embedding(48, 4, 4)
+    np.testing.assert_allclose(table, STATE["pos_embed"][0], atol=1e-6)
+    wide = position_embedding(8, 2, 3)[5]  # row 1, column 2
+    angles = np.array([2, 0.02])
+    np.testing.assert_allclose(wide, [*np.sin(angles), *np.cos(angles), *_sin_cos(1)], atol=1e-6)
+    embedding = timestep_embedding(jnp.array([3.0]), 4)[0]
+    np.testing.assert_allclose(embedding, [np.cos(3), np.cos(0.03), np.sin(3), np.sin(0.03)], 1e-5)
+
+
+def _sin_cos(t):
+    return np.sin(t), np.sin(t / 100), np.cos(t), np.cos(t / 100)
+
+
+def test_time_scale_multiplies_c_noise(params):
+    scaled = NET.clone(time_scale=1000.0)
+    actual = jit(scaled.apply)({"params": params}, X, T / 1000, LABEL)
+    assert relative_error(actual, EXPECTED) < 1e-4
+
+
+def test_fresh_network_gives_zero_with_official_initial_weights():
+    net = NET.clone(width=96, depth=3)
+    params = jit(net.init)(jax.random.key(0), X, T, LABEL)["params"]
+    np.testing.assert_array_equal(net.apply({"params": params}, X, T, LABEL), 0)
+    blocks = params["blocks"]
+    np.testing.assert_array_equal(blocks["adaLN_modulation"]["kernel"], 0)
+    assert np.var(blocks["qkv"]["kernel"]) == pytest.approx(2 / (96 + 288), rel=0.03)
+    assert not np.allclose(blocks["fc1"]["kernel"][0], blocks["fc1"]["kernel"][1])
+    for name, leaf in [("t_embedder_0", "kernel"), ("y_embedder", "embedding")]:
+        assert np.std(params[name][leaf]) == pytest.approx(0.02, rel=0.1)
+
+
+def test_scan_and_remat_change_nothing(params):
+    """The same parameters, dropout and gradients, whether blocks are unrolled or scanned."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    plain = NET.clone(dropout=0.3)
+
+    def gradient(net):
+        def loss(params):
+            return jnp.mean(net.apply({"params": params}, X, T, LABEL, None, keys) ** 2)
+
+        return jit(jax.grad(loss))(params)
+
+    expected = gradient(plain)
+    for net in (plain.clone(remat=True), plain.clone(scan_blocks=True, remat=True)):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * np.abs(b).max()),
+            gradient(net),
+            expected,
+        )
+
+
+def test_dropout_depends_on_the_example_key_and_the_block(params):
+    net = NET.clone(dropout=0.3)
+    keys = jax.random.split(jax.random.key(0), 3)
+    drop = jit(net.apply)
+    whole = drop({"params": params}, X, T, LABEL, None, keys)
+    part = drop({"params": params}, X[1:], T[1:], LABEL[1:], None, keys[1:])
+    assert relative_error(part, whole[1:]) < 1e-5
+    assert relative_error(whole, EXPECTED) > 1e-2
+
+    block = Block(heads=3, mlp_ratio=4.0, dropout=0.3, dtype=jnp.float32)
+    first = {"params": jax.tree.map(lambda leaf: leaf[0], params["blocks"])}
+    tokens = jax.random.normal(jax.random.key(1), (3, 16, 48))
+    condition = jax.random.normal(jax.random.key(2), (3, 48))
+    run = jit(block.apply)
+    at = [run(first, tokens, jnp.array(i), condition, keys)[0] for i in (0, 1, 0)]
+    assert relative_error(at[1], at[0]) > 1e-2  # the same weights, another mask
+    np.testing.assert_array_equal(at[2], at[0])
+
+
+def test_bfloat16(params):
+    actual = jit(NET.clone(dtype=jnp.bfloat16).apply)({"params": params}, X, T, LABEL)
+    assert actual.dtype == jnp.float32
+    assert 1e-4 < relative_error(actual, EXPECTED) < 0.03
+
+
+def test_augmentation(params):
+    net = NET.clone(augment_dim=2)
+    augment = jax.random.normal(jax.random.key(0), (3, 2))
+    fresh = jit(net.init)(jax.random.key(0), X, T, LABEL, augment)["params"]
+    params = params | {"map_augment": fresh["map_augment"]}
+    run = jit(net.apply)
+    assert relative_error(run({"params": params}, X, T, LABEL, 0 * augment), EXPECTED) < 1e-5
+    assert relative_error(run({"params": params}, X, T, LABEL, augment), EXPECTED) > 1e-3
+
+
+def test_wrong_weights_are_named():
+    name = "blocks.1.attn.qkv.weight"
+    without = {k: v for k, v in STATE.items() if k != name}
+    with pytest.raises(ValueError, match=r"'blocks.1.attn.qkv.weight' is missing.*\(48, 144\)"):
+        pretrained.convert(without, NET)
+    with pytest.raises(ValueError, match=r"qkv.weight' has shape \(143, 48\).*\(48, 144\)"):
+        pretrained.convert(STATE | {name: STATE[name][1:]}, NET)
+    with pytest.raises(ValueError, match=r"'blocks.1.*' of shape .* is unexpected"):
+        pretrained.convert(STATE, NET.clone(depth=1))
+    with pytest.raises(ValueError, match="not weights of a DiT"):
+        pretrained.convert({}, NET)
+
+
+def test_patch_size_must_divide_the_image():
+    with pytest.raises(ValueError, match="8x8, not divisible by patch_size 3"):
+        jax.eval_shape(NET.clone(patch_size=3).init, jax.random.key(0), X, T, LABEL)

@@ -1,0 +1,131 @@
+"""The U-Nets apart from official weights (tests/test_edm.py): initial values, dropout, dtypes."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mclr_jax.networks.unet import UNet, attention_heads, positional_embedding
+
+# Compiling is most of the time here: a network runs once or twice.
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+BATCH, SIZE = 3, 4
+X = jax.random.normal(jax.random.key(0), (BATCH, SIZE, SIZE, 3))
+C_NOISE = jnp.linspace(-1.5, 1.0, BATCH)
+LABEL = jnp.array([0, 4, 5])  # 5 is the null label
+AUGMENT = jax.random.normal(jax.random.key(1), (BATCH, 2))
+KEYS = jax.random.split(jax.random.key(2), BATCH)
+
+
+def tiny(architecture):
+    """One level of 8 channels with attention in encoder and decoder."""
+    return UNet(
+        architecture,
+        num_classes=5,
+        channels=8,
+        channel_mult=(1,),
+        num_blocks=1,
+        attention_resolutions=(SIZE,),
+        augment_dim=2,
+        dropout=0.3,
+    )
+
+
+def initial(net):
+    return jit(net.init)(jax.random.key(3), X, C_NOISE, LABEL, AUGMENT)["params"]
+
+
+def randomised(net):
+    """Parameters of which no layer is zero or nearly so."""
+    shapes = jax.eval_shape(net.init, jax.random.key(3), X, C_NOISE, LABEL, AUGMENT)["params"]
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: jnp.float32(0.3 * rng.normal(size=leaf.shape)), shapes)
+
+
+def relative_error(actual, expected):
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+def test_positional_embedding():
+    """Frequencies 1, 1/100, 1/10000 with the endpoint and 1, 10^(-4/3), 10^(-8/3) without."""
+    for endpoint, step in [(True, 2), (False, 4 / 3)]:
+        angles = 0.7 * 10.0 ** (-step * np.arange(3))
+        actual = positional_embedding(jnp.array([0.7]), 6, endpoint)[0]
+        np.testing.assert_allclose(actual, [*np.cos(angles), *np.sin(angles)], rtol=1e-5)
+
+
+def test_attention_heads():
+    assert attention_heads("adm", 192) == 3
+    assert attention_heads("adm", 32) == 1
+    assert attention_heads("ddpmpp", 256) == 1
+
+
+@pytest.mark.parametrize("architecture", ["ncsnpp", "adm"])
+def test_initial_weights(architecture):
+    """The output starts at zero (ADM) or a hundred thousandth of its usual size."""
+    net = tiny(architecture)
+    params = initial(net)
+    output = jit(net.apply)({"params": params}, X, C_NOISE, LABEL)
+    layer = params["enc_4x4_block0"]
+    if architecture == "adm":
+        np.testing.assert_array_equal(output, 0)
+        np.testing.assert_array_equal(params["map_augment"]["kernel"], 0)
+        np.testing.assert_array_equal(layer["conv1"]["kernel"], 0)
+        assert np.abs(layer["conv0"]["bias"]).max() > 0
+    else:
+        assert 0 < np.abs(output).max() < 1e-3
+        np.testing.assert_array_equal(layer["conv0"]["bias"], 0)
+        bound = 0.2**0.5 * np.sqrt(6 / (8 + 24))
+        assert 0.9 * bound < np.abs(layer["qkv"]["kernel"]).max() <= bound
+
+
+@pytest.mark.parametrize("architecture", ["ncsnpp", "adm"])
+def test_dropout_augmentation_remat_and_bfloat16(architecture):
+    net = tiny(architecture)
+    params = {"params": randomised(net)}
+    apply = jit(net.apply)
+    plain = apply(params, X, C_NOISE, LABEL)
+
+    dropped = apply(params, X, C_NOISE, LABEL, None, KEYS)
+    part = apply(params, X[1:], C_NOISE[1:], LABEL[1:], None, KEYS[1:])
+    assert relative_error(dropped, plain) > 1e-2
+    assert relative_error(part, dropped[1:]) < 1e-4  # an example's mask ignores its batch
+
+    augmented = [apply(params, X, C_NOISE, LABEL, scale * AUGMENT) for scale in (0, 1)]
+    assert relative_error(augmented[0], plain) < 1e-5
+    assert relative_error(augmented[1], plain) > 1e-2
+
+    half = jit(net.clone(dtype=jnp.bfloat16).apply)(params, X, C_NOISE, LABEL)
+    assert half.dtype == jnp.float32
+    assert 1e-4 < relative_error(half, plain) < 0.05
+
+
+def test_remat_changes_no_gradient_and_fourier_frequencies_stay_fixed():
+    net = tiny("ncsnpp")
+    params = randomised(net)
+
+    def gradient(net):
+        def loss(params):
+            output = net.apply({"params": params}, X, C_NOISE, LABEL, None, KEYS)
+            return jnp.mean(output**2)
+
+        return jit(jax.grad(loss))(params)
+
+    plain, remat = gradient(net), gradient(net.clone(remat=True))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max()),
+        remat,
+        plain,
+    )
+    np.testing.assert_array_equal(plain["map_noise_freqs"], 0)
+    assert np.abs(plain["map_layer0"]["kernel"]).max() > 0
+
+
+def test_unknown_architecture_and_indivisible_size():
+    with pytest.raises(ValueError, match=r"'vit', expected \('ddpmpp'"):
+        initial(tiny("vit"))
+    with pytest.raises(ValueError, match=r"images are 4x4; 4 levels .* divisible by 8"):
+        initial(tiny("adm").clone(channel_mult=(1, 1, 1, 1)))
