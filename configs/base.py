@@ -1,0 +1,64 @@
+"""Every key that a training config has, with its meaning; the other configs start from this."""
+
+from ml_collections import ConfigDict
+
+
+def base() -> ConfigDict:
+    """A config without data set and network; configs/NAME.py fill those in."""
+    config = ConfigDict()
+    config.seed = 0
+    config.num_steps = 10_000
+    config.batch_size = 128  # over all devices
+    config.parallel = "pmap"  # "pmap", "data" (jit, replicated) or "fsdp" (jit, sharded state)
+    config.require_accelerator = False  # stop at once where JAX sees only the CPU
+    config.init_from = ""  # work directory of another run, whose EMA weights to start from
+    config.steps_per_dispatch = 8  # training steps in one call of the compiled program
+    config.grad_accumulation = 1  # parts that a batch is split into, to save memory
+
+    config.log_every = 100
+    config.checkpoint_every = 1000
+    config.keep_checkpoints = 2  # newest ones; the one with the best held-out loss is kept besides
+    config.eval_examples = 1024  # held-out examples for that loss; 0 for none
+    config.sample_every = 0  # write a grid of samples; 0 for never
+    config.profile = ConfigDict({"start": 0, "num_steps": 0})  # trace some steps; 0 for none
+
+    # digits, fashion_mnist, mixture, tfds:NAME, zip:PATH or npz:PATH
+    config.data = ConfigDict({
+        "name": "digits",
+        "path": "",  # folder of the files (fashion_mnist, tfds); "" for the default
+        "test": "",  # a source of held-out examples; "" for the test split of `name`
+        "num_classes": 0,  # 0 counts them in the labels (zip, npz)
+        "resolution": 0,  # crop and resize to this size (tfds); 0 leaves images as they are
+        "limit": 0,  # train on so many examples only; 0 for all
+        "flip": False,  # random horizontal flips
+        "augment": 0.0,  # probability of EDM's non-leaking augmentations
+    })  # fmt: skip
+    config.sigma_data = 0.0  # standard deviation of the data; 0 measures it
+
+    config.noise = ConfigDict({"name": "lognormal", "mean": -1.2, "std": 1.2})
+    config.objective = ConfigDict({"name": "dsm", "label_dropout": 0.1})
+    config.optimizer = ConfigDict({
+        "learning_rate": 1e-3,
+        "warmup_steps": 0,
+        "schedule": "constant",  # "constant", "cosine" or "inverse_sqrt"
+        "decay_steps": 70_000,  # inverse_sqrt: steps before the decay sets in
+        "b1": 0.9,
+        "b2": 0.999,
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "clip_norm": 0.0,  # 0 does not clip
+    })  # fmt: skip
+    config.ema = ConfigDict({
+        "halflife_steps": 1000.0,  # 0 for none
+        "ramp_up": 0.05,  # half-life is at most this share of the steps done
+        "power_stds": (),  # relative widths of power-function averages, e.g. (0.05, 0.1)
+        "snapshot_every": 0,  # store those for post-hoc reconstruction; 0 for never
+    })  # fmt: skip
+    config.sampler = ConfigDict({
+        "method": "heun",  # "euler", "heun" or "dpmpp_2m"
+        "num_steps": 18,
+        "sigma_min": 0.002,
+        "sigma_max": 80.0,
+        "rho": 7.0,
+    })  # fmt: skip
+    return config

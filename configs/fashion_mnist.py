@@ -1,0 +1,36 @@
+"""Fashion-MNIST at 28x28: a DiT sized so that an hour on 2 CPU cores gives good samples.
+
+The files come with Debian and Ubuntu (`apt-get install dataset-fashion-mnist`); another folder of
+IDX files goes in --config.data.path. For TFDS: --config.data.name=tfds:fashion_mnist.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.base import base
+
+
+def get_config() -> ConfigDict:
+    config = base()
+    config.num_steps = 20_000
+    config.batch_size = 64
+    config.data.name = "fashion_mnist"
+    config.data.flip = False  # shoes and bags have a side
+    config.network = ConfigDict({
+        "name": "dit",
+        "patch_size": 4,
+        "width": 128,
+        "depth": 4,
+        "heads": 4,
+        "dropout": 0.0,
+        "dtype": "float32",
+    })  # fmt: skip
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 200
+    config.optimizer.schedule = "cosine"
+    config.ema.halflife_steps = 1000.0
+    config.ema.power_stds = (0.05, 0.1)
+    config.ema.snapshot_every = 2000
+    config.log_every = 200
+    config.checkpoint_every = 1000
+    config.sample_every = 5000
+    return config

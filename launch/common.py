@@ -1,0 +1,74 @@
+"""What the command lines share: set-up, and errors of one line that name the nearest valid word."""
+
+import logging as python_logging
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+import jax
+from absl import app, flags, logging
+
+from mclr_jax.names import nearest
+
+# What the library raises on bad input or a broken run; other errors are bugs, shown in full.
+USER_ERRORS = (ValueError, OSError, RuntimeError, FloatingPointError)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parse the flags and call `main`; exit status 2 on bad flags, 1 on an error of the user's."""
+    app.run(lambda argv: _guarded(main), flags_parser=_parse)
+
+
+def stop(message: str, status: int = 2) -> NoReturn:
+    """Print one message and exit."""
+    print(message, file=sys.stderr)
+    sys.exit(status)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    for argument in argv:
+        if argument.startswith("--config="):
+            _check_config_exists(argument.removeprefix("--config=").split(":")[0])
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        stop(f"{error} (--help lists all flags.)")
+    except (AttributeError, KeyError, TypeError) as error:  # by config_flags, of a key's name
+        hint = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', str(error))
+        what = f"{hint[2]!r}. Did you mean {hint[1]!r}?" if hint else str(error)
+        stop(f"--config has no key {what} (configs/base.py explains all keys.)")
+    if len(rest) > 1:
+        stop(f"Unexpected argument {rest[1]!r}: options are written --name=value.")
+    return rest
+
+
+def _check_config_exists(name: str) -> None:
+    path = pathlib.Path(name)
+    if not path.exists():
+        siblings = path.parent.glob("*.py") if path.parent.is_dir() else []
+        stop(f"--config: no file {name}. {nearest(name, map(str, siblings))}")
+
+
+def _guarded(main: Callable[[], None]) -> None:
+    logging.use_absl_handler()
+    handler = logging.get_absl_handler()
+    handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.addFilter(lambda record: record.levelno > python_logging.INFO or _ours(record))
+    logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
+    if not jax.config.jax_compilation_cache_dir:  # compiled programs are kept between runs
+        cache = pathlib.Path.home() / ".cache" / "mclr_jax" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    try:
+        main()
+    except USER_ERRORS as error:
+        if os.environ.get("MCLR_TRACEBACK"):
+            raise
+        stop(f"{type(error).__name__}: {error} (MCLR_TRACEBACK=1 shows where.)", status=1)
+
+
+def _ours(record: python_logging.LogRecord) -> bool:
+    """Whether a log record was written by this project; Orbax alone writes dozens a checkpoint."""
+    return "mclr_jax" in record.pathname or "launch" in record.pathname

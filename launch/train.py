@@ -1,0 +1,41 @@
+"""Train a model, or go on with a run that was stopped.
+
+  python -m launch.train --config=configs/digits.py --workdir=runs/digits
+
+Every key of the config can be set from here: --config.batch_size=64 --config.data.limit=512.
+configs/base.py explains all keys. The same command resumes a run that was killed, bit for bit; to
+train longer, raise --config.num_steps. The work directory gets run.json (what was run),
+metrics.jsonl and tensorboard/ (curves), samples/ (pictures) and checkpoints/. Sample from it with
+launch.sample.
+
+On several hosts run the same command on each: with --coordinator=auto on TPU pods and Slurm, else
+with --coordinator=HOST:PORT --num_processes=N --process_id=I.
+"""
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from launch import common
+from mclr_jax.training.loop import train
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, configs/NAME.py.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; made if missing.")
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "Several hosts: address of process 0, HOST:PORT, or auto."
+)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several hosts: how many processes.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several hosts: number of this process.")
+
+
+def main() -> None:
+    if COORDINATOR.value == "auto":
+        jax.distributed.initialize()
+    elif COORDINATOR.value:
+        jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    train(CONFIG.value, WORKDIR.value)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    common.run(main)

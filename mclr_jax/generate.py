@@ -1,0 +1,110 @@
+"""Samples from a trained model: any number, in batches, over all devices."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mclr_jax import guidance, samplers
+from mclr_jax.experiment import Experiment
+from mclr_jax.noise import normal_like, rho_grid, sample_keys
+
+
+@functools.lru_cache(maxsize=8)
+def compiled(experiment: Experiment, method: str, guided: bool, stochastic: bool) -> Callable:
+    """Jitted (params, keys, label, sigmas, scale, interval, churn) -> samples."""
+
+    def run(params, keys, label, sigmas, scale, interval, churn):
+        denoise = experiment.denoiser(params)
+        if guided:
+            denoise = guidance.classifier_free(denoise, experiment.null_label, scale, interval)
+        shape = jnp.zeros((len(keys), *experiment.data.shape))
+        x_init = sigmas[0] * normal_like(keys, shape)
+        # Keys of churn noise differ from those of x_init.
+        churn_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
+        return samplers.sample(
+            denoise,
+            x_init,
+            label,
+            sigmas,
+            method,
+            churn=churn if stochastic else None,
+            keys=churn_keys,
+        )
+
+    return jax.jit(run)
+
+
+def generate(
+    experiment: Experiment,
+    params: Any,
+    labels: np.ndarray,
+    *,
+    seed: int = 0,
+    sigmas: np.ndarray | None = None,
+    method: str | None = None,
+    guidance_scale: float = 1.0,
+    interval: tuple[float, float] | None = None,
+    churn: samplers.Churn | None = None,
+    batch_size: int = 256,
+    progress: Callable[[int], Any] = lambda count: None,
+) -> np.ndarray:
+    """Samples for `labels` (n,), as (n, ...) float32 in the unit of the scaled data.
+
+    Sample i depends on (seed, i, labels[i]) alone, not on batch size or devices. Changing the grid,
+    the guidance scale or the interval does not recompile.
+
+    Args:
+      experiment: what the parameters belong to.
+      params: network parameters, on any devices of this process or all.
+      labels: class of each sample.
+      seed: sample i starts from the noise of key fold_in(seed, i).
+      sigmas: sampling grid; None is the config's.
+      method: sampler; None is the config's.
+      guidance_scale: of classifier-free guidance; 1 is none.
+      interval: (low, high) of sigma to guide in; None for all.
+      churn: stochastic sampling; None is deterministic.
+      batch_size: samples at a time, rounded up to a multiple of the devices.
+      progress: called with the number of new samples after each batch.
+
+    Raises:
+      ValueError: if a label is outside [0, num_classes].
+    """
+    labels = np.asarray(labels, np.int32)
+    if labels.size and not 0 <= labels.min() <= labels.max() <= experiment.null_label:
+        raise ValueError(
+            f"Labels must lie in 0..{experiment.null_label} ({experiment.null_label} is the null "
+            f"label); got {labels.min()}..{labels.max()}."
+        )
+    config = experiment.config.sampler
+    if sigmas is None:
+        sigmas = rho_grid(config.num_steps, config.sigma_min, config.sigma_max, config.rho)
+    run = compiled(experiment, method or config.method, guidance_scale != 1, churn is not None)
+
+    mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
+    rows, everywhere = (
+        NamedSharding(mesh, spec) for spec in (PartitionSpec("data"), PartitionSpec())
+    )
+    if len(jax.tree.leaves(params)[0].sharding.device_set) != mesh.size:
+        params = jax.device_put(params, everywhere)
+    batch_size = min(batch_size, len(labels))
+    batch_size += -batch_size % mesh.size
+    scalars = jax.tree.map(
+        np.float32, (sigmas, guidance_scale, interval or (0.0, np.inf), churn or samplers.Churn())
+    )
+    out = np.zeros((len(labels), *experiment.data.shape), np.float32)
+    for start in range(0, len(labels), batch_size):
+        # The last batch is padded, so that one program serves all.
+        numbers = np.arange(start, start + batch_size)
+        batch_labels = np.resize(labels[start : start + batch_size], batch_size)
+        keys = jax.device_put(sample_keys(seed, numbers), rows)
+        samples = run(params, keys, jax.device_put(batch_labels, rows), *scalars)
+        count = min(batch_size, len(labels) - start)
+        samples = jax.device_put(samples, everywhere) if jax.process_count() > 1 else samples
+        out[start : start + count] = np.asarray(samples)[:count]
+        progress(count)
+    return out

@@ -1,0 +1,77 @@
+"""Pictures of samples: a grid with a row for each class, or a scatter plot of 2-D points."""
+
+import io
+import pathlib
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from mclr_jax.run import write_atomically
+
+MARGIN = 4
+COLOURS = np.array(  # Okabe and Ito's palette, told apart by colour-blind readers too
+    [
+        (0, 114, 178),
+        (230, 159, 0),
+        (0, 158, 115),
+        (204, 121, 167),
+        (213, 94, 0),
+        (86, 180, 233),
+        (240, 228, 66),
+        (0, 0, 0),
+    ]
+)
+
+
+def picture(samples: np.ndarray, labels: np.ndarray, columns: int = 10) -> np.ndarray:
+    """An (H, W, 3) uint8 picture of samples.
+
+    Args:
+      samples: (n, h, w, c) images in [-1, 1], of which the first channel (c < 3) or the first three
+        are shown, or (n, d) points, of which the first two coordinates are plotted.
+      labels: (n,) int.
+      columns: at most so many images of each class.
+    """
+    samples, labels = np.asarray(samples), np.asarray(labels)
+    return _grid(samples, labels, columns) if samples.ndim == 4 else _scatter(samples, labels)
+
+
+def _grid(samples, labels, columns):
+    _, height, width, channels = samples.shape
+    zoom = max(1, round(40 / height))
+    pixels = np.clip(np.round((samples + 1) * 127.5), 0, 255).astype(np.uint8)
+    pixels = pixels[..., :3] if channels >= 3 else np.repeat(pixels[..., :1], 3, -1)
+    pixels = pixels.repeat(zoom, 1).repeat(zoom, 2)
+    height, width = height * zoom, width * zoom
+    classes = np.unique(labels)
+    font = ImageFont.load_default(size=14)
+    left = MARGIN + max(int(font.getlength(str(c))) for c in classes) + MARGIN
+    columns = min(columns, np.bincount(labels).max())
+    size = (left + columns * (width + MARGIN), len(classes) * (height + MARGIN) + MARGIN)
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for row, label in enumerate(classes):
+        top = MARGIN + row * (height + MARGIN)
+        draw.text((MARGIN, top + height / 2), str(label), "black", font, anchor="lm")
+        for column, number in enumerate(np.flatnonzero(labels == label)[:columns]):
+            canvas.paste(Image.fromarray(pixels[number]), (left + column * (width + MARGIN), top))
+    return np.asarray(canvas)
+
+
+def _scatter(points, labels, size=480):
+    x = points[:, :2]
+    low, high = x.min(0), x.max(0)
+    place = (x - low) / np.maximum((high - low).max(), 1e-9) * (size - 20) + 10
+    place[:, 1] = size - place[:, 1]  # the second coordinate grows upwards
+    canvas = np.full((size, size, 3), 255, np.uint8)
+    column, row = np.clip(place.astype(int), 1, size - 2).T
+    for dy, dx in np.ndindex(2, 2):
+        canvas[row + dy, column + dx] = COLOURS[labels % len(COLOURS)]
+    return canvas
+
+
+def save(path: str | pathlib.Path, array: np.ndarray) -> None:
+    """Write an (H, W, 3) uint8 picture as PNG, atomically."""
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    write_atomically(pathlib.Path(path), buffer.getvalue())

@@ -1,0 +1,129 @@
+"""A run's directory: the description from which its network is rebuilt, and its weights.
+
+`run.json` holds the config and what the network must know of the data; `checkpoints/` the training
+state; `snapshots/` averages stored along the way for post-hoc EMA.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import ml_collections
+from absl import logging
+from jax.sharding import SingleDeviceSharding
+
+from mclr_jax.experiment import DataInfo, Experiment
+from mclr_jax.training import ema
+from mclr_jax.training.checkpoint import Checkpoints
+
+
+def write_atomically(path: pathlib.Path, data: bytes | str) -> None:
+    """Write under a temporary name and rename: nobody ever sees half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+    os.replace(temporary, path)
+
+
+def describe(workdir: pathlib.Path, experiment: Experiment) -> None:
+    """Write run.json; where one is there already, say which config values have changed."""
+    path = workdir / "run.json"
+    description = {
+        "config": experiment.config.to_dict(),
+        "data": dataclasses.asdict(experiment.data),
+    }
+    if path.exists():
+        before, now = _flat(json.loads(path.read_text())), _flat(description)
+        for name in sorted(before.keys() | now.keys()):
+            old, new = (json.dumps(tree.get(name)) for tree in (before, now))
+            if old != new:
+                logging.warning("%s is now %s; this run was started with %s.", name, new, old)
+    write_atomically(path, json.dumps(description, indent=2))
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for key in tree for k, v in _flat(tree[key], f"{prefix}.{key}".strip(".")).items()}
+
+
+def load_experiment(workdir: str | os.PathLike) -> Experiment:
+    """The experiment of a run.
+
+    Raises:
+      FileNotFoundError: if `workdir` is not the directory of a run.
+    """
+    path = pathlib.Path(workdir) / "run.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{workdir} is not the directory of a run: it has no run.json. Pass the --workdir that "
+            "launch.train was given."
+        )
+    description = json.loads(path.read_text())
+    data = description["data"] | {"shape": tuple(description["data"]["shape"])}
+    config = ml_collections.ConfigDict(description["config"], convert_dict=True)
+    return Experiment(ml_collections.FrozenConfigDict(config), DataInfo(**data))
+
+
+def load_weights(
+    workdir: str | os.PathLike, average: str = "", step: int | None = None
+) -> tuple[Any, int]:
+    """Parameters of a trained run, on the first device.
+
+    Args:
+      workdir: directory of the run.
+      average: name of an EMA track, "none" for the raw parameters, or a number: the relative width
+        of a power-function EMA that is reconstructed from the run's snapshots. "" is the first
+        track, or the raw parameters of a run without any.
+      step: training step; None for the last.
+
+    Returns:
+      (params, step).
+
+    Raises:
+      FileNotFoundError: if there is no checkpoint.
+      ValueError: if the run has no such average.
+    """
+    experiment = load_experiment(workdir)
+    sharding = SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(experiment.init),
+    )
+    names = list(experiment.ema_tracks)
+    average = average or (names[0] if names else "none")
+    if average not in (*names, "none"):
+        return _reconstruct(workdir, like, average, names, step)
+    branch = {"params": like} if average == "none" else {"ema": {average: like}}
+    with Checkpoints(pathlib.Path(workdir) / "checkpoints", keep=None) as checkpoints:
+        restored = checkpoints.restore(branch, step)
+    if restored is None:
+        raise FileNotFoundError(f"{workdir} has no checkpoint yet.")
+    state, _, step = restored
+    return (state["params"] if average == "none" else state["ema"][average]), step
+
+
+def _reconstruct(workdir, like, average: str, names, step) -> tuple[Any, int]:
+    """Post-hoc EMA: the weighted sum of all snapshots up to `step`, read one by one."""
+    try:
+        width = float(average)
+        stds = [float(name.removeprefix("power_")) for name in names if "power_" in name]
+        with Checkpoints(pathlib.Path(workdir) / "snapshots", keep=None) as snapshots:
+            steps = [s for s in snapshots.steps() if step is None or s <= step]
+            if not steps or not stds:
+                raise ValueError("the run stored no power-function snapshots")
+            grid = [(s, std) for s in steps for std in stds]
+            weights = ema.posthoc_coefficients(*zip(*grid, strict=True), steps[-1], width)
+            total = None
+            for (s, std), weight in zip(grid, weights, strict=True):
+                stored = snapshots.restore({f"power_{std}": like}, s)[0][f"power_{std}"]
+                part = jax.tree.map(lambda x, w=weight: w * x, stored)
+                total = part if total is None else jax.tree.map(lambda a, b: a + b, total, part)
+        return total, steps[-1]
+    except ValueError as error:
+        raise ValueError(
+            f"No EMA {average!r} in {workdir}: {error}. The run has {[*names, 'none']}; a number "
+            "needs config.ema.power_stds and config.ema.snapshot_every."
+        ) from error

@@ -1,0 +1,156 @@
+"""Many devices by one config value: pmap, or jit with data or fully sharded (FSDP) state.
+
+A step is written once, for one shard, with an optional axis name; `Devices.compile` turns it into
+`jax.pmap` or `jax.jit`. In every mode the state keeps its plain shapes: no leading device axis.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXIS = "data"
+MODES = ("pmap", "data", "fsdp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """All devices of all processes along one axis.
+
+    Attributes:
+      parallel: "pmap" (replicated, the collectives written out by us), "data" (replicated, jit over
+        a mesh) or "fsdp" (jit, parameters, averages and optimizer state sharded).
+      devices: None means every device.
+    """
+
+    parallel: str = "pmap"
+    devices: tuple[jax.Device, ...] | None = None
+
+    def __post_init__(self):
+        if self.parallel not in MODES:
+            raise ValueError(f"parallel is {self.parallel!r}; expected one of {MODES}.")
+
+    @property
+    def mesh(self) -> Mesh:
+        """One axis over all devices of all processes."""
+        devices = np.array(self.devices or jax.devices())
+        return Mesh(devices, (AXIS,), axis_types=(AxisType.Auto,))
+
+    @property
+    def _state_mesh(self) -> Mesh:
+        """pmap keeps its state on the devices of this process, the other modes on all."""
+        return self.mesh.local_mesh if self.parallel == "pmap" else self.mesh
+
+    @property
+    def axis_name(self) -> str | None:
+        """What the step passes to `jax.lax.pmean`; None where XLA inserts the collectives."""
+        return AXIS if self.parallel == "pmap" else None
+
+    def check_batch_size(self, batch_size: int) -> None:
+        """Raises ValueError unless the devices can share the batch equally."""
+        if batch_size % self.mesh.size:
+            raise ValueError(
+                f"batch_size is {batch_size}, which {self.mesh.size} devices cannot share equally; "
+                f"use a multiple of {self.mesh.size}."
+            )
+
+    def state_shardings(self, state: Any) -> Any:
+        """A NamedSharding for every leaf of a tree of arrays or shapes.
+
+        FSDP shards the largest axis that the devices divide; leaves without one are replicated.
+        """
+
+        def sharding(leaf):
+            spec: list[str | None] = []
+            if self.parallel == "fsdp":
+                divisible = [n if n % self.mesh.size == 0 else 0 for n in leaf.shape]
+                if max(divisible, default=0):
+                    spec = [None] * len(leaf.shape)
+                    spec[int(np.argmax(divisible))] = AXIS
+            return NamedSharding(self._state_mesh, PartitionSpec(*spec))
+
+        return jax.tree.map(sharding, state)
+
+    def initialise(self, init: Callable[[], Any]) -> Any:
+        """Run `init` with its result placed as this mode wants it, never whole on one device."""
+        shardings = self.state_shardings(jax.eval_shape(init))
+        # It runs once: on CPU optimising it takes far longer than running it.
+        cpu = jax.default_backend() == "cpu"
+        options = {"xla_backend_optimization_level": 0} if cpu else None
+        return jax.jit(init, out_shardings=shardings, compiler_options=options)()
+
+    def put_batches(self, batches: Any) -> Any:
+        """Host arrays (K, rows of this process, ...) -> device arrays, rows spread over devices."""
+
+        def put(x):
+            if self.parallel == "pmap":
+                local = self.mesh.local_mesh.size
+                x = x.reshape(x.shape[0], local, x.shape[1] // local, *x.shape[2:])
+            sharding = NamedSharding(self.mesh, PartitionSpec(None, AXIS))
+            return jax.make_array_from_process_local_data(sharding, x)
+
+        return jax.tree.map(put, batches)
+
+    def put_scalar(self, value: int) -> jax.Array:
+        """An int32 () on every device that the step runs on."""
+        replicated = NamedSharding(self._state_mesh, PartitionSpec())
+        return jax.device_put(np.int32(value), replicated)
+
+    def compile(self, update: Callable) -> Callable:
+        """(state, batches (K, B, ...), count ()) -> (state, metrics); the old state is donated."""
+        if self.parallel == "pmap":
+            return jax.pmap(
+                update,
+                axis_name=AXIS,
+                devices=self.devices,
+                in_axes=(None, 1, None),
+                out_axes=(None, None),
+                donate_argnums=(0,),
+            )
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+
+        def sharded(state, batches, count):
+            new_state, metrics = update(state, batches, count)
+            shardings = self.state_shardings(new_state)
+            return jax.lax.with_sharding_constraint((new_state, metrics), (shardings, replicated))
+
+        return jax.jit(sharded, donate_argnums=(0,))
+
+    def to_global(self, state: Any) -> Any:
+        """The state as arrays over all processes, which checkpoints and sampling work with."""
+        if self.parallel == "pmap" and jax.process_count() > 1:
+            return multihost_utils.host_local_array_to_global_array(
+                state, self.mesh, PartitionSpec()
+            )
+        return state
+
+    def from_global(self, state: Any) -> Any:
+        """The inverse of `to_global`."""
+        if self.parallel == "pmap" and jax.process_count() > 1:
+            return multihost_utils.global_array_to_host_local_array(
+                state, self.mesh, PartitionSpec()
+            )
+        return state
+
+
+def banner() -> str:
+    """One line that says what this process runs on, so that a silent CPU fallback is seen."""
+    kinds = sorted({device.device_kind for device in jax.devices()})
+    return (
+        f"jax {jax.__version__} on {jax.default_backend()}: {jax.device_count()} device(s) "
+        f"({', '.join(kinds)}), {jax.process_count()} process(es)"
+    )
+
+
+def require_accelerator() -> None:
+    """Raises RuntimeError on a machine whose default backend is the CPU."""
+    if jax.default_backend() == "cpu":
+        raise RuntimeError(
+            "config.require_accelerator is set, but JAX found no accelerator: "
+            f"{banner()}. Install JAX for your accelerator (pip install 'jax[tpu]' or "
+            "'jax[cuda12]'), or pass --config.require_accelerator=False."
+        )

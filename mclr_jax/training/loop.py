@@ -1,0 +1,313 @@
+"""The train loop: one function for every objective, data set, network and device layout."""
+
+import pathlib
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+
+from mclr_jax import generate, images, run
+from mclr_jax.data import pipeline, sources
+from mclr_jax.experiment import DataInfo, Experiment
+from mclr_jax.training import step as steps
+from mclr_jax.training.checkpoint import Checkpoints, check_same
+from mclr_jax.training.devices import Devices, banner, require_accelerator
+from mclr_jax.training.metrics import Writer
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or gradient is infinite or not a number."""
+
+
+def load_source(config: ml_collections.ConfigDict, split: str) -> sources.Source:
+    """The data set of `config.data`; options left empty or 0 are not passed on."""
+    data = config.data
+    if split == "test" and data.test:
+        return sources.load(data.test)
+    options = {key: data[key] for key in ("path", "resolution", "num_classes") if data[key]}
+    source = sources.load(data.name, split, **options)
+    if data.limit and split == "train":
+        source = sources.limit(source, data.limit, config.seed)
+    return source
+
+
+def make_experiment(config: ml_collections.ConfigDict, source: sources.Source) -> Experiment:
+    """The config's experiment on this source; sigma_data is measured where the config has 0."""
+    sigma_data = config.sigma_data or sources.sigma_data(source)
+    info = DataInfo(tuple(source.shape), source.num_classes, sigma_data)
+    return Experiment(ml_collections.FrozenConfigDict(config), info)
+
+
+def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> steps.TrainState:
+    """Train until config.num_steps, from the newest checkpoint in `workdir` if there is one.
+
+    SIGTERM and SIGINT save a checkpoint and end the run; the same call goes on, bit for bit.
+
+    Args:
+      config: see configs/base.py.
+      workdir: directory of the run; created if missing.
+
+    Returns:
+      The last state.
+
+    Raises:
+      NonFiniteError: when a metric is not finite; names it, its step and the last checkpoint.
+      ValueError: on a config that makes no sense.
+    """
+    # ---- set-up -------------------------------------------------------------------------------
+    workdir = pathlib.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    logging.info(banner())
+    if config.require_accelerator:
+        require_accelerator()
+    devices = Devices(config.parallel)
+    devices.check_batch_size(config.batch_size)
+    source = load_source(config, "train")
+    experiment = make_experiment(config, source)
+    first_process = jax.process_index() == 0
+    if first_process:
+        run.describe(workdir, experiment)
+
+    with (
+        Checkpoints(workdir / "checkpoints", config.keep_checkpoints) as checkpoints,
+        Checkpoints(workdir / "snapshots", keep=None) as snapshots,
+        _Interrupt() as interrupt,
+    ):
+        # ---- start or go on -------------------------------------------------------------------
+        state, data_state, start = _start(experiment, devices, checkpoints)
+        stream = pipeline.stream(
+            source,
+            config.batch_size,
+            config.seed,
+            start_step=start,
+            state=data_state,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        parameters = sum(x.size for x in jax.tree.leaves(state.params))
+        logging.info(
+            "%d examples of shape %s in %d classes, sigma_data %.4g; %d parameters; from step %d",
+            len(source), source.shape, source.num_classes, experiment.data.sigma_data, parameters,
+            start,
+        )  # fmt: skip
+        update = devices.compile(steps.make_update(experiment, devices.axis_name))
+        evaluate = _evaluator(experiment, devices)
+        loop = _Loop(config, experiment, devices, checkpoints, snapshots, workdir, evaluate)
+        with Writer(workdir, start, config.num_steps, first_process) as loop.writer:
+            # ---- train ------------------------------------------------------------------------
+            step = start
+            while step < config.num_steps:
+                count = min(config.steps_per_dispatch, loop.steps_to_next_event(step))
+                batches = stack(stream, count, config.steps_per_dispatch)
+                batches, number = devices.put_batches(batches), devices.put_scalar(count)
+                with jax.transfer_guard("disallow"):
+                    state, metrics = update(state, batches, number)
+                loop.record(step, count, metrics)
+                step += count
+                stop = interrupt.requested(sync=step % config.log_every == 0)
+                loop.events(step, state, stream.get_state(), stop)
+                if stop:
+                    logging.warning(
+                        "Stopped by a signal after step %d; run the same command to go on.", step
+                    )
+                    break
+            loop.flush()
+    return state
+
+
+def _start(experiment: Experiment, devices: Devices, checkpoints: Checkpoints):
+    """(state, position in the data or None, step) of the newest checkpoint, or of a new run."""
+    init = lambda: steps.init_state(experiment)  # noqa: E731
+    shapes = jax.eval_shape(init)
+    global_devices = Devices("data") if devices.parallel == "pmap" else devices
+    like = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        global_devices.state_shardings(shapes),
+    )
+    restored = checkpoints.restore(like)
+    if restored is not None:
+        state, data_state, step = restored
+        logging.info("Resumed from the checkpoint of step %d.", step)
+        return devices.from_global(state), data_state, step
+    state = devices.initialise(init)
+    if experiment.config.init_from:
+        weights, step = run.load_weights(experiment.config.init_from)
+        check_same(shapes.params, weights, experiment.config.init_from)
+        logging.info("Weights from step %d of %s.", step, experiment.config.init_from)
+
+        def place(x, old):
+            return jax.device_put(np.asarray(x), old.sharding)
+
+        start = jax.tree.map(place, weights, state.params)
+        copies = {name: jax.tree.map(place, weights, state.params) for name in state.ema}
+        state = state.replace(params=start, ema=copies)
+    return state, None, 0
+
+
+def stack(stream: Iterator[dict], count: int, length: int) -> dict[str, np.ndarray]:
+    """`count` batches stacked to (length, B, ...); the rest repeats the last and is never used."""
+    batches = [next(stream) for _ in range(count)]
+    batches += [batches[-1]] * (length - count)
+    return jax.tree.map(lambda *rows: np.stack(rows), *batches)
+
+
+def _evaluator(experiment: Experiment, devices: Devices):
+    """params -> metrics on held-out examples, or None where config.eval_examples is 0.
+
+    The batches and their noise are the same each time, so that checkpoints can be ranked.
+    """
+    config = experiment.config
+    if not config.eval_examples:
+        return None
+    source = load_source(config, "test")
+    size = config.batch_size
+    count = -(-min(config.eval_examples, len(source)) // size)
+    rows = np.resize(np.arange(len(source)), (count, size))
+    local = np.array_split(np.arange(size), jax.process_count())[jax.process_index()]
+    parts = [source[r[local]] for r in rows]
+    batches = {
+        "image": np.stack([images for images, _ in parts]),
+        "label": np.stack([labels for _, labels in parts]),
+        "index": np.broadcast_to(local.astype(np.int32), (count, len(local))),
+    }
+    data_parallel = Devices("data")
+    evaluate = jax.jit(steps.make_evaluate(experiment))
+    return lambda params: evaluate(params, data_parallel.put_batches(batches))
+
+
+class _Interrupt:
+    """Turns SIGTERM and SIGINT into a request that the loop sees; a second signal kills."""
+
+    def __enter__(self):
+        self._requested, self._old = False, {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._old[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, frame):
+        del frame
+        self._requested = True
+        signal.signal(number, self._old[number])
+
+    def requested(self, sync: bool) -> bool:
+        """Whether to stop. With several processes all must agree, which they do where `sync`."""
+        if jax.process_count() == 1:
+            return self._requested
+        return sync and bool(multihost_utils.process_allgather(np.array(self._requested)).any())
+
+
+class _Loop:
+    """What happens beside the update: records, reports, checkpoints, snapshots, pictures."""
+
+    writer: Writer
+
+    def __init__(self, config, experiment, devices, checkpoints, snapshots, workdir, evaluate):
+        self._config, self._experiment, self._devices = config, experiment, devices
+        self._checkpoints, self._snapshots, self._evaluate = checkpoints, snapshots, evaluate
+        self._workdir = workdir
+        self._pending: tuple[int, int, Any] | None = None  # of the dispatch that may still run
+        self._since_report: dict[str, list[np.ndarray]] = {}
+
+    def steps_to_next_event(self, step: int) -> int:
+        """Steps until something is due; a dispatch must not run past it."""
+        config = self._config
+        periods = (config.log_every, config.checkpoint_every, config.sample_every,
+                   config.ema.snapshot_every)  # fmt: skip
+        ends = [step + period - step % period for period in periods if period]
+        profile = (config.profile.start, config.profile.start + config.profile.num_steps)
+        ends += [end for end in profile if config.profile.num_steps and end > step]
+        return min(*ends, config.num_steps) - step
+
+    def record(self, step: int, count: int, metrics: Any) -> None:
+        """Take over the metrics of a dispatch; those of the one before are read meanwhile."""
+        self.flush()
+        self._pending = (step, count, metrics)
+        self.writer.progress(step)
+
+    def flush(self) -> None:
+        """Read the metrics of the last dispatch and check that they are finite."""
+        if self._pending is None:
+            return
+        (step, count, metrics), self._pending = self._pending, None
+        for name, values in jax.device_get(metrics).items():
+            values = values[:count]
+            if not np.isfinite(values).all():
+                self._fail(step + int(np.argmin(np.isfinite(values))), name)
+            self._since_report.setdefault(name, []).append(values)
+
+    def _fail(self, step: int, name: str) -> None:
+        self._checkpoints.wait()
+        good = self._checkpoints.steps()
+        raise NonFiniteError(
+            f"{name} is not finite in step {step}. The last good checkpoint is "
+            f"{f'of step {good[-1]}' if good else 'none'}. Lower config.optimizer.learning_rate, "
+            "set config.optimizer.clip_norm, or compute in float32."
+        )
+
+    def events(self, step: int, state, data_state: dict, stop: bool) -> None:
+        """Whatever is due after `step` updates."""
+        config, last = self._config, step == self._config.num_steps
+
+        def due(period):
+            return period and (step % period == 0 or last)
+
+        self._profile(step)
+        if due(config.log_every) or stop:
+            self._report(step)
+        if not (stop or due(config.checkpoint_every) or due(config.sample_every)
+                or due(config.ema.snapshot_every)):  # fmt: skip
+            return
+        self.flush()  # nothing that is not finite may be saved
+        whole = self._devices.to_global(state)
+        average = next(iter(whole.ema.values()), whole.params)
+        if due(config.ema.snapshot_every):
+            powers = {name: x for name, x in whole.ema.items() if name.startswith("power_")}
+            self._snapshots.save(step, powers, {})
+            self._snapshots.wait()  # before a checkpoint can say that this step is done
+        if stop or due(config.checkpoint_every):
+            metrics = jax.device_get(self._evaluate(average)) if self._evaluate else {}
+            metrics = {name: float(value) for name, value in metrics.items()}
+            self._checkpoints.save(step, whole, data_state, metrics or None)
+            if metrics:
+                self.writer.scalars(step, {f"eval_{k}": v for k, v in metrics.items()})
+        if due(config.sample_every):
+            self._samples(step, average)
+
+    def _report(self, step: int) -> None:
+        self.flush()
+        self.writer.progress(step)
+        means = {name: float(np.concatenate(v).mean()) for name, v in self._since_report.items()}
+        self._since_report = {}
+        rate = float(self._experiment.learning_rate(step))
+        self.writer.scalars(step, means | {"learning_rate": rate})
+
+    def _samples(self, step: int, params) -> None:
+        """A grid of 8 samples of each of the first 10 classes, from the same seeds each time."""
+        labels = np.repeat(np.arange(min(self._experiment.null_label, 10)), 8)
+        samples = generate.generate(self._experiment, params, labels)
+        if jax.process_index() == 0:
+            grid = images.picture(samples, labels)
+            (self._workdir / "samples").mkdir(exist_ok=True)
+            images.save(self._workdir / "samples" / f"{step:08d}.png", grid)
+            self.writer.image(step, "samples", grid)
+
+    def _profile(self, step: int) -> None:
+        """Trace config.profile.num_steps steps for TensorBoard's profiler."""
+        profile = self._config.profile
+        if profile.num_steps and step == profile.start:
+            jax.profiler.start_trace(str(self._workdir / "profile"))
+        elif profile.num_steps and step == profile.start + profile.num_steps:
+            self.flush()
+            jax.profiler.stop_trace()

@@ -1,0 +1,47 @@
+"""The optax optimizer and the learning rate that a config describes."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import optax
+
+from mclr_jax.names import look_up
+
+
+def learning_rate(config, num_steps: int) -> Callable:
+    """Step () -> learning rate (): linear warm-up times a decay.
+
+    `config.schedule` is "constant", "cosine" (to 0 at num_steps) or "inverse_sqrt"
+    (1 / sqrt(step / decay_steps) beyond decay_steps, as in Karras et al. 2024, arXiv 2312.02696).
+
+    Raises:
+      ValueError: on another schedule.
+    """
+    decays = {
+        "constant": lambda step: 1.0,
+        "cosine": lambda step: 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(step / num_steps, 1))),
+        "inverse_sqrt": lambda step: 1 / jnp.sqrt(jnp.maximum(step / config.decay_steps, 1)),
+    }
+    decay = look_up(decays, config.schedule, "config.optimizer.schedule")
+
+    def rate(step):
+        warm_up = jnp.minimum((step + 1) / max(config.warmup_steps, 1), 1)
+        return config.learning_rate * warm_up * decay(step)
+
+    return rate
+
+
+def optimizer(config, num_steps: int) -> optax.GradientTransformation:
+    """Adam, or AdamW where weight_decay is not 0, after clipping by the global norm.
+
+    `config` is `config.optimizer`; clip_norm = 0 does not clip.
+    """
+    adam = optax.adamw(
+        learning_rate(config, num_steps),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    return optax.chain(clip, adam)

@@ -1,0 +1,44 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from mclr_jax import images
+
+
+def test_each_sample_stands_in_the_row_of_its_class_with_its_grey_value():
+    """6 flat images of 2 classes; each must appear, enlarged, in order, left to right."""
+    values = np.array([-1.0, -0.5, 0.0, 0.25, 0.5, 1.0], np.float32)
+    samples = np.broadcast_to(values[:, None, None, None], (6, 8, 8, 1))
+    labels = np.array([7, 3, 7, 3, 7, 3])
+    grid = images.picture(samples, labels)
+    rows = [grid[images.MARGIN + 20], grid[2 * images.MARGIN + 40 + 20]]
+    for row, expected in zip(rows, [[-0.5, 0.25, 1.0], [-1.0, 0.0, 0.5]], strict=True):
+        got = row[-3 * (40 + images.MARGIN) + 20 :: 40 + images.MARGIN, 0]
+        np.testing.assert_array_equal(got, np.round((np.array(expected) + 1) * 127.5))
+
+
+def test_colour_is_kept_and_rows_are_limited():
+    samples = np.zeros((30, 32, 32, 3), np.float32)
+    samples[..., 0] = 1.0
+    grid = images.picture(samples, np.zeros(30, int), columns=4)
+    assert grid.shape[0] == 32 + 2 * images.MARGIN
+    np.testing.assert_array_equal(grid[20, -20], [255, 128, 128])
+
+
+def test_points_are_plotted_where_they_lie():
+    points = np.array([[0.0, 0.0], [1.0, 1.0]])
+    grid = images.picture(points, np.array([0, 1]))
+    dark = np.argwhere((grid != 255).any(-1))
+    assert dark[0].tolist() == [10, 470]  # (1, 1) is at the top right
+    assert dark[-1].tolist() == [471, 11]  # (0, 0) at the bottom left
+    np.testing.assert_array_equal(grid[10, 470], images.COLOURS[1])
+
+
+def test_saving_leaves_no_half_file(tmp_path, monkeypatch):
+    images.save(tmp_path / "a.png", np.full((3, 4, 3), 7, np.uint8))
+    assert np.asarray(Image.open(tmp_path / "a.png")).shape == (3, 4, 3)
+    before = (tmp_path / "a.png").read_bytes()
+    monkeypatch.setattr("os.replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        images.save(tmp_path / "a.png", np.zeros((9, 9, 3), np.uint8))
+    assert (tmp_path / "a.png").read_bytes() == before

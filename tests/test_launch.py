@@ -1,0 +1,108 @@
+"""The command lines, as a user types them."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).parent.parent
+SMALL = [
+    "--config.num_steps=4", "--config.batch_size=8", "--config.eval_examples=8",
+    "--config.network.width=16", "--config.network.depth=1", "--config.network.heads=2",
+    "--config.sample_every=0", "--config.checkpoint_every=2",
+]  # fmt: skip
+
+
+def call(module, *arguments, expect=0):
+    result = subprocess.run(
+        [sys.executable, "-m", f"launch.{module}", *arguments],
+        cwd=ROOT, env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == expect, result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("launch") / "run"
+    log = call("train", "--config=configs/digits.py", f"--workdir={path}", *SMALL)
+    assert "jax" in log  # the banner
+    assert "1 device(s)" in log
+    return path
+
+
+def test_sample_writes_arrays_and_a_picture(workdir, tmp_path):
+    out = tmp_path / "deep" / "x.npz"
+    arguments = [
+        f"--workdir={workdir}",
+        "--num_samples=7",
+        "--seed=3",
+        "--sampler=heun",
+        "--steps=3",
+    ]
+    call(
+        "sample", *arguments, "--guidance_scale=2.0", "--guidance_interval=0.1,2.0",
+        "--labels=0,1,2", f"--out={out}",
+    )  # fmt: skip
+    with np.load(out) as file:
+        images, labels = file["images"], file["labels"]
+    assert images.shape == (7, 8, 8, 1)
+    assert images.dtype == np.float32
+    assert labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert Image.open(out.with_suffix(".png")).size[1] > 3 * 40
+    # Fewer samples of the same seed are the first ones; another guidance scale changes them.
+    call("sample", *arguments, "--num_samples=2", "--labels=0,1", f"--out={tmp_path / 'plain.npz'}")
+    plain = np.load(tmp_path / "plain.npz")["images"]
+    call("sample", *arguments, "--labels=0,1,2", f"--out={tmp_path / 'seven.npz'}")
+    seven = np.load(tmp_path / "seven.npz")["images"]
+    np.testing.assert_allclose(plain, seven[:2], rtol=1e-4, atol=1e-5)
+    assert np.abs(images - seven).max() > 1e-4
+
+
+CONFIG = "--config=configs/digits.py"
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        ("train", [CONFIG, "--config.num_stpes=3"], "Did you mean 'num_steps'?"),
+        ("train", [CONFIG, "--config.data.nmae=x"], "Did you mean 'name'?"),
+        ("train", [CONFIG, "--config.num_steps=abc"], "num_steps=abc"),
+        ("train", ["--config=configs/digit.py"], "Did you mean 'configs/digits.py'"),
+        ("train", [CONFIG, "--wrkdir=x"], "Did you mean: workdir"),
+        ("train", [CONFIG], "--workdir"),
+        ("sample", ["--workdir=x", "--out=y.npz", "oops"], "Unexpected argument 'oops'"),
+        ("sample", ["--workdir=x", "--out=y.npz", "--num_sample=3"], "Did you mean: num_samples"),
+        ("sample", ["--workdir=x", "--out=y.npz", "--sampler=huen"], "dpmpp_2m|euler|heun"),
+    ],
+)
+def test_a_mistake_stops_at_once_and_names_the_nearest(module, arguments, message):
+    log = call(module, *arguments, expect=2)
+    assert message in log
+    assert "Traceback" not in log
+
+
+def test_values_that_make_no_sense_are_explained(workdir, tmp_path):
+    train = [CONFIG, f"--workdir={tmp_path / 'w'}", *SMALL]
+    log = call("train", *train, "--config.parallel=pmpa", expect=1)
+    assert "parallel is 'pmpa'; expected one of" in log
+    log = call("train", *train, "--config.require_accelerator", expect=1)
+    assert "no accelerator" in log
+    log = call("sample", f"--workdir={tmp_path}", "--out=x.npz", expect=1)
+    assert "not the directory of a run" in log
+    log = call("sample", f"--workdir={workdir}", "--out=x.npz", "--labels=0,11", expect=1)
+    assert "Labels must lie in 0..10" in log
+    log = call("sample", f"--workdir={workdir}", "--out=x.npz", "--guidance_interval=1", expect=2)
+    assert "--guidance_interval is '1'; expected 2 numbers" in log
+    assert not (ROOT / "x.npz").exists()
+
+
+@pytest.mark.parametrize("module", ["train", "sample", "demo"])
+def test_help_is_worth_reading(module):
+    text = call(module, "--help", expect=1)  # absl exits with 1 after help
+    assert f"python -m launch.{module}" in text
+    assert "--workdir" in text or "--[no]workdir" in text
