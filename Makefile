@@ -1,0 +1,28 @@
+# `make demo` trains on digits and draws samples; `make test` checks everything. Both make .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test test-lowest clean
+
+demo: $(VENV)/installed
+	$(RUN) -m launch.demo --workdir=runs/demo
+
+test: $(VENV)/installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(RUN) -m pytest -q -n 2 --dist worksteal
+
+# The oldest versions that setup.py allows, in an environment of their own.
+test-lowest:
+	$(MAKE) test VENV=.venv-lowest PIP_CONSTRAINT=requirements-lowest.txt
+
+$(VENV)/installed: setup.py
+	$(PYTHON) -c "import sys; sys.exit('mclr_jax needs Python >= 3.11, not ' + sys.version.split()[0]) if sys.version_info < (3, 11) else None"
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q -e '.[test]' $(if $(PIP_CONSTRAINT),-c $(PIP_CONSTRAINT))
+	touch $@
+
+clean:
+	rm -rf .venv .venv-lowest runs

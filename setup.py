@@ -1,0 +1,48 @@
+"""Packaging. Both bounds of every dependency are tested: `make test` and `make test-lowest`."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "mclr_jax/__init__.py").read_text())[1]
+
+REQUIRED = [
+    "absl-py>=2.1,<3",
+    "chex>=0.1.90,<0.2",
+    "flax>=0.12,<0.13",
+    "grain>=0.2.15,<0.3",
+    "importlib_resources>=6,<8",  # tensorflow-datasets needs it and does not say so
+    "jax>=0.9,<0.11",
+    "ml-collections>=1.0,<2",
+    "numpy>=2.0,<3",
+    "optax>=0.2.6,<0.3",
+    "orbax-checkpoint>=0.11.30,<0.13",
+    "pillow>=11,<14",
+    "scikit-learn>=1.5,<2",
+    "scipy>=1.14,<2",
+    "tensorboardX>=2.6.2,<3",
+    "tensorflow-datasets>=4.9.8,<5",
+    "tqdm>=4.66,<5",
+]
+TEST = [
+    "hypothesis>=6.100,<7",
+    "mypy>=1.15,<3",
+    "pytest>=8,<10",
+    "pytest-xdist>=3.6,<4",
+    "ruff>=0.11,<0.18",
+]
+
+setup(
+    name="mclr_jax",
+    version=VERSION,
+    description="Class-conditional diffusion models in JAX, and MCLR: guidance moved into training",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["mclr_jax", "mclr_jax.*"]),
+    install_requires=REQUIRED,
+    extras_require={"test": TEST, "torch": ["torch>=2.4,<3"]},
+)
