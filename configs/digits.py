@@ -7,8 +7,8 @@ from configs.base import base
 
 def get_config() -> ConfigDict:
     config = base()
-    config.num_steps = 3000
-    config.batch_size = 128
+    config.num_steps = 1500
+    config.batch_size = 64
     config.data.name = "digits"
     config.network = ConfigDict({
         "name": "dit",
@@ -19,12 +19,12 @@ def get_config() -> ConfigDict:
         "dropout": 0.0,
         "dtype": "float32",
     })  # fmt: skip
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 100
     config.optimizer.schedule = "cosine"
-    config.ema.halflife_steps = 200.0
-    config.checkpoint_every = 1000
-    config.sample_every = 1000
+    config.ema.halflife_steps = 100.0
+    config.checkpoint_every = 500
+    config.sample_every = 0
     config.sampler.sigma_min = 0.01
     config.sampler.sigma_max = 40.0
     return config

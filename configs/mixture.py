@@ -13,7 +13,13 @@ def get_config() -> ConfigDict:
     config.data.name = "mixture"
     config.sigma_data = 1.0
     config.noise = ConfigDict({"name": "lognormal", "mean": -0.4, "std": 1.2})
-    config.network = ConfigDict({"name": "mlp", "width": 128, "depth": 4, "dtype": "float32"})
+    config.network = ConfigDict({
+        "name": "mlp",
+        "width": 128,
+        "depth": 4,
+        "dropout": 0.0,
+        "dtype": "float32",
+    })  # fmt: skip
     config.optimizer.schedule = "cosine"
     config.log_every = 500
     config.checkpoint_every = 2500

@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def train(parallel, device_count, steps=20, **changes):
     """Metrics (20,) and final state of 20 steps on the first devices."""
-    config = tiny.config(**changes)
+    config = tiny.config("digits", **changes)
     source = loop.load_source(config, "train")
     experiment = loop.make_experiment(config, source)
     devices = Devices(parallel, tuple(jax.devices()[:device_count]))
@@ -98,7 +98,8 @@ def test_two_processes_train_as_one_and_their_checkpoint_serves_one(parallel, tm
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"}
+    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    environment = os.environ | {"XLA_FLAGS": flags}
     workers = [
         subprocess.Popen(
             [

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from mclr_jax import denoiser
+from mclr_jax import denoiser, noise, samplers
 from mclr_jax.networks.unet import UNet
 from mclr_jax.pretrained import edm
 
@@ -50,6 +50,21 @@ def test_official_outputs(architecture):
         error = np.abs(actual - expected).max(axis=(1, 2, 3)) / np.abs(expected).max(axis=(1, 2, 3))
         print(architecture, name, error)
         assert error.max() < 1e-5
+
+
+def test_official_heun_trajectory():
+    """18 Heun steps of EDM's own sampler on the DDPM++ weights, float64 there and float32 here."""
+    _, state, net = load("ddpmpp")
+    params = edm.convert(state, net)
+    with np.load(DATA / "edm_ddpmpp_heun_trajectory.npz") as reference:
+        latents = reference["latents"].transpose(0, 2, 3, 1)
+        expected = reference["samples"].transpose(0, 2, 3, 1)
+        labels = reference["labels_onehot"].argmax(axis=1)
+        grid = noise.rho_grid(int(reference["num_steps"]))
+    denoise = denoiser.edm(partial(net.apply, {"params": params}), 0.5)
+    run = jax.jit(partial(samplers.sample, denoise))
+    got = run(grid[0].astype(np.float32) * latents, labels, grid.astype(np.float32))
+    assert np.abs(got - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 def test_qkv_order():

@@ -28,7 +28,9 @@ SHRUNK = {
 
 
 def experiment_of(**changes):
-    return Experiment(FrozenConfigDict(tiny.config(**changes)), DataInfo((8, 8, 1), 10, 0.5))
+    return Experiment(
+        FrozenConfigDict(tiny.config("digits", **changes)), DataInfo((8, 8, 1), 10, 0.5)
+    )
 
 
 def test_the_loss_is_the_objective_on_scaled_data():
@@ -53,7 +55,10 @@ def test_every_config_builds_and_takes_a_step(name, tmp_path):
     config.batch_size = 8
     config.network.update(SHRUNK[config.network.name])
     shape = {"mlp": (2,), "dit": (28, 28, 1), "unet": (32, 32, 3)}[config.network.name]
-    data = {"images": np.zeros((8, *shape), np.float32) + 0.1, "labels": np.arange(8) % 3}
+    data = {
+        "images": np.random.default_rng(0).normal(size=(8, *shape)) / 2,
+        "labels": np.arange(8) % 3,
+    }
     np.savez(tmp_path / "data.npz", **data)
     config.data.name = f"npz:{tmp_path / 'data.npz'}"
     source = loop.load_source(config, "train")
@@ -92,7 +97,7 @@ def test_unknown_names_are_refused_with_the_nearest(changes, message):
 
 
 def test_an_option_of_another_network_is_refused():
-    config = tiny.config()
+    config = tiny.config("digits")
     with config.unlocked():
         config.network.widht = 3
     experiment = Experiment(FrozenConfigDict(config), DataInfo((8, 8, 1), 10, 0.5))

@@ -14,7 +14,7 @@ from mclr_jax.training import loop
 
 @pytest.fixture(scope="module")
 def trained():
-    config = tiny.config()
+    config = tiny.config("digits")
     experiment = loop.make_experiment(config, loop.load_source(config, "train"))
     key = jax.random.key(1)
     params = jax.tree.map(

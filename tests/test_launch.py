@@ -10,18 +10,22 @@ import pytest
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).parent.parent
-SMALL = [
-    "--config.num_steps=4", "--config.batch_size=8", "--config.eval_examples=8",
-    "--config.network.width=16", "--config.network.depth=1", "--config.network.heads=2",
-    "--config.sample_every=0", "--config.checkpoint_every=2",
-]  # fmt: skip
+SMALL = """
+    --config.num_steps=4 --config.batch_size=8 --config.eval_examples=8 --config.sample_every=0
+    --config.checkpoint_every=2 --config.network.width=16 --config.network.depth=1
+    --config.network.heads=2 --config.optimizer.learning_rate=0.03 --config.optimizer.warmup_steps=0
+""".split()
 
 
 def call(module, *arguments, expect=0):
     result = subprocess.run(
         [sys.executable, "-m", f"launch.{module}", *arguments],
-        cwd=ROOT, env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert result.returncode == expect, result.stderr
     return result.stdout + result.stderr
 
@@ -45,7 +49,7 @@ def test_sample_writes_arrays_and_a_picture(workdir, tmp_path):
         "--steps=3",
     ]
     call(
-        "sample", *arguments, "--guidance_scale=2.0", "--guidance_interval=0.1,2.0",
+        "sample", *arguments, "--guidance_scale=2.0", "--guidance_interval=0.1,5.0",
         "--labels=0,1,2", f"--out={out}",
     )  # fmt: skip
     with np.load(out) as file:

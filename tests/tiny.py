@@ -1,27 +1,33 @@
-"""A run that trains in seconds: the digits config, shrunk."""
+"""Runs that train in seconds: configs of the project with small networks."""
 
-from configs import digits
+import importlib
 
-
-def config(**changes):
-    """configs/digits.py with a small network and `changes`, keys with dots for levels."""
-    result = digits.get_config()
-    small = {
-        "num_steps": 12,
-        "batch_size": 16,
-        "steps_per_dispatch": 4,
-        "log_every": 4,
-        "checkpoint_every": 6,
-        "eval_examples": 16,
-        "sample_every": 0,
+SMALL = {
+    "num_steps": 12,
+    "batch_size": 16,
+    "steps_per_dispatch": 4,
+    "log_every": 4,
+    "checkpoint_every": 6,
+    "eval_examples": 16,
+    "sample_every": 0,
+    "sampler.num_steps": 3,
+    "ema.power_stds": (0.05, 0.1),
+    "ema.snapshot_every": 6,
+}
+NETWORKS = {
+    "mixture": {"network.width": 16, "network.depth": 1, "network.dropout": 0.1},
+    "digits": {
         "network.width": 16,
         "network.depth": 1,
         "network.heads": 2,
         "network.dropout": 0.1,
         "network.patch_size": 4,
-        "sampler.num_steps": 3,
-        "ema.power_stds": (0.05, 0.1),
-        "ema.snapshot_every": 6,
-    }
-    result.update_from_flattened_dict(small | changes)
+    },
+}
+
+
+def config(name="mixture", **changes):
+    """configs/NAME.py with a small network and `changes`, whose keys have dots for levels."""
+    result = importlib.import_module(f"configs.{name}").get_config()
+    result.update_from_flattened_dict(SMALL | NETWORKS[name] | changes)
     return result

@@ -40,6 +40,11 @@ def load_source(config: ml_collections.ConfigDict, split: str) -> sources.Source
 def make_experiment(config: ml_collections.ConfigDict, source: sources.Source) -> Experiment:
     """The config's experiment on this source; sigma_data is measured where the config has 0."""
     sigma_data = config.sigma_data or sources.sigma_data(source)
+    if not 0 < sigma_data < np.inf:
+        raise ValueError(
+            f"The data have standard deviation {sigma_data}; expected a positive number. Check the "
+            "images of config.data, or set config.sigma_data."
+        )
     info = DataInfo(tuple(source.shape), source.num_classes, sigma_data)
     return Experiment(ml_collections.FrozenConfigDict(config), info)
 
