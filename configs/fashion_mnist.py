@@ -11,7 +11,7 @@ from configs.base import base
 
 def get_config() -> ConfigDict:
     config = base()
-    config.num_steps = 20_000
+    config.num_steps = 12_000
     config.batch_size = 64
     config.data.name = "fashion_mnist"
     config.data.flip = False  # shoes and bags have a side

@@ -28,7 +28,7 @@ OBJECTIVES = {"dsm": dsm}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def make(table: Mapping[str, Callable], config: Mapping[str, Any], what: str, **more: Any) -> Any:
+def make(table: Mapping[str, Any], config: Mapping[str, Any], what: str, **more: Any) -> Any:
     """table[config["name"]](**the other keys, **more); errors name the key at fault."""
     factory = look_up(table, config["name"], what)
     arguments = {key: value for key, value in config.items() if key != "name"}

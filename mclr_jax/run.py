@@ -115,11 +115,13 @@ def _reconstruct(workdir, like, average: str, names, step) -> tuple[Any, int]:
             if not steps or not stds:
                 raise ValueError("the run stored no power-function snapshots")
             grid = [(s, std) for s in steps for std in stds]
-            weights = ema.posthoc_coefficients(*zip(*grid, strict=True), steps[-1], width)
+            in_steps, in_stds = zip(*grid, strict=True)
+            weights = ema.posthoc_coefficients(in_steps, in_stds, steps[-1], width)
             total = None
             for (s, std), weight in zip(grid, weights, strict=True):
-                stored = snapshots.restore({f"power_{std}": like}, s)[0][f"power_{std}"]
-                part = jax.tree.map(lambda x, w=weight: w * x, stored)
+                restored = snapshots.restore({f"power_{std}": like}, s)
+                assert restored is not None  # it raises where the step is missing
+                part = jax.tree.map(lambda x, w=weight: w * x, restored[0][f"power_{std}"])
                 total = part if total is None else jax.tree.map(lambda a, b: a + b, total, part)
         return total, steps[-1]
     except ValueError as error:

@@ -58,9 +58,12 @@ def _heun(start: jax.Array, stop: jax.Array) -> _Calls:
     half = (b - a) / 2
     # base + half * ((base - D_prev) / a + (x - D) / b)
     correct = _Calls(b, 1 + half / a, half / b, -half / b, -half / a, np.ones(len(a), bool))
-    pair = [jnp.stack([p[:-1], c], 1).reshape(-1) for p, c in zip(predict, correct, strict=True)]
-    calls = [jnp.append(rows, p[-1]) for rows, p in zip(pair, predict, strict=True)]
-    return _Calls(*calls)._replace(ends_step=np.append(np.tile([False, True], len(a)), True))
+    ends_step = np.append(np.tile([False, True], len(a)), True)
+
+    def alternate(p, c):
+        return jnp.append(jnp.stack([p[:-1], c], 1).reshape(-1), p[-1])
+
+    return jax.tree.map(alternate, predict, correct)._replace(ends_step=ends_step)
 
 
 def _dpmpp_2m(start: jax.Array, stop: jax.Array) -> _Calls:
@@ -133,7 +136,7 @@ def sample(
     def call(carry, row):
         base, x, prev = carry
         number, noise_std, c = row
-        if churn is not None:
+        if keys is not None and churn is not None:
             step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
             x = x + noise_std * normal_like(step_keys, x)
             base = jnp.where(noise_std > 0, x, base)

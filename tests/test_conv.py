@@ -13,6 +13,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from mclr_jax.networks import conv
 from mclr_jax.networks.conv import fast_conv, winograd_conv
 
+
+@pytest.fixture(autouse=True)
+def small_counts(monkeypatch):
+    """Convolutions of any size take the fast path, and no trace outlives its constants."""
+    monkeypatch.setattr(conv, "MIN_PRODUCTS", 0)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 
@@ -34,7 +44,7 @@ def value_and_gradients(f):
     return run
 
 
-def inputs(batch=16, height=16, width=24, channels=16, features=24, dtype=jnp.float32):
+def inputs(batch=3, height=8, width=12, channels=16, features=24, dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (batch, height, width, channels), dtype)
     kernel = jax.random.normal(keys[1], (3, 3, channels, features), dtype) / (9 * channels) ** 0.5
@@ -88,19 +98,18 @@ def test_accuracy_of_large_sums():
 @pytest.mark.parametrize(
     ("x_shape", "kernel_shape", "strides", "options"),
     [
-        ((64, 16, 16, 16), (3, 3, 16, 16), (2, 2), {}),
-        ((64, 16, 16, 16), (3, 3, 16, 16), (1, 1), {"rhs_dilation": (2, 2)}),
+        ((2, 8, 8, 16), (3, 3, 16, 16), (2, 2), {}),
+        ((2, 8, 8, 16), (3, 3, 16, 16), (1, 1), {"rhs_dilation": (2, 2)}),
         (
             (2, 8, 8, 16),
             (3, 3, 16, 16),
             (1, 1),
             {"lhs_dilation": (2, 2), "padding": ((1, 1), (1, 1))},
         ),
-        ((64, 16, 16, 32), (3, 3, 16, 16), (1, 1), {"feature_group_count": 2}),
-        ((64, 16, 16, 16), (1, 1, 16, 16), (1, 1), {}),
-        ((640, 7, 7, 16), (3, 3, 16, 16), (1, 1), {}),
-        ((640, 16, 16, 3), (3, 3, 3, 16), (1, 1), {}),
-        ((2, 8, 8, 16), (3, 3, 16, 16), (1, 1), {}),
+        ((2, 8, 8, 32), (3, 3, 16, 16), (1, 1), {"feature_group_count": 2}),
+        ((2, 8, 8, 16), (1, 1, 16, 16), (1, 1), {}),
+        ((2, 7, 7, 16), (3, 3, 16, 16), (1, 1), {}),
+        ((2, 8, 8, 3), (3, 3, 3, 16), (1, 1), {}),
     ],
 )
 def test_falls_back(x_shape, kernel_shape, strides, options):
@@ -111,6 +120,13 @@ def test_falls_back(x_shape, kernel_shape, strides, options):
         for f in (fast_conv, lax.conv_general_dilated)
     )
     assert str(got) == str(expected)
+
+
+def test_tiny_ones_fall_back(monkeypatch):
+    monkeypatch.setattr(conv, "MIN_PRODUCTS", 2**21)
+    x, kernel, _ = inputs()
+    assert "winograd" not in str(jax.make_jaxpr(fast)(x, kernel))
+    assert "winograd" in str(jax.make_jaxpr(fast)(jnp.tile(x, (30, 1, 1, 1)), kernel))
 
 
 def test_other_layouts_and_bfloat16_fall_back():
@@ -146,8 +162,8 @@ def test_other_platforms_lower_to_plain_convolutions():
 
 
 def test_vmap_and_pmap():
-    x, kernel, g = inputs(batch=32)
-    stacked = tuple(a.reshape(2, 16, *a.shape[1:]) for a in (x, g))
+    x, kernel, g = inputs(batch=8)
+    stacked = tuple(a.reshape(2, 4, *a.shape[1:]) for a in (x, g))
     expected = jax.vmap(value_and_gradients(plain), (0, None, 0))(stacked[0], kernel, stacked[1])
     for transform in (jax.vmap, jax.pmap):
         got = transform(value_and_gradients(fast), in_axes=(0, None, 0))
@@ -157,7 +173,7 @@ def test_vmap_and_pmap():
 
 
 def test_sharded_batch(monkeypatch):
-    monkeypatch.setattr(conv, "CACHED_ELEMENTS", 2**14)  # in pieces
+    monkeypatch.setattr(conv, "CACHED_ELEMENTS", 2**12)  # in pieces
     jax.clear_caches()
     x, kernel, g = inputs(batch=16)
     expected = value_and_gradients(plain)(x, kernel, g)
