@@ -14,29 +14,35 @@ from mclr_jax.experiment import Experiment
 from mclr_jax.noise import normal_like, rho_grid, sample_keys
 
 
+def _shardings() -> tuple[NamedSharding, NamedSharding]:
+    """Rows spread over all devices, and a copy on each."""
+    mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
+    return NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+
+
 @functools.lru_cache(maxsize=8)
 def compiled(experiment: Experiment, method: str, guided: bool, stochastic: bool) -> Callable:
-    """Jitted (params, keys, label, sigmas, scale, interval, churn) -> samples."""
+    """Jitted (params, seed, numbers, labels, sigmas, scale, interval, churn) -> samples."""
 
-    def run(params, keys, label, sigmas, scale, interval, churn):
+    def run(params, seed, numbers, labels, sigmas, scale, interval, churn):
         denoise = experiment.denoiser(params)
         if guided:
             denoise = guidance.classifier_free(denoise, experiment.null_label, scale, interval)
-        shape = jnp.zeros((len(keys), *experiment.data.shape))
-        x_init = sigmas[0] * normal_like(keys, shape)
-        # Keys of churn noise differ from those of x_init.
-        churn_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
+        keys = sample_keys(seed, numbers)
+        x_init = sigmas[0] * normal_like(keys, jnp.zeros((len(keys), *experiment.data.shape)))
         return samplers.sample(
             denoise,
             x_init,
-            label,
+            labels,
             sigmas,
             method,
             churn=churn if stochastic else None,
-            keys=churn_keys,
+            # other keys than those of x_init
+            keys=jax.vmap(jax.random.fold_in, (0, None))(keys, 1),
         )
 
-    return jax.jit(run)
+    _, everywhere = _shardings()
+    return jax.jit(run, out_shardings=everywhere)
 
 
 def generate(
@@ -85,14 +91,11 @@ def generate(
         sigmas = rho_grid(config.num_steps, config.sigma_min, config.sigma_max, config.rho)
     run = compiled(experiment, method or config.method, guidance_scale != 1, churn is not None)
 
-    mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
-    rows, everywhere = (
-        NamedSharding(mesh, spec) for spec in (PartitionSpec("data"), PartitionSpec())
-    )
-    if len(jax.tree.leaves(params)[0].sharding.device_set) != mesh.size:
+    rows, everywhere = _shardings()
+    if len(jax.tree.leaves(params)[0].sharding.device_set) != jax.device_count():
         params = jax.device_put(params, everywhere)
     batch_size = min(batch_size, len(labels))
-    batch_size += -batch_size % mesh.size
+    batch_size += -batch_size % jax.device_count()
     scalars = jax.tree.map(
         np.float32, (sigmas, guidance_scale, interval or (0.0, np.inf), churn or samplers.Churn())
     )
@@ -101,10 +104,9 @@ def generate(
         # The last batch is padded, so that one program serves all.
         numbers = np.arange(start, start + batch_size)
         batch_labels = np.resize(labels[start : start + batch_size], batch_size)
-        keys = jax.device_put(sample_keys(seed, numbers), rows)
-        samples = run(params, keys, jax.device_put(batch_labels, rows), *scalars)
+        numbers, batch_labels = jax.device_put((numbers, batch_labels), rows)
+        samples = np.asarray(run(params, np.uint32(seed), numbers, batch_labels, *scalars))
         count = min(batch_size, len(labels) - start)
-        samples = jax.device_put(samples, everywhere) if jax.process_count() > 1 else samples
-        out[start : start + count] = np.asarray(samples)[:count]
+        out[start : start + count] = samples[:count]
         progress(count)
     return out

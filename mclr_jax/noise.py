@@ -67,7 +67,7 @@ def rho_grid(
     return np.append((ends[0] + ramp * (ends[1] - ends[0])) ** rho, 0.0)
 
 
-def sample_keys(seed: int, indices) -> jax.Array:
+def sample_keys(seed, indices) -> jax.Array:
     """Keys (n,) of the samples numbered `indices` (n,): sample i depends on (seed, i) alone."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(indices))
 

@@ -88,7 +88,7 @@ port, number, parallel, workdir = sys.argv[2:]
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(number))
 import tiny
 from mclr_jax.training.loop import train
-train(tiny.config(parallel=parallel), workdir)
+train(tiny.config(parallel=parallel, sample_every=12), workdir)
 """
 
 
@@ -120,6 +120,7 @@ def test_two_processes_train_as_one_and_their_checkpoint_serves_one(parallel, tm
     for worker in workers:
         _, errors = worker.communicate(timeout=300)
         assert worker.returncode == 0, errors.decode()[-2000:]
+    assert (tmp_path / "two" / "samples" / "00000012.png").exists()
     resumed = loop.train(tiny.config(), tmp_path / "two")  # nothing left to do: reads the end
     alone = loop.train(tiny.config(), tmp_path / "one")
     chex.assert_trees_all_close(

@@ -277,8 +277,8 @@ class _Loop:
         self.flush()  # nothing that is not finite may be saved
         whole = self._devices.to_global(state)
         average = next(iter(whole.ema.values()), whole.params)
-        if due(config.ema.snapshot_every):
-            powers = {name: x for name, x in whole.ema.items() if name.startswith("power_")}
+        powers = {name: x for name, x in whole.ema.items() if name.startswith("power_")}
+        if powers and due(config.ema.snapshot_every):
             self._snapshots.save(step, powers, {})
             self._snapshots.wait()  # before a checkpoint can say that this step is done
         if stop or due(config.checkpoint_every):
