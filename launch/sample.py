@@ -88,6 +88,7 @@ def main() -> None:
             batch_size=BATCH_SIZE.value,
             progress=bar.update,
         )
+    samples = images.clip(samples)
     out.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     np.savez(buffer, images=samples, labels=labels)

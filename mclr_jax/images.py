@@ -36,6 +36,12 @@ def picture(samples: np.ndarray, labels: np.ndarray, columns: int = 10) -> np.nd
     return _grid(samples, labels, columns) if samples.ndim == 4 else _scatter(samples, labels)
 
 
+def clip(samples: np.ndarray) -> np.ndarray:
+    """Grey or colour images (n, h, w, 1 or 3) cut to [-1, 1]; points and latents as they are."""
+    is_image = samples.ndim == 4 and samples.shape[-1] in (1, 3)
+    return np.clip(samples, -1, 1) if is_image else samples
+
+
 def _grid(samples, labels, columns):
     _, height, width, channels = samples.shape
     zoom = max(1, round(40 / height))

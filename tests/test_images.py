@@ -25,6 +25,14 @@ def test_colour_is_kept_and_rows_are_limited():
     np.testing.assert_array_equal(grid[20, -20], [255, 128, 128])
 
 
+def test_images_are_clipped_and_points_are_not():
+    values = np.array([-3.0, 0.5, 3.0], np.float32)
+    np.testing.assert_array_equal(images.clip(values.reshape(3, 1, 1, 1)).ravel(), [-1, 0.5, 1])
+    np.testing.assert_array_equal(images.clip(values.reshape(3, 1)).ravel(), values)
+    latents = np.full((1, 2, 2, 4), 5.0)
+    np.testing.assert_array_equal(images.clip(latents), latents)
+
+
 def test_points_are_plotted_where_they_lie():
     points = np.array([[0.0, 0.0], [1.0, 1.0]])
     grid = images.picture(points, np.array([0, 1]))

@@ -56,6 +56,7 @@ def test_sample_writes_arrays_and_a_picture(workdir, tmp_path):
         images, labels = file["images"], file["labels"]
     assert images.shape == (7, 8, 8, 1)
     assert images.dtype == np.float32
+    assert np.abs(images).max() <= 1
     assert labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
     assert Image.open(out.with_suffix(".png")).size[1] > 3 * 40
     # Fewer samples of the same seed are the first ones; another guidance scale changes them.
