@@ -23,7 +23,7 @@ from mclr_jax import run  # noqa: E402
 
 OPTIONS = """
     --config=configs/digits.py --config.num_steps=300 --config.checkpoint_every=20
-    --config.log_every=5 --config.sample_every=0 --config.network.width=32
+    --config.log_every=5 --config.sample_every=0 --config.network.width=48
     --config.network.dropout=0.1 --config.steps_per_dispatch=5
 """.split()
 

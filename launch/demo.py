@@ -7,6 +7,7 @@ samples of each class it takes for that class; the picture samples.png shows ten
 guidance on the left and with it on the right, from the same noise.
 """
 
+import json
 import pathlib
 
 import numpy as np
@@ -17,6 +18,7 @@ from configs import digits
 from launch import common
 from mclr_jax import generate, images, run
 from mclr_jax.data import sources
+from mclr_jax.training.devices import banner
 from mclr_jax.training.loop import train
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Directory of the run; made if missing.")
@@ -28,20 +30,30 @@ def main() -> None:
     workdir = pathlib.Path(WORKDIR.value)
     train(digits.get_config(), workdir)
     experiment = run.load_experiment(workdir)
-    params, _ = run.load_weights(workdir)
+    params, step = run.load_weights(workdir)
 
     real, real_labels = (source := sources.load("digits", "all"))[np.arange(len(source))]
     classifier = sklearn.svm.SVC(gamma=5.0).fit(_features(real / 127.5 - 1), real_labels)
     labels = np.resize(np.arange(experiment.null_label), PER_CLASS.value * experiment.null_label)
-    grids = []
+    grids, accuracies = [], {}
     print(f"\nSamples that a classifier of real digits takes for their class (of {len(labels)}):")
     for name, scale in [("no guidance", 1.0), ("guidance", GUIDANCE_SCALE.value)]:
         samples = generate.generate(experiment, params, labels, guidance_scale=scale)
-        accuracy = (classifier.predict(_features(samples)) == labels).mean()
+        accuracy = accuracies[name] = float(
+            (classifier.predict(_features(samples)) == labels).mean()
+        )
         print(f"  {name:12s} (scale {scale:g}): {accuracy:6.1%}")
         grids.append(images.picture(samples, labels))
     images.save(workdir / "samples.png", np.concatenate(grids, axis=1))
-    print(f"Picture: {workdir / 'samples.png'}")
+    result = {
+        "command": f"python -m launch.demo --guidance_scale={GUIDANCE_SCALE.value:g}",
+        "steps": step,
+        "samples": len(labels),
+        "accuracy": accuracies,
+        "device": banner(),
+    }
+    run.write_atomically(workdir / "result.json", json.dumps(result, indent=1) + "\n")
+    print(f"Picture: {workdir / 'samples.png'}; numbers: {workdir / 'result.json'}")
 
 
 def _features(pixels: np.ndarray) -> np.ndarray:

@@ -157,6 +157,10 @@ def test_wrong_weights_are_named():
         pretrained.convert({}, NET)
 
 
-def test_patch_size_must_divide_the_image():
-    with pytest.raises(ValueError, match="8x8, not divisible by patch_size 3"):
-        jax.eval_shape(NET.clone(patch_size=3).init, jax.random.key(0), X, T, LABEL)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"patch_size": 3}, "8x8, not divisible by patch_size 3"), ({"heads": 5}, "multiple of 5")],
+)
+def test_sizes_must_divide(change, message):
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(NET.clone(**change).init, jax.random.key(0), X, T, LABEL)

@@ -119,12 +119,17 @@ class DiT(nn.Module):
           dropout_keys: (B,) typed PRNG keys, one per example; None for no dropout.
 
         Raises:
-          ValueError: the patch size does not divide the image.
+          ValueError: the patch size does not divide the image, or the heads the width.
         """
         batch, height, width, channels = x.shape
         p = self.patch_size
         if height % p or width % p:
             raise ValueError(f"images are {height}x{width}, not divisible by patch_size {p}")
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(
+                f"width is {self.width}; {self.heads} heads and the position embedding need a "
+                f"multiple of {self.heads} and of 4"
+            )
         rows, columns = height // p, width // p
         linear = partial(Linear, dtype=self.dtype)
         zeros = nn.initializers.zeros
