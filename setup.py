@@ -23,7 +23,7 @@ REQUIRED = [
     "scikit-learn>=1.6,<2",
     "scipy>=1.14,<2",
     "tensorboardX>=2.6.2.2,<3",
-    "tensorflow-datasets>=4.9.8,<5",
+    "tensorflow-datasets>=4.9.10,<5",
     "tqdm>=4.66,<5",
 ]
 TEST = [
