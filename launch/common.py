@@ -56,7 +56,7 @@ def _guarded(main: Callable[[], None]) -> None:
     logging.use_absl_handler()
     handler = logging.get_absl_handler()
     handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    handler.addFilter(lambda record: record.levelno > python_logging.INFO or _ours(record))
+    handler.addFilter(lambda record: record.levelno > python_logging.WARNING or _ours(record))
     logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
     if not jax.config.jax_compilation_cache_dir:  # compiled programs are kept between runs
         cache = pathlib.Path.home() / ".cache" / "mclr_jax" / "xla"

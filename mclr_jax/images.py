@@ -71,8 +71,8 @@ def _scatter(points, labels, size=480):
     place[:, 1] = size - place[:, 1]  # the second coordinate grows upwards
     canvas = np.full((size, size, 3), 255, np.uint8)
     column, row = np.clip(place.astype(int), 1, size - 2).T
-    for dy, dx in np.ndindex(2, 2):
-        canvas[row + dy, column + dx] = COLOURS[labels % len(COLOURS)]
+    for dy, dx in np.ndindex(3, 3):
+        canvas[row + dy - 1, column + dx - 1] = COLOURS[labels % len(COLOURS)]
     return canvas
 
 

@@ -37,7 +37,7 @@ def test_points_are_plotted_where_they_lie():
     points = np.array([[0.0, 0.0], [1.0, 1.0]])
     grid = images.picture(points, np.array([0, 1]))
     dark = np.argwhere((grid != 255).any(-1))
-    assert dark[0].tolist() == [10, 470]  # (1, 1) is at the top right
+    assert dark[0].tolist() == [9, 469]  # (1, 1) is at the top right
     assert dark[-1].tolist() == [471, 11]  # (0, 0) at the bottom left
     np.testing.assert_array_equal(grid[10, 470], images.COLOURS[1])
 

@@ -299,8 +299,9 @@ class _Loop:
         self.writer.scalars(step, means | {"learning_rate": rate})
 
     def _samples(self, step: int, params) -> None:
-        """A grid of 8 samples of each of the first 10 classes, from the same seeds each time."""
-        labels = np.repeat(np.arange(min(self._experiment.null_label, 10)), 8)
+        """8 images, or 500 points, of each of the first 10 classes, from the same seeds."""
+        number = 8 if len(self._experiment.data.shape) == 3 else 500
+        labels = np.repeat(np.arange(min(self._experiment.null_label, 10)), number)
         samples = generate.generate(self._experiment, params, labels)
         if jax.process_index() == 0:
             grid = images.picture(samples, labels)
