@@ -7,17 +7,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mclr_jax import guidance, samplers
 from mclr_jax.experiment import Experiment
 from mclr_jax.noise import normal_like, rho_grid, sample_keys
+from mclr_jax.training.devices import AXIS, Devices
 
 
 def _shardings() -> tuple[NamedSharding, NamedSharding]:
     """Rows spread over all devices, and a copy on each."""
-    mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
-    return NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    mesh = Devices("data").mesh
+    return NamedSharding(mesh, PartitionSpec(AXIS)), NamedSharding(mesh, PartitionSpec())
 
 
 @functools.lru_cache(maxsize=8)

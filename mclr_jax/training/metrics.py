@@ -1,7 +1,6 @@
 """Where numbers go during training: a progress bar, JSON lines and TensorBoard."""
 
 import json
-import os
 import pathlib
 import sys
 import time
@@ -9,6 +8,8 @@ import time
 import tensorboardX
 import tqdm
 from absl import logging
+
+from mclr_jax.run import write_atomically
 
 
 class Writer:
@@ -92,6 +93,4 @@ def _drop_records_after(path: pathlib.Path, step: int) -> None:
                 kept.append(line + "\n")
         except ValueError:  # a line cut short by a kill
             continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    write_atomically(path, "".join(kept))
