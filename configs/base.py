@@ -62,3 +62,28 @@ def base() -> ConfigDict:
         "rho": 7.0,
     })  # fmt: skip
     return config
+
+
+def mclr() -> ConfigDict:
+    """The keys of config.objective for MCLR (mclr_jax/objectives/mclr.py), to fine-tune a run.
+
+    config.init_from names that run. The defaults are the CFG-equivalent form.
+    """
+    return ConfigDict({
+        "name": "mclr",
+        "label_dropout": 0.1,
+        "beta": 1.0,  # strength; the fine-tuned model samples as CFG of scale 1 + beta does
+        "strength": (),  # (low, high): beta is drawn from it and becomes an input of the network
+        "negatives": "posterior",  # "prior", "mismatched" or "posterior"
+        "weighting": "none",  # "none" or, for the first two, "cfg"
+        "negative_share": 1.0,  # compute the negative term for at most this share of a batch
+        "bound": "none",  # "none", "clip" or "logistic", for the plain form
+        "clip_ratio": 2.0,
+        "logistic_scale": 10.0,
+        "reference_penalty": 0.0,  # weight of the distance from the model that was started from
+        "sigma_interval": (),  # (low, high): contrast in this range of noise levels only
+        "posterior": "classifier",  # "exact" (mixture), "classifier", "denoiser" or "" for none
+        "posterior_from": "",  # work directory of the classifier's run
+        "posterior_levels": 8,  # denoiser: noise levels in the estimate
+        "posterior_candidates": 0,  # denoiser: classes tried for each example; 0 for all
+    })  # fmt: skip

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 # (x (B, ...), sigma (B,), label (B,) int32) -> estimate of E[x0 | x, label], the shape of x.
 # label == num_classes is the null label: no condition.
 DenoiseFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-# The same arguments but noise conditioning c_noise (B,) in place of sigma -> raw output.
-NetworkFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# The same arguments but noise conditioning c_noise (B,) in place of sigma -> raw output. Both may
+# take further arrays (B, ...) after the label.
+NetworkFn = Callable[..., jax.Array]
 
 
 def expand(values: jax.Array, x: jax.Array) -> jax.Array:
@@ -24,12 +25,13 @@ def edm(network: NetworkFn, sigma_data: float) -> DenoiseFn:
     Source: Karras et al. 2022, Table 1 and eq. 7. Computed in float32 (or x's type if wider).
     """
 
-    def denoise(x, sigma, label):
+    def denoise(x, sigma, label, *extra):
         sigma = expand(sigma, x).astype(x.dtype)
         total = sigma**2 + sigma_data**2
         c_skip = sigma_data**2 / total
         c_out = sigma * sigma_data / jnp.sqrt(total)
         c_noise = jnp.log(sigma).reshape(-1) / 4
-        return c_skip * x + c_out * network(x / jnp.sqrt(total), c_noise, label).astype(x.dtype)
+        output = network(x / jnp.sqrt(total), c_noise, label, *extra)
+        return c_skip * x + c_out * output.astype(x.dtype)
 
     return denoise

@@ -11,20 +11,31 @@ import jax.numpy as jnp
 import optax
 from ml_collections import FrozenConfigDict
 
-from mclr_jax import denoiser, noise
+from mclr_jax import denoiser, mixture, noise, posterior
 from mclr_jax.data import augment, pipeline
 from mclr_jax.denoiser import DenoiseFn
 from mclr_jax.names import look_up, nearest
+from mclr_jax.networks.classifier import ConvClassifier, MLPClassifier
 from mclr_jax.networks.dit import DiT
 from mclr_jax.networks.mlp import MLP
 from mclr_jax.networks.unet import UNet
+from mclr_jax.objectives.classify import classify
 from mclr_jax.objectives.dsm import dsm
+from mclr_jax.objectives.mclr import is_unbounded as mclr_is_unbounded
+from mclr_jax.objectives.mclr import mclr
 from mclr_jax.training import ema
 from mclr_jax.training.optimizer import learning_rate, optimizer
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"mlp": MLP, "unet": UNet, "dit": DiT}
+CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
+    "mlp_classifier": MLPClassifier,
+    "conv_classifier": ConvClassifier,
+}
 NOISE_LEVELS = {"lognormal": noise.LogNormal, "loguniform": noise.LogUniform}
-OBJECTIVES = {"dsm": dsm}
+OBJECTIVES: dict[str, Callable] = {"dsm": dsm, "mclr": mclr, "classify": classify}
+POSTERIORS = ("", "exact", "classifier", "denoiser")
+POSTERIOR_OPTIONS = ("posterior_levels", "posterior_candidates")
+STRENGTH_SIZE = 8  # of `strength_features`
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -51,28 +62,39 @@ class DataInfo:
       shape: of one example, (H, W, C) or (d,).
       num_classes: labels are 0 .. num_classes - 1; num_classes is the null label.
       sigma_data: standard deviation of the scaled data.
+      class_prior: share of each class in the training data.
     """
 
     shape: tuple[int, ...]
     num_classes: int
     sigma_data: float
+    class_prior: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """Pure functions made from a config; holds no training state."""
+    """Pure functions made from a config; holds no training state.
+
+    Attributes:
+      config: see configs/base.py.
+      data: what must be known of the data.
+      classifier: the run that objective.posterior "classifier" reads, as an experiment.
+    """
 
     config: FrozenConfigDict
     data: DataInfo
+    classifier: "Experiment | None" = None
 
     @functools.cached_property
     def network(self) -> nn.Module:
         config = self.config.network.to_dict()
         dtype = look_up(DTYPES, config.pop("dtype"), "network.dtype")
-        fixed = {"out_channels": self.data.shape[-1], "num_classes": self.data.num_classes}
-        if self.config.data.augment:
-            fixed["augment_dim"] = augment.LABEL_SIZE
-        return make(NETWORKS, config, "network", dtype=dtype, **fixed)
+        fixed = {"num_classes": self.data.num_classes, "augment_dim": self._condition_size}
+        if self.config.objective.name == "classify":
+            return make(CLASSIFIERS, config, "network", dtype=dtype, **fixed)
+        return make(
+            NETWORKS, config, "network", dtype=dtype, out_channels=self.data.shape[-1], **fixed
+        )
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
@@ -88,19 +110,47 @@ class Experiment:
 
     @functools.cached_property
     def objective(self) -> Callable:
-        """(denoise, x0 (B, ...), label (B,), keys (B,)) -> loss (B,), metrics (B,) by name."""
+        """(model, x0 (B, ...), label (B,), keys (B,), extra, **frozen) -> loss (B,), metrics."""
         config = self.config.objective.to_dict()
+        function = look_up(OBJECTIVES, config.pop("name"), "objective")
+        if function is not classify:
+            config["weight"] = functools.partial(noise.edm_weight, sigma_data=self.data.sigma_data)
+        if function is mclr:
+            config["class_prior"] = self.data.class_prior
+            for key in ("strength", "posterior", "posterior_from", *POSTERIOR_OPTIONS):
+                config.pop(key)  # read by `loss` and `posterior`
         return functools.partial(
-            look_up(OBJECTIVES, config.pop("name"), "objective"),
+            function,
             noise=make(NOISE_LEVELS, self.config.noise.to_dict(), "noise"),
-            weight=functools.partial(noise.edm_weight, sigma_data=self.data.sigma_data),
-            null_label=self.data.num_classes,
+            null_label=self.null_label,
             **config,
         )
 
     @property
     def null_label(self) -> int:
         return self.data.num_classes
+
+    @property
+    def strength(self) -> tuple[float, float] | None:
+        """(low, high) of the guidance strength beta that the network takes as an input, or None."""
+        return tuple(self.config.objective.get("strength", ())) or None
+
+    @property
+    def advice(self) -> str:
+        """What to do when training diverges."""
+        config = self.config.objective
+        if config.name == "mclr" and mclr_is_unbounded(config):
+            bound = config.beta / (1 + config.beta)
+            return (
+                "The plain MCLR objective has no minimum: its loss falls without end wherever "
+                f"p(c|x_s) / p(c) < beta / (1 + beta) = {bound:.3g}. Use the CFG-equivalent form "
+                "(objective.negatives='posterior' or objective.weighting='cfg'), or bound it "
+                "(objective.bound='clip' or 'logistic', objective.reference_penalty >= beta)."
+            )
+        return (
+            "Lower config.optimizer.learning_rate, set config.optimizer.clip_norm, or compute in "
+            "float32."
+        )
 
     @property
     def _keys(self) -> jax.Array:
@@ -119,28 +169,118 @@ class Experiment:
     def init(self) -> Any:
         """Fresh parameters; a function of config.seed alone."""
         x, one = jnp.zeros((1, *self.data.shape)), jnp.zeros((1,))
-        variables = self.network.init(
-            self._keys[2], x, one, jnp.zeros((1,), jnp.int32), self._no_augment(1)
-        )
-        return variables["params"]
+        label = jnp.zeros((1,), jnp.int32)
+        return self.network.init(self._keys[2], x, one, label, self._condition(1))["params"]
 
-    def denoiser(self, params: Any, augment_label=None, dropout_keys=None) -> DenoiseFn:
-        """The network with these parameters as a DenoiseFn."""
+    def init_frozen(self) -> dict[str, Any]:
+        """Fresh parameters of what the objective holds frozen beside the model, by name.
 
-        def network(x, c_noise, label):
-            extra = self._no_augment(len(x)) if augment_label is None else augment_label
-            return self.network.apply({"params": params}, x, c_noise, label, extra, dropout_keys)
+        `reference` is the model that training starts from, `classifier` gives the posterior.
+        """
+        config, frozen = self.config.objective, {}
+        if config.name == "mclr":
+            held = config.bound == "logistic" or config.reference_penalty
+            if held or config.posterior == "denoiser":
+                frozen["reference"] = self.init()
+        if self.classifier:
+            frozen["classifier"] = self.classifier.init()
+        return frozen
+
+    def denoiser(self, params: Any, strength: Any = 0.0) -> DenoiseFn:
+        """The network with these parameters as a DenoiseFn.
+
+        It takes two more arguments after the label: the condition vector (B, n) that stands for
+        augmentation and strength, and dropout keys (B,).
+
+        Args:
+          params: network parameters.
+          strength: guidance strength beta, () or (B,), of a network that takes it as an input,
+            where no condition vector is given.
+        """
+
+        def network(x, c_noise, label, condition=None, dropout_keys=None):
+            if condition is None:
+                condition = self._condition(len(x), strength=strength)
+            return self.network.apply(
+                {"params": params}, x, c_noise, label, condition, dropout_keys
+            )
 
         return denoiser.edm(network, self.data.sigma_data)
 
-    def _no_augment(self, batch_size: int):
-        return jnp.zeros((batch_size, augment.LABEL_SIZE)) if self.config.data.augment else None
+    def logits(self, params: Any) -> Callable:
+        """A classifier with these parameters: (x, sigma, label, ...) -> (B, K)."""
 
-    def loss(self, params: Any, batch: dict, keys: jax.Array, train: bool):
+        def apply(x, sigma, label, condition=None, dropout_keys=None):
+            total = denoiser.expand(sigma**2 + self.data.sigma_data**2, x)
+            if condition is None:
+                condition = self._condition(len(x))
+            return self.network.apply(
+                {"params": params}, x / jnp.sqrt(total), jnp.log(sigma) / 4, label, condition,
+                dropout_keys,
+            )  # fmt: skip
+
+        return apply
+
+    def posterior(self, frozen: dict[str, Any]) -> posterior.Posterior | None:
+        """p(class | x_sigma) as config.objective.posterior wants it; None where that is empty.
+
+        Args:
+          frozen: parameters as `init_frozen` names them.
+
+        Raises:
+          ValueError: if the data or the run have no such posterior.
+        """
+        config = self.config.objective
+        if config.posterior == "exact":
+            if self.config.data.name != "mixture":
+                raise ValueError(
+                    "objective.posterior='exact' is for data.name='mixture'; for "
+                    f"{self.config.data.name!r} take 'classifier' or 'denoiser'."
+                )
+            return posterior.exact(mixture.toy())
+        if config.posterior == "classifier":
+            if self.classifier is None:
+                raise ValueError(
+                    "objective.posterior='classifier' needs objective.posterior_from, the work "
+                    "directory of a run with objective 'classify'."
+                )
+            logits = self.classifier.logits(frozen["classifier"])
+            return posterior.from_classifier(logits, self.null_label)
+        if config.posterior == "denoiser":
+            return posterior.from_denoiser(
+                self.denoiser(frozen["reference"]),
+                self.data.class_prior,
+                self.data.sigma_data,
+                config.posterior_levels,
+                config.posterior_candidates,
+            )
+        if config.posterior:
+            raise ValueError(
+                f"objective.posterior is {config.posterior!r}; expected one of {POSTERIORS}."
+            )
+        return None
+
+    @property
+    def _condition_size(self) -> int:
+        size = augment.LABEL_SIZE if self.config.data.augment else 0
+        return size + (STRENGTH_SIZE if self.strength else 0)
+
+    def _condition(self, batch_size: int, augment_label=None, strength: Any = 0.0):
+        """The condition vector (B, n): augmentation, then strength; None if the network has none."""
+        parts = []
+        if self.config.data.augment:
+            zeros = jnp.zeros((batch_size, augment.LABEL_SIZE))
+            parts.append(zeros if augment_label is None else augment_label)
+        if self.strength:
+            parts.append(strength_features(jnp.broadcast_to(strength, (batch_size,))))
+        return jnp.concatenate(parts, axis=-1) if parts else None
+
+    def loss(self, params: Any, frozen: dict[str, Any], batch: dict, keys: jax.Array, train: bool):
         """The objective on a batch of raw data.
 
         Args:
           params: network parameters.
+          frozen: parameters as `init_frozen` names them.
           batch: image (B, ...), label (B,) int32, as `data.pipeline` gives them.
           keys: (B,) typed keys of the examples.
           train: whether to augment and to drop out.
@@ -148,14 +288,37 @@ class Experiment:
         Returns:
           loss (B,) and metrics (B,) by name.
         """
-        k_flip, k_augment, k_dropout, k_objective = jax.vmap(
-            lambda key: jax.random.split(key, 4), out_axes=1
+        k_flip, k_augment, k_dropout, k_objective, k_strength = jax.vmap(
+            lambda key: jax.random.split(key, 5), out_axes=1
         )(keys)
         x0, augment_label = pipeline.to_float(batch["image"]), None
         if train and self.config.data.flip:
             x0 = pipeline.random_flip(x0, k_flip)
         if train and self.config.data.augment:
             x0, augment_label = augment.augment(x0, k_augment, self.config.data.augment)
+        options: dict[str, Any] = {}
+        strength: Any = 0.0
+        if self.config.objective.name == "mclr":
+            options["posterior"] = self.posterior(frozen)
+            if "reference" in frozen:
+                options["reference"] = self.denoiser(frozen["reference"])
+        if self.strength:
+            low, high = self.strength
+            uniform = jax.vmap(jax.random.uniform)(k_strength)
+            options["beta"] = strength = low + (high - low) * uniform
+        condition = self._condition(len(x0), augment_label, strength)
         dropout_keys = k_dropout if train and self.network.dropout else None
-        denoise = self.denoiser(params, augment_label, dropout_keys)
-        return self.objective(denoise, x0, batch["label"], k_objective)
+        is_classifier = self.config.objective.name == "classify"
+        model = self.logits(params) if is_classifier else self.denoiser(params)
+        return self.objective(
+            model, x0, batch["label"], k_objective, (condition, dropout_keys), **options
+        )
+
+
+def strength_features(beta: jax.Array) -> jax.Array:
+    """Guidance strength (B,) as network input (B, 8): smooth functions that vanish at strength 0.
+
+    So a network whose weights for them are zero at first is the model that it was before.
+    """
+    angles = jnp.log1p(beta)[:, None] * jnp.array([0.5, 1.0, 2.0, 4.0])
+    return jnp.concatenate([jnp.sin(angles), 1 - jnp.cos(angles)], axis=-1)

@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mclr_jax import guidance, samplers
+from mclr_jax.denoiser import DenoiseFn
 from mclr_jax.experiment import Experiment
 from mclr_jax.noise import normal_like, rho_grid, sample_keys
 from mclr_jax.training.devices import AXIS, Devices
@@ -21,13 +23,26 @@ def _shardings() -> tuple[NamedSharding, NamedSharding]:
     return NamedSharding(mesh, PartitionSpec(AXIS)), NamedSharding(mesh, PartitionSpec())
 
 
+def _with_strength(experiment: Experiment, params, strength, interval) -> DenoiseFn:
+    """A network that takes the strength of guidance as an input: one call at any strength."""
+    low, high = interval
+
+    def denoise(x, sigma, label):
+        inside = jnp.where((low < sigma) & (sigma <= high), strength, 0.0)
+        return experiment.denoiser(params, inside)(x, sigma, label)
+
+    return denoise
+
+
 @functools.lru_cache(maxsize=8)
 def compiled(experiment: Experiment, method: str, guided: bool, stochastic: bool) -> Callable:
     """Jitted (params, seed, numbers, labels, sigmas, scale, interval, churn) -> samples."""
 
     def run(params, seed, numbers, labels, sigmas, scale, interval, churn):
         denoise = experiment.denoiser(params)
-        if guided:
+        if experiment.strength:
+            denoise = _with_strength(experiment, params, scale - 1, interval)
+        elif guided:
             denoise = guidance.classifier_free(denoise, experiment.null_label, scale, interval)
         keys = sample_keys(seed, numbers)
         x_init = sigmas[0] * normal_like(keys, jnp.zeros((len(keys), *experiment.data.shape)))
@@ -72,7 +87,8 @@ def generate(
       seed: sample i starts from the noise of key fold_in(seed, i).
       sigmas: sampling grid; None is the config's.
       method: sampler; None is the config's.
-      guidance_scale: of classifier-free guidance; 1 is none.
+      guidance_scale: of classifier-free guidance; 1 is none. A network trained with
+        objective.strength takes guidance_scale - 1 as its input instead.
       interval: (low, high) of sigma to guide in; None for all.
       churn: stochastic sampling; None is deterministic.
       batch_size: samples at a time, rounded up to a multiple of the devices.
@@ -87,10 +103,18 @@ def generate(
             f"Labels must lie in 0..{experiment.null_label} ({experiment.null_label} is the null "
             f"label); got {labels.min()}..{labels.max()}."
         )
+    if experiment.strength and not (
+        experiment.strength[0] <= guidance_scale - 1 <= experiment.strength[1]
+    ):
+        logging.warning(
+            "guidance_scale %g is strength %g, outside the range %s that this network was trained "
+            "with.", guidance_scale, guidance_scale - 1, experiment.strength,
+        )  # fmt: skip
     config = experiment.config.sampler
     if sigmas is None:
         sigmas = rho_grid(config.num_steps, config.sigma_min, config.sigma_max, config.rho)
-    run = compiled(experiment, method or config.method, guidance_scale != 1, churn is not None)
+    guided = guidance_scale != 1 and not experiment.strength
+    run = compiled(experiment, method or config.method, guided, churn is not None)
 
     rows, everywhere = _shardings()
     if len(jax.tree.leaves(params)[0].sharding.device_set) != jax.device_count():

@@ -89,6 +89,6 @@ def toy() -> GaussianMixture:
     The components alternate around the ring, so that each class meets the others on both sides.
     """
     angles = jnp.arange(6).reshape(2, 3).T * (2 * jnp.pi / 6)
-    means = 1.2 * jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    means = 1.55 * jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=-1)
     uniform = jnp.full((3, 2), 0.5)
     return GaussianMixture(means, jnp.full((3, 2), 0.45), uniform, jnp.full(3, 1 / 3))

@@ -30,10 +30,7 @@ def write_atomically(path: pathlib.Path, data: bytes | str) -> None:
 def describe(workdir: pathlib.Path, experiment: Experiment) -> None:
     """Write run.json; where one is there already, say which config values have changed."""
     path = workdir / "run.json"
-    description = {
-        "config": experiment.config.to_dict(),
-        "data": dataclasses.asdict(experiment.data),
-    }
+    description = _description(experiment)
     if path.exists():
         before, now = _flat(json.loads(path.read_text())), _flat(description)
         for name in sorted(before.keys() | now.keys()):
@@ -41,6 +38,31 @@ def describe(workdir: pathlib.Path, experiment: Experiment) -> None:
             if old != new:
                 logging.warning("%s is now %s; this run was started with %s.", name, new, old)
     write_atomically(path, json.dumps(description, indent=2))
+
+
+def _description(experiment: Experiment | None) -> dict[str, Any] | None:
+    if experiment is None:
+        return None
+    return {
+        "config": experiment.config.to_dict(),
+        "data": dataclasses.asdict(experiment.data),
+        "classifier": _description(experiment.classifier),
+    }
+
+
+def _experiment(description: dict[str, Any] | None) -> Experiment | None:
+    """The inverse of `_description`."""
+    if description is None:
+        return None
+    data: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in description["data"].items()
+    }
+    config = ml_collections.ConfigDict(description["config"], convert_dict=True)
+    return Experiment(
+        ml_collections.FrozenConfigDict(config),
+        DataInfo(**data),
+        _experiment(description.get("classifier")),
+    )
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -61,10 +83,9 @@ def load_experiment(workdir: str | os.PathLike) -> Experiment:
             f"{workdir} is not the directory of a run: it has no run.json. Pass the --workdir that "
             "launch.train was given."
         )
-    description = json.loads(path.read_text())
-    data = description["data"] | {"shape": tuple(description["data"]["shape"])}
-    config = ml_collections.ConfigDict(description["config"], convert_dict=True)
-    return Experiment(ml_collections.FrozenConfigDict(config), DataInfo(**data))
+    experiment = _experiment(json.loads(path.read_text()))
+    assert experiment is not None
+    return experiment
 
 
 def load_weights(

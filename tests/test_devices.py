@@ -29,7 +29,7 @@ def train(parallel, device_count, steps=20, **changes):
     stream = pipeline.stream(source, config.batch_size, config.seed)
     data = devices.put_batches(loop.stack(stream, steps, steps))
     with jax.transfer_guard("disallow"):
-        state, metrics = update(state, data, devices.put_scalar(steps))
+        state, metrics = update(state, {}, data, devices.put_scalar(steps))
     return jax.device_get(metrics), state
 
 
@@ -63,12 +63,12 @@ def test_the_old_state_is_donated():
     devices = Devices("pmap")
     state = devices.initialise(lambda: {"w": jnp.ones((8, 8))})
 
-    def update(state, batches, count):
+    def update(state, frozen, batches, count):
         mean = jax.lax.pmean(batches["x"].mean(), devices.axis_name)
         return jax.tree.map(lambda w: w * mean, state), {"n": count}
 
     data = devices.put_batches({"x": np.full((1, 16, 3), 2.0, np.float32)})
-    new, _ = devices.compile(update)(state, data, devices.put_scalar(1))
+    new, _ = devices.compile(update)(state, {}, data, devices.put_scalar(1))
     np.testing.assert_allclose(new["w"], 2.0)
     assert new["w"].shape == (8, 8)
     assert state["w"].is_deleted()

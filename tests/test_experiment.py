@@ -24,6 +24,8 @@ SHRUNK = {
     "dit": {"width": 16, "depth": 1, "heads": 2},
     "unet": {"channels": 8, "num_blocks": 1},
     "mlp": {"width": 8},
+    "mlp_classifier": {"width": 8, "depth": 1},
+    "conv_classifier": {"channels": (8, 8)},
 }
 
 
@@ -39,8 +41,8 @@ def test_the_loss_is_the_objective_on_scaled_data():
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1), np.uint8)
     batch = {"image": images, "label": np.arange(4)}
     keys = jax.random.split(jax.random.key(0), 4)
-    loss, _ = experiment.loss(experiment.init(), batch, keys, train=True)
-    objective_keys = jax.vmap(lambda k: jax.random.split(k, 4)[3])(keys)
+    loss, _ = experiment.loss(experiment.init(), {}, batch, keys, train=True)
+    objective_keys = jax.vmap(lambda k: jax.random.split(k, 5)[3])(keys)
     x0 = images / np.float32(127.5) - 1
     expected, _ = experiment.objective(
         denoiser.edm(lambda x, c, y: 0 * x, 0.5), x0, jnp.arange(4), objective_keys
@@ -48,24 +50,34 @@ def test_the_loss_is_the_objective_on_scaled_data():
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_config_builds_and_takes_a_step(name, tmp_path):
+def shrunk(name):
     config = importlib.import_module(f"configs.{name}").get_config()
-    assert set(config.keys()) >= TOP_LEVEL
     config.batch_size = 8
     config.network.update(SHRUNK[config.network.name])
-    shape = {"mlp": (2,), "dit": (28, 28, 1), "unet": (32, 32, 3)}[config.network.name]
+    return config
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_builds_and_takes_a_step(name, tmp_path):
+    config = shrunk(name)
+    assert set(config.keys()) >= TOP_LEVEL
+    shape = (32, 32, 3) if name.startswith("cifar10") else (28, 28, 1)
     data = {
         "images": np.random.default_rng(0).normal(size=(8, *shape)) / 2,
         "labels": np.arange(8) % 3,
     }
     np.savez(tmp_path / "data.npz", **data)
-    config.data.name = f"npz:{tmp_path / 'data.npz'}"
+    if config.data.name != "mixture":
+        config.data.name = f"npz:{tmp_path / 'data.npz'}"
     source = loop.load_source(config, "train")
-    experiment = loop.make_experiment(config, source)
+    classifier = None
+    if config.objective.get("posterior", "") == "classifier":
+        classifier = loop.make_experiment(shrunk(name.replace("mclr", "classifier")), source)
+    experiment = loop.make_experiment(config, source, classifier)
+    frozen = experiment.init_frozen()
     state = jax.jit(lambda: step.init_state(experiment))()
     batches = loop.stack(pipeline.stream(source, 8, 0), 1, 1)
-    new, metrics = jax.jit(step.make_update(experiment))(state, batches, 1)
+    new, metrics = jax.jit(step.make_update(experiment))(state, frozen, batches, 1)
     assert np.isfinite(metrics["loss"][0])
     assert int(new.step) == 1
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, new.params)

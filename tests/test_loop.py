@@ -1,6 +1,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,10 +94,10 @@ def test_a_step_that_is_not_finite_stops_the_run_and_is_named(tmp_path):
     """A learning rate that explodes; what was saved before stays."""
     changes = {"optimizer.learning_rate": 1e30, "optimizer.warmup_steps": 0}
     with pytest.raises(
-        loop.NonFiniteError, match=r"not finite in step \d+. The last good"
+        loop.NonFiniteError, match=r"is (nan|inf).* in step \d+: the run diverged. The last good"
     ) as error:
         loop.train(tiny.config(checkpoint_every=1, eval_examples=0, **changes), tmp_path)
-    step = int(str(error.value).split("in step ")[1].split(".")[0])
+    step = int(str(error.value).split("in step ")[1].split(":")[0])
     assert 0 < step < 12
     with Checkpoints(tmp_path / "checkpoints", None) as checkpoints:
         assert checkpoints.steps()[-1] <= step
@@ -152,3 +153,82 @@ def test_constant_data_are_refused(tmp_path):
     config = tiny.config(**{"data.name": f"npz:{tmp_path / 'flat.npz'}", "sigma_data": 0.0})
     with pytest.raises(ValueError, match=r"standard deviation 0.0; expected a positive"):
         loop.train(config, tmp_path)
+
+
+# Fine-tuning: what a run takes from others, and that it needs them only once.
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("base") / "base"
+    loop.train(tiny.config("mixture"), workdir)
+    return workdir
+
+
+def mclr(base, **changes):
+    return tiny.config("mixture_mclr", **{"init_from": str(base)} | changes)
+
+
+def test_fine_tuning_starts_from_the_average_and_holds_it_frozen(base, tmp_path):
+    """A run that needs its base no more once it has begun goes on without it, to the same bits."""
+    changes = {"objective.reference_penalty": 0.5, "optimizer.schedule": "constant"}
+    copy = shutil.copytree(base, tmp_path / "copy")
+    loop.train(mclr(copy, **changes), tmp_path / "whole")
+    loop.train(mclr(copy, **changes, num_steps=6), tmp_path / "parts")
+    shutil.rmtree(copy)
+    loop.train(mclr(copy, **changes), tmp_path / "parts")
+    chex.assert_trees_all_equal(final(tmp_path / "parts")[0], final(tmp_path / "whole")[0])
+    start, _ = run.load_weights(base)
+    with Checkpoints(tmp_path / "parts" / "frozen", None) as store:
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), start)
+        frozen, _, _ = store.restore({"reference": like})
+    chex.assert_trees_all_equal(frozen["reference"], start)
+    assert not np.array_equal(final(tmp_path / "whole")[0][0]["in_linear"]["kernel"],
+                              start["in_linear"]["kernel"])  # fmt: skip
+
+
+def test_a_network_that_takes_the_strength_starts_as_the_base_at_every_strength(base, tmp_path):
+    changes = {"objective.strength": (0.0, 2.0), "num_steps": 1, "optimizer.learning_rate": 0.0}
+    loop.train(mclr(base, **changes), tmp_path)
+    experiment, original = run.load_experiment(tmp_path), run.load_experiment(base)
+    x, sigma = np.linspace(-2, 2, 8).reshape(4, 2), np.full(4, 0.7)
+    label = np.array([0, 1, 2, 3])
+    expected = original.denoiser(run.load_weights(base)[0])(x, sigma, label)
+    params, _ = run.load_weights(tmp_path)
+    got = experiment.denoiser(params, strength=np.array([0.0, 0.5, 1.0, 2.0]))(x, sigma, label)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    moved = jax.tree.map(lambda p: p + 0.1, params)  # strength is read
+    low, high = (experiment.denoiser(moved, strength=s)(x, sigma, label) for s in (0.0, 1.0))
+    assert np.abs(low - high).max() > 1e-4
+
+
+def test_the_posterior_of_a_classifier_run(base, tmp_path):
+    """It is copied into the run too, and its experiment described there."""
+    classifier = tmp_path / "classifier"
+    loop.train(tiny.classifier("mixture"), classifier)
+    changes = {"objective.posterior": "classifier", "objective.posterior_from": str(classifier)}
+    loop.train(mclr(base, **changes, num_steps=4), tmp_path / "run")
+    shutil.rmtree(classifier)
+    experiment = run.load_experiment(tmp_path / "run")
+    assert experiment.classifier.config.objective.name == "classify"
+    with pytest.raises(FileNotFoundError, match="not the directory of a run"):
+        loop.train(mclr(base, **changes), tmp_path / "other")
+    changes["objective.posterior_from"] = str(base)
+    with pytest.raises(ValueError, match="expected a run with objective.*'classify'.*it has.*dsm"):
+        loop.train(mclr(base, **changes), tmp_path / "other")
+    changes["objective.posterior_from"] = ""
+    with pytest.raises(ValueError, match="needs objective.posterior_from"):
+        loop.train(mclr(base, **changes), tmp_path / "other")
+    with pytest.raises(ValueError, match=r"needs a frozen reference: set config\.init_from"):
+        loop.train(mclr("", **{"objective.reference_penalty": 1.0}), tmp_path / "another")
+    with pytest.raises(MismatchError, match="expected shape"):
+        loop.train(mclr(base, **{"network.width": 24}), tmp_path / "wide")
+
+
+def test_the_plain_objective_diverges_and_says_why(base, tmp_path):
+    changes = {"objective.negatives": "prior", "objective.beta": 3.0, "num_steps": 2000,
+               "optimizer.learning_rate": 0.02, "checkpoint_every": 2000}  # fmt: skip
+    with pytest.raises(
+        loop.NonFiniteError, match=r"has no minimum.*= 0\.75.*negatives='posterior'"
+    ):
+        loop.train(mclr(base, **changes), tmp_path)

@@ -26,7 +26,7 @@ def test_an_update_is_the_optimizer_on_the_mean_gradient():
     """Two steps against optax, jax.grad and the EMA formula used directly."""
     experiment, source, state = setup()
     data = batches(experiment, source, 2)
-    got, metrics = jax.jit(step.make_update(experiment))(state, data, 2)
+    got, metrics = jax.jit(step.make_update(experiment))(state, {}, data, 2)
 
     params, opt_state, averages = state.params, state.opt_state, state.ema
     for i in range(2):
@@ -34,7 +34,7 @@ def test_an_update_is_the_optimizer_on_the_mean_gradient():
         keys = step.example_keys(experiment.step_key, i, batch["index"])
 
         def loss(params, batch=batch, keys=keys):
-            return experiment.loss(params, batch, keys, train=True)[0].mean()
+            return experiment.loss(params, {}, batch, keys, train=True)[0].mean()
 
         value, gradient = jax.value_and_grad(loss)(params)
         np.testing.assert_allclose(metrics["loss"][i], value, rtol=1e-5)
@@ -56,11 +56,11 @@ def test_dispatches_of_any_length_give_the_same_bits_and_compile_once():
     data = batches(experiment, source, 5)
     traced = chex.assert_max_traces(step.make_update(experiment), n=1)
     update = jax.jit(traced)
-    whole, metrics = update(state, data, 5)
+    whole, metrics = update(state, {}, data, 5)
     parts, start, losses = state, 0, []
     for count in (2, 1, 2):
         rows = np.resize(np.arange(start, start + count), 5)
-        parts, log = update(parts, jax.tree.map(lambda x, r=rows: x[r], data), count)
+        parts, log = update(parts, {}, jax.tree.map(lambda x, r=rows: x[r], data), count)
         losses.append(np.asarray(log["loss"][:count]))
         start += count
     chex.assert_trees_all_equal(whole, parts)
@@ -72,8 +72,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(parts):
     experiment, source, state = setup()
     accumulating, _, _ = setup(grad_accumulation=parts)
     data = batches(experiment, source, 2)
-    whole, log = jax.jit(step.make_update(experiment))(state, data, 2)
-    split, split_log = jax.jit(step.make_update(accumulating))(state, data, 2)
+    whole, log = jax.jit(step.make_update(experiment))(state, {}, data, 2)
+    split, split_log = jax.jit(step.make_update(accumulating))(state, {}, data, 2)
     chex.assert_trees_all_close(log, split_log, rtol=1e-4)
     chex.assert_trees_all_close(whole.params, split.params, rtol=1e-3, atol=1e-5)
 
@@ -83,10 +83,12 @@ def test_evaluation_is_repeatable_and_without_dropout():
     params = jax.tree.map(lambda x: x + 0.02, state.params)  # zero-initialised layers move
     data = batches(experiment, source, 3)
     evaluate = jax.jit(step.make_evaluate(experiment))
-    first, again = evaluate(params, data), evaluate(params, data)
+    first, again = evaluate(params, {}, data), evaluate(params, {}, data)
     chex.assert_trees_all_equal(first, again)
     plain, _, _ = setup(**{"network.dropout": 0.0})
-    chex.assert_trees_all_close(jax.jit(step.make_evaluate(plain))(params, data), first, rtol=1e-5)
+    chex.assert_trees_all_close(
+        jax.jit(step.make_evaluate(plain))(params, {}, data), first, rtol=1e-5
+    )
 
 
 def test_keys_address_the_example_and_the_step():

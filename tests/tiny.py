@@ -2,6 +2,8 @@
 
 import importlib
 
+from ml_collections import ConfigDict
+
 SMALL = {
     "num_steps": 12,
     "batch_size": 16,
@@ -26,8 +28,20 @@ NETWORKS = {
 }
 
 
+NETWORKS["mixture_mclr"] = NETWORKS["mixture"]
+
+
 def config(name="mixture", **changes):
     """configs/NAME.py with a small network and `changes`, whose keys have dots for levels."""
     result = importlib.import_module(f"configs.{name}").get_config()
     result.update_from_flattened_dict(SMALL | NETWORKS[name] | changes)
+    return result
+
+
+def classifier(name="mixture"):
+    """A classifier of noisy data for `config(name)`."""
+    result = config(name)
+    result.objective = ConfigDict({"name": "classify"})
+    result.network = ConfigDict({"name": "mlp_classifier", "width": 16, "depth": 1, "dropout": 0.0,
+                                 "dtype": "float32"})  # fmt: skip
     return result

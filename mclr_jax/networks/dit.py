@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mclr_jax.networks.layers import Dropout, Linear, attention
+from mclr_jax.networks.layers import Dropout, Linear, attention, depth_to_space, space_to_depth
 
 
 class Block(nn.Module):
@@ -82,6 +82,8 @@ class DiT(nn.Module):
       num_classes: classes; label == num_classes is the null label, the last row of the table.
       time_scale: c_noise is multiplied by this before the sinusoid. 1000 suits EDM's ln(sigma)/4;
         official weights take their own t with 1 (SiT: also 1).
+      unit_condition: start with embeddings of noise level and class of unit variance. The official
+        ones start near 0.02, so that Adam takes thousands of steps to make use of the class.
       augment_dim: length of the augmentation vector, 0 for none.
       dtype: compute dtype; parameters, norms, softmax and output are float32.
       remat: recompute blocks in the backward pass to save memory.
@@ -97,6 +99,7 @@ class DiT(nn.Module):
     heads: int = 6
     mlp_ratio: float = 4.0
     time_scale: float = 1000.0
+    unit_condition: bool = False
     augment_dim: int = 0
     dropout: float = 0.0
     dtype: Any = jnp.float32
@@ -121,7 +124,7 @@ class DiT(nn.Module):
         Raises:
           ValueError: the patch size does not divide the image, or the heads the width.
         """
-        batch, height, width, channels = x.shape
+        batch, height, width, _ = x.shape
         p = self.patch_size
         if height % p or width % p:
             raise ValueError(f"images are {height}x{width}, not divisible by patch_size {p}")
@@ -134,17 +137,21 @@ class DiT(nn.Module):
         linear = partial(Linear, dtype=self.dtype)
         zeros = nn.initializers.zeros
         normal = nn.initializers.normal(0.02)
+        dense = nn.initializers.lecun_normal() if self.unit_condition else normal
+        table_init = nn.initializers.normal(1.0) if self.unit_condition else normal
 
         # Patches: a p x p convolution of stride p is a dense layer on flattened patches.
-        x = x.reshape(batch, rows, p, columns, p, channels).swapaxes(2, 3)
-        x = linear(self.width, name="x_embedder")(x.reshape(batch, rows * columns, -1))
+        x = space_to_depth(x, p).reshape(batch, rows * columns, -1)
+        x = linear(self.width, name="x_embedder")(x)
         x = x + position_embedding(self.width, rows, columns).astype(self.dtype)
 
         # Condition: noise level, class and augmentation.
         t = timestep_embedding(c_noise * self.time_scale)
-        t = nn.silu(Linear(self.width, kernel_init=normal, name="t_embedder_0")(t))
-        condition = Linear(self.width, kernel_init=normal, name="t_embedder_2")(t)
-        table = nn.Embed(self.num_classes + 1, self.width, embedding_init=normal, name="y_embedder")
+        t = nn.silu(Linear(self.width, kernel_init=dense, name="t_embedder_0")(t))
+        condition = Linear(self.width, kernel_init=dense, name="t_embedder_2")(t)
+        table = nn.Embed(
+            self.num_classes + 1, self.width, embedding_init=table_init, name="y_embedder"
+        )
         condition = condition + table(label)
         if self.augment_dim and augment is not None:
             module = Linear(self.width, kernel_init=normal, use_bias=False, name="map_augment")
@@ -167,5 +174,4 @@ class DiT(nn.Module):
         shift, scale = jnp.split(modulation(condition)[:, None, :], 2, axis=-1)
         x = layer_norm(x, self.dtype) * (1 + scale) + shift
         x = linear(p * p * self.out_channels, kernel_init=zeros, name="final_linear")(x)
-        x = x.reshape(batch, rows, columns, p, p, self.out_channels).swapaxes(2, 3)
-        return x.reshape(batch, height, width, self.out_channels).astype(jnp.float32)
+        return depth_to_space(x.reshape(batch, rows, columns, -1), p).astype(jnp.float32)

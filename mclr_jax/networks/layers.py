@@ -45,6 +45,20 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: Any = "S
     )
 
 
+def space_to_depth(x: jax.Array, size: int) -> jax.Array:
+    """Patches of size x size become channels: (B, H, W, C) -> (B, H/size, W/size, size^2 C)."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // size, size, width // size, size, channels).swapaxes(2, 3)
+    return x.reshape(batch, height // size, width // size, size * size * channels)
+
+
+def depth_to_space(x: jax.Array, size: int) -> jax.Array:
+    """The inverse of `space_to_depth`."""
+    batch, height, width, features = x.shape
+    x = x.reshape(batch, height, width, size, size, features // size**2).swapaxes(2, 3)
+    return x.reshape(batch, height * size, width * size, features // size**2)
+
+
 class Linear(nn.Module):
     """Dense layer on the last axis or, where `kernel_size` > 1, a convolution of NHWC images.
 

@@ -11,6 +11,15 @@ import numpy as np
 from mclr_jax.networks.layers import Dropout, Linear
 
 
+def noise_embedding(c_noise: jax.Array) -> jax.Array:
+    """cos and sin of c_noise (B,) at 16 frequencies -> (B, 32).
+
+    c_noise = ln(sigma)/4 spans about 3; the denoiser of a sharp mixture changes over 0.1.
+    """
+    angles = c_noise.astype(jnp.float32)[:, None] * np.geomspace(0.5, 32, 16, dtype=np.float32)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
 class Block(nn.Module):
     """Residual layer whose hidden units are scaled and shifted by the condition."""
 
@@ -68,10 +77,7 @@ class MLP(nn.Module):
           dropout_keys: (B,) typed PRNG keys, one per example; None for no dropout.
         """
         linear = partial(Linear, self.width, dtype=self.dtype)
-        # c_noise = ln(sigma)/4 spans about 3; the denoiser of a sharp mixture changes over 0.1.
-        angles = c_noise.astype(jnp.float32)[:, None] * np.geomspace(0.5, 32, 16, dtype=np.float32)
-        embedding = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-        condition = linear(name="map_noise")(embedding)
+        condition = linear(name="map_noise")(noise_embedding(c_noise))
         condition = condition + nn.Embed(
             self.num_classes + 1, self.width, dtype=self.dtype, name="map_label"
         )(label)

@@ -1,7 +1,7 @@
 """Denoising score matching, the objective of plain conditional training."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,34 @@ class NoiseLevels(Protocol):
     def sample(self, key: jax.Array) -> jax.Array: ...
 
 
+def perturb(
+    x0: jax.Array, label: jax.Array, keys: jax.Array, noise: NoiseLevels, null_label: int,
+    label_dropout: float,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """What every objective shows a network: noise added, some labels replaced by the null label.
+
+    Returns:
+      x (B, ...), sigma (B,), label (B,), and keys (B,) for whatever else an objective draws.
+    """
+    split = jax.vmap(lambda key: jax.random.split(key, 4), out_axes=1)
+    k_sigma, k_noise, k_label, k_rest = split(keys)
+    sigma = jax.vmap(noise.sample)(k_sigma)
+    x = x0 + expand(sigma, x0) * normal_like(k_noise, x0)
+    dropped = jax.vmap(jax.random.uniform)(k_label) < label_dropout
+    return x, sigma, jnp.where(dropped, null_label, label), k_rest
+
+
+def mean_square(x: jax.Array) -> jax.Array:
+    """(B, ...) -> (B,): the mean of x^2 over all but the first axis."""
+    return jnp.mean(x**2, axis=tuple(range(1, x.ndim)))
+
+
 def dsm(
     denoise: DenoiseFn,
     x0: jax.Array,
     label: jax.Array,
     keys: jax.Array,
+    extra: tuple[Any, ...] = (),
     *,
     noise: NoiseLevels,
     weight: Callable[[jax.Array], jax.Array],
@@ -37,6 +60,7 @@ def dsm(
       x0: (B, ...) clean data.
       label: (B,) int32.
       keys: (B,) typed keys; all randomness of example i comes from keys[i].
+      extra: further arrays (B, ...) or None that `denoise` takes after the label.
       noise: distribution that sigma is drawn from.
       weight: sigma (B,) -> loss weight (B,).
       null_label: label without condition, num_classes.
@@ -45,11 +69,6 @@ def dsm(
     Returns:
       loss (B,), and metrics (B,): `error`, the unweighted mean square error.
     """
-    k_sigma, k_noise, k_label = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)
-    sigma = jax.vmap(noise.sample)(k_sigma)
-    x = x0 + expand(sigma, x0) * normal_like(k_noise, x0)
-    dropped = jax.vmap(jax.random.uniform)(k_label) < label_dropout
-    label = jnp.where(dropped, null_label, label)
-    square = (denoise(x, sigma, label) - x0) ** 2
-    error = square.mean(tuple(range(1, x0.ndim)))
+    x, sigma, label, _ = perturb(x0, label, keys, noise, null_label, label_dropout)
+    error = mean_square(denoise(x, sigma, label, *extra) - x0)
     return weight(sigma) * error, {"error": error}

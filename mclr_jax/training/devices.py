@@ -83,6 +83,11 @@ class Devices:
         options = {"xla_backend_optimization_level": 0} if cpu else None
         return jax.jit(init, out_shardings=shardings, compiler_options=options)()
 
+    def put_state(self, state: Any) -> Any:
+        """A tree of host or device arrays, placed as this mode wants its state."""
+        shardings = self.state_shardings(state)
+        return jax.tree.map(lambda x, s: jax.device_put(np.asarray(x), s), state, shardings)
+
     def put_batches(self, batches: Any) -> Any:
         """Host arrays (K, rows of this process, ...) -> device arrays, rows spread over devices."""
 
@@ -101,20 +106,20 @@ class Devices:
         return jax.device_put(np.int32(value), replicated)
 
     def compile(self, update: Callable) -> Callable:
-        """(state, batches (K, B, ...), count ()) -> (state, metrics); the old state is donated."""
+        """(state, frozen, batches (K, B, ...), count ()) -> (state, metrics), the state donated."""
         if self.parallel == "pmap":
             return jax.pmap(
                 update,
                 axis_name=AXIS,
                 devices=self.devices,
-                in_axes=(None, 1, None),
+                in_axes=(None, None, 1, None),
                 out_axes=(None, None),
                 donate_argnums=(0,),
             )
         replicated = NamedSharding(self.mesh, PartitionSpec())
 
-        def sharded(state, batches, count):
-            new_state, metrics = update(state, batches, count)
+        def sharded(state, frozen, batches, count):
+            new_state, metrics = update(state, frozen, batches, count)
             shardings = self.state_shardings(new_state)
             return jax.lax.with_sharding_constraint((new_state, metrics), (shardings, replicated))
 

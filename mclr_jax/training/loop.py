@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from absl import logging
@@ -22,7 +23,10 @@ from mclr_jax.training.metrics import Writer
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or gradient is infinite or not a number."""
+    """A loss or gradient is infinite or not a number, or the loss is beyond LOSS_LIMIT."""
+
+
+LOSS_LIMIT = 1e4  # the weighted loss of an untrained network is about 1
 
 
 def load_source(config: ml_collections.ConfigDict, split: str) -> sources.Source:
@@ -37,7 +41,11 @@ def load_source(config: ml_collections.ConfigDict, split: str) -> sources.Source
     return source
 
 
-def make_experiment(config: ml_collections.ConfigDict, source: sources.Source) -> Experiment:
+def make_experiment(
+    config: ml_collections.ConfigDict,
+    source: sources.Source,
+    classifier: Experiment | None = None,
+) -> Experiment:
     """The config's experiment on this source; sigma_data is measured where the config has 0."""
     sigma_data = config.sigma_data or sources.sigma_data(source)
     if not 0 < sigma_data < np.inf:
@@ -45,8 +53,27 @@ def make_experiment(config: ml_collections.ConfigDict, source: sources.Source) -
             f"The data have standard deviation {sigma_data}; expected a positive number. Check the "
             "images of config.data, or set config.sigma_data."
         )
-    info = DataInfo(tuple(source.shape), source.num_classes, sigma_data)
-    return Experiment(ml_collections.FrozenConfigDict(config), info)
+    prior: tuple[float, ...] = ()
+    if config.objective.name == "mclr":
+        prior = tuple(np.bincount(source.labels, minlength=source.num_classes) / len(source))
+    info = DataInfo(tuple(source.shape), source.num_classes, sigma_data, prior)
+    return Experiment(ml_collections.FrozenConfigDict(config), info, classifier)
+
+
+def _classifier(config: ml_collections.ConfigDict, source: sources.Source) -> Experiment | None:
+    """The experiment that config.objective.posterior_from names, None where it names none."""
+    path = config.objective.get("posterior_from", "")
+    if config.objective.get("posterior", "") != "classifier" or not path:
+        return None
+    classifier = run.load_experiment(path)
+    found = (classifier.config.objective.name, classifier.data.shape, classifier.data.num_classes)
+    wanted = ("classify", tuple(source.shape), source.num_classes)
+    if found != wanted:
+        raise ValueError(
+            f"objective.posterior_from={path!r}: expected a run with objective, shape and number "
+            f"of classes {wanted}; it has {found}."
+        )
+    return classifier
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> steps.TrainState:
@@ -74,7 +101,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> ste
     devices = Devices(config.parallel)
     devices.check_batch_size(config.batch_size)
     source = load_source(config, "train")
-    experiment = make_experiment(config, source)
+    experiment = make_experiment(config, source, _classifier(config, source))
     first_process = jax.process_index() == 0
     if first_process:
         run.describe(workdir, experiment)
@@ -86,6 +113,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> ste
     ):
         # ---- start or go on -------------------------------------------------------------------
         state, data_state, start = _start(experiment, devices, checkpoints)
+        frozen = _frozen(experiment, devices, workdir)
         stream = pipeline.stream(
             source,
             config.batch_size,
@@ -102,7 +130,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> ste
             start,
         )  # fmt: skip
         update = devices.compile(steps.make_update(experiment, devices.axis_name))
-        evaluate = _evaluator(experiment, devices)
+        evaluate = _evaluator(experiment, devices.to_global(frozen))
         loop = _Loop(config, experiment, devices, checkpoints, snapshots, workdir, evaluate)
         with Writer(workdir, start, config.num_steps, first_process) as loop.writer:
             # ---- train ------------------------------------------------------------------------
@@ -112,7 +140,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> ste
                 batches = stack(stream, count, config.steps_per_dispatch)
                 batches, number = devices.put_batches(batches), devices.put_scalar(count)
                 with jax.transfer_guard("disallow"):
-                    state, metrics = update(state, batches, number)
+                    state, metrics = update(state, frozen, batches, number)
                 loop.record(step, count, metrics)
                 step += count
                 stop = interrupt.requested(sync=step % config.log_every == 0)
@@ -126,10 +154,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> ste
     return state
 
 
-def _start(experiment: Experiment, devices: Devices, checkpoints: Checkpoints):
-    """(state, position in the data or None, step) of the newest checkpoint, or of a new run."""
-    init = lambda: steps.init_state(experiment)  # noqa: E731
-    shapes = jax.eval_shape(init)
+def _restore(checkpoints: Checkpoints, devices: Devices, shapes: Any):
+    """The newest checkpoint as (tree like `shapes`, position in the data, step), or None."""
     global_devices = Devices("data") if devices.parallel == "pmap" else devices
     like = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -137,23 +163,69 @@ def _start(experiment: Experiment, devices: Devices, checkpoints: Checkpoints):
         global_devices.state_shardings(shapes),
     )
     restored = checkpoints.restore(like)
+    return restored and (devices.from_global(restored[0]), *restored[1:])
+
+
+def _start(experiment: Experiment, devices: Devices, checkpoints: Checkpoints):
+    """(state, position in the data or None, step) of the newest checkpoint, or of a new run."""
+    init = lambda: steps.init_state(experiment)  # noqa: E731
+    restored = _restore(checkpoints, devices, jax.eval_shape(init))
     if restored is not None:
-        state, data_state, step = restored
-        logging.info("Resumed from the checkpoint of step %d.", step)
-        return devices.from_global(state), data_state, step
+        logging.info("Resumed from the checkpoint of step %d.", restored[-1])
+        return restored
     state = devices.initialise(init)
     if experiment.config.init_from:
-        weights, step = run.load_weights(experiment.config.init_from)
-        check_same(shapes.params, weights, experiment.config.init_from)
-        logging.info("Weights from step %d of %s.", step, experiment.config.init_from)
-
-        def place(x, old):
-            return jax.device_put(np.asarray(x), old.sharding)
-
-        start = jax.tree.map(place, weights, state.params)
-        copies = {name: jax.tree.map(place, weights, state.params) for name in state.ema}
-        state = state.replace(params=start, ema=copies)
+        params = _pretrained(experiment, devices)
+        copies = {name: jax.tree.map(jnp.copy, params) for name in state.ema}
+        state = state.replace(params=params, ema=copies)
     return state, None, 0
+
+
+def _pretrained(experiment: Experiment, devices: Devices) -> Any:
+    """The EMA weights of the run config.init_from, placed for training.
+
+    Inputs that its network lacks (strength, augmentation) start with weights of zero, and an
+    augmentation input that this run lacks is left out.
+    """
+    path = experiment.config.init_from
+    weights, step = run.load_weights(path)
+    shapes = jax.eval_shape(experiment.init)
+    wanted = shapes.get("map_augment", {}).get("kernel")
+    if wanted is None:
+        weights.pop("map_augment", None)  # it is linear, and its input was zero when sampling
+    else:
+        kernel = np.zeros(wanted.shape, wanted.dtype)
+        old = weights.get("map_augment", {}).get("kernel", kernel[:0])
+        if old.shape[1] == kernel.shape[1] and len(old) <= len(kernel):
+            kernel[: len(old)] = old
+            weights["map_augment"] = {"kernel": kernel}
+    check_same(shapes, weights, path)
+    logging.info("Weights from step %d of %s.", step, path)
+    return devices.put_state(weights)
+
+
+def _frozen(experiment: Experiment, devices: Devices, workdir: pathlib.Path) -> dict[str, Any]:
+    """What the objective holds frozen; copied into `workdir`, so that the run needs no other."""
+    shapes = jax.eval_shape(experiment.init_frozen)
+    if not shapes:
+        return {}
+    with Checkpoints(workdir / "frozen", keep=None) as store:
+        restored = _restore(store, devices, shapes)
+        if restored is not None:
+            return restored[0]
+        frozen = {}
+        if "reference" in shapes:
+            if not experiment.config.init_from:
+                raise ValueError(
+                    "This objective needs a frozen reference: set config.init_from to the work "
+                    "directory of the base run."
+                )
+            frozen["reference"] = _pretrained(experiment, devices)
+        if "classifier" in shapes:
+            weights, _ = run.load_weights(experiment.config.objective.posterior_from)
+            frozen["classifier"] = devices.put_state(weights)
+        store.save(0, devices.to_global(frozen), {})
+    return frozen
 
 
 def stack(stream: Iterator[dict], count: int, length: int) -> dict[str, np.ndarray]:
@@ -163,7 +235,7 @@ def stack(stream: Iterator[dict], count: int, length: int) -> dict[str, np.ndarr
     return jax.tree.map(lambda *rows: np.stack(rows), *batches)
 
 
-def _evaluator(experiment: Experiment, devices: Devices):
+def _evaluator(experiment: Experiment, frozen: dict[str, Any]):
     """params -> metrics on held-out examples, or None where config.eval_examples is 0.
 
     The batches and their noise are the same each time, so that checkpoints can be ranked.
@@ -184,7 +256,7 @@ def _evaluator(experiment: Experiment, devices: Devices):
     }
     data_parallel = Devices("data")
     evaluate = jax.jit(steps.make_evaluate(experiment))
-    return lambda params: evaluate(params, data_parallel.put_batches(batches))
+    return lambda params: evaluate(params, frozen, data_parallel.put_batches(batches))
 
 
 class _Interrupt:
@@ -248,17 +320,18 @@ class _Loop:
         (step, count, metrics), self._pending = self._pending, None
         for name, values in jax.device_get(metrics).items():
             values = values[:count]
-            if not np.isfinite(values).all():
-                self._fail(step + int(np.argmin(np.isfinite(values))), name)
+            fine = np.isfinite(values) & ((name != "loss") | (np.abs(values) < LOSS_LIMIT))
+            if not fine.all():
+                row = int(np.argmin(fine))
+                self._fail(step + row, f"{name} is {values[row]:.3g}")
             self._since_report.setdefault(name, []).append(values)
 
-    def _fail(self, step: int, name: str) -> None:
+    def _fail(self, step: int, what: str) -> None:
         self._checkpoints.wait()
         good = self._checkpoints.steps()
         raise NonFiniteError(
-            f"{name} is not finite in step {step}. The last good checkpoint is "
-            f"{f'of step {good[-1]}' if good else 'none'}. Lower config.optimizer.learning_rate, "
-            "set config.optimizer.clip_norm, or compute in float32."
+            f"{what} in step {step}: the run diverged. The last good checkpoint is "
+            f"{f'of step {good[-1]}' if good else 'none'}. {self._experiment.advice}"
         )
 
     def events(self, step: int, state, data_state: dict, stop: bool) -> None:

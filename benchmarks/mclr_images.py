@@ -1,0 +1,264 @@
+"""MCLR against CFG on real images: one base model, matched budgets, three seeds.
+
+  python benchmarks/mclr_images.py --data=fashion_mnist
+  python benchmarks/mclr_images.py --data=digits
+
+Every task (a training run, or the sampling and judging of one model at one guidance scale) is a
+process of its own on one core, as many at a time as --jobs; its outcome is a file under
+runs/mclr_DATA, so that the same command goes on after an interruption. The last task writes
+benchmarks/results/DATA_mclr.json. Needs the package installed (pip install -e .).
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib
+import io
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT))
+
+# gamma = guidance_scale - 1 of CFG, beta of MCLR.
+SETTINGS = {
+    "fashion_mnist": {
+        "samples": 5000,
+        "cfg": (0.1, 0.2, 0.3, 0.5, 1.0, 2.0),
+        "beta": (0.1, 0.2, 0.3, 0.5, 1.0),
+        "judge_steps": {"features": 1500, "accuracy": 2500},
+    },
+    "digits": {
+        "samples": 2000,
+        "cfg": (0.1, 0.2, 0.3, 0.5, 1.0, 2.0),
+        "beta": (0.1, 0.2, 0.3, 0.5, 1.0),
+        "judge_steps": {"features": 600, "accuracy": 600},
+    },
+}
+JUDGES = {
+    "features": {"name": "conv_classifier", "channels": (32, 64), "patch_size": 2},
+    "accuracy": {"name": "mlp_classifier", "width": 256, "depth": 2},
+}
+# Changes of configs/DATA_mclr.py; {beta} runs over the strengths.
+VARIANTS = {
+    "posterior": {},
+    "prior_weighted": {"negatives": "prior", "weighting": "cfg"},
+    "interval": {"sigma_interval": (0.1, 2.0)},
+    "plain_clip": {"negatives": "mismatched", "bound": "clip", "clip_ratio": 1.5},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Where everything is, and how each part is made."""
+
+    data: str
+
+    @property
+    def settings(self) -> dict:
+        return SETTINGS[self.data]
+
+    @property
+    def root(self) -> pathlib.Path:
+        return ROOT / "runs" / f"mclr_{self.data}"
+
+    def config(self, name: str = ""):
+        return importlib.import_module(f"configs.{self.data}{name}").get_config()
+
+    def train(self, name: str, config) -> None:
+        """Train to the end; `done` says so."""
+        from mclr_jax.training.loop import train
+
+        train(config, self.root / name)
+        (self.root / name / "done").touch()
+
+    def judge(self, judge: str) -> None:
+        """A classifier of clean images (noise of level 0.01), to judge samples with."""
+        from ml_collections import ConfigDict
+
+        config = self.config("_classifier")
+        config.noise = ConfigDict({"name": "loguniform", "sigma_min": 0.01, "sigma_max": 0.01})
+        config.network = ConfigDict(JUDGES[judge] | {"dropout": 0.1, "dtype": "float32"})
+        config.num_steps = self.settings["judge_steps"][judge]
+        config.batch_size = 64
+        config.seed = 100
+        self.train(f"judge_{judge}", config)
+
+    def fine_tune(self, name: str, seed: int, control: bool, changes: dict) -> None:
+        """MCLR, or DSM with the same steps and learning rates."""
+        config = self.config("_mclr")
+        config.init_from = str(self.root / "base")
+        config.objective.posterior_from = str(self.root / "classifier")
+        config.objective.update(changes)
+        if control:
+            config.objective = self.config().objective
+        config.seed = seed + 1
+        config.sample_every = 0
+        self.train(name, config)
+
+    def sample(self, name: str, model: str, gamma: float, seed: int) -> None:
+        """Samples of a model, judged; features are kept to compare sets of samples."""
+        import numpy as np
+
+        from mclr_jax import generate, run
+
+        experiment = run.load_experiment(self.root / model)
+        params, _ = run.load_weights(self.root / model)
+        labels = np.resize(np.arange(experiment.null_label), self.settings["samples"])
+        samples = generate.generate(
+            experiment, params, labels, seed=seed, guidance_scale=1 + gamma, batch_size=250
+        )
+        guided = gamma != 0 and not experiment.strength
+        steps = experiment.config.sampler.num_steps
+        calls = {"network_calls": (2 if guided else 1) * (2 * steps - 1)}
+        self.store(name, np.round(samples.clip(-1, 1) * 127.5) / 127.5, labels, calls)
+
+    def real(self, split: str) -> None:
+        """The floor: real images judged as samples are. `train` is the reference itself."""
+        import numpy as np
+
+        from mclr_jax.data import pipeline, sources
+
+        source = sources.load(self.data, split)
+        count = len(source) if split == "train" else min(self.settings["samples"], len(source))
+        images, labels = source[np.arange(count)]
+        self.store(f"real_{split}", np.asarray(pipeline.to_float(images)), labels, {})
+
+    def store(self, name: str, images, labels, more: dict) -> None:
+        """Features and metrics of images (n, ...) in [-1, 1] -> NAME.npz, NAME.json."""
+        import numpy as np
+
+        from mclr_jax.evaluation import metrics
+        from mclr_jax.run import write_atomically
+
+        features, log_probs = self.judged("features", images)
+        buffer = io.BytesIO()
+        np.savez(buffer, features=features, labels=labels)
+        (self.root / "sets").mkdir(exist_ok=True)
+        row: dict = {"samples": len(images), **more}
+        if name != "real_train":
+            with np.load(self.root / "sets" / "real_train.npz") as real:
+                real_features, real_labels = real["features"], real["labels"]
+            reference = metrics.moments(real_features)
+            subset = np.random.default_rng(0).permutation(len(real_labels))[: len(images)]
+            precision, recall = metrics.precision_recall(real_features[subset], features)
+            per_class = metrics.per_class_frechet(features, labels, real_features, real_labels)
+            row |= {
+                "frechet": metrics.frechet_distance(metrics.moments(features), reference),
+                "per_class_frechet": float(np.mean(per_class)),
+                "inter_class_frechet": metrics.inter_class_frechet(features, labels),
+                "inception_score": metrics.inception_score(np.exp(log_probs)),
+                "accuracy": float(
+                    (self.judged("accuracy", images)[1].argmax(1) == labels).mean()
+                ),
+                "precision": precision,
+                "recall": recall,
+            }
+        write_atomically(self.root / "sets" / f"{name}.npz", buffer.getvalue())
+        write_atomically(self.root / "sets" / f"{name}.json", json.dumps(row, indent=1))
+
+    def judged(self, judge: str, images):
+        """(features (n, d), log probabilities (n, K)) by a judge."""
+        import jax
+        import numpy as np
+
+        from mclr_jax import run
+
+        experiment = run.load_experiment(self.root / f"judge_{judge}")
+        params, _ = run.load_weights(self.root / f"judge_{judge}")
+        compute = jax.jit(experiment.features)
+        parts = [
+            jax.device_get(compute(params, np.resize(chunk, (500, *chunk.shape[1:]))))
+            for chunk in np.array_split(images, -(-len(images) // 500))
+        ]
+        sizes = [len(chunk) for chunk in np.array_split(images, -(-len(images) // 500))]
+        kept = [tuple(a[:n] for a in part) for part, n in zip(parts, sizes, strict=True)]
+        features, logits = (np.concatenate(arrays).astype(np.float64) for arrays in zip(*kept))
+        peak = logits.max(axis=1, keepdims=True)
+        return features, logits - peak - np.log(np.exp(logits - peak).sum(1, keepdims=True))
+
+    # ---- the parts together ------------------------------------------------------------------
+
+    def tasks(self, seeds: tuple[int, ...]) -> list["Task"]:
+        """All tasks but the last, each after those it needs."""
+        beta, cfg = self.settings["beta"], self.settings["cfg"]
+        tasks = [
+            Task("base", lambda: self.train("base", self.config()), "base/done"),
+            Task("classifier", lambda: self.train("classifier", self.config("_classifier")),
+                 "classifier/done"),
+            *(Task(f"judge_{j}", lambda j=j: self.judge(j), f"judge_{j}/done") for j in JUDGES),
+        ]  # fmt: skip
+        judges = tuple(f"judge_{j}/done" for j in JUDGES)
+        start = ("base/done", "classifier/done")
+        for split, needs in [("train", judges), ("test", ("sets/real_train.json",))]:
+            tasks.append(Task(f"real_{split}", functools.partial(self.real, split),
+                              f"sets/real_{split}.json", needs))  # fmt: skip
+
+        def model(name: str, seed: int, gammas, control=False, **changes) -> None:
+            """A fine-tuned model, and its samples at each of the strengths."""
+            workdir = f"{name}_{seed}"
+            tune = functools.partial(self.fine_tune, workdir, seed, control, changes)
+            tasks.append(Task(workdir, tune, f"{workdir}/done", start))
+            for gamma in gammas:
+                row = f"{workdir}_at_{gamma:g}"
+                draw = functools.partial(self.sample, row, workdir, gamma, seed)
+                needs = (f"{workdir}/done", "sets/real_train.json")
+                tasks.append(Task(row, draw, f"sets/{row}.json", needs))
+
+        for seed in seeds:
+            model("control", seed, (0.0, *cfg), control=True)
+            for b in beta:
+                model(f"posterior_beta{b:g}", seed, (0.0,), beta=b)
+            model("strength", seed, beta, strength=(0.0, max(beta)))
+            for name, changes in VARIANTS.items():
+                model(name, seed, (0.0,), **changes)
+        return tasks
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One process: `run` makes the file `output`, once the files `needs` are there."""
+
+    name: str
+    run: Callable[[], None]
+    output: str
+    needs: tuple[str, ...] = ()
+
+
+def schedule(bench: Bench, tasks: list[Task], arguments: list[str], jobs: int) -> None:
+    """Run what is missing, `jobs` processes at a time, each on a core of its own."""
+    cores = sorted(os.sched_getaffinity(0))[:jobs]
+    running: dict[int, tuple[Task, subprocess.Popen]] = {}
+    started: set[str] = set()
+    logs = bench.root / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+
+    def there(output: str) -> bool:
+        return (bench.root / output).exists()
+
+    while any(not there(task.output) for task in tasks):
+        for core, (task, process) in list(running.items()):
+            if process.poll() is not None:
+                del running[core]
+                if process.returncode:
+                    sys.exit(f"{task.name} failed; see {logs / task.name}.log")
+                print(f"{time.strftime('%H:%M:%S')} {task.name}", flush=True)
+        ready = [
+            task for task in tasks
+            if task.name not in started and not there(task.output) and all(map(there, task.needs))
+        ]  # fmt: skip
+        for core in [c for c in cores if c not in running][: len(ready)]:
+            task = ready.pop(0)
+            started.add(task.name)
+            command = ["taskset", "-c", str(core), sys.executable, __file__, *arguments]
+            with (logs / f"{task.name}.log").open("ab") as log:
+                running[core] = task, subprocess.Popen(
+                    [*command, f"--task={task.name}"], stdout=log, stderr=log
+                )  # fmt: skip
+        time.sleep(0.5)

@@ -1,0 +1,249 @@
+"""Sample quality and class separation as pure functions of feature arrays, free of any extractor.
+
+Everything runs in float64 on the CPU. Distances and kernels between two sets are computed in blocks
+of rows: 10,000 x 10,000 pairs take about 80 MB besides three float64 copies of the features.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+from scipy.special import rel_entr
+
+BLOCK_BYTES = 16 * 2**20  # of one block of pairwise values; up to five are alive at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Mean (d,) and unbiased covariance (d, d), in float64, of `count` feature vectors.
+
+    Example, batch by batch: `functools.reduce(Moments.merge, map(moments, batches))`.
+    """
+
+    count: int
+    mean: np.ndarray
+    cov: np.ndarray
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Moments of both sets together, without cancellation (Chan, Golub and LeVeque 1979)."""
+        _check_same_dim(len(self.mean), len(other.mean))
+        total, shift = self.count + other.count, other.mean - self.mean
+        scatter = self.cov * (self.count - 1) + other.cov * (other.count - 1)
+        scatter += np.outer(shift, shift) * (self.count * other.count / total)
+        return Moments(total, self.mean + shift * (other.count / total), scatter / (total - 1))
+
+
+def moments(features: np.ndarray) -> Moments:
+    """Moments of features (n, d); the covariance has ddof = 1, as in FID.
+
+    One feature vector is allowed, as a last batch to merge: its covariance is zero.
+    """
+    features = _as_features(features, "features")
+    mean = features.mean(0)
+    deviations = features - mean
+    return Moments(len(features), mean, deviations.T @ deviations / max(len(features) - 1, 1))
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """Frechet distance |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two Gaussians, >= 0.
+
+    It is the FID on Inception pool3 features (Heusel et al. 2017, arXiv 1706.08500, eq. 6).
+    Covariances may be rank deficient (fewer samples than dimensions).
+    """
+    _check_same_dim(len(a.mean), len(b.mean))
+    return _frechet(a, _root(a), b, _root(b))
+
+
+def _root(moments: Moments) -> np.ndarray:
+    """F (d, r) with cov = F F^T and r the numerical rank, by a symmetric eigen-decomposition."""
+    if moments.count < 2:
+        raise ValueError("Got 1 feature vector; a covariance needs at least 2. Add samples.")
+    values, vectors = np.linalg.eigh(moments.cov)
+    keep = values > values.max() * len(values) * np.finfo(np.float64).eps
+    return vectors[:, keep] * np.sqrt(values[keep])
+
+
+def _frechet(a: Moments, root_a: np.ndarray, b: Moments, root_b: np.ndarray) -> float:
+    # With C = F F^T, the eigenvalues of C1^(1/2) C2 C1^(1/2) are the squared singular values of
+    # F1^T F2, which lose no digits to a square root and are few when the rank is low.
+    cross = np.linalg.svdvals(root_a.T @ root_b).sum()
+    distance = np.sum((a.mean - b.mean) ** 2) + np.trace(a.cov) + np.trace(b.cov) - 2 * cross
+    return max(float(distance), 0.0)
+
+
+def per_class_frechet(
+    features: np.ndarray, labels: np.ndarray, ref_features: np.ndarray, ref_labels: np.ndarray
+) -> np.ndarray:
+    """Frechet distance of each class to the same class of the reference, (K,), by rising label.
+
+    features (n, d), labels (n,), ref_features (m, d), ref_labels (m,): both sets hold the same K
+    classes, with at least 2 samples of each.
+    """
+    ours, reference = _by_class(features, labels), _by_class(ref_features, ref_labels)
+    if ours.keys() != reference.keys():
+        raise ValueError(
+            f"Got classes {sorted(ours)}, reference classes {sorted(reference)}; expected the same."
+            " Generate every class, or take the same classes of the reference."
+        )
+    return np.array([frechet_distance(ours[c], reference[c]) for c in reference])
+
+
+def inter_class_frechet(features: np.ndarray, labels: np.ndarray) -> float:
+    """Mean over all pairs of classes of the Frechet distance between the features of the two.
+
+    It measures class separation (arXiv 2505.19210). features (n, d), labels (n,) of 2+ classes.
+    """
+    classes = _by_class(features, labels)
+    if len(classes) < 2:
+        raise ValueError("Got samples of one class; expected 2 classes or more. Add a class.")
+    roots = [(m, _root(m)) for m in classes.values()]
+    return float(np.mean([_frechet(*a, *b) for a, b in itertools.combinations(roots, 2)]))
+
+
+def inception_score(probs: np.ndarray) -> float:
+    """exp(E_x KL(p(y|x) || p(y))) of class probabilities (n, K), between 1 and K, in one split.
+
+    Source: Salimans et al. 2016, arXiv 1606.03498.
+    """
+    probs = _as_features(probs, "probs")
+    off = np.abs(probs.sum(1) - 1).max()
+    if probs.min() < 0 or off > 1e-3:
+        got = f"minimum {probs.min():.3g} and row sums up to {off:.3g} off one"
+        raise ValueError(f"Got probs with {got}; expected probabilities. Apply a softmax first.")
+    return float(np.exp(rel_entr(probs, probs.mean(0)).sum(1).mean()))
+
+
+def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[float, float]:
+    """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991, eq. 1-2).
+
+    Precision is the share of fake samples no farther from some real sample than its k-th nearest
+    real neighbour; recall has real and fake exchanged. real (n, d), fake (m, d), k < n, k < m.
+    """
+    real, fake = _pair(real, fake)
+    real_radius, fake_radius = _squared_radii(real, k, "real"), _squared_radii(fake, k, "fake")
+    inside_real, inside_fake = np.zeros(len(fake), bool), np.zeros(len(real), bool)
+    for rows, squared in _squared_distances(fake, real):
+        inside_real[rows] = (squared <= real_radius).any(1)
+        inside_fake |= (squared <= fake_radius[rows, None]).any(0)
+    return float(inside_real.mean()), float(inside_fake.mean())
+
+
+def density_coverage(real: np.ndarray, fake: np.ndarray, k: int = 5) -> tuple[float, float]:
+    """Density and coverage (Naeem et al. 2020, arXiv 2002.09797, sec. 3).
+
+    Density is the mean number of real k-neighbour balls around a fake sample, over k; coverage is
+    the share of real balls that hold one. Balls are open, as in the authors' code. real (n, d),
+    fake (m, d), k < n.
+    """
+    real, fake = _pair(real, fake)
+    radius = _squared_radii(real, k, "real")
+    balls, nearest = 0, np.full(len(real), np.inf)
+    for _, squared in _squared_distances(fake, real):
+        balls += int(np.count_nonzero(squared < radius))
+        nearest = np.minimum(nearest, squared.min(0))
+    return balls / (k * len(fake)), float((nearest < radius).mean())
+
+
+def kernel_distance(real: np.ndarray, fake: np.ndarray) -> float:
+    """Unbiased MMD^2 under the kernel (x.y / d + 1)^3, over all samples; may be below zero.
+
+    It is the KID on Inception pool3 features (Binkowski et al. 2018, arXiv 1801.01401).
+    real (n, d), fake (m, d); n and m, at least 2, may differ.
+    """
+    real, fake = _pair(real, fake)
+    if min(len(real), len(fake)) < 2:
+        raise ValueError(f"Got {len(real)} real and {len(fake)} fake samples; expected 2 or more.")
+    within = 0.0
+    for x in (real, fake):
+        diagonal = np.sum((np.sum(x * x, 1) / x.shape[1] + 1) ** 3)
+        within += (_kernel_sum(x, x) - diagonal) / (len(x) * (len(x) - 1))
+    return float(within - 2 * _kernel_sum(real, fake) / (len(real) * len(fake)))
+
+
+def kernel_distance_subsets(
+    real: np.ndarray, fake: np.ndarray, subsets=100, subset_size=1000, seed=2020
+) -> tuple[float, float]:
+    """Mean and standard deviation (ddof = 0) of `kernel_distance` over random subsets.
+
+    It draws as torch-fidelity does with fake as its first input: equal seeds, equal numbers.
+    """
+    real, fake = _pair(real, fake)
+    if subsets < 1 or not 2 <= subset_size <= min(len(real), len(fake)):
+        raise ValueError(
+            f"Got subsets={subsets}, subset_size={subset_size}, {len(real)} real, {len(fake)} fake "
+            "samples; expected subsets >= 1 and 2 <= subset_size <= samples. Lower subset_size."
+        )
+    rng, values = np.random.RandomState(seed), []
+    for _ in range(subsets):
+        some_fake = fake[rng.choice(len(fake), subset_size, replace=False)]
+        some_real = real[rng.choice(len(real), subset_size, replace=False)]
+        values.append(kernel_distance(some_real, some_fake))
+    return float(np.mean(values)), float(np.std(values))
+
+
+def _kernel_sum(x: np.ndarray, y: np.ndarray) -> float:
+    blocks = (x[rows] @ y.T / x.shape[1] + 1 for rows in _row_blocks(len(x), len(y)))
+    return sum(float(np.sum(block * block * block)) for block in blocks)
+
+
+def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
+    step = max(1, BLOCK_BYTES // (8 * columns))
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def _squared_distances(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Blocks of rows of |x_i - y_j|^2, as (rows, squared distances (len(rows), len(y)))."""
+    center = y.mean(0)  # about it, |x|^2 + |y|^2 - 2 x.y loses fewer digits
+    y = y - center
+    y_norm = np.sum(y * y, 1)
+    for rows in _row_blocks(len(x), len(y)):
+        some = x[rows] - center
+        norms = np.sum(some * some, 1)[:, None] + y_norm
+        squared = norms - 2 * (some @ y.T)
+        squared[squared < 1e-13 * norms] = 0.0  # rounding: duplicates are at distance 0
+        yield rows, squared
+
+
+def _squared_radii(x: np.ndarray, k: int, name: str) -> np.ndarray:
+    """Squared distance of each x_i to its k-th nearest neighbour other than itself, (n,)."""
+    if not 1 <= k < len(x):
+        raise ValueError(f"Got k={k}, {len(x)} {name} samples; expected 1 <= k < n. Lower k.")
+    radii = np.empty(len(x))
+    for rows, squared in _squared_distances(x, x):
+        squared.partition(k, axis=1)
+        radii[rows] = squared[:, k]  # not k - 1, for the nearest of all is x_i itself
+    return radii
+
+
+def _as_features(features: np.ndarray, name: str) -> np.ndarray:
+    features = np.asarray(features, np.float64)
+    if features.ndim != 2 or features.size == 0:
+        raise ValueError(f"Got {name} of shape {features.shape}; expected (n, d), not empty.")
+    bad = np.flatnonzero(~np.isfinite(features).all(1))
+    if len(bad):
+        rows = f"{len(bad)} of {len(features)} rows, first {bad[0]}"
+        raise ValueError(f"Got {name} not finite in {rows}; expected finite. Find broken samples.")
+    return features
+
+
+def _check_same_dim(a: int, b: int) -> None:
+    if a != b:
+        raise ValueError(f"Got features of {a} and of {b} dimensions; use one extractor for both.")
+
+
+def _pair(real: np.ndarray, fake: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    real, fake = _as_features(real, "real features"), _as_features(fake, "fake features")
+    _check_same_dim(real.shape[1], fake.shape[1])
+    return real, fake
+
+
+def _by_class(features: np.ndarray, labels: np.ndarray) -> dict[int, Moments]:
+    """Moments of each class, by rising label."""
+    features, labels = _as_features(features, "features"), np.asarray(labels)
+    if labels.shape != features.shape[:1]:
+        raise ValueError(f"Got labels of shape {labels.shape} for {len(features)} features.")
+    classes, counts = np.unique(labels, return_counts=True)
+    if counts.min() < 2:
+        raise ValueError(f"Got 1 sample of class {classes[counts.argmin()]}; expected at least 2.")
+    return {int(c): moments(features[labels == c]) for c in classes}

@@ -1,0 +1,320 @@
+import functools
+import sys
+import tracemalloc
+from unittest import mock
+
+import numpy as np
+import pytest
+import scipy.linalg
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mclr_jax.evaluation import metrics
+from mclr_jax.evaluation.metrics import Moments, frechet_distance, moments
+
+RNG = np.random.default_rng
+SEEDS = st.integers(0, 10**6)
+
+
+def features(seed, n=60, dim=5, mean=0.0):
+    """Correlated features of unequal spread, with a mean far from zero where asked."""
+    rng = RNG(seed)
+    mix = rng.normal(size=(dim, dim)) * rng.uniform(0.1, 2, dim)
+    return mean + rng.normal(size=(n, dim)) @ mix
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """About 7 rows of 60 columns in a block, so that every pairwise sum takes several."""
+    monkeypatch.setattr(metrics, "BLOCK_BYTES", 7 * 60 * 8)
+
+
+# --- Closed forms ---------------------------------------------------------------------------------
+
+
+def test_frechet_distance_of_gaussians_with_commuting_covariances():
+    """|m1 - m2|^2 + sum_i (s1_i - s2_i)^2, here 3^2 + 4^2 + (1 - 2)^2 + (3 - 1)^2 + 0 = 30."""
+    rotation, _ = np.linalg.qr(RNG(0).normal(size=(3, 3)))
+
+    def gaussian(mean, stds):
+        return Moments(9, np.array(mean), rotation @ np.diag(np.square(stds)) @ rotation.T)
+
+    distance = frechet_distance(gaussian([0.0, 1, 2], [1, 3, 5]), gaussian([3.0, 5, 2], [2, 1, 5]))
+    assert distance == pytest.approx(30, rel=1e-12)
+    points = Moments(5, np.zeros(3), np.zeros((3, 3)))  # a covariance of rank 0
+    assert frechet_distance(points, gaussian([0.0, 0, 1], [1, 0, 2])) == pytest.approx(1 + 5)
+
+
+def test_frechet_distances_of_classes_that_are_shifted_copies():
+    """Equal covariances: only the shifts count, (9 + 16 + 25) / 3 over the pairs of classes."""
+    one, label = features(0), np.repeat([5, 2, 7], 60)
+    shift = {5: [0, 0, 0, 0, 0], 2: [3, 0, 0, 0, 0], 7: [0, 4, 0, 0, 0]}
+    three = np.concatenate([one + shift[c] for c in (5, 2, 7)])
+    order = RNG(1).permutation(180)
+    got = metrics.inter_class_frechet(three[order], label[order])
+    assert got == pytest.approx(50 / 3, rel=1e-10)
+    reference = np.concatenate([one, one, one])
+    per_class = metrics.per_class_frechet(three[order], label[order], reference, label)
+    np.testing.assert_allclose(per_class, [9, 0, 16], rtol=1e-10, atol=1e-10)  # classes 2, 5, 7
+
+
+def test_inception_score_of_known_answers():
+    assert metrics.inception_score(np.eye(4).repeat(5, 0)) == pytest.approx(4)
+    assert metrics.inception_score(np.full((9, 4), 0.25)) == pytest.approx(1)
+    two = np.array([[0.9, 0.1], [0.1, 0.9]])  # the marginal is uniform: ln 2 minus the entropy
+    entropy = -(0.9 * np.log(0.9) + 0.1 * np.log(0.1))
+    assert metrics.inception_score(two) == pytest.approx(2 * np.exp(-entropy))
+
+
+def test_neighbour_metrics_of_points_on_a_line():
+    real = np.array([[0.0], [1], [2], [10]])  # k = 1: balls of radius 1, 1, 1 and 8
+    fake = np.array([[0.5], [0.6], [2.5], [40.0]])  # radius 0.1, 0.1, 1.9 and 37.5
+    # Precision: all but 40. Recall: 1 and 2 are within 1.9 of 2.5, and 10 is within 37.5 of 40.
+    assert metrics.precision_recall(real, fake, k=1) == (0.75, 0.75)
+    # Fake in balls of 0, 1, 2, 10: 2 + 2 + 1 + 1, the last (2.5, at 7.5 of 10) and 40 in none.
+    assert metrics.density_coverage(real, fake, k=1) == (6 / 4, 1.0)
+
+
+def test_identical_and_disjoint_sets_have_the_extreme_scores():
+    real = features(0)
+    assert metrics.precision_recall(real, real) == (1, 1)
+    assert metrics.precision_recall(real, real + 1e3) == (0, 0)
+    assert metrics.density_coverage(real, real + 1e3) == (0, 0)
+
+
+def test_neighbour_metrics_at_the_edge_of_a_ball():
+    """Precision and recall take closed balls, density and coverage open ones."""
+    line = np.array([[0.0], [1], [3], [7]])
+    assert metrics.density_coverage(line, line, k=1) == (1, 1)  # each ball holds its center alone
+    ends = np.array([[-1.0], [20], [21]])  # -1 is on the edge of the ball of 0
+    assert metrics.precision_recall(line, ends, k=1)[0] == pytest.approx(1 / 3)
+    assert metrics.density_coverage(line, ends, k=1) == (0, 0)
+
+
+def test_copies_are_at_distance_zero_in_spite_of_rounding():
+    real = features(0, 50, 40, mean=100).repeat(2, 0)  # so all radii are zero
+    assert metrics.precision_recall(real, real[::-1][:41], k=1)[0] == 1
+    assert metrics.density_coverage(real, real[::-1][:41], k=1) == (0, 0)
+
+
+@pytest.mark.parametrize("function", [metrics.precision_recall, metrics.kernel_distance])
+def test_memory_is_bounded_by_the_blocks(monkeypatch, function):
+    monkeypatch.setattr(metrics, "BLOCK_BYTES", 2**18)
+    real, fake = RNG(0).normal(size=(2, 1500, 2))  # 17 MiB of distances
+    tracemalloc.start()
+    function(real, fake)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * 2**18
+
+
+def test_kernel_distance_of_points_on_a_line():
+    """x = (0, 1), y = (1, 2): 1 + 27 - 2 (1 + 1 + 8 + 27) / 4."""
+    got = metrics.kernel_distance(np.array([[0.0], [1]]), np.array([[1.0], [2]]))
+    assert got == pytest.approx(1 + 27 - 37 / 2)
+
+
+# --- Parity with other implementations ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", [1, 5, 40])
+def test_frechet_distance_matches_sqrtm_of_scipy(dim):
+    a, b = features(0, 100, dim), features(1, 80, dim, mean=0.3)
+    (m1, c1), (m2, c2) = ((x.mean(0), np.atleast_2d(np.cov(x, rowvar=False))) for x in (a, b))
+    expected = np.sum((m1 - m2) ** 2) + np.trace(c1 + c2 - 2 * scipy.linalg.sqrtm(c1 @ c2).real)
+    assert frechet_distance(moments(a), moments(b)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_frechet_distance_of_rank_deficient_sets_matches_singular_values_of_the_samples():
+    """tr (C1 C2)^(1/2) is the nuclear norm of X1 X2^T / sqrt((n1 - 1) (n2 - 1)), X centered."""
+    a, b = features(0, 10, 64), features(1, 14, 64)
+    x, y = ((f - f.mean(0)) / np.sqrt(len(f) - 1) for f in (a, b))
+    shift = np.sum((a.mean(0) - b.mean(0)) ** 2)
+    expected = shift + np.sum(x**2) + np.sum(y**2) - 2 * np.linalg.norm(x @ y.T, "nuc")
+    assert frechet_distance(moments(a), moments(b)) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize("sizes", [(60, 60), (40, 90)])
+@pytest.mark.usefixtures("small_blocks")
+def test_neighbour_metrics_match_loops(k, sizes):
+    real, fake = features(0, sizes[0], 3), features(1, sizes[1], 3, mean=0.5)
+
+    def radii(points):
+        return [sorted(np.linalg.norm(points - p, axis=1))[k] for p in points]
+
+    def count(points, centers, radii):  # of balls around each point
+        return np.array(
+            [sum(np.linalg.norm(p - c) <= r for c, r in zip(centers, radii, strict=True))
+             for p in points]
+        )  # fmt: skip
+
+    real_radii, fake_radii = radii(real), radii(fake)
+    around_fake, around_real = count(fake, real, real_radii), count(real, fake, fake_radii)
+    expected = np.mean(around_fake > 0), np.mean(around_real > 0)
+    np.testing.assert_allclose(metrics.precision_recall(real, fake, k), expected)
+    covered = [
+        any(np.linalg.norm(f - c) < r for f in fake)
+        for c, r in zip(real, real_radii, strict=True)
+    ]  # fmt: skip
+    expected = np.mean(around_fake) / k, np.mean(covered)
+    np.testing.assert_allclose(metrics.density_coverage(real, fake, k), expected)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_neighbour_metrics_match_prdc(capsys):
+    prdc = pytest.importorskip("prdc")
+    for seed, (n, m, k) in enumerate([(100, 100, 5), (60, 150, 3)]):
+        real, fake = features(seed, n, 4), features(seed, m, 4, mean=0.5) * 0.9
+        expected = prdc.compute_prdc(real, fake, nearest_k=k)
+        got = (*metrics.precision_recall(real, fake, k), *metrics.density_coverage(real, fake, k))
+        names = ("precision", "recall", "density", "coverage")
+        np.testing.assert_allclose(got, [expected[name] for name in names], rtol=1e-12)
+    capsys.readouterr()  # prdc prints
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_kernel_distance_matches_loops():
+    real, fake = features(0, 12), features(1, 9, mean=0.5)
+
+    def mean_kernel(xs, ys, skip_equal):
+        values = [
+            (x @ y / 5 + 1) ** 3
+            for i, x in enumerate(xs)
+            for j, y in enumerate(ys)
+            if not (skip_equal and i == j)
+        ]
+        return np.mean(values)
+
+    expected = mean_kernel(real, real, True) + mean_kernel(fake, fake, True)
+    expected -= 2 * mean_kernel(real, fake, False)
+    assert metrics.kernel_distance(real, fake) == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.fixture
+def torch_fidelity(monkeypatch):
+    """The package, whose feature extractors import torchvision: a mock does, no extractor runs."""
+    pytest.importorskip("torch")
+    pytest.importorskip("tqdm")
+    for name in ("", ".datasets", ".transforms", ".transforms.functional"):
+        monkeypatch.setitem(sys.modules, f"torchvision{name}", mock.MagicMock())
+    pytest.importorskip("torch_fidelity.metric_isc")
+    pytest.importorskip("torch_fidelity.metric_kid")
+    return sys.modules["torch_fidelity"]
+
+
+def test_scores_match_torch_fidelity(torch_fidelity):
+    torch = sys.modules["torch"]
+    logits = 3 * RNG(0).normal(size=(200, 10))
+    probs = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    expected = torch_fidelity.metric_isc.isc_features_to_metric(torch.tensor(logits), splits=1)
+    got = metrics.inception_score(probs)
+    assert got == pytest.approx(expected["inception_score_mean"], rel=1e-10)
+
+    real, fake = features(0, 90), features(1, 70, mean=0.5)
+    options = {"kid_subsets": 7, "kid_subset_size": 40, "rng_seed": 3, "verbose": False}
+    expected = torch_fidelity.metric_kid.kid_features_to_metric(
+        torch.tensor(fake), torch.tensor(real), **options
+    )
+    mean_std = metrics.kernel_distance_subsets(real, fake, subsets=7, subset_size=40, seed=3)
+    np.testing.assert_allclose(mean_std, list(expected.values()), rtol=1e-10)
+
+    statistics = [
+        torch_fidelity.metric_fid.fid_features_to_statistics(torch.tensor(x)) for x in (real, fake)
+    ]
+    expected = torch_fidelity.metric_fid.fid_statistics_to_metric(*statistics, verbose=False)
+    got = frechet_distance(moments(real), moments(fake))
+    assert got == pytest.approx(expected["frechet_inception_distance"], rel=1e-8)
+
+
+# --- Properties -----------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=SEEDS, n=st.integers(2, 30), m=st.integers(2, 30), dim=st.integers(1, 12))
+def test_frechet_distance_is_symmetric_zero_on_itself_and_blind_to_rotation(seed, n, m, dim):
+    a, b = features(seed, n, dim), features(seed + 1, m, dim, mean=0.3)
+    distance = frechet_distance(moments(a), moments(b))
+    scale = np.sum(a**2) + np.sum(b**2)
+    assert isinstance(distance, float)
+    assert distance >= 0
+    assert frechet_distance(moments(b), moments(a)) == pytest.approx(distance, abs=1e-10 * scale)
+    assert frechet_distance(moments(a), moments(a)) <= 1e-10 * scale
+    rotation, _ = np.linalg.qr(RNG(seed).normal(size=(dim, dim)))
+    rotated = frechet_distance(moments(a @ rotation), moments(b @ rotation))
+    assert rotated == pytest.approx(distance, abs=1e-6 * scale)  # the root of a tiny eigenvalue
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    seed=SEEDS, sizes=st.lists(st.integers(1, 9), min_size=2, max_size=6), mean=st.floats(0, 1e6)
+)
+def test_moments_of_any_split_merge_to_those_of_the_whole(seed, sizes, mean):
+    whole = features(seed, sum(sizes), 3, mean)
+    batches = np.split(whole, np.cumsum(sizes)[:-1])
+    merged = functools.reduce(Moments.merge, map(moments, batches))
+    assert merged.count == len(whole)
+    np.testing.assert_allclose(merged.mean, whole.mean(0), rtol=1e-12, atol=1e-12)
+    exact = np.cov(whole, rowvar=False)
+    atol = (1e-10 + 1e-14 * mean) * np.abs(exact).max() + 1e-20 * mean**2
+    np.testing.assert_allclose(merged.cov, exact, rtol=0, atol=atol)
+
+
+def test_moments_of_single_precision_features_do_not_cancel():
+    small = (1000 + 0.1 * RNG(0).normal(size=(500, 3))).astype(np.float32)
+    expected = np.cov(small.astype(np.float64), rowvar=False)
+    np.testing.assert_allclose(moments(small).cov, expected, rtol=1e-9, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=15)
+@given(seed=SEEDS)
+def test_precision_and_recall_change_places_with_real_and_fake(seed):
+    real, fake = features(seed, 30, 3), features(seed + 1, 25, 3)
+    precision, recall = metrics.precision_recall(real, fake)
+    assert metrics.precision_recall(fake, real) == (recall, precision)
+    moved = metrics.precision_recall(real + 1e4, fake + 1e4)
+    assert moved == (precision, recall)
+
+
+def test_kernel_distance_is_unbiased():
+    """On two sets of one distribution the mean over subsets is zero within its standard error."""
+    real, fake = RNG(0).normal(size=(2, 2000, 4))
+    mean, std = metrics.kernel_distance_subsets(real, fake, subsets=100, subset_size=100)
+    assert abs(mean) < 4 * std / np.sqrt(100)
+    assert abs(metrics.kernel_distance(real, fake)) < std
+    assert metrics.kernel_distance(real, fake + 1) > 10 * std
+
+
+# --- Errors ---------------------------------------------------------------------------------------
+
+A, B, LABELS = features(0, 8, 3), features(1, 8, 4), np.arange(8) % 2
+BROKEN = np.where(np.arange(24).reshape(8, 3) == 7, np.nan, A)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: frechet_distance(moments(A[:1]), moments(A)), "1 feature vector.*at least 2"),
+        (lambda: frechet_distance(moments(A), moments(B)), "3 and of 4 dimensions"),
+        (lambda: moments(A).merge(moments(B)), "3 and of 4 dimensions"),
+        (lambda: moments(BROKEN), "not finite in 1 of 8 rows, first 2"),
+        (lambda: moments(A[0]), r"features of shape \(3,\); expected \(n, d\)"),
+        (lambda: moments(A[:0]), r"shape \(0, 3\).*not empty"),
+        (lambda: metrics.inter_class_frechet(A, LABELS[:5]), r"labels of shape \(5,\) for 8"),
+        (lambda: metrics.inter_class_frechet(A, LABELS * 0), "one class"),
+        (lambda: metrics.inter_class_frechet(A, np.arange(8) // 7), "1 sample of class 1"),
+        (lambda: metrics.per_class_frechet(A, LABELS, A, LABELS + 1), r"\[0, 1\].*\[1, 2\]"),
+        (lambda: metrics.inception_score(A), "minimum -.*softmax"),
+        (lambda: metrics.inception_score(np.full((3, 2), 0.6)), "up to 0.2 off one"),
+        (lambda: metrics.precision_recall(A, A[:3]), "k=3, 3 fake samples; expected 1 <= k < n"),
+        (lambda: metrics.precision_recall(A, A, k=0), "k=0, 8 real"),
+        (lambda: metrics.precision_recall(A, B), "3 and of 4"),
+        (lambda: metrics.density_coverage(A, A, k=8), "k=8, 8 real"),
+        (lambda: metrics.density_coverage(A, BROKEN), "fake features not finite"),
+        (lambda: metrics.kernel_distance(A[:1], A), "1 real and 8 fake"),
+        (lambda: metrics.kernel_distance_subsets(A, A), "subset_size=1000, 8 real"),
+    ],
+)
+def test_errors_say_what_was_got_and_what_to_do(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
