@@ -28,7 +28,12 @@ REQUIRED = [
 ]
 TEST = [
     "hypothesis>=6.100,<7",
+    "ipykernel>=6.29,<8",
+    "matplotlib>=3.9,<4",
     "mypy>=1.15,<3",
+    "nbclient>=0.10,<0.12",
+    "nbformat>=5.10,<6",
+    "prdc>=0.2,<0.3",
     "pytest>=8,<10",
     "pytest-xdist>=3.6,<4",
     "ruff>=0.11,<0.18",

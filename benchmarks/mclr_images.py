@@ -47,7 +47,6 @@ JUDGES = {
 }
 # Changes of configs/DATA_mclr.py; {beta} runs over the strengths.
 VARIANTS = {
-    "posterior": {},
     "prior_weighted": {"negatives": "prior", "weighting": "cfg"},
     "interval": {"sigma_interval": (0.1, 2.0)},
     "plain_clip": {"negatives": "mismatched", "bound": "clip", "clip_ratio": 1.5},
@@ -119,6 +118,32 @@ class Bench:
         calls = {"network_calls": (2 if guided else 1) * (2 * steps - 1)}
         self.store(name, np.round(samples.clip(-1, 1) * 127.5) / 127.5, labels, calls)
 
+    def calibrate(self) -> None:
+        """How well the posterior is calibrated on held-out images, by noise level."""
+        import jax
+        import numpy as np
+
+        from mclr_jax import noise, posterior, run
+        from mclr_jax.data import pipeline, sources
+        from mclr_jax.run import write_atomically
+
+        experiment = run.load_experiment(self.root / "classifier")
+        params, _ = run.load_weights(self.root / "classifier")
+        log_posterior = jax.jit(
+            posterior.from_classifier(experiment.logits(params), experiment.null_label)
+        )
+        table: dict = {}
+        for split in ("train", "test"):
+            source = sources.load(self.data, split)
+            images, labels = source[np.arange(min(5000, len(source)))]
+            x0, table[split] = np.asarray(pipeline.to_float(images)), {}
+            for sigma in (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0):
+                keys = noise.sample_keys(0, np.arange(len(x0)))
+                x = x0 + sigma * noise.normal_like(keys, x0)
+                log_probs = log_posterior(x, np.full(len(x), sigma, np.float32), keys, labels)
+                table[split][f"{sigma:g}"] = posterior.calibration_error(log_probs, labels)
+        write_atomically(self.root / "calibration.json", json.dumps(table, indent=1))
+
     def real(self, split: str) -> None:
         """The floor: real images judged as samples are. `train` is the reference itself."""
         import numpy as np
@@ -154,9 +179,7 @@ class Bench:
                 "per_class_frechet": float(np.mean(per_class)),
                 "inter_class_frechet": metrics.inter_class_frechet(features, labels),
                 "inception_score": metrics.inception_score(np.exp(log_probs)),
-                "accuracy": float(
-                    (self.judged("accuracy", images)[1].argmax(1) == labels).mean()
-                ),
+                "accuracy": float((self.judged("accuracy", images)[1].argmax(1) == labels).mean()),
                 "precision": precision,
                 "recall": recall,
             }
@@ -173,13 +196,13 @@ class Bench:
         experiment = run.load_experiment(self.root / f"judge_{judge}")
         params, _ = run.load_weights(self.root / f"judge_{judge}")
         compute = jax.jit(experiment.features)
-        parts = [
-            jax.device_get(compute(params, np.resize(chunk, (500, *chunk.shape[1:]))))
-            for chunk in np.array_split(images, -(-len(images) // 500))
-        ]
-        sizes = [len(chunk) for chunk in np.array_split(images, -(-len(images) // 500))]
-        kept = [tuple(a[:n] for a in part) for part, n in zip(parts, sizes, strict=True)]
-        features, logits = (np.concatenate(arrays).astype(np.float64) for arrays in zip(*kept))
+        kept = []
+        for chunk in np.array_split(images, -(-len(images) // 500)):
+            padded = np.resize(chunk, (500, *chunk.shape[1:]))  # one program serves all
+            kept.append([a[: len(chunk)] for a in jax.device_get(compute(params, padded))])
+        features, logits = (
+            np.concatenate(arrays).astype(np.float64) for arrays in zip(*kept, strict=True)
+        )
         peak = logits.max(axis=1, keepdims=True)
         return features, logits - peak - np.log(np.exp(logits - peak).sum(1, keepdims=True))
 
@@ -194,6 +217,7 @@ class Bench:
                  "classifier/done"),
             *(Task(f"judge_{j}", lambda j=j: self.judge(j), f"judge_{j}/done") for j in JUDGES),
         ]  # fmt: skip
+        tasks.append(Task("calibration", self.calibrate, "calibration.json", ("classifier/done",)))
         judges = tuple(f"judge_{j}/done" for j in JUDGES)
         start = ("base/done", "classifier/done")
         for split, needs in [("train", judges), ("test", ("sets/real_train.json",))]:
@@ -262,3 +286,157 @@ def schedule(bench: Bench, tasks: list[Task], arguments: list[str], jobs: int) -
                     [*command, f"--task={task.name}"], stdout=log, stderr=log
                 )  # fmt: skip
         time.sleep(0.5)
+
+
+def speed(bench: Bench, seed: int) -> dict[str, float]:
+    """Samples per second without and with guidance and by MCLR, run alternately: medians of 5."""
+    import numpy as np
+
+    from mclr_jax import generate, run
+
+    kinds = {
+        "base": (f"control_{seed}", 1.0),
+        "cfg": (f"control_{seed}", 1.3),
+        "mclr": (f"posterior_beta0.3_{seed}", 1.0),
+    }
+    loaded = {
+        kind: (
+            run.load_experiment(bench.root / name),
+            run.load_weights(bench.root / name)[0],
+            scale,
+        )
+        for kind, (name, scale) in kinds.items()
+    }
+    labels = np.resize(np.arange(10), 250)
+    rates: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for _ in range(6):  # the first compiles
+        for kind, (experiment, params, scale) in loaded.items():
+            start = time.perf_counter()
+            generate.generate(experiment, params, labels, guidance_scale=scale)
+            rates[kind].append(len(labels) / (time.perf_counter() - start))
+    return {kind: float(np.median(values[1:])) for kind, values in rates.items()}
+
+
+def collect(bench: Bench, seeds: tuple[int, ...]) -> dict:
+    """All rows, and what they say."""
+    import numpy as np
+
+    from mclr_jax import run
+    from mclr_jax.evaluation import metrics
+    from mclr_jax.training.devices import banner
+
+    def row(name: str) -> dict:
+        return json.loads((bench.root / "sets" / f"{name}.json").read_text())
+
+    def moments(name: str):
+        with np.load(bench.root / "sets" / f"{name}.npz") as file:
+            return metrics.moments(file["features"])
+
+    def mean(names: list[str]) -> dict:
+        """Mean over seeds and, where there are several, their standard deviation."""
+        rows = [row(name) for name in names]
+        both = {key: [r[key] for r in rows] for key in rows[0]}
+        spread = {f"{k}_std": float(np.std(v, ddof=1)) for k, v in both.items() if len(rows) > 1}
+        return {key: float(np.mean(v)) for key, v in both.items()} | spread
+
+    models = {"base": [f"control_{s}_at_0" for s in seeds]}
+    for gamma in bench.settings["cfg"]:
+        models[f"cfg {gamma:g}"] = [f"control_{s}_at_{gamma:g}" for s in seeds]
+    for beta in bench.settings["beta"]:
+        models[f"mclr {beta:g}"] = [f"posterior_beta{beta:g}_{s}_at_0" for s in seeds]
+        models[f"mclr strength {beta:g}"] = [f"strength_{s}_at_{beta:g}" for s in seeds]
+    for name in VARIANTS:
+        models[f"mclr {name}"] = [f"{name}_{s}_at_0" for s in seeds]
+    table = {name: mean(rows) for name, rows in models.items()}
+
+    # The theorem on real data: samples of MCLR at beta against those of CFG at gamma = beta, from
+    # other noise; beside it two sets of CFG samples from different noise, where there are two.
+    theorem: dict = {}
+    pairs = [(a, b) for a in seeds for b in seeds if a != b]
+    for beta in sorted(set(bench.settings["beta"]) & set(bench.settings["cfg"])):
+        kinds = {
+            "unguided": "control_{}_at_0",
+            "mclr": f"posterior_beta{beta:g}_{{}}_at_0",
+            "mclr_strength": f"strength_{{}}_at_{beta:g}",
+            "floor": f"control_{{}}_at_{beta:g}",
+        }
+        for kind, name in kinds.items():
+            used = pairs or ([(seeds[0], seeds[0])] if kind != "floor" else [])
+            distances = [
+                metrics.frechet_distance(
+                    moments(name.format(a)), moments(f"control_{b}_at_{beta:g}")
+                )
+                for a, b in used
+            ]
+            if distances:
+                theorem.setdefault(f"{beta:g}", {})[kind] = float(np.mean(distances))
+
+    rates = speed(bench, seeds[0])
+
+    def best(prefix: str) -> str:
+        return min((n for n in table if n.startswith(prefix)), key=lambda n: table[n]["frechet"])
+
+    def summarised(name: str, kind: str) -> dict:
+        keys = ("frechet", "accuracy", "network_calls")
+        return (
+            {"name": name} | {k: table[name][k] for k in keys} | {"samples_per_second": rates[kind]}
+        )
+
+    summary = {"base": summarised("base", "base"), "cfg_best": summarised(best("cfg"), "cfg"),
+               "mclr": summarised(best("mclr"), "mclr")}  # fmt: skip
+    gap = summary["base"]["frechet"] - summary["cfg_best"]["frechet"]
+    summary["gap_closed"] = (summary["base"]["frechet"] - summary["mclr"]["frechet"]) / gap
+    summary["speedup_over_cfg"] = rates["mclr"] / rates["cfg"]
+    experiment = run.load_experiment(bench.root / "base")
+    revision = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    )
+    return {
+        "command": f"python benchmarks/mclr_images.py --data={bench.data} "
+        f"--seeds={','.join(map(str, seeds))}",
+        "revision": revision.stdout.strip(),
+        "device": banner(),
+        "config": experiment.config.to_dict(),
+        "features": "last hidden layer of judge_features; 8-bit rounding; reference: training set",
+        "judges": JUDGES,
+        "seeds": seeds,
+        "summary": summary,
+        "floor": row("real_test"),
+        "table": table,
+        "frechet_to_cfg": theorem,
+        "calibration": json.loads((bench.root / "calibration.json").read_text()),
+        "rows": {name: row(name) for rows in models.values() for name in rows},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", choices=sorted(SETTINGS), default="fashion_mnist")
+    parser.add_argument("--seeds", default="0,1,2", help="of fine-tuning and sampling")
+    parser.add_argument("--jobs", type=int, default=2, help="tasks at a time, one core each")
+    parser.add_argument("--task", help="run this task alone, in this process")
+    arguments = parser.parse_args()
+    seeds = tuple(int(seed) for seed in arguments.seeds.split(","))
+    bench = Bench(arguments.data)
+    tasks = bench.tasks(seeds)
+    import jax
+
+    cache = pathlib.Path.home() / ".cache" / "mclr_jax" / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    if arguments.task:
+        next(task for task in tasks if task.name == arguments.task).run()
+        return
+    start = time.time()
+    schedule(bench, tasks, sys.argv[1:], arguments.jobs)
+    result = collect(bench, seeds) | {"seconds_of_this_call": round(time.time() - start)}
+    from mclr_jax.run import write_atomically
+
+    path = RESULTS / f"{bench.data}_mclr.json"
+    write_atomically(path, json.dumps(result, indent=1) + "\n")
+    for name, values in result["table"].items():
+        print(f"{name:22s}", *(f"{k} {values[k]:.3f}" for k in ("frechet", "accuracy", "recall")))
+    print(json.dumps(result["summary"], indent=1))
+
+
+if __name__ == "__main__":
+    main()

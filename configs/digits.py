@@ -7,7 +7,7 @@ from configs.base import base
 
 def get_config() -> ConfigDict:
     config = base()
-    config.num_steps = 1500
+    config.num_steps = 1000
     config.batch_size = 64
     config.data.name = "digits"
     config.network = ConfigDict({
@@ -16,10 +16,12 @@ def get_config() -> ConfigDict:
         "width": 96,
         "depth": 3,
         "heads": 3,
+        "unit_condition": True,
+        "time_scale": 30.0,
         "dropout": 0.0,
         "dtype": "float32",
     })  # fmt: skip
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.learning_rate = 6e-3
     config.optimizer.warmup_steps = 100
     config.optimizer.schedule = "cosine"
     config.ema.halflife_steps = 100.0

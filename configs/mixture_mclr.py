@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config.init_from = "runs/mixture"
     config.objective = base.mclr()
     config.objective.posterior = "exact"
-    config.num_steps = 6000
+    config.num_steps = 4000
     config.optimizer.learning_rate = 5e-4
     config.checkpoint_every = 2000
     config.sample_every = 2000

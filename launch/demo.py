@@ -1,10 +1,12 @@
-"""Train on 8x8 digits, sample them without and with guidance, and judge the samples.
+"""Train on 8x8 digits, move guidance into the model by MCLR, and compare the samples.
 
   python -m launch.demo --workdir=runs/demo
 
-The run is configs/digits.py. A support vector machine trained on the real digits says how many
-samples of each class it takes for that class; the picture samples.png shows ten of each, without
-guidance on the left and with it on the right, from the same noise.
+Trains configs/digits.py, the classifier configs/digits_classifier.py and, from both,
+configs/digits_mclr.py. Draws the same digits three times from the same noise: unguided, with
+classifier-free guidance, and unguided from the model that MCLR fine-tuned. A support vector machine
+trained on the real digits says how many it takes for their class; samples.png shows ten of each
+class of all three.
 """
 
 import json
@@ -14,42 +16,54 @@ import numpy as np
 import sklearn.svm
 from absl import flags
 
-from configs import digits
+from configs import digits, digits_classifier, digits_mclr
 from launch import common
 from mclr_jax import generate, images, run
 from mclr_jax.data import sources
 from mclr_jax.training.devices import banner
 from mclr_jax.training.loop import train
 
-WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Directory of the run; made if missing.")
-GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", 2.0, "Of the guided samples.")
+WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Directory of the runs; made if missing.")
+GUIDANCE_SCALE = flags.DEFINE_float(
+    "guidance_scale", 2.0, "Of the guided samples; MCLR is trained with beta one less."
+)
 PER_CLASS = flags.DEFINE_integer("per_class", 50, "Samples of each class.", lower_bound=1)
 
 
 def main() -> None:
     workdir = pathlib.Path(WORKDIR.value)
-    train(digits.get_config(), workdir)
-    experiment = run.load_experiment(workdir)
-    params, step = run.load_weights(workdir)
+    train(digits.get_config(), workdir / "base")
+    train(digits_classifier.get_config(), workdir / "classifier")
+    config = digits_mclr.get_config()
+    config.init_from = str(workdir / "base")
+    config.objective.posterior_from = str(workdir / "classifier")
+    config.objective.beta = GUIDANCE_SCALE.value - 1
+    train(config, workdir / "mclr")
 
     real, real_labels = (source := sources.load("digits", "all"))[np.arange(len(source))]
     classifier = sklearn.svm.SVC(gamma=5.0).fit(_features(real / 127.5 - 1), real_labels)
-    labels = np.resize(np.arange(experiment.null_label), PER_CLASS.value * experiment.null_label)
-    grids, accuracies = [], {}
+    labels = np.resize(np.arange(source.num_classes), PER_CLASS.value * source.num_classes)
+    grids, table = [], []
     print(f"\nSamples that a classifier of real digits takes for their class (of {len(labels)}):")
-    for name, scale in [("no guidance", 1.0), ("guidance", GUIDANCE_SCALE.value)]:
+    print(f"  {'':8s} {'accuracy':>8s} {'network calls':>13s}")
+    for name, directory, scale in [
+        ("base", "base", 1.0),
+        ("CFG", "base", GUIDANCE_SCALE.value),
+        ("MCLR", "mclr", 1.0),
+    ]:
+        experiment = run.load_experiment(workdir / directory)
+        params, step = run.load_weights(workdir / directory)
         samples = generate.generate(experiment, params, labels, guidance_scale=scale)
-        accuracy = accuracies[name] = float(
-            (classifier.predict(_features(samples)) == labels).mean()
-        )
-        print(f"  {name:12s} (scale {scale:g}): {accuracy:6.1%}")
+        accuracy = float((classifier.predict(_features(samples)) == labels).mean())
+        calls = (2 * experiment.config.sampler.num_steps - 1) * (1 if scale == 1 else 2)
+        table.append({"name": name, "steps": step, "accuracy": accuracy, "network_calls": calls})
+        print(f"  {name:8s} {accuracy:8.1%} {calls:13d}")
         grids.append(images.picture(samples, labels))
     images.save(workdir / "samples.png", np.concatenate(grids, axis=1))
     result = {
         "command": f"python -m launch.demo --guidance_scale={GUIDANCE_SCALE.value:g}",
-        "steps": step,
         "samples": len(labels),
-        "accuracy": accuracies,
+        "table": table,
         "device": banner(),
     }
     run.write_atomically(workdir / "result.json", json.dumps(result, indent=1) + "\n")

@@ -211,15 +211,26 @@ class Experiment:
         """A classifier with these parameters: (x, sigma, label, ...) -> (B, K)."""
 
         def apply(x, sigma, label, condition=None, dropout_keys=None):
-            total = denoiser.expand(sigma**2 + self.data.sigma_data**2, x)
-            if condition is None:
-                condition = self._condition(len(x))
-            return self.network.apply(
-                {"params": params}, x / jnp.sqrt(total), jnp.log(sigma) / 4, label, condition,
-                dropout_keys,
-            )  # fmt: skip
+            return self._classify(params, x, sigma, label, condition, dropout_keys)[0]
 
         return apply
+
+    def features(self, params: Any, x: jax.Array, sigma: float = 0.01) -> tuple:
+        """What a classifier makes of images (B, ...) that have noise of level `sigma`.
+
+        Returns:
+          features (B, d), its last hidden layer, and logits (B, K).
+        """
+        null = jnp.full(len(x), self.null_label, jnp.int32)
+        logits, state = self._classify(params, x, jnp.full(len(x), sigma), null)
+        return state["intermediates"]["features"][0], logits
+
+    def _classify(self, params, x, sigma, label, condition=None, dropout_keys=None):
+        total = denoiser.expand(sigma**2 + self.data.sigma_data**2, x)
+        if condition is None:
+            condition = self._condition(len(x))
+        inputs = (x / jnp.sqrt(total), jnp.log(sigma) / 4, label, condition, dropout_keys)
+        return self.network.apply({"params": params}, *inputs, mutable=["intermediates"])
 
     def posterior(self, frozen: dict[str, Any]) -> posterior.Posterior | None:
         """p(class | x_sigma) as config.objective.posterior wants it; None where that is empty.
@@ -266,7 +277,7 @@ class Experiment:
         return size + (STRENGTH_SIZE if self.strength else 0)
 
     def _condition(self, batch_size: int, augment_label=None, strength: Any = 0.0):
-        """The condition vector (B, n): augmentation, then strength; None if the network has none."""
+        """The condition vector (B, n): augmentation, then strength; None where it is empty."""
         parts = []
         if self.config.data.augment:
             zeros = jnp.zeros((batch_size, augment.LABEL_SIZE))

@@ -18,18 +18,19 @@ from mclr_jax.training.devices import Devices, require_accelerator
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def train(parallel, device_count, steps=20, **changes):
+def train(parallel, device_count, steps=20, name="digits", **changes):
     """Metrics (20,) and final state of 20 steps on the first devices."""
-    config = tiny.config("digits", **changes)
+    config = tiny.config(name, **changes)
     source = loop.load_source(config, "train")
     experiment = loop.make_experiment(config, source)
     devices = Devices(parallel, tuple(jax.devices()[:device_count]))
     state = devices.initialise(lambda: step.init_state(experiment))
+    frozen = devices.put_state(jax.device_get(experiment.init_frozen()))
     update = devices.compile(step.make_update(experiment, devices.axis_name))
     stream = pipeline.stream(source, config.batch_size, config.seed)
     data = devices.put_batches(loop.stack(stream, steps, steps))
     with jax.transfer_guard("disallow"):
-        state, metrics = update(state, {}, data, devices.put_scalar(steps))
+        state, metrics = update(state, frozen, data, devices.put_scalar(steps))
     return jax.device_get(metrics), state
 
 
@@ -51,6 +52,19 @@ def test_eight_devices_train_as_one(parallel, one_device):
     assert kernel.sharding.is_fully_replicated == (parallel != "fsdp")
     if parallel == "fsdp":
         assert kernel.addressable_shards[0].data.size == kernel.size // 8
+
+
+def test_mclr_with_a_frozen_reference_on_eight_devices():
+    """Sharded, beside the state: negatives, strengths and the maximal weight are those of one."""
+    changes = {"objective.posterior": "exact", "objective.negatives": "prior", "steps": 6,
+               "objective.weighting": "cfg", "objective.reference_penalty": 0.5,
+               "objective.strength": (0.0, 2.0), "name": "mixture_mclr"}  # fmt: skip
+    expected, state = train("data", 1, **changes)
+    assert expected["weight_max"].max() > 1.5
+    for parallel in ("pmap", "fsdp"):
+        metrics, got = train(parallel, 8, **changes)
+        chex.assert_trees_all_close(metrics, expected, rtol=1e-4, atol=1e-5)
+        chex.assert_trees_all_close(jax.device_get(got.params), state.params, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("parallel", ["pmap", "fsdp"])

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tiny
 
+from configs import base
 from mclr_jax import generate, guidance, noise, samplers
 from mclr_jax.noise import normal_like, sample_keys
 from mclr_jax.training import loop
@@ -78,3 +79,33 @@ def test_progress_counts_samples_and_not_padding(trained):
     generate.generate(experiment, params, np.arange(10), batch_size=8, progress=seen.append)
     assert seen == [8, 2]
     chex.assert_equal(generate.generate(experiment, params, np.arange(3)).shape, (3, 8, 8, 1))
+
+
+def test_a_network_with_strength_takes_the_scale_as_its_input():
+    """One call at any scale, and none of guidance outside the interval; no recompilation."""
+    config = tiny.config("digits")
+    config.objective = base.mclr()
+    config.objective.update({"strength": (0.0, 2.0), "posterior": ""})
+    experiment = loop.make_experiment(config, loop.load_source(config, "train"))
+    key = jax.random.key(1)
+    params = jax.tree.map(
+        lambda x: x + 0.1 * jax.random.normal(key, x.shape), jax.jit(experiment.init)()
+    )
+    labels, grid = np.array([3, 1, 4]), noise.rho_grid(4, 0.01, 10.0)
+    x = np.float32(grid[0]) * normal_like(sample_keys(5, range(3)), jnp.zeros((3, 8, 8, 1)))
+    run = generate.compiled(experiment, "euler", False, False)
+    for scale, interval in [(1.0, None), (2.5, None), (2.5, (0.1, 1.0))]:
+        got = generate.generate(experiment, params, labels, seed=5, sigmas=grid, method="euler",
+                                guidance_scale=scale, interval=interval)  # fmt: skip
+
+        def denoise(x, sigma, label, scale=scale, interval=interval):
+            low, high = interval or (0.0, np.inf)
+            strength = jnp.where((low < sigma) & (sigma <= high), scale - 1, 0)
+            return experiment.denoiser(params, strength)(x, sigma, label)
+
+        expected = samplers.sample(denoise, x, jnp.asarray(labels), grid, "euler")
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+        if scale == 1:
+            unguided = got
+    assert np.abs(got - unguided).max() > 1e-3
+    assert run._cache_size() == 1

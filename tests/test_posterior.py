@@ -34,7 +34,8 @@ from mclr_jax import posterior
 from mclr_jax.mixture import GaussianMixture
 
 PRIOR = (0.6, 0.3, 0.1)
-SIGMA_DATA = 1.0
+UNEQUAL = (0.4, 0.3, 0.15, 0.1, 0.05)
+SIGMA_DATA, DRAWS = 1.0, 4000
 
 
 def plane(prior=PRIOR) -> GaussianMixture:
@@ -90,7 +91,7 @@ def _estimate(mixture, x, sigma, label, seeds, levels, candidates, image):
 
 
 def estimate(mixture, x, sigma, label=-1, seeds=None, levels=2, candidates=0, image=(2,)):
-    """`from_denoiser` with the exact denoiser of the mixture and a seed for each example, (B, K)."""
+    """`from_denoiser` with the mixture's exact denoiser and a seed for each example, (B, K)."""
     sigma = np.broadcast_to(np.float32(sigma), len(x))
     label = np.broadcast_to(np.int32(label), len(x))
     seeds = np.arange(len(x)) if seeds is None else seeds
@@ -117,7 +118,7 @@ def noisy(mixture, n, sigma):
 
 def test_exact_is_bayes_rule():
     mixture = plane()
-    x, label = noisy(mixture, 200, 0.7)
+    x, _ = noisy(mixture, 200, 0.7)
     sigma = np.geomspace(0.05, 20, 200)
     actual = jax.jit(posterior.exact(mixture))(x, sigma, None, None)
     expected = np.concatenate([bayes(mixture, x[i : i + 1], sigma[i]) for i in range(200)])
@@ -126,19 +127,21 @@ def test_exact_is_bayes_rule():
     np.testing.assert_allclose(np.exp(actual), same, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("levels", [1, 5])
+# With all 3 classes as candidates there is no choice, and nothing to correct for.
+@pytest.mark.parametrize(("levels", "candidates"), [(1, 0), (5, 3)])
 @pytest.mark.parametrize("sigma", [0.4, 2.0])
-def test_log_likelihood_differences_are_unbiased(sigma, levels):
+def test_log_likelihood_differences_are_unbiased(sigma, levels, candidates):
     """Their means over keys are the integral; it is log p_sigma(x|a) - log p_sigma(x|b) nearly."""
-    mixture, draws = plane(), 4000
+    mixture = plane()
     x = np.array([[0.0, 0.0], [-1.0, 0.5], [1.2, 0.9], [0.3, -1.0]])
-    log_p = estimate(mixture, np.repeat(x, draws, axis=0), sigma, levels=levels)
+    options = {"label": 1, "levels": levels, "candidates": candidates}
+    log_p = estimate(mixture, np.repeat(x, DRAWS, axis=0), sigma, **options)
     likelihood = log_p.astype(np.float64) - np.log(PRIOR)
-    difference = (likelihood[:, :1] - likelihood[:, 1:]).reshape(len(x), draws, 2)
+    difference = (likelihood[:, :1] - likelihood[:, 1:]).reshape(len(x), DRAWS, 2)
     low, high = sigma / 10, 20 * SIGMA_DATA + 10 * sigma
     integral = smoothed(mixture, x, sigma, low) - smoothed(mixture, x, sigma, high)
     integral = integral[:, :1] - integral[:, 1:]
-    error = difference.std(axis=1) / np.sqrt(draws)
+    error = difference.std(axis=1) / np.sqrt(DRAWS)
     assert error.max() < 0.12
     assert np.all(np.abs(difference.mean(axis=1) - integral) < 4 * error + 1e-3)
     exact = log_density(mixture, x, sigma)
@@ -151,48 +154,46 @@ def test_the_posterior_of_a_denoiser_converges_to_the_exact_one(prior):
     mixture = plane(prior)
     x, _ = noisy(mixture, 300, 0.5)
     exact = bayes(mixture, x, 0.5)
-    few, more, many = (
-        total_variation(estimate(mixture, x, 0.5, levels=levels), exact) for levels in (4, 32, 512)
+    few, many = (
+        total_variation(estimate(mixture, x, 0.5, levels=levels), exact) for levels in (8, 512)
     )
-    assert more < 0.6 * few
-    assert many < 0.4 * more
+    assert many < 0.2 * few
     assert many < 0.012
 
 
 def test_images_are_vectors():
-    mixture = points((0.1, 0.2, 0.3, 0.25, 0.15), dim=4)
+    mixture = points(UNEQUAL, dim=4)
     x, _ = noisy(mixture, 200, 0.6)
     images = estimate(mixture, x, 0.6, levels=64, image=(2, 1, 2))
     assert total_variation(images, bayes(mixture, x, 0.6)) < 0.05
-    vectors = estimate(mixture, x, 0.6, levels=64, image=(4,))
-    np.testing.assert_allclose(np.exp(images), np.exp(vectors), atol=1e-3)
 
 
 def test_each_example_depends_on_its_own_key_alone():
-    mixture = points((0.1, 0.2, 0.3, 0.25, 0.15))
-    x, label = noisy(mixture, 6, 0.6)
-    sigma, seeds = np.linspace(0.3, 2, 6), np.arange(6)
+    mixture, rng = points(UNEQUAL), np.random.default_rng(2)
+    x, label = noisy(mixture, DRAWS, 0.6)
+    sigma, seeds = rng.uniform(0.3, 2, DRAWS), np.arange(DRAWS)
 
     def run(rows, seeds):
         log_p = estimate(mixture, x[rows], sigma[rows], label[rows], seeds, candidates=3)
         return np.exp(log_p)
 
-    together = run(slice(None), seeds)
-    np.testing.assert_allclose(together[3:5], run(slice(3, 5), seeds[3:5]), rtol=1e-4, atol=1e-6)
-    other = run(slice(None), np.where(seeds == 1, 99, seeds))
-    rows = seeds != 1
-    np.testing.assert_array_equal(other[rows], together[rows])
-    assert np.abs(other[1] - together[1]).max() > 1e-3
+    first = run(seeds, seeds)
+    order = rng.permutation(DRAWS)
+    np.testing.assert_allclose(run(order, order), first[order], rtol=1e-4, atol=1e-6)
+    changed = seeds % 7 == 1
+    other = run(seeds, np.where(changed, seeds + DRAWS, seeds))
+    np.testing.assert_allclose(other[~changed], first[~changed], rtol=1e-4, atol=1e-6)
+    assert (np.abs(other - first).max(axis=1) > 1e-3)[changed].mean() > 0.9
 
 
 # At this noise every class is as likely as any other: the posterior is the prior.
-FAR, UNEQUAL = 1000.0, (0.4, 0.3, 0.15, 0.1, 0.05)
+FAR = 1000.0
 
 
 @functools.cache
-def at_high_noise(label, prior, candidates, draws=4000):
+def at_high_noise(label, prior, candidates):
     mixture = points(prior)
-    x = FAR * np.random.default_rng(0).normal(size=(draws, 2))
+    x = FAR * np.random.default_rng(0).normal(size=(DRAWS, 2))
     return np.exp(estimate(mixture, x, FAR, label=label, candidates=candidates))
 
 
@@ -234,14 +235,6 @@ def test_without_a_label_all_classes_are_tried_equally_often(prior, candidates):
         expected[list(subset)] += np.array(prior)[list(subset)] / np.take(prior, subset).sum()
     error = p.std(axis=0) / np.sqrt(len(p))
     assert np.all(np.abs(p.mean(axis=0) - expected / len(subsets)) < 4 * error + 1e-3)
-
-
-def test_all_classes_as_candidates_are_no_choice():
-    mixture = plane()
-    x, label = noisy(mixture, 20, 0.5)
-    expected = estimate(mixture, x, 0.5)
-    np.testing.assert_array_equal(estimate(mixture, x, 0.5, label, candidates=3),
-                                  expected)  # fmt: skip
 
 
 @pytest.mark.parametrize("candidates", [1, 4, -1])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mclr_jax.networks import layers
 from mclr_jax.networks.unet import UNet, attention_heads, positional_embedding
 
 # Compiling is most of the time here: a network runs once or twice.
@@ -127,5 +128,25 @@ def test_remat_changes_no_gradient_and_fourier_frequencies_stay_fixed():
 def test_unknown_architecture_and_indivisible_size():
     with pytest.raises(ValueError, match=r"'vit', expected \('ddpmpp'"):
         initial(tiny("vit"))
-    with pytest.raises(ValueError, match=r"images are 4x4; 4 levels .* divisible by 8"):
+    with pytest.raises(ValueError, match=r"images are 4x4; .* 4 levels .* divisible by 8"):
         initial(tiny("adm").clone(channel_mult=(1, 1, 1, 1)))
+
+
+def test_patches_are_stacked_as_channels_and_put_back():
+    """With patches of 2 it is the network of half the size, four times the channels."""
+    images = jnp.arange(2 * 4 * 4 * 3.0).reshape(2, 4, 4, 3)
+    stacked = layers.space_to_depth(images, 2)
+    np.testing.assert_array_equal(stacked[1, 0, 1], images[1, :2, 2:].reshape(-1))
+    np.testing.assert_array_equal(layers.depth_to_space(stacked, 2), images)
+
+    plain = tiny("adm").clone(out_channels=12)
+    x = jax.random.normal(jax.random.key(3), (BATCH, 2 * SIZE, 2 * SIZE, 3))
+    inside = layers.space_to_depth(x, 2)
+    params = jit(plain.init)(jax.random.key(0), inside, C_NOISE, LABEL)["params"]
+    params = {"params": jax.tree.map(lambda p: p + 0.1, params)}
+    expected = layers.depth_to_space(jit(plain.apply)(params, inside, C_NOISE, LABEL), 2)
+    patched = plain.clone(out_channels=3, patch_size=2)
+    got = jit(patched.apply)(params, x, C_NOISE, LABEL)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="patch_size 2 and 1 levels .* divisible by 2"):
+        patched.apply(params, x[:, :7], C_NOISE, LABEL)

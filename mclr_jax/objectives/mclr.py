@@ -62,7 +62,7 @@ def mclr(
       beta: () or (B,), strength of the contrast; the CFG-equivalent forms end at guidance_scale
         1 + beta.
       negatives: how c~ is drawn: "prior", "mismatched" (the prior without c) or "posterior"
-        (p(c | x_s), of least variance; often c~ = c, which costs no second call of the network).
+        (p(c | x_s); where c~ = c no second call of the network is needed, see negative_share).
       weighting: "none", or "cfg": prior and mismatched negatives weighted to the CFG-equivalent
         form. Mismatched negatives then stand for c~ != c alone; c~ = c is summed in closed form.
       negative_share: the negative term is computed for at most this share of the batch, drawn among
