@@ -317,6 +317,42 @@ def speed(bench: Bench, seed: int) -> dict[str, float]:
     return {kind: float(np.median(values[1:])) for kind, values in rates.items()}
 
 
+def step_cost(bench: Bench, steps: int = 10, rounds: int = 5) -> dict[str, float]:
+    """Time of a training step relative to DSM's, taking turns: medians."""
+    import jax
+    import ml_collections
+    import numpy as np
+
+    from mclr_jax import run
+    from mclr_jax.data import pipeline
+    from mclr_jax.training import loop
+    from mclr_jax.training import step as training_step
+
+    frozen = {"classifier": run.load_weights(bench.root / "classifier")[0]}
+    classifier = run.load_experiment(bench.root / "classifier")
+    control, mclr = bench.config(), bench.config("_mclr")
+    half = ml_collections.ConfigDict(mclr)
+    half.objective.negative_share = 0.5
+    source = loop.load_source(control, "train")
+    batches = loop.stack(pipeline.stream(source, control.batch_size, 0), steps, steps)
+    runs: dict = {}
+    for name, config in {"dsm": control, "mclr": mclr, "mclr, negative_share 0.5": half}.items():
+        experiment = loop.make_experiment(
+            config, source, classifier if config is not control else None
+        )
+        update = jax.jit(training_step.make_update(experiment), donate_argnums=0)
+        state = jax.jit(functools.partial(training_step.init_state, experiment))()
+        runs[name] = [update, state, {} if config is control else frozen, []]
+    for _ in range(rounds + 1):  # the first compiles
+        for entry in runs.values():
+            update, state, held, seconds = entry
+            start = time.perf_counter()
+            entry[1] = jax.block_until_ready(update(state, held, batches, steps)[0])
+            seconds.append((time.perf_counter() - start) / steps)
+    base = np.median(runs["dsm"][-1][1:])
+    return {name: float(np.median(entry[-1][1:]) / base) for name, entry in runs.items()}
+
+
 def collect(bench: Bench, seeds: tuple[int, ...]) -> dict:
     """All rows, and what they say."""
     import numpy as np
@@ -404,6 +440,9 @@ def collect(bench: Bench, seeds: tuple[int, ...]) -> dict:
         "floor": row("real_test"),
         "table": table,
         "frechet_to_cfg": theorem,
+        "step_cost_relative_to_dsm": step_cost(bench),
+        "fine_tuning_share_of_base_steps": bench.config("_mclr").num_steps
+        / bench.config().num_steps,
         "calibration": json.loads((bench.root / "calibration.json").read_text()),
         "rows": {name: row(name) for rows in models.values() for name in rows},
     }

@@ -3,9 +3,9 @@
   python benchmarks/mixture_mclr.py
 
 Trains configs/mixture.py, fine-tunes it by every variant of MCLR (configs/mixture_mclr.py, beta 1)
-and measures weight(sigma) |D - D_cfg|^2, summed over dimensions, averaged over data and noise levels
-as in training. Runs are kept in runs/mixture_bench: the same command goes on where it was stopped.
-Writes benchmarks/results/mixture_mclr.json. Needs the package installed.
+and measures weight(sigma) |D - D_cfg|^2, summed over dimensions and averaged over the data and the
+noise levels of training. Runs are kept in runs/mixture_bench: the same command goes on where it was
+stopped. Writes benchmarks/results/mixture_mclr.json. Needs the package installed.
 """
 
 import json

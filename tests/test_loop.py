@@ -191,7 +191,7 @@ def test_a_network_that_takes_the_strength_starts_as_the_base_at_every_strength(
     changes = {"objective.strength": (0.0, 2.0), "num_steps": 1, "optimizer.learning_rate": 0.0}
     loop.train(mclr(base, **changes), tmp_path)
     experiment, original = run.load_experiment(tmp_path), run.load_experiment(base)
-    x, sigma = np.linspace(-2, 2, 8).reshape(4, 2), np.full(4, 0.7)
+    x, sigma = np.linspace(-2, 2, 8, dtype=np.float32).reshape(4, 2), np.full(4, 0.7, np.float32)
     label = np.array([0, 1, 2, 3])
     expected = original.denoiser(run.load_weights(base)[0])(x, sigma, label)
     params, _ = run.load_weights(tmp_path)
@@ -214,10 +214,10 @@ def test_the_posterior_of_a_classifier_run(base, tmp_path):
     with pytest.raises(FileNotFoundError, match="not the directory of a run"):
         loop.train(mclr(base, **changes), tmp_path / "other")
     changes["objective.posterior_from"] = str(base)
-    with pytest.raises(ValueError, match="expected a run with objective.*'classify'.*it has.*dsm"):
+    with pytest.raises(ValueError, match=r"expected a run with objective.*'classify'.*it has.*dsm"):
         loop.train(mclr(base, **changes), tmp_path / "other")
     changes["objective.posterior_from"] = ""
-    with pytest.raises(ValueError, match="needs objective.posterior_from"):
+    with pytest.raises(ValueError, match=r"needs objective.posterior_from"):
         loop.train(mclr(base, **changes), tmp_path / "other")
     with pytest.raises(ValueError, match=r"needs a frozen reference: set config\.init_from"):
         loop.train(mclr("", **{"objective.reference_penalty": 1.0}), tmp_path / "another")

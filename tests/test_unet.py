@@ -148,5 +148,5 @@ def test_patches_are_stacked_as_channels_and_put_back():
     patched = plain.clone(out_channels=3, patch_size=2)
     got = jit(patched.apply)(params, x, C_NOISE, LABEL)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="patch_size 2 and 1 levels .* divisible by 2"):
+    with pytest.raises(ValueError, match=r"patch_size 2 and 1 levels .* divisible by 2"):
         patched.apply(params, x[:, :7], C_NOISE, LABEL)
