@@ -37,6 +37,11 @@ VARIANTS = {
     "half of the negatives": {"negative_share": 0.5},
     "posterior from a classifier": {"posterior": "classifier"},
     "posterior from the denoiser": {"posterior": "denoiser", "posterior_levels": 4},
+    "posterior from the denoiser, clip": {
+        "posterior": "denoiser",
+        "posterior_levels": 4,
+        "bound": "clip",
+    },
     "strength as an input": {"strength": (0.0, 2.0)},
     "plain": PLAIN,
     "plain, beta 0.2": PLAIN | {"beta": 0.2},
@@ -100,6 +105,8 @@ def main() -> None:
         config.objective.posterior_from = str(RUNS / "classifier")
         config.objective.update(changes)
         config.sample_every = 0
+        if config.objective.posterior == "denoiser":  # 24 more network calls a step
+            config.num_steps = 1500
         outcomes[name] = done(name, config)
     table: dict = {"base": distance("base", 1.0)}
     for name, changes in VARIANTS.items():

@@ -139,15 +139,23 @@ class Experiment:
     def advice(self) -> str:
         """What to do when training diverges."""
         config = self.config.objective
-        if config.name == "mclr" and mclr_is_unbounded(config):
+        remedy = ""
+        if config.name == "mclr" and config.beta > 0:
             bound = config.beta / (1 + config.beta)
-            return (
-                "The plain MCLR objective has no minimum: its loss falls without end wherever "
-                f"p(c|x_s) / p(c) < beta / (1 + beta) = {bound:.3g}. Use the CFG-equivalent form "
-                "(objective.negatives='posterior' or objective.weighting='cfg'), or bound it "
-                "(objective.bound='clip' or 'logistic', objective.reference_penalty >= beta)."
+            if mclr_is_unbounded(config):
+                return (
+                    "The plain MCLR objective has no minimum: its loss falls without end wherever "
+                    f"p(c|x_s) / p(c) < beta / (1 + beta) = {bound:.3g}. Use the CFG-equivalent "
+                    "form (objective.negatives='posterior' or objective.weighting='cfg'), or bound "
+                    "it (objective.bound='clip' or 'logistic', objective.reference_penalty >= "
+                    "beta)."
+                )
+            remedy = (
+                f"A posterior that is more than (1 + beta) / beta = {1 / bound:.3g} times too "
+                "large at some (x_s, c~) takes the minimum away: improve it (for 'denoiser' more "
+                "objective.posterior_levels), lower objective.beta, or set objective.bound='clip'. "
             )
-        return (
+        return remedy + (
             "Lower config.optimizer.learning_rate, set config.optimizer.clip_norm, or compute in "
             "float32."
         )

@@ -67,7 +67,7 @@ def from_denoiser(
       sigma_data: standard deviation of the clean data.
       levels: strata of the integral.
       candidates: classes tried for each example: `label` and others drawn evenly, which then stand
-        for those not drawn. 0 tries all.
+        for those not drawn. 0 tries all. With label -1 the classes not drawn count for nothing.
     """
     log_prior, num_classes = jnp.log(jnp.asarray(class_prior)), len(class_prior)
     tried = candidates or num_classes
@@ -138,10 +138,10 @@ def calibration_error(
       (nats).
     """
     log_posterior, label = np.asarray(log_posterior, np.float64), np.asarray(label)
-    if log_posterior.ndim != 2 or label.shape != log_posterior.shape[:1]:
+    if log_posterior.ndim != 2 or label.shape != log_posterior.shape[:1] or not label.size:
         raise ValueError(
             f"Got log probabilities {log_posterior.shape} and labels {label.shape}; expected "
-            "(n, K) and (n,)."
+            "(n, K) and (n,), n > 0."
         )
     confidence = np.exp(log_posterior.max(axis=1))
     correct = (log_posterior.argmax(axis=1) == label).astype(np.float64)

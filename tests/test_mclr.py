@@ -222,19 +222,23 @@ def batch(n=4000, seed=0):
 def test_without_contrast_it_is_dsm(changes):
     mixture, data = batch()
     settings = objective(mixture, **changes)
-    loss, _ = settings(mixture.denoise, *data)
+    loss, _ = jax.jit(functools.partial(settings, mixture.denoise))(*data)
     kept = {k: v for k, v in settings.keywords.items() if k in
             ("noise", "weight", "null_label", "label_dropout")}  # fmt: skip
-    expected, _ = dsm(mixture.denoise, *data, **kept)
+    expected, _ = jax.jit(functools.partial(dsm, mixture.denoise, **kept))(*data)
     chex.assert_trees_all_close(loss, expected, rtol=1e-5)
 
 
 def test_the_noise_interval_keeps_the_contrast_inside():
     mixture, data = batch()
     run = objective(mixture, noise=noise.LogUniform(0.1, 3.0), negatives="prior", posterior=None)
-    everywhere, _ = run(mixture.denoise, *data)
-    inside, _ = run(mixture.denoise, *data, sigma_interval=(0.5, 1.0))
-    plain, _ = run(mixture.denoise, *data, beta=0.0)
+
+    @jax.jit
+    def losses(*data):
+        changes: tuple = ({}, {"sigma_interval": (0.5, 1.0)}, {"beta": 0.0})
+        return [run(mixture.denoise, *data, **change)[0] for change in changes]
+
+    everywhere, inside, plain = losses(*data)
     ks = jax.vmap(lambda key: jax.random.split(key, 4))(data[2])[:, 0]
     sigma = jax.vmap(noise.LogUniform(0.1, 3.0).sample)(ks)
     expected = jnp.where((sigma > 0.5) & (sigma <= 1.0), everywhere, plain)
@@ -245,15 +249,18 @@ def test_the_noise_interval_keeps_the_contrast_inside():
 def test_strengths_may_differ_between_examples():
     mixture, data = batch(1000)
     beta = jnp.linspace(0, 2, 1000)
-    loss, _ = objective(mixture, beta=beta)(mixture.denoise, *data)
-    low, _ = objective(mixture, beta=beta[200])(mixture.denoise, *data)
+    loss, low = jax.jit(
+        lambda *data: [
+            objective(mixture, beta=b)(mixture.denoise, *data)[0] for b in (beta, beta[200])
+        ]
+    )(*data)
     np.testing.assert_allclose(loss[200], low[200], rtol=1e-5)
     assert not np.allclose(loss, low)
 
 
 def test_bounded_forms_stay_bounded_where_the_plain_one_does_not():
     """The denoiser is pushed away from wherever the plain objective has no minimum."""
-    mixture, data = batch(20_000)
+    mixture, data = batch(5000)
 
     def pushed(size):
         def denoise(x, sigma, label):
@@ -266,7 +273,7 @@ def test_bounded_forms_stay_bounded_where_the_plain_one_does_not():
 
     def mean_loss(size, **changes):
         run = objective(mixture, negatives="prior", posterior=None, **changes)
-        return float(run(pushed(size), *data)[0].mean())
+        return float(jax.jit(lambda *data: run(pushed(size), *data)[0].mean())(*data))
 
     assert mean_loss(1e3) < -1e4
     bounded = [{"bound": "clip"}, {"bound": "logistic", "reference": mixture.denoise},
@@ -285,7 +292,7 @@ def test_the_logistic_bound_starts_as_the_plain_objective():
         def mean_loss(shift):
             return run(lambda x, s, c: mixture.denoise(x, s, c) + shift[c, None], *data)[0].mean()
 
-        return jax.grad(mean_loss)(jnp.zeros(3))
+        return jax.jit(jax.grad(mean_loss))(jnp.zeros(3))
 
     plain = gradient()
     assert jnp.abs(plain).max() > 0.01
@@ -295,9 +302,9 @@ def test_the_logistic_bound_starts_as_the_plain_objective():
 
 
 def test_metrics_say_what_the_weights_and_the_bound_are():
-    mixture, data = batch(200_000)
+    mixture, data = batch(100_000)
     run = objective(mixture, negatives="prior", weighting="cfg", noise=Level(0.5))
-    _, metrics = run(mixture.denoise, *data)
+    _, metrics = jax.jit(functools.partial(run, mixture.denoise))(*data)
     # E over c~ of p(c~ | x) / p(c~) is one, and its mean square E over x of sum_c p(c|x)^2 / p(c).
     np.testing.assert_allclose(metrics["weight"].mean(), 1, rtol=0.01)
     x0 = data[0]

@@ -9,7 +9,8 @@ Plain (omega = 1, c~ ~ p(c)): the pointwise optimum is D_c + gamma (D_c - D_0) w
 gamma = beta / ((1 + beta) rho_c - beta), and there is none where rho_c < beta / (1 + beta): the
 loss has no lower bound there. CFG-equivalent (omega = rho_c~, or c~ drawn from the posterior): the
 optimum is (1 + beta) D_c - beta D_0 everywhere, which is classifier-free guidance of
-guidance_scale 1 + beta.
+guidance_scale 1 + beta. With an estimated posterior q the curvature is (1 + beta) p(c|x_s) - beta
+q(c|x_s): q may be too large by a factor of (1 + beta) / beta at most, or there is no minimum.
 """
 
 from collections.abc import Callable, Mapping, Sequence
