@@ -209,6 +209,7 @@ def test_the_posterior_of_a_classifier_run(base, tmp_path):
     changes = {"objective.posterior": "classifier", "objective.posterior_from": str(classifier)}
     loop.train(mclr(base, **changes, num_steps=4), tmp_path / "run")
     shutil.rmtree(classifier)
+    loop.train(mclr(base, **changes, num_steps=6), tmp_path / "run")  # goes on
     experiment = run.load_experiment(tmp_path / "run")
     assert experiment.classifier.config.objective.name == "classify"
     with pytest.raises(FileNotFoundError, match="not the directory of a run"):

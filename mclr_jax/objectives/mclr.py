@@ -168,7 +168,7 @@ def mclr(
 
     metrics = {
         "error": error,
-        "negative_error": negative_error,
+        "negative_error": negative_error * (len(x) / count),  # its mean is over those computed
         "margin": jnp.where(negative_weight > 0, negative_error - error, 0),
         "weight": omega,
         "weight_square": omega**2,

@@ -60,11 +60,18 @@ def make_experiment(
     return Experiment(ml_collections.FrozenConfigDict(config), info, classifier)
 
 
-def _classifier(config: ml_collections.ConfigDict, source: sources.Source) -> Experiment | None:
-    """The experiment that config.objective.posterior_from names, None where it names none."""
+def _classifier(
+    config: ml_collections.ConfigDict, source: sources.Source, workdir: pathlib.Path
+) -> Experiment | None:
+    """The experiment that config.objective.posterior_from names, None where it names none.
+
+    A run that has copied the classifier's weights needs its directory no more.
+    """
     path = config.objective.get("posterior_from", "")
     if config.objective.get("posterior", "") != "classifier" or not path:
         return None
+    if (workdir / "frozen").exists():
+        return run.load_experiment(workdir).classifier
     classifier = run.load_experiment(path)
     found = (classifier.config.objective.name, classifier.data.shape, classifier.data.num_classes)
     wanted = ("classify", tuple(source.shape), source.num_classes)
@@ -101,7 +108,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> ste
     devices = Devices(config.parallel)
     devices.check_batch_size(config.batch_size)
     source = load_source(config, "train")
-    experiment = make_experiment(config, source, _classifier(config, source))
+    experiment = make_experiment(config, source, _classifier(config, source, workdir))
     first_process = jax.process_index() == 0
     if first_process:
         run.describe(workdir, experiment)
