@@ -30,8 +30,8 @@ sys.path.insert(0, str(ROOT))
 SETTINGS = {
     "fashion_mnist": {
         "samples": 5000,
-        "cfg": (0.1, 0.2, 0.3, 0.5, 1.0, 2.0),
-        "beta": (0.1, 0.2, 0.3, 0.5, 1.0),
+        "cfg": (0.1, 0.2, 0.3, 0.4, 0.6, 1.0),
+        "beta": (0.2, 0.4, 0.6, 0.8, 1.2),
         "judge_steps": {"features": 1500, "accuracy": 2500},
     },
     "digits": {
@@ -297,7 +297,7 @@ def speed(bench: Bench, seed: int) -> dict[str, float]:
     kinds = {
         "base": (f"control_{seed}", 1.0),
         "cfg": (f"control_{seed}", 1.3),
-        "mclr": (f"posterior_beta0.3_{seed}", 1.0),
+        "mclr": (f"posterior_beta{bench.settings['beta'][0]:g}_{seed}", 1.0),
     }
     loaded = {
         kind: (

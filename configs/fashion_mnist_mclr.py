@@ -1,11 +1,13 @@
-"""MCLR on Fashion-MNIST: fine-tunes configs/fashion_mnist.py for a tenth of its steps.
+"""MCLR on Fashion-MNIST: fine-tunes configs/fashion_mnist.py for a fifth of its steps.
 
   python -m launch.train --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
   python -m launch.train --config=configs/fashion_mnist_classifier.py \\
       --workdir=runs/fashion_mnist_classifier
   python -m launch.train --config=configs/fashion_mnist_mclr.py --workdir=runs/fashion_mnist_mclr
 
-The result samples without guidance as the base does with guidance_scale 1 + objective.beta.
+With the exact posterior the result would sample as the base does with guidance_scale 1 + beta. The
+classifier is surer on its training images than on others, which weakens the contrast: in first runs
+beta 0.4 came out as CFG of guidance_scale 1.2.
 """
 
 from ml_collections import ConfigDict
@@ -18,12 +20,13 @@ def get_config() -> ConfigDict:
     config.init_from = "runs/fashion_mnist"
     config.objective = base.mclr()
     config.objective.posterior_from = "runs/fashion_mnist_classifier"
-    config.objective.beta = 0.3
-    config.num_steps = 600
+    config.objective.beta = 0.6
+    config.objective.negative_share = 0.5  # most of the posterior's draws are the label itself
+    config.num_steps = 1200
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 50
-    config.ema.halflife_steps = 30.0
+    config.ema.halflife_steps = 60.0
     config.checkpoint_every = 200
     config.log_every = 50
-    config.sample_every = 600
+    config.sample_every = 1200
     return config
