@@ -45,7 +45,7 @@ JUDGES = {
     "features": {"name": "conv_classifier", "channels": (32, 64), "patch_size": 2},
     "accuracy": {"name": "mlp_classifier", "width": 256, "depth": 2},
 }
-# Changes of configs/DATA_mclr.py; {beta} runs over the strengths.
+# Changes of the objective in configs/DATA_mclr.py, at its own beta.
 VARIANTS = {
     "prior_weighted": {"negatives": "prior", "weighting": "cfg"},
     "interval": {"sigma_interval": (0.1, 2.0)},
@@ -190,6 +190,7 @@ class Bench:
         """(features (n, d), log probabilities (n, K)) by a judge."""
         import jax
         import numpy as np
+        import scipy.special
 
         from mclr_jax import run
 
@@ -203,8 +204,7 @@ class Bench:
         features, logits = (
             np.concatenate(arrays).astype(np.float64) for arrays in zip(*kept, strict=True)
         )
-        peak = logits.max(axis=1, keepdims=True)
-        return features, logits - peak - np.log(np.exp(logits - peak).sum(1, keepdims=True))
+        return features, scipy.special.log_softmax(logits, axis=1)
 
     # ---- the parts together ------------------------------------------------------------------
 

@@ -21,7 +21,6 @@ from ml_collections import ConfigDict
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-
 from configs import mixture as mixture_config  # noqa: E402
 from configs import mixture_mclr as mclr_config  # noqa: E402
 from mclr_jax import guidance, mixture, noise, run  # noqa: E402
@@ -51,9 +50,13 @@ VARIANTS = {
 }
 
 
+def directory(name: str) -> pathlib.Path:
+    return RUNS / name.replace(" ", "_").replace(",", "")
+
+
 def done(name: str, config) -> str:
     """Train a run to its end unless it got there before; the message of a run that diverged."""
-    workdir = RUNS / name.replace(" ", "_").replace(",", "")
+    workdir = directory(name)
     outcome = workdir / "outcome.txt"
     if not outcome.exists():
         print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
@@ -77,7 +80,7 @@ def classifier_config():
 
 def distance(name: str, beta: float, strength: float = 0.0, draws: int = 400_000) -> float:
     """E weight(sigma) |D(x, sigma, c) - D_cfg(x, sigma, c)|^2 of a run's averaged weights."""
-    workdir = RUNS / name.replace(" ", "_").replace(",", "")
+    workdir = directory(name)
     experiment = run.load_experiment(workdir)
     params, _ = run.load_weights(workdir)
     oracle = mixture.toy()
