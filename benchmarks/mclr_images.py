@@ -26,18 +26,24 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))
 
+BATCH = 50  # samples at a time: on a CPU core twice as fast as 250, which leaves its cache
+
 # gamma = guidance_scale - 1 of CFG, beta of MCLR.
 SETTINGS = {
     "fashion_mnist": {
         "samples": 5000,
+        "one_base": True,
         "cfg": (0.1, 0.2, 0.3, 0.4, 0.6, 1.0),
-        "beta": (0.2, 0.4, 0.6, 0.8, 1.2),
+        "beta": (0.4, 0.6, 1.0),
+        "strength": (0.2, 0.4, 0.6, 1.0),
         "judge_steps": {"features": 1500, "accuracy": 2500},
     },
     "digits": {
         "samples": 2000,
+        "one_base": False,
         "cfg": (0.1, 0.2, 0.3, 0.5, 1.0, 2.0),
-        "beta": (0.1, 0.2, 0.3, 0.5, 1.0),
+        "beta": (0.2, 0.3, 0.5, 1.0),
+        "strength": (0.1, 0.2, 0.3, 0.5, 1.0),
         "judge_steps": {"features": 600, "accuracy": 600},
     },
 }
@@ -45,11 +51,18 @@ JUDGES = {
     "features": {"name": "conv_classifier", "channels": (32, 64), "patch_size": 2},
     "accuracy": {"name": "mlp_classifier", "width": 256, "depth": 2},
 }
-# Changes of the objective in configs/DATA_mclr.py, at its own beta.
+# Changes of the objective in configs/DATA_mclr.py, at its own beta; of the first seed alone.
 VARIANTS = {
-    "prior_weighted": {"negatives": "prior", "weighting": "cfg"},
+    "data": {"target": "data"},
+    "prior_weighted": {"negatives": "prior", "weighting": "cfg", "negative_share": 1.0},
     "interval": {"sigma_interval": (0.1, 2.0)},
-    "plain_clip": {"negatives": "mismatched", "bound": "clip", "clip_ratio": 1.5},
+    "plain_clip": {
+        "target": "data",
+        "negatives": "mismatched",
+        "negative_share": 1.0,
+        "bound": "clip",
+        "clip_ratio": 1.5,
+    },
 }
 
 
@@ -69,6 +82,14 @@ class Bench:
 
     def config(self, name: str = ""):
         return importlib.import_module(f"configs.{self.data}{name}").get_config()
+
+    def base(self, seed: int) -> str:
+        return "base" if self.settings["one_base"] else f"base_{seed}"
+
+    def train_base(self, seed: int) -> None:
+        config = self.config()
+        config.seed = seed
+        self.train(self.base(seed), config)
 
     def train(self, name: str, config) -> None:
         """Train to the end; `done` says so."""
@@ -92,7 +113,7 @@ class Bench:
     def fine_tune(self, name: str, seed: int, control: bool, changes: dict) -> None:
         """MCLR, or DSM with the same steps and learning rates."""
         config = self.config("_mclr")
-        config.init_from = str(self.root / "base")
+        config.init_from = str(self.root / self.base(seed))
         config.objective.posterior_from = str(self.root / "classifier")
         config.objective.update(changes)
         if control:
@@ -111,11 +132,9 @@ class Bench:
         params, _ = run.load_weights(self.root / model)
         labels = np.resize(np.arange(experiment.null_label), self.settings["samples"])
         samples = generate.generate(
-            experiment, params, labels, seed=seed, guidance_scale=1 + gamma, batch_size=250
+            experiment, params, labels, seed=seed, guidance_scale=1 + gamma, batch_size=BATCH
         )
-        guided = gamma != 0 and not experiment.strength
-        steps = experiment.config.sampler.num_steps
-        calls = {"network_calls": (2 if guided else 1) * (2 * steps - 1)}
+        calls = {"network_calls": generate.network_calls(experiment, guidance_scale=1 + gamma)}
         self.store(name, np.round(samples.clip(-1, 1) * 127.5) / 127.5, labels, calls)
 
     def calibrate(self) -> None:
@@ -125,7 +144,6 @@ class Bench:
 
         from mclr_jax import noise, posterior, run
         from mclr_jax.data import pipeline, sources
-        from mclr_jax.run import write_atomically
 
         experiment = run.load_experiment(self.root / "classifier")
         params, _ = run.load_weights(self.root / "classifier")
@@ -142,7 +160,7 @@ class Bench:
                 x = x0 + sigma * noise.normal_like(keys, x0)
                 log_probs = log_posterior(x, np.full(len(x), sigma, np.float32), keys, labels)
                 table[split][f"{sigma:g}"] = posterior.calibration_error(log_probs, labels)
-        write_atomically(self.root / "calibration.json", json.dumps(table, indent=1))
+        self.write("calibration", table)
 
     def real(self, split: str) -> None:
         """The floor: real images judged as samples are. `train` is the reference itself."""
@@ -154,6 +172,80 @@ class Bench:
         count = len(source) if split == "train" else min(self.settings["samples"], len(source))
         images, labels = source[np.arange(count)]
         self.store(f"real_{split}", np.asarray(pipeline.to_float(images)), labels, {})
+
+    def compared(self, seed: int) -> dict[str, str]:
+        """The work directories of the models whose speed is compared."""
+        mclr = f"posterior_beta{self.settings['beta'][0]:g}_{seed}"
+        return {"base": f"control_{seed}", "cfg": f"control_{seed}", "mclr": mclr}
+
+    def speed(self, seed: int) -> None:
+        """Samples per second without and with guidance and by MCLR, run alternately: medians."""
+        import numpy as np
+
+        from mclr_jax import generate, run
+
+        loaded = {}
+        for kind, name in self.compared(seed).items():
+            params, _ = run.load_weights(self.root / name)
+            scale = 1.3 if kind == "cfg" else 1.0
+            loaded[kind] = run.load_experiment(self.root / name), params, scale
+        labels = np.resize(np.arange(10), 5 * BATCH)
+        rates: dict[str, list[float]] = {kind: [] for kind in loaded}
+        for _ in range(6):  # the first compiles
+            for kind, (experiment, params, scale) in loaded.items():
+                start = time.perf_counter()
+                generate.generate(
+                    experiment, params, labels, guidance_scale=scale, batch_size=BATCH
+                )
+                rates[kind].append(len(labels) / (time.perf_counter() - start))
+        self.write("speed", {kind: float(np.median(r[1:])) for kind, r in rates.items()})
+
+    def step_cost(self, steps: int = 10, rounds: int = 7) -> None:
+        """Time of a training step relative to DSM's, run alternately: medians."""
+        import jax
+        import ml_collections
+        import numpy as np
+
+        from mclr_jax import run
+        from mclr_jax.data import pipeline
+        from mclr_jax.training import loop
+        from mclr_jax.training import step as training_step
+
+        frozen = {"classifier": run.load_weights(self.root / "classifier")[0]}
+        classifier = run.load_experiment(self.root / "classifier")
+        dsm = self.config("_mclr")
+        dsm.objective = self.config().objective
+        configs = {"dsm": dsm}
+        for share in (1.0, 0.5):
+            config = ml_collections.ConfigDict(self.config("_mclr"))
+            config.objective.negative_share = share
+            configs[f"mclr, negative_share {share:g}"] = config
+        source = loop.load_source(dsm, "train")
+        batches = loop.stack(pipeline.stream(source, dsm.batch_size, 0), steps, steps)
+        runs: dict = {}
+        for name, config in configs.items():
+            mclr = config is not dsm
+            experiment = loop.make_experiment(config, source, classifier if mclr else None)
+            update = jax.jit(training_step.make_update(experiment), donate_argnums=0)
+            state = jax.jit(functools.partial(training_step.init_state, experiment))()
+            runs[name] = [update, state, frozen if mclr else {}, []]
+        for _ in range(rounds + 1):  # the first compiles
+            for entry in runs.values():
+                update, state, held, seconds = entry
+                start = time.perf_counter()
+                entry[1] = jax.block_until_ready(update(state, held, batches, steps)[0])
+                seconds.append((time.perf_counter() - start) / steps)
+        base = np.median(runs["dsm"][-1][1:])
+        cost = {name: float(np.median(entry[-1][1:]) / base) for name, entry in runs.items()}
+        self.write("step_cost", cost)
+
+    def write(self, name: str, value: dict) -> None:
+        from mclr_jax.run import write_atomically
+
+        write_atomically(self.root / f"{name}.json", json.dumps(value, indent=1))
+
+    def read(self, name: str) -> dict:
+        return json.loads((self.root / f"{name}.json").read_text())
 
     def store(self, name: str, images, labels, more: dict) -> None:
         """Features and metrics of images (n, ...) in [-1, 1] -> NAME.npz, NAME.json."""
@@ -184,7 +276,7 @@ class Bench:
                 "recall": recall,
             }
         write_atomically(self.root / "sets" / f"{name}.npz", buffer.getvalue())
-        write_atomically(self.root / "sets" / f"{name}.json", json.dumps(row, indent=1))
+        self.write(f"sets/{name}", row)
 
     def judged(self, judge: str, images):
         """(features (n, d), log probabilities (n, K)) by a judge."""
@@ -212,14 +304,15 @@ class Bench:
         """All tasks but the last, each after those it needs."""
         beta, cfg = self.settings["beta"], self.settings["cfg"]
         tasks = [
-            Task("base", lambda: self.train("base", self.config()), "base/done"),
             Task("classifier", lambda: self.train("classifier", self.config("_classifier")),
                  "classifier/done"),
             *(Task(f"judge_{j}", lambda j=j: self.judge(j), f"judge_{j}/done") for j in JUDGES),
         ]  # fmt: skip
         tasks.append(Task("calibration", self.calibrate, "calibration.json", ("classifier/done",)))
         judges = tuple(f"judge_{j}/done" for j in JUDGES)
-        start = ("base/done", "classifier/done")
+        for seed in [seeds[0]] if self.settings["one_base"] else seeds:
+            name = self.base(seed)
+            tasks.append(Task(name, functools.partial(self.train_base, seed), f"{name}/done"))
         for split, needs in [("train", judges), ("test", ("sets/real_train.json",))]:
             tasks.append(Task(f"real_{split}", functools.partial(self.real, split),
                               f"sets/real_{split}.json", needs))  # fmt: skip
@@ -228,6 +321,7 @@ class Bench:
             """A fine-tuned model, and its samples at each of the strengths."""
             workdir = f"{name}_{seed}"
             tune = functools.partial(self.fine_tune, workdir, seed, control, changes)
+            start = (f"{self.base(seed)}/done", "classifier/done")
             tasks.append(Task(workdir, tune, f"{workdir}/done", start))
             for gamma in gammas:
                 row = f"{workdir}_at_{gamma:g}"
@@ -239,9 +333,13 @@ class Bench:
             model("control", seed, (0.0, *cfg), control=True)
             for b in beta:
                 model(f"posterior_beta{b:g}", seed, (0.0,), beta=b)
-            model("strength", seed, beta, strength=(0.0, max(beta)))
-            for name, changes in VARIANTS.items():
-                model(name, seed, (0.0,), **changes)
+            strengths = self.settings["strength"]
+            model("strength", seed, strengths, strength=(0.0, max(strengths)))
+        for name, changes in VARIANTS.items():
+            model(name, seeds[0], (0.0,), **changes)
+        models = tuple(f"{name}/done" for name in self.compared(seeds[0]).values())
+        tasks.append(Task("speed", functools.partial(self.speed, seeds[0]), "speed.json", models))
+        tasks.append(Task("step_cost", self.step_cost, "step_cost.json", ("classifier/done",)))
         return tasks
 
 
@@ -288,71 +386,6 @@ def schedule(bench: Bench, tasks: list[Task], arguments: list[str], jobs: int) -
         time.sleep(0.5)
 
 
-def speed(bench: Bench, seed: int) -> dict[str, float]:
-    """Samples per second without and with guidance and by MCLR, run alternately: medians of 5."""
-    import numpy as np
-
-    from mclr_jax import generate, run
-
-    kinds = {
-        "base": (f"control_{seed}", 1.0),
-        "cfg": (f"control_{seed}", 1.3),
-        "mclr": (f"posterior_beta{bench.settings['beta'][0]:g}_{seed}", 1.0),
-    }
-    loaded = {
-        kind: (
-            run.load_experiment(bench.root / name),
-            run.load_weights(bench.root / name)[0],
-            scale,
-        )
-        for kind, (name, scale) in kinds.items()
-    }
-    labels = np.resize(np.arange(10), 250)
-    rates: dict[str, list[float]] = {kind: [] for kind in kinds}
-    for _ in range(6):  # the first compiles
-        for kind, (experiment, params, scale) in loaded.items():
-            start = time.perf_counter()
-            generate.generate(experiment, params, labels, guidance_scale=scale)
-            rates[kind].append(len(labels) / (time.perf_counter() - start))
-    return {kind: float(np.median(values[1:])) for kind, values in rates.items()}
-
-
-def step_cost(bench: Bench, steps: int = 10, rounds: int = 5) -> dict[str, float]:
-    """Time of a training step relative to DSM's, taking turns: medians."""
-    import jax
-    import ml_collections
-    import numpy as np
-
-    from mclr_jax import run
-    from mclr_jax.data import pipeline
-    from mclr_jax.training import loop
-    from mclr_jax.training import step as training_step
-
-    frozen = {"classifier": run.load_weights(bench.root / "classifier")[0]}
-    classifier = run.load_experiment(bench.root / "classifier")
-    control, mclr = bench.config(), bench.config("_mclr")
-    half = ml_collections.ConfigDict(mclr)
-    half.objective.negative_share = 0.5
-    source = loop.load_source(control, "train")
-    batches = loop.stack(pipeline.stream(source, control.batch_size, 0), steps, steps)
-    runs: dict = {}
-    for name, config in {"dsm": control, "mclr": mclr, "mclr, negative_share 0.5": half}.items():
-        experiment = loop.make_experiment(
-            config, source, classifier if config is not control else None
-        )
-        update = jax.jit(training_step.make_update(experiment), donate_argnums=0)
-        state = jax.jit(functools.partial(training_step.init_state, experiment))()
-        runs[name] = [update, state, {} if config is control else frozen, []]
-    for _ in range(rounds + 1):  # the first compiles
-        for entry in runs.values():
-            update, state, held, seconds = entry
-            start = time.perf_counter()
-            entry[1] = jax.block_until_ready(update(state, held, batches, steps)[0])
-            seconds.append((time.perf_counter() - start) / steps)
-    base = np.median(runs["dsm"][-1][1:])
-    return {name: float(np.median(entry[-1][1:]) / base) for name, entry in runs.items()}
-
-
 def collect(bench: Bench, seeds: tuple[int, ...]) -> dict:
     """All rows, and what they say."""
     import numpy as np
@@ -362,7 +395,7 @@ def collect(bench: Bench, seeds: tuple[int, ...]) -> dict:
     from mclr_jax.training.devices import banner
 
     def row(name: str) -> dict:
-        return json.loads((bench.root / "sets" / f"{name}.json").read_text())
+        return bench.read(f"sets/{name}")
 
     def moments(name: str):
         with np.load(bench.root / "sets" / f"{name}.npz") as file:
@@ -380,9 +413,10 @@ def collect(bench: Bench, seeds: tuple[int, ...]) -> dict:
         models[f"cfg {gamma:g}"] = [f"control_{s}_at_{gamma:g}" for s in seeds]
     for beta in bench.settings["beta"]:
         models[f"mclr {beta:g}"] = [f"posterior_beta{beta:g}_{s}_at_0" for s in seeds]
+    for beta in bench.settings["strength"]:
         models[f"mclr strength {beta:g}"] = [f"strength_{s}_at_{beta:g}" for s in seeds]
     for name in VARIANTS:
-        models[f"mclr {name}"] = [f"{name}_{s}_at_0" for s in seeds]
+        models[f"mclr {name}"] = [f"{name}_{seeds[0]}_at_0"]
     table = {name: mean(rows) for name, rows in models.items()}
 
     # The theorem on real data: samples of MCLR at beta against those of CFG at gamma = beta, from
@@ -407,7 +441,7 @@ def collect(bench: Bench, seeds: tuple[int, ...]) -> dict:
             if distances:
                 theorem.setdefault(f"{beta:g}", {})[kind] = float(np.mean(distances))
 
-    rates = speed(bench, seeds[0])
+    rates = bench.read("speed")
 
     def best(prefix: str) -> str:
         return min((n for n in table if n.startswith(prefix)), key=lambda n: table[n]["frechet"])
@@ -423,7 +457,7 @@ def collect(bench: Bench, seeds: tuple[int, ...]) -> dict:
     gap = summary["base"]["frechet"] - summary["cfg_best"]["frechet"]
     summary["gap_closed"] = (summary["base"]["frechet"] - summary["mclr"]["frechet"]) / gap
     summary["speedup_over_cfg"] = rates["mclr"] / rates["cfg"]
-    experiment = run.load_experiment(bench.root / "base")
+    experiment = run.load_experiment(bench.root / bench.base(seeds[0]))
     revision = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
     )
@@ -440,10 +474,10 @@ def collect(bench: Bench, seeds: tuple[int, ...]) -> dict:
         "floor": row("real_test"),
         "table": table,
         "frechet_to_cfg": theorem,
-        "step_cost_relative_to_dsm": step_cost(bench),
+        "step_cost_relative_to_dsm": bench.read("step_cost"),
         "fine_tuning_share_of_base_steps": bench.config("_mclr").num_steps
         / bench.config().num_steps,
-        "calibration": json.loads((bench.root / "calibration.json").read_text()),
+        "calibration": bench.read("calibration"),
         "rows": {name: row(name) for rows in models.values() for name in rows},
     }
 

@@ -81,6 +81,7 @@ def mclr() -> ConfigDict:
         "clip_ratio": 2.0,
         "logistic_scale": 10.0,
         "reference_penalty": 0.0,  # weight of the distance from the model that was started from
+        "target": "data",  # or "reference": what the model started from makes of x_sigma and c
         "sigma_interval": (),  # (low, high): contrast in this range of noise levels only
         "posterior": "classifier",  # "exact" (mixture), "classifier", "denoiser" or "" for none
         "posterior_from": "",  # work directory of the classifier's run

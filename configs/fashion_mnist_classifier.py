@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
         "dtype": "float32",
     })  # fmt: skip
     config.optimizer.learning_rate = 2e-3
+    config.optimizer.weight_decay = 0.3
     config.optimizer.warmup_steps = 100
     config.optimizer.schedule = "cosine"
     config.ema.halflife_steps = 100.0

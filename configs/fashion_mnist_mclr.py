@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
     config.objective = base.mclr()
     config.objective.posterior_from = "runs/fashion_mnist_classifier"
     config.objective.beta = 0.6
+    config.objective.target = "reference"
     config.objective.negative_share = 0.5  # most of the posterior's draws are the label itself
     config.num_steps = 1200
     config.optimizer.learning_rate = 1e-3

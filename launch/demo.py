@@ -55,7 +55,7 @@ def main() -> None:
         params, step = run.load_weights(workdir / directory)
         samples = generate.generate(experiment, params, labels, guidance_scale=scale)
         accuracy = float((classifier.predict(_features(samples)) == labels).mean())
-        calls = (2 * experiment.config.sampler.num_steps - 1) * (1 if scale == 1 else 2)
+        calls = generate.network_calls(experiment, guidance_scale=scale)
         table.append({"name": name, "steps": step, "accuracy": accuracy, "network_calls": calls})
         print(f"  {name:8s} {accuracy:8.1%} {calls:13d}")
         grids.append(images.picture(samples, labels))

@@ -188,7 +188,7 @@ class Experiment:
         config, frozen = self.config.objective, {}
         if config.name == "mclr":
             held = config.bound == "logistic" or config.reference_penalty
-            if held or config.posterior == "denoiser":
+            if held or config.target == "reference" or config.posterior == "denoiser":
                 frozen["reference"] = self.init()
         if self.classifier:
             frozen["classifier"] = self.classifier.init()

@@ -61,6 +61,32 @@ def compiled(experiment: Experiment, method: str, guided: bool, stochastic: bool
     return jax.jit(run, out_shardings=everywhere)
 
 
+def _grid(experiment: Experiment) -> np.ndarray:
+    config = experiment.config.sampler
+    return rho_grid(config.num_steps, config.sigma_min, config.sigma_max, config.rho)
+
+
+def _guided(experiment: Experiment, guidance_scale: float) -> bool:
+    """Whether this scale takes second calls of the network."""
+    return guidance_scale != 1 and not experiment.strength
+
+
+def network_calls(
+    experiment: Experiment,
+    *,
+    sigmas: np.ndarray | None = None,
+    method: str | None = None,
+    guidance_scale: float = 1.0,
+    interval: tuple[float, float] | None = None,
+) -> int:
+    """Calls of the network that `generate` makes for a sample, with the same arguments."""
+    grid = _grid(experiment) if sigmas is None else sigmas
+    levels = samplers.call_levels(grid, method or experiment.config.sampler.method)
+    low, high = interval or (0.0, np.inf)
+    second = (low < levels) & (levels <= high) & _guided(experiment, guidance_scale)
+    return len(levels) + int(second.sum())
+
+
 def generate(
     experiment: Experiment,
     params: Any,
@@ -110,11 +136,10 @@ def generate(
             "guidance_scale %g is strength %g, outside the range %s that this network was trained "
             "with.", guidance_scale, guidance_scale - 1, experiment.strength,
         )  # fmt: skip
-    config = experiment.config.sampler
-    if sigmas is None:
-        sigmas = rho_grid(config.num_steps, config.sigma_min, config.sigma_max, config.rho)
-    guided = guidance_scale != 1 and not experiment.strength
-    run = compiled(experiment, method or config.method, guided, churn is not None)
+    sigmas = _grid(experiment) if sigmas is None else sigmas
+    method = method or experiment.config.sampler.method
+    guided = _guided(experiment, guidance_scale)
+    run = compiled(experiment, method, guided, churn is not None)
 
     rows, everywhere = _shardings()
     if len(jax.tree.leaves(params)[0].sharding.device_set) != jax.device_count():

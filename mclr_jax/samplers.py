@@ -77,6 +77,11 @@ def _dpmpp_2m(start: jax.Array, stop: jax.Array) -> _Calls:
 METHODS = {"euler": _euler, "heun": _heun, "dpmpp_2m": _dpmpp_2m}
 
 
+def call_levels(sigmas: np.ndarray, method: str = "heun") -> np.ndarray:
+    """The noise level of each denoiser call that `sample` makes on this grid: (num_calls,)."""
+    return np.asarray(look_up(METHODS, method, "sampler")(sigmas[:-1], sigmas[1:]).sigma)
+
+
 def sample(
     denoise: DenoiseFn,
     x_init: jax.Array,

@@ -49,6 +49,24 @@ def test_sample_i_is_the_same_in_any_batch_on_8_devices(trained, churn):
     assert np.abs(whole - other).max() > 0.1
 
 
+@pytest.mark.parametrize("method", sorted(samplers.METHODS))
+@pytest.mark.parametrize(("scale", "interval"), [(1.0, None), (2.0, None), (2.0, (0.1, 1.0))])
+def test_network_calls_are_those_that_the_sampler_makes(trained, method, scale, interval):
+    experiment, _ = trained
+    grid, made = noise.rho_grid(5, 0.01, 10.0), []
+
+    def denoise(x, sigma, label):
+        jax.debug.callback(lambda: made.append(1))
+        return 0.5 * x
+
+    guided = guidance.classifier_free(denoise, 10, scale, interval)
+    x, label = jnp.ones((2, 3)), jnp.array([0, 1])
+    jax.block_until_ready(samplers.sample(guided, x, label, grid, method))
+    jax.effects_barrier()
+    arguments = {"sigmas": grid, "method": method, "guidance_scale": scale, "interval": interval}
+    assert generate.network_calls(experiment, **arguments) == len(made)
+
+
 def test_guidance_interval_and_grid_share_one_program(trained):
     experiment, params = trained
     labels = np.arange(8)

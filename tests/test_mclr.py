@@ -22,6 +22,7 @@ EDGES = np.linspace(-2.75, 2.75, 12)
 FORMS = {
     "posterior": {},
     "half of the negatives": {"negative_share": 0.5},
+    "targets of the reference": {"target": "reference"},
     "prior, weighted": {"negatives": "prior", "weighting": "cfg"},
     "mismatched, weighted": {"negatives": "mismatched", "weighting": "cfg"},
 }
@@ -57,6 +58,7 @@ def objective(mixture, **changes):
         "beta": BETA,
         "label_dropout": 0.0,
         "posterior": posterior.exact(mixture),
+        "reference": mixture.denoise,
     }
     return functools.partial(mclr, **options | changes)
 
@@ -276,9 +278,7 @@ def test_bounded_forms_stay_bounded_where_the_plain_one_does_not():
         return float(jax.jit(lambda *data: run(pushed(size), *data)[0].mean())(*data))
 
     assert mean_loss(1e3) < -1e4
-    bounded = [{"bound": "clip"}, {"bound": "logistic", "reference": mixture.denoise},
-               {"reference_penalty": 1.0, "reference": mixture.denoise}]  # fmt: skip
-    for changes in bounded:
+    for changes in [{"bound": "clip"}, {"bound": "logistic"}, {"reference_penalty": 1.0}]:
         assert mean_loss(1e3, **changes) > -2, changes
 
 
@@ -296,7 +296,7 @@ def test_the_logistic_bound_starts_as_the_plain_objective():
 
     plain = gradient()
     assert jnp.abs(plain).max() > 0.01
-    logistic = gradient(bound="logistic", logistic_scale=7.0, reference=mixture.denoise)
+    logistic = gradient(bound="logistic", logistic_scale=7.0)
     chex.assert_trees_all_close(logistic, plain, rtol=1e-4, atol=1e-6)
     chex.assert_trees_all_close(gradient(bound="clip", clip_ratio=1e9), plain)
 
@@ -324,8 +324,10 @@ def test_metrics_say_what_the_weights_and_the_bound_are():
         ({"negatives": "wrong"}, "negatives is 'wrong'; expected one of .*mismatched"),
         ({"weighting": "cfg"}, "CFG-equivalent form already"),
         ({"posterior": None}, "needs a posterior"),
-        ({"bound": "logistic"}, "frozen reference"),
-        ({"reference_penalty": 0.1}, "frozen reference"),
+        ({"target": "truth"}, "target is 'truth'; expected one of .*reference"),
+        ({"target": "reference", "reference": None}, "frozen reference"),
+        ({"bound": "logistic", "reference": None}, "frozen reference"),
+        ({"reference_penalty": 0.1, "reference": None}, "frozen reference"),
         ({"negative_share": 0.0}, "negative_share is 0.0; expected above 0"),
     ],
 )

@@ -27,6 +27,7 @@ from mclr_jax.posterior import Posterior
 NEGATIVES = ("prior", "mismatched", "posterior")
 WEIGHTINGS = ("none", "cfg")
 BOUNDS = ("none", "clip", "logistic")
+TARGETS = ("data", "reference")
 
 
 def mclr(
@@ -50,6 +51,7 @@ def mclr(
     logistic_scale: float = 10.0,
     reference_penalty: float = 0.0,
     sigma_interval: Sequence[float] = (),
+    target: str = "data",
     posterior: Posterior | None = None,
     reference: DenoiseFn | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -76,8 +78,12 @@ def mclr(
         two have the same gradient where the model is the reference.
       reference_penalty: times weight(s) (|D - D_ref|^2 at c plus the same at c~).
       sigma_interval: (low, high): contrast only where low < sigma <= high.
+      target: what both labels are to explain: "data", x0 itself, or "reference", the frozen
+        model's D(x_s, c), which stands for the mean of x0 given x_s and c and so leaves the optimum
+        where it is, but for the frozen model's error, at far less variance.
       posterior: p(c | x_s); needed by posterior negatives and by weighting "cfg".
-      reference: frozen denoiser; needed by bound "logistic" and by reference_penalty.
+      reference: frozen denoiser; needed by target "reference", bound "logistic" and
+        reference_penalty.
 
     Returns:
       loss (B,), and metrics (B,): `error` and `negative_error` (unweighted), `margin` (their
@@ -88,7 +94,10 @@ def mclr(
     Raises:
       ValueError: on an unknown word, or where a posterior or reference is needed and missing.
     """
-    _check(negatives, weighting, bound, negative_share, posterior, reference, reference_penalty)
+    held = bound == "logistic" or reference_penalty > 0  # to the reference, at both labels
+    needs_reference = held or target == "reference"
+    _check(negatives, weighting, bound, target, negative_share)
+    _check_parts(negatives, weighting, posterior, needs_reference, reference)
     x, sigma, label, keys = perturb(x0, label, keys, noise, null_label, label_dropout)
     k_negative, k_posterior, k_share = jax.vmap(
         lambda key: jax.random.split(key, 3), out_axes=1
@@ -146,7 +155,14 @@ def mclr(
         return values[: len(x)], jnp.zeros_like(sigma).at[rows].set(values[len(x) :])
 
     denoised = denoise(*inputs)
-    error, negative_error = split(mean_square(denoised - x0[both]))
+    explained = x0
+    if needs_reference:
+        # at c~ too where the model is held to it
+        needed = inputs if held else jax.tree.map(lambda e: e[: len(x)], inputs)
+        frozen = jax.lax.stop_gradient(reference(*needed))
+        if target == "reference":
+            explained = frozen[: len(x)]
+    error, negative_error = split(mean_square(denoised - explained[both]))
 
     # ---- the loss --------------------------------------------------------------------------------
     if bound == "clip":
@@ -154,17 +170,16 @@ def mclr(
         loss = positive_weight * error - negative_weight * jnp.minimum(negative_error, limit)
     else:
         loss = positive_weight * error - negative_weight * negative_error
-    if reference is not None and (bound == "logistic" or reference_penalty):
-        frozen = jax.lax.stop_gradient(reference(*inputs))
+    if held:
         if bound == "logistic":
-            error_then, negative_error_then = split(mean_square(frozen - x0[both]))
+            error_then, negative_error_then = split(mean_square(frozen - explained[both]))
             then = (positive_weight - 1) * error_then - negative_weight * negative_error_then
             margin = logistic_scale * weight(sigma) * (loss - error - then)
             bounded = 2 / logistic_scale * (jax.nn.softplus(margin) - jnp.log(2.0))
             loss = error + bounded / weight(sigma)
         at_label, at_negative = split(mean_square(denoised - frozen))
-        held = at_label + (negative_weight > 0) * at_negative
-        loss += reference_penalty * jnp.where(contrast > 0, held, 0)
+        distance = at_label + (negative_weight > 0) * at_negative
+        loss += reference_penalty * jnp.where(contrast > 0, distance, 0)
 
     metrics = {
         "error": error,
@@ -187,11 +202,12 @@ def is_unbounded(config: Mapping[str, Any]) -> bool:
     return not equivalent and not held
 
 
-def _check(negatives, weighting, bound, share, posterior, reference, reference_penalty) -> None:
+def _check(negatives, weighting, bound, target, share) -> None:
     for name, value, words in [
         ("negatives", negatives, NEGATIVES),
         ("weighting", weighting, WEIGHTINGS),
         ("bound", bound, BOUNDS),
+        ("target", target, TARGETS),
     ]:
         if value not in words:
             raise ValueError(f"objective.{name} is {value!r}; expected one of {words}.")
@@ -202,13 +218,17 @@ def _check(negatives, weighting, bound, share, posterior, reference, reference_p
             "Negatives from the posterior are the CFG-equivalent form already: set "
             "objective.weighting='none', or objective.negatives='prior'."
         )
+
+
+def _check_parts(negatives, weighting, posterior, needs_reference, reference) -> None:
     if posterior is None and (negatives == "posterior" or weighting == "cfg"):
         raise ValueError(
             "The CFG-equivalent objective needs a posterior: set objective.posterior to 'exact', "
             "'classifier' or 'denoiser'."
         )
-    if reference is None and (bound == "logistic" or reference_penalty):
+    if reference is None and needs_reference:
         raise ValueError(
-            "objective.bound='logistic' and objective.reference_penalty need a frozen reference: "
-            "set config.init_from to the work directory of the base run."
+            "objective.target='reference', objective.bound='logistic' and "
+            "objective.reference_penalty need a frozen reference: set config.init_from to the work "
+            "directory of the base run."
         )
