@@ -48,8 +48,14 @@ SETTINGS = {
     },
 }
 JUDGES = {
-    "features": {"name": "conv_classifier", "channels": (32, 64), "patch_size": 2},
-    "accuracy": {"name": "mlp_classifier", "width": 256, "depth": 2},
+    "features": {
+        "network": {"name": "conv_classifier", "channels": (32, 64), "patch_size": 2},
+        "weight_decay": 0.0,
+    },
+    "accuracy": {
+        "network": {"name": "mlp_classifier", "width": 256, "depth": 2},
+        "weight_decay": 0.3,
+    },
 }
 # Changes of the objective in configs/DATA_mclr.py, at its own beta; of the first seed alone.
 VARIANTS = {
@@ -64,6 +70,29 @@ VARIANTS = {
         "clip_ratio": 1.5,
     },
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A row of the table.
+
+    Attributes:
+      tuned: name of the fine-tuning; with the seed, its work directory.
+      gamma: guidance, or the strength that is given to the network, when sampling.
+      seeds: of fine-tuning and sampling.
+      changes: of the objective; None for the control, which goes on by DSM.
+    """
+
+    tuned: str
+    gamma: float
+    seeds: tuple[int, ...]
+    changes: dict | None
+
+    def workdir(self, seed: int) -> str:
+        return f"{self.tuned}_{seed}"
+
+    def samples(self, seed: int) -> str:
+        return f"{self.workdir(seed)}_at_{self.gamma:g}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,38 +133,49 @@ class Bench:
 
         config = self.config("_classifier")
         config.noise = ConfigDict({"name": "loguniform", "sigma_min": 0.01, "sigma_max": 0.01})
-        config.network = ConfigDict(JUDGES[judge] | {"dropout": 0.1, "dtype": "float32"})
+        network = JUDGES[judge]["network"] | {"dropout": 0.1, "dtype": "float32"}
+        config.network = ConfigDict(network)
+        config.optimizer.weight_decay = JUDGES[judge]["weight_decay"]
         config.num_steps = self.settings["judge_steps"][judge]
         config.batch_size = 64
         config.seed = 100
         self.train(f"judge_{judge}", config)
 
-    def fine_tune(self, name: str, seed: int, control: bool, changes: dict) -> None:
+    def fine_tune(self, name: str, seed: int, changes: dict | None) -> None:
         """MCLR, or DSM with the same steps and learning rates."""
         config = self.config("_mclr")
         config.init_from = str(self.root / self.base(seed))
         config.objective.posterior_from = str(self.root / "classifier")
-        config.objective.update(changes)
-        if control:
+        if changes is None:
             config.objective = self.config().objective
+        else:
+            config.objective.update(changes)
         config.seed = seed + 1
         config.sample_every = 0
         self.train(name, config)
 
-    def sample(self, name: str, model: str, gamma: float, seed: int) -> None:
+    def load(self, model: Model, seed: int):
+        """(experiment, parameters) of a model."""
+        from mclr_jax import run
+
+        workdir = self.root / model.workdir(seed)
+        return run.load_experiment(workdir), run.load_weights(workdir)[0]
+
+    def sample(self, model: Model, seed: int) -> None:
         """Samples of a model, judged; features are kept to compare sets of samples."""
         import numpy as np
 
-        from mclr_jax import generate, run
+        from mclr_jax import generate
 
-        experiment = run.load_experiment(self.root / model)
-        params, _ = run.load_weights(self.root / model)
+        experiment, params = self.load(model, seed)
         labels = np.resize(np.arange(experiment.null_label), self.settings["samples"])
+        scale = 1 + model.gamma
         samples = generate.generate(
-            experiment, params, labels, seed=seed, guidance_scale=1 + gamma, batch_size=BATCH
+            experiment, params, labels, seed=seed, guidance_scale=scale, batch_size=BATCH
         )
-        calls = {"network_calls": generate.network_calls(experiment, guidance_scale=1 + gamma)}
-        self.store(name, np.round(samples.clip(-1, 1) * 127.5) / 127.5, labels, calls)
+        calls = {"network_calls": generate.network_calls(experiment, guidance_scale=scale)}
+        rounded = np.round(samples.clip(-1, 1) * 127.5) / 127.5
+        self.store(model.samples(seed), rounded, labels, calls)
 
     def calibrate(self) -> None:
         """How well the posterior is calibrated on held-out images, by noise level."""
@@ -173,31 +213,29 @@ class Bench:
         images, labels = source[np.arange(count)]
         self.store(f"real_{split}", np.asarray(pipeline.to_float(images)), labels, {})
 
-    def compared(self, seed: int) -> dict[str, str]:
-        """The work directories of the models whose speed is compared."""
-        mclr = f"posterior_beta{self.settings['beta'][0]:g}_{seed}"
-        return {"base": f"control_{seed}", "cfg": f"control_{seed}", "mclr": mclr}
+    def compared(self, seeds: tuple[int, ...]) -> dict[str, Model]:
+        """The models whose speed is compared."""
+        models = self.models(seeds)
+        names = {"base": "base", "cfg": f"cfg {self.settings['cfg'][0]:g}",
+                 "mclr": f"mclr {self.settings['beta'][0]:g}"}  # fmt: skip
+        return {kind: models[name] for kind, name in names.items()}
 
-    def speed(self, seed: int) -> None:
+    def speed(self, seeds: tuple[int, ...]) -> None:
         """Samples per second without and with guidance and by MCLR, run alternately: medians."""
         import numpy as np
 
-        from mclr_jax import generate, run
+        from mclr_jax import generate
 
-        loaded = {}
-        for kind, name in self.compared(seed).items():
-            params, _ = run.load_weights(self.root / name)
-            scale = 1.3 if kind == "cfg" else 1.0
-            loaded[kind] = run.load_experiment(self.root / name), params, scale
+        models = self.compared(seeds)
+        loaded = {kind: self.load(model, seeds[0]) for kind, model in models.items()}
         labels = np.resize(np.arange(10), 5 * BATCH)
-        rates: dict[str, list[float]] = {kind: [] for kind in loaded}
+        rates: dict[str, list[float]] = {}
         for _ in range(6):  # the first compiles
-            for kind, (experiment, params, scale) in loaded.items():
+            for kind, model in models.items():
                 start = time.perf_counter()
-                generate.generate(
-                    experiment, params, labels, guidance_scale=scale, batch_size=BATCH
-                )
-                rates[kind].append(len(labels) / (time.perf_counter() - start))
+                scale = 1 + model.gamma
+                generate.generate(*loaded[kind], labels, guidance_scale=scale, batch_size=BATCH)
+                rates.setdefault(kind, []).append(len(labels) / (time.perf_counter() - start))
         self.write("speed", {kind: float(np.median(r[1:])) for kind, r in rates.items()})
 
     def step_cost(self, steps: int = 10, rounds: int = 7) -> None:
@@ -298,11 +336,25 @@ class Bench:
         )
         return features, scipy.special.log_softmax(logits, axis=1)
 
+    def models(self, seeds: tuple[int, ...]) -> dict[str, Model]:
+        """The rows of the table by name."""
+        models = {"base": Model("control", 0.0, seeds, None)}
+        for gamma in self.settings["cfg"]:
+            models[f"cfg {gamma:g}"] = Model("control", gamma, seeds, None)
+        for beta in self.settings["beta"]:
+            changes: dict = {"beta": beta}
+            models[f"mclr {beta:g}"] = Model(f"posterior_beta{beta:g}", 0.0, seeds, changes)
+        for beta in self.settings["strength"]:
+            changes = {"strength": (0.0, max(self.settings["strength"]))}
+            models[f"mclr strength {beta:g}"] = Model("strength", beta, seeds, changes)
+        for name, changes in VARIANTS.items():
+            models[f"mclr {name}"] = Model(name, 0.0, seeds[:1], changes)
+        return models
+
     # ---- the parts together ------------------------------------------------------------------
 
     def tasks(self, seeds: tuple[int, ...]) -> list["Task"]:
         """All tasks but the last, each after those it needs."""
-        beta, cfg = self.settings["beta"], self.settings["cfg"]
         tasks = [
             Task("classifier", lambda: self.train("classifier", self.config("_classifier")),
                  "classifier/done"),
@@ -317,28 +369,21 @@ class Bench:
             tasks.append(Task(f"real_{split}", functools.partial(self.real, split),
                               f"sets/real_{split}.json", needs))  # fmt: skip
 
-        def model(name: str, seed: int, gammas, control=False, **changes) -> None:
-            """A fine-tuned model, and its samples at each of the strengths."""
-            workdir = f"{name}_{seed}"
-            tune = functools.partial(self.fine_tune, workdir, seed, control, changes)
-            start = (f"{self.base(seed)}/done", "classifier/done")
-            tasks.append(Task(workdir, tune, f"{workdir}/done", start))
-            for gamma in gammas:
-                row = f"{workdir}_at_{gamma:g}"
-                draw = functools.partial(self.sample, row, workdir, gamma, seed)
-                needs = (f"{workdir}/done", "sets/real_train.json")
-                tasks.append(Task(row, draw, f"sets/{row}.json", needs))
-
+        models = self.models(seeds)
         for seed in seeds:
-            model("control", seed, (0.0, *cfg), control=True)
-            for b in beta:
-                model(f"posterior_beta{b:g}", seed, (0.0,), beta=b)
-            strengths = self.settings["strength"]
-            model("strength", seed, strengths, strength=(0.0, max(strengths)))
-        for name, changes in VARIANTS.items():
-            model(name, seeds[0], (0.0,), **changes)
-        models = tuple(f"{name}/done" for name in self.compared(seeds[0]).values())
-        tasks.append(Task("speed", functools.partial(self.speed, seeds[0]), "speed.json", models))
+            for model in models.values():
+                if seed not in model.seeds:
+                    continue
+                workdir, samples = model.workdir(seed), model.samples(seed)
+                tune = functools.partial(self.fine_tune, workdir, seed, model.changes)
+                start = (f"{self.base(seed)}/done", "classifier/done")
+                if workdir not in [task.name for task in tasks]:
+                    tasks.append(Task(workdir, tune, f"{workdir}/done", start))
+                tasks.append(Task(samples, functools.partial(self.sample, model, seed),
+                                  f"sets/{samples}.json",
+                                  (f"{workdir}/done", "sets/real_train.json")))  # fmt: skip
+        done = tuple(f"{model.workdir(seeds[0])}/done" for model in self.compared(seeds).values())
+        tasks.append(Task("speed", functools.partial(self.speed, seeds), "speed.json", done))
         tasks.append(Task("step_cost", self.step_cost, "step_cost.json", ("classifier/done",)))
         return tasks
 
@@ -397,7 +442,7 @@ def collect(bench: Bench, seeds: tuple[int, ...]) -> dict:
     def row(name: str) -> dict:
         return bench.read(f"sets/{name}")
 
-    def moments(name: str):
+    def moments_of(name: str):
         with np.load(bench.root / "sets" / f"{name}.npz") as file:
             return metrics.moments(file["features"])
 
@@ -408,38 +453,31 @@ def collect(bench: Bench, seeds: tuple[int, ...]) -> dict:
         spread = {f"{k}_std": float(np.std(v, ddof=1)) for k, v in both.items() if len(rows) > 1}
         return {key: float(np.mean(v)) for key, v in both.items()} | spread
 
-    models = {"base": [f"control_{s}_at_0" for s in seeds]}
-    for gamma in bench.settings["cfg"]:
-        models[f"cfg {gamma:g}"] = [f"control_{s}_at_{gamma:g}" for s in seeds]
-    for beta in bench.settings["beta"]:
-        models[f"mclr {beta:g}"] = [f"posterior_beta{beta:g}_{s}_at_0" for s in seeds]
-    for beta in bench.settings["strength"]:
-        models[f"mclr strength {beta:g}"] = [f"strength_{s}_at_{beta:g}" for s in seeds]
-    for name in VARIANTS:
-        models[f"mclr {name}"] = [f"{name}_{seeds[0]}_at_0"]
-    table = {name: mean(rows) for name, rows in models.items()}
+    models = bench.models(seeds)
+    sets = {name: [model.samples(seed) for seed in model.seeds] for name, model in models.items()}
+    table = {name: mean(names) for name, names in sets.items()}
 
-    # The theorem on real data: samples of MCLR at beta against those of CFG at gamma = beta, from
-    # other noise; beside it two sets of CFG samples from different noise, where there are two.
-    theorem: dict = {}
-    pairs = [(a, b) for a in seeds for b in seeds if a != b]
-    for beta in sorted(set(bench.settings["beta"]) & set(bench.settings["cfg"])):
-        kinds = {
-            "unguided": "control_{}_at_0",
-            "mclr": f"posterior_beta{beta:g}_{{}}_at_0",
-            "mclr_strength": f"strength_{{}}_at_{beta:g}",
-            "floor": f"control_{{}}_at_{beta:g}",
-        }
-        for kind, name in kinds.items():
-            used = pairs or ([(seeds[0], seeds[0])] if kind != "floor" else [])
-            distances = [
+    # The theorem on real data: the distance of each model's samples from those of CFG at each gamma
+    # (0 is unguided), from other noise where there are several seeds; between CFG's own it is the
+    # floor.
+    gammas = (0.0, *bench.settings["cfg"])
+    pairs = [(a, b) for a in seeds for b in seeds if a != b] or [(seeds[0], seeds[0])]
+    moments = {
+        name: {seed: moments_of(model.samples(seed)) for seed in model.seeds}
+        for name, model in models.items()
+    }
+    theorem = {
+        name: {
+            f"{gamma:g}": float(np.mean([
                 metrics.frechet_distance(
-                    moments(name.format(a)), moments(f"control_{b}_at_{beta:g}")
+                    moments[name][a], moments[f"cfg {gamma:g}" if gamma else "base"][b]
                 )
-                for a, b in used
-            ]
-            if distances:
-                theorem.setdefault(f"{beta:g}", {})[kind] = float(np.mean(distances))
+                for a, b in pairs if a in moments[name]
+            ]))
+            for gamma in gammas
+        }
+        for name in models
+    }  # fmt: skip
 
     rates = bench.read("speed")
 
@@ -478,8 +516,67 @@ def collect(bench: Bench, seeds: tuple[int, ...]) -> dict:
         "fine_tuning_share_of_base_steps": bench.config("_mclr").num_steps
         / bench.config().num_steps,
         "calibration": bench.read("calibration"),
-        "rows": {name: row(name) for rows in models.values() for name in rows},
+        "rows": {name: row(name) for names in sets.values() for name in names},
     }
+
+
+def picture(bench: Bench, summary: dict, seed: int, columns: int = 8) -> None:
+    """docs/DATA_mclr.png: unguided, best CFG and best MCLR side by side, from the same noise."""
+    import numpy as np
+
+    from mclr_jax import generate, images
+
+    labels = np.repeat(np.arange(10), columns)
+    grids = []
+    for part in ("base", "cfg_best", "mclr"):
+        model = bench.models((seed,))[summary[part]["name"]]
+        samples = generate.generate(
+            *bench.load(model, seed), labels, seed=seed, guidance_scale=1 + model.gamma
+        )
+        grids.append(images.picture(samples, labels))
+    images.save(ROOT / "docs" / f"{bench.data}_mclr.png", np.concatenate(grids, axis=1))
+
+
+def figure(bench: Bench, result: dict) -> None:
+    """docs/DATA_mclr_curve.png: fidelity against distance and diversity, mean and spread."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from mclr_jax.run import write_atomically
+
+    table, settings = result["table"], bench.settings
+    curves = {
+        "CFG, 2 calls a step": ["base"] + [f"cfg {g:g}" for g in settings["cfg"]],
+        "MCLR, 1 call": [f"mclr {b:g}" for b in settings["beta"]],
+        "MCLR, strength as input, 1 call": [f"mclr strength {b:g}" for b in settings["strength"]],
+    }
+    styles = [("o-", "#0072B2"), ("s", "#D55E00"), ("^--", "#009E73")]
+    drawing, panels = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    for panel, key, name in zip(
+        panels, ("frechet", "recall"), ("Frechet distance", "recall"), strict=True
+    ):
+        for (label, rows), (style, colour) in zip(curves.items(), styles, strict=True):
+            x, y = ([table[row][k] for row in rows] for k in ("accuracy", key))
+            spread = {
+                f"{axis}err": [table[row].get(f"{k}_std", 0.0) for row in rows]
+                for axis, k in (("x", "accuracy"), ("y", key))
+            }
+            panel.errorbar(x, y, **spread, fmt=style, color=colour, label=label, elinewidth=0.8)
+            for row, at in zip(rows, zip(x, y, strict=True), strict=True):
+                value = row.split()[-1] if row != "base" else "unguided"
+                panel.annotate(value, at, xytext=(4, 4), textcoords="offset points", fontsize=7)
+        panel.axhline(result["floor"][key], color="grey", linewidth=0.8, linestyle=":")
+        panel.axvline(result["floor"]["accuracy"], color="grey", linewidth=0.8, linestyle=":")
+        panel.set_xlabel("class accuracy (dotted: held-out real images)")
+        panel.set_ylabel(name)
+        panel.set_ylim(bottom=0 if key == "frechet" else None)
+    panels[0].legend(fontsize=8)
+    drawing.suptitle(f"{bench.data}: {len(result['seeds'])} seeds; numbers are gamma and beta")
+    buffer = io.BytesIO()
+    drawing.savefig(buffer, format="png", dpi=110)
+    write_atomically(ROOT / "docs" / f"{bench.data}_mclr_curve.png", buffer.getvalue())
 
 
 def main() -> None:
@@ -504,6 +601,8 @@ def main() -> None:
     result = collect(bench, seeds) | {"seconds_of_this_call": round(time.time() - start)}
     from mclr_jax.run import write_atomically
 
+    picture(bench, result["summary"], seeds[0])
+    figure(bench, result)
     path = RESULTS / f"{bench.data}_mclr.json"
     write_atomically(path, json.dumps(result, indent=1) + "\n")
     for name, values in result["table"].items():

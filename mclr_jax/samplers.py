@@ -79,7 +79,8 @@ METHODS = {"euler": _euler, "heun": _heun, "dpmpp_2m": _dpmpp_2m}
 
 def call_levels(sigmas: np.ndarray, method: str = "heun") -> np.ndarray:
     """The noise level of each denoiser call that `sample` makes on this grid: (num_calls,)."""
-    return np.asarray(look_up(METHODS, method, "sampler")(sigmas[:-1], sigmas[1:]).sigma)
+    grid = jnp.asarray(sigmas)
+    return np.asarray(look_up(METHODS, method, "sampler")(grid[:-1], grid[1:]).sigma)
 
 
 def sample(

@@ -156,7 +156,7 @@ def mclr(
 
     denoised = denoise(*inputs)
     explained = x0
-    if needs_reference:
+    if reference is not None and needs_reference:
         # at c~ too where the model is held to it
         needed = inputs if held else jax.tree.map(lambda e: e[: len(x)], inputs)
         frozen = jax.lax.stop_gradient(reference(*needed))
