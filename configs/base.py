@@ -2,6 +2,8 @@
 
 from ml_collections import ConfigDict
 
+from mclr_jax.experiment import objective_options
+
 
 def base() -> ConfigDict:
     """A config without data set and network; configs/NAME.py fill those in."""
@@ -61,6 +63,20 @@ def base() -> ConfigDict:
         "sigma_max": 80.0,
         "rho": 7.0,
     })  # fmt: skip
+    return config
+
+
+def objective(name: str) -> ConfigDict:
+    """The keys of config.objective for a rival of MCLR, at its paper's hyper-parameters.
+
+    name: cca, contrastive_flow, ddo, dpo, gft or model_guidance; each is explained in
+    mclr_jax/objectives/NAME.py. All but contrastive_flow are for fine-tuning (config.init_from).
+    """
+    config = ConfigDict(objective_options(name))
+    if name == "gft":
+        config.strength = (0.0, 4.0)  # (low, high) of guidance_scale - 1, an input of the network
+    if name == "ddo":
+        config.generated_from = ""  # npz:FILE, samples of the run in config.init_from
     return config
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,10 +20,16 @@ from mclr_jax.networks.classifier import ConvClassifier, MLPClassifier
 from mclr_jax.networks.dit import DiT
 from mclr_jax.networks.mlp import MLP
 from mclr_jax.networks.unet import UNet
+from mclr_jax.objectives.cca import cca
 from mclr_jax.objectives.classify import classify
+from mclr_jax.objectives.contrastive_flow import contrastive_flow
+from mclr_jax.objectives.ddo import ddo
+from mclr_jax.objectives.dpo import dpo
 from mclr_jax.objectives.dsm import dsm
+from mclr_jax.objectives.gft import gft
 from mclr_jax.objectives.mclr import is_unbounded as mclr_is_unbounded
 from mclr_jax.objectives.mclr import mclr
+from mclr_jax.objectives.model_guidance import model_guidance
 from mclr_jax.training import ema
 from mclr_jax.training.optimizer import learning_rate, optimizer
 
@@ -32,9 +39,21 @@ CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
     "conv_classifier": ConvClassifier,
 }
 NOISE_LEVELS = {"lognormal": noise.LogNormal, "loguniform": noise.LogUniform}
-OBJECTIVES: dict[str, Callable] = {"dsm": dsm, "mclr": mclr, "classify": classify}
+OBJECTIVES: dict[str, Callable] = {
+    "dsm": dsm,
+    "mclr": mclr,
+    "classify": classify,
+    "cca": cca,
+    "contrastive_flow": contrastive_flow,
+    "ddo": ddo,
+    "dpo": dpo,
+    "gft": gft,
+    "model_guidance": model_guidance,
+}
+# What an objective's parameters of these names are, is made here and not read from the config.
+MADE = ("extra", "posterior", "reference", "teacher", "generated", "other", "class_prior")
 POSTERIORS = ("", "exact", "classifier", "denoiser")
-POSTERIOR_OPTIONS = ("posterior_levels", "posterior_candidates")
+POSTERIOR_OPTIONS = ("posterior", "posterior_from", "posterior_levels", "posterior_candidates")
 STRENGTH_SIZE = 8  # of `strength_features`
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -52,6 +71,13 @@ def make(table: Mapping[str, Any], config: Mapping[str, Any], what: str, **more:
             )
     frozen = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
     return factory(**frozen, **more)
+
+
+def objective_options(name: str) -> dict[str, Any]:
+    """The options of an objective with their defaults, as config.objective holds them."""
+    parameters = inspect.signature(look_up(OBJECTIVES, name, "objective")).parameters.values()
+    options = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    return {"name": name} | {key: value for key, value in options.items() if key not in MADE}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,21 +136,26 @@ class Experiment:
 
     @functools.cached_property
     def objective(self) -> Callable:
-        """(model, x0 (B, ...), label (B,), keys (B,), extra, **frozen) -> loss (B,), metrics."""
+        """(model, x0 (B, ...), label (B,), keys (B,), extra, **made) -> loss (B,), metrics."""
         config = self.config.objective.to_dict()
         function = look_up(OBJECTIVES, config.pop("name"), "objective")
-        if function is not classify:
+        if self.takes("weight"):
             config["weight"] = functools.partial(noise.edm_weight, sigma_data=self.data.sigma_data)
-        if function is mclr:
+        if self.takes("class_prior"):
             config["class_prior"] = self.data.class_prior
-            for key in ("strength", "posterior", "posterior_from", *POSTERIOR_OPTIONS):
-                config.pop(key)  # read by `loss` and `posterior`
+        for key in ("strength", "generated_from", *POSTERIOR_OPTIONS):
+            config.pop(key, None)  # read elsewhere
         return functools.partial(
             function,
             noise=make(NOISE_LEVELS, self.config.noise.to_dict(), "noise"),
             null_label=self.null_label,
             **config,
         )
+
+    def takes(self, parameter: str) -> bool:
+        """Whether the objective has a parameter of this name."""
+        function = look_up(OBJECTIVES, self.config.objective.name, "objective")
+        return parameter in inspect.signature(function).parameters
 
     @property
     def null_label(self) -> int:
@@ -134,6 +165,17 @@ class Experiment:
     def strength(self) -> tuple[float, float] | None:
         """(low, high) of the guidance strength beta that the network takes as an input, or None."""
         return tuple(self.config.objective.get("strength", ())) or None
+
+    @property
+    def averages(self) -> bool:
+        """Whether the loss needs the average of the weights, as frozen["average"]."""
+        return self.config.objective.name == "model_guidance"
+
+    def _draw_strength(self, uniform: jax.Array) -> jax.Array:
+        low, high = self.strength or (0.0, 0.0)
+        if self.config.objective.name == "gft":  # 1 / (1 + strength) is uniform there
+            return 1 / (1 / (1 + low) + uniform * (1 / (1 + high) - 1 / (1 + low))) - 1
+        return low + (high - low) * uniform
 
     @property
     def advice(self) -> str:
@@ -186,10 +228,12 @@ class Experiment:
         `reference` is the model that training starts from, `classifier` gives the posterior.
         """
         config, frozen = self.config.objective, {}
+        needed = self.takes("reference")
         if config.name == "mclr":
             held = config.bound == "logistic" or config.reference_penalty
-            if held or config.target == "reference" or config.posterior == "denoiser":
-                frozen["reference"] = self.init()
+            needed = held or config.target == "reference" or config.posterior == "denoiser"
+        if needed:
+            frozen["reference"] = self.init()
         if self.classifier:
             frozen["classifier"] = self.classifier.init()
         return frozen
@@ -317,14 +361,21 @@ class Experiment:
             x0, augment_label = augment.augment(x0, k_augment, self.config.data.augment)
         options: dict[str, Any] = {}
         strength: Any = 0.0
-        if self.config.objective.name == "mclr":
+        if self.takes("posterior"):
             options["posterior"] = self.posterior(frozen)
-            if "reference" in frozen:
-                options["reference"] = self.denoiser(frozen["reference"])
+        if "reference" in frozen:
+            options["reference"] = self.denoiser(frozen["reference"])
+        if self.takes("teacher"):
+            options["teacher"] = self.denoiser(frozen["average"] if self.averages else params)
+        if "other_image" in batch:
+            other = pipeline.to_float(batch["other_image"])
+            if self.takes("generated"):
+                options["generated"] = other, batch["other_label"]
+            else:
+                options["other"] = other
         if self.strength:
-            low, high = self.strength
             uniform = jax.vmap(jax.random.uniform)(k_strength)
-            options["beta"] = strength = low + (high - low) * uniform
+            options["beta"] = strength = self._draw_strength(uniform)
         condition = self._condition(len(x0), augment_label, strength)
         dropout_keys = k_dropout if train and self.network.dropout else None
         is_classifier = self.config.objective.name == "classify"

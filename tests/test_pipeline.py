@@ -187,3 +187,16 @@ def test_random_flip_is_per_example():
     np.testing.assert_array_equal(pipeline.random_flip(images[5:9], keys[5:9]), out[5:9])
     with pytest.raises(ValueError, match=r"\(B, H, W, C\)"):
         pipeline.random_flip(images[..., 0], keys)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_companions_are_drawn_apart_and_without_repetition(lazy):
+    stream = pipeline.stream(source(False), LENGTH, seed=3, other=source(lazy))
+    epochs = [next(stream) for _ in range(3)]
+    for batch in epochs:
+        assert sorted(batch["other_image"][:, 0, 0, 0]) == list(range(LENGTH))
+        np.testing.assert_array_equal(batch["other_label"], batch["other_image"][:, 0, 0, 0] % 3)
+        assert (batch["other_image"] != batch["image"]).any()
+    assert (epochs[0]["other_image"] != epochs[1]["other_image"]).any()
+    alone = next(pipeline.stream(source(False), LENGTH, seed=3))
+    np.testing.assert_array_equal(alone["image"], epochs[0]["image"])

@@ -18,6 +18,7 @@ import numpy as np
 from mclr_jax.data.sources import Source
 
 Batch = dict[str, np.ndarray]
+OTHER_SEED = 2**31  # added to the seed for the second examples; far from other runs' seeds
 
 
 class Stream(Protocol):
@@ -47,7 +48,7 @@ def step_indices(seed: int, step: int, batch_size: int, length: int) -> np.ndarr
     return np.concatenate(parts)
 
 
-@functools.lru_cache(maxsize=4)  # the epoch that ends and the one that begins, for two streams
+@functools.lru_cache(maxsize=8)  # the epoch that ends and the one that begins, for two streams
 def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
     bits = np.random.Philox(np.random.SeedSequence([seed, epoch]))
     permutation = np.random.Generator(bits).permutation(length)
@@ -64,6 +65,7 @@ def stream(
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 16,
+    other: Source | None = None,
 ) -> Stream:
     """An endless stream of this process's rows of the global batches.
 
@@ -76,10 +78,12 @@ def stream(
         always empty for sources in memory, where the step says all; otherwise it is Grain's.
       process_index, process_count: this process gets rows [index, index + 1) * batch_size / count.
       threads: that read ahead, a batch each, where the source is not in memory.
+      other: a second source, or the same, that gives each example a companion drawn apart.
 
     Returns:
       An iterator over dicts of image (b, *source.shape) uint8 or float32, label (b,) int32, and
-      index (b,) int32, the row in the global batch, from which an example's random key is derived.
+      index (b,) int32, the row in the global batch, from which an example's random key is derived;
+      with `other`, its other_image and other_label too.
 
     Raises:
       ValueError: if the batch does not divide among the processes, or there are no examples.
@@ -98,9 +102,13 @@ def stream(
 
     def batch(step: int) -> Batch:
         image, label = source[step_indices(seed, step, batch_size, len(source))[rows]]
-        return {"image": image, "label": label, "index": rows.copy()}
+        result = {"image": image, "label": label, "index": rows.copy()}
+        if other is not None:
+            chosen = step_indices(seed + OTHER_SEED, step, batch_size, len(other))[rows]
+            result["other_image"], result["other_label"] = other[chosen]
+        return result
 
-    if source.in_memory:
+    if source.in_memory and (other is None or other.in_memory):
         return _MemoryStream(batch, start_step)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     steps = grain.MapDataset.range(sys.maxsize - 1).map(batch)  # the element of index n is step n

@@ -1,6 +1,6 @@
 """Denoising score matching, the objective of plain conditional training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -36,6 +36,32 @@ def perturb(
 def mean_square(x: jax.Array) -> jax.Array:
     """(B, ...) -> (B,): the mean of x^2 over all but the first axis."""
     return jnp.mean(x**2, axis=tuple(range(1, x.ndim)))
+
+
+def at_labels(
+    denoise: DenoiseFn, x: jax.Array, sigma: jax.Array, labels: Sequence[jax.Array], extra: tuple
+) -> jax.Array:
+    """D at each of n label arrays (B,), in one call of the network: (n, B, ...)."""
+
+    def repeat(values):
+        return jnp.concatenate([values] * len(labels))
+
+    arguments: Any = (x, sigma, *extra)
+    x_all, sigma_all, *extra_all = jax.tree.map(repeat, arguments)
+    out = denoise(x_all, sigma_all, jnp.concatenate(labels), *extra_all)
+    return out.reshape(len(labels), *x.shape)
+
+
+def log_ratio(
+    denoised: jax.Array, reference: jax.Array, x0: jax.Array, weight: jax.Array
+) -> jax.Array:
+    """What stands for log p_theta / p_ref in preference losses: (B,).
+
+    weight (|D_ref - x0|^2 - |D - x0|^2), summed over dimensions, with weight (B,) that of the
+    noise levels.
+    """
+    size = x0[0].size
+    return weight * size * (mean_square(reference - x0) - mean_square(denoised - x0))
 
 
 def dsm(

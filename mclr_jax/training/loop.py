@@ -1,5 +1,6 @@
 """The train loop: one function for every objective, data set, network and device layout."""
 
+import dataclasses
 import pathlib
 import signal
 import threading
@@ -53,11 +54,33 @@ def make_experiment(
             f"The data have standard deviation {sigma_data}; expected a positive number. Check the "
             "images of config.data, or set config.sigma_data."
         )
-    prior: tuple[float, ...] = ()
-    if config.objective.name == "mclr":
+    frozen = ml_collections.FrozenConfigDict(config)
+    info = DataInfo(tuple(source.shape), source.num_classes, sigma_data)
+    experiment = Experiment(frozen, info, classifier)
+    if experiment.takes("class_prior"):
         prior = tuple(np.bincount(source.labels, minlength=source.num_classes) / len(source))
-    info = DataInfo(tuple(source.shape), source.num_classes, sigma_data, prior)
-    return Experiment(ml_collections.FrozenConfigDict(config), info, classifier)
+        info = dataclasses.replace(info, class_prior=prior)
+        experiment = Experiment(frozen, info, classifier)
+    return experiment
+
+
+def _companions(experiment: Experiment, source: sources.Source) -> sources.Source | None:
+    """What an objective sets beside each example: samples of the frozen model, or other data."""
+    if not experiment.takes("generated"):
+        return source if experiment.takes("other") else None
+    path = experiment.config.objective.generated_from
+    if not path:
+        raise ValueError(
+            "This objective needs samples of the model that training starts from: write them by "
+            "python -m launch.sample and set objective.generated_from=npz:FILE."
+        )
+    generated = sources.load(path)
+    if tuple(generated.shape) != experiment.data.shape:
+        raise ValueError(
+            f"objective.generated_from={path!r} has examples of shape {tuple(generated.shape)}; "
+            f"expected {experiment.data.shape}."
+        )
+    return generated
 
 
 def _classifier(
@@ -129,6 +152,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> ste
             state=data_state,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            other=_companions(experiment, source),
         )
         parameters = sum(x.size for x in jax.tree.leaves(state.params))
         logging.info(
@@ -255,12 +279,17 @@ def _evaluator(experiment: Experiment, frozen: dict[str, Any]):
     count = -(-min(config.eval_examples, len(source)) // size)
     rows = np.resize(np.arange(len(source)), (count, size))
     local = np.array_split(np.arange(size), jax.process_count())[jax.process_index()]
-    parts = [source[r[local]] for r in rows]
-    batches = {
-        "image": np.stack([images for images, _ in parts]),
-        "label": np.stack([labels for _, labels in parts]),
-        "index": np.broadcast_to(local.astype(np.int32), (count, len(local))),
-    }
+    batches = {"index": np.broadcast_to(local.astype(np.int32), (count, len(local)))}
+
+    def add(prefix, examples, shift):
+        parts = [examples[(r[local] + shift) % len(examples)] for r in rows]
+        batches[f"{prefix}image"] = np.stack([images for images, _ in parts])
+        batches[f"{prefix}label"] = np.stack([labels for _, labels in parts])
+
+    add("", source, 0)
+    companions = _companions(experiment, source)
+    if companions is not None:
+        add("other_", companions, 1)
     data_parallel = Devices("data")
     evaluate = jax.jit(steps.make_evaluate(experiment))
     return lambda params: evaluate(params, frozen, data_parallel.put_batches(batches))

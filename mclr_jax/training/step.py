@@ -106,6 +106,8 @@ def make_update(experiment: Experiment, axis_name: str | None = None) -> Callabl
     tracks = experiment.ema_tracks
 
     def one_step(state: TrainState, frozen, batch):
+        if experiment.averages:
+            frozen = frozen | {"average": next(iter(state.ema.values()), state.params)}
         keys = example_keys(key, state.step, batch["index"])
         gradients, metrics = _gradients(experiment, state.params, frozen, batch, keys)
         if axis_name is not None:
@@ -147,6 +149,8 @@ def make_evaluate(experiment: Experiment) -> Callable:
     """
 
     def evaluate(params, frozen, batches):
+        frozen = frozen | {"average": params}
+
         def one(number, batch):
             keys = example_keys(experiment.eval_key, number, batch["index"])
             loss, metrics = experiment.loss(params, frozen, batch, keys, train=False)
