@@ -28,6 +28,20 @@ def stop(message: str, status: int = 2) -> NoReturn:
     sys.exit(status)
 
 
+def numbers(flag, kind: type, count: int | None = None) -> list | None:
+    """The values of a list flag; stops with a message if they are not `count` numbers."""
+    if flag.value is None:
+        return None
+    try:
+        values = [kind(text) for text in flag.value]
+    except ValueError:
+        values = []
+    if not values or (count and len(values) != count):
+        wanted = f"{count or 'some'} numbers separated by commas"
+        stop(f"--{flag.name} is {','.join(flag.value)!r}; expected {wanted}.")
+    return values
+
+
 def _parse(argv: list[str]) -> list[str]:
     for argument in argv:
         if argument.startswith("--config="):

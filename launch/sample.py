@@ -42,20 +42,6 @@ CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "Training step; default: t
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Samples at a time.", lower_bound=1)
 
 
-def numbers(flag, kind: type, count: int | None = None) -> list | None:
-    """The values of a list flag; stops with a message if they are not `count` numbers."""
-    if flag.value is None:
-        return None
-    try:
-        values = [kind(text) for text in flag.value]
-    except ValueError:
-        values = []
-    if not values or (count and len(values) != count):
-        wanted = f"{count or 'some'} numbers separated by commas"
-        common.stop(f"--{flag.name} is {','.join(flag.value)!r}; expected {wanted}.")
-    return values
-
-
 def main() -> None:
     experiment = run.load_experiment(WORKDIR.value)
     given = {
@@ -66,9 +52,9 @@ def main() -> None:
     }
     defaults = {name: experiment.config.sampler[name] for name in given}
     grid = noise.rho_grid(**defaults | {k: v for k, v in given.items() if v is not None})
-    classes = numbers(LABELS, int) or range(experiment.null_label)
+    classes = common.numbers(LABELS, int) or range(experiment.null_label)
     labels = np.resize(np.array(classes, np.int32), NUM_SAMPLES.value)
-    interval = numbers(GUIDANCE_INTERVAL, float, 2)
+    interval = common.numbers(GUIDANCE_INTERVAL, float, 2)
     out = pathlib.Path(OUT.value)
     if out.suffix != ".npz":
         common.stop(f"--out is {OUT.value!r}; expected a name that ends in .npz.")

@@ -1,0 +1,100 @@
+"""Measure a trained run: distances to real images, class accuracy, diversity, cost.
+
+  python -m launch.evaluate --workdir=runs/digits --features=classifier:runs/digits_classifier \\
+      --num_samples=1000 --guidance_scales=1,1.5,2 --out=digits.json
+
+Prints a table with a row for each guidance scale and average of the weights, and beside them the
+held-out real images, which no model can be expected to beat: the floor. A stopped call goes on
+where it was; rows that are in WORKDIR/evaluation are not made again. --metrics names any of
+
+  fd        Frechet distance of the features, to the training set
+  fd_class  the same for each class, averaged
+  fd_inter  mean Frechet distance between the classes of the samples: class separation
+  is        inception score, in the extractor's classes
+  kid       kernel distance (unbiased)
+  pr        precision and recall
+  dc        density and coverage
+
+beside class accuracy, network calls and samples per second.
+"""
+
+import json
+import pathlib
+
+import numpy as np
+import tqdm
+from absl import flags
+
+from launch import common
+from mclr_jax import run
+from mclr_jax.evaluation import evaluate, features
+from mclr_jax.training import loop
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of launch.train.")
+OUT = flags.DEFINE_string("out", None, "File to write, NAME.json.")
+FEATURES = flags.DEFINE_string("features", None, "Extractor: classifier:WORKDIR.")
+JUDGE = flags.DEFINE_string("judge", None, "Extractor that judges accuracy; default: --features.")
+METRICS = flags.DEFINE_list("metrics", sorted(evaluate.METRICS), "What to measure; see above.")
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 10_000, "Of each row.", lower_bound=2)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the starting noise.", lower_bound=0)
+GUIDANCE_SCALES = flags.DEFINE_list("guidance_scales", ["1"], "Scales, as 1,1.5,2.")
+GUIDANCE_INTERVAL = flags.DEFINE_list(
+    "guidance_interval", None, "Guide only at noise levels in LO,HI."
+)
+EMAS = flags.DEFINE_list("emas", [""], "Averages of the weights, as --ema of launch.sample.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Samples at a time.", lower_bound=1)
+CACHE = flags.DEFINE_string(
+    "cache", "~/.cache/mclr_jax/references", "Folder of the real data's statistics."
+)
+
+
+def main() -> None:
+    scales = common.numbers(GUIDANCE_SCALES, float) or [1.0]
+    interval = common.numbers(GUIDANCE_INTERVAL, float, 2)
+    out = pathlib.Path(OUT.value)
+    if out.suffix != ".json":
+        common.stop(f"--out is {OUT.value!r}; expected a name that ends in .json.")
+    experiment = run.load_experiment(WORKDIR.value)
+    extractor = features.load(FEATURES.value)
+    judge = features.load(JUDGE.value) if JUDGE.value else extractor
+    train, test = (loop.load_source(experiment.config, split) for split in ("train", "test"))
+    cache = pathlib.Path(CACHE.value).expanduser()
+    with tqdm.tqdm(total=len(train), unit="image", desc="real", disable=None) as bar:
+        real = evaluate.reference(extractor, train, cache, bar.update)
+    held_out, labels = test[np.arange(min(NUM_SAMPLES.value, len(test)))]
+    found = extractor(held_out, labels)
+    floor = {
+        "samples": len(labels),
+        "accuracy": evaluate.accuracy(found if judge is extractor else judge(held_out, labels)),
+        **evaluate.measure(found, real, METRICS.value),
+    }
+    total = NUM_SAMPLES.value * len(scales) * len(EMAS.value)
+    with tqdm.tqdm(total=total, unit="sample", disable=None) as bar:
+        rows = evaluate.evaluate(
+            WORKDIR.value,
+            extractor,
+            real,
+            names=METRICS.value,
+            judge=judge,
+            num_samples=NUM_SAMPLES.value,
+            seed=SEED.value,
+            guidance_scales=scales,
+            averages=EMAS.value,
+            interval=(interval[0], interval[1]) if interval else None,
+            batch_size=BATCH_SIZE.value,
+            progress=lambda what, count: bar.update(count),
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    run.write_atomically(out, json.dumps({"floor": floor, "rows": rows}, indent=1) + "\n")
+    columns = [*(key for key in floor if key != "samples"), "network_calls"]
+    print(f"{'':24s}", *(f"{name[:12]:>12s}" for name in columns))
+    named = {f"{r['average']} scale {r['guidance_scale']:g}".strip(): r for r in rows}
+    for name, row in {"real, held out": floor, **named}.items():
+        cells = (f"{row[c]:12.4g}" if c in row else f"{'':12s}" for c in columns)
+        print(f"{name[:24]:24s}", *cells)
+    print(f"Wrote {out}.")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["workdir", "features", "out"])
+    common.run(main)

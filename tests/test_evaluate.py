@@ -1,0 +1,131 @@
+"""Evaluation of a run, against the same numbers computed apart."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from test_launch import call
+
+from mclr_jax import generate, run
+from mclr_jax.data import sources
+from mclr_jax.evaluation import evaluate, features, metrics
+from mclr_jax.training import loop
+
+NAMES = ("fd", "fd_class", "fd_inter", "is", "kid", "pr", "dc")
+COUNT = 60
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run on digits and a classifier of them, and statistics of the training set."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    loop.train(tiny.config("digits"), folder / "base")
+    loop.train(tiny.classifier("digits"), folder / "classifier")
+    extractor = features.load(f"classifier:{folder / 'classifier'}")
+    real = evaluate.reference(extractor, sources.load("digits"), folder / "cache")
+    return folder, extractor, real
+
+
+def test_features_are_those_of_the_classifier_whatever_the_batch(runs):
+    folder, extractor, _ = runs
+    images, labels = sources.load("digits")[np.arange(700)]  # more than one batch
+    found = extractor(images, labels)
+    experiment = run.load_experiment(folder / "classifier")
+    params, _ = run.load_weights(folder / "classifier")
+    some = np.array([0, 511, 512, 699])
+    expected, logits = experiment.features(params, images[some] / np.float32(127.5) - 1)
+    np.testing.assert_allclose(found.features[some], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        found.log_probs[some], jax.nn.log_softmax(logits), rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_array_equal(found.labels, labels)
+
+
+def test_the_reference_is_the_moments_of_all_examples_and_is_cached_by_content(runs):
+    folder, extractor, real = runs
+    source = sources.load("digits")
+    everything = extractor(*source[np.arange(len(source))])
+    whole = metrics.moments(everything.features)
+    np.testing.assert_allclose(real.moments.cov, whole.cov, rtol=1e-9, atol=1e-12)
+    np.testing.assert_array_equal(real.kept.labels, source.labels)  # fewer than KEPT
+    assert len(list((folder / "cache").iterdir())) == 1
+    again = evaluate.reference(extractor, source, folder / "cache")
+    np.testing.assert_array_equal(again.moments.mean, real.moments.mean)
+    np.testing.assert_array_equal(again.kept.features, real.kept.features)
+    other = evaluate.reference(extractor, sources.load("digits", "test"), folder / "cache")
+    assert other.digest != real.digest
+    assert len(list((folder / "cache").iterdir())) == 2
+
+
+def test_a_row_is_what_the_metrics_say_of_the_samples_and_is_made_once(runs):
+    folder, extractor, real = runs
+    seen = []
+    arguments = {"names": NAMES, "num_samples": COUNT, "guidance_scales": (1.0, 2.0)}
+
+    def progress(what, count):
+        seen.append(count)
+
+    rows = evaluate.evaluate(folder / "base", extractor, real, **arguments, progress=progress)
+    assert [row["guidance_scale"] for row in rows] == [1.0, 2.0]
+    assert [row["network_calls"] for row in rows] == [5, 10]  # Heun with 3 steps
+    assert sum(seen) == 2 * COUNT
+
+    experiment = run.load_experiment(folder / "base")
+    params, _ = run.load_weights(folder / "base")
+    labels = np.arange(COUNT) % 10
+    samples = generate.generate(experiment, params, labels, guidance_scale=2.0)
+    rounded = np.clip(np.round((samples + 1) * 127.5), 0, 255).astype(np.uint8)
+    fake = extractor(rounded, labels)
+    expected = metrics.frechet_distance(metrics.moments(fake.features), real.moments)
+    np.testing.assert_allclose(rows[1]["frechet"], expected, rtol=1e-4)
+    assert rows[1]["accuracy"] == (fake.log_probs.argmax(1) == labels).mean()
+    order = np.random.default_rng(0).permutation(len(real.kept.labels))[:COUNT]
+    precision, recall = metrics.precision_recall(real.kept.features[order], fake.features)
+    assert (rows[1]["precision"], rows[1]["recall"]) == (precision, recall)
+    for key in ("inception_score", "kernel", "density", "coverage", "inter_class_frechet",
+                "per_class_frechet"):  # fmt: skip
+        assert np.isfinite(rows[1][key])
+
+    files = {path: path.stat().st_mtime_ns for path in (folder / "base/evaluation").iterdir()}
+    assert evaluate.evaluate(folder / "base", extractor, real, **arguments) == rows
+    assert files == {p: p.stat().st_mtime_ns for p in (folder / "base/evaluation").iterdir()}
+
+
+def test_one_device_measures_what_eight_do(runs, monkeypatch):
+    folder, extractor, real = runs
+    assert jax.device_count() == 8
+    images, labels = sources.load("digits", "test")[np.arange(200)]
+    eight = evaluate.measure(extractor(images, labels), real, ("fd", "is", "pr"))
+    apply = jax.jit(extractor.apply)
+    outputs = [np.asarray(a, np.float64) for a in apply(images / np.float32(127.5) - 1)]
+    log_probs = outputs[1] - np.logaddexp.reduce(outputs[1], axis=1, keepdims=True)
+    one = evaluate.measure(features.Features(outputs[0], log_probs, labels), real,
+                           ("fd", "is", "pr"))  # fmt: skip
+    for name, value in eight.items():
+        np.testing.assert_allclose(value, one[name], rtol=1e-5, atol=1e-6)
+
+
+def test_errors_say_what_to_do(runs):
+    folder, extractor, real = runs
+    with pytest.raises(ValueError, match="feature extractor 'clasifier'.*classifier"):
+        features.load("clasifier:x")
+    with pytest.raises(ValueError, match="trained by objective 'dsm'; expected"):
+        features.load(f"classifier:{folder / 'base'}")
+    with pytest.raises(ValueError, match="metric 'fid'.*fd"):
+        evaluate.evaluate(folder / "base", extractor, real, names=("fid",), num_samples=20)
+
+
+def test_the_command_writes_rows_and_the_floor(runs, tmp_path):
+    folder, _, _ = runs
+    log = call(
+        "evaluate", f"--workdir={folder / 'base'}", f"--out={tmp_path / 'x.json'}",
+        f"--features=classifier:{folder / 'classifier'}", f"--num_samples={COUNT}",
+        "--guidance_scales=1,2", "--metrics=fd,pr", f"--cache={folder / 'cache'}",
+    )  # fmt: skip
+    result = json.loads((tmp_path / "x.json").read_text())
+    assert set(result["floor"]) == {"samples", "accuracy", "frechet", "precision", "recall"}
+    assert [row["guidance_scale"] for row in result["rows"]] == [1.0, 2.0]
+    assert "scale 2" in log
+    assert "real, held out" in log
