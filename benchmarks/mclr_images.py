@@ -26,8 +26,6 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))
 
-BATCH = 50  # samples at a time: on a CPU core twice as fast as 250, which leaves its cache
-
 # gamma = guidance_scale - 1 of CFG, beta of MCLR.
 SETTINGS = {
     "fashion_mnist": {
@@ -100,6 +98,7 @@ class Bench:
     """Where everything is, and how each part is made."""
 
     data: str
+    batch: int = 50  # samples at a time: on a CPU core twice as fast as 250, which leaves its cache
 
     @property
     def settings(self) -> dict:
@@ -171,36 +170,11 @@ class Bench:
         labels = np.resize(np.arange(experiment.null_label), self.settings["samples"])
         scale = 1 + model.gamma
         samples = generate.generate(
-            experiment, params, labels, seed=seed, guidance_scale=scale, batch_size=BATCH
+            experiment, params, labels, seed=seed, guidance_scale=scale, batch_size=self.batch
         )
         calls = {"network_calls": generate.network_calls(experiment, guidance_scale=scale)}
         rounded = np.round(samples.clip(-1, 1) * 127.5) / 127.5
         self.store(model.samples(seed), rounded, labels, calls)
-
-    def calibrate(self) -> None:
-        """How well the posterior is calibrated on held-out images, by noise level."""
-        import jax
-        import numpy as np
-
-        from mclr_jax import noise, posterior, run
-        from mclr_jax.data import pipeline, sources
-
-        experiment = run.load_experiment(self.root / "classifier")
-        params, _ = run.load_weights(self.root / "classifier")
-        log_posterior = jax.jit(
-            posterior.from_classifier(experiment.logits(params), experiment.null_label)
-        )
-        table: dict = {}
-        for split in ("train", "test"):
-            source = sources.load(self.data, split)
-            images, labels = source[np.arange(min(5000, len(source)))]
-            x0, table[split] = np.asarray(pipeline.to_float(images)), {}
-            for sigma in (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0):
-                keys = noise.sample_keys(0, np.arange(len(x0)))
-                x = x0 + sigma * noise.normal_like(keys, x0)
-                log_probs = log_posterior(x, np.full(len(x), sigma, np.float32), keys, labels)
-                table[split][f"{sigma:g}"] = posterior.calibration_error(log_probs, labels)
-        self.write("calibration", table)
 
     def real(self, split: str) -> None:
         """The floor: real images judged as samples are. `train` is the reference itself."""
@@ -219,63 +193,6 @@ class Bench:
         names = {"base": "base", "cfg": f"cfg {self.settings['cfg'][0]:g}",
                  "mclr": f"mclr {self.settings['beta'][0]:g}"}  # fmt: skip
         return {kind: models[name] for kind, name in names.items()}
-
-    def speed(self, seeds: tuple[int, ...]) -> None:
-        """Samples per second without and with guidance and by MCLR, run alternately: medians."""
-        import numpy as np
-
-        from mclr_jax import generate
-
-        models = self.compared(seeds)
-        loaded = {kind: self.load(model, seeds[0]) for kind, model in models.items()}
-        labels = np.resize(np.arange(10), 5 * BATCH)
-        rates: dict[str, list[float]] = {}
-        for _ in range(6):  # the first compiles
-            for kind, model in models.items():
-                start = time.perf_counter()
-                scale = 1 + model.gamma
-                generate.generate(*loaded[kind], labels, guidance_scale=scale, batch_size=BATCH)
-                rates.setdefault(kind, []).append(len(labels) / (time.perf_counter() - start))
-        self.write("speed", {kind: float(np.median(r[1:])) for kind, r in rates.items()})
-
-    def step_cost(self, steps: int = 10, rounds: int = 7) -> None:
-        """Time of a training step relative to DSM's, run alternately: medians."""
-        import jax
-        import ml_collections
-        import numpy as np
-
-        from mclr_jax import run
-        from mclr_jax.data import pipeline
-        from mclr_jax.training import loop
-        from mclr_jax.training import step as training_step
-
-        frozen = {"classifier": run.load_weights(self.root / "classifier")[0]}
-        classifier = run.load_experiment(self.root / "classifier")
-        dsm = self.config("_mclr")
-        dsm.objective = self.config().objective
-        configs = {"dsm": dsm}
-        for share in (1.0, 0.5):
-            config = ml_collections.ConfigDict(self.config("_mclr"))
-            config.objective.negative_share = share
-            configs[f"mclr, negative_share {share:g}"] = config
-        source = loop.load_source(dsm, "train")
-        batches = loop.stack(pipeline.stream(source, dsm.batch_size, 0), steps, steps)
-        runs: dict = {}
-        for name, config in configs.items():
-            mclr = config is not dsm
-            experiment = loop.make_experiment(config, source, classifier if mclr else None)
-            update = jax.jit(training_step.make_update(experiment), donate_argnums=0)
-            state = jax.jit(functools.partial(training_step.init_state, experiment))()
-            runs[name] = [update, state, frozen if mclr else {}, []]
-        for _ in range(rounds + 1):  # the first compiles
-            for entry in runs.values():
-                update, state, held, seconds = entry
-                start = time.perf_counter()
-                entry[1] = jax.block_until_ready(update(state, held, batches, steps)[0])
-                seconds.append((time.perf_counter() - start) / steps)
-        base = np.median(runs["dsm"][-1][1:])
-        cost = {name: float(np.median(entry[-1][1:]) / base) for name, entry in runs.items()}
-        self.write("step_cost", cost)
 
     def write(self, name: str, value: dict) -> None:
         from mclr_jax.run import write_atomically
@@ -351,6 +268,16 @@ class Bench:
             models[f"mclr {name}"] = Model(name, 0.0, seeds[:1], changes)
         return models
 
+    def probe(self, name: str, needs: tuple[str, ...], *arguments) -> "Task":
+        """The task of a function in mclr_probes."""
+
+        def run():
+            import mclr_probes
+
+            self.write(name, getattr(mclr_probes, name)(self, *arguments))
+
+        return Task(name, run, f"{name}.json", needs)
+
     # ---- the parts together ------------------------------------------------------------------
 
     def tasks(self, seeds: tuple[int, ...]) -> list["Task"]:
@@ -360,7 +287,7 @@ class Bench:
                  "classifier/done"),
             *(Task(f"judge_{j}", lambda j=j: self.judge(j), f"judge_{j}/done") for j in JUDGES),
         ]  # fmt: skip
-        tasks.append(Task("calibration", self.calibrate, "calibration.json", ("classifier/done",)))
+        tasks.append(self.probe("calibration", ("classifier/done",)))
         judges = tuple(f"judge_{j}/done" for j in JUDGES)
         for seed in [seeds[0]] if self.settings["one_base"] else seeds:
             name = self.base(seed)
@@ -383,8 +310,10 @@ class Bench:
                                   f"sets/{samples}.json",
                                   (f"{workdir}/done", "sets/real_train.json")))  # fmt: skip
         done = tuple(f"{model.workdir(seeds[0])}/done" for model in self.compared(seeds).values())
-        tasks.append(Task("speed", functools.partial(self.speed, seeds), "speed.json", done))
-        tasks.append(Task("step_cost", self.step_cost, "step_cost.json", ("classifier/done",)))
+        tasks.append(self.probe("speed", done, seeds))
+        own = models[f"mclr {self.config('_mclr').objective.beta:g}"]
+        tasks.append(self.probe("profile", (f"{own.workdir(seeds[0])}/done",), own, seeds[0]))
+        tasks.append(self.probe("step_cost", ("classifier/done",)))
         return tasks
 
 
@@ -516,67 +445,9 @@ def collect(bench: Bench, seeds: tuple[int, ...]) -> dict:
         "fine_tuning_share_of_base_steps": bench.config("_mclr").num_steps
         / bench.config().num_steps,
         "calibration": bench.read("calibration"),
+        "guidance_by_noise_level": bench.read("profile"),
         "rows": {name: row(name) for names in sets.values() for name in names},
     }
-
-
-def picture(bench: Bench, summary: dict, seed: int, columns: int = 8) -> None:
-    """docs/DATA_mclr.png: unguided, best CFG and best MCLR side by side, from the same noise."""
-    import numpy as np
-
-    from mclr_jax import generate, images
-
-    labels = np.repeat(np.arange(10), columns)
-    grids = []
-    for part in ("base", "cfg_best", "mclr"):
-        model = bench.models((seed,))[summary[part]["name"]]
-        samples = generate.generate(
-            *bench.load(model, seed), labels, seed=seed, guidance_scale=1 + model.gamma
-        )
-        grids.append(images.picture(samples, labels))
-    images.save(ROOT / "docs" / f"{bench.data}_mclr.png", np.concatenate(grids, axis=1))
-
-
-def figure(bench: Bench, result: dict) -> None:
-    """docs/DATA_mclr_curve.png: fidelity against distance and diversity, mean and spread."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from mclr_jax.run import write_atomically
-
-    table, settings = result["table"], bench.settings
-    curves = {
-        "CFG, 2 calls a step": ["base"] + [f"cfg {g:g}" for g in settings["cfg"]],
-        "MCLR, 1 call": [f"mclr {b:g}" for b in settings["beta"]],
-        "MCLR, strength as input, 1 call": [f"mclr strength {b:g}" for b in settings["strength"]],
-    }
-    styles = [("o-", "#0072B2"), ("s", "#D55E00"), ("^--", "#009E73")]
-    drawing, panels = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-    for panel, key, name in zip(
-        panels, ("frechet", "recall"), ("Frechet distance", "recall"), strict=True
-    ):
-        for (label, rows), (style, colour) in zip(curves.items(), styles, strict=True):
-            x, y = ([table[row][k] for row in rows] for k in ("accuracy", key))
-            spread = {
-                f"{axis}err": [table[row].get(f"{k}_std", 0.0) for row in rows]
-                for axis, k in (("x", "accuracy"), ("y", key))
-            }
-            panel.errorbar(x, y, **spread, fmt=style, color=colour, label=label, elinewidth=0.8)
-            for row, at in zip(rows, zip(x, y, strict=True), strict=True):
-                value = row.split()[-1] if row != "base" else "unguided"
-                panel.annotate(value, at, xytext=(4, 4), textcoords="offset points", fontsize=7)
-        panel.axhline(result["floor"][key], color="grey", linewidth=0.8, linestyle=":")
-        panel.axvline(result["floor"]["accuracy"], color="grey", linewidth=0.8, linestyle=":")
-        panel.set_xlabel("class accuracy (dotted: held-out real images)")
-        panel.set_ylabel(name)
-        panel.set_ylim(bottom=0 if key == "frechet" else None)
-    panels[0].legend(fontsize=8)
-    drawing.suptitle(f"{bench.data}: {len(result['seeds'])} seeds; numbers are gamma and beta")
-    buffer = io.BytesIO()
-    drawing.savefig(buffer, format="png", dpi=110)
-    write_atomically(ROOT / "docs" / f"{bench.data}_mclr_curve.png", buffer.getvalue())
 
 
 def main() -> None:
@@ -599,10 +470,12 @@ def main() -> None:
     start = time.time()
     schedule(bench, tasks, sys.argv[1:], arguments.jobs)
     result = collect(bench, seeds) | {"seconds_of_this_call": round(time.time() - start)}
+    import mclr_figures
+
     from mclr_jax.run import write_atomically
 
-    picture(bench, result["summary"], seeds[0])
-    figure(bench, result)
+    mclr_figures.picture(bench, result["summary"], seeds[0])
+    mclr_figures.figure(bench, result)
     path = RESULTS / f"{bench.data}_mclr.json"
     write_atomically(path, json.dumps(result, indent=1) + "\n")
     for name, values in result["table"].items():
