@@ -29,10 +29,13 @@ SIGMA_MIN = flags.DEFINE_float("sigma_min", None, "Last noise level before 0.", 
 SIGMA_MAX = flags.DEFINE_float("sigma_max", None, "Noise level to start from.", lower_bound=0)
 RHO = flags.DEFINE_float("rho", None, "Exponent of the grid; larger dwells at low noise.")
 GUIDANCE_SCALE = flags.DEFINE_float(
-    "guidance_scale", 1.0, "Classifier-free guidance: null + scale * (conditional - null)."
+    "guidance_scale", 1.0, "Guidance: weak + scale * (conditional - weak), weak the null label."
 )
 GUIDANCE_INTERVAL = flags.DEFINE_list(
     "guidance_interval", None, "Guide only at noise levels in LO,HI."
+)
+AUTOGUIDANCE = flags.DEFINE_string(
+    "autoguidance", None, "Directory of a weaker run, to guide by it in place of the null label."
 )
 CHURN = flags.DEFINE_float("churn", 0.0, "S_churn of EDM's stochastic sampler; 0: deterministic.")
 EMA = flags.DEFINE_string(
@@ -60,6 +63,10 @@ def main() -> None:
         common.stop(f"--out is {OUT.value!r}; expected a name that ends in .npz.")
 
     params, _ = run.load_weights(WORKDIR.value, EMA.value, CHECKPOINT.value)
+    weak = None
+    if AUTOGUIDANCE.value:
+        weak_params, _ = run.load_weights(AUTOGUIDANCE.value)
+        weak = run.load_experiment(AUTOGUIDANCE.value), weak_params
     with tqdm.tqdm(total=len(labels), unit="sample", disable=None) as bar:
         samples = generate.generate(
             experiment,
@@ -70,6 +77,7 @@ def main() -> None:
             method=SAMPLER.value,
             guidance_scale=GUIDANCE_SCALE.value,
             interval=tuple(interval) if interval else None,
+            weak=weak,
             churn=samplers.Churn(CHURN.value) if CHURN.value else None,
             batch_size=BATCH_SIZE.value,
             progress=bar.update,

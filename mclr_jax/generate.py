@@ -35,12 +35,21 @@ def _with_strength(experiment: Experiment, params, strength, interval) -> Denois
 
 
 @functools.lru_cache(maxsize=8)
-def compiled(experiment: Experiment, method: str, guided: bool, stochastic: bool) -> Callable:
-    """Jitted (params, seed, numbers, labels, sigmas, scale, interval, churn) -> samples."""
+def compiled(
+    experiment: Experiment,
+    method: str,
+    guided: bool,
+    stochastic: bool,
+    weak: Experiment | None = None,
+) -> Callable:
+    """Jitted (both models' params, seed, numbers, labels, sigmas, scale, interval, churn) -> x."""
 
-    def run(params, seed, numbers, labels, sigmas, scale, interval, churn):
+    def run(all_params, seed, numbers, labels, sigmas, scale, interval, churn):
+        params, weak_params = all_params
         denoise = experiment.denoiser(params)
-        if experiment.strength:
+        if weak is not None:
+            denoise = guidance.autoguidance(denoise, weak.denoiser(weak_params), scale, interval)
+        elif experiment.strength:
             denoise = _with_strength(experiment, params, scale - 1, interval)
         elif guided:
             denoise = guidance.classifier_free(denoise, experiment.null_label, scale, interval)
@@ -66,9 +75,9 @@ def _grid(experiment: Experiment) -> np.ndarray:
     return rho_grid(config.num_steps, config.sigma_min, config.sigma_max, config.rho)
 
 
-def _guided(experiment: Experiment, guidance_scale: float) -> bool:
-    """Whether this scale takes second calls of the network."""
-    return guidance_scale != 1 and not experiment.strength
+def _guided(experiment: Experiment, guidance_scale: float, weak: Any = None) -> bool:
+    """Whether this scale takes second calls of a network."""
+    return guidance_scale != 1 and (weak is not None or not experiment.strength)
 
 
 def network_calls(
@@ -78,12 +87,13 @@ def network_calls(
     method: str | None = None,
     guidance_scale: float = 1.0,
     interval: tuple[float, float] | None = None,
+    weak: tuple[Experiment, Any] | None = None,
 ) -> int:
-    """Calls of the network that `generate` makes for a sample, with the same arguments."""
+    """Calls of networks that `generate` makes for a sample, with the same arguments."""
     grid = _grid(experiment) if sigmas is None else sigmas
     levels = samplers.call_levels(grid, method or experiment.config.sampler.method)
     low, high = interval or (0.0, np.inf)
-    second = (low < levels) & (levels <= high) & _guided(experiment, guidance_scale)
+    second = (low < levels) & (levels <= high) & _guided(experiment, guidance_scale, weak)
     return len(levels) + int(second.sum())
 
 
@@ -97,6 +107,7 @@ def generate(
     method: str | None = None,
     guidance_scale: float = 1.0,
     interval: tuple[float, float] | None = None,
+    weak: tuple[Experiment, Any] | None = None,
     churn: samplers.Churn | None = None,
     batch_size: int = 256,
     progress: Callable[[int], Any] = lambda count: None,
@@ -116,12 +127,14 @@ def generate(
       guidance_scale: of classifier-free guidance; 1 is none. A network trained with
         objective.strength takes guidance_scale - 1 as its input instead.
       interval: (low, high) of sigma to guide in; None for all.
+      weak: (experiment, params) of a model that stands where the null label stands otherwise:
+        autoguidance (arXiv 2406.02507), whose weak model is smaller or less trained.
       churn: stochastic sampling; None is deterministic.
       batch_size: samples at a time, rounded up to a multiple of the devices.
       progress: called with the number of new samples after each batch.
 
     Raises:
-      ValueError: if a label is outside [0, num_classes].
+      ValueError: if a label is outside [0, num_classes], or the weak model is of other data.
     """
     labels = np.asarray(labels, np.int32)
     if labels.size and not 0 <= labels.min() <= labels.max() <= experiment.null_label:
@@ -129,8 +142,15 @@ def generate(
             f"Labels must lie in 0..{experiment.null_label} ({experiment.null_label} is the null "
             f"label); got {labels.min()}..{labels.max()}."
         )
-    if experiment.strength and not (
-        experiment.strength[0] <= guidance_scale - 1 <= experiment.strength[1]
+    if weak is not None and weak[0].data.shape != experiment.data.shape:
+        raise ValueError(
+            f"The weak model makes examples of shape {weak[0].data.shape}; expected "
+            f"{experiment.data.shape}, the shape of the guided one."
+        )
+    if (
+        weak is None
+        and experiment.strength
+        and not (experiment.strength[0] <= guidance_scale - 1 <= experiment.strength[1])
     ):
         logging.warning(
             "guidance_scale %g is strength %g, outside the range %s that this network was trained "
@@ -138,12 +158,14 @@ def generate(
         )  # fmt: skip
     sigmas = _grid(experiment) if sigmas is None else sigmas
     method = method or experiment.config.sampler.method
-    guided = _guided(experiment, guidance_scale)
-    run = compiled(experiment, method, guided, churn is not None)
+    guided = _guided(experiment, guidance_scale, weak)
+    weak_experiment, weak_params = weak or (None, {})
+    run = compiled(experiment, method, guided, churn is not None, weak_experiment)
 
     rows, everywhere = _shardings()
-    if len(jax.tree.leaves(params)[0].sharding.device_set) != jax.device_count():
-        params = jax.device_put(params, everywhere)
+    both = params, weak_params
+    if any(len(x.sharding.device_set) != jax.device_count() for x in jax.tree.leaves(both)):
+        both = jax.device_put(both, everywhere)
     batch_size = min(batch_size, len(labels))
     batch_size += -batch_size % jax.device_count()
     scalars = jax.tree.map(
@@ -155,7 +177,7 @@ def generate(
         numbers = np.arange(start, start + batch_size)
         batch_labels = np.resize(labels[start : start + batch_size], batch_size)
         numbers, batch_labels = jax.device_put((numbers, batch_labels), rows)
-        samples = np.asarray(run(params, np.uint32(seed), numbers, batch_labels, *scalars))
+        samples = np.asarray(run(both, np.uint32(seed), numbers, batch_labels, *scalars))
         count = min(batch_size, len(labels) - start)
         out[start : start + count] = samples[:count]
         progress(count)

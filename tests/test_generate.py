@@ -36,6 +36,26 @@ def test_samples_are_those_of_the_sampler_called_directly(trained):
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_autoguidance_puts_a_weaker_model_in_the_place_of_the_null_label(trained):
+    experiment, params = trained
+    config = tiny.config("digits", **{"network.width": 8})
+    weak = loop.make_experiment(config, loop.load_source(config, "train"))
+    weak_params = jax.tree.map(lambda x: x + 0.05, jax.jit(weak.init)())
+    labels, grid = np.array([3, 1, 4]), noise.rho_grid(4, 0.01, 10.0)
+    options = {"sigmas": grid, "method": "euler", "guidance_scale": 1.7, "interval": (0.1, 5.0)}
+    got = generate.generate(experiment, params, labels, weak=(weak, weak_params), **options)
+    guided = guidance.autoguidance(
+        experiment.denoiser(params), weak.denoiser(weak_params), 1.7, (0.1, 5.0)
+    )
+    x = np.float32(grid[0]) * normal_like(sample_keys(0, range(3)), jnp.zeros((3, 8, 8, 1)))
+    expected = samplers.sample(guided, x, jnp.asarray(labels), grid, "euler")
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+    alone = generate.generate(experiment, params, labels, **options)
+    assert np.abs(got - alone).max() > 1e-3
+    calls = generate.network_calls(experiment, weak=(weak, weak_params), **options)
+    assert calls == 4 + sum(0.1 < level <= 5.0 for level in grid[:-1])
+
+
 @pytest.mark.parametrize("churn", [None, samplers.Churn(5.0)])
 def test_sample_i_is_the_same_in_any_batch_on_8_devices(trained, churn):
     experiment, params = trained
