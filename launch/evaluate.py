@@ -32,7 +32,9 @@ from mclr_jax.training import loop
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of launch.train.")
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.json.")
-FEATURES = flags.DEFINE_string("features", None, "Extractor: classifier:WORKDIR.")
+FEATURES = flags.DEFINE_string(
+    "features", None, "Extractor: classifier:WORKDIR or efficientnet_lite0."
+)
 JUDGE = flags.DEFINE_string("judge", None, "Extractor that judges accuracy; default: --features.")
 METRICS = flags.DEFINE_list("metrics", sorted(evaluate.METRICS), "What to measure; see above.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 10_000, "Of each row.", lower_bound=2)

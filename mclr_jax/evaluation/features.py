@@ -1,6 +1,7 @@
 """Feature extractors: images -> feature vectors and class probabilities, behind one type."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import scipy.special
 
 from mclr_jax import run
 from mclr_jax.data import pipeline
+from mclr_jax.evaluation import efficientnet
 from mclr_jax.names import look_up
 from mclr_jax.training.devices import Devices
 
@@ -74,10 +76,14 @@ class Extractor:
 
 
 def load(name: str) -> Extractor:
-    """The extractor of this name: classifier:WORKDIR, a run of objective `classify`.
+    """The extractor of this name.
+
+    classifier:WORKDIR is a run of objective `classify`; efficientnet_lite0, for natural images, has
+    ImageNet weights and classes.
 
     Raises:
       ValueError: if there is no such kind, or the run is no classifier.
+      FileNotFoundError: if the weights are not installed.
     """
     kind, _, argument = name.partition(":")
     return look_up(_LOADERS, kind, "feature extractor")(name, argument)
@@ -95,6 +101,13 @@ def _classifier(name: str, workdir: str) -> Extractor:
     return Extractor(name, digest(params), lambda images: experiment.features(params, images))
 
 
+def _efficientnet(name: str, argument: str) -> Extractor:
+    if argument:
+        raise ValueError(f"got features {name!r}; efficientnet_lite0 takes no argument.")
+    weights = efficientnet.load_weights()
+    return Extractor(name, digest(weights), functools.partial(efficientnet.apply, weights))
+
+
 def digest(tree: Any) -> str:
     """SHA-256 over the arrays of a tree, their shapes and places; 16 hex digits."""
     total = hashlib.sha256()
@@ -105,4 +118,4 @@ def digest(tree: Any) -> str:
     return total.hexdigest()[:16]
 
 
-_LOADERS = {"classifier": _classifier}
+_LOADERS = {"classifier": _classifier, "efficientnet_lite0": _efficientnet}

@@ -1,0 +1,59 @@
+"""PyTorch files against what PyTorch 2.13 wrote into them."""
+
+import collections
+import pathlib
+import pickle
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from mclr_jax.pretrained import torch_file
+
+DATA = pathlib.Path(__file__).parent / "data"
+
+
+@pytest.mark.parametrize("name", ["tensors.pt", "tensors_legacy.pt"])
+def test_tensors_in_containers_are_read(name):
+    """The script that wrote the files: weight = torch.arange(12.).reshape(3, 4), and so on."""
+    found = torch_file.load(DATA / name)
+    weight = np.arange(12, dtype=np.float32).reshape(3, 4)
+    state = found["state"]
+    assert list(state) == ["weight", "transposed", "part", "half", "count"]
+    np.testing.assert_array_equal(state["weight"], weight)
+    np.testing.assert_array_equal(state["transposed"], weight.T)  # strides of one storage
+    np.testing.assert_array_equal(state["part"], weight[1:, 2])  # an offset
+    assert state["half"].dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(state["half"].astype(np.float32), [1.5, -2])
+    assert state["count"] == 7
+    assert state["count"].dtype == np.int64
+    np.testing.assert_array_equal(found["parameter"], [[1, 2]])
+    assert found["empty"].shape == (0, 3)
+    assert found["config"] == {"depth": 3, "names": ["a", "b"], "pair": (1, 2.5)}
+
+
+def test_code_is_neither_imported_nor_run(tmp_path):
+    with pytest.raises(ValueError, match=r"holds a torch.nn.modules.linear.Linear, not tensors"):
+        torch_file.load(DATA / "module.pt")
+    harmful = tmp_path / "harmful.pt"
+    harmful.write_bytes(pickle.dumps(collections.deque))
+    with pytest.raises(ValueError, match=r"holds a collections.deque, not tensors"):
+        torch_file.load(harmful)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a pickle", pickle.dumps(5)])
+def test_other_files_are_refused(tmp_path, content):
+    path = tmp_path / "x.pt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"x.pt is not a file of tensors"):
+        torch_file.load(path)
+
+
+@pytest.mark.parametrize("name", ["tensors.pt", "tensors_legacy.pt"])
+def test_a_file_cut_short_is_refused(tmp_path, name):
+    whole = (DATA / name).read_bytes()
+    path = tmp_path / "x.pt"
+    for share in (0.3, 0.6, 0.95):
+        path.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(ValueError, match=r"x.pt is not a file of tensors"):
+            torch_file.load(path)
