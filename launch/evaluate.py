@@ -33,7 +33,7 @@ from mclr_jax.training import loop
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of launch.train.")
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.json.")
 FEATURES = flags.DEFINE_string(
-    "features", None, "Extractor: classifier:WORKDIR or efficientnet_lite0."
+    "features", None, "Extractor: classifier:WORKDIR, efficientnet_lite0 or inception:FILE."
 )
 JUDGE = flags.DEFINE_string("judge", None, "Extractor that judges accuracy; default: --features.")
 METRICS = flags.DEFINE_list("metrics", sorted(evaluate.METRICS), "What to measure; see above.")

@@ -12,7 +12,7 @@ import scipy.special
 
 from mclr_jax import run
 from mclr_jax.data import pipeline
-from mclr_jax.evaluation import efficientnet
+from mclr_jax.evaluation import efficientnet, inception
 from mclr_jax.names import look_up
 from mclr_jax.training.devices import Devices
 
@@ -79,7 +79,7 @@ def load(name: str) -> Extractor:
     """The extractor of this name.
 
     classifier:WORKDIR is a run of objective `classify`; efficientnet_lite0, for natural images, has
-    ImageNet weights and classes.
+    ImageNet weights and classes; inception:FILE is FID's, with the weights in this file.
 
     Raises:
       ValueError: if there is no such kind, or the run is no classifier.
@@ -108,6 +108,11 @@ def _efficientnet(name: str, argument: str) -> Extractor:
     return Extractor(name, digest(weights), functools.partial(efficientnet.apply, weights))
 
 
+def _inception(name: str, path: str) -> Extractor:
+    weights = inception.load_weights(path)
+    return Extractor(name, digest(weights), functools.partial(inception.apply, weights))
+
+
 def digest(tree: Any) -> str:
     """SHA-256 over the arrays of a tree, their shapes and places; 16 hex digits."""
     total = hashlib.sha256()
@@ -118,4 +123,5 @@ def digest(tree: Any) -> str:
     return total.hexdigest()[:16]
 
 
-_LOADERS = {"classifier": _classifier, "efficientnet_lite0": _efficientnet}
+_LOADERS = {"classifier": _classifier, "efficientnet_lite0": _efficientnet,
+            "inception": _inception}  # fmt: skip
