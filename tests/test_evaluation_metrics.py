@@ -318,3 +318,25 @@ BROKEN = np.where(np.arange(24).reshape(8, 3) == 7, np.nan, A)
 def test_errors_say_what_was_got_and_what_to_do(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 30), st.integers(1, 20), st.integers(1, 4), st.integers(0, 2**31))
+def test_memorized_fraction_is_the_ratio_of_the_two_nearest(real_count, fake_count, dim, seed):
+    rng = np.random.default_rng(seed)
+    real = rng.normal(size=(real_count, dim))
+    fake = rng.normal(size=(fake_count, dim))
+    fake[0] = real[0] + 1e-3 * rng.normal(size=dim)
+    distances = np.sort(np.linalg.norm(fake[:, None] - real, axis=-1), axis=1)
+    expected = (distances[:, 0] < distances[:, 1] / 3).mean()
+    assert metrics.memorized_fraction(real, fake) == expected
+    batches = np.array_split(real, min(3, real_count))
+    assert metrics.memorized_fraction(iter(batches), fake) == expected
+
+
+def test_memorized_fraction_of_copies_and_of_nothing():
+    real = np.random.default_rng(0).normal(size=(50, 8))
+    assert metrics.memorized_fraction(real, real[:10]) == 1
+    assert metrics.memorized_fraction(real, (real[:10] + real[10:20]) / 2) == 0
+    with pytest.raises(ValueError, match="fewer than 2 real"):
+        metrics.memorized_fraction(real[:1], real)

@@ -8,6 +8,7 @@ takes a maximum, and there are 1008 classes.
 
 import functools
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ def convert(state: Weights) -> Weights:
     try:
         folded = convolutions.fold(state, {n: n.removesuffix("conv") + "bn" for n in names})
         classes = {"fc": state["fc.weight"].T}
-        found = len(names), classes["fc"].shape
+        found: Any = (len(names), classes["fc"].shape)
     except KeyError as error:
         found = f"no {error}"
     if found != (94, (2048, 1008)):

@@ -6,7 +6,7 @@ of rows: 10,000 x 10,000 pairs take about 80 MB besides three float64 copies of 
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from scipy.special import rel_entr
@@ -143,6 +143,27 @@ def density_coverage(real: np.ndarray, fake: np.ndarray, k: int = 5) -> tuple[fl
         balls += int(np.count_nonzero(squared < radius))
         nearest = np.minimum(nearest, squared.min(0))
     return balls / (k * len(fake)), float((nearest < radius).mean())
+
+
+def memorized_fraction(
+    real: np.ndarray | Iterable[np.ndarray], fake: np.ndarray, ratio: float = 1 / 3
+) -> float:
+    """Share of fake samples that copy a real one: nearer to it than `ratio` times the next nearest.
+
+    Distances are Euclidean, usually of pixels. Source: Yoon et al. 2023; Gu et al. 2023
+    (arXiv 2310.02664). real (n, d), or batches of it; fake (m, d); n at least 2.
+    """
+    fake = _as_features(fake, "fake features")
+    nearest = np.full((len(fake), 2), np.inf)
+    for batch in [real] if isinstance(real, np.ndarray) else real:
+        batch = _as_features(batch, "real features")
+        _check_same_dim(batch.shape[1], fake.shape[1])
+        for rows, squared in _squared_distances(fake, batch):
+            known = np.hstack([squared, nearest[rows]])
+            nearest[rows] = np.sort(np.partition(known, 1, axis=1)[:, :2])
+    if np.isinf(nearest).any():
+        raise ValueError("Got fewer than 2 real samples; the ratio needs 2 neighbours.")
+    return float((nearest[:, 0] < ratio**2 * nearest[:, 1]).mean())
 
 
 def kernel_distance(real: np.ndarray, fake: np.ndarray) -> float:
