@@ -1,5 +1,6 @@
 """What the command lines share: set-up, and errors of one line that name the nearest valid word."""
 
+import functools
 import logging as python_logging
 import os
 import pathlib
@@ -17,9 +18,15 @@ from mclr_jax.names import nearest
 USER_ERRORS = (ValueError, OSError, RuntimeError, FloatingPointError)
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parse the flags and call `main`; exit status 2 on bad flags, 1 on an error of the user's."""
-    app.run(lambda argv: _guarded(main), flags_parser=_parse)
+def run(main: Callable[..., None], arguments: bool = False) -> None:
+    """Parse the flags and call `main`; exit status 2 on bad flags, 1 on an error of the user's.
+
+    With `arguments`, main is given what stands on the command line beside the flags.
+    """
+    app.run(
+        lambda argv: _guarded(functools.partial(main, *([argv[1:]] if arguments else []))),
+        flags_parser=functools.partial(_parse, arguments),
+    )
 
 
 def stop(message: str, status: int = 2) -> NoReturn:
@@ -42,7 +49,7 @@ def numbers(flag, kind: type, count: int | None = None) -> list | None:
     return values
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(arguments: bool, argv: list[str]) -> list[str]:
     for argument in argv:
         if argument.startswith("--config="):
             _check_config_exists(argument.removeprefix("--config=").split(":")[0])
@@ -54,7 +61,7 @@ def _parse(argv: list[str]) -> list[str]:
         hint = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', str(error))
         what = f"{hint[2]!r}. Did you mean {hint[1]!r}?" if hint else str(error)
         stop(f"--config has no key {what} (configs/base.py explains all keys.)")
-    if len(rest) > 1:
+    if len(rest) > 1 and not arguments:
         stop(f"Unexpected argument {rest[1]!r}: options are written --name=value.")
     return rest
 

@@ -32,7 +32,7 @@ def describe(workdir: pathlib.Path, experiment: Experiment) -> None:
     path = workdir / "run.json"
     description = _description(experiment)
     if path.exists():
-        before, now = _flat(json.loads(path.read_text())), _flat(description)
+        before, now = flat(json.loads(path.read_text())), flat(description)
         for name in sorted(before.keys() | now.keys()):
             old, new = (json.dumps(tree.get(name)) for tree in (before, now))
             if old != new:
@@ -65,10 +65,11 @@ def _experiment(description: dict[str, Any] | None) -> Experiment | None:
     )
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts -> one, its keys joined by dots."""
     if not isinstance(tree, dict):
         return {prefix: tree}
-    return {k: v for key in tree for k, v in _flat(tree[key], f"{prefix}.{key}".strip(".")).items()}
+    return {k: v for key in tree for k, v in flat(tree[key], f"{prefix}.{key}".strip(".")).items()}
 
 
 def load_experiment(workdir: str | os.PathLike) -> Experiment:

@@ -106,8 +106,8 @@ def test_values_that_make_no_sense_are_explained(workdir, tmp_path):
     assert not (ROOT / "x.npz").exists()
 
 
-@pytest.mark.parametrize("module", ["train", "sample", "evaluate", "demo"])
+@pytest.mark.parametrize("module", ["train", "sample", "evaluate", "report", "demo"])
 def test_help_is_worth_reading(module):
     text = call(module, "--help", expect=1)  # absl exits with 1 after help
     assert f"python -m launch.{module}" in text
-    assert "--workdir" in text or "--[no]workdir" in text
+    assert "--workdir" in text or "--out" in text

@@ -1,0 +1,47 @@
+"""Compare runs on one web page: samples side by side, metrics, curves, and how configs differ.
+
+  python -m launch.report runs/digits runs/digits_mclr --out=report.html --guidance_scales=1,1.5,2
+
+The page is one file that needs neither server nor network. Samples of all runs start from the same
+noise, and a slider goes through the guidance scales. The metrics are those that launch.evaluate has
+stored in the runs.
+"""
+
+import pathlib
+
+import tqdm
+from absl import flags
+
+from launch import common
+from mclr_jax import run
+from mclr_jax.evaluation import report
+
+OUT = flags.DEFINE_string("out", None, "File to write, NAME.html.")
+GUIDANCE_SCALES = flags.DEFINE_list("guidance_scales", ["1", "1.5", "2"], "Scales to sample at.")
+PER_CLASS = flags.DEFINE_integer("per_class", 6, "Samples of each class.", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the starting noise.", lower_bound=0)
+
+
+def main(workdirs: list[str]) -> None:
+    if not workdirs:
+        common.stop("No run was named: python -m launch.report DIR [DIR ...] --out=report.html")
+    out = pathlib.Path(OUT.value)
+    if out.suffix != ".html":
+        common.stop(f"--out is {OUT.value!r}; expected a name that ends in .html.")
+    scales = common.numbers(GUIDANCE_SCALES, float) or []
+    classes = [run.load_experiment(workdir).null_label for workdir in workdirs]
+    with tqdm.tqdm(
+        total=sum(classes) * len(scales) * PER_CLASS.value, unit="sample", disable=None
+    ) as bar:
+        runs = [
+            report.read(workdir, scales, PER_CLASS.value, SEED.value, bar.update)
+            for workdir in workdirs
+        ]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    run.write_atomically(out, report.page(runs))
+    print(f"Wrote {out}.")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["out"])
+    common.run(main, arguments=True)
