@@ -19,6 +19,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#E
 DASHES = ("", "6 3", "2 2", "8 2 2 2", "1 3")
 FIRST = ("loss", "eval_loss", "accuracy", "eval_accuracy", "error", "eval_error")
 WIDTH, HEIGHT = 460, 260
+FEW = 30  # points of a line that are marked
 LEFT, RIGHT, TOP, BOTTOM = 64, 8, 12, 34  # margins of a chart
 
 
@@ -195,16 +196,15 @@ def chart(title: str, series: dict[str, tuple[Sequence[float], Sequence[float]]]
     if high - low < 1e-12 * max(1.0, abs(high)):
         low, high = low - 0.5, high + 0.5
 
-    def place(x: float, y: float) -> str:
+    def place(x: float, y: float) -> tuple[float, float]:
         across = LEFT + (WIDTH - LEFT - RIGHT) * x / last
-        down = TOP + (HEIGHT - TOP - BOTTOM) * (high - scaled(y)) / (high - low)
-        return f"{across:.1f},{down:.1f}"
+        return across, TOP + (HEIGHT - TOP - BOTTOM) * (high - scaled(y)) / (high - low)
 
     parts = []
     for i in range(5):
         y = low + (high - low) * i / 4
         down = TOP + (HEIGHT - TOP - BOTTOM) * (high - y) / (high - low)
-        text = f"{10**y if logarithmic else y:.3g}"
+        text = f"{10**y if logarithmic else y:.4g}"
         parts.append(
             f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{down:.1f}" y2="{down:.1f}" class="grid"/>'
             f'<text x="{LEFT - 6}" y="{down + 4:.1f}" text-anchor="end">{text}</text>'
@@ -219,12 +219,15 @@ def chart(title: str, series: dict[str, tuple[Sequence[float], Sequence[float]]]
     )
     legend = []
     for number, (name, line) in enumerate(points.items()):
-        look = (
-            f'stroke="{COLOURS[number % len(COLOURS)]}" '
-            f'stroke-dasharray="{DASHES[number % len(DASHES)]}"'
-        )
-        places = " ".join(place(x, y) for x, y in line)
-        parts.append(f'<polyline points="{places}" fill="none" stroke-width="1.6" {look}/>')
+        colour = COLOURS[number % len(COLOURS)]
+        look = f'stroke="{colour}" stroke-dasharray="{DASHES[number % len(DASHES)]}"'
+        look += ' stroke-width="1.8" fill="none"'
+        places = [place(x, y) for x, y in line]
+        joined = " ".join(f"{across:.1f},{down:.1f}" for across, down in places)
+        parts.append(f'<polyline points="{joined}" {look}/>')
+        if len(places) <= FEW:  # dots, so that a single point is seen too
+            parts += [f'<circle cx="{a:.1f}" cy="{d:.1f}" r="2.5" fill="{colour}"/>'
+                      for a, d in places]  # fmt: skip
         swatch = f'<svg width="28" height="8" aria-hidden="true"><path d="M0 4H28" {look}/></svg>'
         ends = f", {line[-1][1]:.4g} at step {line[-1][0]:g}" if line else ""
         legend.append(f"<li>{swatch} {html.escape(name)}{ends}</li>")
