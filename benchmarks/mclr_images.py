@@ -15,12 +15,12 @@ import functools
 import importlib
 import io
 import json
-import os
 import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+
+from tasks import Task, schedule
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -78,19 +78,27 @@ class Model:
       tuned: name of the fine-tuning; with the seed, its work directory.
       gamma: guidance, or the strength that is given to the network, when sampling.
       seeds: of fine-tuning and sampling.
-      changes: of the objective; None for the control, which goes on by DSM.
+      changes: of MCLR's objective, or with a `name` another objective and its options; None for the
+        control, which goes on by DSM.
+      interval: noise levels to guide in; None for all.
+      weak: work directory of the weaker model of autoguidance; "" for none.
+      needs: files that must be there before fine-tuning.
     """
 
     tuned: str
     gamma: float
     seeds: tuple[int, ...]
     changes: dict | None
+    interval: tuple[float, float] | None = None
+    weak: str = ""
+    needs: tuple[str, ...] = ()
 
     def workdir(self, seed: int) -> str:
         return f"{self.tuned}_{seed}"
 
     def samples(self, seed: int) -> str:
-        return f"{self.workdir(seed)}_at_{self.gamma:g}"
+        more = ("_interval" if self.interval else "") + ("_weak" if self.weak else "")
+        return f"{self.workdir(seed)}_at_{self.gamma:g}{more}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,18 +148,25 @@ class Bench:
         config.seed = 100
         self.train(f"judge_{judge}", config)
 
-    def fine_tune(self, name: str, seed: int, changes: dict | None) -> None:
-        """MCLR, or DSM with the same steps and learning rates."""
+    def fine_tuning(self, seed: int, changes: dict | None):
+        """The config of MCLR, or of another objective with the same steps and learning rates."""
+        from configs import base as configs_base
+
         config = self.config("_mclr")
         config.init_from = str(self.root / self.base(seed))
         config.objective.posterior_from = str(self.root / "classifier")
         if changes is None:
             config.objective = self.config().objective
-        else:
+        elif "name" in changes:
+            config.objective = configs_base.objective(changes["name"])
+        if changes is not None:
             config.objective.update(changes)
         config.seed = seed + 1
         config.sample_every = 0
-        self.train(name, config)
+        return config
+
+    def tune(self, name: str, seed: int, changes: dict | None) -> None:
+        self.train(name, self.fine_tuning(seed, changes))
 
     def load(self, model: Model, seed: int):
         """(experiment, parameters) of a model."""
@@ -159,6 +174,16 @@ class Bench:
 
         workdir = self.root / model.workdir(seed)
         return run.load_experiment(workdir), run.load_weights(workdir)[0]
+
+    def options(self, model: Model) -> dict:
+        """How to sample from a model."""
+        from mclr_jax import run
+
+        weak = None
+        if model.weak:
+            workdir = self.root / model.weak
+            weak = run.load_experiment(workdir), run.load_weights(workdir)[0]
+        return {"guidance_scale": 1 + model.gamma, "interval": model.interval, "weak": weak}
 
     def sample(self, model: Model, seed: int) -> None:
         """Samples of a model, judged; features are kept to compare sets of samples."""
@@ -168,11 +193,11 @@ class Bench:
 
         experiment, params = self.load(model, seed)
         labels = np.resize(np.arange(experiment.null_label), self.settings["samples"])
-        scale = 1 + model.gamma
+        options = self.options(model)
         samples = generate.generate(
-            experiment, params, labels, seed=seed, guidance_scale=scale, batch_size=self.batch
+            experiment, params, labels, seed=seed, batch_size=self.batch, **options
         )
-        calls = {"network_calls": generate.network_calls(experiment, guidance_scale=scale)}
+        calls = {"network_calls": generate.network_calls(experiment, **options)}
         rounded = np.round(samples.clip(-1, 1) * 127.5) / 127.5
         self.store(model.samples(seed), rounded, labels, calls)
 
@@ -186,13 +211,6 @@ class Bench:
         count = len(source) if split == "train" else min(self.settings["samples"], len(source))
         images, labels = source[np.arange(count)]
         self.store(f"real_{split}", np.asarray(pipeline.to_float(images)), labels, {})
-
-    def compared(self, seeds: tuple[int, ...]) -> dict[str, Model]:
-        """The models whose speed is compared."""
-        models = self.models(seeds)
-        names = {"base": "base", "cfg": f"cfg {self.settings['cfg'][0]:g}",
-                 "mclr": f"mclr {self.settings['beta'][0]:g}"}  # fmt: skip
-        return {kind: models[name] for kind, name in names.items()}
 
     def write(self, name: str, value: dict) -> None:
         from mclr_jax.run import write_atomically
@@ -268,7 +286,7 @@ class Bench:
             models[f"mclr {name}"] = Model(name, 0.0, seeds[:1], changes)
         return models
 
-    def probe(self, name: str, needs: tuple[str, ...], *arguments) -> "Task":
+    def probe(self, name: str, needs: tuple[str, ...], *arguments) -> Task:
         """The task of a function in mclr_probes."""
 
         def run():
@@ -280,7 +298,7 @@ class Bench:
 
     # ---- the parts together ------------------------------------------------------------------
 
-    def tasks(self, seeds: tuple[int, ...]) -> list["Task"]:
+    def tasks(self, seeds: tuple[int, ...]) -> list[Task]:
         """All tasks but the last, each after those it needs."""
         tasks = [
             Task("classifier", lambda: self.train("classifier", self.config("_classifier")),
@@ -302,62 +320,32 @@ class Bench:
                 if seed not in model.seeds:
                     continue
                 workdir, samples = model.workdir(seed), model.samples(seed)
-                tune = functools.partial(self.fine_tune, workdir, seed, model.changes)
-                start = (f"{self.base(seed)}/done", "classifier/done")
+                tune = functools.partial(self.tune, workdir, seed, model.changes)
+                start = (f"{self.base(seed)}/done", "classifier/done", *model.needs)
                 if workdir not in [task.name for task in tasks]:
                     tasks.append(Task(workdir, tune, f"{workdir}/done", start))
                 tasks.append(Task(samples, functools.partial(self.sample, model, seed),
                                   f"sets/{samples}.json",
-                                  (f"{workdir}/done", "sets/real_train.json")))  # fmt: skip
-        done = tuple(f"{model.workdir(seeds[0])}/done" for model in self.compared(seeds).values())
-        tasks.append(self.probe("speed", done, seeds))
-        own = models[f"mclr {self.config('_mclr').objective.beta:g}"]
-        tasks.append(self.probe("profile", (f"{own.workdir(seeds[0])}/done",), own, seeds[0]))
-        tasks.append(self.probe("step_cost", ("classifier/done",)))
-        return tasks
+                                  (f"{workdir}/done", "sets/real_train.json",
+                                   *([f"{model.weak}/done"] if model.weak else []))))  # fmt: skip
+        return [*tasks, *self.probes(models, seeds[0])]
 
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """One process: `run` makes the file `output`, once the files `needs` are there."""
-
-    name: str
-    run: Callable[[], None]
-    output: str
-    needs: tuple[str, ...] = ()
-
-
-def schedule(bench: Bench, tasks: list[Task], arguments: list[str], jobs: int) -> None:
-    """Run what is missing, `jobs` processes at a time, each on a core of its own."""
-    cores = sorted(os.sched_getaffinity(0))[:jobs]
-    running: dict[int, tuple[Task, subprocess.Popen]] = {}
-    started: set[str] = set()
-    logs = bench.root / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-
-    def there(output: str) -> bool:
-        return (bench.root / output).exists()
-
-    while any(not there(task.output) for task in tasks):
-        for core, (task, process) in list(running.items()):
-            if process.poll() is not None:
-                del running[core]
-                if process.returncode:
-                    sys.exit(f"{task.name} failed; see {logs / task.name}.log")
-                print(f"{time.strftime('%H:%M:%S')} {task.name}", flush=True)
-        ready = [
-            task for task in tasks
-            if task.name not in started and not there(task.output) and all(map(there, task.needs))
-        ]  # fmt: skip
-        for core in [c for c in cores if c not in running][: len(ready)]:
-            task = ready.pop(0)
-            started.add(task.name)
-            command = ["taskset", "-c", str(core), sys.executable, __file__, *arguments]
-            with (logs / f"{task.name}.log").open("ab") as log:
-                running[core] = task, subprocess.Popen(
-                    [*command, f"--task={task.name}"], stdout=log, stderr=log
-                )  # fmt: skip
-        time.sleep(0.5)
+    def probes(self, models: dict[str, Model], seed: int) -> list[Task]:
+        """What is measured beside samples."""
+        own = f"mclr {self.config('_mclr').objective.beta:g}"
+        compared = {
+            "base": models["base"],
+            "cfg": models[f"cfg {self.settings['cfg'][0]:g}"],
+            "mclr": models[own],
+        }
+        objectives = {"mclr": {}, "mclr, target data": {"target": "data"},
+                      "mclr, all negatives": {"negative_share": 1.0}}  # fmt: skip
+        done = tuple(f"{model.workdir(seed)}/done" for model in compared.values())
+        return [
+            self.probe("speed", done, compared, seed),
+            self.probe("profile", done, models[own], seed),
+            self.probe("step_cost", ("classifier/done",), objectives, seed),
+        ]
 
 
 def collect(bench: Bench, seeds: tuple[int, ...]) -> dict:
@@ -468,7 +456,7 @@ def main() -> None:
         next(task for task in tasks if task.name == arguments.task).run()
         return
     start = time.time()
-    schedule(bench, tasks, sys.argv[1:], arguments.jobs)
+    schedule(bench.root, tasks, [sys.executable, __file__, *sys.argv[1:]], arguments.jobs)
     result = collect(bench, seeds) | {"seconds_of_this_call": round(time.time() - start)}
     import mclr_figures
 

@@ -8,7 +8,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
 from mclr_jax import generate, noise, posterior, run
@@ -96,45 +95,43 @@ def profile(bench, model, seed: int, count: int = 1000) -> dict:
     return {"model": model.workdir(seed), "by_sigma": table}
 
 
-def speed(bench, seeds: tuple[int, ...]) -> dict:
-    """Samples per second without and with guidance and by MCLR, run alternately: medians."""
-    models = bench.compared(seeds)
-    loaded = {kind: bench.load(model, seeds[0]) for kind, model in models.items()}
+def speed(bench, models: dict, seed: int) -> dict:
+    """Samples per second of models, run alternately: medians."""
+    loaded = {kind: bench.load(model, seed) for kind, model in models.items()}
+    options = {kind: bench.options(model) for kind, model in models.items()}
     labels = np.resize(np.arange(10), 5 * bench.batch)
     rates: dict[str, list[float]] = {}
     for _ in range(6):  # the first compiles
-        for kind, model in models.items():
+        for kind in models:
             start = time.perf_counter()
-            scale = 1 + model.gamma
-            generate.generate(*loaded[kind], labels, guidance_scale=scale, batch_size=bench.batch)
+            generate.generate(*loaded[kind], labels, batch_size=bench.batch, **options[kind])
             rates.setdefault(kind, []).append(len(labels) / (time.perf_counter() - start))
     return {kind: float(np.median(r[1:])) for kind, r in rates.items()}
 
 
-def step_cost(bench, steps: int = 10, rounds: int = 7) -> dict:
-    """Time of a training step relative to DSM's, run alternately: medians."""
-    names = {"classifier": "classifier", "reference": bench.base(0)}
+def step_cost(bench, objectives: dict, seed: int, steps: int = 10, rounds: int = 7) -> dict:
+    """Time of a training step of objectives (as Model.changes) relative to DSM's: medians.
+
+    They are run alternately.
+    """
+    names = {"classifier": "classifier", "reference": bench.base(seed)}
     frozen = {key: run.load_weights(bench.root / name)[0] for key, name in names.items()}
     classifier = run.load_experiment(bench.root / "classifier")
-    dsm = bench.config("_mclr")
-    dsm.objective = bench.config().objective
-    configs = {"dsm": dsm}
-    for share in (1.0, 0.5):
-        config = ml_collections.ConfigDict(bench.config("_mclr"))
-        config.objective.negative_share = share
-        configs[f"mclr, negative_share {share:g}"] = config
-    source = loop.load_source(dsm, "train")
-    batches = loop.stack(pipeline.stream(source, dsm.batch_size, 0), steps, steps)
+    source = loop.load_source(bench.config(), "train")
     runs: dict = {}
-    for name, config in configs.items():
-        mclr = config is not dsm
-        experiment = loop.make_experiment(config, source, classifier if mclr else None)
+    for name, changes in ({"dsm": None} | objectives).items():
+        config = bench.fine_tuning(seed, changes)
+        experiment = loop.make_experiment(config, source, classifier)
+        companions = experiment.takes("other") or experiment.takes("generated")
+        stream = pipeline.stream(source, config.batch_size, 0, other=source if companions else None)
+        batches = loop.stack(stream, steps, steps)
         update = jax.jit(training_step.make_update(experiment), donate_argnums=0)
         state = jax.jit(functools.partial(training_step.init_state, experiment))()
-        runs[name] = [update, state, frozen if mclr else {}, []]
+        held = {key: frozen[key] for key in jax.eval_shape(experiment.init_frozen)}
+        runs[name] = [update, state, held, batches, []]
     for _ in range(rounds + 1):  # the first compiles
         for entry in runs.values():
-            update, state, held, seconds = entry
+            update, state, held, batches, seconds = entry
             start = time.perf_counter()
             entry[1] = jax.block_until_ready(update(state, held, batches, steps)[0])
             seconds.append((time.perf_counter() - start) / steps)
