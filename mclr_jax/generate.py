@@ -40,7 +40,7 @@ def compiled(
     method: str,
     guided: bool,
     stochastic: bool,
-    weak: Experiment | None = None,
+    weak: Experiment | None,
 ) -> Callable:
     """Jitted (both models' params, seed, numbers, labels, sigmas, scale, interval, churn) -> x."""
 

@@ -90,7 +90,7 @@ def test_network_calls_are_those_that_the_sampler_makes(trained, method, scale, 
 def test_guidance_interval_and_grid_share_one_program(trained):
     experiment, params = trained
     labels = np.arange(8)
-    run = generate.compiled(experiment, "heun", True, False)
+    run = generate.compiled(experiment, "heun", True, False, None)
     before = run._cache_size()
     for scale, interval, sigma_min in [
         (2.0, None, 0.01),
@@ -131,7 +131,7 @@ def test_a_network_with_strength_takes_the_scale_as_its_input():
     )
     labels, grid = np.array([3, 1, 4]), noise.rho_grid(4, 0.01, 10.0)
     x = np.float32(grid[0]) * normal_like(sample_keys(5, range(3)), jnp.zeros((3, 8, 8, 1)))
-    run = generate.compiled(experiment, "euler", False, False)
+    run = generate.compiled(experiment, "euler", False, False, None)
     for scale, interval in [(1.0, None), (2.5, None), (2.5, (0.1, 1.0))]:
         got = generate.generate(experiment, params, labels, seed=5, sigmas=grid, method="euler",
                                 guidance_scale=scale, interval=interval)  # fmt: skip
