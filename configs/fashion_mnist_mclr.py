@@ -5,9 +5,9 @@
       --workdir=runs/fashion_mnist_classifier
   python -m launch.train --config=configs/fashion_mnist_mclr.py --workdir=runs/fashion_mnist_mclr
 
-With the exact posterior the result would sample as the base does with guidance_scale 1 + beta. The
-classifier is surer on its training images than on others, which weakens the contrast: in first runs
-beta 0.4 came out as CFG of guidance_scale 1.2.
+With an exact base and posterior, and steps without end, the result would sample as the base does
+with guidance_scale 1 + beta. As it stands beta 0.6 comes out as guidance_scale 1.4, the best of this
+base (benchmarks/results/fashion_mnist_mclr.json).
 """
 
 from ml_collections import ConfigDict
