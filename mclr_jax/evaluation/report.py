@@ -20,7 +20,7 @@ DASHES = ("", "6 3", "2 2", "8 2 2 2", "1 3")
 FIRST = ("loss", "eval_loss", "accuracy", "eval_accuracy", "error", "eval_error")
 WIDTH, HEIGHT = 460, 260
 FEW = 30  # points of a line that are marked
-LEFT, RIGHT, TOP, BOTTOM = 64, 8, 12, 34  # margins of a chart
+LEFT, RIGHT, TOP, BOTTOM = 64, 20, 12, 34  # margins of a chart
 
 
 @dataclasses.dataclass(frozen=True)
