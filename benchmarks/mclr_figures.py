@@ -22,7 +22,7 @@ def picture(bench, summary: dict, seed: int, columns: int = 8) -> None:
     for part in ("base", "cfg_best", "mclr"):
         model = bench.models((seed,))[summary[part]["name"]]
         samples = generate.generate(
-            *bench.load(model, seed), labels, seed=seed, guidance_scale=1 + model.gamma
+            *bench.load(model.workdir(seed)), labels, seed=seed, guidance_scale=1 + model.gamma
         )
         grids.append(images.picture(samples, labels))
     images.save(ROOT / "docs" / f"{bench.data}_mclr.png", np.concatenate(grids, axis=1))

@@ -168,21 +168,15 @@ class Bench:
     def tune(self, name: str, seed: int, changes: dict | None) -> None:
         self.train(name, self.fine_tuning(seed, changes))
 
-    def load(self, model: Model, seed: int):
-        """(experiment, parameters) of a model."""
+    def load(self, name: str):
+        """(experiment, parameters) of the run in this work directory."""
         from mclr_jax import run
 
-        workdir = self.root / model.workdir(seed)
-        return run.load_experiment(workdir), run.load_weights(workdir)[0]
+        return run.load_experiment(self.root / name), run.load_weights(self.root / name)[0]
 
     def options(self, model: Model) -> dict:
         """How to sample from a model."""
-        from mclr_jax import run
-
-        weak = None
-        if model.weak:
-            workdir = self.root / model.weak
-            weak = run.load_experiment(workdir), run.load_weights(workdir)[0]
+        weak = self.load(model.weak) if model.weak else None
         return {"guidance_scale": 1 + model.gamma, "interval": model.interval, "weak": weak}
 
     def sample(self, model: Model, seed: int) -> None:
@@ -191,7 +185,7 @@ class Bench:
 
         from mclr_jax import generate
 
-        experiment, params = self.load(model, seed)
+        experiment, params = self.load(model.workdir(seed))
         labels = np.resize(np.arange(experiment.null_label), self.settings["samples"])
         options = self.options(model)
         samples = generate.generate(
@@ -224,10 +218,10 @@ class Bench:
         """Features and metrics of images (n, ...) in [-1, 1] -> NAME.npz, NAME.json."""
         import numpy as np
 
-        from mclr_jax.evaluation import metrics
+        from mclr_jax.evaluation import evaluate, metrics
         from mclr_jax.run import write_atomically
 
-        features, log_probs = self.judged("features", images)
+        features, log_probs, _ = self.judged("features", images, labels)
         buffer = io.BytesIO()
         np.savez(buffer, features=features, labels=labels)
         (self.root / "sets").mkdir(exist_ok=True)
@@ -244,32 +238,18 @@ class Bench:
                 "per_class_frechet": float(np.mean(per_class)),
                 "inter_class_frechet": metrics.inter_class_frechet(features, labels),
                 "inception_score": metrics.inception_score(np.exp(log_probs)),
-                "accuracy": float((self.judged("accuracy", images)[1].argmax(1) == labels).mean()),
+                "accuracy": evaluate.accuracy(self.judged("accuracy", images, labels)),
                 "precision": precision,
                 "recall": recall,
             }
         write_atomically(self.root / "sets" / f"{name}.npz", buffer.getvalue())
         self.write(f"sets/{name}", row)
 
-    def judged(self, judge: str, images):
-        """(features (n, d), log probabilities (n, K)) by a judge."""
-        import jax
-        import numpy as np
-        import scipy.special
+    def judged(self, judge: str, images, labels):
+        """What a judge makes of images in [-1, 1]."""
+        from mclr_jax.evaluation import features
 
-        from mclr_jax import run
-
-        experiment = run.load_experiment(self.root / f"judge_{judge}")
-        params, _ = run.load_weights(self.root / f"judge_{judge}")
-        compute = jax.jit(experiment.features)
-        kept = []
-        for chunk in np.array_split(images, -(-len(images) // 500)):
-            padded = np.resize(chunk, (500, *chunk.shape[1:]))  # one program serves all
-            kept.append([a[: len(chunk)] for a in jax.device_get(compute(params, padded))])
-        features, logits = (
-            np.concatenate(arrays).astype(np.float64) for arrays in zip(*kept, strict=True)
-        )
-        return features, scipy.special.log_softmax(logits, axis=1)
+        return features.load(f"classifier:{self.root / f'judge_{judge}'}")(images, labels)
 
     def models(self, seeds: tuple[int, ...]) -> dict[str, Model]:
         """The rows of the table by name."""

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mclr_jax import generate, noise, posterior, run
+from mclr_jax import generate, noise, posterior
 from mclr_jax.data import pipeline, sources
 from mclr_jax.training import loop
 from mclr_jax.training import step as training_step
@@ -18,8 +18,7 @@ from mclr_jax.training import step as training_step
 
 def calibration(bench) -> dict:
     """How well the posterior is calibrated on held-out images, by noise level."""
-    experiment = run.load_experiment(bench.root / "classifier")
-    params, _ = run.load_weights(bench.root / "classifier")
+    experiment, params = bench.load("classifier")
     log_posterior = jax.jit(
         posterior.from_classifier(experiment.logits(params), experiment.null_label)
     )
@@ -44,13 +43,9 @@ def profile(bench, model, seed: int, count: int = 1000) -> dict:
     multiple of G in H, and the multiples of G and of H in D_mclr - D_c.
     """
 
-    def load(name: str):
-        experiment = run.load_experiment(bench.root / name)
-        return experiment, run.load_weights(bench.root / name)[0]
-
-    experiment, params = load(bench.base(seed))
-    _, tuned = bench.load(model, seed)
-    judge, judge_params = load("classifier")
+    experiment, params = bench.load(bench.base(seed))
+    _, tuned = bench.load(model.workdir(seed))
+    judge, judge_params = bench.load("classifier")
     null = experiment.null_label
     log_posterior = posterior.from_classifier(judge.logits(judge_params), null)
 
@@ -97,7 +92,7 @@ def profile(bench, model, seed: int, count: int = 1000) -> dict:
 
 def speed(bench, models: dict, seed: int) -> dict:
     """Samples per second of models, run alternately: medians."""
-    loaded = {kind: bench.load(model, seed) for kind, model in models.items()}
+    loaded = {kind: bench.load(model.workdir(seed)) for kind, model in models.items()}
     options = {kind: bench.options(model) for kind, model in models.items()}
     labels = np.resize(np.arange(10), 5 * bench.batch)
     rates: dict[str, list[float]] = {}
@@ -114,9 +109,8 @@ def step_cost(bench, objectives: dict, seed: int, steps: int = 10, rounds: int =
 
     They are run alternately.
     """
-    names = {"classifier": "classifier", "reference": bench.base(seed)}
-    frozen = {key: run.load_weights(bench.root / name)[0] for key, name in names.items()}
-    classifier = run.load_experiment(bench.root / "classifier")
+    classifier, posterior_params = bench.load("classifier")
+    frozen = {"classifier": posterior_params, "reference": bench.load(bench.base(seed))[1]}
     source = loop.load_source(bench.config(), "train")
     runs: dict = {}
     for name, changes in ({"dsm": None} | objectives).items():

@@ -29,6 +29,7 @@ from mclr_jax.objectives.dsm import dsm
 from mclr_jax.objectives.gft import gft
 from mclr_jax.objectives.mclr import is_unbounded as mclr_is_unbounded
 from mclr_jax.objectives.mclr import mclr
+from mclr_jax.objectives.mclr import needs_reference as mclr_needs_reference
 from mclr_jax.objectives.model_guidance import model_guidance
 from mclr_jax.training import ema
 from mclr_jax.training.optimizer import learning_rate, optimizer
@@ -230,8 +231,8 @@ class Experiment:
         config, frozen = self.config.objective, {}
         needed = self.takes("reference")
         if config.name == "mclr":
-            held = config.bound == "logistic" or config.reference_penalty
-            needed = held or config.target == "reference" or config.posterior == "denoiser"
+            options = config.bound, config.target, config.reference_penalty
+            needed = mclr_needs_reference(*options) or config.posterior == "denoiser"
         if needed:
             frozen["reference"] = self.init()
         if self.classifier:

@@ -78,6 +78,11 @@ def _scatter(points, labels, size=480):
 
 def save(path: str | pathlib.Path, array: np.ndarray) -> None:
     """Write an (H, W, 3) uint8 picture as PNG, atomically."""
+    write_atomically(pathlib.Path(path), png(array))
+
+
+def png(array: np.ndarray) -> bytes:
+    """An (H, W, 3) uint8 picture as the content of a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, "PNG")
-    write_atomically(pathlib.Path(path), buffer.getvalue())
+    return buffer.getvalue()

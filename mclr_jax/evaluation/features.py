@@ -51,8 +51,9 @@ class Extractor:
     digest: str
     apply: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
-    def __post_init__(self):
-        object.__setattr__(self, "_compiled", jax.jit(self.apply))
+    @functools.cached_property
+    def _compiled(self) -> Callable:
+        return jax.jit(self.apply)
 
     def __call__(
         self,
@@ -67,7 +68,7 @@ class Extractor:
             chunk = images[start : start + size]
             padded = np.resize(chunk, (size, *chunk.shape[1:]))  # one program serves all
             batch = devices.put_batches({"image": padded[None]})["image"][0]
-            outputs = jax.device_get(self._compiled(pipeline.to_float(batch)))  # type: ignore[attr-defined]
+            outputs = jax.device_get(self._compiled(pipeline.to_float(batch)))
             kept.append([np.asarray(array[: len(chunk)], np.float64) for array in outputs])
             progress(len(chunk))
         features, logits = (np.concatenate(arrays) for arrays in zip(*kept, strict=True))

@@ -3,7 +3,6 @@
 import base64
 import dataclasses
 import html
-import io
 import json
 import math
 import pathlib
@@ -11,7 +10,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from mclr_jax import generate, images, run
 
@@ -78,10 +76,8 @@ def read(
             samples = generate.generate(
                 experiment, params, labels, seed=seed, guidance_scale=scale, progress=progress
             )
-            buffer = io.BytesIO()
             picture = images.picture(images.clip(samples), labels, per_class)
-            Image.fromarray(picture).save(buffer, format="png", optimize=True)
-            grids[float(scale)] = buffer.getvalue()
+            grids[float(scale)] = images.png(picture)
     config = run.flat(experiment.config.to_dict())
     return Run(workdir.name, config, curves, rows, grids)
 

@@ -94,10 +94,10 @@ def mclr(
     Raises:
       ValueError: on an unknown word, or where a posterior or reference is needed and missing.
     """
-    held = bound == "logistic" or reference_penalty > 0  # to the reference, at both labels
-    needs_reference = held or target == "reference"
+    held = _is_held(bound, reference_penalty)
+    referred = needs_reference(bound, target, reference_penalty)
     _check(negatives, weighting, bound, target, negative_share)
-    _check_parts(negatives, weighting, posterior, needs_reference, reference)
+    _check_parts(negatives, weighting, posterior, referred, reference)
     x, sigma, label, keys = perturb(x0, label, keys, noise, null_label, label_dropout)
     k_negative, k_posterior, k_share = jax.vmap(
         lambda key: jax.random.split(key, 3), out_axes=1
@@ -156,7 +156,7 @@ def mclr(
 
     denoised = denoise(*inputs)
     explained = x0
-    if reference is not None and needs_reference:
+    if reference is not None and referred:
         # at c~ too where the model is held to it
         needed = inputs if held else jax.tree.map(lambda e: e[: len(x)], inputs)
         frozen = jax.lax.stop_gradient(reference(*needed))
@@ -202,6 +202,16 @@ def is_unbounded(config: Mapping[str, Any]) -> bool:
     return not equivalent and not held
 
 
+def _is_held(bound: str, reference_penalty: float) -> bool:
+    """Whether the loss compares the model with the reference at both labels."""
+    return bound == "logistic" or reference_penalty > 0
+
+
+def needs_reference(bound: str, target: str, reference_penalty: float) -> bool:
+    """Whether the loss with these options reads the frozen reference."""
+    return _is_held(bound, reference_penalty) or target == "reference"
+
+
 def _check(negatives, weighting, bound, target, share) -> None:
     for name, value, words in [
         ("negatives", negatives, NEGATIVES),
@@ -220,13 +230,13 @@ def _check(negatives, weighting, bound, target, share) -> None:
         )
 
 
-def _check_parts(negatives, weighting, posterior, needs_reference, reference) -> None:
+def _check_parts(negatives, weighting, posterior, referred, reference) -> None:
     if posterior is None and (negatives == "posterior" or weighting == "cfg"):
         raise ValueError(
             "The CFG-equivalent objective needs a posterior: set objective.posterior to 'exact', "
             "'classifier' or 'denoiser'."
         )
-    if reference is None and needs_reference:
+    if reference is None and referred:
         raise ValueError(
             "objective.target='reference', objective.bound='logistic' and "
             "objective.reference_penalty need a frozen reference: set config.init_from to the work "
