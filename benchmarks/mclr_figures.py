@@ -22,7 +22,10 @@ def picture(bench, summary: dict, seed: int, columns: int = 8) -> None:
     for part in ("base", "cfg_best", "mclr"):
         model = bench.models((seed,))[summary[part]["name"]]
         samples = generate.generate(
-            *bench.load(model.workdir(seed)), labels, seed=seed, guidance_scale=1 + model.gamma
+            *bench.load(model.workdir(seed), model.share),
+            labels,
+            seed=seed,
+            guidance_scale=1 + model.gamma,
         )
         grids.append(images.picture(samples, labels))
     images.save(ROOT / "docs" / f"{bench.data}_mclr.png", np.concatenate(grids, axis=1))
@@ -34,9 +37,14 @@ def figure(bench, result: dict) -> None:
     curves = {
         "CFG, 2 calls a step": ["base"] + [f"cfg {g:g}" for g in settings["cfg"]],
         "MCLR, 1 call": [f"mclr {b:g}" for b in settings["beta"]],
+        "MCLR, part of the way, 1 call": [
+            *(f"mclr share {s:g}" for s in settings["share"] if s < 1),
+            f"mclr {max(settings['beta']):g}",
+            *(f"mclr share {s:g}" for s in settings["share"] if s > 1),
+        ],
         "MCLR, strength as input, 1 call": [f"mclr strength {b:g}" for b in settings["strength"]],
     }
-    styles = [("o-", "#0072B2"), ("s", "#D55E00"), ("^--", "#009E73")]
+    styles = [("o-", "#0072B2"), ("s", "#D55E00"), ("D-", "#CC79A7"), ("^--", "#009E73")]
     drawing, panels = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
     for panel, key, name in zip(
         panels, ("frechet", "recall"), ("Frechet distance", "recall"), strict=True
@@ -58,6 +66,48 @@ def figure(bench, result: dict) -> None:
         panel.set_ylim(bottom=0 if key == "frechet" else None)
     panels[0].legend(fontsize=8)
     drawing.suptitle(f"{bench.data}: {len(result['seeds'])} seeds; numbers are gamma and beta")
+    _save(drawing, f"{bench.data}_mclr_curve.png")
+
+
+def pareto(bench, result: dict) -> None:
+    """docs/guidance_free_DATA.png: every method's means, marker area by network calls."""
+    drawing, panels = plt.subplots(1, 2, figsize=(11, 5), constrained_layout=True)
+    names = {"recall": "recall (diversity)", "precision": "precision (fidelity)",
+             "accuracy": "class accuracy", "frechet": "Frechet distance"}  # fmt: skip
+    markers = "oPXD*sv^<>phd"
+    for panel, (x, y) in zip(
+        panels, [("recall", "precision"), ("accuracy", "frechet")], strict=True
+    ):
+        for number, (method, rows) in enumerate(result["methods"].items()):
+            strengths = list(dict.fromkeys(row["strength"] for row in rows))
+            points = [
+                [np.mean([row[key] for row in rows if row["strength"] == strength])
+                 for key in (x, y, "network_calls")]
+                for strength in strengths
+            ]  # fmt: skip
+            across, up, calls = np.transpose(points)
+            colour = plt.get_cmap("tab20")(2 * number % 20 + number // 10)
+            panel.plot(across, up, "-", color=colour, linewidth=0.7)
+            panel.scatter(across, up, calls, [colour], markers[number % 13], label=method)
+            for strength, at in zip(strengths, zip(across, up, strict=True), strict=True):
+                panel.annotate(
+                    f"{strength:g}", at, xytext=(4, 3), textcoords="offset points", fontsize=6
+                )
+        panel.axhline(result["floor"][y], color="grey", linewidth=0.8, linestyle=":")
+        panel.axvline(result["floor"][x], color="grey", linewidth=0.8, linestyle=":")
+        panel.set_xlabel(names[x])
+        panel.set_ylabel(names[y])
+    panels[1].set_yscale("log")
+    panels[0].legend(fontsize=7)
+    drawing.suptitle(
+        f"{bench.data}: dotted, held-out real images; numbers are strengths; the larger a marker, "
+        "the more network calls"
+    )
+    _save(drawing, f"guidance_free_{bench.data}.png")
+
+
+def _save(drawing, name: str) -> None:
     buffer = io.BytesIO()
     drawing.savefig(buffer, format="png", dpi=110)
-    write_atomically(ROOT / "docs" / f"{bench.data}_mclr_curve.png", buffer.getvalue())
+    plt.close(drawing)
+    write_atomically(ROOT / "docs" / name, buffer.getvalue())

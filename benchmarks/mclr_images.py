@@ -19,6 +19,7 @@ import pathlib
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 from tasks import Task, schedule
 
@@ -26,22 +27,25 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))
 
-# gamma = guidance_scale - 1 of CFG, beta of MCLR.
+# gamma = guidance_scale - 1 of CFG, beta of MCLR; share of the way from the base to MCLR's weights at
+# the largest beta.
 SETTINGS = {
     "fashion_mnist": {
         "samples": 5000,
         "one_base": True,
         "cfg": (0.1, 0.2, 0.3, 0.4, 0.6, 1.0),
-        "beta": (0.4, 0.6, 1.0),
+        "beta": (0.4, 1.0),
         "strength": (0.2, 0.4, 0.6, 1.0),
+        "share": (0.2, 0.4, 0.6, 1.5),
         "judge_steps": {"features": 1500, "accuracy": 2500},
     },
     "digits": {
         "samples": 2000,
         "one_base": False,
         "cfg": (0.1, 0.2, 0.3, 0.5, 1.0, 2.0),
-        "beta": (0.2, 0.3, 0.5, 1.0),
+        "beta": (0.3, 1.0),
         "strength": (0.1, 0.2, 0.3, 0.5, 1.0),
+        "share": (0.1, 0.2, 0.3, 0.5),
         "judge_steps": {"features": 600, "accuracy": 600},
     },
 }
@@ -55,11 +59,12 @@ JUDGES = {
         "weight_decay": 0.3,
     },
 }
-# Changes of the objective in configs/DATA_mclr.py, at its own beta; of the first seed alone.
+# Changes of the objective in configs/DATA_mclr.py, at its own beta; of the first seed alone. "noise" is
+# no key of the objective: with "dsm" noise levels are drawn as for the base.
 VARIANTS = {
     "data": {"target": "data"},
     "prior_weighted": {"negatives": "prior", "weighting": "cfg", "negative_share": 1.0},
-    "interval": {"sigma_interval": (0.1, 2.0)},
+    "dsm_noise": {"noise": "dsm"},
     "plain_clip": {
         "target": "data",
         "negatives": "mismatched",
@@ -80,15 +85,17 @@ class Model:
       seeds: of fine-tuning and sampling.
       changes: of MCLR's objective, or with a `name` another objective and its options; None for the
         control, which goes on by DSM.
+      share: of the way from the base's weights to the fine-tuned ones at which to sample.
       interval: noise levels to guide in; None for all.
       weak: work directory of the weaker model of autoguidance; "" for none.
-      needs: files that must be there before fine-tuning.
+      needs: files that must be there before fine-tuning; {base} stands for the base's name.
     """
 
     tuned: str
     gamma: float
     seeds: tuple[int, ...]
     changes: dict | None
+    share: float = 1.0
     interval: tuple[float, float] | None = None
     weak: str = ""
     needs: tuple[str, ...] = ()
@@ -98,7 +105,8 @@ class Model:
 
     def samples(self, seed: int) -> str:
         more = ("_interval" if self.interval else "") + ("_weak" if self.weak else "")
-        return f"{self.workdir(seed)}_at_{self.gamma:g}{more}"
+        share = f"_share_{self.share:g}" if self.share != 1 else ""
+        return f"{self.workdir(seed)}_at_{self.gamma:g}{share}{more}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,12 +163,14 @@ class Bench:
         config = self.config("_mclr")
         config.init_from = str(self.root / self.base(seed))
         config.objective.posterior_from = str(self.root / "classifier")
+        options = dict(changes or {"noise": "dsm"})
+        if options.pop("noise", "") == "dsm":
+            config.noise = self.config().noise
         if changes is None:
             config.objective = self.config().objective
-        elif "name" in changes:
-            config.objective = configs_base.objective(changes["name"])
-        if changes is not None:
-            config.objective.update(changes)
+        elif "name" in options:
+            config.objective = configs_base.objective(options["name"])
+        config.objective.update(options)
         config.seed = seed + 1
         config.sample_every = 0
         return config
@@ -168,11 +178,12 @@ class Bench:
     def tune(self, name: str, seed: int, changes: dict | None) -> None:
         self.train(name, self.fine_tuning(seed, changes))
 
-    def load(self, name: str):
+    def load(self, name: str, share: float = 1.0):
         """(experiment, parameters) of the run in this work directory."""
         from mclr_jax import run
 
-        return run.load_experiment(self.root / name), run.load_weights(self.root / name)[0]
+        workdir = self.root / name
+        return run.load_experiment(workdir), run.load_weights(workdir, strength=share)[0]
 
     def options(self, model: Model) -> dict:
         """How to sample from a model."""
@@ -185,7 +196,7 @@ class Bench:
 
         from mclr_jax import generate
 
-        experiment, params = self.load(model.workdir(seed))
+        experiment, params = self.load(model.workdir(seed), model.share)
         labels = np.resize(np.arange(experiment.null_label), self.settings["samples"])
         options = self.options(model)
         samples = generate.generate(
@@ -262,17 +273,24 @@ class Bench:
         for beta in self.settings["strength"]:
             changes = {"strength": (0.0, max(self.settings["strength"]))}
             models[f"mclr strength {beta:g}"] = Model("strength", beta, seeds, changes)
+        beta = max(self.settings["beta"])
+        for share in self.settings["share"]:
+            changes = {"beta": beta}
+            models[f"mclr share {share:g}"] = Model(
+                f"posterior_beta{beta:g}", 0.0, seeds, changes, share
+            )
         for name, changes in VARIANTS.items():
             models[f"mclr {name}"] = Model(name, 0.0, seeds[:1], changes)
         return models
 
-    def probe(self, name: str, needs: tuple[str, ...], *arguments) -> Task:
-        """The task of a function in mclr_probes."""
+    def probe(self, function: str, needs: tuple[str, ...], *arguments, output: str = "") -> Task:
+        """The task of a function in mclr_probes; `output` is the function's name if empty."""
+        name = output or function
 
         def run():
             import mclr_probes
 
-            self.write(name, getattr(mclr_probes, name)(self, *arguments))
+            self.write(name, getattr(mclr_probes, function)(self, *arguments))
 
         return Task(name, run, f"{name}.json", needs)
 
@@ -301,7 +319,8 @@ class Bench:
                     continue
                 workdir, samples = model.workdir(seed), model.samples(seed)
                 tune = functools.partial(self.tune, workdir, seed, model.changes)
-                start = (f"{self.base(seed)}/done", "classifier/done", *model.needs)
+                needs = (need.format(base=self.base(seed)) for need in model.needs)
+                start = (f"{self.base(seed)}/done", "classifier/done", *needs)
                 if workdir not in [task.name for task in tasks]:
                     tasks.append(Task(workdir, tune, f"{workdir}/done", start))
                 tasks.append(Task(samples, functools.partial(self.sample, model, seed),
@@ -334,7 +353,6 @@ def collect(bench: Bench, seeds: tuple[int, ...]) -> dict:
 
     from mclr_jax import run
     from mclr_jax.evaluation import metrics
-    from mclr_jax.training.devices import banner
 
     def row(name: str) -> dict:
         return bench.read(f"sets/{name}")
@@ -379,7 +397,8 @@ def collect(bench: Bench, seeds: tuple[int, ...]) -> dict:
     rates = bench.read("speed")
 
     def best(prefix: str) -> str:
-        return min((n for n in table if n.startswith(prefix)), key=lambda n: table[n]["frechet"])
+        names = (n for n, m in models.items() if n.startswith(prefix) and m.seeds == seeds)
+        return min(names, key=lambda n: table[n]["frechet"])
 
     def summarised(name: str, kind: str) -> dict:
         keys = ("frechet", "accuracy", "network_calls")
@@ -393,14 +412,7 @@ def collect(bench: Bench, seeds: tuple[int, ...]) -> dict:
     summary["gap_closed"] = (summary["base"]["frechet"] - summary["mclr"]["frechet"]) / gap
     summary["speedup_over_cfg"] = rates["mclr"] / rates["cfg"]
     experiment = run.load_experiment(bench.root / bench.base(seeds[0]))
-    revision = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    )
     return {
-        "command": f"python benchmarks/mclr_images.py --data={bench.data} "
-        f"--seeds={','.join(map(str, seeds))}",
-        "revision": revision.stdout.strip(),
-        "device": banner(),
         "config": experiment.config.to_dict(),
         "features": "last hidden layer of judge_features; 8-bit rounding; reference: training set",
         "judges": JUDGES,
@@ -418,15 +430,20 @@ def collect(bench: Bench, seeds: tuple[int, ...]) -> dict:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def run_all(make: Callable[[str], Bench], doc: str) -> tuple[Bench, tuple[int, ...], dict]:
+    """What the command line asks for: one task, after which it exits, or all that are not done.
+
+    Returns:
+      the bench, the seeds, and the beginning of a result: command, revision, device, seconds.
+    """
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--data", choices=sorted(SETTINGS), default="fashion_mnist")
     parser.add_argument("--seeds", default="0,1,2", help="of fine-tuning and sampling")
     parser.add_argument("--jobs", type=int, default=2, help="tasks at a time, one core each")
     parser.add_argument("--task", help="run this task alone, in this process")
     arguments = parser.parse_args()
     seeds = tuple(int(seed) for seed in arguments.seeds.split(","))
-    bench = Bench(arguments.data)
+    bench = make(arguments.data)
     tasks = bench.tasks(seeds)
     import jax
 
@@ -434,10 +451,26 @@ def main() -> None:
     jax.config.update("jax_compilation_cache_dir", str(cache))
     if arguments.task:
         next(task for task in tasks if task.name == arguments.task).run()
-        return
+        sys.exit()
     start = time.time()
-    schedule(bench.root, tasks, [sys.executable, __file__, *sys.argv[1:]], arguments.jobs)
-    result = collect(bench, seeds) | {"seconds_of_this_call": round(time.time() - start)}
+    schedule(bench.root, tasks, [sys.executable, *sys.argv], arguments.jobs)
+    from mclr_jax.training.devices import banner
+
+    revision = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    )
+    return bench, seeds, {
+        "command": f"python benchmarks/{pathlib.Path(sys.argv[0]).name} --data={bench.data} "
+        f"--seeds={arguments.seeds}",
+        "revision": revision.stdout.strip(),
+        "device": banner(),
+        "seconds_of_this_call": round(time.time() - start),
+    }  # fmt: skip
+
+
+def main() -> None:
+    bench, seeds, result = run_all(Bench, __doc__)
+    result |= collect(bench, seeds)
     import mclr_figures
 
     from mclr_jax.run import write_atomically

@@ -34,6 +34,7 @@ VARIANTS = {
     "prior negatives, weighted": {"negatives": "prior", "weighting": "cfg"},
     "mismatched negatives, weighted": {"negatives": "mismatched", "weighting": "cfg"},
     "half of the negatives": {"negative_share": 0.5},
+    "the reference as the target": {"target": "reference"},
     "posterior from a classifier": {"posterior": "classifier"},
     "posterior from the denoiser": {"posterior": "denoiser", "posterior_levels": 4},
     "posterior from the denoiser, clip": {
@@ -78,11 +79,16 @@ def classifier_config():
     return config
 
 
-def distance(name: str, beta: float, strength: float = 0.0, draws: int = 400_000) -> float:
-    """E weight(sigma) |D(x, sigma, c) - D_cfg(x, sigma, c)|^2 of a run's averaged weights."""
+def distance(
+    name: str, beta: float, strength: float = 0.0, share: float = 1.0, draws: int = 400_000
+) -> float:
+    """E weight(sigma) |D(x, sigma, c) - D_cfg(x, sigma, c)|^2 of a run's averaged weights.
+
+    strength: input of the network; share: of the way from the base's weights to the run's.
+    """
     workdir = directory(name)
     experiment = run.load_experiment(workdir)
-    params, _ = run.load_weights(workdir)
+    params, _ = run.load_weights(workdir, strength=share)
     oracle = mixture.toy()
     x0, label = oracle.sample(jax.random.key(5), draws)
     levels = noise.LogNormal(mean=-0.4, std=1.2)
@@ -120,7 +126,8 @@ def main() -> None:
     strengths = {
         f"{beta:g}": {
             "base": distance("base", beta),
-            "mclr": distance("strength as an input", beta, strength=beta),
+            "input": distance("strength as an input", beta, strength=beta),
+            "share": distance("mclr", beta, share=beta),
         }
         for beta in (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)
     }
@@ -130,7 +137,7 @@ def main() -> None:
         "device": banner(),
         "distance_to_cfg": table,
         "base_to_exact_unguided": distance("base", 0.0),
-        "strength_as_an_input": strengths,
+        "by_strength": strengths,
     }
     path = ROOT / "benchmarks" / "results" / "mixture_mclr.json"
     run.write_atomically(path, json.dumps(result, indent=1) + "\n")

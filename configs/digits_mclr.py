@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
     config.init_from = "runs/digits"
     config.objective = base.mclr()
     config.objective.posterior_from = "runs/digits_classifier"
+    config.noise.mean = 0.3  # where classes are told apart; plain training hardly goes there
     config.num_steps = 400
     config.optimizer.learning_rate = 5e-4
     config.optimizer.warmup_steps = 20

@@ -37,6 +37,10 @@ GUIDANCE_INTERVAL = flags.DEFINE_list(
 AUTOGUIDANCE = flags.DEFINE_string(
     "autoguidance", None, "Directory of a weaker run, to guide by it in place of the null label."
 )
+STRENGTH = flags.DEFINE_float(
+    "strength", 1.0, "Of fine-tuning: 0 samples from the weights that it started from, 1 from its "
+    "own, 0.5 from those half-way."
+)  # fmt: skip
 CHURN = flags.DEFINE_float("churn", 0.0, "S_churn of EDM's stochastic sampler; 0: deterministic.")
 EMA = flags.DEFINE_string(
     "ema", "", "Average of the weights: a track's name, none, or a relative width such as 0.075."
@@ -62,7 +66,7 @@ def main() -> None:
     if out.suffix != ".npz":
         common.stop(f"--out is {OUT.value!r}; expected a name that ends in .npz.")
 
-    params, _ = run.load_weights(WORKDIR.value, EMA.value, CHECKPOINT.value)
+    params, _ = run.load_weights(WORKDIR.value, EMA.value, CHECKPOINT.value, STRENGTH.value)
     weak = None
     if AUTOGUIDANCE.value:
         weak_params, _ = run.load_weights(AUTOGUIDANCE.value)

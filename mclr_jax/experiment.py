@@ -176,7 +176,8 @@ class Experiment:
         low, high = self.strength or (0.0, 0.0)
         if self.config.objective.name == "gft":  # 1 / (1 + strength) is uniform there
             return 1 / (1 / (1 + low) + uniform * (1 / (1 + high) - 1 / (1 + low))) - 1
-        return low + (high - low) * uniform
+        # an arcsine law: the ends, which have neighbours on one side alone, are drawn more often
+        return low + (high - low) * jnp.sin(jnp.pi / 2 * uniform) ** 2
 
     @property
     def advice(self) -> str:
@@ -389,7 +390,8 @@ class Experiment:
 def strength_features(beta: jax.Array) -> jax.Array:
     """Guidance strength (B,) as network input (B, 8): smooth functions that vanish at strength 0.
 
-    So a network whose weights for them are zero at first is the model that it was before.
+    So a network whose weights for them are zero at first is the model that it was before. They are
+    large, so that a few hundred steps of Adam make use of them.
     """
     angles = jnp.log1p(beta)[:, None] * jnp.array([0.5, 1.0, 2.0, 4.0])
-    return jnp.concatenate([jnp.sin(angles), 1 - jnp.cos(angles)], axis=-1)
+    return 8 * jnp.concatenate([jnp.sin(angles), 1 - jnp.cos(angles)], axis=-1)

@@ -17,7 +17,7 @@ from jax.sharding import SingleDeviceSharding
 
 from mclr_jax.experiment import DataInfo, Experiment
 from mclr_jax.training import ema
-from mclr_jax.training.checkpoint import Checkpoints
+from mclr_jax.training.checkpoint import Checkpoints, check_same
 
 
 def write_atomically(path: pathlib.Path, data: bytes | str) -> None:
@@ -90,7 +90,10 @@ def load_experiment(workdir: str | os.PathLike) -> Experiment:
 
 
 def load_weights(
-    workdir: str | os.PathLike, average: str = "", step: int | None = None
+    workdir: str | os.PathLike,
+    average: str = "",
+    step: int | None = None,
+    strength: float = 1.0,
 ) -> tuple[Any, int]:
     """Parameters of a trained run, on the first device.
 
@@ -100,20 +103,23 @@ def load_weights(
         of a power-function EMA that is reconstructed from the run's snapshots. "" is the first
         track, or the raw parameters of a run without any.
       step: training step; None for the last.
+      strength: of a fine-tuned run: where on the line from the weights that it started from (0) to
+        its own (1), or beyond. CFG is linear in gamma, and so is MCLR's optimum in the weights of a
+        model that is linear in them: the line stands for all strengths up to that of training.
 
     Returns:
       (params, step).
 
     Raises:
       FileNotFoundError: if there is no checkpoint.
-      ValueError: if the run has no such average.
+      ValueError: if the run has no such average, or a strength other than 1 has no start.
     """
     experiment = load_experiment(workdir)
-    sharding = SingleDeviceSharding(jax.local_devices()[0])
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        jax.eval_shape(experiment.init),
-    )
+    if strength != 1:
+        tuned, step = load_weights(workdir, average, step)
+        start = _start(workdir, experiment)
+        return jax.tree.map(lambda a, b: a + strength * (b - a), start, tuned), step
+    like = _like(experiment)
     names = list(experiment.ema_tracks)
     average = average or (names[0] if names else "none")
     if average not in (*names, "none"):
@@ -125,6 +131,33 @@ def load_weights(
         raise FileNotFoundError(f"{workdir} has no checkpoint yet.")
     state, _, step = restored
     return (state["params"] if average == "none" else state["ema"][average]), step
+
+
+def _like(experiment: Experiment) -> Any:
+    """Shapes of the parameters, on the first device."""
+    sharding = SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(experiment.init),
+    )
+
+
+def _start(workdir: str | os.PathLike, experiment: Experiment) -> Any:
+    """The weights that a run was started from: its own copy, or those of config.init_from."""
+    frozen, path = pathlib.Path(workdir) / "frozen", experiment.config.init_from
+    if not path:
+        raise ValueError(
+            f"{workdir} was not started from another run (config.init_from is empty): its only "
+            "strength is 1."
+        )
+    if frozen.exists() and "reference" in jax.eval_shape(experiment.init_frozen):
+        with Checkpoints(frozen, keep=None) as store:
+            restored = store.restore({"reference": _like(experiment)})
+        if restored is not None:
+            return restored[0]["reference"]
+    weights, _ = load_weights(path)
+    check_same(jax.eval_shape(experiment.init), weights, path)
+    return weights
 
 
 def _reconstruct(workdir, like, average: str, names, step) -> tuple[Any, int]:

@@ -179,12 +179,22 @@ def test_fine_tuning_starts_from_the_average_and_holds_it_frozen(base, tmp_path)
     loop.train(mclr(copy, **changes), tmp_path / "parts")
     chex.assert_trees_all_equal(final(tmp_path / "parts")[0], final(tmp_path / "whole")[0])
     start, _ = run.load_weights(base)
-    with Checkpoints(tmp_path / "parts" / "frozen", None) as store:
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), start)
-        frozen, _, _ = store.restore({"reference": like})
-    chex.assert_trees_all_equal(frozen["reference"], start)
+    chex.assert_trees_all_equal(run.load_weights(tmp_path / "parts", strength=0.0)[0], start)
     assert not np.array_equal(final(tmp_path / "whole")[0][0]["in_linear"]["kernel"],
                               start["in_linear"]["kernel"])  # fmt: skip
+
+
+def test_strength_is_a_place_on_the_line_from_the_start_to_the_run(base, tmp_path):
+    loop.train(mclr(base), tmp_path)
+    start, tuned = run.load_weights(base)[0], run.load_weights(tmp_path)[0]
+    assert not np.array_equal(start["in_linear"]["kernel"], tuned["in_linear"]["kernel"])
+    for strength in (0.0, 0.3, 1.0, 1.5):
+        got, step = run.load_weights(tmp_path, strength=strength)
+        expected = jax.tree.map(lambda a, b, s=strength: (1 - s) * a + s * b, start, tuned)
+        chex.assert_trees_all_close(got, expected, atol=1e-6)
+        assert step == mclr(base).num_steps
+    with pytest.raises(ValueError, match=r"was not started from another run.*strength is 1"):
+        run.load_weights(base, strength=0.5)
 
 
 def test_a_network_that_takes_the_strength_starts_as_the_base_at_every_strength(base, tmp_path):

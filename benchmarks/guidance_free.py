@@ -1,0 +1,181 @@
+"""MCLR, its rivals and guidance when sampling: one base model, one budget, three seeds.
+
+  python benchmarks/guidance_free.py --data=fashion_mnist
+  python benchmarks/guidance_free.py --data=digits
+
+Goes on from benchmarks/mclr_images.py with the same --data: the base, its control, MCLR's
+fine-tunings, the judges and their samples are those of that script, and every rival is fine-tuned
+from the same base for as many steps as MCLR. Writes benchmarks/results/guidance_free_DATA.json and
+docs/guidance_free_DATA.png.
+"""
+
+import dataclasses
+import functools
+import json
+import statistics
+
+from mclr_images import RESULTS, Bench, Model, run_all
+from tasks import Task
+
+# gamma = guidance_scale - 1 of the methods that take it when sampling.
+GAMMAS = {"fashion_mnist": (0.2, 0.4, 1.0), "digits": (0.2, 0.5, 1.0)}
+# The other rivals are fine-tuned once, with these options beside the defaults; their strength is the
+# share of the way from the base's weights to the fine-tuned ones.
+RIVALS = {
+    "cca": {"negative_weight": 1.0},
+    "ddo": {},
+    "dpo": {},
+    "contrastive_flow": {},
+    "model_guidance": {"scale": 0.5},
+}
+SHARES = (0.25, 0.5, 1.0)
+# Learning rate as a multiple of MCLR's.
+LEARNING_RATE: dict[str, float] = {}
+INTERVAL = (0.3, 5.0)
+CONTROL = "DSM control"
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison(Bench):
+    """The Bench with all methods as its models."""
+
+    def methods(self, seeds: tuple[int, ...]) -> dict[str, dict[float, Model]]:
+        """Rows by method and strength."""
+        gammas, beta = GAMMAS[self.data], max(self.settings["beta"])
+        weak, mclr = "weak", f"posterior_beta{beta:g}"
+        methods = {
+            CONTROL: {0.0: Model("control", 0.0, seeds, None)},
+            "CFG": {g: Model("control", g, seeds, None) for g in self.settings["cfg"]},
+            "CFG in an interval": {
+                g: Model("control", g, seeds, None, interval=INTERVAL) for g in gammas
+            },
+            "autoguidance": {g: Model("control", g, seeds, None, weak=weak) for g in gammas},
+            "MCLR": {
+                b: Model(f"posterior_beta{b:g}", 0.0, seeds, {"beta": b})
+                for b in self.settings["beta"]
+            },
+            "MCLR, part of the way": {
+                s: Model(mclr, 0.0, seeds, {"beta": beta}, s) for s in self.settings["share"]
+            },
+            "gft": {g: Model("gft", g, seeds, {"name": "gft"}) for g in gammas},
+        }
+        for name, options in RIVALS.items():
+            changes = {"name": name, **options}
+            needs = ("generated_{base}.npz",) if name == "ddo" else ()
+            methods[name] = {s: Model(name, 0.0, seeds, changes, s, needs=needs) for s in SHARES}
+        return methods
+
+    def models(self, seeds: tuple[int, ...]) -> dict[str, Model]:
+        return {
+            f"{method} {strength:g}": model
+            for method, rows in self.methods(seeds).items()
+            for strength, model in rows.items()
+        }
+
+    def fine_tuning(self, seed: int, changes: dict | None):
+        config = super().fine_tuning(seed, changes)
+        name = config.objective.name
+        if name == "ddo":
+            generated = self.root / f"generated_{self.base(seed)}.npz"
+            config.objective.generated_from = f"npz:{generated}"
+        config.optimizer.learning_rate *= LEARNING_RATE.get(name, 1.0)
+        return config
+
+    def train_weak(self) -> None:
+        """The weak model of autoguidance: half as wide, and a sixth of the steps."""
+        config = self.config()
+        config.network.width //= 2
+        config.num_steps //= 6
+        self.train("weak", config)
+
+    def generated(self, base: str) -> None:
+        """The negatives of ddo: samples of the base."""
+        import io
+
+        import numpy as np
+
+        from mclr_jax import generate, images
+        from mclr_jax.run import write_atomically
+
+        experiment, params = self.load(base)
+        labels = np.resize(np.arange(experiment.null_label), 2 * self.settings["samples"])
+        samples = generate.generate(experiment, params, labels, seed=1000, batch_size=self.batch)
+        buffer = io.BytesIO()
+        np.savez(buffer, images=images.clip(samples), labels=labels)
+        write_atomically(self.root / f"generated_{base}.npz", buffer.getvalue())
+
+    def tasks(self, seeds: tuple[int, ...]) -> list[Task]:
+        bases = dict.fromkeys(map(self.base, seeds))
+        return [
+            *(Task(f"generated_{base}", functools.partial(self.generated, base),
+                   f"generated_{base}.npz", (f"{base}/done",)) for base in bases),
+            Task("weak", self.train_weak, "weak/done"),
+            *super().tasks(seeds),
+        ]  # fmt: skip
+
+    def probes(self, models: dict[str, Model], seed: int) -> list[Task]:
+        methods = self.methods((seed,))
+        first = {name: next(iter(rows.values())) for name, rows in methods.items()}
+        tuned = {m.workdir(seed): m.changes for m in first.values() if m.changes}
+        done = [f"{m.workdir(seed)}/done" for m in first.values()]
+        needs = ("classifier/done", "weak/done", f"generated_{self.base(seed)}.npz")
+        return [
+            self.probe("speed", (*done, *needs), first, seed, output="guidance_free_speed"),
+            self.probe("step_cost", needs, tuned, seed, output="guidance_free_cost"),
+        ]
+
+
+def collect(bench: Comparison, seeds: tuple[int, ...]) -> dict:
+    speed, cost = bench.read("guidance_free_speed"), bench.read("guidance_free_cost")
+    steps = bench.config("_mclr").num_steps
+    methods = {}
+    for method, rows in bench.methods(seeds).items():
+        methods[method] = []
+        for strength, model in rows.items():
+            first = next(iter(rows.values()))
+            for seed in seeds:
+                row = bench.read(f"sets/{model.samples(seed)}")
+                methods[method].append({
+                    "strength": strength,
+                    "seed": seed,
+                    **row,
+                    "samples_per_second": speed[method],
+                    "training_steps": steps,
+                    "step_cost_relative_to_dsm": cost[first.workdir(seeds[0])]
+                    if model.changes else 1.0,
+                })  # fmt: skip
+    return {
+        "floor": bench.read("sets/real_test"),
+        "interval": INTERVAL,
+        "options": RIVALS,
+        "learning_rate_relative_to_mclr": LEARNING_RATE,
+        "methods": methods,
+    }
+
+
+def mean(rows: list[dict], key: str) -> tuple[float, float]:
+    """Mean over seeds and standard deviation."""
+    values = [row[key] for row in rows]
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def main() -> None:
+    bench, seeds, result = run_all(Comparison, __doc__)
+    result |= collect(bench, seeds)
+    import mclr_figures
+
+    from mclr_jax.run import write_atomically
+
+    path = RESULTS / f"guidance_free_{bench.data}.json"
+    write_atomically(path, json.dumps(result, indent=1) + "\n")
+    mclr_figures.pareto(bench, result)
+    for method, rows in result["methods"].items():
+        for strength in dict.fromkeys(row["strength"] for row in rows):
+            own = [row for row in rows if row["strength"] == strength]
+            keys = ("frechet", "accuracy", "precision", "recall")
+            print(f"{method:24s} {strength:7g}", *("{} {:.3f} +- {:.3f}".format(k, *mean(own, k))
+                                                 for k in keys))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
