@@ -445,10 +445,9 @@ def run_all(make: Callable[[str], Bench], doc: str) -> tuple[Bench, tuple[int, .
     seeds = tuple(int(seed) for seed in arguments.seeds.split(","))
     bench = make(arguments.data)
     tasks = bench.tasks(seeds)
-    import jax
+    from launch.common import keep_compiled
 
-    cache = pathlib.Path.home() / ".cache" / "mclr_jax" / "xla"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+    keep_compiled()
     if arguments.task:
         next(task for task in tasks if task.name == arguments.task).run()
         sys.exit()

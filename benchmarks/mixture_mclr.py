@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from configs import mixture as mixture_config  # noqa: E402
 from configs import mixture_mclr as mclr_config  # noqa: E402
+from launch.common import keep_compiled  # noqa: E402
 from mclr_jax import guidance, mixture, noise, run  # noqa: E402
 from mclr_jax.training.devices import banner  # noqa: E402
 from mclr_jax.training.loop import NonFiniteError, train  # noqa: E402
@@ -103,8 +104,7 @@ def distance(
 def main() -> None:
     logging.set_verbosity(logging.ERROR)
     RUNS.mkdir(parents=True, exist_ok=True)
-    cache = pathlib.Path.home() / ".cache" / "mclr_jax" / "xla"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+    keep_compiled()
     done("base", mixture_config.get_config())
     done("classifier", classifier_config())
     outcomes = {}

@@ -73,15 +73,20 @@ def _check_config_exists(name: str) -> None:
         stop(f"--config: no file {name}. {nearest(name, map(str, siblings))}")
 
 
+def keep_compiled() -> None:
+    """Keep compiled programs between runs, in ~/.cache unless JAX_COMPILATION_CACHE_DIR is set."""
+    if not jax.config.jax_compilation_cache_dir:
+        cache = pathlib.Path.home() / ".cache" / "mclr_jax" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
 def _guarded(main: Callable[[], None]) -> None:
     logging.use_absl_handler()
     handler = logging.get_absl_handler()
     handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     handler.addFilter(lambda record: record.levelno > python_logging.WARNING or _ours(record))
     logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
-    if not jax.config.jax_compilation_cache_dir:  # compiled programs are kept between runs
-        cache = pathlib.Path.home() / ".cache" / "mclr_jax" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+    keep_compiled()
     try:
         main()
     except USER_ERRORS as error:

@@ -232,6 +232,11 @@ def test_bfloat16_changes_little(name, variables, apply):
     assert 1e-6 < np.abs(half - full).max() < 0.05 * np.abs(full).max()
 
 
+def test_vectors_are_sent_to_the_other_classifier():
+    with pytest.raises(ValueError, match=r"data have shape \(2,\).*mlp_classifier"):
+        jax.eval_shape(ConvClassifier().init, KEYS[0], jnp.zeros((1, 2)), C_NOISE[:1], LABEL[:1])
+
+
 @pytest.mark.parametrize(
     ("size", "patch", "channels", "message"),
     [

@@ -64,7 +64,7 @@ def test_initial_variance(kernel_size):
         assert np.var(params["bias"]) == pytest.approx(bound**2 / 3, rel=0.3)
 
 
-@pytest.mark.parametrize(("channels", "groups"), [(8, 2), (48, 12), (256, 32)])
+@pytest.mark.parametrize(("channels", "groups"), [(3, 1), (8, 2), (48, 12), (256, 32)])
 def test_group_norm(channels, groups):
     x = 3 * normal(2, 4, 5, channels) + 20  # a mean that a one-pass float32 variance would lose
     scale, bias = normal(channels), normal(channels)

@@ -105,8 +105,13 @@ class ConvClassifier(nn.Module):
         """x (B, H, W, C), c_noise (B,) -> logits (B, num_classes); the rest as in `UNet`.
 
         Raises:
-          ValueError: a size that patches and levels do not divide.
+          ValueError: no images, or a size that patches and levels do not divide.
         """
+        if x.ndim != 4:
+            raise ValueError(
+                f"data have shape {x.shape[1:]}; conv_classifier expects images (H, W, C), and "
+                "mlp_classifier takes any shape"
+            )
         divisor = self.patch_size * 2 ** (len(self.channels) - 1)
         if any(size % divisor for size in x.shape[1:3]):
             raise ValueError(

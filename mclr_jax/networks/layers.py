@@ -101,7 +101,7 @@ def _uniform(key: jax.Array, shape: Sequence[int], bound: float) -> jax.Array:
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation with EDM's rule for the groups: 32, but never under 4 channels each.
+    """Group normalisation with EDM's rule: 32 groups, but never under 4 channels each; at least 1.
 
     Statistics are float32 whatever the input; the output is of `dtype`.
     """
@@ -112,7 +112,9 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
-        groups = min(32, channels // 4)
+        groups = max(min(32, channels // 4), 1)
+        if channels % groups:
+            raise ValueError(f"{channels} channels; {groups} groups of equal size are expected")
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
 
