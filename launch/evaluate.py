@@ -65,10 +65,10 @@ def main() -> None:
         real = evaluate.reference(extractor, train, cache, bar.update)
     held_out, labels = test[np.arange(min(NUM_SAMPLES.value, len(test)))]
     found = extractor(held_out, labels)
+    judged = None if judge is extractor else judge(held_out, labels)
     floor = {
         "samples": len(labels),
-        "accuracy": evaluate.accuracy(found if judge is extractor else judge(held_out, labels)),
-        **evaluate.measure(found, real, METRICS.value),
+        **evaluate.measure(found, real, METRICS.value, judged),
     }
     total = NUM_SAMPLES.value * len(scales) * len(EMAS.value)
     with tqdm.tqdm(total=total, unit="sample", disable=None) as bar:

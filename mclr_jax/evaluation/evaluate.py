@@ -63,6 +63,12 @@ def _density_coverage(fake: Features, real: Reference) -> dict[str, float]:
     return dict(zip(("density", "coverage"), values, strict=True))
 
 
+def _inception_score(fake: Features, real: Reference) -> dict[str, float]:
+    if not fake.log_probs.shape[1]:
+        return {}
+    return {"inception_score": metrics.inception_score(np.exp(fake.log_probs))}
+
+
 def _kernel(fake: Features, real: Reference) -> dict[str, float]:
     return {"kernel": metrics.kernel_distance(_as_many(real, fake), fake.features)}
 
@@ -79,22 +85,28 @@ METRICS: dict[str, Callable[[Features, Reference], dict[str, float]]] = {
     "fd_inter": lambda fake, real: {
         "inter_class_frechet": metrics.inter_class_frechet(fake.features, fake.labels)
     },
-    "is": lambda fake, real: {"inception_score": metrics.inception_score(np.exp(fake.log_probs))},
+    "is": _inception_score,
     "kid": _kernel,
     "pr": _precision_recall,
     "dc": _density_coverage,
 }
 
 
-def measure(fake: Features, real: Reference, names: Sequence[str]) -> dict[str, float]:
-    """The metrics of these names (see METRICS) of samples against a reference."""
+def measure(
+    fake: Features, real: Reference, names: Sequence[str], judged: Features | None = None
+) -> dict[str, float]:
+    """The accuracy of samples and the metrics of these names (see METRICS) against a reference.
+
+    The accuracy is the share of samples that an extractor, the one of `judged` or else of `fake`,
+    takes for the class they are meant to show. Without classes it is left out, and so is the
+    inception score.
+    """
     functions = [look_up(METRICS, name, "metric") for name in names]
-    return functools.reduce(lambda row, f: row | f(fake, real), functions, {})
-
-
-def accuracy(judged: Features) -> float:
-    """The share of images that an extractor takes for the class they are meant to show."""
-    return float((judged.log_probs.argmax(1) == judged.labels).mean())
+    judged = judged or fake
+    row: dict[str, float] = {}
+    if judged.log_probs.shape[1]:
+        row["accuracy"] = float((judged.log_probs.argmax(1) == judged.labels).mean())
+    return functools.reduce(lambda row, f: row | f(fake, real), functions, row)
 
 
 def reference(
@@ -210,14 +222,13 @@ def evaluate(
                 progress=functools.partial(progress, "samples"),
             )
             seconds = time.perf_counter() - start
-            rounded = np.round(images.clip(samples) * 127.5 + 127.5) / 127.5 - 1
-            features = extractor(rounded.astype(np.float32), labels)
-            judged = features if judge is extractor else judge(rounded.astype(np.float32), labels)
+            rounded = images.as_8_bits(samples)
+            features = extractor(rounded, labels)
+            judged = None if judge is extractor else judge(rounded, labels)
             calls = generate.network_calls(experiment, guidance_scale=scale, interval=interval)
             row = {
                 **settings,
-                "accuracy": accuracy(judged),
-                **measure(features, real, names),
+                **measure(features, real, names, judged),
                 "network_calls": calls,
                 "samples_per_second": num_samples / seconds,
                 "device": banner(),
