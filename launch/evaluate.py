@@ -15,7 +15,8 @@ where it was; rows that are in WORKDIR/evaluation are not made again. --metrics 
   pr        precision and recall
   dc        density and coverage
 
-beside class accuracy, network calls and samples per second.
+beside class accuracy, network calls and samples per second, and with --memorized the share of the
+samples that copy a training image: nearer to it, in pixels, than a third of the way to the next.
 """
 
 import json
@@ -43,6 +44,10 @@ GUIDANCE_SCALES = flags.DEFINE_list("guidance_scales", ["1"], "Scales, as 1,1.5,
 GUIDANCE_INTERVAL = flags.DEFINE_list(
     "guidance_interval", None, "Guide only at noise levels in LO,HI."
 )
+AUTOGUIDANCE = flags.DEFINE_string(
+    "autoguidance", None, "Directory of a weaker run, to guide by it in place of the null label."
+)
+MEMORIZED = flags.DEFINE_bool("memorized", False, "Look for copies of training images.")
 EMAS = flags.DEFINE_list("emas", [""], "Averages of the weights, as --ema of launch.sample.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Samples at a time.", lower_bound=1)
 CACHE = flags.DEFINE_string(
@@ -57,6 +62,7 @@ def main() -> None:
     if out.suffix != ".json":
         common.stop(f"--out is {OUT.value!r}; expected a name that ends in .json.")
     experiment = run.load_experiment(WORKDIR.value)
+    weak = run.load_model(AUTOGUIDANCE.value) if AUTOGUIDANCE.value else None
     extractor = features.load(FEATURES.value)
     judge = features.load(JUDGE.value) if JUDGE.value else extractor
     train, test = (loop.load_source(experiment.config, split) for split in ("train", "test"))
@@ -70,6 +76,8 @@ def main() -> None:
         "samples": len(labels),
         **evaluate.measure(found, real, METRICS.value, judged),
     }
+    if MEMORIZED.value:
+        floor["memorized"] = evaluate.memorized(held_out, train)
     total = NUM_SAMPLES.value * len(scales) * len(EMAS.value)
     with tqdm.tqdm(total=total, unit="sample", disable=None) as bar:
         rows = evaluate.evaluate(
@@ -83,6 +91,8 @@ def main() -> None:
             guidance_scales=scales,
             averages=EMAS.value,
             interval=(interval[0], interval[1]) if interval else None,
+            weak=weak,
+            training=train if MEMORIZED.value else None,
             batch_size=BATCH_SIZE.value,
             progress=lambda what, count: bar.update(count),
         )

@@ -127,6 +127,14 @@ def load_weights(
     return (state["params"] if average == "none" else state["ema"][average]), step
 
 
+def load_model(workdir: str | os.PathLike) -> tuple[Experiment, Any]:
+    """(experiment, parameters) of a trained run, with the weights that sampling takes by default.
+
+    Raises as `load_weights`.
+    """
+    return load_experiment(workdir), load_weights(workdir)[0]
+
+
 def _reconstruct(workdir, like, average: str, names, step) -> tuple[Any, int]:
     """Post-hoc EMA: the weighted sum of all snapshots up to `step`, read one by one."""
     try:

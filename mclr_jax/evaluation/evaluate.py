@@ -14,12 +14,15 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from mclr_jax import generate, images, run
+from mclr_jax.data import pipeline
 from mclr_jax.data.sources import Source
 from mclr_jax.evaluation import metrics
 from mclr_jax.evaluation.features import BATCH, Extractor, Features, digest
+from mclr_jax.experiment import Experiment
 from mclr_jax.names import look_up
 from mclr_jax.training.devices import banner
 
@@ -109,6 +112,16 @@ def measure(
     return functools.reduce(lambda row, f: row | f(fake, real), functions, row)
 
 
+def memorized(samples: np.ndarray, training: Source) -> float:
+    """The share of samples (n, ...), uint8 or in [-1, 1], whose pixels copy a training image."""
+    real = (_pixels(training[rows][0]) for rows in _batches(training))
+    return metrics.memorized_fraction(real, _pixels(samples))
+
+
+def _pixels(images: np.ndarray) -> np.ndarray:
+    return np.asarray(pipeline.to_float(jnp.asarray(images))).reshape(len(images), -1)
+
+
 def reference(
     extractor: Extractor,
     source: Source,
@@ -119,9 +132,7 @@ def reference(
 
     The content is judged by the number of examples, all labels and 256 evenly spaced images.
     """
-    images_seen, _ = source[np.linspace(0, len(source) - 1, min(256, len(source))).astype(int)]
-    content = digest([np.array([len(source)]), source.labels, images_seen])
-    key = hashlib.sha256((extractor.digest + content).encode()).hexdigest()[:16]
+    key = hashlib.sha256((extractor.digest + _content(source)).encode()).hexdigest()[:16]
     path = cache / f"{key}.npz" if cache else None
     if path is not None and path.exists():
         with np.load(path) as file:
@@ -131,8 +142,7 @@ def reference(
     chosen = np.zeros(len(source), bool)
     chosen[np.linspace(0, len(source) - 1, min(KEPT, len(source))).astype(int)] = True
     total, parts = None, []
-    for start in range(0, len(source), 8 * BATCH):
-        rows = np.arange(start, min(start + 8 * BATCH, len(source)))
+    for rows in _batches(source):
         features = extractor(*source[rows], progress)
         moments = metrics.moments(features.features)
         total = total.merge(moments) if total else moments
@@ -147,6 +157,16 @@ def reference(
     return Reference(total, kept, key)
 
 
+def _batches(source: Source) -> list[np.ndarray]:
+    """Indices of all examples, a few thousand at a time."""
+    return np.split(np.arange(len(source)), range(8 * BATCH, len(source), 8 * BATCH))
+
+
+def _content(source: Source) -> str:
+    seen, _ = source[np.linspace(0, len(source) - 1, min(256, len(source))).astype(int)]
+    return digest([np.array([len(source)]), source.labels, seen])
+
+
 def evaluate(
     workdir: str | pathlib.Path,
     extractor: Extractor,
@@ -159,6 +179,8 @@ def evaluate(
     guidance_scales: Iterable[float] = (1.0,),
     averages: Iterable[str] = ("",),
     interval: tuple[float, float] | None = None,
+    weak: tuple[Experiment, Any] | None = None,
+    training: Source | None = None,
     batch_size: int = 256,
     progress: Callable[[str, int], Any] = lambda what, count: None,
 ) -> list[dict[str, Any]]:
@@ -177,12 +199,16 @@ def evaluate(
       guidance_scales: see `generate.generate`.
       averages: see `run.load_weights`.
       interval: of guidance.
+      weak: (experiment, params) of autoguidance's weak model; see `generate.generate`.
+      training: images; with them rows have the share of samples that copy one, `memorized`.
       batch_size: samples at a time.
       progress: called with what is done and the number of images more.
     """
     experiment, rows = run.load_experiment(workdir), []
     judge = judge or extractor
     labels = np.resize(np.arange(experiment.null_label), num_samples)
+    more = {"autoguidance": digest(weak[1])} if weak else {}  # other rows keep their keys
+    more |= {"memorized_from": _content(training)} if training is not None else {}
     for average in averages:
         params, step = run.load_weights(workdir, average)
         for scale in guidance_scales:
@@ -203,6 +229,7 @@ def evaluate(
                 "judge_weights": judge.digest,
                 "reference": real.digest,
                 "reference_examples": real.moments.count,
+                **more,
             }
             key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
             path = pathlib.Path(workdir) / "evaluation" / f"{key}.json"
@@ -218,6 +245,7 @@ def evaluate(
                 seed=seed,
                 guidance_scale=scale,
                 interval=interval,
+                weak=weak,
                 batch_size=batch_size,
                 progress=functools.partial(progress, "samples"),
             )
@@ -225,10 +253,13 @@ def evaluate(
             rounded = images.as_8_bits(samples)
             features = extractor(rounded, labels)
             judged = None if judge is extractor else judge(rounded, labels)
-            calls = generate.network_calls(experiment, guidance_scale=scale, interval=interval)
+            calls = generate.network_calls(
+                experiment, guidance_scale=scale, interval=interval, weak=weak
+            )
             row = {
                 **settings,
                 **measure(features, real, names, judged),
+                **({"memorized": memorized(rounded, training)} if training is not None else {}),
                 "network_calls": calls,
                 "samples_per_second": num_samples / seconds,
                 "device": banner(),
