@@ -1,6 +1,7 @@
 """Evaluation of a run, against the same numbers computed apart."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -122,18 +123,34 @@ def test_autoguidance_and_copies_are_rows_of_their_own(runs):
     assert evaluate.memorized(mixed, training) == 0.75
 
 
-def test_one_device_measures_what_eight_do(runs):
-    _, extractor, real = runs
-    assert jax.device_count() == 8
-    digits, labels = sources.load("digits", "test")[np.arange(200)]
-    eight = evaluate.measure(extractor(digits, labels), real, ("fd", "is", "pr"))
-    apply = jax.jit(extractor.apply)
-    outputs = [np.asarray(a, np.float64) for a in apply(digits / np.float32(127.5) - 1)]
-    log_probs = outputs[1] - np.logaddexp.reduce(outputs[1], axis=1, keepdims=True)
-    one = evaluate.measure(features.Features(outputs[0], log_probs, labels), real,
-                           ("fd", "is", "pr"))  # fmt: skip
-    for name, value in eight.items():
-        np.testing.assert_allclose(value, one[name], rtol=1e-5, atol=1e-6)
+def test_one_device_evaluates_as_eight_do(runs, monkeypatch, tmp_path):
+    """Batch shapes show in the last bits of samples; rounded to 8 bits they are the same."""
+    folder, training = runs[0], sources.load("digits")
+    drawn, rows, rounded = [], [], images.as_8_bits
+    monkeypatch.setattr(images, "as_8_bits", lambda x: drawn.append(x) or rounded(x))
+    for count in (8, 1):
+        workdir, devices = tmp_path / str(count), jax.devices()[:count]
+        shutil.copytree(folder / "base", workdir, ignore=shutil.ignore_patterns("evaluation"))
+        generate.compiled.cache_clear()  # what it has compiled is for other devices
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "devices", lambda devices=devices: devices)
+            patch.setattr(jax, "device_count", lambda count=count: count)
+            extractor = features.load(f"classifier:{folder / 'classifier'}")
+            rows += evaluate.evaluate(
+                workdir, extractor, evaluate.reference(extractor, training), names=NAMES,
+                num_samples=COUNT, guidance_scales=[2.0], training=training,
+            )  # fmt: skip
+    generate.compiled.cache_clear()
+    np.testing.assert_allclose(drawn[0], drawn[1], rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(rounded(drawn[0]), rounded(drawn[1]))
+    eight, one = rows
+    assert "8 device(s)" in eight["device"]
+    assert "1 device(s)" in one["device"]
+    for name in eight.keys() - {"device", "samples_per_second"}:
+        if isinstance(eight[name], float):
+            np.testing.assert_allclose(eight[name], one[name], rtol=1e-6, atol=1e-6)
+        else:
+            assert eight[name] == one[name]
 
 
 def test_errors_say_what_to_do(runs):
