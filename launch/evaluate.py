@@ -34,7 +34,9 @@ from mclr_jax.training import loop
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of launch.train.")
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.json.")
 FEATURES = flags.DEFINE_string(
-    "features", None, "Extractor: classifier:WORKDIR, efficientnet_lite0 or inception:FILE."
+    "features",
+    None,
+    "Extractor: classifier:WORKDIR, efficientnet_lite0, inception:FILE or dinov2:FILE.",
 )
 JUDGE = flags.DEFINE_string("judge", None, "Extractor that judges accuracy; default: --features.")
 METRICS = flags.DEFINE_list("metrics", sorted(evaluate.METRICS), "What to measure; see above.")
