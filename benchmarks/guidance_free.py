@@ -19,8 +19,8 @@ from tasks import Task
 
 # gamma = guidance_scale - 1 of the methods that take it when sampling.
 GAMMAS = {"fashion_mnist": (0.2, 0.4, 1.0), "digits": (0.2, 0.5, 1.0)}
-# The other rivals are fine-tuned once, with these options beside the defaults; their strength is the
-# share of the way from the base's weights to the fine-tuned ones.
+# The other rivals are fine-tuned once, with these options beside the defaults; their strength is
+# the share of the way from the base's weights to the fine-tuned ones.
 RIVALS = {
     "cca": {"negative_weight": 1.0},
     "ddo": {},

@@ -27,8 +27,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))
 
-# gamma = guidance_scale - 1 of CFG, beta of MCLR; share of the way from the base to MCLR's weights at
-# the largest beta.
+# gamma = guidance_scale - 1 of CFG, beta of MCLR; share of the way from the base to MCLR's weights
+# at the largest beta.
 SETTINGS = {
     "fashion_mnist": {
         "samples": 5000,
@@ -59,8 +59,9 @@ JUDGES = {
         "weight_decay": 0.3,
     },
 }
-# Changes of the objective in configs/DATA_mclr.py, at its own beta; of the first seed alone. "noise" is
-# no key of the objective: with "dsm" noise levels are drawn as for the base.
+METRICS = ("fd", "fd_class", "fd_inter", "is", "pr")  # and accuracy
+# Changes of the objective in configs/DATA_mclr.py, at its own beta; of the first seed alone. "noise"
+# is no key of the objective: with "dsm" noise levels are drawn as for the base.
 VARIANTS = {
     "data": {"target": "data"},
     "prior_weighted": {"negatives": "prior", "weighting": "cfg", "negative_share": 1.0},
@@ -182,8 +183,7 @@ class Bench:
         """(experiment, parameters) of the run in this work directory."""
         from mclr_jax import run
 
-        workdir = self.root / name
-        return run.load_experiment(workdir), run.load_weights(workdir, strength=share)[0]
+        return run.load_model(self.root / name, share)
 
     def options(self, model: Model) -> dict:
         """How to sample from a model."""
@@ -194,7 +194,7 @@ class Bench:
         """Samples of a model, judged; features are kept to compare sets of samples."""
         import numpy as np
 
-        from mclr_jax import generate
+        from mclr_jax import generate, images
 
         experiment, params = self.load(model.workdir(seed), model.share)
         labels = np.resize(np.arange(experiment.null_label), self.settings["samples"])
@@ -203,8 +203,7 @@ class Bench:
             experiment, params, labels, seed=seed, batch_size=self.batch, **options
         )
         calls = {"network_calls": generate.network_calls(experiment, **options)}
-        rounded = np.round(samples.clip(-1, 1) * 127.5) / 127.5
-        self.store(model.samples(seed), rounded, labels, calls)
+        self.store(model.samples(seed), images.as_8_bits(samples), labels, calls)
 
     def real(self, split: str) -> None:
         """The floor: real images judged as samples are. `train` is the reference itself."""
@@ -230,29 +229,22 @@ class Bench:
         import numpy as np
 
         from mclr_jax.evaluation import evaluate, metrics
+        from mclr_jax.evaluation.features import Features
         from mclr_jax.run import write_atomically
 
-        features, log_probs, _ = self.judged("features", images, labels)
+        found = self.judged("features", images, labels)
         buffer = io.BytesIO()
-        np.savez(buffer, features=features, labels=labels)
+        np.savez(buffer, features=found.features, labels=labels)
         (self.root / "sets").mkdir(exist_ok=True)
         row: dict = {"samples": len(images), **more}
         if name != "real_train":
-            with np.load(self.root / "sets" / "real_train.npz") as real:
-                real_features, real_labels = real["features"], real["labels"]
-            reference = metrics.moments(real_features)
-            subset = np.random.default_rng(0).permutation(len(real_labels))[: len(images)]
-            precision, recall = metrics.precision_recall(real_features[subset], features)
-            per_class = metrics.per_class_frechet(features, labels, real_features, real_labels)
-            row |= {
-                "frechet": metrics.frechet_distance(metrics.moments(features), reference),
-                "per_class_frechet": float(np.mean(per_class)),
-                "inter_class_frechet": metrics.inter_class_frechet(features, labels),
-                "inception_score": metrics.inception_score(np.exp(log_probs)),
-                "accuracy": evaluate.accuracy(self.judged("accuracy", images, labels)),
-                "precision": precision,
-                "recall": recall,
-            }
+            with np.load(self.root / "sets" / "real_train.npz") as file:
+                kept = Features(
+                    file["features"], np.zeros((len(file["labels"]), 0)), file["labels"]
+                )
+            real = evaluate.Reference(metrics.moments(kept.features), kept, "")
+            judged = self.judged("accuracy", images, labels)
+            row |= evaluate.measure(found, real, METRICS, judged)
         write_atomically(self.root / "sets" / f"{name}.npz", buffer.getvalue())
         self.write(f"sets/{name}", row)
 

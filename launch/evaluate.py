@@ -3,9 +3,9 @@
   python -m launch.evaluate --workdir=runs/digits --features=classifier:runs/digits_classifier \\
       --num_samples=1000 --guidance_scales=1,1.5,2 --out=digits.json
 
-Prints a table with a row for each guidance scale and average of the weights, and beside them the
-held-out real images, which no model can be expected to beat: the floor. A stopped call goes on
-where it was; rows that are in WORKDIR/evaluation are not made again. --metrics names any of
+Prints a table with a row for each guidance scale, strength and average of the weights, and beside
+them the held-out real images, which no model can be expected to beat: the floor. A stopped call
+goes on where it was; rows that are in WORKDIR/evaluation are not made again. --metrics names any of
 
   fd        Frechet distance of the features, to the training set
   fd_class  the same for each class, averaged
@@ -15,7 +15,8 @@ where it was; rows that are in WORKDIR/evaluation are not made again. --metrics 
   pr        precision and recall
   dc        density and coverage
 
-beside class accuracy, network calls and samples per second.
+beside class accuracy, network calls and samples per second, and with --memorized the share of the
+samples that copy a training image: nearer to it, in pixels, than a third of the way to the next.
 """
 
 import json
@@ -33,7 +34,9 @@ from mclr_jax.training import loop
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of launch.train.")
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.json.")
 FEATURES = flags.DEFINE_string(
-    "features", None, "Extractor: classifier:WORKDIR, efficientnet_lite0 or inception:FILE."
+    "features",
+    None,
+    "Extractor: classifier:WORKDIR, efficientnet_lite0, inception:FILE or dinov2:FILE.",
 )
 JUDGE = flags.DEFINE_string("judge", None, "Extractor that judges accuracy; default: --features.")
 METRICS = flags.DEFINE_list("metrics", sorted(evaluate.METRICS), "What to measure; see above.")
@@ -43,7 +46,14 @@ GUIDANCE_SCALES = flags.DEFINE_list("guidance_scales", ["1"], "Scales, as 1,1.5,
 GUIDANCE_INTERVAL = flags.DEFINE_list(
     "guidance_interval", None, "Guide only at noise levels in LO,HI."
 )
+AUTOGUIDANCE = flags.DEFINE_string(
+    "autoguidance", None, "Directory of a weaker run, to guide by it in place of the null label."
+)
+MEMORIZED = flags.DEFINE_bool("memorized", False, "Look for copies of training images.")
 EMAS = flags.DEFINE_list("emas", [""], "Averages of the weights, as --ema of launch.sample.")
+STRENGTHS = flags.DEFINE_list(
+    "strengths", ["1"], "Of fine-tuning, as --strength of launch.sample: 0,0.5,1."
+)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Samples at a time.", lower_bound=1)
 CACHE = flags.DEFINE_string(
     "cache", "~/.cache/mclr_jax/references", "Folder of the real data's statistics."
@@ -52,11 +62,13 @@ CACHE = flags.DEFINE_string(
 
 def main() -> None:
     scales = common.numbers(GUIDANCE_SCALES, float) or [1.0]
+    strengths = common.numbers(STRENGTHS, float) or [1.0]
     interval = common.numbers(GUIDANCE_INTERVAL, float, 2)
     out = pathlib.Path(OUT.value)
     if out.suffix != ".json":
         common.stop(f"--out is {OUT.value!r}; expected a name that ends in .json.")
     experiment = run.load_experiment(WORKDIR.value)
+    weak = run.load_model(AUTOGUIDANCE.value) if AUTOGUIDANCE.value else None
     extractor = features.load(FEATURES.value)
     judge = features.load(JUDGE.value) if JUDGE.value else extractor
     train, test = (loop.load_source(experiment.config, split) for split in ("train", "test"))
@@ -65,12 +77,14 @@ def main() -> None:
         real = evaluate.reference(extractor, train, cache, bar.update)
     held_out, labels = test[np.arange(min(NUM_SAMPLES.value, len(test)))]
     found = extractor(held_out, labels)
+    judged = None if judge is extractor else judge(held_out, labels)
     floor = {
         "samples": len(labels),
-        "accuracy": evaluate.accuracy(found if judge is extractor else judge(held_out, labels)),
-        **evaluate.measure(found, real, METRICS.value),
+        **evaluate.measure(found, real, METRICS.value, judged),
     }
-    total = NUM_SAMPLES.value * len(scales) * len(EMAS.value)
+    if MEMORIZED.value:
+        floor["memorized"] = evaluate.memorized(held_out, train)
+    total = NUM_SAMPLES.value * len(scales) * len(EMAS.value) * len(strengths)
     with tqdm.tqdm(total=total, unit="sample", disable=None) as bar:
         rows = evaluate.evaluate(
             WORKDIR.value,
@@ -82,7 +96,10 @@ def main() -> None:
             seed=SEED.value,
             guidance_scales=scales,
             averages=EMAS.value,
+            strengths=strengths,
             interval=(interval[0], interval[1]) if interval else None,
+            weak=weak,
+            training=train if MEMORIZED.value else None,
             batch_size=BATCH_SIZE.value,
             progress=lambda what, count: bar.update(count),
         )
@@ -90,7 +107,11 @@ def main() -> None:
     run.write_atomically(out, json.dumps({"floor": floor, "rows": rows}, indent=1) + "\n")
     columns = [*(key for key in floor if key != "samples"), "network_calls"]
     print(f"{'':24s}", *(f"{name[:12]:>12s}" for name in columns))
-    named = {f"{r['average']} scale {r['guidance_scale']:g}".strip(): r for r in rows}
+    named = {
+        f"{r['average']} scale {r['guidance_scale']:g}".strip()
+        + (f" strength {r['strength']:g}" if "strength" in r else ""): r
+        for r in rows
+    }
     for name, row in {"real, held out": floor, **named}.items():
         cells = (f"{row[c]:12.4g}" if c in row else f"{'':12s}" for c in columns)
         print(f"{name[:24]:24s}", *cells)

@@ -67,10 +67,7 @@ def main() -> None:
         common.stop(f"--out is {OUT.value!r}; expected a name that ends in .npz.")
 
     params, _ = run.load_weights(WORKDIR.value, EMA.value, CHECKPOINT.value, STRENGTH.value)
-    weak = None
-    if AUTOGUIDANCE.value:
-        weak_params, _ = run.load_weights(AUTOGUIDANCE.value)
-        weak = run.load_experiment(AUTOGUIDANCE.value), weak_params
+    weak = run.load_model(AUTOGUIDANCE.value) if AUTOGUIDANCE.value else None
     with tqdm.tqdm(total=len(labels), unit="sample", disable=None) as bar:
         samples = generate.generate(
             experiment,

@@ -42,6 +42,11 @@ def clip(samples: np.ndarray) -> np.ndarray:
     return np.clip(samples, -1, 1) if is_image else samples
 
 
+def as_8_bits(samples: np.ndarray) -> np.ndarray:
+    """Samples, clipped and rounded to the values k / 127.5 - 1 of 8-bit images, float32."""
+    return (np.round(clip(samples) * 127.5 + 127.5) / 127.5 - 1).astype(np.float32)
+
+
 def _grid(samples, labels, columns):
     _, height, width, channels = samples.shape
     zoom = max(1, round(40 / height))

@@ -133,6 +133,14 @@ def load_weights(
     return (state["params"] if average == "none" else state["ema"][average]), step
 
 
+def load_model(workdir: str | os.PathLike, strength: float = 1.0) -> tuple[Experiment, Any]:
+    """(experiment, parameters) of a trained run, with the weights that sampling takes by default.
+
+    strength as in `load_weights`, and the same errors.
+    """
+    return load_experiment(workdir), load_weights(workdir, strength=strength)[0]
+
+
 def _like(experiment: Experiment) -> Any:
     """Shapes of the parameters, on the first device."""
     sharding = SingleDeviceSharding(jax.local_devices()[0])

@@ -17,7 +17,7 @@ def test_features_and_logits_are_those_of_the_pytorch_package():
         images = jax.image.resize(np.clip(file["base"] * 0.7, -1, 1), (2, 224, 224, 3), "cubic")
         expected, expected_logits = file["features"], file["logits"]
     extractor = features.load("efficientnet_lite0")
-    found, logits = jax.jit(extractor.apply)(images.clip(-1, 1))
+    found, logits = jax.jit(extractor.apply)(extractor.weights, images.clip(-1, 1))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-5)
     np.testing.assert_allclose(logits, expected_logits, rtol=1e-4, atol=5e-5)
 

@@ -1,6 +1,7 @@
 """Evaluation of a run, against the same numbers computed apart."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import tiny
 from test_launch import call
 
-from mclr_jax import generate, run
+from mclr_jax import generate, images, run
 from mclr_jax.data import sources
 from mclr_jax.evaluation import evaluate, features, metrics
 from mclr_jax.training import loop
@@ -30,12 +31,12 @@ def runs(tmp_path_factory):
 
 def test_features_are_those_of_the_classifier_whatever_the_batch(runs):
     folder, extractor, _ = runs
-    images, labels = sources.load("digits")[np.arange(700)]  # more than one batch
-    found = extractor(images, labels)
+    digits, labels = sources.load("digits")[np.arange(700)]  # more than one batch
+    found = extractor(digits, labels)
     experiment = run.load_experiment(folder / "classifier")
     params, _ = run.load_weights(folder / "classifier")
     some = np.array([0, 511, 512, 699])
-    expected, logits = experiment.features(params, images[some] / np.float32(127.5) - 1)
+    expected, logits = experiment.features(params, digits[some] / np.float32(127.5) - 1)
     np.testing.assert_allclose(found.features[some], expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(
         found.log_probs[some], jax.nn.log_softmax(logits), rtol=1e-4, atol=1e-5
@@ -93,18 +94,66 @@ def test_a_row_is_what_the_metrics_say_of_the_samples_and_is_made_once(runs):
     assert files == {p: p.stat().st_mtime_ns for p in (folder / "base/evaluation").iterdir()}
 
 
-def test_one_device_measures_what_eight_do(runs):
-    _, extractor, real = runs
-    assert jax.device_count() == 8
-    images, labels = sources.load("digits", "test")[np.arange(200)]
-    eight = evaluate.measure(extractor(images, labels), real, ("fd", "is", "pr"))
-    apply = jax.jit(extractor.apply)
-    outputs = [np.asarray(a, np.float64) for a in apply(images / np.float32(127.5) - 1)]
-    log_probs = outputs[1] - np.logaddexp.reduce(outputs[1], axis=1, keepdims=True)
-    one = evaluate.measure(features.Features(outputs[0], log_probs, labels), real,
-                           ("fd", "is", "pr"))  # fmt: skip
-    for name, value in eight.items():
-        np.testing.assert_allclose(value, one[name], rtol=1e-5, atol=1e-6)
+def test_autoguidance_and_copies_are_rows_of_their_own(runs):
+    folder, extractor, real = runs
+    training = sources.load("digits")
+    experiment, params = run.load_model(folder / "base")
+    weak = experiment, jax.tree.map(lambda x: x + 0.05, params)
+    arguments = {"names": ["fd"], "num_samples": COUNT, "guidance_scales": [2.0]}
+
+    def row(**more):
+        (row,) = evaluate.evaluate(folder / "base", extractor, real, **arguments, **more)
+        return row
+
+    plain, auto, copies = row(), row(weak=weak), row(training=training)
+    assert "strength" not in plain
+    with pytest.raises(ValueError, match="was not started from another run"):
+        row(strengths=[0.5])
+    assert set(copies) - set(plain) == {"memorized", "memorized_from"}
+    assert auto["network_calls"] == plain["network_calls"] == 10
+    assert auto["autoguidance"] == features.digest(weak[1])
+    assert row(weak=weak) == auto  # stored
+    samples = images.as_8_bits(generate.generate(
+        experiment, params, np.arange(COUNT) % 10, guidance_scale=2.0, weak=weak
+    ))  # fmt: skip
+    fake = extractor(samples, np.arange(COUNT) % 10).features
+    expected = metrics.frechet_distance(metrics.moments(fake), real.moments)
+    np.testing.assert_allclose(auto["frechet"], expected, rtol=1e-4)
+    assert abs(auto["frechet"] - plain["frechet"]) > 1e-3 * expected
+
+    assert copies["memorized"] == 0
+    mixed = np.concatenate([samples[:5], training[np.arange(15)][0] / np.float32(127.5) - 1])
+    assert evaluate.memorized(mixed, training) == 0.75
+
+
+def test_one_device_evaluates_as_eight_do(runs, monkeypatch, tmp_path):
+    """Batch shapes show in the last bits of samples; rounded to 8 bits they are the same."""
+    folder, training = runs[0], sources.load("digits")
+    drawn, rows, rounded = [], [], images.as_8_bits
+    monkeypatch.setattr(images, "as_8_bits", lambda x: drawn.append(x) or rounded(x))
+    for count in (8, 1):
+        workdir, devices = tmp_path / str(count), jax.devices()[:count]
+        shutil.copytree(folder / "base", workdir, ignore=shutil.ignore_patterns("evaluation"))
+        generate.compiled.cache_clear()  # what it has compiled is for other devices
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "devices", lambda devices=devices: devices)
+            patch.setattr(jax, "device_count", lambda count=count: count)
+            extractor = features.load(f"classifier:{folder / 'classifier'}")
+            rows += evaluate.evaluate(
+                workdir, extractor, evaluate.reference(extractor, training), names=NAMES,
+                num_samples=COUNT, guidance_scales=[2.0], training=training,
+            )  # fmt: skip
+    generate.compiled.cache_clear()
+    np.testing.assert_allclose(drawn[0], drawn[1], rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(rounded(drawn[0]), rounded(drawn[1]))
+    eight, one = rows
+    assert "8 device(s)" in eight["device"]
+    assert "1 device(s)" in one["device"]
+    for name in eight.keys() - {"device", "samples_per_second"}:
+        if isinstance(eight[name], float):
+            np.testing.assert_allclose(eight[name], one[name], rtol=1e-6, atol=1e-6)
+        else:
+            assert eight[name] == one[name]
 
 
 def test_errors_say_what_to_do(runs):
@@ -123,9 +172,13 @@ def test_the_command_writes_rows_and_the_floor(runs, tmp_path):
         "evaluate", f"--workdir={folder / 'base'}", f"--out={tmp_path / 'x.json'}",
         f"--features=classifier:{folder / 'classifier'}", f"--num_samples={COUNT}",
         "--guidance_scales=1,2", "--metrics=fd,pr", f"--cache={folder / 'cache'}",
+        "--memorized", f"--autoguidance={folder / 'base'}",
     )  # fmt: skip
     result = json.loads((tmp_path / "x.json").read_text())
-    assert set(result["floor"]) == {"samples", "accuracy", "frechet", "precision", "recall"}
+    assert set(result["floor"]) == {"samples", "accuracy", "frechet", "precision", "recall",
+                                    "memorized"}  # fmt: skip
+    for row in result["rows"]:
+        assert {"memorized", "autoguidance"} < row.keys()
     assert [row["guidance_scale"] for row in result["rows"]] == [1.0, 2.0]
     assert "scale 2" in log
     assert "real, held out" in log

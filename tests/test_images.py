@@ -33,6 +33,13 @@ def test_images_are_clipped_and_points_are_not():
     np.testing.assert_array_equal(images.clip(latents), latents)
 
 
+def test_rounding_to_8_bits_leaves_what_an_8_bit_file_would_hold():
+    stored = (np.arange(256) / 127.5 - 1).astype(np.float32).reshape(1, 16, 16, 1)
+    shaken = stored + np.random.default_rng(0).uniform(-0.0039, 0.0039, stored.shape)
+    np.testing.assert_array_equal(images.as_8_bits(shaken), stored)
+    assert images.as_8_bits(3 * stored).max() == 1
+
+
 def test_points_are_plotted_where_they_lie():
     points = np.array([[0.0, 0.0], [1.0, 1.0]])
     grid = images.picture(points, np.array([0, 1]))

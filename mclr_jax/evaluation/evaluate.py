@@ -8,18 +8,22 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from mclr_jax import generate, images, run
+from mclr_jax.data import pipeline
 from mclr_jax.data.sources import Source
 from mclr_jax.evaluation import metrics
 from mclr_jax.evaluation.features import BATCH, Extractor, Features, digest
+from mclr_jax.experiment import Experiment
 from mclr_jax.names import look_up
 from mclr_jax.training.devices import banner
 
@@ -63,6 +67,12 @@ def _density_coverage(fake: Features, real: Reference) -> dict[str, float]:
     return dict(zip(("density", "coverage"), values, strict=True))
 
 
+def _inception_score(fake: Features, real: Reference) -> dict[str, float]:
+    if not fake.log_probs.shape[1]:
+        return {}
+    return {"inception_score": metrics.inception_score(np.exp(fake.log_probs))}
+
+
 def _kernel(fake: Features, real: Reference) -> dict[str, float]:
     return {"kernel": metrics.kernel_distance(_as_many(real, fake), fake.features)}
 
@@ -79,22 +89,38 @@ METRICS: dict[str, Callable[[Features, Reference], dict[str, float]]] = {
     "fd_inter": lambda fake, real: {
         "inter_class_frechet": metrics.inter_class_frechet(fake.features, fake.labels)
     },
-    "is": lambda fake, real: {"inception_score": metrics.inception_score(np.exp(fake.log_probs))},
+    "is": _inception_score,
     "kid": _kernel,
     "pr": _precision_recall,
     "dc": _density_coverage,
 }
 
 
-def measure(fake: Features, real: Reference, names: Sequence[str]) -> dict[str, float]:
-    """The metrics of these names (see METRICS) of samples against a reference."""
+def measure(
+    fake: Features, real: Reference, names: Sequence[str], judged: Features | None = None
+) -> dict[str, float]:
+    """The accuracy of samples and the metrics of these names (see METRICS) against a reference.
+
+    The accuracy is the share of samples that an extractor, the one of `judged` or else of `fake`,
+    takes for the class they are meant to show. Without classes it is left out, and so is the
+    inception score.
+    """
     functions = [look_up(METRICS, name, "metric") for name in names]
-    return functools.reduce(lambda row, f: row | f(fake, real), functions, {})
+    judged = judged or fake
+    row: dict[str, float] = {}
+    if judged.log_probs.shape[1]:
+        row["accuracy"] = float((judged.log_probs.argmax(1) == judged.labels).mean())
+    return functools.reduce(lambda row, f: row | f(fake, real), functions, row)
 
 
-def accuracy(judged: Features) -> float:
-    """The share of images that an extractor takes for the class they are meant to show."""
-    return float((judged.log_probs.argmax(1) == judged.labels).mean())
+def memorized(samples: np.ndarray, training: Source) -> float:
+    """The share of samples (n, ...), uint8 or in [-1, 1], whose pixels copy a training image."""
+    real = (_pixels(training[rows][0]) for rows in _batches(training))
+    return metrics.memorized_fraction(real, _pixels(samples))
+
+
+def _pixels(images: np.ndarray) -> np.ndarray:
+    return np.asarray(pipeline.to_float(jnp.asarray(images))).reshape(len(images), -1)
 
 
 def reference(
@@ -107,9 +133,7 @@ def reference(
 
     The content is judged by the number of examples, all labels and 256 evenly spaced images.
     """
-    images_seen, _ = source[np.linspace(0, len(source) - 1, min(256, len(source))).astype(int)]
-    content = digest([np.array([len(source)]), source.labels, images_seen])
-    key = hashlib.sha256((extractor.digest + content).encode()).hexdigest()[:16]
+    key = hashlib.sha256((extractor.digest + _content(source)).encode()).hexdigest()[:16]
     path = cache / f"{key}.npz" if cache else None
     if path is not None and path.exists():
         with np.load(path) as file:
@@ -119,8 +143,7 @@ def reference(
     chosen = np.zeros(len(source), bool)
     chosen[np.linspace(0, len(source) - 1, min(KEPT, len(source))).astype(int)] = True
     total, parts = None, []
-    for start in range(0, len(source), 8 * BATCH):
-        rows = np.arange(start, min(start + 8 * BATCH, len(source)))
+    for rows in _batches(source):
         features = extractor(*source[rows], progress)
         moments = metrics.moments(features.features)
         total = total.merge(moments) if total else moments
@@ -135,6 +158,16 @@ def reference(
     return Reference(total, kept, key)
 
 
+def _batches(source: Source) -> list[np.ndarray]:
+    """Indices of all examples, a few thousand at a time."""
+    return np.split(np.arange(len(source)), range(8 * BATCH, len(source), 8 * BATCH))
+
+
+def _content(source: Source) -> str:
+    seen, _ = source[np.linspace(0, len(source) - 1, min(256, len(source))).astype(int)]
+    return digest([np.array([len(source)]), source.labels, seen])
+
+
 def evaluate(
     workdir: str | pathlib.Path,
     extractor: Extractor,
@@ -146,11 +179,14 @@ def evaluate(
     seed: int = 0,
     guidance_scales: Iterable[float] = (1.0,),
     averages: Iterable[str] = ("",),
+    strengths: Iterable[float] = (1.0,),
     interval: tuple[float, float] | None = None,
+    weak: tuple[Experiment, Any] | None = None,
+    training: Source | None = None,
     batch_size: int = 256,
     progress: Callable[[str, int], Any] = lambda what, count: None,
 ) -> list[dict[str, Any]]:
-    """A row of settings and metrics for each average of the weights and each guidance scale.
+    """A row of settings and metrics for each average of the weights, strength and guidance scale.
 
     Images are rounded to 8 bits. Rows that are stored in workdir/evaluation are not made again.
 
@@ -163,16 +199,21 @@ def evaluate(
       num_samples: of each row, classes taking turns.
       seed: sample i starts from the noise of key fold_in(seed, i).
       guidance_scales: see `generate.generate`.
-      averages: see `run.load_weights`.
+      averages, strengths: see `run.load_weights`.
       interval: of guidance.
+      weak: (experiment, params) of autoguidance's weak model; see `generate.generate`.
+      training: images; with them rows have the share of samples that copy one, `memorized`.
       batch_size: samples at a time.
       progress: called with what is done and the number of images more.
     """
     experiment, rows = run.load_experiment(workdir), []
     judge = judge or extractor
     labels = np.resize(np.arange(experiment.null_label), num_samples)
-    for average in averages:
-        params, step = run.load_weights(workdir, average)
+    more = {"autoguidance": digest(weak[1])} if weak else {}  # other rows keep their keys
+    more |= {"memorized_from": _content(training)} if training is not None else {}
+    for average, strength in itertools.product(averages, strengths):
+        params, step = run.load_weights(workdir, average, strength=strength)
+        share = {"strength": float(strength)} if strength != 1 else {}
         for scale in guidance_scales:
             settings = {
                 "step": step,
@@ -191,6 +232,8 @@ def evaluate(
                 "judge_weights": judge.digest,
                 "reference": real.digest,
                 "reference_examples": real.moments.count,
+                **more,
+                **share,
             }
             key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
             path = pathlib.Path(workdir) / "evaluation" / f"{key}.json"
@@ -206,18 +249,21 @@ def evaluate(
                 seed=seed,
                 guidance_scale=scale,
                 interval=interval,
+                weak=weak,
                 batch_size=batch_size,
                 progress=functools.partial(progress, "samples"),
             )
             seconds = time.perf_counter() - start
-            rounded = np.round(images.clip(samples) * 127.5 + 127.5) / 127.5 - 1
-            features = extractor(rounded.astype(np.float32), labels)
-            judged = features if judge is extractor else judge(rounded.astype(np.float32), labels)
-            calls = generate.network_calls(experiment, guidance_scale=scale, interval=interval)
+            rounded = images.as_8_bits(samples)
+            features = extractor(rounded, labels)
+            judged = None if judge is extractor else judge(rounded, labels)
+            calls = generate.network_calls(
+                experiment, guidance_scale=scale, interval=interval, weak=weak
+            )
             row = {
                 **settings,
-                "accuracy": accuracy(judged),
-                **measure(features, real, names),
+                **measure(features, real, names, judged),
+                **({"memorized": memorized(rounded, training)} if training is not None else {}),
                 "network_calls": calls,
                 "samples_per_second": num_samples / seconds,
                 "device": banner(),

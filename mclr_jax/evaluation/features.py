@@ -12,7 +12,7 @@ import scipy.special
 
 from mclr_jax import run
 from mclr_jax.data import pipeline
-from mclr_jax.evaluation import efficientnet, inception
+from mclr_jax.evaluation import dinov2, efficientnet, inception
 from mclr_jax.names import look_up
 from mclr_jax.training.devices import Devices
 
@@ -43,17 +43,24 @@ class Extractor:
 
     Attributes:
       name: as given to `load`.
-      digest: hash of the weights.
-      apply: images (b, ...) in [-1, 1] -> features (b, d) and logits (b, K), pure.
+      weights: a tree of arrays.
+      apply: weights, images (b, ...) in [-1, 1] -> features (b, d) and logits (b, K), pure; K is 0
+        where the network knows no classes.
     """
 
     name: str
-    digest: str
-    apply: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+    weights: Any
+    apply: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Hash of the weights."""
+        return digest(self.weights)
 
     @functools.cached_property
     def _compiled(self) -> Callable:
-        return jax.jit(self.apply)
+        # The weights are an argument: as constants of the program, gigabytes would not compile.
+        return functools.partial(jax.jit(self.apply), Devices("data").put_state(self.weights))
 
     def __call__(
         self,
@@ -73,14 +80,16 @@ class Extractor:
             progress(len(chunk))
         features, logits = (np.concatenate(arrays) for arrays in zip(*kept, strict=True))
         labels = np.asarray(labels, np.int32)
-        return Features(features, scipy.special.log_softmax(logits, axis=1), labels)
+        log_probs = scipy.special.log_softmax(logits, axis=1) if logits.size else logits
+        return Features(features, log_probs, labels)
 
 
 def load(name: str) -> Extractor:
     """The extractor of this name.
 
     classifier:WORKDIR is a run of objective `classify`; efficientnet_lite0, for natural images, has
-    ImageNet weights and classes; inception:FILE is FID's, with the weights in this file.
+    ImageNet weights and classes; inception:FILE is FID's, with the weights in this file, and
+    dinov2:FILE that of FD_DINOv2.
 
     Raises:
       ValueError: if there is no such kind, or the run is no classifier.
@@ -99,19 +108,21 @@ def _classifier(name: str, workdir: str) -> Extractor:
             "run of 'classify', for example of configs/digits_classifier.py."
         )
     params = jax.device_get(run.load_weights(workdir)[0])
-    return Extractor(name, digest(params), lambda images: experiment.features(params, images))
+    return Extractor(name, params, experiment.features)
 
 
 def _efficientnet(name: str, argument: str) -> Extractor:
     if argument:
         raise ValueError(f"got features {name!r}; efficientnet_lite0 takes no argument.")
-    weights = efficientnet.load_weights()
-    return Extractor(name, digest(weights), functools.partial(efficientnet.apply, weights))
+    return Extractor(name, efficientnet.load_weights(), efficientnet.apply)
 
 
 def _inception(name: str, path: str) -> Extractor:
-    weights = inception.load_weights(path)
-    return Extractor(name, digest(weights), functools.partial(inception.apply, weights))
+    return Extractor(name, inception.load_weights(path), inception.apply)
+
+
+def _dinov2(name: str, path: str) -> Extractor:
+    return Extractor(name, dinov2.load_weights(path), dinov2.apply)
 
 
 def digest(tree: Any) -> str:
@@ -125,4 +136,4 @@ def digest(tree: Any) -> str:
 
 
 _LOADERS = {"classifier": _classifier, "efficientnet_lite0": _efficientnet,
-            "inception": _inception}  # fmt: skip
+            "inception": _inception, "dinov2": _dinov2}  # fmt: skip

@@ -140,7 +140,8 @@ def _metrics(runs: Sequence[Run]) -> str:
     rows = [(one.name, row) for one in runs for row in one.rows]
     if not rows:
         return "<p>No run was evaluated yet (launch.evaluate).</p>"
-    settings = ("step", "average", "guidance_scale", "guidance_interval", "samples", "features")
+    settings = ("step", "average", "strength", "guidance_scale", "guidance_interval",
+                "autoguidance", "samples", "features")  # fmt: skip
     skipped = {"seed", *settings}
     numeric = [
         key

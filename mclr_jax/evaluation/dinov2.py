@@ -1,0 +1,126 @@
+"""DINOv2: the vision transformer of FD_DINOv2, with its published weights.
+
+The weights are a file that the user has: dinov2_vitl14_pretrain.pth, which EDM2 and dgm-eval take,
+or another of facebookresearch/dinov2 (S, B, L or g; with registers too). Sources: Oquab et al. 2023
+(arXiv 2304.07193); registers: Darcet et al. 2023 (arXiv 2309.16588); its use: Stein et al. 2023
+(arXiv 2306.04675).
+"""
+
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mclr_jax.evaluation import convolutions
+from mclr_jax.networks.dit import layer_norm
+from mclr_jax.networks.layers import attention, space_to_depth
+from mclr_jax.pretrained import torch_file
+
+SIZE, PATCH, HEAD = 224, 14, 64  # pixels of image and patch, width of an attention head
+MEAN, STD = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], np.float32)  # of ImageNet
+
+Weights = dict[str, Any]
+
+
+def load_weights(path: str | os.PathLike) -> Weights:
+    """Weights as `apply` takes them.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it is not such a file.
+    """
+    return convert(torch_file.load(path))
+
+
+def convert(state: dict[str, np.ndarray]) -> Weights:
+    """The published state dict -> what `apply` takes; ValueError if a weight is missing.
+
+    The weights of the blocks are stacked, and positions are those of SIZE x SIZE pixels.
+    """
+    try:
+        first, positions = state["pos_embed"][0, :1], state["pos_embed"][0, 1:]
+        inner = {tuple(key.split(".", 2)[1:]) for key in state if key.startswith("blocks.")}
+        depth, names = 1 + max(int(index) for index, _ in inner), {name for _, name in inner}
+        registers = state.get("register_tokens", np.zeros((1, 0, len(first[0])), np.float32))[0]
+        return {
+            "patch": state["patch_embed.proj.weight"]
+            .transpose(2, 3, 1, 0)
+            .reshape(-1, len(first[0])),
+            "patch.bias": state["patch_embed.proj.bias"],
+            "tokens": np.concatenate([state["cls_token"][0] + first, registers]),
+            "positions": _resized(positions, antialias=bool(len(registers))),
+            "blocks": {
+                n: np.stack([state[f"blocks.{i}.{n}"] for i in range(depth)]) for n in names
+            },
+            "norm.weight": state["norm.weight"],
+            "norm.bias": state["norm.bias"],
+        }
+    except KeyError as error:
+        raise ValueError(
+            f"The DINOv2 weights have no {error}; expected a file of facebookresearch/dinov2 such "
+            "as dinov2_vitl14_pretrain.pth."
+        ) from error
+
+
+def _resized(positions: np.ndarray, antialias: bool) -> np.ndarray:
+    """Embeddings of old x old positions -> (256, D), as the published code does.
+
+    Models with registers resize with antialiasing and cubic weights of a = -0.5. The others go back
+    to a scale that is 0.1 positions too large, without antialiasing and with a = -0.75.
+    """
+    old, new = round(len(positions) ** 0.5), SIZE // PATCH
+    grid = positions.reshape(old, old, -1)
+    if antialias:
+        return np.asarray(jax.image.resize(grid, (new, new, grid.shape[-1]), "cubic")).reshape(
+            new * new, -1
+        )
+    if old == new:
+        return positions
+    place, a = (np.arange(new) + 0.5) * old / (new + 0.1) - 0.5, -0.75
+    matrix = np.zeros((new, old))
+    for tap in np.floor(place)[None] + np.arange(-1, 3)[:, None]:
+        d = np.abs(place - tap)
+        near, far = (a + 2) * d**3 - (a + 3) * d**2 + 1, a * (d**3 - 5 * d**2 + 8 * d - 4)
+        where = np.arange(new), np.clip(tap, 0, old - 1).astype(int)
+        np.add.at(matrix, where, np.where(d <= 1, near, far))
+    rows = np.einsum("ij,jkd->ikd", matrix, grid)
+    return np.einsum("ij,kjd->kid", matrix, rows).reshape(new * new, -1).astype(np.float32)
+
+
+def apply(weights: Weights, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Images (B, H, W, 1 or 3) in [-1, 1] -> class token (B, D), and logits (B, 0) of no classes.
+
+    They are resized to 224x224 (cubic, antialiased) as EDM2 does, and grey ones repeated over the
+    channels.
+    """
+    x = convolutions.coloured(images)
+    x = jax.image.resize(x, (len(x), SIZE, SIZE, 3), "cubic")
+    x = space_to_depth((x / 2 + 0.5 - MEAN) / STD, PATCH).reshape(len(x), -1, 3 * PATCH**2)
+    x = x @ weights["patch"] + weights["patch.bias"] + weights["positions"]
+    tokens = jnp.broadcast_to(weights["tokens"], (len(x), *weights["tokens"].shape))
+    x, _ = jax.lax.scan(_block, jnp.concatenate([tokens, x], axis=1), weights["blocks"])
+    return _norm(weights, "norm", x[:, 0]), jnp.zeros((len(x), 0))
+
+
+def _block(x: jax.Array, weights: Weights) -> tuple[jax.Array, None]:
+    """x (B, N, D) through one block, and no scan output."""
+
+    def linear(x, name):
+        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    qkv = linear(_norm(weights, "norm1", x), "attn.qkv").reshape(*x.shape[:2], 3, -1, HEAD)
+    h = attention(*jnp.moveaxis(qkv, 2, 0)).reshape(x.shape)
+    x = x + weights["ls1.gamma"] * linear(h, "attn.proj")
+    h = _norm(weights, "norm2", x)
+    if "mlp.w12.weight" in weights:  # SwiGLU, in g alone
+        gate, value = jnp.split(linear(h, "mlp.w12"), 2, axis=-1)
+        h = linear(jax.nn.silu(gate) * value, "mlp.w3")
+    else:
+        h = linear(jax.nn.gelu(linear(h, "mlp.fc1"), approximate=False), "mlp.fc2")
+    return x + weights["ls2.gamma"] * h, None
+
+
+def _norm(weights: Weights, name: str, x: jax.Array) -> jax.Array:
+    return layer_norm(x, x.dtype) * weights[f"{name}.weight"] + weights[f"{name}.bias"]
