@@ -82,7 +82,7 @@ def main() -> None:
         curves = {layer: [row for row in rows if row["layer"] == layer] for layer in layers}
         run.write_atomically(out.with_suffix(".png"), sweep.figure(curves))
     except ImportError:
-        print("No figure: pip install matplotlib draws one.")
+        print("No figure: it needs pip install matplotlib.")
     print(f"Wrote {out}.")
 
 

@@ -53,10 +53,11 @@ def probe_accuracy(
     return float(probe.fit(features, labels).score(test_features, test_labels))
 
 
-def _probes(experiment, params, train, test, rows, sigma, layers, **options) -> dict[str, float]:
+def _probes(experiment, params, train, test, count, sigma, layers, **options) -> dict[str, float]:
     """Probe accuracy by layer, from noisy but otherwise unchanged images."""
     sets = []
-    for source, chosen in ((train, rows), (test, evenly(test, len(rows)))):
+    for source in (train, test):
+        chosen = evenly(source, count)
         batches = list(
             blocks.extract(
                 experiment, params, source, chosen, sigma,
@@ -88,10 +89,10 @@ def sweep(
     Args:
       experiment, params: the model.
       train: images for ICR, and for the probe to learn from.
-      test: as many images at most to test the probe with; None for no probe.
+      test: images to test the probe with; None for no probe.
       sigmas: noise levels, above 0.
       layers: names of blocks; the middle one where empty.
-      num_images: of `train`, evenly spaced; all where there are fewer.
+      num_images: of each, evenly spaced; all where there are fewer.
       seed: of the perturbations, which are the same at every noise level.
       number_of_views: of each image.
       batch_size: images at a time.
@@ -111,7 +112,7 @@ def sweep(
         )  # fmt: skip
         accuracy = (
             {} if test is None
-            else _probes(experiment, params, train, test, rows, sigma, chosen, **options)
+            else _probes(experiment, params, train, test, num_images, sigma, chosen, **options)
         )  # fmt: skip
         for name, seen in found.items():
             row = {

@@ -36,7 +36,12 @@ class Checkpoints:
     def __init__(self, directory, keep: int | None = 2):
         self.directory = pathlib.Path(directory).resolve()
         best = [
-            policies.BestN(_metric(name), reverse=True, n=1, keep_checkpoints_without_metrics=False)
+            policies.BestN(
+                get_metric_fn=_metric(name),
+                reverse=True,
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            )
             for name in ("loss", "icr")
         ]
         for step in sorted(self.directory.glob("[0-9]*")):
