@@ -37,7 +37,7 @@ def outputs(
       x: noisy data (B, ...).
       sigma: their noise levels (B,), above 0.
     """
-    found = {}
+    found: dict[str, jax.Array] = {}
     for path, (output,) in flax.traverse_util.flatten_dict(
         experiment.intermediates(params, x, sigma, _is_block)
     ).items():

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
@@ -64,7 +65,7 @@ def pixels(source: Source, batch_size: int = 4096) -> Iterator[np.ndarray]:
     """All examples as the network sees them, flat, in batches (b, d)."""
     for start in range(0, len(source), batch_size):
         some, _ = source[np.arange(start, min(start + batch_size, len(source)))]
-        yield jax.device_get(pipeline.to_float(some)).reshape(len(some), -1)
+        yield jax.device_get(pipeline.to_float(jnp.asarray(some))).reshape(len(some), -1)
 
 
 def turned(readings: Sequence[tuple[int, float]]) -> int | None:
