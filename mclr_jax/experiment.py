@@ -265,7 +265,7 @@ class Experiment:
         """A classifier with these parameters: (x, sigma, label, ...) -> (B, K)."""
 
         def apply(x, sigma, label, condition=None, dropout_keys=None):
-            return self._classify(params, x, sigma, label, condition, dropout_keys)[0]
+            return self._raw(params, x, sigma, label, condition, dropout_keys)[0]
 
         return apply
 
@@ -276,15 +276,30 @@ class Experiment:
           features (B, d), its last hidden layer, and logits (B, K).
         """
         null = jnp.full(len(x), self.null_label, jnp.int32)
-        logits, state = self._classify(params, x, jnp.full(len(x), sigma), null)
+        logits, state = self._raw(params, x, jnp.full(len(x), sigma), null)
         return state["intermediates"]["features"][0], logits
 
-    def _classify(self, params, x, sigma, label, condition=None, dropout_keys=None):
+    def intermediates(self, params: Any, x: jax.Array, sigma: jax.Array, capture: Callable) -> dict:
+        """What modules inside the network return at the null label, for x (B, ...), sigma (B,).
+
+        Args:
+          capture: (module, method name) -> whether to keep what it returns.
+
+        Returns:
+          nested dicts as Flax stores them, in the order of the calls.
+        """
+        null = jnp.full(len(x), self.null_label, jnp.int32)
+        return self._raw(params, x, sigma, null, capture=capture)[1]["intermediates"]
+
+    def _raw(self, params, x, sigma, label, condition=None, dropout_keys=None, capture=False):
+        """The network's raw output on data with noise of level sigma (B,), and intermediates."""
         total = denoiser.expand(sigma**2 + self.data.sigma_data**2, x)
         if condition is None:
             condition = self._condition(len(x))
         inputs = (x / jnp.sqrt(total), jnp.log(sigma) / 4, label, condition, dropout_keys)
-        return self.network.apply({"params": params}, *inputs, mutable=["intermediates"])
+        return self.network.apply(
+            {"params": params}, *inputs, capture_intermediates=capture, mutable=["intermediates"]
+        )
 
     def posterior(self, frozen: dict[str, Any]) -> posterior.Posterior | None:
         """p(class | x_sigma) as config.objective.posterior wants it; None where that is empty.

@@ -17,7 +17,7 @@ from mclr_jax.noise import normal_like, rho_grid, sample_keys
 from mclr_jax.training.devices import AXIS, Devices
 
 
-def _shardings() -> tuple[NamedSharding, NamedSharding]:
+def shardings() -> tuple[NamedSharding, NamedSharding]:
     """Rows spread over all devices, and a copy on each."""
     mesh = Devices("data").mesh
     return NamedSharding(mesh, PartitionSpec(AXIS)), NamedSharding(mesh, PartitionSpec())
@@ -66,7 +66,7 @@ def compiled(
             keys=jax.vmap(jax.random.fold_in, (0, None))(keys, 1),
         )
 
-    _, everywhere = _shardings()
+    _, everywhere = shardings()
     return jax.jit(run, out_shardings=everywhere)
 
 
@@ -162,7 +162,7 @@ def generate(
     weak_experiment, weak_params = weak or (None, {})
     run = compiled(experiment, method, guided, churn is not None, weak_experiment)
 
-    rows, everywhere = _shardings()
+    rows, everywhere = shardings()
     both = params, weak_params
     if any(len(x.sharding.device_set) != jax.device_count() for x in jax.tree.leaves(both)):
         both = jax.device_put(both, everywhere)

@@ -1,7 +1,9 @@
 """Checkpoints by Orbax: asynchronous, the last n and the best, with a way back from broken ones."""
 
 import json
+import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,8 +17,8 @@ class MismatchError(ValueError):
     """Stored parameters have other names or shapes than those asked for."""
 
 
-def _loss(metrics: dict) -> float:
-    return metrics["loss"]
+def _metric(name: str) -> Callable[[dict], float]:
+    return lambda metrics: metrics.get(name, math.inf)
 
 
 class Checkpoints:
@@ -27,15 +29,21 @@ class Checkpoints:
 
     Args:
       directory: where steps are kept; created if missing.
-      keep: how many of the newest to keep, None for all; the one with the lowest metric `loss` is
-        kept besides.
+      keep: how many of the newest to keep, None for all; the one with the lowest metric `loss` and
+        the one with the lowest `icr` are kept besides.
     """
 
     def __init__(self, directory, keep: int | None = 2):
         self.directory = pathlib.Path(directory).resolve()
-        best = policies.BestN(
-            get_metric_fn=_loss, n=1, reverse=True, keep_checkpoints_without_metrics=False
-        )
+        best = [
+            policies.BestN(
+                get_metric_fn=_metric(name),
+                reverse=True,
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            )
+            for name in ("loss", "icr")
+        ]
         for step in sorted(self.directory.glob("[0-9]*")):
             try:  # Orbax reads these while it opens the directory, and would not open it
                 for file in (step / "metrics" / "metrics", step / "data" / "metadata"):
@@ -50,8 +58,8 @@ class Checkpoints:
                 "data": ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
-                best_fn=_loss,
+                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), *best]),
+                best_fn=_metric("loss"),
                 best_mode="min",
                 cleanup_tmp_directories=True,
             ),

@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from mclr_jax import generate, images, run
 from mclr_jax.data import pipeline, sources
 from mclr_jax.experiment import DataInfo, Experiment
+from mclr_jax.representation import monitor
 from mclr_jax.training import step as steps
 from mclr_jax.training.checkpoint import Checkpoints, check_same
 from mclr_jax.training.devices import Devices, banner, require_accelerator
@@ -162,7 +163,10 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> ste
         )  # fmt: skip
         update = devices.compile(steps.make_update(experiment, devices.axis_name))
         evaluate = _evaluator(experiment, devices.to_global(frozen))
-        loop = _Loop(config, experiment, devices, checkpoints, snapshots, workdir, evaluate)
+        read_icr = monitor.make(experiment, source), monitor.past(workdir, start)
+        loop = _Loop(
+            config, experiment, devices, checkpoints, snapshots, workdir, evaluate, *read_icr
+        )
         with Writer(workdir, start, config.num_steps, first_process) as loop.writer:
             # ---- train ------------------------------------------------------------------------
             step = start
@@ -326,10 +330,11 @@ class _Loop:
 
     writer: Writer
 
-    def __init__(self, config, experiment, devices, checkpoints, snapshots, workdir, evaluate):
+    def __init__(self, config, experiment, devices, checkpoints, snapshots, workdir, evaluate,
+                 read_icr, readings):  # fmt: skip
         self._config, self._experiment, self._devices = config, experiment, devices
         self._checkpoints, self._snapshots, self._evaluate = checkpoints, snapshots, evaluate
-        self._workdir = workdir
+        self._workdir, self._read_icr, self._readings = workdir, read_icr, readings
         self._pending: tuple[int, int, Any] | None = None  # of the dispatch that may still run
         self._since_report: dict[str, list[np.ndarray]] = {}
 
@@ -337,7 +342,7 @@ class _Loop:
         """Steps until something is due; a dispatch must not run past it."""
         config = self._config
         periods = (config.log_every, config.checkpoint_every, config.sample_every,
-                   config.ema.snapshot_every)  # fmt: skip
+                   config.ema.snapshot_every, config.icr.every_steps)  # fmt: skip
         ends = [step + period - step % period for period in periods if period]
         profile = (config.profile.start, config.profile.start + config.profile.num_steps)
         ends += [end for end in profile if config.profile.num_steps and end > step]
@@ -381,7 +386,7 @@ class _Loop:
         if due(config.log_every) or stop:
             self._report(step)
         if not (stop or due(config.checkpoint_every) or due(config.sample_every)
-                or due(config.ema.snapshot_every)):  # fmt: skip
+                or due(config.ema.snapshot_every) or due(config.icr.every_steps)):  # fmt: skip
             return
         self.flush()  # nothing that is not finite may be saved
         whole = self._devices.to_global(state)
@@ -390,10 +395,11 @@ class _Loop:
         if powers and due(config.ema.snapshot_every):
             self._snapshots.save(step, powers, {})
             self._snapshots.wait()  # before a checkpoint can say that this step is done
-        if stop or due(config.checkpoint_every):
+        reading = self._reading(step, average) if due(config.icr.every_steps) else {}
+        if stop or due(config.checkpoint_every) or due(config.icr.every_steps):
             metrics = jax.device_get(self._evaluate(average)) if self._evaluate else {}
             metrics = {name: float(value) for name, value in metrics.items()}
-            self._checkpoints.save(step, whole, data_state, metrics or None)
+            self._checkpoints.save(step, whole, data_state, (metrics | reading) or None)
             if metrics:
                 self.writer.scalars(step, {f"eval_{k}": v for k, v in metrics.items()})
         if due(config.sample_every):
@@ -406,6 +412,15 @@ class _Loop:
         self._since_report = {}
         rate = float(self._experiment.learning_rate(step))
         self.writer.scalars(step, means | {"learning_rate": rate})
+
+    def _reading(self, step: int, params) -> monitor.Reading:
+        """A reading of ICR; it is written before the checkpoint that it belongs to."""
+        reading = self._read_icr(params)
+        if reading:
+            self.writer.scalars(step, reading)
+            self._readings.append((step, reading["icr"]))
+            monitor.warn(self._readings)
+        return reading
 
     def _samples(self, step: int, params) -> None:
         """8 images, or 500 points, of each of the first 10 classes, from the same seeds."""

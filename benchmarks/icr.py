@@ -1,0 +1,399 @@
+"""ICR on Fashion-MNIST: against the noise level, along training with few and many images, and
+after fine-tuning.
+
+  python benchmarks/icr.py                # all parts, --jobs tasks at a time, one core each
+  python benchmarks/icr.py --parts=b      # data-rich against data-limited training alone
+
+Parts a and c read the runs of benchmarks/mclr_images.py (--runs), b its judge of features. Every
+task makes a file under runs/icr_fashion_mnist, so that the same command goes on after an
+interruption. The parts that are there go to benchmarks/results/icr_fashion_mnist.json and
+docs/icr_fashion_mnist.png. Needs the package installed (pip install -e .).
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+from tasks import Task, schedule
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+STEPS = {256: 16000, 1024: 10000, 4096: 10000, 0: 10000}  # by number of images; 0 is all
+READINGS = 20  # along each run
+SAMPLES = 1000  # at each reading
+EARLY = 0.01  # memorized fraction from which samples count as memorized
+INTERVAL = 1000  # steps between readings, for their cost
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Where everything is, and how each part is made.
+
+    Attributes:
+      root: of the outputs.
+      runs: of benchmarks/mclr_images.py.
+      scale: share of the steps, samples and images, to try things out.
+    """
+
+    root: pathlib.Path
+    runs: pathlib.Path
+    scale: float = 1.0
+
+    def scaled(self, number: int, least: int = 1) -> int:
+        return max(round(number * self.scale), least)
+
+    def write(self, name: str, value) -> None:
+        from mclr_jax.run import write_atomically
+
+        path = self.root / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(value, indent=1))
+
+    def read(self, name: str):
+        return json.loads((self.root / f"{name}.json").read_text())
+
+    def load(self, workdir: pathlib.Path, step: int | None = None):
+        from mclr_jax import run
+
+        return run.load_experiment(workdir), run.load_weights(workdir, step=step)[0]
+
+    # ---- a and c: noise levels ----------------------------------------------------------------
+
+    def sweep(self, name: str, workdir: pathlib.Path, every_layer: bool) -> None:
+        """ICR and probe accuracy of a run against sigma."""
+        from mclr_jax.representation import blocks, sweep
+        from mclr_jax.training.loop import load_source
+
+        experiment, params = self.load(workdir)
+        train, test = (load_source(experiment.config, split) for split in ("train", "test"))
+        layers = list(blocks.sizes(experiment)) if every_layer else []
+        images = self.scaled(4096, 256)
+        rows = sweep.sweep(experiment, params, train, test, layers=layers, num_images=images)
+        self.write(f"sweeps/{name}", rows)
+
+    # ---- b: few images and many ---------------------------------------------------------------
+
+    def config(self, limit: int):
+        """Patches of 7 make a step half as dear as configs/fashion_mnist.py has it; the rate is
+        constant, so that the length of a run shapes nothing."""
+        from configs import fashion_mnist
+
+        config = fashion_mnist.get_config()
+        config.data.limit = limit
+        config.num_steps = self.scaled(STEPS[limit], READINGS)
+        config.network.patch_size = 7
+        config.network.depth = 6
+        config.optimizer.learning_rate = 3e-3
+        config.optimizer.schedule = "constant"
+        config.sample_every = 0
+        config.icr.every_steps = config.checkpoint_every = config.num_steps // READINGS
+        config.keep_checkpoints = 10 * READINGS  # all
+        return config
+
+    def train(self, limit: int) -> None:
+        from mclr_jax.training.loop import train
+
+        train(self.config(limit), self.root / name_of(limit))
+        (self.root / name_of(limit) / "done").touch()
+
+    def curve(self, limit: int) -> None:
+        """Beside each reading: copies among samples, their distance to held-out images, a probe."""
+        import numpy as np
+
+        from mclr_jax import generate, images
+        from mclr_jax.evaluation import features, metrics
+        from mclr_jax.representation import monitor, sweep
+        from mclr_jax.training.loop import load_source
+
+        workdir = self.root / name_of(limit)
+        experiment, _ = self.load(workdir)
+        train, test = (load_source(experiment.config, split) for split in ("train", "test"))
+        judge = features.load(f"classifier:{self.runs / 'judge_features'}")
+        held_out = metrics.moments(judge(*test[np.arange(len(test))]).features)
+        labels = np.resize(np.arange(experiment.null_label), self.scaled(SAMPLES, 20))
+        rows = []
+        for step, value in monitor.past(workdir, experiment.config.num_steps):
+            _, params = self.load(workdir, step)
+            samples = images.clip(
+                generate.generate(experiment, params, labels, method="dpmpp_2m", batch_size=50)
+            )
+            judged = metrics.moments(judge(samples, labels).features)
+            share = metrics.memorized_fraction(
+                monitor.pixels(train), samples.reshape(len(samples), -1)
+            )
+            (seen,) = sweep.sweep(
+                experiment, params, train, test,
+                sigmas=[experiment.config.icr.sigma], num_images=self.scaled(4096, 256),
+            )  # fmt: skip
+            rows.append(
+                seen
+                | {"step": step, "icr_in_training": value, "memorized": share}
+                | {"frechet": metrics.frechet_distance(judged, held_out)}
+            )
+        self.write(f"curves/{name_of(limit)}", rows)
+
+    def cost(self) -> None:
+        """Time of a reading as a share of the steps between two, at configs/fashion_mnist.py."""
+        import jax
+
+        from configs import fashion_mnist
+        from mclr_jax.data import pipeline
+        from mclr_jax.representation import monitor
+        from mclr_jax.training import loop, step
+        from mclr_jax.training.devices import Devices
+
+        config = fashion_mnist.get_config()
+        config.icr.every_steps = INTERVAL
+        source, devices = loop.load_source(config, "train"), Devices(config.parallel)
+        experiment = loop.make_experiment(config, source)
+        _, params = self.load(self.runs / "base")
+        state = devices.initialise(lambda: step.init_state(experiment))
+        update = devices.compile(step.make_update(experiment, devices.axis_name))
+        stream = pipeline.stream(source, config.batch_size, config.seed)
+        read = monitor.make(experiment, source)
+        dispatches = self.scaled(20, 1)
+        seconds: dict[str, list[float]] = {"steps": [], "reading": []}
+        for _ in range(4):  # the first compiles
+            start = time.perf_counter()
+            for _ in range(dispatches):
+                length = config.steps_per_dispatch
+                batches = devices.put_batches(loop.stack(stream, length, length))
+                state, metrics = update(state, {}, batches, devices.put_scalar(length))
+            jax.block_until_ready(metrics)
+            seconds["steps"].append(time.perf_counter() - start)
+            start = time.perf_counter()
+            read(params)
+            seconds["reading"].append(time.perf_counter() - start)
+        per_step = min(seconds["steps"][1:]) / (dispatches * config.steps_per_dispatch)
+        reading = min(seconds["reading"][1:])
+        self.write("cost", {"every_steps": INTERVAL, "seconds_of_a_reading": reading,
+                            "seconds_of_a_step": per_step,
+                            "share_of_training": reading / (INTERVAL * per_step)})  # fmt: skip
+
+    # ---- the parts together -------------------------------------------------------------------
+
+    def tuned(self) -> list[str]:
+        """Fine-tuned runs of the first seed that are there; the control is the first."""
+        there = {path.parent.name for path in self.runs.glob("*_0/done")}
+        return sorted(there & {"control_0"}) + sorted(there - {"control_0"})
+
+    def tasks(self, parts: str) -> list[Task]:
+        tasks = []
+
+        def add(name, function, *arguments, output="", needs=()):
+            run = functools.partial(function, *arguments)
+            tasks.append(Task(name, run, output or f"{name}.json", needs))
+
+        if "b" in parts:
+            for limit in STEPS:
+                name = name_of(limit)
+                add(name, self.train, limit, output=f"{name}/done")
+            for limit in STEPS:
+                name = name_of(limit)
+                trained = (f"{name}/done",)
+                add(f"curve_{name}", self.curve, limit, output=f"curves/{name}.json", needs=trained)
+                add(f"sweep_{name}", self.sweep, name, self.root / name, False,
+                    output=f"sweeps/{name}.json", needs=trained)  # fmt: skip
+        names = ["base"] * ("a" in parts) + self.tuned() * ("c" in parts)
+        for name in names:
+            add(f"sweep_{name}", self.sweep, name, self.runs / name, name == "base",
+                output=f"sweeps/{name}.json")  # fmt: skip
+        if "a" in parts:
+            add("cost", self.cost)
+        return tasks
+
+
+def name_of(limit: int) -> str:
+    return f"images_{limit or 'all'}"
+
+
+def noise_claims(rows: list[dict]) -> dict:
+    """The paper's claims about noise levels, for the rows of one layer."""
+    ratios, accuracies = ([row[key] for row in rows] for key in ("icr", "probe_accuracy"))
+    least, best = ratios.index(min(ratios)), accuracies.index(max(accuracies))
+    sigmas = [row["sigma"] for row in rows]
+    return {
+        "ICR is lowest at an intermediate noise level": {
+            "held": 0 < least < len(rows) - 1,
+            "sigma_of_minimum": sigmas[least], "minimum": ratios[least],
+            "at_lowest_sigma": ratios[0], "at_highest_sigma": ratios[-1],
+        },
+        "probe accuracy peaks within one level of that minimum": {
+            "held": abs(least - best) <= 1,
+            "sigma_of_peak": sigmas[best], "peak": accuracies[best],
+            "accuracy_at_minimum_of_icr": accuracies[least],
+        },
+    }  # fmt: skip
+
+
+def training_claims(curves: dict[str, list[dict]]) -> dict:
+    """The paper's claims about training with few and many images."""
+    from mclr_jax.representation.monitor import turned
+
+    found = {}
+    for name, rows in curves.items():
+        readings = [(row["step"], row["icr_in_training"]) for row in rows]
+        ends = [i for i in range(1, len(rows) + 1) if turned(readings[:i]) is not None]
+        copied = [row["step"] for row in rows if row["memorized"] >= EARLY]
+        numbers = {
+            "step_of_minimum": min(readings, key=lambda r: r[1])[0],
+            "minimum": min(value for _, value in readings),
+            "last": readings[-1][1],
+            "turned_up": turned(readings) is not None,
+            "step_of_warning": readings[ends[0] - 1][0] if ends else None,
+            "first_step_with_memorized_samples": copied[0] if copied else None,
+            "memorized_at_the_end": rows[-1]["memorized"],
+            "step_of_best_frechet": min(rows, key=lambda row: row["frechet"])["step"],
+            "best_frechet": min(row["frechet"] for row in rows),
+            "last_frechet": rows[-1]["frechet"],
+        }
+        if name == name_of(0):
+            claim, held = "ICR does not turn up with all images", not numbers["turned_up"]
+        else:
+            count = name.removeprefix("images_")
+            claim = f"ICR turns up with {count} images, no later than samples are memorized"
+            early = not copied or numbers["step_of_minimum"] <= copied[0]
+            held = numbers["turned_up"] and early
+        found[claim] = {"held": held, **numbers}
+    return found
+
+
+def collect(bench: Bench) -> dict:
+    """What is there, and what it says."""
+    import jax
+
+    from mclr_jax import run
+    from mclr_jax.training.devices import banner
+
+    def there(folder: str) -> dict:
+        paths = sorted((bench.root / folder).glob("*.json"))
+        return {path.stem: json.loads(path.read_text()) for path in paths}
+
+    sweeps, curves = there("sweeps"), there("curves")
+    claims: dict[str, dict] = {}
+    middle: dict[str, list] = {}
+    for name, rows in sweeps.items():
+        layers = list(dict.fromkeys(row["layer"] for row in rows))
+        layer = layers[(len(layers) - 1) // 2]
+        middle[name] = [row for row in rows if row["layer"] == layer]
+    if "base" in middle:
+        claims |= noise_claims(middle["base"])
+    claims |= training_claims(curves)
+    tuned = {
+        name: {
+            "icr_minimum": min(row["icr"] for row in rows),
+            "sigma_of_minimum": min(rows, key=lambda row: row["icr"])["sigma"],
+            "probe_accuracy_peak": max(row["probe_accuracy"] for row in rows),
+        }
+        for name, rows in middle.items()
+        if not name.startswith("images_")
+    }
+    cost = bench.read("cost") if (bench.root / "cost.json").exists() else None
+    if cost:
+        claims["a reading takes under 3% of training time"] = {
+            "held": cost["share_of_training"] < 0.03, **cost
+        }  # fmt: skip
+    revision = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    )
+    configs = {"base": bench.runs / "base", **{n: bench.root / n for n in curves}}
+    return {
+        "command": "python benchmarks/icr.py",
+        "revision": revision.stdout.strip(),
+        "device": banner(),
+        "jax": jax.__version__,
+        "config": {
+            name: run.load_experiment(path).config.to_dict()
+            for name, path in configs.items()
+            if (path / "run.json").exists()
+        },
+        "scale": bench.scale,
+        "claims": claims,
+        "fine_tuning": tuned,
+        "sweeps": sweeps,
+        "curves": curves,
+    }
+
+
+def figure(result: dict, path: pathlib.Path) -> None:
+    """Noise levels above, training below."""
+    import io
+
+    from matplotlib.figure import Figure
+
+    from mclr_jax.run import write_atomically
+
+    drawing = Figure(figsize=(14, 8), layout="constrained")
+    panels = drawing.subplots(2, 3)
+
+    def draw(panel, rows, x, y, label):
+        panel.plot([r[x] for r in rows], [r[y] for r in rows], "o-", markersize=3, label=label)
+        panel.set_xlabel(x)
+        panel.set_ylabel({"icr": "ICR", "icr_in_training": "ICR"}.get(y, y.replace("_", " ")))
+
+    for name, rows in result["sweeps"].items():
+        if name == "base":
+            for layer in dict.fromkeys(row["layer"] for row in rows):
+                some = [row for row in rows if row["layer"] == layer]
+                draw(panels[0, 0], some, "sigma", "icr", layer)
+                draw(panels[0, 1], some, "sigma", "probe_accuracy", layer)
+        elif not name.startswith("images_"):
+            draw(panels[0, 2], rows, "sigma", "icr", name)
+    for name, rows in result["curves"].items():
+        for panel, key in zip(panels[1], ("icr_in_training", "memorized", "frechet"), strict=True):
+            draw(panel, rows, "step", key, name)
+    for panel in panels[0]:
+        panel.set_xscale("log")
+    for panel, title in zip(
+        panels.flat,
+        ("base, by block", "base, by block", "fine-tuned, middle block", "training", "share of "
+         "samples that copy", "distance to held-out images"), strict=True
+    ):  # fmt: skip
+        panel.set_title(title, fontsize=10)
+        if panel.lines:
+            panel.legend(fontsize=7)
+    buffer = io.BytesIO()
+    drawing.savefig(buffer, format="png", dpi=90)
+    write_atomically(path, buffer.getvalue())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", default="abc", help="any of a, b and c")
+    parser.add_argument("--jobs", type=int, default=2, help="tasks at a time, one core each")
+    parser.add_argument("--root", type=pathlib.Path, default=ROOT / "runs" / "icr_fashion_mnist")
+    parser.add_argument("--runs", type=pathlib.Path, default=ROOT / "runs" / "mclr_fashion_mnist")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of steps, to try it out")
+    parser.add_argument("--out", type=pathlib.Path, default=ROOT, help="has benchmarks/results")
+    parser.add_argument("--task", help="run this task alone, in this process")
+    arguments = parser.parse_args()
+    bench = Bench(arguments.root, arguments.runs, arguments.scale)
+    tasks = bench.tasks(arguments.parts)
+    import jax
+
+    cache = pathlib.Path.home() / ".cache" / "mclr_jax" / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    if arguments.task:
+        next(task for task in tasks if task.name == arguments.task).run()
+        return
+    schedule(bench.root, tasks, [sys.executable, __file__, *sys.argv[1:]], arguments.jobs)
+    from mclr_jax.run import write_atomically
+
+    result = collect(bench)
+    for folder in ("benchmarks/results", "docs"):
+        (arguments.out / folder).mkdir(parents=True, exist_ok=True)
+    path = arguments.out / "benchmarks" / "results" / "icr_fashion_mnist.json"
+    write_atomically(path, json.dumps(result, indent=1) + "\n")
+    figure(result, arguments.out / "docs" / "icr_fashion_mnist.png")
+    for claim, found in result["claims"].items():
+        print("held    " if found["held"] else "NOT HELD", claim)
+
+
+if __name__ == "__main__":
+    main()

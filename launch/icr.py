@@ -1,0 +1,91 @@
+"""Measure the representation of a trained run: ICR and a linear probe against the noise level.
+
+  python -m launch.icr --workdir=runs/digits --sigmas=0.05,0.1,0.2,0.5,1,2 --out=icr.json
+
+The Invariant Contamination Ratio (arXiv 2606.09718) is the share of a block's features that
+changes when the image is perturbed (crop, flip, colour jitter, noise); no labels, no samples.
+Prints a table, writes it as JSON with what made it, and a figure beside it. Every row has
+
+  icr             bias-corrected; icr_plain is the paper's, which depends on --num_images
+  invariance      Tr Sigma_s, residual Tr Sigma_xi, expansion Tr Sigma_h at unit length
+  effective_rank  of the features
+  probe_accuracy  of logistic regression, on held-out images
+"""
+
+import json
+import pathlib
+
+import tqdm
+from absl import flags
+
+from launch import common
+from mclr_jax import run
+from mclr_jax.evaluation.features import digest
+from mclr_jax.representation import blocks, sweep
+from mclr_jax.training import loop
+from mclr_jax.training.devices import banner
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of launch.train.")
+OUT = flags.DEFINE_string("out", None, "File to write, NAME.json; NAME.png goes beside it.")
+SIGMAS = flags.DEFINE_list("sigmas", [f"{s:g}" for s in sweep.SIGMAS], "Noise levels, as 0.1,1.")
+LAYERS = flags.DEFINE_list("layers", [], "Names of blocks; default: the middle one; all: all.")
+NUM_IMAGES = flags.DEFINE_integer(
+    "num_images", 4096, "Training images, at least twice the length of the features.", lower_bound=2
+)
+PROBE = flags.DEFINE_bool("probe", True, "Fit a linear probe too.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the perturbations.", lower_bound=0)
+EMA = flags.DEFINE_string("ema", "", "Average of the weights, as --ema of launch.sample.")
+CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "Training step; default: the last.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", blocks.BATCH, "Images at a time.", lower_bound=1)
+
+
+def main() -> None:
+    sigmas = common.numbers(SIGMAS, float) or []
+    out = pathlib.Path(OUT.value)
+    if out.suffix != ".json":
+        common.stop(f"--out is {OUT.value!r}; expected a name that ends in .json.")
+    experiment = run.load_experiment(WORKDIR.value)
+    layers = list(blocks.sizes(experiment)) if LAYERS.value == ["all"] else LAYERS.value
+    layers = blocks.choose(experiment, layers)
+    params, step = run.load_weights(WORKDIR.value, EMA.value, CHECKPOINT.value)
+    train = loop.load_source(experiment.config, "train")
+    test = loop.load_source(experiment.config, "test") if PROBE.value else None
+    with tqdm.tqdm(unit="image", disable=None) as bar:
+        rows = sweep.sweep(
+            experiment,
+            params,
+            train,
+            test,
+            sigmas=sigmas,
+            layers=layers,
+            num_images=NUM_IMAGES.value,
+            seed=SEED.value,
+            batch_size=BATCH_SIZE.value,
+            progress=bar.update,
+        )
+    settings = {
+        "workdir": WORKDIR.value,
+        "step": step,
+        "average": EMA.value,
+        "weights": digest(params),
+        "num_images": len(sweep.evenly(train, NUM_IMAGES.value)),
+        "seed": SEED.value,
+        "device": banner(),
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    run.write_atomically(out, json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+    columns = [key for key in rows[0] if key != "layer"]
+    print(f"{'':20s}", *(f"{name[:14]:>14s}" for name in columns))
+    for row in rows:
+        print(f"{row['layer'][:20]:20s}", *(f"{row[key]:14.4g}" for key in columns))
+    try:
+        curves = {layer: [row for row in rows if row["layer"] == layer] for layer in layers}
+        run.write_atomically(out.with_suffix(".png"), sweep.figure(curves))
+    except ImportError:
+        print("No figure: it needs pip install matplotlib.")
+    print(f"Wrote {out}.")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["workdir", "out"])
+    common.run(main)

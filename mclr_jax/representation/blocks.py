@@ -1,0 +1,162 @@
+"""Features of images inside a network: what a block returns, averaged over positions."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mclr_jax.data import pipeline
+from mclr_jax.data.sources import Source
+from mclr_jax.experiment import Experiment
+from mclr_jax.generate import shardings
+from mclr_jax.names import look_up
+from mclr_jax.noise import sample_keys
+from mclr_jax.representation import perturb
+
+BATCH = 256
+
+
+def _is_block(module: flax.linen.Module, method: str) -> bool:
+    """By the name of its class, which scanning and rematerialisation put something before."""
+    return method == "__call__" and type(module).__name__.endswith("Block")
+
+
+def outputs(
+    experiment: Experiment, params: Any, x: jax.Array, sigma: jax.Array
+) -> dict[str, jax.Array]:
+    """Features (B, d) float32 of every block, in the order of the calls, at the null label.
+
+    A block is named by its path in the network (`dec_16x16_block1`); those of a DiT, which run one
+    module, are `blocks.0`, `blocks.1`, ...
+
+    Args:
+      x: noisy data (B, ...).
+      sigma: their noise levels (B,), above 0.
+    """
+    found: dict[str, jax.Array] = {}
+    for path, (output,) in flax.traverse_util.flatten_dict(
+        experiment.intermediates(params, x, sigma, _is_block)
+    ).items():
+        if path[-1] != "__call__":
+            continue  # sown by the network for other purposes
+        name = "/".join(path[:-1])
+        if isinstance(output, tuple):  # scanned over depth: carry and output
+            found |= {f"{name}.{i}": carry for i, carry in enumerate(output[0])}
+        else:
+            found[name] = output
+    return {
+        name: h.astype(jnp.float32).mean(axis=tuple(range(1, h.ndim - 1)))
+        for name, h in found.items()
+    }
+
+
+def sizes(experiment: Experiment) -> dict[str, int]:
+    """The length of the features of every block, in the order of the calls."""
+    found: dict[str, int] = {}
+
+    def trace():
+        x = jnp.zeros((1, *experiment.data.shape))
+        features = outputs(experiment, experiment.init(), x, jnp.ones(1))
+        found.update({name: h.shape[-1] for name, h in features.items()})
+
+    jax.eval_shape(trace)
+    return found
+
+
+def choose(experiment: Experiment, names: Sequence[str] = ()) -> tuple[str, ...]:
+    """The blocks of these names, in their order; the middle one of all where none is named.
+
+    Raises:
+      ValueError: naming the nearest blocks, if there is no such block.
+    """
+    known = sizes(experiment)
+    for name in names:
+        look_up(known, name, "layer")
+    return tuple(names) or (list(known)[(len(known) - 1) // 2],)
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(
+    experiment: Experiment,
+    layers: tuple[str, ...],
+    number_of_views: int,
+    augmentation: perturb.Augmentation,
+) -> Callable:
+    """Jitted (params, images (B, ...), numbers (B,), seed, sigma) -> layer -> (V, B, d)."""
+
+    def run(params, images, numbers, seed, sigma):
+        x0, keys = pipeline.to_float(images), sample_keys(seed, numbers)
+
+        def one(number):
+            view_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+            x = perturb.view(x0, sigma, view_keys, augmentation)
+            found = outputs(experiment, params, x, jnp.full(len(x), sigma))
+            return {name: found[name] for name in layers}  # XLA drops what follows the last
+
+        return jax.lax.map(one, jnp.arange(number_of_views))
+
+    _, everywhere = shardings()
+    return jax.jit(run, out_shardings=everywhere)
+
+
+def extract(
+    experiment: Experiment,
+    params: Any,
+    source: Source,
+    rows: np.ndarray,
+    sigma: float,
+    *,
+    layers: tuple[str, ...],
+    number_of_views: int = 2,
+    augmentation: perturb.Augmentation = perturb.NONE,
+    seed: int = 0,
+    batch_size: int = BATCH,
+    progress: Callable[[int], Any] = lambda count: None,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Features of images of a source, batch by batch: layer -> (V, b, d) float32.
+
+    View v of an image depends on (seed, its row, v) alone, not on batch size, devices or sigma but
+    for the scale of the noise. Changing sigma does not recompile.
+
+    Args:
+      experiment: what the parameters belong to.
+      params: network parameters, on any devices of this process or all.
+      source: of images.
+      rows: (n,) which of them.
+      sigma: noise level, above 0.
+      layers: from `choose`.
+      number_of_views: V.
+      augmentation: of each view, before the noise.
+      seed: of perturbations.
+      batch_size: images at a time, rounded up to a multiple of the devices.
+      progress: called with the number of new images after each batch.
+
+    Raises:
+      ValueError: if sigma is not above 0.
+    """
+    if not sigma > 0:
+        raise ValueError(f"Got sigma {sigma}; expected above 0. For clean images take 0.002.")
+    run = _compiled(experiment, layers, number_of_views, augmentation)
+    spread, everywhere = shardings()
+    if any(len(x.sharding.device_set) != jax.device_count() for x in jax.tree.leaves(params)):
+        params = jax.device_put(params, everywhere)
+    batch_size = min(batch_size, len(rows))
+    batch_size += -batch_size % jax.device_count()
+    for start in range(0, len(rows), batch_size):
+        some = rows[start : start + batch_size]
+        padded = np.resize(some, batch_size)  # one program serves all
+        images, _ = source[padded]
+        images, numbers = jax.device_put((images, padded.astype(np.uint32)), spread)
+        features = jax.device_get(run(params, images, numbers, np.uint32(seed), np.float32(sigma)))
+        yield {name: h[:, : len(some)] for name, h in features.items()}
+        progress(len(some))
+
+
+def augmentation(experiment: Experiment) -> perturb.Augmentation:
+    """The usual views; they flip where training did, for digits and shoes have a side."""
+    data = experiment.config.data
+    return perturb.Augmentation(flip=bool(data.flip or data.augment))

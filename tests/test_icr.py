@@ -1,0 +1,130 @@
+"""Closed forms on Gaussian features, whose ratio is known."""
+
+import functools
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from mclr_jax.representation import icr
+
+
+def gaussian(seed, count, invariant, residual, number_of_views=2):
+    """Features (V, N, d) with these covariances, given by their diagonals (d,)."""
+    rng, size = np.random.default_rng(seed), len(invariant)
+    s = rng.normal(size=(count, size)) * np.sqrt(invariant)
+    noise = rng.normal(size=(number_of_views, count, size)) * np.sqrt(residual)
+    return 3.0 + s + noise
+
+
+def true_ratio(invariant, residual):
+    return len(invariant) / (len(invariant) + np.sum(np.asarray(invariant) / residual))
+
+
+@pytest.mark.parametrize(("count", "plain"), [(512, 0.182), (1024, 0.261), (4096, 0.316)])
+def test_the_corrected_ratio_of_gaussian_features_is_the_populations(count, plain):
+    """d = 256 and a true ratio of 1/3; within 1%, and the plain one's bias is as computed."""
+    size = 256
+    h = [gaussian(seed, count, np.full(size, 2.0), np.ones(size)) for seed in range(2)]
+    corrected = np.mean([icr.two_view_icr(*x, bias_corrected=True) for x in h])
+    assert corrected == pytest.approx(1 / 3, rel=0.01)
+    assert icr.two_view_icr(*h[0]) == pytest.approx(plain, abs=0.003)
+    factor = (count - 1) / (count - 1 - size - 1)  # of Cov(t), whose mean is 2.5 Sigma_xi
+    expected = 1 / (1 + 2.5 * factor - 0.5)
+    assert icr.two_view_icr(*h[0]) == pytest.approx(expected, rel=0.015)
+
+
+def test_the_plain_ratio_is_the_papers_formula():
+    a, b = gaussian(0, 200, np.linspace(1, 3, 8), np.linspace(2, 0.5, 8))
+    t, delta = np.cov(((a + b) / 2).T), np.cov((a - b).T)
+    for ridge in (0.0, 0.3):
+        ratio = np.linalg.solve(delta / 2 + ridge * np.eye(8), t - delta / 4)
+        expected = 8 / (8 + np.trace(ratio))
+        assert icr.two_view_icr(a, b, ridge=ridge) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("number_of_views", [3, 8])
+def test_many_views_estimate_the_same_ratio(number_of_views):
+    invariant, residual = np.linspace(1, 3, 16), np.linspace(2, 0.5, 16)
+    h = gaussian(1, 4000, invariant, residual, number_of_views)
+    expected = true_ratio(invariant, residual)
+    assert icr.many_view_icr(h, bias_corrected=True) == pytest.approx(expected, rel=0.02)
+    # The explicit form: the mean over views, and what each view has beside it.
+    within = np.concatenate(h - h.mean(0) - h.mean(1, keepdims=True) + h.mean((0, 1)))
+    sigma_xi = within.T @ within / ((len(h) - 1) * (h.shape[1] - 1))
+    sigma_s = np.cov(h.mean(0).T) - sigma_xi / len(h)
+    explicit = 16 / (16 + np.trace(np.linalg.solve(sigma_xi, sigma_s)))
+    assert icr.many_view_icr(h) == pytest.approx(explicit, rel=1e-10)
+
+
+@hypothesis.given(
+    seed=st.integers(0, 2**31),
+    size=st.integers(1, 6),
+    number_of_views=st.integers(2, 4),
+    log_scale=st.floats(-6, 6),
+)
+@hypothesis.settings(max_examples=50, deadline=None)
+def test_invertible_affine_maps_change_nothing(seed, size, number_of_views, log_scale):
+    rng = np.random.default_rng(seed)
+    h = gaussian(seed, 40, rng.uniform(0.1, 3, size), rng.uniform(0.1, 3, size), number_of_views)
+    q, r = np.linalg.qr(rng.normal(size=(size, size)))
+    matrix = 10**log_scale * q @ np.diag(rng.uniform(0.2, 5, size)) @ np.linalg.qr(r)[0]
+    mapped = h @ matrix + 10**log_scale * rng.normal(size=size)
+    for corrected in (False, True):
+        expected = icr.many_view_icr(h, corrected)
+        assert icr.many_view_icr(mapped, corrected) == pytest.approx(expected, rel=1e-7)
+
+
+@hypothesis.given(cuts=st.lists(st.integers(1, 63), unique=True, max_size=5))
+@hypothesis.settings(max_examples=25, deadline=None)
+def test_batches_merge_to_the_whole(cuts):
+    h = gaussian(2, 64, np.linspace(1, 2, 5), np.ones(5), 3)
+    parts = [icr.views(part) for part in np.split(h, sorted(cuts), axis=1)]
+    merged, whole = functools.reduce(icr.Views.merge, parts), icr.views(h)
+    np.testing.assert_allclose(merged.residual, whole.residual, rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(merged.invariant, whole.invariant, rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(merged.direction, whole.direction, rtol=1e-10)
+    assert icr.ratio(merged) == pytest.approx(icr.ratio(whole), rel=1e-10)
+
+
+def test_traces_and_effective_rank_have_closed_forms():
+    invariant, residual = np.array([4.0, 1.0, 1.0]), np.array([1.0, 2.0, 0.5])
+    found = icr.traces(icr.views(gaussian(3, 100_000, invariant, residual)))
+    assert found["invariance"] == pytest.approx(6, rel=0.02)
+    assert found["residual"] == pytest.approx(3.5, rel=0.02)
+    opposite = np.tile([[1.0, 0.0], [-1.0, 0.0], [0.0, 5.0], [0.0, -5.0]], (2, 1, 1))
+    assert icr.traces(icr.views(opposite))["expansion"] == pytest.approx(1)
+    assert icr.traces(icr.views(np.ones((2, 9, 4))))["expansion"] == pytest.approx(0, abs=1e-12)
+    assert icr.effective_rank(np.eye(7)) == pytest.approx(7)
+    assert icr.effective_rank(np.diag([1.0, 0, 0])) == pytest.approx(1)
+    entropy = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
+    assert icr.effective_rank(np.diag([3.0, 1.0, 0])) == pytest.approx(np.exp(entropy))
+
+
+def test_features_without_any_signal_give_one():
+    h = gaussian(4, 4000, np.zeros(8), np.ones(8))
+    assert icr.two_view_icr(*h, bias_corrected=True) == pytest.approx(1, rel=0.02)
+
+
+def test_bad_input_is_explained():
+    h = gaussian(0, 40, np.ones(4), np.ones(4))
+    with pytest.raises(ValueError, match=r"40 images for features of length 21.*least 42.*narrow"):
+        icr.two_view_icr(*gaussian(0, 40, np.ones(21), np.ones(21)))
+    with pytest.raises(ValueError, match=r"\(40, 4\).*expected \(V, N, d\)"):
+        icr.many_view_icr(h[0])
+    with pytest.raises(ValueError, match=r"\(40, 4\) and \(39, 4\)"):
+        icr.two_view_icr(h[0], h[1, :39])
+    with pytest.raises(ValueError, match=r"needs ridge=0"):
+        icr.two_view_icr(*h, bias_corrected=True, ridge=0.1)
+    flat = h * np.array([1, 1, 1, 0])
+    with pytest.raises(ValueError, match=r"unmoved.*ridge above 0"):
+        icr.two_view_icr(*flat)
+    assert 0 < icr.two_view_icr(*flat, ridge=0.1) < 1
+    doubled = np.concatenate([h, h @ np.ones((4, 1))], axis=-1)
+    with pytest.raises(ValueError, match="unmoved"):
+        icr.two_view_icr(*doubled)
+    with pytest.raises(ValueError, match="features that vary"):
+        icr.effective_rank(np.zeros((3, 3)))
+    with pytest.raises(ValueError, match="not finite"):
+        icr.two_view_icr(h[0], h[1] * np.nan)
