@@ -107,7 +107,7 @@ class Bench:
         import numpy as np
 
         from mclr_jax import generate, images
-        from mclr_jax.evaluation import features, metrics
+        from mclr_jax.evaluation import evaluate, features, metrics
         from mclr_jax.representation import monitor, sweep
         from mclr_jax.training.loop import load_source
 
@@ -124,9 +124,7 @@ class Bench:
                 generate.generate(experiment, params, labels, method="dpmpp_2m", batch_size=50)
             )
             judged = metrics.moments(judge(samples, labels).features)
-            share = metrics.memorized_fraction(
-                monitor.pixels(train), samples.reshape(len(samples), -1)
-            )
+            share = evaluate.memorized(samples, train)
             (seen,) = sweep.sweep(
                 experiment, params, train, test,
                 sigmas=[experiment.config.icr.sigma], num_images=self.scaled(4096, 256),
