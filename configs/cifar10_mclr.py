@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     config.objective.posterior_from = "runs/cifar10_classifier"
     config.objective.beta = 0.3
     config.objective.negative_share = 0.5  # few of the posterior's draws differ from the label
+    config.noise.mean = 0.3  # where classes are told apart; plain training hardly goes there
     config.data.augment = 0.0  # the classifier knows no augmented images
     config.data.flip = True
     config.num_steps = 8000
