@@ -31,7 +31,7 @@ def test_the_curve_has_turned_when_enough_readings_lie_above_the_minimum():
     up = [*falling, (60, 0.43), (70, 0.44), (80, 0.45)]
     assert monitor.turned(up[:-1]) is None  # two readings only
     assert monitor.turned(up) == 50
-    assert monitor.turned([*falling, (60, 0.43), (70, 0.402), (80, 0.45)]) is None  # within 1%
+    assert monitor.turned([*falling, (60, 0.43), (70, 0.402), (80, 0.45)]) is None  # within 2%
     assert monitor.turned([*up, (90, 0.39)]) is None  # a new minimum
 
 

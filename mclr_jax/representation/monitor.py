@@ -18,7 +18,7 @@ from mclr_jax.experiment import Experiment
 from mclr_jax.representation import blocks, icr, sweep
 
 PATIENCE = 3  # readings that must lie above the minimum ...
-MARGIN = 0.01  # ... by this share of it
+MARGIN = 0.02  # ... by this share of it
 Reading = dict[str, float]
 
 
