@@ -252,7 +252,7 @@ def training_claims(curves: dict[str, list[dict]]) -> dict:
             "last_frechet": rows[-1]["frechet"],
         }
         if name == name_of(0):
-            claim, held = "ICR does not turn up with all images", not numbers["turned_up"]
+            claim, held = "ICR does not turn up with all images", not ends
         else:
             count = name.removeprefix("images_")
             claim = f"ICR turns up with {count} images, no later than samples are memorized"
