@@ -24,7 +24,7 @@ from tasks import Task, schedule
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-STEPS = {256: 16000, 1024: 10000, 4096: 10000, 0: 10000}  # by number of images; 0 is all
+STEPS = {256: 30000, 1024: 8000, 4096: 6000, 0: 8000}  # by number of images; 0 is all
 READINGS = 20  # along each run
 SAMPLES = 1000  # at each reading
 EARLY = 0.01  # memorized fraction from which samples count as memorized

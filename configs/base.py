@@ -25,7 +25,7 @@ def base() -> ConfigDict:
     # ICR along the run (mclr_jax/representation): it turns up before samples copy the training set.
     config.icr = ConfigDict({
         "every_steps": 0,  # read it and write a checkpoint, the lowest kept; 0 for never
-        "num_images": 4096,  # training images, at least twice the length of the features
+        "num_images": 2048,  # training images, at least twice the length of the features
         "sigma": 0.29,  # noise level at which features are read
         "layer": "",  # name of a block; "" for the middle one
         "samples": 0,  # to measure the memorized fraction with; 0 for none
