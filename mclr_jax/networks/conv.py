@@ -1,7 +1,8 @@
 """Faster 3x3 convolutions on the CPU: Winograd's algorithm, in matrix products that XLA does well.
 
-XLA:CPU's own convolution reaches 0.8 to 1.0 of PyTorch's speed forward on one thread, and 0.3 to 0.8
-of it in the gradient of the weights. Winograd's takes 2.25 (m = 2) or 4 (m = 4) times fewer multiplications.
+XLA:CPU's own convolution reaches 0.8 to 1.0 of PyTorch's speed forward on one thread, and 0.3 to
+0.8 of it in the gradient of the weights. Winograd's takes 2.25 (m = 2) or 4 (m = 4) times fewer
+multiplications.
 Speeds by shape: `benchmarks/convolution.py`. Elsewhere than on the CPU this is XLA's convolution.
 
 Sources: Winograd 1980; Lavin and Gray 2016 (arXiv:1509.09308), from which the notation is: in one
