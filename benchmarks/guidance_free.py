@@ -29,10 +29,7 @@ RIVALS = {
     "model_guidance": {"scale": 0.5},
 }
 SHARES = (0.25, 0.5, 1.0)
-# Learning rate as a multiple of MCLR's.
-LEARNING_RATE: dict[str, float] = {}
 INTERVAL = (0.3, 5.0)
-CONTROL = "DSM control"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +41,7 @@ class Comparison(Bench):
         gammas, beta = GAMMAS[self.data], max(self.settings["beta"])
         weak, mclr = "weak", f"posterior_beta{beta:g}"
         methods = {
-            CONTROL: {0.0: Model("control", 0.0, seeds, None)},
+            "DSM control": {0.0: Model("control", 0.0, seeds, None)},
             "CFG": {g: Model("control", g, seeds, None) for g in self.settings["cfg"]},
             "CFG in an interval": {
                 g: Model("control", g, seeds, None, interval=INTERVAL) for g in gammas
@@ -74,11 +71,9 @@ class Comparison(Bench):
 
     def fine_tuning(self, seed: int, changes: dict | None):
         config = super().fine_tuning(seed, changes)
-        name = config.objective.name
-        if name == "ddo":
+        if config.objective.name == "ddo":
             generated = self.root / f"generated_{self.base(seed)}.npz"
             config.objective.generated_from = f"npz:{generated}"
-        config.optimizer.learning_rate *= LEARNING_RATE.get(name, 1.0)
         return config
 
     def train_weak(self) -> None:
@@ -90,19 +85,16 @@ class Comparison(Bench):
 
     def generated(self, base: str) -> None:
         """The negatives of ddo: samples of the base."""
-        import io
-
         import numpy as np
 
         from mclr_jax import generate, images
-        from mclr_jax.run import write_atomically
+        from mclr_jax.run import save_arrays
 
         experiment, params = self.load(base)
         labels = np.resize(np.arange(experiment.null_label), 2 * self.settings["samples"])
         samples = generate.generate(experiment, params, labels, seed=1000, batch_size=self.batch)
-        buffer = io.BytesIO()
-        np.savez(buffer, images=images.clip(samples), labels=labels)
-        write_atomically(self.root / f"generated_{base}.npz", buffer.getvalue())
+        path = self.root / f"generated_{base}.npz"
+        save_arrays(path, images=images.clip(samples), labels=labels)
 
     def tasks(self, seeds: tuple[int, ...]) -> list[Task]:
         bases = dict.fromkeys(map(self.base, seeds))
@@ -131,8 +123,8 @@ def collect(bench: Comparison, seeds: tuple[int, ...]) -> dict:
     methods = {}
     for method, rows in bench.methods(seeds).items():
         methods[method] = []
+        first = next(iter(rows.values()))
         for strength, model in rows.items():
-            first = next(iter(rows.values()))
             for seed in seeds:
                 row = bench.read(f"sets/{model.samples(seed)}")
                 methods[method].append({
@@ -148,7 +140,6 @@ def collect(bench: Comparison, seeds: tuple[int, ...]) -> dict:
         "floor": bench.read("sets/real_test"),
         "interval": INTERVAL,
         "options": RIVALS,
-        "learning_rate_relative_to_mclr": LEARNING_RATE,
         "methods": methods,
     }
 

@@ -15,14 +15,9 @@ import dataclasses
 import functools
 import json
 import pathlib
-import subprocess
-import sys
 import time
 
-from tasks import Task, schedule
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from tasks import ROOT, Files, Task, add_flags, run
 
 STEPS = {256: 30000, 1024: 8000, 4096: 6000, 0: 8000}  # by number of images; 0 is all
 READINGS = 20  # along each run
@@ -32,7 +27,7 @@ INTERVAL = 1000  # steps between readings, for their cost
 
 
 @dataclasses.dataclass(frozen=True)
-class Bench:
+class Bench(Files):
     """Where everything is, and how each part is made.
 
     Attributes:
@@ -48,20 +43,10 @@ class Bench:
     def scaled(self, number: int, least: int = 1) -> int:
         return max(round(number * self.scale), least)
 
-    def write(self, name: str, value) -> None:
-        from mclr_jax.run import write_atomically
-
-        path = self.root / f"{name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(value, indent=1))
-
-    def read(self, name: str):
-        return json.loads((self.root / f"{name}.json").read_text())
-
     def load(self, workdir: pathlib.Path, step: int | None = None):
-        from mclr_jax import run
+        from mclr_jax.run import load_experiment, load_weights
 
-        return run.load_experiment(workdir), run.load_weights(workdir, step=step)[0]
+        return load_experiment(workdir), load_weights(workdir, step=step)[0]
 
     # ---- a and c: noise levels ----------------------------------------------------------------
 
@@ -154,7 +139,7 @@ class Bench:
         state = devices.initialise(lambda: step.init_state(experiment))
         update = devices.compile(step.make_update(experiment, devices.axis_name))
         stream = pipeline.stream(source, config.batch_size, config.seed)
-        read = monitor.make(experiment, source)
+        read = monitor.make(experiment, source, self.root, 0)
         dispatches = self.scaled(20, 1)
         seconds: dict[str, list[float]] = {"steps": [], "reading": []}
         for _ in range(4):  # the first compiles
@@ -166,7 +151,7 @@ class Bench:
             jax.block_until_ready(metrics)
             seconds["steps"].append(time.perf_counter() - start)
             start = time.perf_counter()
-            read(params)
+            read(0, params)
             seconds["reading"].append(time.perf_counter() - start)
         per_step = min(seconds["steps"][1:]) / (dispatches * config.steps_per_dispatch)
         reading = min(seconds["reading"][1:])
@@ -185,8 +170,8 @@ class Bench:
         tasks = []
 
         def add(name, function, *arguments, output="", needs=()):
-            run = functools.partial(function, *arguments)
-            tasks.append(Task(name, run, output or f"{name}.json", needs))
+            part = functools.partial(function, *arguments)
+            tasks.append(Task(name, part, output or f"{name}.json", needs))
 
         if "b" in parts:
             for limit in STEPS:
@@ -264,10 +249,7 @@ def training_claims(curves: dict[str, list[dict]]) -> dict:
 
 def collect(bench: Bench) -> dict:
     """What is there, and what it says."""
-    import jax
-
-    from mclr_jax import run
-    from mclr_jax.training.devices import banner
+    from mclr_jax.run import load_experiment
 
     def there(folder: str) -> dict:
         paths = sorted((bench.root / folder).glob("*.json"))
@@ -297,17 +279,10 @@ def collect(bench: Bench) -> dict:
         claims["a reading takes under 3% of training time"] = {
             "held": cost["share_of_training"] < 0.03, **cost
         }  # fmt: skip
-    revision = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    )
     configs = {"base": bench.runs / "base", **{n: bench.root / n for n in curves}}
     return {
-        "command": "python benchmarks/icr.py",
-        "revision": revision.stdout.strip(),
-        "device": banner(),
-        "jax": jax.__version__,
         "config": {
-            name: run.load_experiment(path).config.to_dict()
+            name: load_experiment(path).config.to_dict()
             for name, path in configs.items()
             if (path / "run.json").exists()
         },
@@ -364,26 +339,16 @@ def figure(result: dict, path: pathlib.Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default="abc", help="any of a, b and c")
-    parser.add_argument("--jobs", type=int, default=2, help="tasks at a time, one core each")
     parser.add_argument("--root", type=pathlib.Path, default=ROOT / "runs" / "icr_fashion_mnist")
     parser.add_argument("--runs", type=pathlib.Path, default=ROOT / "runs" / "mclr_fashion_mnist")
     parser.add_argument("--scale", type=float, default=1.0, help="share of steps, to try it out")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT, help="has benchmarks/results")
-    parser.add_argument("--task", help="run this task alone, in this process")
+    add_flags(parser)
     arguments = parser.parse_args()
     bench = Bench(arguments.root, arguments.runs, arguments.scale)
-    tasks = bench.tasks(arguments.parts)
-    import jax
-
-    cache = pathlib.Path.home() / ".cache" / "mclr_jax" / "xla"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    if arguments.task:
-        next(task for task in tasks if task.name == arguments.task).run()
-        return
-    schedule(bench.root, tasks, [sys.executable, __file__, *sys.argv[1:]], arguments.jobs)
+    result = run(bench.root, bench.tasks(arguments.parts), arguments) | collect(bench)
     from mclr_jax.run import write_atomically
 
-    result = collect(bench)
     for folder in ("benchmarks/results", "docs"):
         (arguments.out / folder).mkdir(parents=True, exist_ok=True)
     path = arguments.out / "benchmarks" / "results" / "icr_fashion_mnist.json"

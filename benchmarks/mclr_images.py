@@ -13,19 +13,13 @@ import argparse
 import dataclasses
 import functools
 import importlib
-import io
 import json
 import pathlib
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 
-from tasks import Task, schedule
+from tasks import ROOT, Files, Task, add_flags, run
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-sys.path.insert(0, str(ROOT))
 
 # gamma = guidance_scale - 1 of CFG, beta of MCLR; share of the way from the base to MCLR's weights
 # at the largest beta.
@@ -111,7 +105,7 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True)
-class Bench:
+class Bench(Files):
     """Where everything is, and how each part is made."""
 
     data: str
@@ -181,9 +175,9 @@ class Bench:
 
     def load(self, name: str, share: float = 1.0):
         """(experiment, parameters) of the run in this work directory."""
-        from mclr_jax import run
+        from mclr_jax.run import load_model
 
-        return run.load_model(self.root / name, share)
+        return load_model(self.root / name, share)
 
     def options(self, model: Model) -> dict:
         """How to sample from a model."""
@@ -216,26 +210,15 @@ class Bench:
         images, labels = source[np.arange(count)]
         self.store(f"real_{split}", np.asarray(pipeline.to_float(images)), labels, {})
 
-    def write(self, name: str, value: dict) -> None:
-        from mclr_jax.run import write_atomically
-
-        write_atomically(self.root / f"{name}.json", json.dumps(value, indent=1))
-
-    def read(self, name: str) -> dict:
-        return json.loads((self.root / f"{name}.json").read_text())
-
     def store(self, name: str, images, labels, more: dict) -> None:
         """Features and metrics of images (n, ...) in [-1, 1] -> NAME.npz, NAME.json."""
         import numpy as np
 
         from mclr_jax.evaluation import evaluate, metrics
         from mclr_jax.evaluation.features import Features
-        from mclr_jax.run import write_atomically
+        from mclr_jax.run import save_arrays
 
         found = self.judged("features", images, labels)
-        buffer = io.BytesIO()
-        np.savez(buffer, features=found.features, labels=labels)
-        (self.root / "sets").mkdir(exist_ok=True)
         row: dict = {"samples": len(images), **more}
         if name != "real_train":
             with np.load(self.root / "sets" / "real_train.npz") as file:
@@ -245,7 +228,7 @@ class Bench:
             real = evaluate.Reference(metrics.moments(kept.features), kept, "")
             judged = self.judged("accuracy", images, labels)
             row |= evaluate.measure(found, real, METRICS, judged)
-        write_atomically(self.root / "sets" / f"{name}.npz", buffer.getvalue())
+        save_arrays(self.root / "sets" / f"{name}.npz", features=found.features, labels=labels)
         self.write(f"sets/{name}", row)
 
     def judged(self, judge: str, images, labels):
@@ -279,12 +262,12 @@ class Bench:
         """The task of a function in mclr_probes; `output` is the function's name if empty."""
         name = output or function
 
-        def run():
+        def measure():
             import mclr_probes
 
             self.write(name, getattr(mclr_probes, function)(self, *arguments))
 
-        return Task(name, run, f"{name}.json", needs)
+        return Task(name, measure, f"{name}.json", needs)
 
     # ---- the parts together ------------------------------------------------------------------
 
@@ -343,8 +326,8 @@ def collect(bench: Bench, seeds: tuple[int, ...]) -> dict:
     """All rows, and what they say."""
     import numpy as np
 
-    from mclr_jax import run
     from mclr_jax.evaluation import metrics
+    from mclr_jax.run import load_experiment
 
     def row(name: str) -> dict:
         return bench.read(f"sets/{name}")
@@ -403,7 +386,7 @@ def collect(bench: Bench, seeds: tuple[int, ...]) -> dict:
     gap = summary["base"]["frechet"] - summary["cfg_best"]["frechet"]
     summary["gap_closed"] = (summary["base"]["frechet"] - summary["mclr"]["frechet"]) / gap
     summary["speedup_over_cfg"] = rates["mclr"] / rates["cfg"]
-    experiment = run.load_experiment(bench.root / bench.base(seeds[0]))
+    experiment = load_experiment(bench.root / bench.base(seeds[0]))
     return {
         "config": experiment.config.to_dict(),
         "features": "last hidden layer of judge_features; 8-bit rounding; reference: training set",
@@ -423,40 +406,15 @@ def collect(bench: Bench, seeds: tuple[int, ...]) -> dict:
 
 
 def run_all(make: Callable[[str], Bench], doc: str) -> tuple[Bench, tuple[int, ...], dict]:
-    """What the command line asks for: one task, after which it exits, or all that are not done.
-
-    Returns:
-      the bench, the seeds, and the beginning of a result: command, revision, device, seconds.
-    """
+    """What the command line asks for: the bench, the seeds, and what `tasks.run` returns."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--data", choices=sorted(SETTINGS), default="fashion_mnist")
     parser.add_argument("--seeds", default="0,1,2", help="of fine-tuning and sampling")
-    parser.add_argument("--jobs", type=int, default=2, help="tasks at a time, one core each")
-    parser.add_argument("--task", help="run this task alone, in this process")
+    add_flags(parser)
     arguments = parser.parse_args()
     seeds = tuple(int(seed) for seed in arguments.seeds.split(","))
     bench = make(arguments.data)
-    tasks = bench.tasks(seeds)
-    from launch.common import keep_compiled
-
-    keep_compiled()
-    if arguments.task:
-        next(task for task in tasks if task.name == arguments.task).run()
-        sys.exit()
-    start = time.time()
-    schedule(bench.root, tasks, [sys.executable, *sys.argv], arguments.jobs)
-    from mclr_jax.training.devices import banner
-
-    revision = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    )
-    return bench, seeds, {
-        "command": f"python benchmarks/{pathlib.Path(sys.argv[0]).name} --data={bench.data} "
-        f"--seeds={arguments.seeds}",
-        "revision": revision.stdout.strip(),
-        "device": banner(),
-        "seconds_of_this_call": round(time.time() - start),
-    }  # fmt: skip
+    return bench, seeds, run(bench.root, bench.tasks(seeds), arguments)
 
 
 def main() -> None:

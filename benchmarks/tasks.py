@@ -1,12 +1,18 @@
 """Long benchmarks as small processes that can be stopped: each makes one file, and is run once."""
 
+import argparse
 import dataclasses
+import json
 import os
 import pathlib
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +23,60 @@ class Task:
     run: Callable[[], None]
     output: str
     needs: tuple[str, ...] = ()
+
+
+class Files:
+    """JSON files under a folder `root`."""
+
+    root: pathlib.Path
+
+    def write(self, name: str, value: Any) -> None:
+        from mclr_jax.run import write_atomically
+
+        path = self.root / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(value, indent=1))
+
+    def read(self, name: str) -> Any:
+        return json.loads((self.root / f"{name}.json").read_text())
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `run`."""
+    parser.add_argument("--jobs", type=int, default=2, help="tasks at a time, one core each")
+    parser.add_argument("--task", help="run this task alone, in this process")
+
+
+def run(root: pathlib.Path, tasks: Sequence[Task], arguments: argparse.Namespace) -> dict:
+    """Run the task of `arguments` and exit, or all that are missing.
+
+    Returns:
+      what made the results: command, revision, device, jax, seconds.
+    """
+    from launch.common import keep_compiled
+
+    keep_compiled()
+    if arguments.task:
+        next(task for task in tasks if task.name == arguments.task).run()
+        sys.exit()
+    start = time.time()
+    schedule(root, tasks, [sys.executable, *sys.argv], arguments.jobs)
+    import jax
+
+    from mclr_jax.training.devices import banner
+
+    revision = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    )
+    script, *flags = sys.argv
+    flags = [flag for flag in flags if not flag.startswith("--jobs")]
+    return {
+        "command": " ".join(["python", f"benchmarks/{pathlib.Path(script).name}", *flags]),
+        "revision": revision.stdout.strip(),
+        "device": banner(),
+        "jax": jax.__version__,
+        "seconds_of_this_call": round(time.time() - start),
+    }
 
 
 def schedule(root: pathlib.Path, tasks: Sequence[Task], command: Sequence[str], jobs: int) -> None:

@@ -20,6 +20,7 @@ from absl import flags
 
 from launch import common
 from mclr_jax import run
+from mclr_jax.data import sources
 from mclr_jax.evaluation.features import digest
 from mclr_jax.representation import blocks, sweep
 from mclr_jax.training import loop
@@ -68,7 +69,7 @@ def main() -> None:
         "step": step,
         "average": EMA.value,
         "weights": digest(params),
-        "num_images": len(sweep.evenly(train, NUM_IMAGES.value)),
+        "num_images": len(sources.evenly(train, NUM_IMAGES.value)),
         "seed": SEED.value,
         "device": banner(),
     }

@@ -8,7 +8,6 @@ them a PNG with a row for each class. Sample i depends on the seed, i and its la
 more samples begins with the same ones. Classes take turns unless --labels names them.
 """
 
-import io
 import pathlib
 
 import numpy as np
@@ -84,10 +83,7 @@ def main() -> None:
             progress=bar.update,
         )
     samples = images.clip(samples)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    np.savez(buffer, images=samples, labels=labels)
-    run.write_atomically(out, buffer.getvalue())
+    run.save_arrays(out, images=samples, labels=labels)
     images.save(out.with_suffix(".png"), images.picture(samples, labels))
     print(f"Wrote {out} and {out.with_suffix('.png')}.")
 

@@ -23,6 +23,19 @@ def shardings() -> tuple[NamedSharding, NamedSharding]:
     return NamedSharding(mesh, PartitionSpec(AXIS)), NamedSharding(mesh, PartitionSpec())
 
 
+def replicated(tree: Any) -> Any:
+    """The arrays of a tree with a copy on each device, as they are where they have one."""
+    _, everywhere = shardings()
+    there = all(len(x.sharding.device_set) == jax.device_count() for x in jax.tree.leaves(tree))
+    return tree if there else jax.device_put(tree, everywhere)
+
+
+def spread_size(batch_size: int, count: int) -> int:
+    """The size of batches of `count` examples: at most all, a multiple of the devices."""
+    batch_size = min(batch_size, count)
+    return batch_size + -batch_size % jax.device_count()
+
+
 def _with_strength(experiment: Experiment, params, strength, interval) -> DenoiseFn:
     """A network that takes the strength of guidance as an input: one call at any strength."""
     low, high = interval
@@ -162,12 +175,9 @@ def generate(
     weak_experiment, weak_params = weak or (None, {})
     run = compiled(experiment, method, guided, churn is not None, weak_experiment)
 
-    rows, everywhere = shardings()
-    both = params, weak_params
-    if any(len(x.sharding.device_set) != jax.device_count() for x in jax.tree.leaves(both)):
-        both = jax.device_put(both, everywhere)
-    batch_size = min(batch_size, len(labels))
-    batch_size += -batch_size % jax.device_count()
+    rows, _ = shardings()
+    both = replicated((params, weak_params))
+    batch_size = spread_size(batch_size, len(labels))
     scalars = jax.tree.map(
         np.float32, (sigmas, guidance_scale, interval or (0.0, np.inf), churn or samplers.Churn())
     )

@@ -5,6 +5,7 @@ state; `snapshots/` averages stored along the way for post-hoc EMA.
 """
 
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 from absl import logging
 from jax.sharding import SingleDeviceSharding
 
@@ -25,6 +27,14 @@ def write_atomically(path: pathlib.Path, data: bytes | str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(data.encode() if isinstance(data, str) else data)
     os.replace(temporary, path)
+
+
+def save_arrays(path: pathlib.Path, **arrays: Any) -> None:
+    """Write an npz file atomically; its folder is made if missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_atomically(path, buffer.getvalue())
 
 
 def describe(workdir: pathlib.Path, experiment: Experiment) -> None:
@@ -163,9 +173,32 @@ def _start(workdir: str | os.PathLike, experiment: Experiment) -> Any:
             restored = store.restore({"reference": _like(experiment)})
         if restored is not None:
             return restored[0]["reference"]
-    weights, _ = load_weights(path)
-    check_same(jax.eval_shape(experiment.init), weights, path)
-    return weights
+    return pretrained(experiment)[0]
+
+
+def pretrained(experiment: Experiment) -> tuple[Any, int]:
+    """The EMA weights of the run config.init_from for this experiment's network, and their step.
+
+    Inputs that the other network lacks (strength, augmentation) get weights of zero; an
+    augmentation input that this one lacks is left out.
+
+    Raises:
+      MismatchError: if the networks differ in more than that.
+    """
+    path = experiment.config.init_from
+    weights, step = load_weights(path)
+    shapes = jax.eval_shape(experiment.init)
+    wanted = shapes.get("map_augment", {}).get("kernel")
+    if wanted is None:
+        weights.pop("map_augment", None)  # it is linear, and its input was zero when sampling
+    else:
+        kernel = np.zeros(wanted.shape, wanted.dtype)
+        old = weights.get("map_augment", {}).get("kernel", kernel[:0])
+        if old.shape[1] == kernel.shape[1] and len(old) <= len(kernel):
+            kernel[: len(old)] = old
+            weights["map_augment"] = {"kernel": kernel}
+    check_same(shapes, weights, path)
+    return weights, step
 
 
 def _reconstruct(workdir, like, average: str, names, step) -> tuple[Any, int]:

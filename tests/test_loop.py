@@ -207,6 +207,8 @@ def test_a_network_that_takes_the_strength_starts_as_the_base_at_every_strength(
     params, _ = run.load_weights(tmp_path)
     got = experiment.denoiser(params, strength=np.array([0.0, 0.5, 1.0, 2.0]))(x, sigma, label)
     np.testing.assert_allclose(got, expected, rtol=1e-6)
+    start, _ = run.load_weights(tmp_path, strength=0.0)  # of the base, the new input added
+    chex.assert_trees_all_equal(start, params)
     moved = jax.tree.map(lambda p: p + 0.1, params)  # strength is read
     low, high = (experiment.denoiser(moved, strength=s)(x, sigma, label) for s in (0.0, 1.0))
     assert np.abs(low - high).max() > 1e-4

@@ -177,13 +177,17 @@ def load(name: str, split: str = "train", **options) -> Source:
     return loader(argument, split, **options)
 
 
+def evenly(source: Source, count: int) -> np.ndarray:
+    """At most `count` rows of a source, evenly spaced: the same each time."""
+    return np.linspace(0, len(source) - 1, min(count, len(source))).astype(np.int64)
+
+
 def sigma_data(source: Source) -> float:
     """Standard deviation of the data as the network sees it (uint8 as x / 127.5 - 1).
 
     Over all pixels of at most 4096 evenly spaced examples; `sigma_data` in Karras et al. 2022.
     """
-    indices = np.unique(np.linspace(0, len(source) - 1, min(len(source), 4096)).astype(np.int64))
-    images, _ = source[indices]
+    images, _ = source[evenly(source, 4096)]
     scale = 127.5 if images.dtype == np.uint8 else 1.0
     return float(images.std(dtype=np.float64) / scale)
 

@@ -7,7 +7,6 @@ the same call goes on where it was stopped.
 import dataclasses
 import functools
 import hashlib
-import io
 import itertools
 import json
 import pathlib
@@ -20,7 +19,7 @@ import numpy as np
 
 from mclr_jax import generate, images, run
 from mclr_jax.data import pipeline
-from mclr_jax.data.sources import Source
+from mclr_jax.data.sources import Source, evenly
 from mclr_jax.evaluation import metrics
 from mclr_jax.evaluation.features import BATCH, Extractor, Features, digest
 from mclr_jax.experiment import Experiment
@@ -141,7 +140,7 @@ def reference(
             kept = Features(*(file[name] for name in Features._fields))
         return Reference(moments, kept, key)
     chosen = np.zeros(len(source), bool)
-    chosen[np.linspace(0, len(source) - 1, min(KEPT, len(source))).astype(int)] = True
+    chosen[evenly(source, KEPT)] = True
     total, parts = None, []
     for rows in _batches(source):
         features = extractor(*source[rows], progress)
@@ -151,10 +150,7 @@ def reference(
     assert total is not None
     kept = Features(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        buffer = io.BytesIO()
-        np.savez(buffer, count=total.count, mean=total.mean, cov=total.cov, **kept._asdict())
-        run.write_atomically(path, buffer.getvalue())
+        run.save_arrays(path, count=total.count, mean=total.mean, cov=total.cov, **kept._asdict())
     return Reference(total, kept, key)
 
 
@@ -164,7 +160,7 @@ def _batches(source: Source) -> list[np.ndarray]:
 
 
 def _content(source: Source) -> str:
-    seen, _ = source[np.linspace(0, len(source) - 1, min(256, len(source))).astype(int)]
+    seen, _ = source[evenly(source, 256)]
     return digest([np.array([len(source)]), source.labels, seen])
 
 

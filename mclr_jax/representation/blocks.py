@@ -12,7 +12,7 @@ import numpy as np
 from mclr_jax.data import pipeline
 from mclr_jax.data.sources import Source
 from mclr_jax.experiment import Experiment
-from mclr_jax.generate import shardings
+from mclr_jax.generate import replicated, shardings, spread_size
 from mclr_jax.names import look_up
 from mclr_jax.noise import sample_keys
 from mclr_jax.representation import perturb
@@ -54,6 +54,7 @@ def outputs(
     }
 
 
+@functools.lru_cache(maxsize=8)
 def sizes(experiment: Experiment) -> dict[str, int]:
     """The length of the features of every block, in the order of the calls."""
     found: dict[str, int] = {}
@@ -141,11 +142,9 @@ def extract(
     if not sigma > 0:
         raise ValueError(f"Got sigma {sigma}; expected above 0. For clean images take 0.002.")
     run = _compiled(experiment, layers, number_of_views, augmentation)
-    spread, everywhere = shardings()
-    if any(len(x.sharding.device_set) != jax.device_count() for x in jax.tree.leaves(params)):
-        params = jax.device_put(params, everywhere)
-    batch_size = min(batch_size, len(rows))
-    batch_size += -batch_size % jax.device_count()
+    spread, _ = shardings()
+    params = replicated(params)
+    batch_size = spread_size(batch_size, len(rows))
     for start in range(0, len(rows), batch_size):
         some = rows[start : start + batch_size]
         padded = np.resize(some, batch_size)  # one program serves all

@@ -9,7 +9,7 @@ import numpy as np
 from absl import logging
 
 from mclr_jax import generate, images
-from mclr_jax.data.sources import Source
+from mclr_jax.data.sources import Source, evenly
 from mclr_jax.evaluation import evaluate
 from mclr_jax.experiment import Experiment
 from mclr_jax.representation import blocks, icr, sweep
@@ -19,12 +19,16 @@ MARGIN = 0.02  # ... by this share of it
 Reading = dict[str, float]
 
 
-def make(experiment: Experiment, source: Source) -> Callable[[Any], Reading] | None:
-    """params -> a reading as config.icr wants it, or None where every_steps is 0.
+def make(
+    experiment: Experiment, source: Source, workdir: pathlib.Path, start: int
+) -> Callable[[int, Any], Reading] | None:
+    """(step, params) -> a reading as config.icr wants it, or None where every_steps is 0.
 
-    A reading has icr (bias-corrected), its traces and, if config.icr.samples, memorized,
-    each a float named icr_NAME; it is empty where the features do not vary in some direction, as
-    those of an untrained network may. Images and perturbations are the same each time.
+    It remembers the run's readings, those of `workdir` up to step `start` too, and warns once when
+    they have turned up. A reading has icr (bias-corrected), its traces and, if config.icr.samples,
+    memorized, each a float named icr_NAME; it is empty where the features do not vary in some
+    direction, as those of an untrained network may. Images and perturbations are the same each
+    time.
 
     Raises:
       ValueError: before training, if there is no such layer, or images are too few for it.
@@ -33,10 +37,11 @@ def make(experiment: Experiment, source: Source) -> Callable[[Any], Reading] | N
     if not config.every_steps:
         return None
     layers = blocks.choose(experiment, [config.layer] if config.layer else [])
-    rows = sweep.evenly(source, config.num_images)
+    rows = evenly(source, config.num_images)
     icr.check_size(len(rows), blocks.sizes(experiment)[layers[0]])
+    readings = past(workdir, start)
 
-    def read(params: Any) -> Reading:
+    def read(step: int, params: Any) -> Reading:
         views = sweep.accumulate(experiment, params, source, rows, config.sigma, layers)[layers[0]]
         try:
             values = {"icr": icr.ratio(views, bias_corrected=True)}
@@ -46,6 +51,8 @@ def make(experiment: Experiment, source: Source) -> Callable[[Any], Reading] | N
         values |= {f"icr_{name}": value for name, value in icr.traces(views).items()}
         if config.samples:
             values["icr_memorized"] = memorized(experiment, params, source, config.samples)
+        readings.append((step, values["icr"]))
+        warn(readings)
         return values
 
     return read

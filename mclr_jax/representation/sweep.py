@@ -10,16 +10,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from mclr_jax.data.sources import Source
+from mclr_jax.data.sources import Source, evenly
 from mclr_jax.experiment import Experiment
 from mclr_jax.representation import blocks, icr
 
 SIGMAS = (0.01, 0.02, 0.06, 0.14, 0.3, 0.59, 1.09, 1.92, 3.26)  # of the paper's sweep
-
-
-def evenly(source: Source, count: int) -> np.ndarray:
-    """At most `count` rows of a source, evenly spaced: the same each time."""
-    return np.linspace(0, len(source) - 1, min(count, len(source))).astype(np.int64)
 
 
 def accumulate(

@@ -19,7 +19,7 @@ from mclr_jax.data import pipeline, sources
 from mclr_jax.experiment import DataInfo, Experiment
 from mclr_jax.representation import monitor
 from mclr_jax.training import step as steps
-from mclr_jax.training.checkpoint import Checkpoints, check_same
+from mclr_jax.training.checkpoint import Checkpoints
 from mclr_jax.training.devices import Devices, banner, require_accelerator
 from mclr_jax.training.metrics import Writer
 
@@ -163,9 +163,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> ste
         )  # fmt: skip
         update = devices.compile(steps.make_update(experiment, devices.axis_name))
         evaluate = _evaluator(experiment, devices.to_global(frozen))
-        read_icr = monitor.make(experiment, source), monitor.past(workdir, start)
+        read_icr = monitor.make(experiment, source, workdir, start)
         loop = _Loop(
-            config, experiment, devices, checkpoints, snapshots, workdir, evaluate, *read_icr
+            config, experiment, devices, checkpoints, snapshots, workdir, evaluate, read_icr
         )
         with Writer(workdir, start, config.num_steps, first_process) as loop.writer:
             # ---- train ------------------------------------------------------------------------
@@ -217,25 +217,9 @@ def _start(experiment: Experiment, devices: Devices, checkpoints: Checkpoints):
 
 
 def _pretrained(experiment: Experiment, devices: Devices) -> Any:
-    """The EMA weights of the run config.init_from, placed for training.
-
-    Inputs that its network lacks (strength, augmentation) start with weights of zero, and an
-    augmentation input that this run lacks is left out.
-    """
-    path = experiment.config.init_from
-    weights, step = run.load_weights(path)
-    shapes = jax.eval_shape(experiment.init)
-    wanted = shapes.get("map_augment", {}).get("kernel")
-    if wanted is None:
-        weights.pop("map_augment", None)  # it is linear, and its input was zero when sampling
-    else:
-        kernel = np.zeros(wanted.shape, wanted.dtype)
-        old = weights.get("map_augment", {}).get("kernel", kernel[:0])
-        if old.shape[1] == kernel.shape[1] and len(old) <= len(kernel):
-            kernel[: len(old)] = old
-            weights["map_augment"] = {"kernel": kernel}
-    check_same(shapes, weights, path)
-    logging.info("Weights from step %d of %s.", step, path)
+    """The EMA weights of the run config.init_from, placed for training."""
+    weights, step = run.pretrained(experiment)
+    logging.info("Weights from step %d of %s.", step, experiment.config.init_from)
     return devices.put_state(weights)
 
 
@@ -331,10 +315,10 @@ class _Loop:
     writer: Writer
 
     def __init__(self, config, experiment, devices, checkpoints, snapshots, workdir, evaluate,
-                 read_icr, readings):  # fmt: skip
+                 read_icr):  # fmt: skip
         self._config, self._experiment, self._devices = config, experiment, devices
         self._checkpoints, self._snapshots, self._evaluate = checkpoints, snapshots, evaluate
-        self._workdir, self._read_icr, self._readings = workdir, read_icr, readings
+        self._workdir, self._read_icr = workdir, read_icr
         self._pending: tuple[int, int, Any] | None = None  # of the dispatch that may still run
         self._since_report: dict[str, list[np.ndarray]] = {}
 
@@ -395,7 +379,9 @@ class _Loop:
         if powers and due(config.ema.snapshot_every):
             self._snapshots.save(step, powers, {})
             self._snapshots.wait()  # before a checkpoint can say that this step is done
-        reading = self._reading(step, average) if due(config.icr.every_steps) else {}
+        reading = self._read_icr(step, average) if due(config.icr.every_steps) else {}
+        if reading:
+            self.writer.scalars(step, reading)  # before the checkpoint that it belongs to
         if stop or due(config.checkpoint_every) or due(config.icr.every_steps):
             metrics = jax.device_get(self._evaluate(average)) if self._evaluate else {}
             metrics = {name: float(value) for name, value in metrics.items()}
@@ -412,15 +398,6 @@ class _Loop:
         self._since_report = {}
         rate = float(self._experiment.learning_rate(step))
         self.writer.scalars(step, means | {"learning_rate": rate})
-
-    def _reading(self, step: int, params) -> monitor.Reading:
-        """A reading of ICR; it is written before the checkpoint that it belongs to."""
-        reading = self._read_icr(params)
-        if reading:
-            self.writer.scalars(step, reading)
-            self._readings.append((step, reading["icr"]))
-            monitor.warn(self._readings)
-        return reading
 
     def _samples(self, step: int, params) -> None:
         """8 images, or 500 points, of each of the first 10 classes, from the same seeds."""
