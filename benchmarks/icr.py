@@ -19,7 +19,7 @@ import time
 
 from tasks import ROOT, Files, Task, add_flags, run
 
-STEPS = {256: 30000, 1024: 8000, 4096: 6000, 0: 8000}  # by number of images; 0 is all
+STEPS = {256: 30000, 1024: 24000, 4096: 6000, 0: 8000}  # by number of images; 0 is all
 READINGS = 20  # along each run
 SAMPLES = 1000  # at each reading
 EARLY = 0.01  # memorized fraction from which samples count as memorized
