@@ -24,6 +24,20 @@ READINGS = 20  # along each run
 SAMPLES = 1000  # at each reading
 EARLY = 0.01  # memorized fraction from which samples count as memorized
 INTERVAL = 1000  # steps between readings, for their cost
+# Fine-tuned runs by work directory, of the first seed. gft's input of strength is 0 here, as for a
+# sample without guidance.
+TUNED = {
+    "control_0": "DSM control",
+    "posterior_beta0.4_0": "MCLR beta 0.4",
+    "posterior_beta1_0": "MCLR beta 1",
+    "plain_clip_0": "MCLR plain, clipped",
+    "gft_0": "GFT",
+    "cca_0": "CCA",
+    "ddo_0": "DDO",
+    "dpo_0": "DPO",
+    "contrastive_flow_0": "contrastive flow",
+    "model_guidance_0": "model guidance",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,11 +175,6 @@ class Bench(Files):
 
     # ---- the parts together -------------------------------------------------------------------
 
-    def tuned(self) -> list[str]:
-        """Fine-tuned runs of the first seed that are there; the control is the first."""
-        there = {path.parent.name for path in self.runs.glob("*_0/done")}
-        return sorted(there & {"control_0"}) + sorted(there - {"control_0"})
-
     def tasks(self, parts: str) -> list[Task]:
         tasks = []
 
@@ -183,7 +192,7 @@ class Bench(Files):
                 add(f"curve_{name}", self.curve, limit, output=f"curves/{name}.json", needs=trained)
                 add(f"sweep_{name}", self.sweep, name, self.root / name, False,
                     output=f"sweeps/{name}.json", needs=trained)  # fmt: skip
-        names = ["base"] * ("a" in parts) + self.tuned() * ("c" in parts)
+        names = ["base"] * ("a" in parts) + list(TUNED) * ("c" in parts)
         for name in names:
             add(f"sweep_{name}", self.sweep, name, self.runs / name, name == "base",
                 output=f"sweeps/{name}.json")  # fmt: skip
@@ -194,6 +203,11 @@ class Bench(Files):
 
 def name_of(limit: int) -> str:
     return f"images_{limit or 'all'}"
+
+
+def words(name: str) -> str:
+    """The inverse of `name_of`, to be read."""
+    return f"{name.removeprefix('images_')} images"
 
 
 def noise_claims(rows: list[dict]) -> dict:
@@ -239,8 +253,7 @@ def training_claims(curves: dict[str, list[dict]]) -> dict:
         if name == name_of(0):
             claim, held = "ICR does not turn up with all images", not ends
         else:
-            count = name.removeprefix("images_")
-            claim = f"ICR turns up with {count} images, no later than samples are memorized"
+            claim = f"ICR turns up with {words(name)}, no later than samples are memorized"
             early = not copied or numbers["step_of_minimum"] <= copied[0]
             held = numbers["turned_up"] and early
         found[claim] = {"held": held, **numbers}
@@ -264,9 +277,15 @@ def collect(bench: Bench) -> dict:
         middle[name] = [row for row in rows if row["layer"] == layer]
     if "base" in middle:
         claims |= noise_claims(middle["base"])
+    few = name_of(min(filter(None, STEPS)))
+    if few in middle:
+        ratios = [row["icr"] for row in middle[few]]
+        claims[f"after training on {words(few)} ICR rises from the lowest noise level on"] = {
+            "held": sorted(ratios) == ratios, "by_sigma": ratios,
+        }  # fmt: skip
     claims |= training_claims(curves)
     tuned = {
-        name: {
+        TUNED.get(name, name): {
             "icr_minimum": min(row["icr"] for row in rows),
             "sigma_of_minimum": min(rows, key=lambda row: row["icr"])["sigma"],
             "probe_accuracy_peak": max(row["probe_accuracy"] for row in rows),
@@ -302,35 +321,37 @@ def figure(result: dict, path: pathlib.Path) -> None:
 
     from mclr_jax.run import write_atomically
 
-    drawing = Figure(figsize=(14, 8), layout="constrained")
-    panels = drawing.subplots(2, 3)
+    drawing = Figure(figsize=(18, 8), layout="constrained")
+    panels = drawing.subplots(2, 4)
 
-    def draw(panel, rows, x, y, label):
+    def draw(panel, title, rows, x, y, label):
         panel.plot([r[x] for r in rows], [r[y] for r in rows], "o-", markersize=3, label=label)
-        panel.set_xlabel(x)
-        panel.set_ylabel({"icr": "ICR", "icr_in_training": "ICR"}.get(y, y.replace("_", " ")))
+        panel.set(
+            title=title, xlabel=x, xscale="log" if x == "sigma" else "linear",
+            ylabel={"icr": "ICR", "icr_in_training": "ICR"}.get(y, y.replace("_", " ")),
+        )  # fmt: skip
+        panel.legend(fontsize=7)
 
     for name, rows in result["sweeps"].items():
-        if name == "base":
-            for layer in dict.fromkeys(row["layer"] for row in rows):
-                some = [row for row in rows if row["layer"] == layer]
-                draw(panels[0, 0], some, "sigma", "icr", layer)
-                draw(panels[0, 1], some, "sigma", "probe_accuracy", layer)
-        elif not name.startswith("images_"):
-            draw(panels[0, 2], rows, "sigma", "icr", name)
+        for layer in dict.fromkeys(row["layer"] for row in rows):
+            some = [row for row in rows if row["layer"] == layer]
+            if name == "base":
+                draw(panels[0, 0], "base, by block", some, "sigma", "icr", layer)
+                draw(panels[0, 1], "base, by block", some, "sigma", "probe_accuracy", layer)
+            elif name in TUNED:
+                title, label = "fine-tuned, middle block", TUNED[name]
+                draw(panels[0, 2], title, some, "sigma", "icr", label)
+                draw(panels[0, 3], title, some, "sigma", "probe_accuracy", label)
+            else:
+                draw(panels[1, 3], "at the end of training", some, "sigma", "icr", words(name))
+    titles = {
+        "icr_in_training": "along training",
+        "memorized": "share of samples that copy",
+        "frechet": "distance to held-out images",
+    }
     for name, rows in result["curves"].items():
-        for panel, key in zip(panels[1], ("icr_in_training", "memorized", "frechet"), strict=True):
-            draw(panel, rows, "step", key, name)
-    for panel in panels[0]:
-        panel.set_xscale("log")
-    for panel, title in zip(
-        panels.flat,
-        ("base, by block", "base, by block", "fine-tuned, middle block", "training", "share of "
-         "samples that copy", "distance to held-out images"), strict=True
-    ):  # fmt: skip
-        panel.set_title(title, fontsize=10)
-        if panel.lines:
-            panel.legend(fontsize=7)
+        for panel, (key, title) in zip(panels[1], titles.items(), strict=False):
+            draw(panel, title, rows, "step", key, words(name))
     buffer = io.BytesIO()
     drawing.savefig(buffer, format="png", dpi=90)
     write_atomically(path, buffer.getvalue())
