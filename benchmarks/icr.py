@@ -264,11 +264,12 @@ def collect(bench: Bench) -> dict:
     """What is there, and what it says."""
     from mclr_jax.run import load_experiment
 
-    def there(folder: str) -> dict:
-        paths = sorted((bench.root / folder).glob("*.json"))
-        return {path.stem: json.loads(path.read_text()) for path in paths}
+    def found(folder: str) -> dict:
+        names = [*map(name_of, STEPS), "base", *TUNED]
+        there = [name for name in names if (bench.root / folder / f"{name}.json").exists()]
+        return {name: bench.read(f"{folder}/{name}") for name in there}
 
-    sweeps, curves = there("sweeps"), there("curves")
+    sweeps, curves = found("sweeps"), found("curves")
     claims: dict[str, dict] = {}
     middle: dict[str, list] = {}
     for name, rows in sweeps.items():
@@ -352,6 +353,7 @@ def figure(result: dict, path: pathlib.Path) -> None:
     for name, rows in result["curves"].items():
         for panel, (key, title) in zip(panels[1], titles.items(), strict=False):
             draw(panel, title, rows, "step", key, words(name))
+    panels[1, 2].set_yscale("log")
     buffer = io.BytesIO()
     drawing.savefig(buffer, format="png", dpi=90)
     write_atomically(path, buffer.getvalue())
