@@ -54,6 +54,10 @@ class Comparison(Bench):
             "MCLR, part of the way": {
                 s: Model(mclr, 0.0, seeds, {"beta": beta}, s) for s in self.settings["share"]
             },
+            "MCLR, strength as input": {
+                b: Model("strength", b, seeds, {"strength": (0.0, max(self.settings["strength"]))})
+                for b in self.settings["strength"]
+            },
             "gft": {g: Model("gft", g, seeds, {"name": "gft"}) for g in gammas},
         }
         for name, options in RIVALS.items():
