@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mclr_jax import generate, noise, posterior
+from mclr_jax import generate, noise, posterior, run
 from mclr_jax.data import pipeline, sources
 from mclr_jax.training import loop
 from mclr_jax.training import step as training_step
@@ -110,7 +110,6 @@ def step_cost(bench, objectives: dict, seed: int, steps: int = 10, rounds: int =
     They are run alternately.
     """
     classifier, posterior_params = bench.load("classifier")
-    frozen = {"classifier": posterior_params, "reference": bench.load(bench.base(seed))[1]}
     source = loop.load_source(bench.config(), "train")
     runs: dict = {}
     for name, changes in ({"dsm": None} | objectives).items():
@@ -121,6 +120,7 @@ def step_cost(bench, objectives: dict, seed: int, steps: int = 10, rounds: int =
         batches = loop.stack(stream, steps, steps)
         update = jax.jit(training_step.make_update(experiment), donate_argnums=0)
         state = jax.jit(functools.partial(training_step.init_state, experiment))()
+        frozen = {"classifier": posterior_params, "reference": run.pretrained(experiment)[0]}
         held = {key: frozen[key] for key in jax.eval_shape(experiment.init_frozen)}
         runs[name] = [update, state, held, batches, []]
     for _ in range(rounds + 1):  # the first compiles
