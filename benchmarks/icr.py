@@ -206,7 +206,7 @@ def name_of(limit: int) -> str:
 
 
 def words(name: str) -> str:
-    """The inverse of `name_of`, to be read."""
+    """images_256 -> 256 images."""
     return f"{name.removeprefix('images_')} images"
 
 

@@ -1,18 +1,16 @@
 """The pictures of benchmarks/mclr_images.py, from its results and its runs."""
 
 import io
-import pathlib
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from tasks import ROOT
 
 from mclr_jax import generate, images
 from mclr_jax.run import write_atomically
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def picture(bench, summary: dict, seed: int, columns: int = 8) -> None:

@@ -69,7 +69,6 @@ def run(root: pathlib.Path, tasks: Sequence[Task], arguments: argparse.Namespace
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
     )
     script, *flags = sys.argv
-    flags = [flag for flag in flags if not flag.startswith("--jobs")]
     return {
         "command": " ".join(["python", f"benchmarks/{pathlib.Path(script).name}", *flags]),
         "revision": revision.stdout.strip(),
