@@ -11,16 +11,20 @@ docs/guidance_free_DATA.png.
 
 import dataclasses
 import functools
-import json
 import statistics
 
-from mclr_images import RESULTS, Bench, Model, run_all
-from tasks import Task
+import mclr_figures
+import numpy as np
+from mclr_images import Bench, Model, done, run_all, trainings
+from tasks import RESULTS, Task, training
+
+from mclr_jax import generate, images
+from mclr_jax.files import save_arrays, write_json
 
 # gamma = guidance_scale - 1 of the methods that take it when sampling.
 GAMMAS = {"fashion_mnist": (0.2, 0.4, 1.0), "digits": (0.2, 0.5, 1.0)}
 # The other rivals are fine-tuned once, with these options beside the defaults; their strength is
-# the share of the way from the base's weights to the fine-tuned ones.
+# the interpolation between the base's weights and the fine-tuned ones.
 RIVALS = {
     "cca": {"negative_weight": 1.0},
     "ddo": {},
@@ -28,8 +32,9 @@ RIVALS = {
     "contrastive_flow": {},
     "model_guidance": {"scale": 0.5},
 }
-SHARES = (0.25, 0.5, 1.0)
+INTERPOLATIONS = (0.25, 0.5, 1.0)
 INTERVAL = (0.3, 5.0)
+GFT = {"objective.name": "gft", "strength": (0.0, 4.0)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,22 +53,26 @@ class Comparison(Bench):
             },
             "autoguidance": {g: Model("control", g, seeds, None, weak=weak) for g in gammas},
             "MCLR": {
-                b: Model(f"posterior_beta{b:g}", 0.0, seeds, {"beta": b})
+                b: Model(f"posterior_beta{b:g}", 0.0, seeds, {"objective.beta": b})
                 for b in self.settings["beta"]
             },
             "MCLR, part of the way": {
-                s: Model(mclr, 0.0, seeds, {"beta": beta}, s) for s in self.settings["share"]
+                place: Model(mclr, 0.0, seeds, {"objective.beta": beta}, place)
+                for place in self.settings["interpolation"]
             },
             "MCLR, strength as input": {
                 b: Model("strength", b, seeds, {"strength": (0.0, max(self.settings["strength"]))})
                 for b in self.settings["strength"]
             },
-            "gft": {g: Model("gft", g, seeds, {"name": "gft"}) for g in gammas},
+            "gft": {g: Model("gft", g, seeds, GFT) for g in gammas},
         }
         for name, options in RIVALS.items():
-            changes = {"name": name, **options}
+            changes = {"objective.name": name, **{f"objective.{k}": v for k, v in options.items()}}
             needs = ("generated_{base}.npz",) if name == "ddo" else ()
-            methods[name] = {s: Model(name, 0.0, seeds, changes, s, needs=needs) for s in SHARES}
+            methods[name] = {
+                place: Model(name, 0.0, seeds, changes, place, needs=needs)
+                for place in INTERPOLATIONS
+            }
         return methods
 
     def models(self, seeds: tuple[int, ...]) -> dict[str, Model]:
@@ -77,7 +86,7 @@ class Comparison(Bench):
         config = super().fine_tuning(seed, changes)
         if config.objective.name == "ddo":
             generated = self.root / f"generated_{self.base(seed)}.npz"
-            config.objective.generated_from = f"npz:{generated}"
+            config.data.generated = f"npz:{generated}"
         return config
 
     def train_weak(self) -> None:
@@ -85,18 +94,15 @@ class Comparison(Bench):
         config = self.config()
         config.network.width //= 2
         config.num_steps //= 6
-        self.train("weak", config)
+        self.train("weak", self.data, config)
 
     def generated(self, base: str) -> None:
         """The negatives of ddo: samples of the base."""
-        import numpy as np
-
-        from mclr_jax import generate, images
-        from mclr_jax.run import save_arrays
-
-        experiment, params = self.load(base)
-        labels = np.resize(np.arange(experiment.null_label), 2 * self.settings["samples"])
-        samples = generate.generate(experiment, params, labels, seed=1000, batch_size=self.batch)
+        run, params = self.load(base)
+        labels = np.resize(np.arange(run.model.null_label), 2 * self.settings["samples"])
+        samples = generate.generate(
+            run.model, params, labels, run.sampler, seed=1000, batch_size=self.batch
+        )
         path = self.root / f"generated_{base}.npz"
         save_arrays(path, images=images.clip(samples), labels=labels)
 
@@ -104,8 +110,8 @@ class Comparison(Bench):
         bases = dict.fromkeys(map(self.base, seeds))
         return [
             *(Task(f"generated_{base}", functools.partial(self.generated, base),
-                   f"generated_{base}.npz", (f"{base}/done",)) for base in bases),
-            Task("weak", self.train_weak, "weak/done"),
+                   f"generated_{base}.npz", (done(base),)) for base in bases),
+            Task("weak", self.train_weak, done("weak")),
             *super().tasks(seeds),
         ]  # fmt: skip
 
@@ -113,38 +119,41 @@ class Comparison(Bench):
         methods = self.methods((seed,))
         first = {name: next(iter(rows.values())) for name, rows in methods.items()}
         tuned = {m.workdir(seed): m.changes for m in first.values() if m.changes}
-        done = [f"{m.workdir(seed)}/done" for m in first.values()]
-        needs = ("classifier/done", "weak/done", f"generated_{self.base(seed)}.npz")
+        sampled = [done(m.workdir(seed)) for m in first.values()]
+        needs = (done("classifier"), done("weak"), f"generated_{self.base(seed)}.npz")
         return [
-            self.probe("speed", (*done, *needs), first, seed, output="guidance_free_speed"),
+            self.probe("speed", (*sampled, *needs), first, seed, output="guidance_free_speed"),
             self.probe("step_cost", needs, tuned, seed, output="guidance_free_cost"),
         ]
 
 
 def collect(bench: Comparison, seeds: tuple[int, ...]) -> dict:
-    speed, cost = bench.read("guidance_free_speed"), bench.read("guidance_free_cost")
-    steps = bench.config("_mclr").num_steps
+    probes = ("guidance_free_speed", "guidance_free_cost")
+    speed, cost = map(bench.read, probes)
     methods = {}
     for method, rows in bench.methods(seeds).items():
         methods[method] = []
         first = next(iter(rows.values()))
         for strength, model in rows.items():
             for seed in seeds:
-                row = bench.read(f"sets/{model.samples(seed)}")
+                row = bench.row(model.samples(seed))
                 methods[method].append({
                     "strength": strength,
                     "seed": seed,
                     **row,
                     "samples_per_second": speed[method],
-                    "training_steps": steps,
+                    "training_steps": row["run"]["steps"],
                     "step_cost_relative_to_dsm": cost[first.workdir(seeds[0])]
                     if model.changes else 1.0,
                 })  # fmt: skip
     return {
-        "floor": bench.read("sets/real_test"),
+        "parameters": training(bench.root / bench.base(seeds[0]))["parameters"],
+        "floor": bench.row("real_test"),
         "interval": INTERVAL,
         "options": RIVALS,
         "methods": methods,
+        "other_runs": trainings(bench, seeds, "weak"),
+        "probes_made_by": {name: bench.made_by(name) for name in probes},
     }
 
 
@@ -157,12 +166,7 @@ def mean(rows: list[dict], key: str) -> tuple[float, float]:
 def main() -> None:
     bench, seeds, result = run_all(Comparison, __doc__)
     result |= collect(bench, seeds)
-    import mclr_figures
-
-    from mclr_jax.run import write_atomically
-
-    path = RESULTS / f"guidance_free_{bench.data}.json"
-    write_atomically(path, json.dumps(result, indent=1) + "\n")
+    write_json(RESULTS / f"guidance_free_{bench.data}.json", result)
     mclr_figures.pareto(bench, result)
     for method, rows in result["methods"].items():
         for strength in dict.fromkeys(row["strength"] for row in rows):

@@ -13,11 +13,23 @@ docs/icr_fashion_mnist.png. Needs the package installed (pip install -e .).
 import argparse
 import dataclasses
 import functools
-import json
 import pathlib
 import time
 
-from tasks import ROOT, Files, Task, add_flags, run
+import jax
+import mclr_figures
+import numpy as np
+from matplotlib.figure import Figure
+from tasks import ROOT, Files, Task, add_flags, config_of, run
+
+from mclr_jax import experiment, generate, images, runs
+from mclr_jax.data import pipeline, sources
+from mclr_jax.evaluation import evaluate, features, metrics
+from mclr_jax.files import write_json
+from mclr_jax.main import steps_per_dispatch
+from mclr_jax.representation import blocks, monitor, perturb, sweep
+from mclr_jax.training.devices import Devices
+from mclr_jax.training.step import init_state, make_update
 
 STEPS = {256: 30000, 1024: 24000, 4096: 6000, 0: 8000}  # by number of images; 0 is all
 READINGS = 20  # along each run
@@ -57,33 +69,31 @@ class Bench(Files):
     def scaled(self, number: int, least: int = 1) -> int:
         return max(round(number * self.scale), least)
 
-    def load(self, workdir: pathlib.Path, step: int | None = None):
-        from mclr_jax.run import load_experiment, load_weights
-
-        return load_experiment(workdir), load_weights(workdir, step=step)[0]
-
     # ---- a and c: noise levels ----------------------------------------------------------------
 
     def sweep(self, name: str, workdir: pathlib.Path, every_layer: bool) -> None:
         """ICR and probe accuracy of a run against sigma."""
-        from mclr_jax.representation import blocks, sweep
-        from mclr_jax.training.loop import load_source
+        found = runs.load(workdir)
+        layers = list(blocks.sizes(found.model)) if every_layer else []
+        rows = self.measured(found, found.weights()[0], layers=layers)
+        self.write(f"sweeps/{name}", rows, workdir)
 
-        experiment, params = self.load(workdir)
-        train, test = (load_source(experiment.config, split) for split in ("train", "test"))
-        layers = list(blocks.sizes(experiment)) if every_layer else []
-        images = self.scaled(4096, 256)
-        rows = sweep.sweep(experiment, params, train, test, layers=layers, num_images=images)
-        self.write(f"sweeps/{name}", rows)
+    def measured(self, found: runs.Run, params, **options) -> list[dict]:
+        """Rows of `sweep.sweep`, of the run's own data."""
+        config = found.config
+        train, test = (sources.from_config(config.data, s, config.seed) for s in ("train", "test"))
+        shown = perturb.Augmentation(flip=bool(config.data.flip or config.data.augment))
+        count = self.scaled(4096, 256)
+        return sweep.sweep(
+            found.model, params, train, test, augmentation=shown, num_images=count, **options
+        )
 
     # ---- b: few images and many ---------------------------------------------------------------
 
     def config(self, limit: int):
         """Patches of 7 make a step half as dear as configs/fashion_mnist.py has it; the rate is
         constant, so that the length of a run shapes nothing."""
-        from configs import fashion_mnist
-
-        config = fashion_mnist.get_config()
+        config = config_of("fashion_mnist")
         config.data.limit = limit
         config.num_steps = self.scaled(STEPS[limit], READINGS)
         config.network.patch_size = 7
@@ -95,83 +105,65 @@ class Bench(Files):
         config.keep_checkpoints = 10 * READINGS  # all
         return config
 
-    def train(self, limit: int) -> None:
-        from mclr_jax.training.loop import train
-
-        train(self.config(limit), self.root / name_of(limit))
-        (self.root / name_of(limit) / "done").touch()
+    def train_on(self, limit: int) -> None:
+        self.train(name_of(limit), "fashion_mnist", self.config(limit))
 
     def curve(self, limit: int) -> None:
         """Beside each reading: copies among samples, their distance to held-out images, a probe."""
-        import numpy as np
-
-        from mclr_jax import generate, images
-        from mclr_jax.evaluation import evaluate, features, metrics
-        from mclr_jax.representation import monitor, sweep
-        from mclr_jax.training.loop import load_source
-
         workdir = self.root / name_of(limit)
-        experiment, _ = self.load(workdir)
-        train, test = (load_source(experiment.config, split) for split in ("train", "test"))
+        found = runs.load(workdir)
+        config, model = found.config, found.model
+        train, test = (sources.from_config(config.data, s, config.seed) for s in ("train", "test"))
         judge = features.load(f"classifier:{self.runs / 'judge_features'}")
         held_out = metrics.moments(judge(*test[np.arange(len(test))]).features)
-        labels = np.resize(np.arange(experiment.null_label), self.scaled(SAMPLES, 20))
+        labels = np.resize(np.arange(model.null_label), self.scaled(SAMPLES, 20))
+        sampler = dataclasses.replace(found.sampler, method="dpmpp_2m")
         rows = []
-        for step, value in monitor.past(workdir, experiment.config.num_steps):
-            _, params = self.load(workdir, step)
-            samples = images.clip(
-                generate.generate(experiment, params, labels, method="dpmpp_2m", batch_size=50)
-            )
+        for step, value in monitor.past(workdir, config.num_steps):
+            params, _ = found.weights(step=step)
+            samples = images.clip(generate.generate(model, params, labels, sampler, batch_size=50))
             judged = metrics.moments(judge(samples, labels).features)
             share = evaluate.memorized(samples, train)
-            (seen,) = sweep.sweep(
-                experiment, params, train, test,
-                sigmas=[experiment.config.icr.sigma], num_images=self.scaled(4096, 256),
-            )  # fmt: skip
+            (seen,) = self.measured(found, params, sigmas=[config.icr.sigma])
             rows.append(
                 seen
                 | {"step": step, "icr_in_training": value, "memorized": share}
                 | {"frechet": metrics.frechet_distance(judged, held_out)}
             )
-        self.write(f"curves/{name_of(limit)}", rows)
+        self.write(f"curves/{name_of(limit)}", rows, workdir)
 
     def cost(self) -> None:
         """Time of a reading as a share of the steps between two, at configs/fashion_mnist.py."""
-        import jax
-
-        from configs import fashion_mnist
-        from mclr_jax.data import pipeline
-        from mclr_jax.representation import monitor
-        from mclr_jax.training import loop, step
-        from mclr_jax.training.devices import Devices
-
-        config = fashion_mnist.get_config()
+        config = config_of("fashion_mnist")
         config.icr.every_steps = INTERVAL
-        source, devices = loop.load_source(config, "train"), Devices(config.parallel)
-        experiment = loop.make_experiment(config, source)
-        _, params = self.load(self.runs / "base")
-        state = devices.initialise(lambda: step.init_state(experiment))
-        update = devices.compile(step.make_update(experiment, devices.axis_name))
+        source = sources.from_config(config.data, "train", config.seed)
+        base, devices = runs.load(self.runs / "base"), Devices(config.parallel)
+        params, _ = base.weights()
+        task = experiment.make_task(config, experiment.data_info(config, source), {})
+        state = devices.initialise(lambda: init_state(task))
+        update = devices.compile(make_update(task, devices.axis_name))
         stream = pipeline.stream(source, config.batch_size, config.seed)
-        read = monitor.make(experiment, source, self.root, 0)
-        dispatches = self.scaled(20, 1)
+        read = monitor.make(
+            config.icr, task.model, source, self.root, 0, base.sampler, config.data.flip
+        )
+        dispatches, length = self.scaled(20, 1), steps_per_dispatch(config)
         seconds: dict[str, list[float]] = {"steps": [], "reading": []}
         for _ in range(4):  # the first compiles
             start = time.perf_counter()
             for _ in range(dispatches):
-                length = config.steps_per_dispatch
-                batches = devices.put_batches(loop.stack(stream, length, length))
-                state, metrics = update(state, {}, batches, devices.put_scalar(length))
-            jax.block_until_ready(metrics)
+                batches = devices.put_batches(pipeline.stack(stream, length, length))
+                state, readings = update(state, {}, batches, devices.put_scalar(length))
+            jax.block_until_ready(readings)
             seconds["steps"].append(time.perf_counter() - start)
             start = time.perf_counter()
             read(0, params)
             seconds["reading"].append(time.perf_counter() - start)
-        per_step = min(seconds["steps"][1:]) / (dispatches * config.steps_per_dispatch)
+        per_step = min(seconds["steps"][1:]) / (dispatches * length)
         reading = min(seconds["reading"][1:])
         self.write("cost", {"every_steps": INTERVAL, "seconds_of_a_reading": reading,
                             "seconds_of_a_step": per_step,
-                            "share_of_training": reading / (INTERVAL * per_step)})  # fmt: skip
+                            "share_of_training": reading / (INTERVAL * per_step)},
+                   base.workdir)  # fmt: skip
 
     # ---- the parts together -------------------------------------------------------------------
 
@@ -185,10 +177,10 @@ class Bench(Files):
         if "b" in parts:
             for limit in STEPS:
                 name = name_of(limit)
-                add(name, self.train, limit, output=f"{name}/done")
+                add(name, self.train_on, limit, output=f"{name}/done.json")
             for limit in STEPS:
                 name = name_of(limit)
-                trained = (f"{name}/done",)
+                trained = (f"{name}/done.json",)
                 add(f"curve_{name}", self.curve, limit, output=f"curves/{name}.json", needs=trained)
                 add(f"sweep_{name}", self.sweep, name, self.root / name, False,
                     output=f"sweeps/{name}.json", needs=trained)  # fmt: skip
@@ -231,18 +223,16 @@ def noise_claims(rows: list[dict]) -> dict:
 
 def training_claims(curves: dict[str, list[dict]]) -> dict:
     """The paper's claims about training with few and many images."""
-    from mclr_jax.representation.monitor import turned
-
     found = {}
     for name, rows in curves.items():
         readings = [(row["step"], row["icr_in_training"]) for row in rows]
-        ends = [i for i in range(1, len(rows) + 1) if turned(readings[:i]) is not None]
+        ends = [i for i in range(1, len(rows) + 1) if monitor.turned(readings[:i]) is not None]
         copied = [row["step"] for row in rows if row["memorized"] >= EARLY]
         numbers = {
             "step_of_minimum": min(readings, key=lambda r: r[1])[0],
             "minimum": min(value for _, value in readings),
             "last": readings[-1][1],
-            "turned_up": turned(readings) is not None,
+            "turned_up": monitor.turned(readings) is not None,
             "step_of_warning": readings[ends[0] - 1][0] if ends else None,
             "first_step_with_memorized_samples": copied[0] if copied else None,
             "memorized_at_the_end": rows[-1]["memorized"],
@@ -262,12 +252,16 @@ def training_claims(curves: dict[str, list[dict]]) -> dict:
 
 def collect(bench: Bench) -> dict:
     """What is there, and what it says."""
-    from mclr_jax.run import load_experiment
+
+    def there(name: str) -> bool:
+        return (bench.root / f"{name}.json").exists()
+
+    made_by: dict[str, dict] = {}
 
     def found(folder: str) -> dict:
-        names = [*map(name_of, STEPS), "base", *TUNED]
-        there = [name for name in names if (bench.root / folder / f"{name}.json").exists()]
-        return {name: bench.read(f"{folder}/{name}") for name in there}
+        names = [n for n in [*map(name_of, STEPS), "base", *TUNED] if there(f"{folder}/{n}")]
+        made_by.update({f"{folder}/{name}": bench.made_by(f"{folder}/{name}") for name in names})
+        return {name: bench.read(f"{folder}/{name}") for name in names}
 
     sweeps, curves = found("sweeps"), found("curves")
     claims: dict[str, dict] = {}
@@ -294,15 +288,15 @@ def collect(bench: Bench) -> dict:
         for name, rows in middle.items()
         if not name.startswith("images_")
     }
-    cost = bench.read("cost") if (bench.root / "cost.json").exists() else None
-    if cost:
+    if there("cost"):
+        cost, made_by["cost"] = bench.read("cost"), bench.made_by("cost")
         claims["a reading takes under 3% of training time"] = {
             "held": cost["share_of_training"] < 0.03, **cost
         }  # fmt: skip
     configs = {"base": bench.runs / "base", **{n: bench.root / n for n in curves}}
     return {
         "config": {
-            name: load_experiment(path).config.to_dict()
+            name: runs.load(path).config.to_dict()
             for name, path in configs.items()
             if (path / "run.json").exists()
         },
@@ -311,17 +305,12 @@ def collect(bench: Bench) -> dict:
         "fine_tuning": tuned,
         "sweeps": sweeps,
         "curves": curves,
+        "made_by": made_by,
     }
 
 
 def figure(result: dict, path: pathlib.Path) -> None:
     """Noise levels above, training below."""
-    import io
-
-    from matplotlib.figure import Figure
-
-    from mclr_jax.run import write_atomically
-
     drawing = Figure(figsize=(18, 8), layout="constrained")
     panels = drawing.subplots(2, 4)
 
@@ -354,9 +343,7 @@ def figure(result: dict, path: pathlib.Path) -> None:
         for panel, (key, title) in zip(panels[1], titles.items(), strict=False):
             draw(panel, title, rows, "step", key, words(name))
     panels[1, 2].set_yscale("log")
-    buffer = io.BytesIO()
-    drawing.savefig(buffer, format="png", dpi=90)
-    write_atomically(path, buffer.getvalue())
+    mclr_figures.save(drawing, path, dpi=90)
 
 
 def main() -> None:
@@ -370,12 +357,7 @@ def main() -> None:
     arguments = parser.parse_args()
     bench = Bench(arguments.root, arguments.runs, arguments.scale)
     result = run(bench.root, bench.tasks(arguments.parts), arguments) | collect(bench)
-    from mclr_jax.run import write_atomically
-
-    for folder in ("benchmarks/results", "docs"):
-        (arguments.out / folder).mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "benchmarks" / "results" / "icr_fashion_mnist.json"
-    write_atomically(path, json.dumps(result, indent=1) + "\n")
+    write_json(arguments.out / "benchmarks" / "results" / "icr_fashion_mnist.json", result)
     figure(result, arguments.out / "docs" / "icr_fashion_mnist.png")
     for claim, found in result["claims"].items():
         print("held    " if found["held"] else "NOT HELD", claim)

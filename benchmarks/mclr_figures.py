@@ -1,16 +1,15 @@
 """The pictures of benchmarks/mclr_images.py, from its results and its runs."""
 
 import io
+import pathlib
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 from tasks import ROOT
 
 from mclr_jax import generate, images
-from mclr_jax.run import write_atomically
+from mclr_jax.files import write_atomically
 
 
 def picture(bench, summary: dict, seed: int, columns: int = 8) -> None:
@@ -19,11 +18,9 @@ def picture(bench, summary: dict, seed: int, columns: int = 8) -> None:
     grids = []
     for part in ("base", "cfg_best", "mclr"):
         model = bench.models((seed,))[summary[part]["name"]]
+        run, params = bench.load(model.workdir(seed), model.interpolation)
         samples = generate.generate(
-            *bench.load(model.workdir(seed), model.share),
-            labels,
-            seed=seed,
-            guidance_scale=1 + model.gamma,
+            run.model, params, labels, run.sampler, seed=seed, guidance_scale=1 + model.gamma
         )
         grids.append(images.picture(samples, labels))
     images.save(ROOT / "docs" / f"{bench.data}_mclr.png", np.concatenate(grids, axis=1))
@@ -36,14 +33,15 @@ def figure(bench, result: dict) -> None:
         "CFG, 2 calls a step": ["base"] + [f"cfg {g:g}" for g in settings["cfg"]],
         "MCLR, 1 call": [f"mclr {b:g}" for b in settings["beta"]],
         "MCLR, part of the way, 1 call": [
-            *(f"mclr share {s:g}" for s in settings["share"] if s < 1),
+            *(f"mclr share {place:g}" for place in settings["interpolation"] if place < 1),
             f"mclr {max(settings['beta']):g}",
-            *(f"mclr share {s:g}" for s in settings["share"] if s > 1),
+            *(f"mclr share {place:g}" for place in settings["interpolation"] if place > 1),
         ],
         "MCLR, strength as input, 1 call": [f"mclr strength {b:g}" for b in settings["strength"]],
     }
     styles = [("o-", "#0072B2"), ("s", "#D55E00"), ("D-", "#CC79A7"), ("^--", "#009E73")]
-    drawing, panels = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    drawing = Figure(figsize=(10, 4), layout="constrained")
+    panels = drawing.subplots(1, 2)
     for panel, key, name in zip(
         panels, ("frechet", "recall"), ("Frechet distance", "recall"), strict=True
     ):
@@ -64,12 +62,13 @@ def figure(bench, result: dict) -> None:
         panel.set_ylim(bottom=0 if key == "frechet" else None)
     panels[0].legend(fontsize=8)
     drawing.suptitle(f"{bench.data}: {len(result['seeds'])} seeds; numbers are gamma and beta")
-    _save(drawing, f"{bench.data}_mclr_curve.png")
+    save(drawing, ROOT / "docs" / f"{bench.data}_mclr_curve.png")
 
 
 def pareto(bench, result: dict) -> None:
     """docs/guidance_free_DATA.png: every method's means, marker area by network calls."""
-    drawing, panels = plt.subplots(1, 2, figsize=(11, 5), constrained_layout=True)
+    drawing = Figure(figsize=(11, 5), layout="constrained")
+    panels = drawing.subplots(1, 2)
     names = {"recall": "recall (diversity)", "precision": "precision (fidelity)",
              "accuracy": "class accuracy", "frechet": "Frechet distance"}  # fmt: skip
     markers = "oPXD*sv^<>phd"
@@ -84,9 +83,9 @@ def pareto(bench, result: dict) -> None:
                 for strength in strengths
             ]  # fmt: skip
             across, up, calls = np.transpose(points)
-            colour = plt.get_cmap("tab20")(2 * number % 20 + number // 10)
+            colour = colormaps["tab20"](2 * number % 20 + number // 10)
             panel.plot(across, up, "-", color=colour, linewidth=0.7)
-            panel.scatter(across, up, calls, [colour], markers[number % 13], label=method)
+            panel.scatter(across, up, calls, [colour], marker=markers[number % 13], label=method)
             for strength, at in zip(strengths, zip(across, up, strict=True), strict=True):
                 panel.annotate(
                     f"{strength:g}", at, xytext=(4, 3), textcoords="offset points", fontsize=6
@@ -101,11 +100,11 @@ def pareto(bench, result: dict) -> None:
         f"{bench.data}: dotted, held-out real images; numbers are strengths; the larger a marker, "
         "the more network calls"
     )
-    _save(drawing, f"guidance_free_{bench.data}.png")
+    save(drawing, ROOT / "docs" / f"guidance_free_{bench.data}.png")
 
 
-def _save(drawing, name: str) -> None:
+def save(drawing: Figure, path: pathlib.Path, dpi: int = 110) -> None:
+    """A figure as a PNG file."""
     buffer = io.BytesIO()
-    drawing.savefig(buffer, format="png", dpi=110)
-    plt.close(drawing)
-    write_atomically(ROOT / "docs" / name, buffer.getvalue())
+    drawing.savefig(buffer, format="png", dpi=dpi)
+    write_atomically(path, buffer.getvalue())

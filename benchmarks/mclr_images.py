@@ -12,17 +12,24 @@ benchmarks/results/DATA_mclr.json. Needs the package installed (pip install -e .
 import argparse
 import dataclasses
 import functools
-import importlib
 import json
 import pathlib
 from collections.abc import Callable
 
-from tasks import ROOT, Files, Task, add_flags, run
+import mclr_figures
+import mclr_probes
+import numpy as np
+from tasks import RESULTS, ROOT, Files, Task, add_flags, config_of, run, training
 
-RESULTS = ROOT / "benchmarks" / "results"
+from configs import base as configs_base
+from mclr_jax import generate, images, runs
+from mclr_jax.data import sources
+from mclr_jax.data.pixels import to_float
+from mclr_jax.evaluation import evaluate, features, metrics
+from mclr_jax.files import save_arrays, write_json
 
-# gamma = guidance_scale - 1 of CFG, beta of MCLR; share of the way from the base to MCLR's weights
-# at the largest beta.
+# gamma = guidance_scale - 1 of CFG, beta of MCLR; interpolation between the base's weights and those
+# of MCLR at the largest beta.
 SETTINGS = {
     "fashion_mnist": {
         "samples": 5000,
@@ -30,7 +37,7 @@ SETTINGS = {
         "cfg": (0.1, 0.2, 0.3, 0.4, 0.6, 1.0),
         "beta": (0.4, 1.0),
         "strength": (0.2, 0.4, 0.6, 1.0),
-        "share": (0.2, 0.4, 0.6, 1.5),
+        "interpolation": (0.2, 0.4, 0.6, 1.5),
         "judge_steps": {"features": 1500, "accuracy": 2500},
     },
     "digits": {
@@ -39,7 +46,7 @@ SETTINGS = {
         "cfg": (0.1, 0.2, 0.3, 0.5, 1.0, 2.0),
         "beta": (0.3, 1.0),
         "strength": (0.1, 0.2, 0.3, 0.5, 1.0),
-        "share": (0.1, 0.2, 0.3, 0.5),
+        "interpolation": (0.1, 0.2, 0.3, 0.5),
         "judge_steps": {"features": 600, "accuracy": 600},
     },
 }
@@ -54,18 +61,21 @@ JUDGES = {
     },
 }
 METRICS = ("fd", "fd_class", "fd_inter", "is", "pr")  # and accuracy
-# Changes of the objective in configs/DATA_mclr.py, at its own beta; of the first seed alone.
-# "noise" is no key of the objective: with "dsm" noise levels are drawn as for the base.
+# Changes of configs/DATA_mclr.py, at its own beta; of the first seed alone.
 VARIANTS = {
-    "data": {"target": "data"},
-    "prior_weighted": {"negatives": "prior", "weighting": "cfg", "negative_share": 1.0},
-    "dsm_noise": {"noise": "dsm"},
+    "data": {"objective.target": "data"},
+    "prior_weighted": {
+        "objective.negatives": "prior",
+        "objective.weighting": "cfg",
+        "objective.negative_share": 1.0,
+    },
+    "dsm_noise": {"noise.mean": -1.2},  # as the base draws it
     "plain_clip": {
-        "target": "data",
-        "negatives": "mismatched",
-        "negative_share": 1.0,
-        "bound": "clip",
-        "clip_ratio": 1.5,
+        "objective.target": "data",
+        "objective.negatives": "mismatched",
+        "objective.negative_share": 1.0,
+        "objective.bound": "clip",
+        "objective.clip_ratio": 1.5,
     },
 }
 
@@ -78,9 +88,9 @@ class Model:
       tuned: name of the fine-tuning; with the seed, its work directory.
       gamma: guidance, or the strength that is given to the network, when sampling.
       seeds: of fine-tuning and sampling.
-      changes: of MCLR's objective, or with a `name` another objective and its options; None for the
-        control, which goes on by DSM.
-      share: of the way from the base's weights to the fine-tuned ones at which to sample.
+      changes: of configs/DATA_mclr.py, see `tasks.config_of`; None for the control, which goes on
+        by DSM.
+      interpolation: place on the line from the base's weights to the fine-tuned ones.
       interval: noise levels to guide in; None for all.
       weak: work directory of the weaker model of autoguidance; "" for none.
       needs: files that must be there before fine-tuning; {base} stands for the base's name.
@@ -90,7 +100,7 @@ class Model:
     gamma: float
     seeds: tuple[int, ...]
     changes: dict | None
-    share: float = 1.0
+    interpolation: float = 1.0
     interval: tuple[float, float] | None = None
     weak: str = ""
     needs: tuple[str, ...] = ()
@@ -100,7 +110,7 @@ class Model:
 
     def samples(self, seed: int) -> str:
         more = ("_interval" if self.interval else "") + ("_weak" if self.weak else "")
-        share = f"_share_{self.share:g}" if self.share != 1 else ""
+        share = f"_share_{self.interpolation:g}" if self.interpolation != 1 else ""
         return f"{self.workdir(seed)}_at_{self.gamma:g}{share}{more}"
 
 
@@ -119,8 +129,8 @@ class Bench(Files):
     def root(self) -> pathlib.Path:
         return ROOT / "runs" / f"mclr_{self.data}"
 
-    def config(self, name: str = ""):
-        return importlib.import_module(f"configs.{self.data}{name}").get_config()
+    def config(self, name: str = "", changes: dict | None = None):
+        return config_of(f"{self.data}{name}", changes or {})
 
     def base(self, seed: int) -> str:
         return "base" if self.settings["one_base"] else f"base_{seed}"
@@ -128,114 +138,92 @@ class Bench(Files):
     def train_base(self, seed: int) -> None:
         config = self.config()
         config.seed = seed
-        self.train(self.base(seed), config)
+        self.train(self.base(seed), self.data, config)
 
-    def train(self, name: str, config) -> None:
-        """Train to the end; `done` says so."""
-        from mclr_jax.training.loop import train
-
-        train(config, self.root / name)
-        (self.root / name / "done").touch()
+    def train_classifier(self) -> None:
+        """The posterior that MCLR draws from."""
+        self.train("classifier", f"{self.data}_classifier", self.config("_classifier"))
 
     def judge(self, judge: str) -> None:
         """A classifier of clean images (noise of level 0.01), to judge samples with."""
-        from ml_collections import ConfigDict
-
         config = self.config("_classifier")
-        config.noise = ConfigDict({"name": "loguniform", "sigma_min": 0.01, "sigma_max": 0.01})
-        network = JUDGES[judge]["network"] | {"dropout": 0.1, "dtype": "float32"}
-        config.network = ConfigDict(network)
+        config.noise = configs_base.options("loguniform", sigma_min=0.01, sigma_max=0.01)
+        config.network = configs_base.options(**JUDGES[judge]["network"], dropout=0.1)
         config.optimizer.weight_decay = JUDGES[judge]["weight_decay"]
         config.num_steps = self.settings["judge_steps"][judge]
         config.batch_size = 64
         config.seed = 100
-        self.train(f"judge_{judge}", config)
+        self.train(f"judge_{judge}", f"{self.data}_classifier", config)
 
     def fine_tuning(self, seed: int, changes: dict | None):
         """The config of MCLR, or of another objective with the same steps and learning rates."""
-        from configs import base as configs_base
-
-        config = self.config("_mclr")
-        config.init_from = str(self.root / self.base(seed))
-        config.objective.posterior_from = str(self.root / "classifier")
-        options = dict(changes or {"noise": "dsm"})
-        if options.pop("noise", "") == "dsm":
-            config.noise = self.config().noise
+        config = self.config("_mclr", changes)
         if changes is None:
-            config.objective = self.config().objective
-        elif "name" in options:
-            config.objective = configs_base.objective(options["name"])
-        config.objective.update(options)
+            plain = self.config()
+            config.noise, config.objective = plain.noise, plain.objective
+        config.init_from = str(self.root / self.base(seed))
+        config.companions.classifier = str(self.root / "classifier")
         config.seed = seed + 1
         config.sample_every = 0
         return config
 
     def tune(self, name: str, seed: int, changes: dict | None) -> None:
-        self.train(name, self.fine_tuning(seed, changes))
+        self.train(name, f"{self.data}_mclr", self.fine_tuning(seed, changes))
 
-    def load(self, name: str, share: float = 1.0):
-        """(experiment, parameters) of the run in this work directory."""
-        from mclr_jax.run import load_model
-
-        return load_model(self.root / name, share)
+    def load(self, name: str, interpolation: float = 1.0):
+        """(run, parameters) of this work directory."""
+        found = runs.load(self.root / name)
+        return found, found.weights(interpolation=interpolation)[0]
 
     def options(self, model: Model) -> dict:
         """How to sample from a model."""
-        weak = self.load(model.weak) if model.weak else None
+        weak = runs.load_model(self.root / model.weak) if model.weak else None
         return {"guidance_scale": 1 + model.gamma, "interval": model.interval, "weak": weak}
 
     def sample(self, model: Model, seed: int) -> None:
         """Samples of a model, judged; features are kept to compare sets of samples."""
-        import numpy as np
-
-        from mclr_jax import generate, images
-
-        experiment, params = self.load(model.workdir(seed), model.share)
-        labels = np.resize(np.arange(experiment.null_label), self.settings["samples"])
+        found, params = self.load(model.workdir(seed), model.interpolation)
+        labels = np.resize(np.arange(found.model.null_label), self.settings["samples"])
         options = self.options(model)
         samples = generate.generate(
-            experiment, params, labels, seed=seed, batch_size=self.batch, **options
-        )
-        calls = {"network_calls": generate.network_calls(experiment, **options)}
-        self.store(model.samples(seed), images.as_8_bits(samples), labels, calls)
+            found.model, params, labels, found.sampler,
+            seed=seed, batch_size=self.batch, **options,
+        )  # fmt: skip
+        calls = generate.network_calls(found.model, found.sampler, **options)
+        self.store(
+            model.samples(seed), images.as_8_bits(samples), labels,
+            {"network_calls": calls}, found.workdir,
+        )  # fmt: skip
 
     def real(self, split: str) -> None:
         """The floor: real images judged as samples are. `train` is the reference itself."""
-        import numpy as np
-
-        from mclr_jax.data import pipeline, sources
-
         source = sources.load(self.data, split)
         count = len(source) if split == "train" else min(self.settings["samples"], len(source))
-        images, labels = source[np.arange(count)]
-        self.store(f"real_{split}", np.asarray(pipeline.to_float(images)), labels, {})
+        pixels, labels = source[np.arange(count)]
+        self.store(f"real_{split}", np.asarray(to_float(pixels)), labels, {})
 
-    def store(self, name: str, images, labels, more: dict) -> None:
+    def store(
+        self, name: str, pixels, labels, more: dict, workdir: pathlib.Path | None = None
+    ) -> None:
         """Features and metrics of images (n, ...) in [-1, 1] -> NAME.npz, NAME.json."""
-        import numpy as np
-
-        from mclr_jax.evaluation import evaluate, metrics
-        from mclr_jax.evaluation.features import Features
-        from mclr_jax.run import save_arrays
-
-        found = self.judged("features", images, labels)
-        row: dict = {"samples": len(images), **more}
+        found = self.judged("features", pixels, labels)
+        row: dict = {"samples": len(pixels), **more}
         if name != "real_train":
             with np.load(self.root / "sets" / "real_train.npz") as file:
-                kept = Features(
-                    file["features"], np.zeros((len(file["labels"]), 0)), file["labels"]
-                )
+                nothing = np.zeros((len(file["labels"]), 0))
+                kept = features.Features(file["features"], nothing, file["labels"])
             real = evaluate.Reference(metrics.moments(kept.features), kept, "")
-            judged = self.judged("accuracy", images, labels)
-            row |= evaluate.measure(found, real, METRICS, judged)
+            row |= evaluate.measure(found, real, METRICS, self.judged("accuracy", pixels, labels))
         save_arrays(self.root / "sets" / f"{name}.npz", features=found.features, labels=labels)
-        self.write(f"sets/{name}", row)
+        self.write(f"sets/{name}", row, workdir)
 
-    def judged(self, judge: str, images, labels):
+    def judged(self, judge: str, pixels, labels) -> features.Features:
         """What a judge makes of images in [-1, 1]."""
-        from mclr_jax.evaluation import features
+        return features.load(f"classifier:{self.root / f'judge_{judge}'}")(pixels, labels)
 
-        return features.load(f"classifier:{self.root / f'judge_{judge}'}")(images, labels)
+    def row(self, name: str) -> dict:
+        """A set of images: what was measured, and what made it."""
+        return self.read(f"sets/{name}") | self.made_by(f"sets/{name}")
 
     def models(self, seeds: tuple[int, ...]) -> dict[str, Model]:
         """The rows of the table by name."""
@@ -243,16 +231,16 @@ class Bench(Files):
         for gamma in self.settings["cfg"]:
             models[f"cfg {gamma:g}"] = Model("control", gamma, seeds, None)
         for beta in self.settings["beta"]:
-            changes: dict = {"beta": beta}
+            changes: dict = {"objective.beta": beta}
             models[f"mclr {beta:g}"] = Model(f"posterior_beta{beta:g}", 0.0, seeds, changes)
         for beta in self.settings["strength"]:
             changes = {"strength": (0.0, max(self.settings["strength"]))}
             models[f"mclr strength {beta:g}"] = Model("strength", beta, seeds, changes)
         beta = max(self.settings["beta"])
-        for share in self.settings["share"]:
-            changes = {"beta": beta}
-            models[f"mclr share {share:g}"] = Model(
-                f"posterior_beta{beta:g}", 0.0, seeds, changes, share
+        for place in self.settings["interpolation"]:
+            changes = {"objective.beta": beta}
+            models[f"mclr share {place:g}"] = Model(
+                f"posterior_beta{beta:g}", 0.0, seeds, changes, place
             )
         for name, changes in VARIANTS.items():
             models[f"mclr {name}"] = Model(name, 0.0, seeds[:1], changes)
@@ -263,8 +251,6 @@ class Bench(Files):
         name = output or function
 
         def measure():
-            import mclr_probes
-
             self.write(name, getattr(mclr_probes, function)(self, *arguments))
 
         return Task(name, measure, f"{name}.json", needs)
@@ -274,15 +260,15 @@ class Bench(Files):
     def tasks(self, seeds: tuple[int, ...]) -> list[Task]:
         """All tasks but the last, each after those it needs."""
         tasks = [
-            Task("classifier", lambda: self.train("classifier", self.config("_classifier")),
-                 "classifier/done"),
-            *(Task(f"judge_{j}", lambda j=j: self.judge(j), f"judge_{j}/done") for j in JUDGES),
+            Task("classifier", self.train_classifier, done("classifier")),
+            *(Task(f"judge_{j}", functools.partial(self.judge, j), done(f"judge_{j}"))
+              for j in JUDGES),
         ]  # fmt: skip
-        tasks.append(self.probe("calibration", ("classifier/done",)))
-        judges = tuple(f"judge_{j}/done" for j in JUDGES)
+        tasks.append(self.probe("calibration", (done("classifier"),)))
+        judges = tuple(done(f"judge_{j}") for j in JUDGES)
         for seed in [seeds[0]] if self.settings["one_base"] else seeds:
             name = self.base(seed)
-            tasks.append(Task(name, functools.partial(self.train_base, seed), f"{name}/done"))
+            tasks.append(Task(name, functools.partial(self.train_base, seed), done(name)))
         for split, needs in [("train", judges), ("test", ("sets/real_train.json",))]:
             tasks.append(Task(f"real_{split}", functools.partial(self.real, split),
                               f"sets/real_{split}.json", needs))  # fmt: skip
@@ -295,13 +281,13 @@ class Bench(Files):
                 workdir, samples = model.workdir(seed), model.samples(seed)
                 tune = functools.partial(self.tune, workdir, seed, model.changes)
                 needs = (need.format(base=self.base(seed)) for need in model.needs)
-                start = (f"{self.base(seed)}/done", "classifier/done", *needs)
+                start = (done(self.base(seed)), done("classifier"), *needs)
                 if workdir not in [task.name for task in tasks]:
-                    tasks.append(Task(workdir, tune, f"{workdir}/done", start))
+                    tasks.append(Task(workdir, tune, done(workdir), start))
+                read = [workdir, *([model.weak] if model.weak else [])]
                 tasks.append(Task(samples, functools.partial(self.sample, model, seed),
                                   f"sets/{samples}.json",
-                                  (f"{workdir}/done", "sets/real_train.json",
-                                   *([f"{model.weak}/done"] if model.weak else []))))  # fmt: skip
+                                  (*map(done, read), "sets/real_train.json")))  # fmt: skip
         return [*tasks, *self.probes(models, seeds[0])]
 
     def probes(self, models: dict[str, Model], seed: int) -> list[Task]:
@@ -312,25 +298,30 @@ class Bench(Files):
             "cfg": models[f"cfg {self.settings['cfg'][0]:g}"],
             "mclr": models[own],
         }
-        objectives = {"mclr": {}, "mclr, target data": {"target": "data"},
-                      "mclr, all negatives": {"negative_share": 1.0}}  # fmt: skip
-        done = tuple(f"{model.workdir(seed)}/done" for model in compared.values())
+        objectives = {"mclr": {}, "mclr, target data": {"objective.target": "data"},
+                      "mclr, all negatives": {"objective.negative_share": 1.0}}  # fmt: skip
+        tuned = tuple(done(model.workdir(seed)) for model in compared.values())
+        start = (done(self.base(seed)), done("classifier"))
         return [
-            self.probe("speed", done, compared, seed),
-            self.probe("profile", done, models[own], seed),
-            self.probe("step_cost", ("classifier/done",), objectives, seed),
+            self.probe("speed", tuned, compared, seed),
+            self.probe("profile", (*tuned, *start), models[own], seed),
+            self.probe("step_cost", start, objectives, seed),
         ]
+
+
+def done(workdir: str) -> str:
+    """The file that says that a training has come to its end."""
+    return f"{workdir}/done.json"
+
+
+def trainings(bench: Bench, seeds: tuple[int, ...], *more: str) -> dict[str, dict]:
+    """How the runs were trained that no row shows: bases, classifier, judges."""
+    names = [*dict.fromkeys(map(bench.base, seeds)), "classifier", *(f"judge_{j}" for j in JUDGES)]
+    return {name: training(bench.root / name) for name in [*names, *more]}
 
 
 def collect(bench: Bench, seeds: tuple[int, ...]) -> dict:
     """All rows, and what they say."""
-    import numpy as np
-
-    from mclr_jax.evaluation import metrics
-    from mclr_jax.run import load_experiment
-
-    def row(name: str) -> dict:
-        return bench.read(f"sets/{name}")
 
     def moments_of(name: str):
         with np.load(bench.root / "sets" / f"{name}.npz") as file:
@@ -338,7 +329,7 @@ def collect(bench: Bench, seeds: tuple[int, ...]) -> dict:
 
     def mean(names: list[str]) -> dict:
         """Mean over seeds and, where there are several, their standard deviation."""
-        rows = [row(name) for name in names]
+        rows = [bench.read(f"sets/{name}") for name in names]
         both = {key: [r[key] for r in rows] for key in rows[0]}
         spread = {f"{k}_std": float(np.std(v, ddof=1)) for k, v in both.items() if len(rows) > 1}
         return {key: float(np.mean(v)) for key, v in both.items()} | spread
@@ -386,14 +377,16 @@ def collect(bench: Bench, seeds: tuple[int, ...]) -> dict:
     gap = summary["base"]["frechet"] - summary["cfg_best"]["frechet"]
     summary["gap_closed"] = (summary["base"]["frechet"] - summary["mclr"]["frechet"]) / gap
     summary["speedup_over_cfg"] = rates["mclr"] / rates["cfg"]
-    experiment = load_experiment(bench.root / bench.base(seeds[0]))
+    base = bench.root / bench.base(seeds[0])
+    probes = ("speed", "step_cost", "calibration", "profile")
     return {
-        "config": experiment.config.to_dict(),
+        "config": runs.load(base).config.to_dict(),
+        "parameters": training(base)["parameters"],
         "features": "last hidden layer of judge_features; 8-bit rounding; reference: training set",
         "judges": JUDGES,
         "seeds": seeds,
         "summary": summary,
-        "floor": row("real_test"),
+        "floor": bench.row("real_test"),
         "table": table,
         "frechet_to_cfg": theorem,
         "step_cost_relative_to_dsm": bench.read("step_cost"),
@@ -401,7 +394,9 @@ def collect(bench: Bench, seeds: tuple[int, ...]) -> dict:
         / bench.config().num_steps,
         "calibration": bench.read("calibration"),
         "guidance_by_noise_level": bench.read("profile"),
-        "rows": {name: row(name) for names in sets.values() for name in names},
+        "rows": {name: bench.row(name) for names in sets.values() for name in names},
+        "other_runs": trainings(bench, seeds),
+        "probes_made_by": {name: bench.made_by(name) for name in probes},
     }
 
 
@@ -420,14 +415,9 @@ def run_all(make: Callable[[str], Bench], doc: str) -> tuple[Bench, tuple[int, .
 def main() -> None:
     bench, seeds, result = run_all(Bench, __doc__)
     result |= collect(bench, seeds)
-    import mclr_figures
-
-    from mclr_jax.run import write_atomically
-
     mclr_figures.picture(bench, result["summary"], seeds[0])
     mclr_figures.figure(bench, result)
-    path = RESULTS / f"{bench.data}_mclr.json"
-    write_atomically(path, json.dumps(result, indent=1) + "\n")
+    write_json(RESULTS / f"{bench.data}_mclr.json", result)
     for name, values in result["table"].items():
         print(f"{name:22s}", *(f"{k} {values[k]:.3f}" for k in ("frechet", "accuracy", "recall")))
     print(json.dumps(result["summary"], indent=1))

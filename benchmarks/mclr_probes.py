@@ -10,27 +10,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mclr_jax import generate, noise, posterior, run
+from mclr_jax import experiment, generate, main, noise, posterior, runs
 from mclr_jax.data import pipeline, sources
-from mclr_jax.training import loop
-from mclr_jax.training import step as training_step
+from mclr_jax.data.pixels import to_float
+from mclr_jax.training.step import init_state, make_update
+from mclr_jax.types import Condition
 
 
 def calibration(bench) -> dict:
     """How well the posterior is calibrated on held-out images, by noise level."""
-    experiment, params = bench.load("classifier")
+    run, params = bench.load("classifier")
     log_posterior = jax.jit(
-        posterior.from_classifier(experiment.logits(params), experiment.null_label)
+        posterior.from_classifier(run.model.logits(params), run.model.null_label)
     )
     table: dict = {}
     for split in ("train", "test"):
         source = sources.load(bench.data, split)
         images, labels = source[np.arange(min(5000, len(source)))]
-        x0, table[split] = np.asarray(pipeline.to_float(images)), {}
+        x0, table[split] = np.asarray(to_float(images)), {}
         for sigma in (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0):
             keys = noise.sample_keys(0, np.arange(len(x0)))
             x = x0 + sigma * noise.normal_like(keys, x0)
-            log_probs = log_posterior(x, np.full(len(x), sigma, np.float32), keys, labels)
+            levels = np.full(len(x), sigma, np.float32)
+            log_probs = log_posterior(x, levels, Condition(labels), keys)
             table[split][f"{sigma:g}"] = posterior.calibration_error(log_probs, labels)
     return table
 
@@ -42,30 +44,29 @@ def profile(bench, model, seed: int, count: int = 1000) -> dict:
     direction that the posterior implies (both are the same where the base is exact), the
     multiple of G in H, and the multiples of G and of H in D_mclr - D_c.
     """
-
-    experiment, params = bench.load(bench.base(seed))
-    _, tuned = bench.load(model.workdir(seed))
+    run, params = bench.load(bench.base(seed))
+    tuned_run, tuned = bench.load(model.workdir(seed))
     judge, judge_params = bench.load("classifier")
-    null = experiment.null_label
-    log_posterior = posterior.from_classifier(judge.logits(judge_params), null)
+    null = run.model.null_label
+    log_posterior = posterior.from_classifier(judge.model.logits(judge_params), null)
 
     @jax.jit
     def products(x, sigma, keys, label):
-        base = experiment.denoiser(params)
+        base = run.model.denoise(params)
         own = base(x, sigma, label)
-        probs = jnp.exp(log_posterior(x, sigma, keys, label))
+        probs = jnp.exp(log_posterior(x, sigma, Condition(label), keys))
         mean = sum(
             probs[:, c, None, None, None] * base(x, sigma, jnp.full_like(label, c))
             for c in range(null)
         )
         cfg, bayes = own - base(x, sigma, jnp.full_like(label, null)), own - mean
-        moved = experiment.denoiser(tuned)(x, sigma, label) - own
+        moved = tuned_run.model.denoise(tuned)(x, sigma, label) - own
         pairs = [(bayes, cfg), (moved, cfg), (cfg, cfg), (moved, bayes), (bayes, bayes)]
         return jnp.stack([(a * b).sum() for a, b in pairs])
 
     source = sources.load(bench.data, "test")
     images, labels = source[np.arange(min(count, len(source)) // bench.batch * bench.batch)]
-    x0, table = np.asarray(pipeline.to_float(images)), {}
+    x0, table = np.asarray(to_float(images)), {}
     for level in (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0):
         keys = noise.sample_keys(0, np.arange(len(x0)))
         x = np.asarray(x0 + level * noise.normal_like(keys, x0))
@@ -97,9 +98,11 @@ def speed(bench, models: dict, seed: int) -> dict:
     labels = np.resize(np.arange(10), 5 * bench.batch)
     rates: dict[str, list[float]] = {}
     for _ in range(6):  # the first compiles
-        for kind in models:
+        for kind, (run, params) in loaded.items():
             start = time.perf_counter()
-            generate.generate(*loaded[kind], labels, batch_size=bench.batch, **options[kind])
+            generate.generate(
+                run.model, params, labels, run.sampler, batch_size=bench.batch, **options[kind]
+            )
             rates.setdefault(kind, []).append(len(labels) / (time.perf_counter() - start))
     return {kind: float(np.median(r[1:])) for kind, r in rates.items()}
 
@@ -109,25 +112,24 @@ def step_cost(bench, objectives: dict, seed: int, steps: int = 10, rounds: int =
 
     They are run alternately.
     """
-    classifier, posterior_params = bench.load("classifier")
-    source = loop.load_source(bench.config(), "train")
-    runs: dict = {}
+    entries: dict = {}
     for name, changes in ({"dsm": None} | objectives).items():
         config = bench.fine_tuning(seed, changes)
-        experiment = loop.make_experiment(config, source, classifier)
-        companions = experiment.takes("other") or experiment.takes("generated")
-        stream = pipeline.stream(source, config.batch_size, 0, other=source if companions else None)
-        batches = loop.stack(stream, steps, steps)
-        update = jax.jit(training_step.make_update(experiment), donate_argnums=0)
-        state = jax.jit(functools.partial(training_step.init_state, experiment))()
-        frozen = {"classifier": posterior_params, "reference": run.pretrained(experiment)[0]}
-        held = {key: frozen[key] for key in jax.eval_shape(experiment.init_frozen)}
-        runs[name] = [update, state, held, batches, []]
+        source = sources.from_config(config.data, "train", config.seed)
+        data = experiment.data_info(config, source)
+        task = experiment.make_task(config, data, runs.companions(config, data, bench.root))
+        extra = main.extra_sources(config, task, source)
+        stream = pipeline.stream(source, config.batch_size, 0, extra=extra)
+        batches = pipeline.stack(stream, steps, steps)
+        update = jax.jit(make_update(task), donate_argnums=0)
+        state = jax.jit(functools.partial(init_state, task))()
+        frozen = {k: runs.load_model(p)[1] for k, p in runs.companion_paths(config).items()}
+        entries[name] = [update, state, frozen, batches, []]
     for _ in range(rounds + 1):  # the first compiles
-        for entry in runs.values():
-            update, state, held, batches, seconds = entry
+        for entry in entries.values():
+            update, state, frozen, batches, seconds = entry
             start = time.perf_counter()
-            entry[1] = jax.block_until_ready(update(state, held, batches, steps)[0])
+            entry[1] = jax.block_until_ready(update(state, frozen, batches, steps)[0])
             seconds.append((time.perf_counter() - start) / steps)
-    base = np.median(runs["dsm"][-1][1:])
-    return {name: float(np.median(entry[-1][1:]) / base) for name, entry in runs.items()}
+    base = np.median(entries["dsm"][-1][1:])
+    return {name: float(np.median(entry[-1][1:]) / base) for name, entry in entries.items()}

@@ -1,18 +1,29 @@
-"""Long benchmarks as small processes that can be stopped: each makes one file, and is run once."""
+"""Long benchmarks as small processes that can be stopped: each makes one file, and is run once.
+
+Importing it makes `configs` and `launch` importable, whatever folder a script is started from. JAX
+is imported where it is used: some processes set it up first, or do without.
+"""
 
 import argparse
 import dataclasses
+import importlib
 import json
+import math
 import os
 import pathlib
+import re
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))
+
+from mclr_jax.files import flat, provenance, write_json  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,20 +36,100 @@ class Task:
     needs: tuple[str, ...] = ()
 
 
+# ---- what tasks make -----------------------------------------------------------------------------
+
+
 class Files:
-    """JSON files under a folder `root`."""
+    """JSON files under a folder `root`, each with what made it."""
 
     root: pathlib.Path
 
-    def write(self, name: str, value: Any) -> None:
-        from mclr_jax.run import write_atomically
-
-        path = self.root / f"{name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(value, indent=1))
+    def write(self, name: str, value: Any, workdir: pathlib.Path | None = None) -> None:
+        """Write NAME.json; `workdir` is that of the run whose weights were used."""
+        made_by = provenance() | ({"run": training(workdir)} if workdir else {})
+        write_json(self.root / f"{name}.json", {"value": value, "made_by": made_by})
 
     def read(self, name: str) -> Any:
-        return json.loads((self.root / f"{name}.json").read_text())
+        """The value that was written."""
+        return json.loads((self.root / f"{name}.json").read_text())["value"]
+
+    def made_by(self, name: str) -> dict:
+        """The command and the revision that wrote it and, where weights were used, their run."""
+        return json.loads((self.root / f"{name}.json").read_text())["made_by"]
+
+    def train(self, name: str, file: str, config: Any, may_diverge: bool = False) -> None:
+        """Train to the end; only then is there NAME/done.json, which `training` reads.
+
+        Args:
+          name: work directory, under `root`.
+          file: configs/FILE.py, which `config` has come from.
+          config: what to train.
+          may_diverge: whether that is an end, too.
+        """
+        from mclr_jax import runs
+        from mclr_jax.main import train
+        from mclr_jax.training.loop import NonFiniteError
+
+        ended: dict[str, Any] = {}
+        try:
+            step = int(train(config, self.root / name).step)
+        except NonFiniteError as error:
+            found = re.search(r"in step (\d+)", str(error))
+            if not may_diverge or not found:
+                raise
+            step, ended = int(found[1]), {"diverged": str(error)}
+        if step < config.num_steps and not ended:
+            sys.exit(f"{name} was stopped after step {step}; the same command goes on.")
+        count = parameters(runs.load(self.root / name).model)
+        how = {"config": f"configs/{file}.py", "changes": differences(config, file)}
+        self.write(f"{name}/done", {**how, "steps": step, "parameters": count, **ended})
+
+
+def training(workdir: pathlib.Path) -> dict:
+    """What was trained in a work directory, and by what command and revision.
+
+    It has name, config, changes (by key), steps, parameters, command, revision and, where the run
+    has diverged, the message.
+    """
+    done = json.loads((workdir / "done.json").read_text())
+    return {"name": workdir.name, **done["value"], **done["made_by"]}
+
+
+def config_of(file: str, changes: Mapping[str, Any] = {}) -> Any:
+    """configs/FILE.py with `changes`, whose keys have dots for levels.
+
+    Where SECTION.name is changed, the section gets the options of its new name.
+    """
+    from configs import base
+
+    config = importlib.import_module(f"configs.{file}").get_config()
+    for key, value in changes.items():
+        section, _, field = key.rpartition(".")
+        if field == "name" and section != "data":
+            config[section] = base.options(value)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def differences(config: Any, file: str) -> dict[str, Any]:
+    """The values of a config that configs/FILE.py does not have, by key; paths from ROOT."""
+
+    def plain(config: Any) -> dict[str, Any]:
+        return flat(json.loads(json.dumps(config.to_dict()).replace(f"{ROOT}/", "")))
+
+    before = plain(config_of(file))
+    return {k: v for k, v in plain(config).items() if k not in before or before[k] != v}
+
+
+def parameters(model: Any) -> int:
+    """How many numbers a model's network has to learn."""
+    import jax
+
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+# ---- running them --------------------------------------------------------------------------------
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -51,27 +142,25 @@ def run(root: pathlib.Path, tasks: Sequence[Task], arguments: argparse.Namespace
     """Run the task of `arguments` and exit, or all that are missing.
 
     Returns:
-      what made the results: command, revision, device, jax, seconds.
+      what collects the results: command, revision, device, jax, seconds.
     """
     from launch.common import keep_compiled
+    from mclr_jax.cpu import keep_freed_memory
 
     keep_compiled()
+    keep_freed_memory()
     if arguments.task:
         next(task for task in tasks if task.name == arguments.task).run()
         sys.exit()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped; the same command goes on."))
     start = time.time()
     schedule(root, tasks, [sys.executable, *sys.argv], arguments.jobs)
     import jax
 
     from mclr_jax.training.devices import banner
 
-    revision = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    )
-    script, *flags = sys.argv
     return {
-        "command": " ".join(["python", f"benchmarks/{pathlib.Path(script).name}", *flags]),
-        "revision": revision.stdout.strip(),
+        **provenance(),
         "device": banner(),
         "jax": jax.__version__,
         "seconds_of_this_call": round(time.time() - start),
@@ -80,6 +169,8 @@ def run(root: pathlib.Path, tasks: Sequence[Task], arguments: argparse.Namespace
 
 def schedule(root: pathlib.Path, tasks: Sequence[Task], command: Sequence[str], jobs: int) -> None:
     """Run what is missing, `jobs` processes at a time, each on a core of its own.
+
+    Where one fails, the others are told to stop, too, and this process exits.
 
     Args:
       root: folder of the outputs.
@@ -96,24 +187,31 @@ def schedule(root: pathlib.Path, tasks: Sequence[Task], command: Sequence[str], 
     def there(output: str) -> bool:
         return (root / output).exists()
 
-    while any(not there(task.output) for task in tasks):
-        for core, (task, process) in list(running.items()):
-            if process.poll() is not None:
-                del running[core]
-                if process.returncode:
-                    sys.exit(f"{task.name} failed; see {logs / task.name}.log")
-                print(f"{time.strftime('%H:%M:%S')} {task.name}", flush=True)
-        ready = [
-            task for task in tasks
-            if task.name not in started and not there(task.output) and all(map(there, task.needs))
-        ]  # fmt: skip
-        for core in [c for c in cores if c not in running][: len(ready)]:
-            task = ready.pop(0)
-            started.add(task.name)
-            with (logs / f"{task.name}.log").open("ab") as log:
-                running[core] = task, subprocess.Popen(
-                    ["taskset", "-c", str(core), *command, f"--task={task.name}"],
-                    stdout=log,
-                    stderr=log,
-                )  # fmt: skip
-        time.sleep(0.5)
+    try:
+        while running or any(not there(task.output) for task in tasks):
+            for core, (task, process) in list(running.items()):
+                if process.poll() is not None:
+                    del running[core]
+                    if process.returncode or not there(task.output):
+                        sys.exit(f"{task.name} failed; see {logs / task.name}.log")
+                    print(f"{time.strftime('%H:%M:%S')} {task.name}", flush=True)
+            ready = [
+                task for task in tasks
+                if task.name not in started and not there(task.output)
+                and all(map(there, task.needs))
+            ]  # fmt: skip
+            for core in [c for c in cores if c not in running][: len(ready)]:
+                task = ready.pop(0)
+                started.add(task.name)
+                with (logs / f"{task.name}.log").open("ab") as log:
+                    running[core] = task, subprocess.Popen(
+                        ["taskset", "-c", str(core), *command, f"--task={task.name}"],
+                        stdout=log,
+                        stderr=log,
+                    )  # fmt: skip
+            time.sleep(0.5)
+    finally:
+        for _, process in running.values():
+            process.terminate()
+        for _, process in running.values():
+            process.wait()

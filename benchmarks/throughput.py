@@ -1,272 +1,314 @@
-"""Images per second in training and sampling, on the CPU: this project against PyTorch.
-
-Both train the same network by Adam with an average of the weights, and sample by 18 Heun steps.
-Set JAX_COMPILATION_CACHE_DIR to compile only once: the U-Net's step takes minutes on this machine.
-The candidates take turns in one process, and each number is its fastest round: CPU time with one
-thread, wall time with two (where other processes on the machine disturb it).
+"""Images per second in training and sampling on the CPU: this project against PyTorch.
 
   python benchmarks/throughput.py             # writes benchmarks/results/throughput.json
+
+Both train the same network by Adam with an average of the weights (ours through the project's own
+update, on the devices that its commands take), and sample by 18 Heun steps. Every candidate is a
+process of its own, held to the same cores; they take turns, a round each, and a number is the
+fastest round's. Needs the package and PyTorch (pip install -e '.[torch]'), and an idle machine.
+
+What the project does for speed on the CPU, each also measured without it:
+
+  memory   freed memory is kept: "huge" pages (GLIBC_TUNABLES), "mallopt" in the process, or neither
+  devices  a JAX device for each core, each with its part of the batch
+  loop     training steps in one compiled loop (1: no loop), and there gradients of convolutions
+           written for XLA's kernels ("ours") or left to XLA ("xla")
 """
 
 import argparse
-import contextlib
 import json
 import os
+import platform
 import subprocess
 import sys
+import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
-from unittest import mock
 
-RESULT = Path(__file__).parent / "results" / "throughput.json"
+from tasks import ROOT
+
+from mclr_jax.files import provenance, write_json
+
+RESULT = ROOT / "benchmarks" / "results" / "throughput.json"
 UNET = {"channels": 32, "channel_mult": (1, 2, 2), "num_blocks": 2, "attention_resolutions": (8,)}
 DIT = {"width": 192, "depth": 6, "heads": 3}
-LOOP = 8  # training steps of one dispatch
+BATCH, LOOP, HUGE = 16, 8, "glibc.malloc.hugetlb=1"
 
 
-def our_network(model: str):
-    from mclr_jax.networks.dit import DiT
-    from mclr_jax.networks.unet import UNet
-
-    return UNet(**UNET, out_channels=3) if model == "unet" else DiT(**DIT, out_channels=3)
-
-
-def our_step(network):
-    """(init, step): the state of training, and step(state, batch, key) -> (state, loss)."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    import optax
-
-    from mclr_jax import denoiser
-    from mclr_jax.noise import LogNormal, edm_weight
-    from mclr_jax.objectives.dsm import dsm
-
-    optimizer = optax.adam(1e-4)
-
-    def loss(params, batch, key):
-        denoise = denoiser.edm(lambda *args: network.apply({"params": params}, *args), 0.5)
-        keys = jax.random.split(key, len(batch["label"]))
-        value, _ = dsm(
-            denoise,
-            batch["image"],
-            batch["label"],
-            keys,
-            noise=LogNormal(),
-            weight=lambda sigma: edm_weight(sigma, 0.5),
-            null_label=10,
-        )
-        return value.mean()
-
-    def init():
-        arguments = jnp.zeros((1, 32, 32, 3)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
-        shapes = jax.eval_shape(network.init, jax.random.key(0), *arguments)["params"]
-        random = np.random.default_rng(0)  # the initialisers take a minute to compile
-        params = jax.tree.map(
-            lambda s: jnp.asarray(random.normal(0, 0.03, s.shape), s.dtype), shapes
-        )
-        return params, optimizer.init(params), jax.tree.map(jnp.copy, params)
-
-    def step(state, batch, key):
-        params, opt_state, average = state
-        value, gradients = jax.value_and_grad(loss)(params, batch, key)
-        updates, opt_state = optimizer.update(gradients, opt_state)
-        params = optax.apply_updates(params, updates)
-        return (params, opt_state, optax.incremental_update(params, average, 1e-3)), value
-
-    return init, step
-
-
-def our_training(model: str, batch_size: int, loops: bool = True):
-    """Runs by name (each: images it trains on, function without arguments), parameters, FLOPs."""
-    import jax
-    import jax.numpy as jnp
-
-    init, step = our_step(our_network(model))
-    key = jax.random.key(1)
-    batches = {
-        "image": jax.random.normal(key, (LOOP, batch_size, 32, 32, 3)) / 2,
-        "label": jnp.zeros((LOOP, batch_size), jnp.int32),
-    }
-    batch = jax.tree.map(lambda x: x[0], batches)
-
-    def loop(state, batches, key, count):
-        def body(i, carry):
-            batch = jax.tree.map(lambda x: x[i], batches)
-            return step(carry[0], batch, jax.random.fold_in(key, i))
-
-        return jax.lax.fori_loop(0, count, body, (state, jnp.zeros(())))
-
-    state = init()
-    one = jax.jit(step, donate_argnums=0).lower(state, batch, key).compile()
-    states = {"one": state, "many": init()}
-
-    def run(name, compiled, *arguments):
-        states[name], value = compiled(states[name], *arguments)
-        value.block_until_ready()
-
-    runs = {"ours": (batch_size, lambda: run("one", one, batch, key))}
-    if loops:
-        many = jax.jit(loop, donate_argnums=0).lower(state, batches, key, LOOP).compile()
-        images = LOOP * batch_size
-        runs[f"ours_{LOOP}_steps"] = images, lambda: run("many", many, batches, key, LOOP)
-    parameters = sum(p.size for p in jax.tree.leaves(states["one"][0]))
-    with xla_convolutions():  # of the program as written: compiled, XLA counts no custom fusion
-        again = jax.jit(lambda *arguments: step(*arguments))  # a new function is traced anew
-        flops = again.lower(states["one"], batch, key).cost_analysis()["flops"]
-    return runs, parameters, flops / batch_size
-
-
-def our_sampling(model: str, batch_size: int):
-    import jax
-    import jax.numpy as jnp
-
-    from mclr_jax import denoiser
-    from mclr_jax.noise import rho_grid
-    from mclr_jax.samplers import sample
-
-    network = our_network(model)
-    params = our_step(network)[0]()[0]
-
-    def run(params, x, label):
-        denoise = denoiser.edm(lambda *args: network.apply({"params": params}, *args), 0.5)
-        return sample(denoise, x, label, rho_grid(18))
-
-    x = 80 * jax.random.normal(jax.random.key(0), (batch_size, 32, 32, 3))
-    label = jnp.zeros(batch_size, jnp.int32)
-    compiled = jax.jit(run).lower(params, x, label).compile()
-    return {"ours": (batch_size, lambda: compiled(params, x, label).block_until_ready())}
-
-
-def torch_runs(task: str, model: str, batch_size: int, compiled: bool):
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    try:
-        from benchmarks import torch_models
-    except ImportError:
-        import torch_models  # run as a script
-
-    from mclr_jax.noise import rho_grid
-
-    network = torch_models.UNet(**UNET) if model == "unet" else torch_models.DiT(**DIT)
-    x, label = torch.randn(batch_size, 3, 32, 32) / 2, torch.zeros(batch_size, dtype=torch.long)
-    parameters = sum(p.numel() for p in network.parameters())
-    with FlopCounterMode(display=False) as counter:
-        torch_models.loss(network, x, label).backward()
-    flops = counter.get_total_flops() / batch_size
-    formats = {"": torch.contiguous_format}
-    if model == "unet":
-        formats["_channels_last"] = torch.channels_last
-    sigmas, runs = torch.from_numpy(rho_grid(18)), {}
-    for suffix, memory_format in formats.items():
-        for mode in ("eager", "compiled") if compiled else ("eager",):
-            network = torch_models.UNet(**UNET) if model == "unet" else torch_models.DiT(**DIT)
-            network = network.to(memory_format=memory_format)
-            images = x.to(memory_format=memory_format)
-            if task == "training":
-                trainer = torch_models.Trainer(network, mode == "compiled")
-                run = lambda t=trainer, images=images: t.step(images, label)  # noqa: E731
-            else:
-                f = network if mode == "eager" else torch.compile(network)
-
-                def run(f=f, images=images):
-                    denoise = lambda *args: torch_models.denoise(f, *args)  # noqa: E731
-                    return torch_models.heun(denoise, 160 * images, label, sigmas)
-
-            runs[f"torch_{mode}{suffix}"] = batch_size, run
-    return runs, parameters, flops
-
-
-@contextlib.contextmanager
-def xla_convolutions():
-    """Networks traced in this context use XLA's convolutions."""
-    from jax import lax
-
-    from mclr_jax.networks import layers
-
-    def convolve(x, kernel, stride=1, padding="SAME"):
-        numbers = ("NHWC", "HWIO", "NHWC")
-        return lax.conv_general_dilated(
-            x, kernel, (stride, stride), padding, dimension_numbers=numbers
-        )
-
-    with mock.patch.object(layers, "convolve", convolve):
-        yield
-
-
-def measure(task, model, batch_size, threads, rounds, compiled, ablate) -> dict:
-    """One row: images per second by candidate. JAX takes its threads from the CPU affinity."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-    import torch
-
-    torch.set_num_threads(threads)
-    clock = time.process_time if threads == 1 else time.perf_counter
-    started = time.perf_counter()
+def candidates(task: str, model: str, threads: int) -> dict[str, dict]:
+    """Settings of each process by name; "ours" is what the commands of the project do."""
+    per_core = threads if model == "unet" else 1
+    ours = {"memory": "huge", "devices": per_core, "loop": 1, "gradients": "ours"}
+    rows = {"ours": ours}
     if task == "training":
-        runs, parameters, flops = our_training(model, batch_size)
+        rows["memory mallopt"] = ours | {"memory": "mallopt"}
+    rows["memory not kept"] = ours | {"memory": ""}
+    if threads > 1:
+        other = threads + 1 - per_core  # of 1 and `threads` the other one
+        rows[f"{other} device(s)"] = ours | {"devices": other}
+        rows["none of these"] = ours | {"memory": "", "devices": 1}
+    if task == "training":
+        rows[f"loop of {LOOP}"] = ours | {"loop": LOOP}
+        if model == "unet":
+            rows[f"loop of {LOOP}, XLA's gradients"] = ours | {"loop": LOOP, "gradients": "xla"}
+    for mode in ("eager", "compiled"):
+        rows[f"torch {mode}"] = {"torch": mode}
+        if model == "unet":
+            rows[f"torch {mode}, channels_last"] = {"torch": mode, "channels_last": True}
+    return rows
+
+
+# ---- a candidate's process -----------------------------------------------------------------------
+
+
+def our_task(model: str):
+    """The task that is trained, and a batch (1, B, ...)."""
+    import numpy as np
+    from ml_collections import ConfigDict
+
+    from configs import base
+    from mclr_jax import experiment
+    from mclr_jax.data.protocol import Arrays
+
+    config = base.base()
+    config.network = ConfigDict({"name": model, **(UNET if model == "unet" else DIT)})
+    config.sigma_data, config.objective.label_dropout = 0.5, 0.0
+    images = np.random.default_rng(0).normal(0, 0.5, (BATCH, 32, 32, 3)).astype(np.float32)
+    source = Arrays(images, np.zeros(BATCH, np.int32), 10)
+    task = experiment.make_task(config, experiment.data_info(config, source), {})
+    batch = {"image": images, "label": source.labels, "index": np.arange(BATCH, dtype=np.int32)}
+    return task, {name: rows[None] for name, rows in batch.items()}
+
+
+def our_training(model: str, loop: int):
+    """(function of a round, images of a round)."""
+    import jax
+    import numpy as np
+
+    from mclr_jax.training.devices import Devices
+    from mclr_jax.training.step import init_state, make_update
+
+    task, batch = our_task(model)
+    devices = Devices("pmap")
+    shapes = jax.eval_shape(lambda: init_state(task))
+    random = np.random.default_rng(0)  # zero-initialised layers would make some work vanish
+
+    def filled(shape):
+        if np.issubdtype(shape.dtype, np.floating):
+            return random.normal(0, 0.03, shape.shape).astype(shape.dtype)
+        return np.zeros(shape.shape, shape.dtype)
+
+    state = devices.put_state(jax.tree.map(filled, shapes))
+    update = devices.compile(make_update(task, devices.axis_name))
+    data = devices.put_batches({n: np.repeat(x, loop, axis=0) for n, x in batch.items()})
+    count = devices.put_scalar(loop)
+    holder = [state]
+
+    def run():
+        for _ in range(LOOP // loop):
+            holder[0], _ = update(holder[0], {}, data, count)
+        jax.block_until_ready(holder[0])
+
+    return run, LOOP * BATCH
+
+
+def our_sampling(model: str):
+    import jax
+    import numpy as np
+
+    from mclr_jax import generate
+    from mclr_jax.samplers import Sampler
+
+    task, _ = our_task(model)
+    shapes = jax.eval_shape(task.init)
+    random = np.random.default_rng(0)
+    params = jax.tree.map(lambda s: random.normal(0, 0.03, s.shape).astype(s.dtype), shapes)
+    params = generate.replicated(jax.device_put(params))
+    labels = np.zeros(BATCH, np.int32)
+    return lambda: generate.generate(task.model, params, labels, Sampler()), BATCH
+
+
+def torch_run(task: str, model: str, mode: str, channels_last: bool = False):
+    import torch
+    import torch_models
+
+    from mclr_jax.noise import rho_grid
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    network = torch_models.UNet(**UNET) if model == "unet" else torch_models.DiT(**DIT)
+    network = network.to(memory_format=layout)
+    images = (torch.randn(BATCH, 3, 32, 32) / 2).to(memory_format=layout)
+    label = torch.zeros(BATCH, dtype=torch.long)
+    if task == "training":
+        trainer = torch_models.Trainer(network, mode == "compiled")
+        return lambda: [trainer.step(images, label) for _ in range(LOOP)], LOOP * BATCH
+    f = network if mode == "eager" else torch.compile(network)
+    sigmas = torch.from_numpy(rho_grid(18))
+
+    def run():
+        torch_models.heun(lambda *args: torch_models.denoise(f, *args), 160 * images, label, sigmas)
+
+    return run, BATCH
+
+
+def settle(settings: dict) -> None:
+    """What must be set before JAX starts."""
+    from mclr_jax import cpu
+
+    if settings["memory"] == "mallopt":
+        assert cpu.keep_freed_memory()
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", settings["devices"])
+    if settings["gradients"] == "xla":
+        from mclr_jax.networks import layers
+
+        def plain(x, kernel, stride=1, padding="SAME"):
+            numbers = ("NHWC", "HWIO", "NHWC")
+            return jax.lax.conv_general_dilated(
+                x, kernel, (stride, stride), padding, dimension_numbers=numbers
+            )
+
+        layers.convolve = plain
+
+
+def worker(task: str, model: str, settings: dict) -> None:
+    """Set up, say so, then run a round for every line of standard input."""
+    if "torch" in settings:
+        run, images = torch_run(
+            task, model, settings["torch"], settings.get("channels_last", False)
+        )
     else:
-        runs, parameters, flops = our_sampling(model, batch_size), None, None
-    compile_seconds = time.perf_counter() - started
-    if ablate and model == "unet":
-        with xla_convolutions():
-            if task == "training":
-                plain = our_training(model, batch_size, loops=False)[0]
-            else:
-                plain = our_sampling(model, batch_size)
-        runs |= {f"{name}_xla_convolution": run for name, run in plain.items()}
-    theirs, their_parameters, their_flops = torch_runs(task, model, batch_size, compiled)
-    runs |= theirs
-    best = dict.fromkeys(runs, float("inf"))
-    for number in range(rounds + 1):  # the first round warms up
-        for name, (images, run) in runs.items():
-            start = clock()
-            run()
-            if number:
-                best[name] = min(best[name], (clock() - start) / images)
-    rates = {name: round(1 / seconds, 2) for name, seconds in best.items()}
-    ours = max(rate for name, rate in rates.items() if name.startswith("ours"))
-    torch_best = max(rate for name, rate in rates.items() if name.startswith("torch"))
+        settle(settings)
+        run, images = (
+            our_training(model, settings["loop"]) if task == "training" else our_sampling(model)
+        )
+    start = time.perf_counter()
+    run()
+    first = time.perf_counter() - start
+    print(json.dumps({"first_round_seconds": first}), flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        run()
+        print(json.dumps({"rate": images / (time.perf_counter() - start)}), flush=True)
+
+
+# ---- all of them in turns ------------------------------------------------------------------------
+
+
+def measure(task: str, model: str, threads: int, rounds: int) -> dict:
+    """One row: images per second by candidate."""
+    cores = sorted(os.sched_getaffinity(0))[:threads]
+    processes, first = {}, {}
+    rows = candidates(task, model, threads)
+    with tempfile.TemporaryDirectory() as cache:
+        for name, settings in rows.items():
+            environment = dict(os.environ)
+            environment.pop("GLIBC_TUNABLES", None)
+            if settings.get("memory") == "huge":
+                environment["GLIBC_TUNABLES"] = HUGE
+            # XLA's cache does not know the number of threads, and devices are another program.
+            environment["JAX_COMPILATION_CACHE_DIR"] = f"{cache}/{settings.get('devices')}"
+            worker = ["--worker", json.dumps([task, model, settings])]
+            process = subprocess.Popen(
+                ["taskset", "-c", ",".join(map(str, cores)), sys.executable, __file__, *worker],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
+            )  # fmt: skip
+            first[name] = json.loads(process.stdout.readline())["first_round_seconds"]
+            processes[name] = process
+        rates: dict[str, list[float]] = {name: [] for name in rows}
+        for number in range(rounds):
+            for name, process in processes.items():
+                if number and "XLA's" in name:
+                    continue  # once is enough: it is many times slower
+                print(file=process.stdin, flush=True)
+                rates[name].append(json.loads(process.stdout.readline())["rate"])
+        for process in processes.values():
+            process.stdin.close()
+            process.wait()
+    best = {name: round(max(values), 2) for name, values in rates.items()}
+    torch_best = max(rate for name, rate in best.items() if name.startswith("torch"))
     return {
         "task": task,
         "model": model,
-        "batch_size": batch_size,
+        "batch_size": BATCH,
         "threads": threads,
-        "images_per_second": rates,
-        "ours_over_torch": round(ours / torch_best, 3),
-        "parameters": {"ours": parameters, "torch": their_parameters},
-        "training_gflop_per_image": {"ours": flops and flops / 1e9, "torch": their_flops / 1e9},
-        "our_compilation_seconds": round(compile_seconds, 1),
+        "settings": rows,
+        "images_per_second": best,
+        "ours_over_torch": round(best["ours"] / torch_best, 3),
+        "first_round_seconds": {name: round(value, 1) for name, value in first.items()},
     }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--compiled", action="store_true", help="also torch.compile (slow start)")
-    parser.add_argument("--ablate", action="store_true", help="also ours with XLA's convolutions")
-    parser.add_argument("--row", help="task,model,batch,threads: only this one, and no result")
-    parser.add_argument("--cases", default="training,16 training,64 sampling,16", help="task,batch")
-    args = parser.parse_args()
-    if args.row:
-        task, model, batch_size, threads = args.row.split(",")
-        options = int(batch_size), int(threads), args.rounds, args.compiled, args.ablate
-        print(json.dumps(measure(task, model, *options)))
-        return
-    from convolution import environment
+def profile(model: str) -> dict[str, float]:
+    """Share of a training step's time on one thread by operation, of those with 1% or more."""
+    import jax
 
-    cases = [case.split(",") for case in args.cases.split()]
-    rows: list[dict] = []
-    RESULT.parent.mkdir(exist_ok=True)
-    for threads in (1, 2):  # a process each, since the pools of threads are made once
-        for model in ("unet", "dit"):
-            for task, batch_size in cases:
-                command = [sys.executable, __file__, *sys.argv[1:]]
-                command += ["--row", f"{task},{model},{batch_size},{threads}"]
-                output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-                rows.append(json.loads(output.stdout.splitlines()[-1]))
-                print(json.dumps(rows[-1]), flush=True)
-                RESULT.write_text(json.dumps({**environment(), "rows": rows}, indent=1) + "\n")
+    settle({"memory": "mallopt", "devices": 1, "gradients": "ours"})
+    run, _ = our_training(model, 1)
+    run()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run()
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        data = jax.profiler.ProfileData.from_file(str(file))
+        total: dict[str, float] = {}
+        for plane in data.planes:
+            for line in plane.lines:
+                for event in line.events:
+                    stats = dict(event.stats)
+                    if "hlo_op" in stats:
+                        kind = event.name.split(".")[0]
+                        total[kind] = total.get(kind, 0.0) + event.duration_ns
+    whole = sum(total.values())
+    shares = {kind: round(t / whole, 3) for kind, t in total.items() if t / whole >= 0.01}
+    return dict(sorted(shares.items(), key=lambda item: -item[1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--cases", default="training sampling", help="which tasks")
+    parser.add_argument("--models", default="unet dit")
+    parser.add_argument("--threads", default="1 2")
+    parser.add_argument(
+        "--profile", help="print where a training step of this model spends its time"
+    )
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker(*json.loads(args.worker))
+        return
+    if args.profile:
+        print(json.dumps(profile(args.profile), indent=1))
+        return
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    chip = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
+    result = {
+        "machine": f"{chip or platform.processor()}, {os.cpu_count()} cores",
+        "versions": {name: version(name) for name in ("jax", "jaxlib", "torch")},
+        "python": platform.python_version(),
+        **provenance(),
+        "load_average": os.getloadavg(),
+        "rows": [],
+    }
+    for threads in map(int, args.threads.split()):
+        for model in args.models.split():
+            for task in args.cases.split():
+                result["rows"].append(measure(task, model, threads, args.rounds))
+                row = result["rows"][-1]
+                print(task, model, threads, row["ours_over_torch"], row["images_per_second"],
+                      row["first_round_seconds"], flush=True)  # fmt: skip
+                write_json(RESULT, result)
+    for model in args.models.split():
+        output = subprocess.run(
+            ["taskset", "-c", "0", sys.executable, __file__, f"--profile={model}"],
+            check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+        ).stdout  # fmt: skip
+        result.setdefault("training_time_by_operation", {})[model] = json.loads(output)
+    write_json(RESULT, result)
 
 
 if __name__ == "__main__":

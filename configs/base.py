@@ -1,8 +1,10 @@
 """Every key that a training config has, with its meaning; the other configs start from this."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
-from mclr_jax.experiment import objective_options
+from mclr_jax import experiment
 
 
 def base() -> ConfigDict:
@@ -14,7 +16,9 @@ def base() -> ConfigDict:
     config.parallel = "pmap"  # "pmap", "data" (jit, replicated) or "fsdp" (jit, sharded state)
     config.require_accelerator = False  # stop at once where JAX sees only the CPU
     config.init_from = ""  # work directory of another run, whose EMA weights to start from
-    config.steps_per_dispatch = 8  # training steps in one call of the compiled program
+    # Training steps in one call of the compiled program; 0 is 1 on the CPU and 8 elsewhere. A run
+    # resumes exact to the bit within one value.
+    config.steps_per_dispatch = 0
     config.grad_accumulation = 1  # parts that a batch is split into, to save memory
 
     config.log_every = 100
@@ -32,13 +36,14 @@ def base() -> ConfigDict:
     })  # fmt: skip
     config.profile = ConfigDict({"start": 0, "num_steps": 0})  # trace some steps; 0 for none
 
-    # digits, fashion_mnist, mixture, tfds:NAME, zip:PATH or npz:PATH
+    # digits, fashion_mnist, mixture, tfds:NAME, zip:PATH, npz:PATH, or package.module:Name
     config.data = ConfigDict({
         "name": "digits",
         "path": "",  # folder of the files (fashion_mnist, tfds); "" for the default
         "test": "",  # a source of held-out examples; "" for the test split of `name`
         "num_classes": 0,  # 0 counts them in the labels (zip, npz)
         "resolution": 0,  # crop and resize to this size (tfds); 0 leaves images as they are
+        "generated": "",  # source of samples of the run in init_from (objective ddo)
         "limit": 0,  # train on so many examples only; 0 for all
         "flip": False,  # random horizontal flips
         "augment": 0.0,  # probability of EDM's non-leaking augmentations
@@ -46,7 +51,14 @@ def base() -> ConfigDict:
     config.sigma_data = 0.0  # standard deviation of the data; 0 measures it
 
     config.noise = ConfigDict({"name": "lognormal", "mean": -1.2, "std": 1.2})
-    config.objective = ConfigDict({"name": "dsm", "label_dropout": 0.1})
+    config.preconditioning = ConfigDict({"name": "edm"})  # or velocity, epsilon, v
+    config.strength = ()  # (low, high) of a guidance strength that the network takes as an input
+    config.objective = options("dsm")
+    config.posterior = ConfigDict(
+        {"name": ""}
+    )  # exact (mixture), classifier, denoiser or "" for none
+    # Work directories of runs that an objective or a posterior reads, beside that of init_from.
+    config.companions = ConfigDict({"classifier": "", "weak": ""})
     config.optimizer = ConfigDict({
         "learning_rate": 1e-3,
         "warmup_steps": 0,
@@ -74,41 +86,12 @@ def base() -> ConfigDict:
     return config
 
 
-def objective(name: str) -> ConfigDict:
-    """The keys of config.objective for a rival of MCLR, at its paper's hyper-parameters.
+def options(name: str, **values: Any) -> ConfigDict:
+    """A section of a config, such as config.objective = options("mclr", beta=0.4).
 
-    name: cca, contrastive_flow, ddo, dpo, gft or model_guidance; each is explained in
-    mclr_jax/objectives/NAME.py. All but contrastive_flow are for fine-tuning (config.init_from).
+    name: of an objective, network, posterior, preconditioning or distribution of noise levels, or
+    package.module:Name; its options have their defaults but for `values`. Objectives are explained
+    in mclr_jax/objectives/; all but dsm, classify and contrastive_flow are for fine-tuning
+    (config.init_from). gft wants config.strength, ddo config.data.generated.
     """
-    config = ConfigDict(objective_options(name))
-    if name == "gft":
-        config.strength = (0.0, 4.0)  # (low, high) of guidance_scale - 1, an input of the network
-    if name == "ddo":
-        config.generated_from = ""  # npz:FILE, samples of the run in config.init_from
-    return config
-
-
-def mclr() -> ConfigDict:
-    """The keys of config.objective for MCLR (mclr_jax/objectives/mclr.py), to fine-tune a run.
-
-    config.init_from names that run. The defaults are the CFG-equivalent form.
-    """
-    return ConfigDict({
-        "name": "mclr",
-        "label_dropout": 0.1,
-        "beta": 1.0,  # strength; the fine-tuned model samples as CFG of scale 1 + beta does
-        "strength": (),  # (low, high): beta is drawn from it and becomes an input of the network
-        "negatives": "posterior",  # "prior", "mismatched" or "posterior"
-        "weighting": "none",  # "none" or, for the first two, "cfg"
-        "negative_share": 1.0,  # compute the negative term for at most this share of a batch
-        "bound": "none",  # "none", "clip" or "logistic", for the plain form
-        "clip_ratio": 2.0,
-        "logistic_scale": 10.0,
-        "reference_penalty": 0.0,  # weight of the distance from the model that was started from
-        "target": "data",  # or "reference": what the model started from makes of x_sigma and c
-        "sigma_interval": (),  # (low, high): contrast in this range of noise levels only
-        "posterior": "classifier",  # "exact" (mixture), "classifier", "denoiser" or "" for none
-        "posterior_from": "",  # work directory of the classifier's run
-        "posterior_levels": 8,  # denoiser: noise levels in the estimate
-        "posterior_candidates": 0,  # denoiser: classes tried for each example; 0 for all
-    })  # fmt: skip
+    return ConfigDict(experiment.options(name, **values))

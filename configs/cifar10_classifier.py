@@ -5,12 +5,12 @@ Not run at full length by us: the hardware was not to be had.
 
 from ml_collections import ConfigDict
 
-from configs import cifar10
+from configs import base, cifar10
 
 
 def get_config() -> ConfigDict:
     config = cifar10.get_config()
-    config.objective = ConfigDict({"name": "classify"})
+    config.objective = base.options("classify")
     config.network = ConfigDict({
         "name": "conv_classifier",
         "channels": (128, 256, 256),

@@ -15,8 +15,9 @@ from configs import base, cifar10
 def get_config() -> ConfigDict:
     config = cifar10.get_config()
     config.init_from = "runs/cifar10"
-    config.objective = base.mclr()
-    config.objective.posterior_from = "runs/cifar10_classifier"
+    config.objective = base.options("mclr")
+    config.posterior.name = "classifier"
+    config.companions.classifier = "runs/cifar10_classifier"
     config.objective.beta = 0.3
     config.objective.negative_share = 0.5  # few of the posterior's draws differ from the label
     config.noise.mean = 0.3  # where classes are told apart; plain training hardly goes there

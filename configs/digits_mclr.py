@@ -13,8 +13,9 @@ from configs import base, digits
 def get_config() -> ConfigDict:
     config = digits.get_config()
     config.init_from = "runs/digits"
-    config.objective = base.mclr()
-    config.objective.posterior_from = "runs/digits_classifier"
+    config.objective = base.options("mclr")
+    config.posterior.name = "classifier"
+    config.companions.classifier = "runs/digits_classifier"
     config.noise.mean = 0.3  # where classes are told apart; plain training hardly goes there
     config.num_steps = 400
     config.optimizer.learning_rate = 5e-4

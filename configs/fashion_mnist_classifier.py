@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 128
     config.steps_per_dispatch = 10
     config.data.name = "fashion_mnist"
-    config.objective = ConfigDict({"name": "classify"})
+    config.objective = base.options("classify")
     config.noise = ConfigDict({"name": "lognormal", "mean": -1.2, "std": 1.4})
     config.network = ConfigDict({
         "name": "mlp_classifier",

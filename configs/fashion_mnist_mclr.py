@@ -17,8 +17,9 @@ from configs import base, fashion_mnist
 def get_config() -> ConfigDict:
     config = fashion_mnist.get_config()
     config.init_from = "runs/fashion_mnist"
-    config.objective = base.mclr()
-    config.objective.posterior_from = "runs/fashion_mnist_classifier"
+    config.objective = base.options("mclr")
+    config.posterior.name = "classifier"
+    config.companions.classifier = "runs/fashion_mnist_classifier"
     config.objective.beta = 0.4
     config.objective.target = "reference"
     config.objective.negative_share = 0.5  # most of the posterior's draws are the label itself

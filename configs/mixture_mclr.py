@@ -12,8 +12,8 @@ from configs import base, mixture
 def get_config() -> ConfigDict:
     config = mixture.get_config()
     config.init_from = "runs/mixture"
-    config.objective = base.mclr()
-    config.objective.posterior = "exact"
+    config.objective = base.options("mclr")
+    config.posterior.name = "exact"
     config.num_steps = 4000
     config.optimizer.learning_rate = 5e-4
     config.checkpoint_every = 2000

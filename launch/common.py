@@ -7,11 +7,12 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
 
+from mclr_jax import cpu
 from mclr_jax.names import nearest
 
 # What the library raises on bad input or a broken run; other errors are bugs, shown in full.
@@ -73,6 +74,15 @@ def _check_config_exists(name: str) -> None:
         stop(f"--config: no file {name}. {nearest(name, map(str, siblings))}")
 
 
+def use_cores(network: Any, batch_size: int | None = None) -> None:
+    """A JAX device for each CPU core, if the network (or its class) is faster so; see mclr_jax.cpu.
+
+    To be called before JAX is used; batch_size as in `cpu.one_device_per_core`.
+    """
+    if getattr(network, "cpu_device_per_core", False):
+        cpu.one_device_per_core(batch_size)
+
+
 def keep_compiled() -> None:
     """Keep compiled programs between runs, in ~/.cache unless JAX_COMPILATION_CACHE_DIR is set."""
     if not jax.config.jax_compilation_cache_dir:
@@ -87,6 +97,7 @@ def _guarded(main: Callable[[], None]) -> None:
     handler.addFilter(lambda record: record.levelno > python_logging.WARNING or _ours(record))
     logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
     keep_compiled()
+    cpu.keep_freed_memory()
     try:
         main()
     except USER_ERRORS as error:

@@ -9,7 +9,6 @@ trained on the real digits says how many it takes for their class; samples.png s
 class of all three.
 """
 
-import json
 import pathlib
 
 import numpy as np
@@ -18,10 +17,11 @@ from absl import flags
 
 from configs import digits, digits_classifier, digits_mclr
 from launch import common
-from mclr_jax import generate, images, run
+from mclr_jax import generate, images, runs
 from mclr_jax.data import sources
+from mclr_jax.files import provenance, write_json
+from mclr_jax.main import train
 from mclr_jax.training.devices import banner
-from mclr_jax.training.loop import train
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Directory of the runs; made if missing.")
 GUIDANCE_SCALE = flags.DEFINE_float(
@@ -36,7 +36,7 @@ def main() -> None:
     train(digits_classifier.get_config(), workdir / "classifier")
     config = digits_mclr.get_config()
     config.init_from = str(workdir / "base")
-    config.objective.posterior_from = str(workdir / "classifier")
+    config.companions.classifier = str(workdir / "classifier")
     config.objective.beta = GUIDANCE_SCALE.value - 1
     train(config, workdir / "mclr")
 
@@ -51,22 +51,23 @@ def main() -> None:
         ("CFG", "base", GUIDANCE_SCALE.value),
         ("MCLR", "mclr", 1.0),
     ]:
-        experiment = run.load_experiment(workdir / directory)
-        params, step = run.load_weights(workdir / directory)
-        samples = generate.generate(experiment, params, labels, guidance_scale=scale)
+        run = runs.load(workdir / directory)
+        params, step = run.weights()
+        samples = generate.generate(run.model, params, labels, run.sampler, guidance_scale=scale)
         accuracy = float((classifier.predict(_features(samples)) == labels).mean())
-        calls = generate.network_calls(experiment, guidance_scale=scale)
+        calls = generate.network_calls(run.model, run.sampler, guidance_scale=scale)
         table.append({"name": name, "steps": step, "accuracy": accuracy, "network_calls": calls})
         print(f"  {name:8s} {accuracy:8.1%} {calls:13d}")
         grids.append(images.picture(samples, labels))
     images.save(workdir / "samples.png", np.concatenate(grids, axis=1))
     result = {
-        "command": f"python -m launch.demo --guidance_scale={GUIDANCE_SCALE.value:g}",
+        **provenance(),
+        "guidance_scale": GUIDANCE_SCALE.value,
         "samples": len(labels),
         "table": table,
         "device": banner(),
     }
-    run.write_atomically(workdir / "result.json", json.dumps(result, indent=1) + "\n")
+    write_json(workdir / "result.json", result)
     print(f"Picture: {workdir / 'samples.png'}; numbers: {workdir / 'result.json'}")
 
 

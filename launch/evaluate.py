@@ -3,9 +3,9 @@
   python -m launch.evaluate --workdir=runs/digits --features=classifier:runs/digits_classifier \\
       --num_samples=1000 --guidance_scales=1,1.5,2 --out=digits.json
 
-Prints a table with a row for each guidance scale, strength and average of the weights, and beside
-them the held-out real images, which no model can be expected to beat: the floor. A stopped call
-goes on where it was; rows that are in WORKDIR/evaluation are not made again. --metrics names any of
+Prints a row for each guidance scale, interpolation and average of the weights, and beside them the
+held-out real images, which no model can be expected to beat: the floor. A stopped call goes on
+where it was; rows that are in WORKDIR/evaluation are not made again. --metrics names any of
 
   fd        Frechet distance of the features, to the training set
   fd_class  the same for each class, averaged
@@ -19,7 +19,6 @@ beside class accuracy, network calls and samples per second, and with --memorize
 samples that copy a training image: nearer to it, in pixels, than a third of the way to the next.
 """
 
-import json
 import pathlib
 
 import numpy as np
@@ -27,9 +26,10 @@ import tqdm
 from absl import flags
 
 from launch import common
-from mclr_jax import run
+from mclr_jax import runs
+from mclr_jax.data import sources
 from mclr_jax.evaluation import evaluate, features
-from mclr_jax.training import loop
+from mclr_jax.files import write_json
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of launch.train.")
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.json.")
@@ -51,8 +51,8 @@ AUTOGUIDANCE = flags.DEFINE_string(
 )
 MEMORIZED = flags.DEFINE_bool("memorized", False, "Look for copies of training images.")
 EMAS = flags.DEFINE_list("emas", [""], "Averages of the weights, as --ema of launch.sample.")
-STRENGTHS = flags.DEFINE_list(
-    "strengths", ["1"], "Of fine-tuning, as --strength of launch.sample: 0,0.5,1."
+INTERPOLATIONS = flags.DEFINE_list(
+    "interpolations", ["1"], "Of a fine-tuned run, as --interpolation of launch.sample: 0,0.5,1."
 )
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Samples at a time.", lower_bound=1)
 CACHE = flags.DEFINE_string(
@@ -62,29 +62,28 @@ CACHE = flags.DEFINE_string(
 
 def main() -> None:
     scales = common.numbers(GUIDANCE_SCALES, float) or [1.0]
-    strengths = common.numbers(STRENGTHS, float) or [1.0]
+    places = common.numbers(INTERPOLATIONS, float) or [1.0]
     interval = common.numbers(GUIDANCE_INTERVAL, float, 2)
     out = pathlib.Path(OUT.value)
     if out.suffix != ".json":
         common.stop(f"--out is {OUT.value!r}; expected a name that ends in .json.")
-    experiment = run.load_experiment(WORKDIR.value)
-    weak = run.load_model(AUTOGUIDANCE.value) if AUTOGUIDANCE.value else None
+    run = runs.load(WORKDIR.value)
+    common.use_cores(run.model.network)
+    config = run.config
+    weak = runs.load_model(AUTOGUIDANCE.value) if AUTOGUIDANCE.value else None
     extractor = features.load(FEATURES.value)
     judge = features.load(JUDGE.value) if JUDGE.value else extractor
-    train, test = (loop.load_source(experiment.config, split) for split in ("train", "test"))
+    train, test = (sources.from_config(config.data, s, config.seed) for s in ("train", "test"))
     cache = pathlib.Path(CACHE.value).expanduser()
     with tqdm.tqdm(total=len(train), unit="image", desc="real", disable=None) as bar:
         real = evaluate.reference(extractor, train, cache, bar.update)
     held_out, labels = test[np.arange(min(NUM_SAMPLES.value, len(test)))]
-    found = extractor(held_out, labels)
-    judged = None if judge is extractor else judge(held_out, labels)
-    floor = {
-        "samples": len(labels),
-        **evaluate.measure(found, real, METRICS.value, judged),
-    }
-    if MEMORIZED.value:
-        floor["memorized"] = evaluate.memorized(held_out, train)
-    total = NUM_SAMPLES.value * len(scales) * len(EMAS.value) * len(strengths)
+    training = train if MEMORIZED.value else None
+    judged = evaluate.measure_images(
+        held_out, labels, extractor, judge, real, METRICS.value, training
+    )
+    floor = {"samples": len(labels), **judged}
+    total = NUM_SAMPLES.value * len(scales) * len(EMAS.value) * len(places)
     with tqdm.tqdm(total=total, unit="sample", disable=None) as bar:
         rows = evaluate.evaluate(
             WORKDIR.value,
@@ -96,25 +95,25 @@ def main() -> None:
             seed=SEED.value,
             guidance_scales=scales,
             averages=EMAS.value,
-            strengths=strengths,
+            interpolations=places,
             interval=(interval[0], interval[1]) if interval else None,
             weak=weak,
-            training=train if MEMORIZED.value else None,
+            training=training,
             batch_size=BATCH_SIZE.value,
             progress=lambda what, count: bar.update(count),
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    run.write_atomically(out, json.dumps({"floor": floor, "rows": rows}, indent=1) + "\n")
+    write_json(out, {"floor": floor, "rows": rows})
     columns = [*(key for key in floor if key != "samples"), "network_calls"]
-    print(f"{'':24s}", *(f"{name[:12]:>12s}" for name in columns))
-    named = {
+    table = {"real, held out": floor} | {
         f"{r['average']} scale {r['guidance_scale']:g}".strip()
-        + (f" strength {r['strength']:g}" if "strength" in r else ""): r
+        + (f" interpolation {r['interpolation']:g}" if "interpolation" in r else ""): r
         for r in rows
     }
-    for name, row in {"real, held out": floor, **named}.items():
+    width = max(map(len, table))
+    print(" " * width, *(f"{name[:12]:>12s}" for name in columns))
+    for name, row in table.items():
         cells = (f"{row[c]:12.4g}" if c in row else f"{'':12s}" for c in columns)
-        print(f"{name[:24]:24s}", *cells)
+        print(f"{name:{width}s}", *cells)
     print(f"Wrote {out}.")
 
 

@@ -12,18 +12,18 @@ Prints a table, writes it as JSON with what made it, and a figure beside it. Eve
   probe_accuracy  of logistic regression, on held-out images
 """
 
-import json
 import pathlib
 
 import tqdm
 from absl import flags
 
 from launch import common
-from mclr_jax import run
+from mclr_jax import runs
 from mclr_jax.data import sources
+from mclr_jax.data.protocol import evenly
 from mclr_jax.evaluation.features import digest
-from mclr_jax.representation import blocks, sweep
-from mclr_jax.training import loop
+from mclr_jax.files import provenance, write_atomically, write_json
+from mclr_jax.representation import blocks, perturb, sweep
 from mclr_jax.training.devices import banner
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of launch.train.")
@@ -45,18 +45,21 @@ def main() -> None:
     out = pathlib.Path(OUT.value)
     if out.suffix != ".json":
         common.stop(f"--out is {OUT.value!r}; expected a name that ends in .json.")
-    experiment = run.load_experiment(WORKDIR.value)
-    layers = list(blocks.sizes(experiment)) if LAYERS.value == ["all"] else LAYERS.value
-    layers = blocks.choose(experiment, layers)
-    params, step = run.load_weights(WORKDIR.value, EMA.value, CHECKPOINT.value)
-    train = loop.load_source(experiment.config, "train")
-    test = loop.load_source(experiment.config, "test") if PROBE.value else None
+    run = runs.load(WORKDIR.value)
+    common.use_cores(run.model.network)
+    layers = list(blocks.sizes(run.model)) if LAYERS.value == ["all"] else LAYERS.value
+    layers = blocks.choose(run.model, layers)
+    params, step = run.weights(EMA.value, CHECKPOINT.value)
+    data = run.config.data
+    train = sources.from_config(data, "train", run.config.seed)
+    test = sources.from_config(data, "test", run.config.seed) if PROBE.value else None
     with tqdm.tqdm(unit="image", disable=None) as bar:
         rows = sweep.sweep(
-            experiment,
+            run.model,
             params,
             train,
             test,
+            augmentation=perturb.Augmentation(flip=bool(data.flip or data.augment)),
             sigmas=sigmas,
             layers=layers,
             num_images=NUM_IMAGES.value,
@@ -69,19 +72,19 @@ def main() -> None:
         "step": step,
         "average": EMA.value,
         "weights": digest(params),
-        "num_images": len(sources.evenly(train, NUM_IMAGES.value)),
+        "num_images": len(evenly(train, NUM_IMAGES.value)),
         "seed": SEED.value,
+        **provenance(),
         "device": banner(),
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    run.write_atomically(out, json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+    write_json(out, {"settings": settings, "rows": rows})
     columns = [key for key in rows[0] if key != "layer"]
     print(f"{'':20s}", *(f"{name[:14]:>14s}" for name in columns))
     for row in rows:
         print(f"{row['layer'][:20]:20s}", *(f"{row[key]:14.4g}" for key in columns))
     try:
         curves = {layer: [row for row in rows if row["layer"] == layer] for layer in layers}
-        run.write_atomically(out.with_suffix(".png"), sweep.figure(curves))
+        write_atomically(out.with_suffix(".png"), sweep.figure(curves))
     except ImportError:
         print("No figure: it needs pip install matplotlib.")
     print(f"Wrote {out}.")

@@ -13,8 +13,9 @@ import tqdm
 from absl import flags
 
 from launch import common
-from mclr_jax import run
+from mclr_jax import runs
 from mclr_jax.evaluation import report
+from mclr_jax.files import write_atomically
 
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.html.")
 GUIDANCE_SCALES = flags.DEFINE_list("guidance_scales", ["1", "1.5", "2"], "Scales to sample at.")
@@ -29,16 +30,17 @@ def main(workdirs: list[str]) -> None:
     if out.suffix != ".html":
         common.stop(f"--out is {OUT.value!r}; expected a name that ends in .html.")
     scales = common.numbers(GUIDANCE_SCALES, float) or []
-    classes = [run.load_experiment(workdir).null_label for workdir in workdirs]
+    models = [runs.load(workdir).model for workdir in workdirs]
+    common.use_cores(models[0].network)
+    classes = sum(model.null_label for model in models if not model.is_classifier)
     with tqdm.tqdm(
-        total=sum(classes) * len(scales) * PER_CLASS.value, unit="sample", disable=None
+        total=classes * len(scales) * PER_CLASS.value, unit="sample", disable=None
     ) as bar:
-        runs = [
+        pages = [
             report.read(workdir, scales, PER_CLASS.value, SEED.value, bar.update)
             for workdir in workdirs
         ]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    run.write_atomically(out, report.page(runs))
+    write_atomically(out, report.page(pages))
     print(f"Wrote {out}.")
 
 

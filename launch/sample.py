@@ -8,6 +8,7 @@ them a PNG with a row for each class. Sample i depends on the seed, i and its la
 more samples begins with the same ones. Classes take turns unless --labels names them.
 """
 
+import dataclasses
 import pathlib
 
 import numpy as np
@@ -15,7 +16,8 @@ import tqdm
 from absl import flags
 
 from launch import common
-from mclr_jax import generate, images, noise, run, samplers
+from mclr_jax import generate, images, runs, samplers
+from mclr_jax.files import save_arrays
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of launch.train.")
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.npz; NAME.png goes beside it.")
@@ -36,9 +38,9 @@ GUIDANCE_INTERVAL = flags.DEFINE_list(
 AUTOGUIDANCE = flags.DEFINE_string(
     "autoguidance", None, "Directory of a weaker run, to guide by it in place of the null label."
 )
-STRENGTH = flags.DEFINE_float(
-    "strength", 1.0, "Of fine-tuning: 0 samples from the weights that it started from, 1 from its "
-    "own, 0.5 from those half-way."
+INTERPOLATION = flags.DEFINE_float(
+    "interpolation", 1.0, "Of a fine-tuned run: 0 samples from the weights that it started from, "
+    "1 from its own, 0.5 from those half-way."
 )  # fmt: skip
 CHURN = flags.DEFINE_float("churn", 0.0, "S_churn of EDM's stochastic sampler; 0: deterministic.")
 EMA = flags.DEFINE_string(
@@ -49,32 +51,32 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Samples at a time.", lower
 
 
 def main() -> None:
-    experiment = run.load_experiment(WORKDIR.value)
+    run = runs.load(WORKDIR.value)
+    common.use_cores(run.model.network)
     given = {
+        "method": SAMPLER.value,
         "num_steps": STEPS.value,
         "sigma_min": SIGMA_MIN.value,
         "sigma_max": SIGMA_MAX.value,
         "rho": RHO.value,
     }
-    defaults = {name: experiment.config.sampler[name] for name in given}
-    grid = noise.rho_grid(**defaults | {k: v for k, v in given.items() if v is not None})
-    classes = common.numbers(LABELS, int) or range(experiment.null_label)
+    sampler = dataclasses.replace(run.sampler, **{k: v for k, v in given.items() if v is not None})
+    classes = common.numbers(LABELS, int) or range(run.model.null_label)
     labels = np.resize(np.array(classes, np.int32), NUM_SAMPLES.value)
     interval = common.numbers(GUIDANCE_INTERVAL, float, 2)
     out = pathlib.Path(OUT.value)
     if out.suffix != ".npz":
         common.stop(f"--out is {OUT.value!r}; expected a name that ends in .npz.")
 
-    params, _ = run.load_weights(WORKDIR.value, EMA.value, CHECKPOINT.value, STRENGTH.value)
-    weak = run.load_model(AUTOGUIDANCE.value) if AUTOGUIDANCE.value else None
+    params, _ = run.weights(EMA.value, CHECKPOINT.value, INTERPOLATION.value)
+    weak = runs.load_model(AUTOGUIDANCE.value) if AUTOGUIDANCE.value else None
     with tqdm.tqdm(total=len(labels), unit="sample", disable=None) as bar:
         samples = generate.generate(
-            experiment,
+            run.model,
             params,
             labels,
+            sampler,
             seed=SEED.value,
-            sigmas=grid,
-            method=SAMPLER.value,
             guidance_scale=GUIDANCE_SCALE.value,
             interval=tuple(interval) if interval else None,
             weak=weak,
@@ -83,7 +85,7 @@ def main() -> None:
             progress=bar.update,
         )
     samples = images.clip(samples)
-    run.save_arrays(out, images=samples, labels=labels)
+    save_arrays(out, images=samples, labels=labels)
     images.save(out.with_suffix(".png"), images.picture(samples, labels))
     print(f"Wrote {out} and {out.with_suffix('.png')}.")
 

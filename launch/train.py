@@ -17,7 +17,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from launch import common
-from mclr_jax.training.loop import train
+from mclr_jax.experiment import NETWORKS
+from mclr_jax.main import train
+from mclr_jax.names import resolve
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, configs/NAME.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; made if missing.")
@@ -33,7 +35,9 @@ def main() -> None:
         jax.distributed.initialize()
     elif COORDINATOR.value:
         jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-    train(CONFIG.value, WORKDIR.value)
+    config = CONFIG.value
+    common.use_cores(resolve(NETWORKS, config.network.name, "network"), config.batch_size)
+    train(config, WORKDIR.value)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mclr_jax import guidance, samplers
-from mclr_jax.denoiser import DenoiseFn
-from mclr_jax.experiment import Experiment
-from mclr_jax.noise import normal_like, rho_grid, sample_keys
+from mclr_jax.model import Model
+from mclr_jax.noise import normal_like, sample_keys
+from mclr_jax.samplers import Sampler
 from mclr_jax.training.devices import AXIS, Devices
+from mclr_jax.types import DenoiseFn
 
 
 def shardings() -> tuple[NamedSharding, NamedSharding]:
@@ -36,38 +37,34 @@ def spread_size(batch_size: int, count: int) -> int:
     return batch_size + -batch_size % jax.device_count()
 
 
-def _with_strength(experiment: Experiment, params, strength, interval) -> DenoiseFn:
+def _with_strength(denoise: DenoiseFn, strength: Any, interval: Any) -> DenoiseFn:
     """A network that takes the strength of guidance as an input: one call at any strength."""
     low, high = interval
 
-    def denoise(x, sigma, label):
+    def told(x, sigma, condition):
         inside = jnp.where((low < sigma) & (sigma <= high), strength, 0.0)
-        return experiment.denoiser(params, inside)(x, sigma, label)
+        return denoise(x, sigma, condition.replace(strength=inside))
 
-    return denoise
+    return told
 
 
 @functools.lru_cache(maxsize=8)
 def compiled(
-    experiment: Experiment,
-    method: str,
-    guided: bool,
-    stochastic: bool,
-    weak: Experiment | None,
+    model: Model, method: str, guided: bool, stochastic: bool, weak: Model | None
 ) -> Callable:
     """Jitted (both models' params, seed, numbers, labels, sigmas, scale, interval, churn) -> x."""
 
     def run(all_params, seed, numbers, labels, sigmas, scale, interval, churn):
         params, weak_params = all_params
-        denoise = experiment.denoiser(params)
+        denoise = model.denoise(params)
         if weak is not None:
-            denoise = guidance.autoguidance(denoise, weak.denoiser(weak_params), scale, interval)
-        elif experiment.strength:
-            denoise = _with_strength(experiment, params, scale - 1, interval)
+            denoise = guidance.autoguidance(denoise, weak.denoise(weak_params), scale, interval)
+        elif model.strength:
+            denoise = _with_strength(denoise, scale - 1, interval)
         elif guided:
-            denoise = guidance.classifier_free(denoise, experiment.null_label, scale, interval)
+            denoise = guidance.classifier_free(denoise, model.null_label, scale, interval)
         keys = sample_keys(seed, numbers)
-        x_init = sigmas[0] * normal_like(keys, jnp.zeros((len(keys), *experiment.data.shape)))
+        x_init = sigmas[0] * normal_like(keys, jnp.zeros((len(keys), *model.data.shape)))
         return samplers.sample(
             denoise,
             x_init,
@@ -83,44 +80,58 @@ def compiled(
     return jax.jit(run, out_shardings=everywhere)
 
 
-def _grid(experiment: Experiment) -> np.ndarray:
-    config = experiment.config.sampler
-    return rho_grid(config.num_steps, config.sigma_min, config.sigma_max, config.rho)
-
-
-def _guided(experiment: Experiment, guidance_scale: float, weak: Any = None) -> bool:
+def _guided(model: Model, guidance_scale: float, weak: Any = None) -> bool:
     """Whether this scale takes second calls of a network."""
-    return guidance_scale != 1 and (weak is not None or not experiment.strength)
+    return guidance_scale != 1 and (weak is not None or not model.strength)
 
 
 def network_calls(
-    experiment: Experiment,
+    model: Model,
+    sampler: Sampler,
     *,
-    sigmas: np.ndarray | None = None,
-    method: str | None = None,
     guidance_scale: float = 1.0,
     interval: tuple[float, float] | None = None,
-    weak: tuple[Experiment, Any] | None = None,
+    weak: tuple[Model, Any] | None = None,
 ) -> int:
     """Calls of networks that `generate` makes for a sample, with the same arguments."""
-    grid = _grid(experiment) if sigmas is None else sigmas
-    levels = samplers.call_levels(grid, method or experiment.config.sampler.method)
+    levels = samplers.call_levels(sampler.grid(model.preconditioning.levels), sampler.method)
     low, high = interval or (0.0, np.inf)
-    second = (low < levels) & (levels <= high) & _guided(experiment, guidance_scale, weak)
+    second = (low < levels) & (levels <= high) & _guided(model, guidance_scale, weak)
     return len(levels) + int(second.sum())
 
 
+def _checked(model: Model, labels: np.ndarray, guidance_scale: float, weak: Any) -> np.ndarray:
+    labels = np.asarray(labels, np.int32)
+    if labels.size and not 0 <= labels.min() <= labels.max() <= model.null_label:
+        raise ValueError(
+            f"Labels must lie in 0..{model.null_label} ({model.null_label} is the null label); got "
+            f"{labels.min()}..{labels.max()}."
+        )
+    if weak is not None and weak[0].data.shape != model.data.shape:
+        raise ValueError(
+            f"The weak model makes examples of shape {weak[0].data.shape}; expected "
+            f"{model.data.shape}, the shape of the guided one."
+        )
+    if weak is None and model.strength:
+        low, high = model.strength
+        if not low <= guidance_scale - 1 <= high:
+            logging.warning(
+                "guidance_scale %g is strength %g, outside the range %s that this network was "
+                "trained with.", guidance_scale, guidance_scale - 1, model.strength,
+            )  # fmt: skip
+    return labels
+
+
 def generate(
-    experiment: Experiment,
+    model: Model,
     params: Any,
     labels: np.ndarray,
+    sampler: Sampler,
     *,
     seed: int = 0,
-    sigmas: np.ndarray | None = None,
-    method: str | None = None,
     guidance_scale: float = 1.0,
     interval: tuple[float, float] | None = None,
-    weak: tuple[Experiment, Any] | None = None,
+    weak: tuple[Model, Any] | None = None,
     churn: samplers.Churn | None = None,
     batch_size: int = 256,
     progress: Callable[[int], Any] = lambda count: None,
@@ -131,17 +142,16 @@ def generate(
     the guidance scale or the interval does not recompile.
 
     Args:
-      experiment: what the parameters belong to.
+      model: what the parameters belong to.
       params: network parameters, on any devices of this process or all.
       labels: class of each sample.
+      sampler: method and grid; the levels are kept within those that the model knows.
       seed: sample i starts from the noise of key fold_in(seed, i).
-      sigmas: sampling grid; None is the config's.
-      method: sampler; None is the config's.
-      guidance_scale: of classifier-free guidance; 1 is none. A network trained with
-        objective.strength takes guidance_scale - 1 as its input instead.
+      guidance_scale: of classifier-free guidance; 1 is none. A network that takes the strength as
+        an input is told guidance_scale - 1 instead.
       interval: (low, high) of sigma to guide in; None for all.
-      weak: (experiment, params) of a model that stands where the null label stands otherwise:
-        autoguidance (arXiv 2406.02507), whose weak model is smaller or less trained.
+      weak: (model, params) to guide by in place of the null label: autoguidance (arXiv 2406.02507),
+        whose weak model is smaller or less trained.
       churn: stochastic sampling; None is deterministic.
       batch_size: samples at a time, rounded up to a multiple of the devices.
       progress: called with the number of new samples after each batch.
@@ -149,31 +159,11 @@ def generate(
     Raises:
       ValueError: if a label is outside [0, num_classes], or the weak model is of other data.
     """
-    labels = np.asarray(labels, np.int32)
-    if labels.size and not 0 <= labels.min() <= labels.max() <= experiment.null_label:
-        raise ValueError(
-            f"Labels must lie in 0..{experiment.null_label} ({experiment.null_label} is the null "
-            f"label); got {labels.min()}..{labels.max()}."
-        )
-    if weak is not None and weak[0].data.shape != experiment.data.shape:
-        raise ValueError(
-            f"The weak model makes examples of shape {weak[0].data.shape}; expected "
-            f"{experiment.data.shape}, the shape of the guided one."
-        )
-    if (
-        weak is None
-        and experiment.strength
-        and not (experiment.strength[0] <= guidance_scale - 1 <= experiment.strength[1])
-    ):
-        logging.warning(
-            "guidance_scale %g is strength %g, outside the range %s that this network was trained "
-            "with.", guidance_scale, guidance_scale - 1, experiment.strength,
-        )  # fmt: skip
-    sigmas = _grid(experiment) if sigmas is None else sigmas
-    method = method or experiment.config.sampler.method
-    guided = _guided(experiment, guidance_scale, weak)
-    weak_experiment, weak_params = weak or (None, {})
-    run = compiled(experiment, method, guided, churn is not None, weak_experiment)
+    labels = _checked(model, labels, guidance_scale, weak)
+    sigmas = sampler.grid(model.preconditioning.levels)
+    guided = _guided(model, guidance_scale, weak)
+    weak_model, weak_params = weak or (None, {})
+    run = compiled(model, sampler.method, guided, churn is not None, weak_model)
 
     rows, _ = shardings()
     both = replicated((params, weak_params))
@@ -181,7 +171,7 @@ def generate(
     scalars = jax.tree.map(
         np.float32, (sigmas, guidance_scale, interval or (0.0, np.inf), churn or samplers.Churn())
     )
-    out = np.zeros((len(labels), *experiment.data.shape), np.float32)
+    out = np.zeros((len(labels), *model.data.shape), np.float32)
     for start in range(0, len(labels), batch_size):
         # The last batch is padded, so that one program serves all.
         numbers = np.arange(start, start + batch_size)

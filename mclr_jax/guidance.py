@@ -8,7 +8,7 @@ outside the interval, costs no call of the weak denoiser.
 import jax
 import jax.numpy as jnp
 
-from mclr_jax.denoiser import DenoiseFn, expand
+from mclr_jax.types import DenoiseFn, expand, with_label
 
 
 def autoguidance(denoise: DenoiseFn, weak: DenoiseFn, guidance_scale, interval=None) -> DenoiseFn:
@@ -19,18 +19,19 @@ def autoguidance(denoise: DenoiseFn, weak: DenoiseFn, guidance_scale, interval=N
       weak: a denoiser of the same data with worse conditioning, capacity or training.
       guidance_scale: () or (B,); 1 returns `denoise`, 0 returns `weak`.
       interval: (low, high): guide only where low < sigma <= high (Kynkaanniemi et al. 2024,
-        arXiv 2404.07724); None guides at every noise level.
+        arXiv 2404.07724), frame by frame where frames have levels of their own; None guides at
+        every noise level.
     """
 
-    def guided(x, sigma, label):
-        strong = denoise(x, sigma, label)
+    def guided(x, sigma, condition):
+        strong = denoise(x, sigma, condition)
         scale = jnp.asarray(guidance_scale, x.dtype)
         if interval is not None:
             low, high = interval
-            scale = jnp.where((low < sigma) & (sigma <= high), scale, 1)
+            scale = jnp.where((low < sigma) & (sigma <= high), expand(scale, sigma), 1)
         # Under cond the weak call is skipped at run time wherever no example is guided.
         weak_output = jax.lax.cond(
-            jnp.any(scale != 1), lambda: weak(x, sigma, label), lambda: strong
+            jnp.any(scale != 1), lambda: weak(x, sigma, condition), lambda: strong
         )
         # This form returns `strong` to the last bit where the scale is 1.
         return strong + (expand(scale, x) - 1) * (strong - weak_output)
@@ -47,7 +48,7 @@ def classifier_free(
     Arguments and convention as in `autoguidance`; gamma = guidance_scale - 1 elsewhere.
     """
 
-    def unconditional(x, sigma, label):
-        return denoise(x, sigma, jnp.full_like(label, null_label))
+    def unconditional(x, sigma, condition):
+        return denoise(x, sigma, with_label(condition, null_label))
 
     return autoguidance(denoise, unconditional, guidance_scale, interval)

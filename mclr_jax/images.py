@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from mclr_jax.run import write_atomically
+from mclr_jax.files import write_atomically
 
 MARGIN = 4
 COLOURS = np.array(  # Okabe and Ito's palette, told apart by colour-blind readers too

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.nn import logsumexp
 
-from mclr_jax.denoiser import expand
+from mclr_jax.types import Condition, expand, label_of
 
 
 @struct.dataclass
@@ -61,8 +61,9 @@ class GaussianMixture:
         """p(c | x_sigma = x), (B, K)."""
         return jax.nn.softmax(self.log_prob_given_label(x, sigma) + jnp.log(self.class_prior))
 
-    def denoise(self, x: jax.Array, sigma, label: jax.Array) -> jax.Array:
+    def denoise(self, x: jax.Array, sigma, condition: Condition | jax.Array) -> jax.Array:
         """E[x0 | x_sigma = x, label], (B, d); label == K (null) averages over the classes."""
+        label = label_of(condition)
         classes = jnp.arange(self.num_classes)
         allowed = (label[:, None] == classes) | (label[:, None] == self.num_classes)
         log_weight = self._log_components(x, sigma) + jnp.log(self.class_prior)[:, None]

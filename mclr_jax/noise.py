@@ -1,13 +1,21 @@
-"""Noise levels: how training draws them, how the loss weighs them, where sampling visits them.
+"""Noise levels: how training draws them, where sampling visits them; noise addressed by key.
 
 `sigma` is a standard deviation in the unit of the data: x_sigma = x0 + sigma * n, n ~ N(0, I).
 """
 
 import dataclasses
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+class NoiseLevels(Protocol):
+    """A training distribution of noise levels."""
+
+    def sample(self, key: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
+        """Levels of one example from its key: shape () or, one for each frame, (F,)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,9 +25,9 @@ class LogNormal:
     mean: float = -1.2
     std: float = 1.2
 
-    def sample(self, key: jax.Array) -> jax.Array:
-        """One noise level, shape (), from one key."""
-        return jnp.exp(self.mean + self.std * jax.random.normal(key))
+    def sample(self, key: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
+        """Independent levels of this shape, from one key."""
+        return jnp.exp(self.mean + self.std * jax.random.normal(key, shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,19 +37,10 @@ class LogUniform:
     sigma_min: float = 0.002
     sigma_max: float = 80.0
 
-    def sample(self, key: jax.Array) -> jax.Array:
-        """One noise level, shape (), from one key."""
+    def sample(self, key: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
+        """Independent levels of this shape, from one key."""
         low, high = np.log(self.sigma_min), np.log(self.sigma_max)
-        return jnp.exp(low + (high - low) * jax.random.uniform(key))
-
-
-def edm_weight(sigma: jax.Array, sigma_data: float) -> jax.Array:
-    """Loss weight (sigma^2 + sigma_data^2) / (sigma sigma_data)^2, the shape of `sigma`.
-
-    It makes the loss of an untrained EDM-preconditioned network one at every noise level
-    (Karras et al. 2022, Table 1).
-    """
-    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+        return jnp.exp(low + (high - low) * jax.random.uniform(key, shape))
 
 
 def rho_grid(

@@ -1,41 +1,84 @@
 """p(class | x_sigma) in one interface: exact, from a classifier of noisy data, from a denoiser."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mclr_jax.denoiser import DenoiseFn, expand
+from mclr_jax import mixture
 from mclr_jax.mixture import GaussianMixture
 from mclr_jax.noise import normal_like
-
-# (x (B, ...), sigma (B,), keys (B,), label (B,)) -> log p(c | x_sigma = x), (B, K). Those that are
-# estimated by chance draw from `keys`. `label` is a class that must be among the candidates where
-# only some are tried; -1 for none. The exact posterior and classifiers use neither.
-Posterior = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+from mclr_jax.problem import Answers, LogitsFn, PosteriorFn, Problem
+from mclr_jax.types import DenoiseFn, expand, with_label
 
 
-def exact(mixture: GaussianMixture) -> Posterior:
-    """The posterior of the oracle."""
+@dataclasses.dataclass(frozen=True)
+class Exact:
+    """The oracle's, for data.name "mixture"."""
 
-    def log_posterior(x, sigma, keys, label):
-        del keys, label
+    needs = frozenset[str]()
+
+    def __call__(self, frozen: Mapping[str, Answers], problem: Problem) -> PosteriorFn:
+        return exact(mixture.toy())
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+    """That of the run in config.companions.classifier; see `from_classifier`."""
+
+    needs = frozenset({"classifier"})
+
+    def __call__(self, frozen: Mapping[str, Answers], problem: Problem) -> PosteriorFn:
+        return from_classifier(frozen["classifier"].logits, problem.null_label)
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoiser:
+    """That which the model in config.init_from implies; see `from_denoiser`."""
+
+    levels: int = 8
+    candidates: int = 0
+
+    needs = frozenset({"reference", "class_prior"})
+
+    def __call__(self, frozen: Mapping[str, Answers], problem: Problem) -> PosteriorFn:
+        return from_denoiser(
+            frozen["reference"].denoise,
+            problem.class_prior,
+            problem.sigma_data,
+            self.levels,
+            self.candidates,
+        )
+
+
+def exact(mixture: GaussianMixture) -> PosteriorFn:
+    """The posterior of the oracle; raises ValueError on data of another shape."""
+
+    def log_posterior(x, sigma, condition, keys):
+        del condition, keys
+        if x.shape[1:] != mixture.means.shape[-1:]:
+            raise ValueError(
+                f"The exact posterior is for vectors of length {mixture.means.shape[-1]} "
+                f"(data.name='mixture'); got data of shape {x.shape[1:]}. Set "
+                "posterior.name='classifier' or 'denoiser'."
+            )
         log_joint = mixture.log_prob_given_label(x, sigma) + jnp.log(mixture.class_prior)
         return jax.nn.log_softmax(log_joint)
 
     return log_posterior
 
 
-def from_classifier(logits: Callable[..., jax.Array], num_classes: int) -> Posterior:
-    """The posterior of a trained classifier (x, sigma, label) -> (B, K); see `objectives.classify`.
+def from_classifier(logits: LogitsFn, num_classes: int) -> PosteriorFn:
+    """The posterior of a trained classifier of noisy data; see `objectives.classify`.
 
     It is that of the classes as frequent as in the classifier's training data.
     """
 
-    def log_posterior(x, sigma, keys, label):
-        del keys, label
-        return jax.nn.log_softmax(logits(x, sigma, jnp.full(len(x), num_classes, jnp.int32)))
+    def log_posterior(x, sigma, condition, keys):
+        del keys
+        return jax.nn.log_softmax(logits(x, sigma, with_label(condition, num_classes)))
 
     return log_posterior
 
@@ -46,7 +89,7 @@ def from_denoiser(
     sigma_data: float,
     levels: int = 8,
     candidates: int = 0,
-) -> Posterior:
+) -> PosteriorFn:
     """The posterior that a conditional denoiser implies: a diffusion classifier of noisy data.
 
     x_sigma is taken as clean data to which noise of level tau is added. By the I-MMSE identity
@@ -66,15 +109,16 @@ def from_denoiser(
       class_prior: (K,) probabilities.
       sigma_data: standard deviation of the clean data.
       levels: strata of the integral.
-      candidates: classes tried for each example: `label` and others drawn evenly, which then stand
-        for those not drawn. 0 tries all. With label -1 the classes not drawn count for nothing.
+      candidates: classes tried for each example: its label and others drawn evenly, which then
+        stand for those not drawn. 0 tries all. With the null label the classes not drawn count for
+        nothing.
     """
     log_prior, num_classes = jnp.log(jnp.asarray(class_prior)), len(class_prior)
     tried = candidates or num_classes
     if not 2 <= tried <= num_classes:
         raise ValueError(f"candidates is {candidates}; expected 0, or 2 to {num_classes} classes.")
 
-    def log_likelihoods(x, sigma, keys, classes):  # classes (B, M) -> (B, M)
+    def log_likelihoods(x, sigma, condition, keys, classes):  # classes (B, M) -> (B, M)
         k_level, k_noise = jax.vmap(lambda key: jax.random.split(key), out_axes=1)(keys)
         low, high = jnp.log(sigma / 10), jnp.log(20 * sigma_data + 10 * sigma)
         offsets = jax.vmap(lambda key: jax.random.uniform(key, (levels,)))(k_level)
@@ -87,19 +131,19 @@ def from_denoiser(
 
             def square(sign, label):
                 noisy = x + sign * expand(tau, x) * noise
-                score = (denoise(noisy, level, label) - noisy) / expand(level, x) ** 2
+                denoised = denoise(noisy, level, with_label(condition, label))
+                score = (denoised - noisy) / expand(level, x) ** 2
                 residual = sign * noise + expand(tau, x) * score
                 return jnp.sum(residual**2, axis=tuple(range(1, x.ndim))) / 2
 
-            def one_class(label):
-                return square(1.0, label) + square(-1.0, label)
-
-            return total - steps[:, None] * jax.lax.map(one_class, classes.T).T, None
+            both = jax.lax.map(lambda c: square(1.0, c) + square(-1.0, c), classes.T)
+            return total - steps[:, None] * both.T, None
 
         zeros = jnp.zeros(classes.shape, x.dtype)
         return jax.lax.scan(stratum, zeros, jnp.arange(levels))[0]
 
-    def log_posterior(x, sigma, keys, label):
+    def log_posterior(x, sigma, condition, keys):
+        label = condition.label
         k_classes, k_integral = jax.vmap(lambda key: jax.random.split(key), out_axes=1)(keys)
         if tried == num_classes:
             classes = jnp.broadcast_to(jnp.arange(num_classes), (len(x), num_classes))
@@ -109,12 +153,11 @@ def from_denoiser(
             order = jnp.where(jnp.arange(num_classes) == label[:, None], -1, order)
             classes = jnp.argsort(order, axis=-1)[:, :tried]
             # Each of the others stands for (K - 1) / (M - 1) classes, where `label` is given.
-            given = label[:, None] >= 0
+            given = label[:, None] < num_classes
             share = jnp.where(given, (num_classes - 1) / (tried - 1), 1.0)
-            weight = log_prior[classes] + jnp.where(
-                classes == label[:, None], 0.0, jnp.log(share)
-            )  # fmt: skip
-        log_joint = log_likelihoods(x, sigma, k_integral, classes) + weight
+            own = classes == label[:, None]
+            weight = log_prior[classes] + jnp.where(own, 0.0, jnp.log(share))
+        log_joint = log_likelihoods(x, sigma, condition, k_integral, classes) + weight
         rows = jnp.arange(len(x))[:, None]
         full = jnp.full((len(x), num_classes), -jnp.inf, x.dtype).at[rows, classes].set(log_joint)
         return jax.nn.log_softmax(full)

@@ -6,18 +6,23 @@ a step, x where the denoiser is called, D its answer and D_prev the answer befor
     new = from_base * base + from_x * x + from_d * D + from_prev * D_prev,
 
 so a method is a table of coefficients with a row per call, computed from the grid. One network call
-stands in the compiled program whatever the method, and the grid may be a traced array.
+is in the compiled program whatever the method, and the grid may be a traced array.
+
+A grid of shape (num_steps + 1, F) gives each frame of a trajectory (B, F, ...) its own levels. A
+frame whose level does not change in a step is left alone, gets no fresh noise, and multistep
+methods are of first order after such a pause.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mclr_jax.denoiser import DenoiseFn
 from mclr_jax.names import look_up
-from mclr_jax.noise import normal_like
+from mclr_jax.noise import normal_like, rho_grid
+from mclr_jax.types import Condition, DenoiseFn, as_condition, expand
 
 
 class Churn(NamedTuple):
@@ -36,32 +41,37 @@ class Churn(NamedTuple):
 
 
 class _Calls(NamedTuple):
-    """One row per denoiser call; every array is (num_calls,)."""
+    """One row per denoiser call; the arrays are (num_calls,) or (num_calls, F)."""
 
     sigma: jax.Array  # noise level of the call
     from_base: jax.Array
     from_x: jax.Array
     from_d: jax.Array
     from_prev: jax.Array
-    ends_step: np.ndarray  # bool: the result becomes the next `base`
+    active: jax.Array  # bool: the call changes x; elsewhere the coefficients mean nothing
+    ends_step: np.ndarray  # bool (num_calls,): the result becomes the next `base`
 
 
 def _euler(start: jax.Array, stop: jax.Array) -> _Calls:
-    ratio, zero = stop / start, jnp.zeros_like(start)
-    return _Calls(start, zero, ratio, 1 - ratio, zero, np.ones(len(start), bool))
+    moves, zero = stop != start, jnp.zeros_like(start)
+    ratio = jnp.where(moves, stop / jnp.where(moves, start, 1), 1)
+    return _Calls(start, zero, ratio, 1 - ratio, zero, moves, np.ones(len(start), bool))
 
 
 def _heun(start: jax.Array, stop: jax.Array) -> _Calls:
-    """EDM Algorithm 1: an Euler step, then the trapezoidal rule, but for the last step to 0."""
+    """EDM Algorithm 1: an Euler step, then the trapezoidal rule, but for a step to 0."""
     predict = _euler(start, stop)
-    a, b = start[:-1], stop[:-1]
+    active = (predict.active & (stop > 0))[:-1]
+    a, b = (jnp.where(active, level[:-1], 1) for level in (start, stop))
     half = (b - a) / 2
     # base + half * ((base - D_prev) / a + (x - D) / b)
-    correct = _Calls(b, 1 + half / a, half / b, -half / b, -half / a, np.ones(len(a), bool))
+    correct = _Calls(
+        stop[:-1], 1 + half / a, half / b, -half / b, -half / a, active, np.ones(len(a), bool)
+    )
     ends_step = np.append(np.tile([False, True], len(a)), True)
 
     def alternate(p, c):
-        return jnp.append(jnp.stack([p[:-1], c], 1).reshape(-1), p[-1])
+        return jnp.append(jnp.stack([p[:-1], c], 1).reshape(-1, *p.shape[1:]), p[-1:], axis=0)
 
     return jax.tree.map(alternate, predict, correct)._replace(ends_step=ends_step)
 
@@ -69,24 +79,72 @@ def _heun(start: jax.Array, stop: jax.Array) -> _Calls:
 def _dpmpp_2m(start: jax.Array, stop: jax.Array) -> _Calls:
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, Algorithm 2) in the variable sigma."""
     calls = _euler(start, stop)
-    h = jnp.log(start[:-1] / start[1:])  # of every step but the last, which goes to 0 in one
-    extra = jnp.zeros_like(start).at[1:-1].set(h[1:] / (2 * h[:-1]) if len(start) > 2 else 0)
+    smooth = calls.active & (stop > 0)
+    h = jnp.log(jnp.where(smooth, start, jnp.e) / jnp.where(smooth, stop, 1))  # 1 where not smooth
+    second = smooth[1:] & smooth[:-1]
+    extra = jnp.zeros_like(start).at[1:].set(jnp.where(second, h[1:] / (2 * h[:-1]), 0))
     return calls._replace(from_d=calls.from_d * (1 + extra), from_prev=-calls.from_d * extra)
 
 
 METHODS = {"euler": _euler, "heun": _heun, "dpmpp_2m": _dpmpp_2m}
 
 
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """How a run draws its samples: method and grid; the keys of config.sampler.
+
+    Attributes:
+      method: "euler", "heun" or "dpmpp_2m".
+      num_steps, sigma_min, sigma_max, rho: see `noise.rho_grid`.
+    """
+
+    method: str = "heun"
+    num_steps: int = 18
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+
+    def grid(self, levels: tuple[float, float] = (0.0, np.inf)) -> np.ndarray:
+        """(num_steps + 1,) levels, kept within those that the model knows."""
+        low, high = max(self.sigma_min, levels[0]), min(self.sigma_max, levels[1])
+        return rho_grid(self.num_steps, low, high, self.rho)
+
+
 def call_levels(sigmas: np.ndarray, method: str = "heun") -> np.ndarray:
-    """The noise level of each denoiser call that `sample` makes on this grid: (num_calls,)."""
+    """The noise level of each denoiser call that `sample` makes on this grid: (num_calls, ...)."""
     grid = jnp.asarray(sigmas)
     return np.asarray(look_up(METHODS, method, "sampler")(grid[:-1], grid[1:]).sigma)
+
+
+def stabilised(denoise: DenoiseFn, floor: float) -> DenoiseFn:
+    """The denoiser with noise levels below `floor` raised to it, x as it is.
+
+    Networks do not know level 0, at which the finished frames of a trajectory are (Chen et al.
+    2024, arXiv 2407.01392, which calls this the stabilization level).
+    """
+    return lambda x, sigma, condition: denoise(x, jnp.maximum(sigma, floor), condition)
+
+
+def _checked(sigmas: jax.Array) -> None:
+    """Raises ValueError on a grid that `sample` cannot follow; a traced one is believed."""
+    if jnp.ndim(sigmas) not in (1, 2) or len(sigmas) < 2:
+        raise ValueError(
+            f"sigmas has shape {jnp.shape(sigmas)}; expected (num_steps + 1,) or "
+            "(num_steps + 1, frames) with num_steps >= 1."
+        )
+    if not isinstance(sigmas, jax.core.Tracer):
+        grid = np.asarray(sigmas)
+        fall = np.diff(grid, axis=0).reshape(len(grid) - 1, -1)
+        if np.any(grid[-1] != 0) or not (np.all(fall <= 0) and np.all(fall.min(1) < 0)):
+            raise ValueError(
+                f"sigmas must fall and end in 0, in every step for some frame; got {grid}."
+            )
 
 
 def sample(
     denoise: DenoiseFn,
     x_init: jax.Array,
-    label: jax.Array,
+    condition: Condition | jax.Array,
     sigmas: jax.Array,
     method: str = "heun",
     *,
@@ -98,8 +156,9 @@ def sample(
     Args:
       denoise: the model, guided or not.
       x_init: (B, ...) state at sigmas[0], usually sigmas[0] * standard normal noise.
-      label: (B,) int32.
-      sigmas: (N + 1,) falling noise levels that end in 0; see `noise.rho_grid`.
+      condition: of the samples, or bare labels (B,) int32.
+      sigmas: (N + 1,) falling noise levels that end in 0, see `noise.rho_grid`; or (N + 1, F), of
+        which each column falls or stays, for trajectories (B, F, ...).
       method: "euler" (N denoiser calls), "heun" (2N - 1) or "dpmpp_2m" (N).
       churn: stochastic sampling for the single-step methods; None is deterministic.
       keys: (B,) typed keys, needed with churn; example i uses keys[i] alone.
@@ -112,29 +171,22 @@ def sample(
         with a multistep method.
     """
     tabulate = look_up(METHODS, method, "sampler")
+    condition = as_condition(condition)
     if churn is not None and (keys is None or method == "dpmpp_2m"):
         raise ValueError(
             f"Churn needs per-sample keys (got {'none' if keys is None else 'some'}) and a "
             f"single-step method, euler or heun (got {method!r})."
         )
-    if jnp.ndim(sigmas) != 1 or jnp.size(sigmas) < 2:
-        raise ValueError(
-            f"sigmas has shape {jnp.shape(sigmas)}; expected (num_steps + 1,) with num_steps >= 1."
-        )
-    if not isinstance(sigmas, jax.core.Tracer):
-        grid = np.asarray(sigmas)
-        if grid[-1] != 0 or not np.all(np.diff(grid) < 0):
-            raise ValueError(f"sigmas must fall and end in 0; got {grid}.")
+    _checked(sigmas)
     sigmas = jnp.asarray(sigmas, x_init.dtype)
-    num_steps = len(sigmas) - 1
-    start, fresh_noise = sigmas[:-1], None
+    start, stop, fresh_noise = sigmas[:-1], sigmas[1:], None
     if churn is not None:
-        churned = (churn.sigma_min <= start) & (start <= churn.sigma_max)
-        rise = jnp.where(churned, jnp.minimum(churn.amount / num_steps, np.sqrt(2) - 1), 0)
+        churned = (churn.sigma_min <= start) & (start <= churn.sigma_max) & (stop != start)
+        rise = jnp.where(churned, jnp.minimum(churn.amount / len(start), np.sqrt(2) - 1), 0)
         # sqrt(raised^2 - start^2), in a form that rounding cannot make negative
         fresh_noise = start * jnp.sqrt(rise * (2 + rise)) * churn.noise_scale
         start = start * (1 + rise)
-    calls = tabulate(start, sigmas[1:])
+    calls = tabulate(start, stop)
     if fresh_noise is not None:  # added before the first call of each step
         begins_step = np.append(True, calls.ends_step[:-1])
         fresh_noise = jnp.zeros_like(calls.sigma).at[np.flatnonzero(begins_step)].set(fresh_noise)
@@ -142,12 +194,16 @@ def sample(
     def call(carry, row):
         base, x, prev = carry
         number, noise_std, c = row
+        sigma = jnp.broadcast_to(c.sigma, (len(x), *c.sigma.shape))
+        # a row's entries, () or (F,), shaped to go with x
+        noise_std, c = jax.tree.map(lambda values: expand(values[None], x), (noise_std, c))
         if keys is not None and churn is not None:
             step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
             x = x + noise_std * normal_like(step_keys, x)
             base = jnp.where(noise_std > 0, x, base)
-        d = denoise(x, jnp.full(x.shape[:1], c.sigma), label).astype(x.dtype)
+        d = denoise(x, sigma, condition).astype(x.dtype)
         new = c.from_base * base + c.from_x * x + c.from_d * d + c.from_prev * prev
+        new = jnp.where(c.active, new, x)
         return (jnp.where(c.ends_step, new, base), new, d), None
 
     rows = (jnp.arange(len(calls.sigma)), fresh_noise, calls)

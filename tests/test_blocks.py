@@ -1,5 +1,6 @@
 """Features of blocks and sweeps over noise levels, against the same computed apart."""
 
+import dataclasses
 import json
 
 import flax.linen as nn
@@ -10,30 +11,35 @@ import pytest
 import tiny
 from test_launch import call
 
-from mclr_jax import run
+from mclr_jax import experiment, runs
 from mclr_jax.data import sources
+from mclr_jax.main import train
 from mclr_jax.networks import dit
 from mclr_jax.networks.layers import space_to_depth
 from mclr_jax.networks.unet import UNet
 from mclr_jax.representation import blocks, icr, perturb, sweep
-from mclr_jax.training import loop
 
 ROWS = np.arange(0, 1400, 14)
 LAYERS = ("blocks.0", "blocks.1")
+SHOWN = perturb.Augmentation(flip=False)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run on digits: its directory, experiment and parameters."""
+    """A run on digits: its directory, model and parameters."""
     workdir = tmp_path_factory.mktemp("blocks") / "run"
     fast = {"network.depth": 2, "optimizer.learning_rate": 0.03, "optimizer.warmup_steps": 0}
-    loop.train(tiny.config("digits", **fast), workdir)
-    return workdir, run.load_experiment(workdir), run.load_weights(workdir)[0]
+    train(tiny.config("digits", **fast), workdir)
+    return workdir, *runs.load_model(workdir)
 
 
-def by_hand(experiment, params, x, sigma):
+def model_of(config, source="digits"):
+    return experiment.make_model(config, experiment.data_info(config, sources.load(source)))
+
+
+def by_hand(model, params, x, sigma):
     """Block outputs of a DiT, its blocks applied one by one."""
-    network, sigma_data = experiment.network, experiment.data.sigma_data
+    network, sigma_data = model.network, model.data.sigma_data
     x = x / np.sqrt(sigma**2 + sigma_data**2)
 
     def dense(name, h):
@@ -44,7 +50,7 @@ def by_hand(experiment, params, x, sigma):
     h = dense("x_embedder", h) + dit.position_embedding(width, 8 // p, 8 // p)
     t = jnp.full(len(x), np.log(sigma) / 4 * network.time_scale)
     t = dense("t_embedder_2", nn.silu(dense("t_embedder_0", dit.timestep_embedding(t))))
-    condition = nn.silu(t + params["y_embedder"]["embedding"][experiment.null_label])
+    condition = nn.silu(t + params["y_embedder"]["embedding"][model.null_label])
     block, found = dit.Block(network.heads, network.mlp_ratio, 0.0, jnp.float32), []
     for i in range(network.depth):
         own = jax.tree.map(lambda a, i=i: a[i], params["blocks"])
@@ -54,34 +60,32 @@ def by_hand(experiment, params, x, sigma):
 
 
 def test_features_are_the_blocks_outputs_averaged_over_positions(trained):
-    _, experiment, params = trained
-    assert blocks.sizes(experiment) == {"blocks.0": 16, "blocks.1": 16}
+    _, model, params = trained
+    assert blocks.sizes(model) == {"blocks.0": 16, "blocks.1": 16}
     source, sigma = sources.load("digits"), 0.3
-    found = list(
-        blocks.extract(experiment, params, source, ROWS, sigma, layers=LAYERS, batch_size=48)
-    )
+    found = list(blocks.extract(model, params, source, ROWS, sigma, layers=LAYERS, batch_size=48))
     assert [h["blocks.0"].shape for h in found] == [(2, 48, 16), (2, 48, 16), (2, 4, 16)]
     images = source[ROWS][0].astype(np.float32) / 127.5 - 1
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), ROWS)
     for view in range(2):
         view_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, view)
         noisy = perturb.view(images, sigma, view_keys, perturb.NONE)
-        for name, expected in zip(LAYERS, by_hand(experiment, params, noisy, sigma), strict=True):
+        for name, expected in zip(LAYERS, by_hand(model, params, noisy, sigma), strict=True):
             got = np.concatenate([h[name][view] for h in found])
             np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_any_network_names_its_blocks_in_the_order_of_the_calls():
-    mixture = loop.make_experiment(tiny.config("mixture"), sources.load("mixture"))
+    mixture = model_of(tiny.config("mixture"), "mixture")
     assert blocks.sizes(mixture) == {"block0": 16}
-    judge = loop.make_experiment(tiny.classifier("digits"), sources.load("digits"))
+    judge = model_of(tiny.classifier("digits"))
     assert blocks.sizes(judge) == {"trunk/block0": 16}
     config = tiny.config("digits")
     config.network = {
         "name": "unet", "channels": 8, "channel_mult": (1, 2), "num_blocks": 1,
         "attention_resolutions": (4,), "dtype": "float32",
     }  # fmt: skip
-    unet = loop.make_experiment(config, sources.load("digits"))
+    unet = model_of(config)
     assert isinstance(unet.network, UNet)
     assert blocks.sizes(unet) == {
         "enc_8x8_block0": 8, "enc_4x4_down": 8, "enc_4x4_block0": 16, "dec_4x4_in0": 16,
@@ -93,22 +97,34 @@ def test_any_network_names_its_blocks_in_the_order_of_the_calls():
         blocks.choose(unet, ["dec_4x4_blok1"])
 
 
+class Plain(nn.Module):
+    """A network without blocks."""
+
+    @nn.compact
+    def __call__(self, x, c_noise, condition):
+        return nn.Dense(x.shape[-1])(x)
+
+
+def test_a_network_without_blocks_is_refused(trained):
+    _, model, _ = trained
+    with pytest.raises(ValueError, match="Plain has no module whose class name ends in Block"):
+        blocks.choose(dataclasses.replace(model, network=Plain()))
+
+
 def test_one_device_finds_what_eight_do(trained):
-    _, experiment, params = trained
+    _, model, params = trained
     assert jax.device_count() == 8
     source = sources.load("digits")
     layers = LAYERS[:1]
-    found = sweep.accumulate(experiment, params, source, ROWS, 0.3, layers)[layers[0]]
+    found = sweep.accumulate(model, params, source, ROWS, 0.3, layers, SHOWN)[layers[0]]
     one = jax.devices()[0]
     images = jax.device_put(source[ROWS][0].astype(np.float32) / 127.5 - 1, one)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), ROWS)
     h = []
     for view in range(2):
         view_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, view)
-        x = perturb.view(images, 0.3, view_keys, blocks.augmentation(experiment))
-        features = jax.jit(blocks.outputs, static_argnums=0)(
-            experiment, params, x, jnp.full(len(x), 0.3)
-        )
+        x = perturb.view(images, 0.3, view_keys, SHOWN)
+        features = jax.jit(model.block_features(params))(x, jnp.full(len(x), 0.3))
         h.append(features[layers[0]])
     assert h[0].sharding.device_set == {one}
     assert icr.ratio(found) == pytest.approx(icr.two_view_icr(*h), rel=1e-4)
@@ -123,14 +139,14 @@ def test_a_probe_separates_what_is_separable():
 
 
 def test_errors_say_what_to_do(trained):
-    _, experiment, params = trained
+    _, model, params = trained
     source = sources.load("digits")
     with pytest.raises(ValueError, match=r"20 images for features of length 16; .*least 32"):
-        sweep.sweep(experiment, params, source, num_images=20)
+        sweep.sweep(model, params, source, augmentation=SHOWN, num_images=20)
     with pytest.raises(ValueError, match=r"sigma 0.0; expected above 0"):
-        sweep.sweep(experiment, params, source, sigmas=[0.0], num_images=100)
+        sweep.sweep(model, params, source, augmentation=SHOWN, sigmas=[0.0], num_images=100)
     with pytest.raises(ValueError, match=r"Unknown layer 'block.0'. Did you mean 'blocks.0'"):
-        sweep.sweep(experiment, params, source, layers=["block.0"])
+        sweep.sweep(model, params, source, augmentation=SHOWN, layers=["block.0"])
 
 
 def test_the_command_writes_rows_and_a_figure(trained, tmp_path):
@@ -149,6 +165,7 @@ def test_the_command_writes_rows_and_a_figure(trained, tmp_path):
         assert 0 < row["probe_accuracy"] <= 1
         assert 1 <= row["effective_rank"] <= 16
     assert result["settings"]["num_images"] == 200
+    assert result["settings"]["command"].startswith("python -m launch.icr")
     assert "probe_accuracy" in log
     assert out.with_suffix(".png").stat().st_size > 1000
     log = call("icr", f"--workdir={workdir}", "--layers=blok", f"--out={out}", expect=1)

@@ -9,6 +9,7 @@ import pytest
 from flax import struct
 from jax.sharding import SingleDeviceSharding
 
+from mclr_jax.files import read_lines
 from mclr_jax.training.checkpoint import Checkpoints, MismatchError
 
 
@@ -33,17 +34,18 @@ def write(directory, steps, losses=None):
     with Checkpoints(directory) as checkpoints:
         for i, step in enumerate(steps):
             metrics = {"loss": losses[i]} if losses else None
-            checkpoints.save(step, state_at(step), {"position": step}, metrics)
+            checkpoints.save(step, state_at(step), metrics)
 
 
 def test_round_trip_of_the_newest_and_of_a_branch(tmp_path):
     write(tmp_path / "c", [10, 20])
     with Checkpoints(tmp_path / "c") as checkpoints:
-        state, data, step = checkpoints.restore(like(state_at(0)))
-        assert (step, data) == (20, {"position": 20})
+        state, step = checkpoints.restore(like(state_at(0)))
+        assert step == 20
         chex.assert_trees_all_equal(state, state_at(20))
         branch = {"ema": {"halflife": like(state_at(0).params)}}
-        state, _, _ = checkpoints.restore(branch, step=10)
+        state, step = checkpoints.restore(branch, step=10)
+        assert step == 10
         chex.assert_trees_all_equal(state["ema"]["halflife"], state_at(10).ema["halflife"])
 
 
@@ -59,12 +61,92 @@ def test_the_last_two_and_the_best_are_kept(tmp_path):
         assert checkpoints.best_step() == 2
 
 
+@pytest.mark.parametrize(("keep", "kept"), [(1, [1, 3, 6]), (3, [1, 3, 4, 5, 6]), (0, [1, 3])])
+def test_the_lowest_of_either_metric_is_kept_across_runs(tmp_path, keep, kept):
+    """Some checkpoints lack one metric, some both, and some have one that is not a number."""
+    metrics = [
+        {"loss": 1.0, "icr": 9.0},
+        {"loss": float("nan"), "icr": float("-inf")},
+        {"icr": 0.5},
+        None,
+        {"loss": 2.0},
+        {"loss": 3.0, "icr": 4.0},
+    ]
+    for step, values in enumerate(metrics, 1):
+        with Checkpoints(tmp_path / "c", keep) as checkpoints:
+            checkpoints.save(step, state_at(step), values)
+    with Checkpoints(tmp_path / "c", keep) as checkpoints:
+        assert checkpoints.steps() == kept
+        assert checkpoints.best_step() == 1
+
+
+def test_without_a_limit_all_are_kept(tmp_path):
+    with Checkpoints(tmp_path / "c", keep=None) as checkpoints:
+        for step in range(5):
+            checkpoints.save(step, state_at(step))
+        assert checkpoints.steps() == [0, 1, 2, 3, 4]
+        assert checkpoints.best_step() is None
+        checkpoints.save(3, state_at(7), {"loss": 0.0})  # it is saved already
+        assert checkpoints.best_step() is None
+        chex.assert_trees_all_equal(checkpoints.restore(like(state_at(0)), 3), (state_at(3), 3))
+
+
+def test_the_best_is_remembered_until_its_successor_is_on_disk(tmp_path):
+    """A kill between the two leaves the old best, which must still be known for it."""
+    write(tmp_path / "c", [10, 20], losses=[1.0, 2.0])
+    with Checkpoints(tmp_path / "c", keep=1) as checkpoints:
+        checkpoints.save(30, state_at(30), {"loss": 0.5})
+        shutil.copy(tmp_path / "c" / "metrics.jsonl", tmp_path)
+        checkpoints.wait()
+        assert (checkpoints.steps(), checkpoints.best_step()) == ([30], 30)
+    write(tmp_path / "killed", [10, 20])
+    shutil.copy(tmp_path / "metrics.jsonl", tmp_path / "killed")
+    with Checkpoints(tmp_path / "killed", keep=1) as checkpoints:
+        assert checkpoints.best_step() == 10  # not 30, of which there is a record only
+        checkpoints.save(30, state_at(30))  # now without metrics: the old record must go
+        checkpoints.wait()
+        assert (checkpoints.steps(), checkpoints.best_step()) == ([10, 30], 10)
+        checkpoints.save(40, state_at(40))
+        records = list(read_lines(tmp_path / "killed" / "metrics.jsonl"))
+        assert [record["step"] for record in records] == [10, 30, 40]  # it does not grow for ever
+
+
+@pytest.mark.parametrize(
+    ("damage", "best"),
+    [
+        (lambda file: file.unlink(), None),
+        (lambda file: file.write_text(""), None),
+        (lambda file: file.write_bytes(b"\xff\x00{"), None),
+        (
+            lambda file: file.write_text('{"step": 10, "loss": "1"}\n{"step": 20, "loss": null}'),
+            None,
+        ),
+        (lambda file: file.write_text('3\n"x"\n{"loss": 1}\n{"step": 10, "loss": [1]}\n'), None),
+        (lambda file: cut_to_half(file), 10),  # the first line is whole
+        (lambda file: file.write_text(file.read_text().replace("1.0", "1.0.")), 20),
+    ],
+)
+def test_damaged_metrics_only_hide_the_best(tmp_path, damage, best):
+    write(tmp_path / "c", [10, 20], losses=[1.0, 2.0])
+    damage(tmp_path / "c" / "metrics.jsonl")
+    with Checkpoints(tmp_path / "c", keep=1) as checkpoints:
+        assert checkpoints.best_step() == best
+        chex.assert_trees_all_equal(checkpoints.restore(like(state_at(0))), (state_at(20), 20))
+        checkpoints.save(30, state_at(30), {"loss": 3.0})
+        assert checkpoints.steps() == ([30] if best is None else [best, 30])
+        assert checkpoints.best_step() == (best or 30)
+
+
 def cut_to_half(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def empty(path):
+    path.write_bytes(b"")
+
+
 def test_damage_to_any_file_falls_back_or_does_not_matter(tmp_path, caplog):
-    """Each file of the newest checkpoint in turn is cut to half, and then removed."""
+    """Each file of the newest checkpoint in turn is cut to half, emptied, and removed."""
     write(tmp_path / "good", [10, 20], losses=[1.0, 2.0])
     files = [
         p.relative_to(tmp_path / "good")
@@ -73,23 +155,41 @@ def test_damage_to_any_file_falls_back_or_does_not_matter(tmp_path, caplog):
     ]
     fell_back = 0
     for i, file in enumerate(files):
-        for j, damage in enumerate([cut_to_half, pathlib.Path.unlink]):
+        for j, damage in enumerate([cut_to_half, empty, pathlib.Path.unlink]):
             run = tmp_path / f"{i}_{j}"
             shutil.copytree(tmp_path / "good", run / "c")
             damage(run / "c" / file)
             caplog.clear()
             with Checkpoints(run / "c") as checkpoints:
-                state, data, step = checkpoints.restore(like(state_at(0)))
+                state, step = checkpoints.restore(like(state_at(0)))
                 chex.assert_trees_all_equal(state, state_at(step))
-                assert data == {"position": step}
                 if step == 10:
                     fell_back += 1
                     assert "20 cannot be read" in caplog.text
                     assert (run / "broken" / "20").exists()
-                    checkpoints.save(20, state_at(20), {}, {"loss": 0.0})  # the way is free again
+                    assert checkpoints.best_step() == 10
+                    checkpoints.save(20, state_at(20), {"loss": 0.0})  # the way is free again
                     checkpoints.wait()
                     assert checkpoints.steps() == [10, 20]
-    assert fell_back > len(files) / 2
+                    assert checkpoints.best_step() == 20
+    assert fell_back > 3 / 4 * len(files)  # a quarter of all cases; the rest holds nothing needed
+
+
+def test_a_reader_leaves_alone_what_is_being_written(tmp_path):
+    write(tmp_path / "c", [10])
+    unfinished = [tmp_path / "c" / f"{step}.orbax-checkpoint-tmp" for step in (15, 20)]
+    for folder in unfinished:
+        (folder / "state").mkdir(parents=True)
+        (folder / "state" / "manifest.ocdbt").write_text("half")
+    with Checkpoints(tmp_path / "c", keep=None) as checkpoints:
+        assert checkpoints.steps() == [10]
+        checkpoints.save(15, state_at(15))  # as snapshots are: over what a killed run left
+    assert unfinished[1].exists()
+    write(tmp_path / "c", [25])  # the run goes on, and cleans up
+    assert not any(folder.exists() for folder in unfinished)
+    with Checkpoints(tmp_path / "c", keep=None) as checkpoints:
+        assert checkpoints.steps() == [15, 25]
+        chex.assert_trees_all_equal(checkpoints.restore(like(state_at(0)), 15), (state_at(15), 15))
 
 
 def test_all_broken_is_an_error_and_not_a_new_start(tmp_path):

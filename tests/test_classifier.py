@@ -10,18 +10,19 @@ import pytest
 
 from mclr_jax.mixture import GaussianMixture
 from mclr_jax.networks.classifier import ConvClassifier, MLPClassifier
-
-# Compiling is most of the time here: a network runs once or twice.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+from mclr_jax.types import Condition
 
 BATCH = 6
 C_NOISE = jnp.linspace(-1.5, 1.0, BATCH)
 LABEL = jnp.array([0, 1, 2, 3, 0, 1])
 AUGMENT = jax.random.normal(jax.random.key(1), (BATCH, 2))
+STRENGTH = jnp.linspace(0.5, 4.0, BATCH)
 KEYS = jax.random.split(jax.random.key(2), BATCH)
+CONDITION = Condition(LABEL, STRENGTH, AUGMENT)
+OPTIONS = {"num_classes": 3, "dropout": 0.4, "augment_dim": 2, "takes_strength": True}
 NETWORKS = {
-    "mlp": MLPClassifier(num_classes=3, width=16, depth=2, dropout=0.4, augment_dim=2),
-    "conv": ConvClassifier(num_classes=3, channels=(8, 12), dropout=0.4, augment_dim=2),
+    "mlp": MLPClassifier(width=16, depth=2, **OPTIONS),
+    "conv": ConvClassifier(channels=(8, 12), **OPTIONS),
 }
 X = {
     "mlp": jax.random.normal(jax.random.key(0), (BATCH, 2)),
@@ -48,7 +49,7 @@ def test_the_mlp_learns_the_exact_posterior():
 
     def log_probs(params, x, sigma):
         scaled = x / jnp.sqrt(sigma**2 + 1)[:, None]
-        null = jnp.full(len(x), 2)
+        null = Condition(jnp.full(len(x), 2))
         return jax.nn.log_softmax(net.apply({"params": params}, scaled, jnp.log(sigma) / 4, null))
 
     def cross_entropy(log_p, label):
@@ -70,10 +71,10 @@ def test_the_mlp_learns_the_exact_posterior():
         keys = jax.random.split(jax.random.key(1), steps)
         return jax.lax.scan(step, (params, optimiser.init(params)), keys)[0][0]
 
-    x, sigma, label = jit(draw, static_argnums=1)(jax.random.key(2), 8192)
-    params = jit(net.init)(jax.random.key(0), x[:1], sigma[:1], label[:1])["params"]
-    exact = jnp.log(jit(mixture.posterior)(x, sigma))
-    learned = jit(log_probs)(train(params), x, sigma)
+    x, sigma, label = jax.jit(draw, static_argnums=1)(jax.random.key(2), 8192)
+    params = jax.jit(net.init)(jax.random.key(0), x[:1], sigma[:1], Condition(label[:1]))["params"]
+    exact = jnp.log(jax.jit(mixture.posterior)(x, sigma))
+    learned = jax.jit(log_probs)(train(params), x, sigma)
     best = cross_entropy(exact, label)
     excess = (cross_entropy(learned, label) - best) / best
     divergence = (jnp.exp(exact) * (exact - learned)).sum(-1).mean() / best
@@ -88,7 +89,7 @@ def variables():
 
     def randomised(name):
         init, rng = NETWORKS[name].init, np.random.default_rng(0)
-        shapes = jax.eval_shape(init, KEYS[0], X[name], C_NOISE, LABEL, AUGMENT)["params"]
+        shapes = jax.eval_shape(init, KEYS[0], X[name], C_NOISE, CONDITION)["params"]
 
         def draw(path, leaf):
             mean = 1.0 if path[-1].key == "scale" else 0.0  # of a norm
@@ -102,7 +103,7 @@ def variables():
 @pytest.fixture(scope="module")
 def apply():
     """The networks compiled, by name: one program with dropout keys and one without."""
-    return {name: jit(net.apply) for name, net in NETWORKS.items()}
+    return {name: jax.jit(net.apply) for name, net in NETWORKS.items()}
 
 
 def convolve(x, kernel, bias):
@@ -128,15 +129,18 @@ def silu(x):
 
 
 def test_the_convolutional_network_is_its_description_in_numpy(variables, apply):
-    """Patches, a block at each size with the noise level as its condition, and the mean."""
+    """Patches, a block at each size with the noise level in its embedding, and the mean."""
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["conv"]["params"])
 
     def layer(name, x, block=params):
         return x @ block[name]["kernel"] + block[name].get("bias", 0)
 
     angles = np.asarray(C_NOISE, np.float64)[:, None] * np.geomspace(0.5, 32, 16)
-    condition = layer("map_noise", np.concatenate([np.cos(angles), np.sin(angles)], axis=1))
-    condition = silu(condition + layer("map_augment", np.asarray(AUGMENT, np.float64)))
+    embedding = layer("map_noise", np.concatenate([np.cos(angles), np.sin(angles)], axis=1))
+    embedding += layer("map_augment", np.asarray(AUGMENT, np.float64))
+    angles = np.log1p(np.asarray(STRENGTH, np.float64))[:, None] * [0.5, 1, 2, 4]
+    strength = 8 * np.concatenate([np.sin(angles), 1 - np.cos(angles)], axis=1)
+    embedding = silu(embedding + layer("map_strength", strength))
 
     x = np.asarray(X["conv"], np.float64)
     patches = [x[:, i::2, j::2] for i in range(2) for j in range(2)]
@@ -145,7 +149,7 @@ def test_the_convolutional_network_is_its_description_in_numpy(variables, apply)
         block = params[f"block{level}"]
         if level:
             h = (h[:, ::2, ::2] + h[:, 1::2, ::2] + h[:, ::2, 1::2] + h[:, 1::2, 1::2]) / 4
-        scale, shift = np.split(layer("affine", condition, block)[:, None, None], 2, axis=-1)
+        scale, shift = np.split(layer("affine", embedding, block)[:, None, None], 2, axis=-1)
         hidden = convolve(silu(group_norm(h, **block["norm0"])), **block["conv0"])
         hidden = silu(group_norm(hidden, **block["norm1"]) * (1 + scale) + shift)
         skip = layer("skip", h, block) if level else h
@@ -153,14 +157,14 @@ def test_the_convolutional_network_is_its_description_in_numpy(variables, apply)
     features = silu(group_norm(h, **params["out_norm"])).mean(axis=(1, 2))
     expected = layer("out_linear", features)
 
-    actual = apply["conv"](variables["conv"], X["conv"], C_NOISE, LABEL, AUGMENT)
+    actual = apply["conv"](variables["conv"], X["conv"], C_NOISE, CONDITION)
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_features_are_what_the_last_layer_multiplies(name, variables):
-    run = jit(partial(NETWORKS[name].apply, mutable="intermediates"))
-    logits, state = run(variables[name], X[name], C_NOISE, LABEL, AUGMENT)
+    run = jax.jit(partial(NETWORKS[name].apply, mutable="intermediates"))
+    logits, state = run(variables[name], X[name], C_NOISE, CONDITION)
     (features,) = state["intermediates"]["features"]
     last = variables[name]["params"]["out_linear"]
     expected = np.asarray(features) @ np.asarray(last["kernel"]) + np.asarray(last["bias"])
@@ -171,17 +175,15 @@ def test_features_are_what_the_last_layer_multiplies(name, variables):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_an_example_ignores_its_batch_with_and_without_dropout(name, variables, apply):
     order = np.array([3, 0, 5, 4, 1, 2])
-    batch = (X[name], C_NOISE, LABEL, AUGMENT)
-    # The other examples are changed, by ten times as much as there is.
-    others = tuple(10 * a + 1 if a is not LABEL else a for a in batch)
-    for keys, more in [((), ()), ((KEYS,), (jax.random.split(jax.random.key(8), BATCH),))]:
-        whole = apply[name](variables[name], *batch, *keys)
-        shuffled = apply[name](variables[name], *(a[order] for a in (*batch, *keys)))
+    for keys, other_keys in [(None, None), (KEYS, jax.random.split(jax.random.key(8), BATCH))]:
+        batch = X[name], C_NOISE, CONDITION.replace(dropout_keys=keys)
+        # The other examples are changed, by ten times as much as there is.
+        other = Condition(LABEL, 10 * STRENGTH + 1, 10 * AUGMENT + 1, other_keys)
+        others = 10 * X[name] + 1, 10 * C_NOISE + 1, other
+        whole = apply[name](variables[name], *batch)
+        shuffled = apply[name](variables[name], *jax.tree.map(lambda a: a[order], batch))
         np.testing.assert_allclose(shuffled, whole[order], rtol=1e-4, atol=1e-5)
-        mixed = [
-            jnp.where((jnp.arange(BATCH) == 2).reshape(-1, *[1] * (a.ndim - 1)), a, b)
-            for a, b in zip((*batch, *keys), (*others, *more), strict=True)
-        ]
+        mixed = jax.tree.map(lambda a, b: b.at[2].set(a[2]), batch, others)
         changed = apply[name](variables[name], *mixed)
         np.testing.assert_allclose(changed[2], whole[2], rtol=1e-4, atol=1e-5)
         assert np.abs(np.delete(changed - whole, 2, axis=0)).max(axis=1).min() > 1e-3
@@ -189,52 +191,64 @@ def test_an_example_ignores_its_batch_with_and_without_dropout(name, variables, 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_dropout_needs_keys_and_takes_one_for_each_example(name, variables, apply):
-    arguments = (variables[name], X[name], C_NOISE, LABEL, AUGMENT)
-    plain = apply[name](*arguments)
-    np.testing.assert_array_equal(apply[name](*arguments), plain)
-    dropped = apply[name](*arguments, KEYS)
+    def run(keys=None, apply=apply[name]):
+        return apply(variables[name], X[name], C_NOISE, CONDITION.replace(dropout_keys=keys))
+
+    plain = run()
+    np.testing.assert_array_equal(run(), plain)
+    dropped = run(KEYS)
     assert np.abs(dropped - plain).max(axis=1).min() > 1e-3
-    other = apply[name](*arguments, KEYS.at[1].set(KEYS[0]))
+    other = run(KEYS.at[1].set(KEYS[0]))
     rows = np.arange(BATCH) != 1
     np.testing.assert_array_equal(other[rows], dropped[rows])
     assert np.abs(other[1] - dropped[1]).max() > 1e-3
-    without = jit(NETWORKS[name].clone(dropout=0.0).apply)(*arguments, KEYS)
+    without = run(KEYS, jax.jit(NETWORKS[name].clone(dropout=0.0).apply))
     np.testing.assert_allclose(without, plain, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_noise_level_and_augmentation_matter_and_the_label_does_not(name, variables, apply):
-    def run(x=X[name], c_noise=C_NOISE, label=LABEL, augment=0 * AUGMENT):
-        return apply[name](variables[name], x, c_noise, label, augment)
+def test_every_input_but_the_label_matters(name, variables, apply):
+    def run(variables=variables[name], x=X[name], c_noise=C_NOISE, **condition):
+        condition = {"label": LABEL, "strength": 0 * STRENGTH, "augment": 0 * AUGMENT} | condition
+        return apply[name](variables, x, c_noise, Condition(**condition))
+
+    def fresh(path, leaf):
+        return 0 * leaf if path[-2].key in NETWORKS[name].optional_inputs else leaf
 
     plain = run()
-    for changed in (run(x=X[name][:, ::-1]), run(c_noise=C_NOISE + 0.1), run(augment=AUGMENT)):
+    for changed in (
+        run(x=X[name][:, ::-1]),
+        run(c_noise=C_NOISE + 0.1),
+        run(strength=STRENGTH),
+        run(augment=AUGMENT),
+    ):
         assert np.abs(changed - plain).max(axis=1).min() > 1e-3
     np.testing.assert_array_equal(run(label=(LABEL + 1) % 4), plain)
-    none = apply[name](variables[name], X[name], C_NOISE, LABEL)
-    np.testing.assert_allclose(none, plain, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(run(strength=None, augment=None), plain, rtol=1e-5, atol=1e-6)
+    fresh = jax.tree_util.tree_map_with_path(fresh, variables[name])
+    np.testing.assert_array_equal(run(fresh, strength=STRENGTH, augment=AUGMENT), plain)
 
 
 def test_the_mlp_takes_images_as_vectors(variables, apply):
     flat = jnp.asarray(X["conv"].reshape(BATCH, -1)[:, :2])
-    expected = apply["mlp"](variables["mlp"], flat, C_NOISE, LABEL)
+    expected = apply["mlp"](variables["mlp"], flat, C_NOISE, CONDITION)
     image = flat.reshape(BATCH, 2, 1, 1)
-    actual = apply["mlp"](variables["mlp"], image, C_NOISE, LABEL)
+    actual = apply["mlp"](variables["mlp"], image, C_NOISE, CONDITION)
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_bfloat16_changes_little(name, variables, apply):
-    full = apply[name](variables[name], X[name], C_NOISE, LABEL)
+    full = apply[name](variables[name], X[name], C_NOISE, CONDITION)
     half = NETWORKS[name].clone(dtype=jnp.bfloat16)
-    half = jit(half.apply)(variables[name], X[name], C_NOISE, LABEL)
+    half = jax.jit(half.apply)(variables[name], X[name], C_NOISE, CONDITION)
     assert half.dtype == jnp.float32
     assert 1e-6 < np.abs(half - full).max() < 0.05 * np.abs(full).max()
 
 
 def test_vectors_are_sent_to_the_other_classifier():
     with pytest.raises(ValueError, match=r"data have shape \(2,\).*mlp_classifier"):
-        jax.eval_shape(ConvClassifier().init, KEYS[0], jnp.zeros((1, 2)), C_NOISE[:1], LABEL[:1])
+        jax.eval_shape(ConvClassifier().init, KEYS[0], jnp.zeros((BATCH, 2)), C_NOISE, CONDITION)
 
 
 @pytest.mark.parametrize(
@@ -248,4 +262,4 @@ def test_vectors_are_sent_to_the_other_classifier():
 def test_indivisible_sizes_are_refused(size, patch, channels, message):
     net = ConvClassifier(channels=channels, patch_size=patch)
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(net.init, KEYS[0], jnp.zeros((1, *size, 1)), C_NOISE[:1], LABEL[:1])
+        jax.eval_shape(net.init, KEYS[0], jnp.zeros((BATCH, *size, 1)), C_NOISE, CONDITION)

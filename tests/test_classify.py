@@ -1,18 +1,21 @@
 """Classification of noisy data against Bayes' rule by quadrature, on a mixture in one dimension."""
 
 import functools
-from typing import NamedTuple
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import Level
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import log_softmax, logsumexp
 
 from mclr_jax import noise
-from mclr_jax.objectives.classify import classify
+from mclr_jax.objectives.classify import Classify
+from mclr_jax.problem import Batch, Models
+from mclr_jax.types import Condition
 
 DRAWS = 40_000
 PRIOR = np.array([0.5, 0.2, 0.3])
@@ -20,16 +23,6 @@ MEANS = np.array([[-1.5, 1.0], [0.0, 2.0], [-0.5, 0.7]])
 STDS = np.array([[0.3, 0.4], [0.5, 0.2], [0.4, 0.3]])
 WEIGHTS = np.array([[0.6, 0.4], [0.5, 0.5], [0.3, 0.7]])
 LEVELS = noise.LogUniform(0.2, 3.0)
-
-
-class Level(NamedTuple):
-    """One noise level."""
-
-    sigma: float
-
-    def sample(self, key):
-        del key
-        return jnp.float32(self.sigma)
 
 
 def log_joint(x, sigma, xp=np, logsumexp=logsumexp):
@@ -72,13 +65,17 @@ def data(n=DRAWS):
     return jnp.asarray(x0[:, None], jnp.float32), jnp.asarray(label, jnp.int32), keys
 
 
-def run(model, levels=LEVELS):
-    @jax.jit
-    def losses(x0, label, keys):
-        return classify(model, x0, label, keys, noise=levels, null_label=3)
+def classify(model, x0, label, keys, levels=LEVELS, **given):
+    """The loss and whether the first choice was right, (n,) each."""
+    models = Models(cases.no_answer, model)
+    batch = Batch(x0, Condition(label, **given))
+    loss, metrics = Classify()(models, cases.problem(levels), batch, keys)
+    return loss, metrics["accuracy"].parts[0]
 
-    loss, metrics = losses(*data())
-    return np.asarray(loss, np.float64), {k: np.asarray(v) for k, v in metrics.items()}
+
+def run(model, levels=LEVELS):
+    found = jax.jit(lambda *data: classify(model, *data, levels))(*data())
+    return [np.asarray(values, np.float64) for values in found]
 
 
 # The midpoints of 24 strata of ln sigma, for the log-uniform distribution.
@@ -90,12 +87,12 @@ MIDPOINTS = np.exp(np.log(0.2) + np.log(3.0 / 0.2) * (np.arange(24) + 0.5) / 24)
 )
 def test_the_loss_of_the_exact_posterior_is_the_conditional_entropy(levels, sigmas):
     """H(c | x_sigma), and its accuracy that of the best guess, E max_c p(c | x_sigma)."""
-    loss, metrics = run(bayes, levels)
+    loss, correct = run(bayes, levels)
     error = loss.std() / np.sqrt(DRAWS)
     assert error < 0.005
     assert abs(loss.mean() - integrate(entropy, sigmas)) < 4 * error
     best = integrate(lambda x, log_p: np.exp(log_p.max(-1)), sigmas)
-    assert abs(metrics["accuracy"].mean() - best) < 4 * np.sqrt(best * (1 - best) / DRAWS)
+    assert abs(correct.mean() - best) < 4 * np.sqrt(best * (1 - best) / DRAWS)
 
 
 @functools.partial(jax.jit, static_argnames="levels")
@@ -103,10 +100,10 @@ def excess(table, levels):
     """What logits moved by table[0] sin(2 x + 3 table[1]) add to each loss, and its slope, (n,)."""
 
     def loss(size):
-        def model(x, sigma, label):
+        def model(x, sigma, condition):
             return bayes(x, sigma) + size * table[0] * jnp.sin(2 * x + 3 * table[1])
 
-        return classify(model, *data(), noise=levels, null_label=3)[0]
+        return classify(model, *data(), levels)[0]
 
     return loss(1.0) - loss(0.0), jax.jvp(loss, (0.0,), (1.0,))[1]
 
@@ -131,18 +128,18 @@ def test_moving_the_logits_raises_the_loss_by_the_divergence(seed, size):
 def test_the_model_gets_the_noise_level_but_never_the_label():
     seen = []
 
-    def model(x, sigma, label, vector, nothing):
-        seen.append((x, sigma, label, vector, nothing))
+    def model(x, sigma, condition):
+        seen.append((x, sigma, condition))
         return jnp.zeros((len(x), 3))
 
     x0, label, keys = (a[:4000] for a in data())
-    vector = jnp.arange(4000.0)[:, None]
-    extra = (vector, None)
-    loss, metrics = classify(model, x0, label, keys, extra, noise=LEVELS, null_label=3)
-    ((x, sigma, hidden, got, nothing),) = seen
-    np.testing.assert_array_equal(hidden, np.full(4000, 3))
-    np.testing.assert_array_equal(got, vector)
-    assert nothing is None
+    augment = jnp.arange(4000.0)[:, None] * jnp.ones(9)
+    loss, correct = classify(model, x0, label, keys, augment=augment, dropout_keys=keys)
+    ((x, sigma, condition),) = seen
+    np.testing.assert_array_equal(condition.label, np.full(4000, 3))
+    np.testing.assert_array_equal(condition.augment, augment)
+    assert jnp.all(condition.dropout_keys == keys)
+    assert condition.strength is None
     n = np.asarray((x - x0)[:, 0] / sigma)  # x is x0 + sigma n for the sigma that is told
     assert abs(n.mean()) < 4 / np.sqrt(4000)
     assert abs((n**2).mean() - 1) < 4 * np.sqrt(2 / 4000)
@@ -151,17 +148,17 @@ def test_the_model_gets_the_noise_level_but_never_the_label():
         assert abs((half**2).mean() - 1) < 4 * np.sqrt(2 / len(half))
     # A model that says nothing: ln 3, and it always guesses the first class.
     np.testing.assert_allclose(loss, np.log(3), rtol=1e-6)
-    np.testing.assert_array_equal(metrics["accuracy"], label == 0)
+    np.testing.assert_array_equal(correct, label == 0)
 
 
 def test_a_constant_in_the_logits_changes_nothing():
-    shifted, _ = run(lambda x, sigma, label: bayes(x, sigma) + 50 * jnp.cos(x))
+    shifted, _ = run(lambda x, sigma, condition: bayes(x, sigma) + 50 * jnp.cos(x))
     np.testing.assert_allclose(shifted, run(bayes)[0], atol=1e-4)
 
 
 def test_each_example_depends_on_its_own_key_alone():
     x0, label, keys = (a[:8] for a in data())
-    loss = jax.jit(lambda *a: classify(bayes, *a, noise=LEVELS, null_label=3)[0])
+    loss = jax.jit(lambda *a: classify(bayes, *a)[0])
     together = loss(x0, label, keys)
     order = np.array([5, 2, 7, 0, 1, 6, 3, 4])
     shuffled = loss(x0[order], label[order], keys[order])

@@ -1,9 +1,266 @@
+"""Each convention against its publication, and all of them against each other.
+
+For x0 ~ N(M, S^2) the exact E[x0 | x_sigma] and E[n | x_sigma] are known. Below, each network is
+given by its own publication: what it answers as a function of what it is shown, the scaled sample
+and its clock, with no use of sigma. All must then be one denoiser.
+"""
+
+import dataclasses
+import itertools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mclr_jax import denoiser
+from mclr_jax.denoiser import EDM, Epsilon, V, Velocity, denoiser, natural_weight
+from mclr_jax.types import Condition
+
+M, S = 0.7, 1.3
+DDPM = (1e-4, 0.02, 1000)  # betas of the first and the last step, steps: DiT's, by default
+SIGMOID = (-3.0, 3.0, 1.0, 1000)  # start, end, tau, steps: diffusion forcing's
+
+
+# ---- what each network answers, by its publication -----------------------------------------------
+
+
+def gaussian(x, data, noise):
+    """E[x0] and E[n] given x = data x0 + noise n, float64."""
+    gain = data * S**2 / (data**2 * S**2 + noise**2)
+    x0 = M + gain * (x - data * M)
+    return x0, noise / (data**2 * S**2 + noise**2) * (x - data * M)
+
+
+def edm(x, clock, sigma_data):
+    """F = (D - c_skip x) / c_out at sigma = exp(4 c_noise); Karras et al. 2022, eq. 7, Table 1."""
+    sigma = np.exp(4 * clock)
+    root = np.sqrt(sigma**2 + sigma_data**2)
+    x0, _ = gaussian(root * x, 1.0, sigma)
+    return (x0 - sigma_data**2 / root * x) / (sigma * sigma_data / root)
+
+
+def sit(x, clock):
+    """x_t = t x0 + (1 - t) n, v = dx_t/dt = x0 - n; Ma et al. 2024, with data at time 1."""
+    x0, noise = gaussian(x, clock, 1 - clock)
+    return x0 - noise
+
+
+def repa(x, clock):
+    """x_t = (1 - t) x0 + t n, v = dx_t/dt = n - x0; Yu et al. 2024."""
+    x0, noise = gaussian(x, 1 - clock, clock)
+    return noise - x0
+
+
+def alpha_bar_of_betas(first, last, steps):
+    """prod (1 - beta_t), betas evenly spaced; Ho et al. 2020, eq. 4."""
+    product, result = 1.0, []
+    for t in range(steps):
+        product *= 1 - (first + (last - first) * t / (steps - 1))
+        result.append(product)
+    return np.array(result)
+
+
+def alpha_bar_of_sigmoid(start, end, tau, steps):
+    """Jabri et al. 2022, Algorithm 1 (sigmoid), as betas that are at most 0.999."""
+
+    def sigmoid(t):
+        return 1 / (1 + np.exp(-t))
+
+    v_start, v_end = sigmoid(start / tau), sigmoid(end / tau)
+    gamma = [
+        (v_end - sigmoid((start + (end - start) * t / steps) / tau)) / (v_end - v_start)
+        for t in range(steps + 1)
+    ]
+    product, result = 1.0, []
+    for now, after in itertools.pairwise(gamma):
+        product *= 1 - min(1 - after / now, 0.999)
+        result.append(product)
+    return np.array(result)
+
+
+def at_step(alpha_bar, clock):
+    """sqrt(ab) and sqrt(1 - ab) at a step; between steps ln(sigma) is linear."""
+    log_sigma = np.interp(clock, np.arange(len(alpha_bar)), np.log(1 / alpha_bar - 1) / 2)
+    sigma = np.exp(log_sigma)
+    return 1 / np.sqrt(1 + sigma**2), sigma / np.sqrt(1 + sigma**2)
+
+
+def epsilon(x, clock, alpha_bar):
+    """n of x_t = sqrt(ab) x0 + sqrt(1 - ab) n; Ho et al. 2020, eq. 14."""
+    return gaussian(x, *at_step(alpha_bar, clock))[1]
+
+
+def v(x, clock, alpha_bar):
+    """sqrt(ab) n - sqrt(1 - ab) x0; Salimans and Ho 2022, App. D."""
+    data, noise = at_step(alpha_bar, clock)
+    x0, n = gaussian(x, data, noise)
+    return data * n - noise * x0
+
+
+CONVENTIONS = {
+    "edm": (EDM(0.5), lambda x, clock: edm(x, clock, 0.5)),
+    "edm, other sigma_data": (EDM(1.7), lambda x, clock: edm(x, clock, 1.7)),
+    "velocity, data at 1": (Velocity(1), sit),
+    "velocity, data at 0": (Velocity(0), repa),
+    "epsilon": (
+        Epsilon((1e-7, 0.03), 1000),
+        lambda x, clock: epsilon(x, clock, alpha_bar_of_betas(1e-7, 0.03, 1000)),
+    ),
+    "v": (
+        V(-14.0, 6.0, 1.2, 700),
+        lambda x, clock: v(x, clock, alpha_bar_of_sigmoid(-14.0, 6.0, 1.2, 700)),
+    ),
+    "epsilon of DiT": (
+        Epsilon(),
+        lambda x, clock: epsilon(x, clock, alpha_bar_of_betas(*DDPM)),
+    ),
+    "v of diffusion forcing": (
+        V(),
+        lambda x, clock: v(x, clock, alpha_bar_of_sigmoid(*SIGMOID)),
+    ),
+}
+PUBLISHED = ("epsilon of DiT", "v of diffusion forcing")  # these know fewer noise levels
+
+
+def network_of(answer):
+    """The answer as a network, computed in float64 whatever it is shown."""
+
+    def network(x, clock, condition):
+        shape = clock.shape + (1,) * (x.ndim - clock.ndim)
+        exact = answer(np.asarray(x, np.float64), np.asarray(clock, np.float64).reshape(shape))
+        return jnp.asarray(exact, x.dtype)
+
+    return network
+
+
+def noisy(low=1e-3, high=1e3, count=60):
+    """sigma (n,), x (n, 4) and the exact E[x0 | x], float64."""
+    sigma = np.geomspace(low, high, count + 2)[1:-1]
+    rng = np.random.default_rng(0)
+    x = M + np.hypot(S, sigma)[:, None] * rng.normal(size=(count, 4))
+    return sigma, x, gaussian(x, 1.0, sigma[:, None])[0]
+
+
+@pytest.mark.parametrize("x64", [True, False], ids=["float64", "float32"])
+@pytest.mark.parametrize("name", CONVENTIONS)
+def test_every_convention_is_the_same_denoiser(name, x64):
+    """Over sigma in [1e-3, 1e3], or the levels that the published table has."""
+    preconditioning, answer = CONVENTIONS[name]
+    low, high = preconditioning.levels
+    if name in PUBLISHED:
+        sigma, x, exact = noisy(low, high)
+    else:
+        assert low < 1e-3
+        assert high > 1e3
+        sigma, x, exact = noisy()
+    with jax.enable_x64(x64):
+        given = jnp.asarray(x), jnp.asarray(sigma), jnp.zeros(len(x), int)
+        got = np.asarray(denoiser(preconditioning, network_of(answer))(*given))
+    assert got.dtype == (np.float64 if x64 else np.float32)
+    tolerance = 1e-9 if x64 else 1e-6 * np.maximum(1, sigma)[:, None]
+    assert np.all(np.abs(got - exact) <= tolerance)
+
+
+@pytest.mark.parametrize("name", CONVENTIONS)
+def test_frames_have_levels_of_their_own(name):
+    """sigma (B, F): the same numbers as frame by frame."""
+    preconditioning, answer = CONVENTIONS[name]
+    sigma, x, _ = noisy(0.02, 100.0)
+    sigma, x = jnp.asarray(sigma.reshape(12, 5)), jnp.asarray(x.reshape(12, 5, 4))
+    shown = []
+
+    def network(x, clock, condition):
+        shown.append((x.shape, clock.shape, condition.label.shape))
+        return network_of(answer)(x, clock, condition)
+
+    denoise, label = denoiser(preconditioning, network), jnp.zeros(12, int)
+    together = denoise(x, sigma, label)
+    assert shown == [((12, 5, 4), (12, 5), (12,))]
+    for frame in range(5):
+        alone = denoise(x[:, frame], sigma[:, frame], label)
+        np.testing.assert_allclose(together[:, frame], alone, rtol=1e-5, atol=1e-5)
+
+
+# ---- tables and weights --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("preconditioning", "alpha_bar", "levels"),
+    [
+        (Epsilon(), alpha_bar_of_betas(*DDPM), (0.0100, 157.4)),
+        (V(), alpha_bar_of_sigmoid(*SIGMOID), (0.0173, 1825)),
+        (V(0.0, 2.5, 0.7, 40), alpha_bar_of_sigmoid(0.0, 2.5, 0.7, 40), None),
+    ],
+    ids=["DiT", "diffusion forcing", "another schedule"],
+)
+def test_steps_have_the_published_levels(preconditioning, alpha_bar, levels):
+    expected = np.sqrt(1 / alpha_bar - 1)
+    np.testing.assert_allclose(preconditioning.table, expected, rtol=1e-9)
+    np.testing.assert_allclose(preconditioning.levels, expected[[0, -1]], rtol=1e-9)
+    if levels:  # to the digits that are given
+        np.testing.assert_allclose(preconditioning.levels, levels, rtol=2e-3)
+    clock = preconditioning.scales(jnp.asarray(expected, jnp.float32)).c_noise
+    np.testing.assert_allclose(clock, np.arange(len(expected)), atol=2e-3)
+    outside = jnp.array([expected[0] / 3, expected[-1] * 3])  # held at the ends
+    np.testing.assert_array_equal(preconditioning.scales(outside).c_noise, [0, len(expected) - 1])
+
+
+@settings(deadline=None, max_examples=30)
+@given(sigma=st.floats(1e-3, 1e3), sigma_data=st.floats(0.1, 2))
+def test_the_natural_weight_in_closed_form(sigma, sigma_data):
+    expected = {
+        EDM(sigma_data): (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2,
+        Velocity(0): ((1 + sigma) / sigma) ** 2,
+        Velocity(1): ((1 + sigma) / sigma) ** 2,
+        Epsilon(): 1 / sigma**2,
+        V(): (1 + sigma**2) / sigma**2,
+    }
+    for preconditioning, weight in expected.items():
+        got = natural_weight(preconditioning, jnp.full((2, 3), sigma))
+        np.testing.assert_allclose(got, np.full((2, 3), weight), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONVENTIONS)
+def test_the_natural_weight_makes_the_loss_the_networks_own(name):
+    """weight |D - D'|^2 = |F - F'|^2 for any two networks."""
+    preconditioning, answer = CONVENTIONS[name]
+    sigma, x, _ = noisy(0.02, 100.0)
+    given = jnp.asarray(x), jnp.asarray(sigma), jnp.zeros(len(x), int)
+
+    def other(x, clock, condition):
+        return network_of(answer)(x, clock, condition) + 0.3 * jnp.cos(jnp.arange(4.0))
+
+    one, two = (denoiser(preconditioning, n)(*given) for n in (network_of(answer), other))
+    weighted = natural_weight(preconditioning, given[1]) * ((one - two) ** 2).mean(-1)
+    own = ((0.3 * np.cos(np.arange(4))) ** 2).mean()
+    np.testing.assert_allclose(weighted, np.full(len(x), own), rtol=2e-3)
+
+
+# ---- dataclasses ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [EDM, Velocity, Epsilon, V])
+def test_conventions_are_frozen_and_compare_by_value(make):
+    one, same = make(), make()
+    _ = one.levels  # what it has computed and kept must not count
+    assert one == same
+    assert hash(one) == hash(same)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(one, dataclasses.fields(one)[0].name, 0)
+    others = {EDM(0.6), Velocity(0), Epsilon((1e-4, 0.03)), Epsilon(steps=9), V(tau=2.0), V(-2.0)}
+    assert one not in others
+    assert len(others) == 6
+
+
+@pytest.mark.parametrize("data_at", [2, -1, 0.5])
+def test_the_data_are_at_time_0_or_1(data_at):
+    with pytest.raises(ValueError, match=f"data_at is {data_at}; expected 0 or 1"):
+        Velocity(data_at)
+
+
+# ---- the wrapper ---------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=30)
@@ -12,23 +269,46 @@ def test_preconditioning_of_edm_table_1(sigma, sigma_data):
     """Every coefficient, seen through a network that reports its inputs."""
     x, label = jnp.array([[3.0, -1.0]]), jnp.array([5])
 
-    def network(x_in, c_noise, label):
-        return x_in * c_noise[:, None] + label[:, None]
+    def network(x_in, c_noise, condition):
+        return x_in * c_noise[:, None] + condition.label[:, None]
 
     total = sigma**2 + sigma_data**2
     raw = np.asarray(x) / np.sqrt(total) * (np.log(sigma) / 4) + 5
     expected = sigma_data**2 / total * np.asarray(x) + sigma * sigma_data / np.sqrt(total) * raw
-    got = denoiser.edm(network, sigma_data)(x, jnp.array([sigma]), label)
+    got = denoiser(EDM(sigma_data), network)(x, jnp.array([sigma]), label)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_network_of_zeros_denoises_unit_gaussian_data_exactly():
     """For x0 ~ N(0, sigma_data^2 I), c_skip alone is the exact denoiser."""
     x, sigma = jnp.array([[1.0], [2.0]]), jnp.array([0.5, 3.0])
-    got = denoiser.edm(lambda x, c, y: 0 * x, 0.7)(x, sigma, jnp.zeros(2, int))
+    got = denoiser(EDM(0.7), lambda x, c, y: 0 * x)(x, sigma, jnp.zeros(2, int))
     np.testing.assert_allclose(got, x * 0.49 / (0.49 + sigma[:, None] ** 2), rtol=1e-6)
 
 
-def test_expand_broadcasts_over_the_trailing_axes():
-    assert denoiser.expand(jnp.arange(2.0), jnp.zeros((2, 3, 4))).shape == (2, 1, 1)
-    assert denoiser.expand(jnp.float32(1), jnp.zeros((2, 3))).shape == (2, 1)
+def test_the_network_is_shown_a_level_for_each_example_and_the_condition_as_it_is():
+    seen = []
+
+    def network(x, clock, condition):
+        seen.append((clock, condition))
+        return 0 * x
+
+    x, condition = jnp.ones((3, 2)), Condition(jnp.arange(3), strength=jnp.ones(3))
+    denoise = denoiser(EDM(), network)
+    by_number, by_array = denoise(x, 2.0, condition), denoise(x, jnp.full(3, 2.0), condition)
+    np.testing.assert_array_equal(by_number, by_array)
+    for clock, shown in seen:
+        np.testing.assert_allclose(clock, np.full(3, np.log(2) / 4), rtol=1e-6)
+        assert shown is condition
+
+
+def test_channels_that_are_no_answer_are_left_out():
+    """DiT gives the variance behind the noise; a network may compute in another type."""
+
+    def network(x, clock, condition):
+        return jnp.concatenate([x, jnp.full_like(x, jnp.nan)], axis=-1).astype(jnp.bfloat16)
+
+    x = jnp.ones((2, 4, 4, 3))
+    got = denoiser(Epsilon(), network)(x, jnp.ones(2), jnp.zeros(2, int))
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, np.full(x.shape, 1 - 0.5**0.5), rtol=1e-2)

@@ -1,50 +1,122 @@
+import dataclasses
 import os
 import pathlib
 import socket
 import subprocess
 import sys
 
+import cases
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 
-from mclr_jax.data import pipeline
-from mclr_jax.training import loop, step
+from mclr_jax import experiment, main, metrics
+from mclr_jax.data import pipeline, sources
+from mclr_jax.training import step
 from mclr_jax.training.devices import Devices, require_accelerator
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def train(parallel, device_count, steps=20, name="digits", **changes):
-    """Metrics (20,) and final state of 20 steps on the first devices."""
-    config = tiny.config(name, **changes)
-    source = loop.load_source(config, "train")
-    experiment = loop.make_experiment(config, source)
+# ---- every objective -----------------------------------------------------------------------------
+
+
+def five_steps(task, parallel="data", device_count=1):
+    """Metrics of 5 steps of SGD, the gradient of the first, and the last parameters."""
+    task = dataclasses.replace(task, optimizer=optax.sgd(0.01, momentum=0.9))
     devices = Devices(parallel, tuple(jax.devices()[:device_count]))
-    state = devices.initialise(lambda: step.init_state(experiment))
-    frozen = devices.put_state(jax.device_get(experiment.init_frozen()))
-    update = devices.compile(step.make_update(experiment, devices.axis_name))
+    params = cases.params(task)
+    averages = {name: cases.moved(params, seed=7) for name in task.averages}
+    state = step.TrainState(jnp.int32(0), params, task.optimizer.init(params), averages)
+    state, frozen = (devices.put_state(jax.device_get(x)) for x in (state, cases.frozen(task)))
+    rows = jax.device_get(cases.batch(task, size=128))
+    batch = devices.put_batches(jax.tree.map(lambda x: x[None], rows))
+    update = devices.compile(step.make_update(task, devices.axis_name))
+    numbers, gradients = [], None
+    for _ in range(5):
+        state, found = update(state, frozen, batch, devices.put_scalar(1))
+        found = jax.tree.map(lambda x: x[0], jax.device_get(found))
+        numbers.append(metrics.report(found))
+        if gradients is None:  # momentum has seen nothing else yet
+            gradients = jax.device_get(state.opt_state[0].trace)
+    return numbers, gradients, jax.device_get(state.params)
+
+
+def assert_same(got, expected):
+    """Within 1e-5 of the largest entry of each array, and of each metric."""
+
+    def close(a, b):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+    chex.assert_trees_all_close(got[0], expected[0], rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, got[1:], expected[1:])
+
+
+@pytest.mark.parametrize("case", cases.CASES)
+def test_eight_devices_in_four_parts_each_are_one_device(case):
+    """Every objective and option: each part of the batch has 4 rows, and nothing looks across."""
+    task = cases.task(case)
+    expected = five_steps(task)
+    assert np.isfinite([*expected[0][-1].values()]).all()
+    assert all(map(np.any, jax.tree.leaves(expected[1])))
+    assert_same(five_steps(dataclasses.replace(task, grad_accumulation=4), "pmap", 8), expected)
+
+
+SOME = [
+    "dsm",
+    "contrastive_flow",
+    "mclr classifier",
+    *(name for name in cases.CASES if name.startswith("mclr prior cfg none reference 0.25")),
+]
+
+
+@pytest.mark.parametrize("case", SOME)
+def test_every_layout_is_one_device(case):
+    """Frozen models are sharded beside the state; one device takes a batch in parts, too."""
+    task = cases.task(case)
+    expected = five_steps(task)
+    for parallel in ("pmap", "data", "fsdp"):
+        assert_same(five_steps(task, parallel, 8), expected)
+    in_parts = dataclasses.replace(task, grad_accumulation=4)
+    assert_same(five_steps(in_parts), expected)
+    assert_same(five_steps(in_parts, "fsdp", 8), expected)
+
+
+# ---- a network for images ------------------------------------------------------------------------
+
+
+def train(parallel, device_count, steps=20):
+    """Metrics and final state of 20 steps of digits on the first devices."""
+    config = tiny.config("digits")
+    source = sources.from_config(config.data, "train", config.seed)
+    task = experiment.make_task(config, experiment.data_info(config, source), {})
+    devices = Devices(parallel, tuple(jax.devices()[:device_count]))
+    state = devices.initialise(lambda: step.init_state(task))
+    update = devices.compile(step.make_update(task, devices.axis_name))
     stream = pipeline.stream(source, config.batch_size, config.seed)
-    data = devices.put_batches(loop.stack(stream, steps, steps))
+    data = devices.put_batches(pipeline.stack(stream, steps, steps))
     with jax.transfer_guard("disallow"):
-        state, metrics = update(state, frozen, data, devices.put_scalar(steps))
-    return jax.device_get(metrics), state
+        state, found = update(state, {}, data, devices.put_scalar(steps))
+    found = jax.device_get(found)
+    rows = [metrics.report(jax.tree.map(lambda x: x[i], found)) for i in range(steps)]  # noqa: B023
+    return rows, state
 
 
 @pytest.fixture(scope="module")
 def one_device():
-    metrics, state = train("data", 1)
-    return metrics, jax.device_get(state)
+    found, state = train("data", 1)
+    return found, jax.device_get(state)
 
 
 @pytest.mark.parametrize("parallel", ["pmap", "data", "fsdp"])
 def test_eight_devices_train_as_one(parallel, one_device):
     """With dropout, label dropout and random noise: all are addressed by example."""
-    metrics, state = train(parallel, 8)
-    chex.assert_trees_all_close(metrics, one_device[0], rtol=1e-5, atol=1e-5)
+    found, state = train(parallel, 8)
+    chex.assert_trees_all_close(found, one_device[0], rtol=1e-5, atol=1e-5)
     got, expected = jax.device_get(state), one_device[1]
     chex.assert_trees_all_close(got.params, expected.params, rtol=1e-5, atol=1e-5)
     chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-5)
@@ -54,23 +126,7 @@ def test_eight_devices_train_as_one(parallel, one_device):
         assert kernel.addressable_shards[0].data.size == kernel.size // 8
 
 
-def test_mclr_with_a_frozen_reference_on_eight_devices():
-    """Sharded, beside the state: negatives, strengths and the maximal weight are those of one."""
-    changes = {"objective.posterior": "exact", "objective.negatives": "prior", "steps": 6,
-               "objective.weighting": "cfg", "objective.reference_penalty": 0.5,
-               "objective.strength": (0.0, 2.0), "name": "mixture_mclr"}  # fmt: skip
-    expected, state = train("data", 1, **changes)
-    assert expected["weight_max"].max() > 1.5
-    for parallel in ("pmap", "fsdp"):
-        metrics, got = train(parallel, 8, **changes)
-        chex.assert_trees_all_close(metrics, expected, rtol=1e-4, atol=1e-5)
-        chex.assert_trees_all_close(jax.device_get(got.params), state.params, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("parallel", ["pmap", "fsdp"])
-def test_accumulation_on_eight_devices(parallel, one_device):
-    metrics, _ = train(parallel, 8, **{"grad_accumulation": 2})
-    np.testing.assert_allclose(metrics["loss"], one_device[0]["loss"], rtol=1e-4)
+# ---- layouts -------------------------------------------------------------------------------------
 
 
 def test_the_old_state_is_donated():
@@ -103,7 +159,7 @@ sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
 port, number, parallel, workdir = sys.argv[2:]
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(number))
 import tiny
-from mclr_jax.training.loop import train
+from mclr_jax.main import train
 train(tiny.config(parallel=parallel, sample_every=12), workdir)
 """
 
@@ -116,18 +172,10 @@ def test_two_processes_train_as_one_and_their_checkpoint_serves_one(parallel, tm
         port = str(probe.getsockname()[1])
     flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
     environment = os.environ | {"XLA_FLAGS": flags}
+    arguments = [str(ROOT), port], [parallel, str(tmp_path / "two")]
     workers = [
         subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                WORKER,
-                str(ROOT),
-                port,
-                str(n),
-                parallel,
-                str(tmp_path / "two"),
-            ],
+            [sys.executable, "-c", WORKER, *arguments[0], str(n), *arguments[1]],
             env=environment,
             stderr=subprocess.PIPE,
         )
@@ -137,8 +185,8 @@ def test_two_processes_train_as_one_and_their_checkpoint_serves_one(parallel, tm
         _, errors = worker.communicate(timeout=300)
         assert worker.returncode == 0, errors.decode()[-2000:]
     assert (tmp_path / "two" / "samples" / "00000012.png").exists()
-    resumed = loop.train(tiny.config(), tmp_path / "two")  # nothing left to do: reads the end
-    alone = loop.train(tiny.config(), tmp_path / "one")
+    resumed = main.train(tiny.config(), tmp_path / "two")  # nothing left to do: reads the end
+    alone = main.train(tiny.config(), tmp_path / "one")
     chex.assert_trees_all_close(
         jax.device_get(resumed), jax.device_get(alone), rtol=1e-4, atol=1e-5
     )

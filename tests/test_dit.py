@@ -4,7 +4,6 @@ Covers mclr_jax/networks/dit.py and mclr_jax/pretrained/dit.py.
 """
 
 import json
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,9 +13,7 @@ import pytest
 
 from mclr_jax.networks.dit import Block, DiT, position_embedding, timestep_embedding
 from mclr_jax.pretrained import dit as pretrained
-
-# Compiling is most of the time here: a network runs once or twice.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+from mclr_jax.types import Condition
 
 ARRAYS = dict(np.load(Path(__file__).parent / "data" / "dit.npz"))
 KWARGS = json.loads(str(ARRAYS["meta.json"]))["kwargs"]
@@ -33,6 +30,9 @@ NET = DiT(
 )
 X = jnp.asarray(ARRAYS["input/x"].transpose(0, 2, 3, 1))
 T, LABEL = jnp.asarray(ARRAYS["input/t"]), jnp.asarray(ARRAYS["input/y"], jnp.int32)
+PLAIN = X, T, Condition(LABEL)
+KEYS = jax.random.split(jax.random.key(0), 3)
+DROPPED = X, T, Condition(LABEL, dropout_keys=KEYS)
 EXPECTED = ARRAYS["output/out"].transpose(0, 2, 3, 1)
 
 
@@ -41,9 +41,9 @@ def params():
     return pretrained.convert(STATE, NET)
 
 
-@jax.jit  # parity is tested as it will run
-def apply(params, x=X, t=T, label=LABEL, augment=None, dropout_keys=None):
-    return NET.apply({"params": params}, x, t, label, augment, dropout_keys)
+@jax.jit
+def apply(params):
+    return NET.apply({"params": params}, *PLAIN)
 
 
 def relative_error(actual, expected):
@@ -73,14 +73,14 @@ def _sin_cos(t):
 
 def test_time_scale_multiplies_c_noise(params):
     scaled = NET.clone(time_scale=1000.0)
-    actual = jit(scaled.apply)({"params": params}, X, T / 1000, LABEL)
+    actual = jax.jit(scaled.apply)({"params": params}, X, T / 1000, Condition(LABEL))
     assert relative_error(actual, EXPECTED) < 1e-4
 
 
 def test_fresh_network_gives_zero_with_official_initial_weights():
     net = NET.clone(width=96, depth=3)
-    params = jit(net.init)(jax.random.key(0), X, T, LABEL)["params"]
-    np.testing.assert_array_equal(net.apply({"params": params}, X, T, LABEL), 0)
+    params = jax.jit(net.init)(jax.random.key(0), *PLAIN)["params"]
+    np.testing.assert_array_equal(net.apply({"params": params}, *PLAIN), 0)
     blocks = params["blocks"]
     np.testing.assert_array_equal(blocks["adaLN_modulation"]["kernel"], 0)
     assert np.var(blocks["qkv"]["kernel"]) == pytest.approx(2 / (96 + 288), rel=0.03)
@@ -91,14 +91,13 @@ def test_fresh_network_gives_zero_with_official_initial_weights():
 
 def test_scan_and_remat_change_nothing(params):
     """The same parameters, dropout and gradients, whether blocks are unrolled or scanned."""
-    keys = jax.random.split(jax.random.key(0), 3)
     plain = NET.clone(dropout=0.3)
 
     def gradient(net):
         def loss(params):
-            return jnp.mean(net.apply({"params": params}, X, T, LABEL, None, keys) ** 2)
+            return jnp.mean(net.apply({"params": params}, *DROPPED) ** 2)
 
-        return jit(jax.grad(loss))(params)
+        return jax.jit(jax.grad(loss))(params)
 
     expected = gradient(plain)
     for net in (plain.clone(remat=True), plain.clone(scan_blocks=True, remat=True)):
@@ -111,37 +110,45 @@ def test_scan_and_remat_change_nothing(params):
 
 def test_dropout_depends_on_the_example_key_and_the_block(params):
     net = NET.clone(dropout=0.3)
-    keys = jax.random.split(jax.random.key(0), 3)
-    drop = jit(net.apply)
-    whole = drop({"params": params}, X, T, LABEL, None, keys)
-    part = drop({"params": params}, X[1:], T[1:], LABEL[1:], None, keys[1:])
+    drop = jax.jit(net.apply)
+    whole = drop({"params": params}, *DROPPED)
+    part = drop({"params": params}, *jax.tree.map(lambda a: a[1:], DROPPED))
     assert relative_error(part, whole[1:]) < 1e-5
     assert relative_error(whole, EXPECTED) > 1e-2
 
     block = Block(heads=3, mlp_ratio=4.0, dropout=0.3, dtype=jnp.float32)
     first = {"params": jax.tree.map(lambda leaf: leaf[0], params["blocks"])}
     tokens = jax.random.normal(jax.random.key(1), (3, 16, 48))
-    condition = jax.random.normal(jax.random.key(2), (3, 48))
-    run = jit(block.apply)
-    at = [run(first, tokens, jnp.array(i), condition, keys)[0] for i in (0, 1, 0)]
+    embedding = jax.random.normal(jax.random.key(2), (3, 48))
+    run = jax.jit(block.apply)
+    at = [run(first, tokens, jnp.array(i), embedding, KEYS)[0] for i in (0, 1, 0)]
     assert relative_error(at[1], at[0]) > 1e-2  # the same weights, another mask
     np.testing.assert_array_equal(at[2], at[0])
 
 
 def test_bfloat16(params):
-    actual = jit(NET.clone(dtype=jnp.bfloat16).apply)({"params": params}, X, T, LABEL)
+    actual = jax.jit(NET.clone(dtype=jnp.bfloat16).apply)({"params": params}, *PLAIN)
     assert actual.dtype == jnp.float32
     assert 1e-4 < relative_error(actual, EXPECTED) < 0.03
 
 
-def test_augmentation(params):
-    net = NET.clone(augment_dim=2)
-    augment = jax.random.normal(jax.random.key(0), (3, 2))
-    fresh = jit(net.init)(jax.random.key(0), X, T, LABEL, augment)["params"]
-    params = params | {"map_augment": fresh["map_augment"]}
-    run = jit(net.apply)
-    assert relative_error(run({"params": params}, X, T, LABEL, 0 * augment), EXPECTED) < 1e-5
-    assert relative_error(run({"params": params}, X, T, LABEL, augment), EXPECTED) > 1e-3
+def test_optional_inputs_enter_by_kernels_that_start_at_zero():
+    """Official weights have no such kernels, and stay the same model."""
+    net = NET.clone(augment_dim=2, takes_strength=True)
+    params = pretrained.convert(STATE, net)
+    values = {"augment": jax.random.normal(KEYS[0], (3, 2)), "strength": jnp.array([0.5, 1, 3])}
+    zeros = jax.tree.map(jnp.zeros_like, values)
+
+    @jax.jit
+    def error(params, values):
+        output = net.apply({"params": params}, X, T, Condition(LABEL, **values))
+        return jnp.abs(output - EXPECTED).max() / np.abs(EXPECTED).max()
+
+    assert error(params, values) < 1e-5
+    for name in values:
+        trained = params | {f"map_{name}": jax.tree.map(jnp.ones_like, params[f"map_{name}"])}
+        assert error(trained, zeros) < 1e-5
+        assert error(trained, zeros | {name: values[name]}) > 1e-3
 
 
 def test_wrong_weights_are_named():
@@ -163,4 +170,4 @@ def test_wrong_weights_are_named():
 )
 def test_sizes_must_divide(change, message):
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(NET.clone(**change).init, jax.random.key(0), X, T, LABEL)
+        jax.eval_shape(NET.clone(**change).init, jax.random.key(0), *PLAIN)

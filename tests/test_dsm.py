@@ -1,36 +1,65 @@
 import functools
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from cases import Level
 
 from mclr_jax import noise
-from mclr_jax.objectives.dsm import dsm
+from mclr_jax.denoiser import EDM, natural_weight
+from mclr_jax.objectives.base import perturb
+from mclr_jax.objectives.dsm import DSM
+from mclr_jax.problem import Batch
+from mclr_jax.types import Condition, label_of
+
+LEVELS = noise.LogNormal(-0.4, 1.2)
+WEIGHT = functools.partial(natural_weight, EDM(1.0))
 
 
-def arguments(**changes):
-    return {
-        "noise": noise.LogNormal(-0.4, 1.2),
-        "weight": functools.partial(noise.edm_weight, sigma_data=1.0),
-        "null_label": 3,
-        "label_dropout": 0.0,
-    } | changes
+def run(denoise, x0, label, keys, label_dropout=0.0, levels=LEVELS, weight=WEIGHT, frames=()):
+    problem = cases.problem(levels, weight=weight, frames=frames)
+    batch = Batch(x0, Condition(label))
+    return DSM(label_dropout)(cases.models(denoise), problem, batch, keys)
 
 
-def test_the_loss_of_a_useless_denoiser_is_known():
+@pytest.mark.parametrize("frames", [(), (3,)])
+def test_the_loss_of_a_useless_denoiser_is_known(frames):
     """D = 0 on data of one point x0: the error is |x0|^2 / d and the loss weight(sigma) times it.
 
-    E[weight] with sigma_data = 1 is E[1 + sigma^-2] = 1 + exp(-2 m + 2 s^2) for ln sigma ~ N(m, s).
+    E[weight] with sigma_data = 1 is E[1 + sigma^-2] = 1 + exp(-2 m + 2 s^2) for ln sigma ~ N(m, s);
+    with a level for each frame it is so for every frame.
     """
     keys = jax.random.split(jax.random.key(0), 200_000)
-    x0 = jnp.broadcast_to(jnp.array([3.0, 4.0]), (200_000, 2))
-    settings = arguments(noise=noise.LogNormal(0.5, 0.4))
-    loss, metrics = dsm(lambda x, s, c: 0 * x, x0, jnp.zeros(200_000, int), keys, **settings)
-    np.testing.assert_allclose(metrics["error"], 12.5, rtol=1e-6)
+    x0 = jnp.broadcast_to(jnp.array([3.0, 4.0]), (200_000, *frames, 2))
+    options = {"levels": noise.LogNormal(0.5, 0.4), "frames": frames}
+    loss, metrics = run(lambda x, s, c: 0 * x, x0, jnp.zeros(200_000, int), keys, **options)
+    np.testing.assert_allclose(metrics["error"].parts[0], 12.5, rtol=1e-6)
     expected = 12.5 * (1 + np.exp(-2 * 0.5 + 2 * 0.4**2))
     np.testing.assert_allclose(loss.mean(), expected, rtol=0.01)
+    # independent levels: the mean over frames has a variance of 1 / F
+    weight = 12.5**2 * np.exp(-4 * 0.5 + 4 * 0.4**2) * (np.exp(4 * 0.4**2) - 1)
+    np.testing.assert_allclose(loss.var(), weight / np.prod(frames), rtol=0.1)
+
+
+def test_frames_are_weighted_by_their_own_levels():
+    """Diffusion forcing: mean over frames of weight(sigma_f) |D_f - x_f|^2."""
+    x0 = jax.random.normal(jax.random.key(0), (50, 3, 4))
+    seen = []
+
+    def denoise(x, sigma, condition):
+        seen.append((x, sigma))
+        return 0.5 * x
+
+    keys = jax.random.split(jax.random.key(1), 50)
+    loss, metrics = run(denoise, x0, jnp.zeros(50, int), keys, frames=(3,))
+    ((x, sigma),) = seen
+    assert sigma.shape == (50, 3)
+    error = ((0.5 * x - x0) ** 2).mean(-1)
+    np.testing.assert_allclose(loss, ((1 + sigma**-2) * error).mean(-1), rtol=1e-5)
+    np.testing.assert_allclose(metrics["error"].parts[0], error.mean(-1), rtol=1e-5)
 
 
 @pytest.mark.parametrize("direction", [1.0, -1.0])
@@ -40,14 +69,12 @@ def test_the_exact_denoiser_is_the_minimum(direction):
     x0, label = mix.sample(jax.random.key(1), 100_000)
     keys = jax.random.split(jax.random.key(2), 100_000)
 
-    def moved(x, sigma, label):
-        return mix.denoise(x, sigma, label) + direction * 0.3 * jnp.tanh(x)
+    def moved(x, sigma, condition):
+        return mix.denoise(x, sigma, condition) + direction * 0.3 * jnp.tanh(x)
 
-    exact, _ = dsm(mix.denoise, x0, label, keys, **arguments(weight=jnp.ones_like))
-    worse, _ = dsm(moved, x0, label, keys, **arguments(weight=jnp.ones_like))
-    ks = jax.vmap(lambda k: jax.random.split(k, 3), out_axes=1)(keys)
-    sigma = jax.vmap(noise.LogNormal(-0.4, 1.2).sample)(ks[0])
-    x = x0 + sigma[:, None] * noise.normal_like(ks[1], x0)
+    exact, _ = run(mix.denoise, x0, label, keys, weight=jnp.ones_like)
+    worse, _ = run(moved, x0, label, keys, weight=jnp.ones_like)
+    x = perturb(cases.problem(LEVELS), x0, Condition(label), keys, 0.0).x
     expected = ((0.3 * jnp.tanh(x)) ** 2).mean()
     np.testing.assert_allclose(worse.mean() - exact.mean(), expected, rtol=0.05)
 
@@ -55,13 +82,13 @@ def test_the_exact_denoiser_is_the_minimum(direction):
 def test_label_dropout_shows_the_null_label_at_its_rate():
     seen = []
 
-    def denoise(x, sigma, label):
-        seen.append(np.asarray(label))
+    def denoise(x, sigma, condition):
+        seen.append(np.asarray(label_of(condition)))
         return x
 
     keys = jax.random.split(jax.random.key(0), 20_000)
     labels = jnp.arange(20_000) % 3
-    dsm(denoise, jnp.ones((20_000, 1)), labels, keys, **arguments(label_dropout=0.1))
+    run(denoise, jnp.ones((20_000, 1)), labels, keys, 0.1)
     assert abs((seen[0] == 3).mean() - 0.1) < 0.008
     np.testing.assert_array_equal(seen[0][seen[0] != 3], np.asarray(labels)[seen[0] != 3])
 
@@ -70,7 +97,24 @@ def test_each_example_depends_on_its_own_key_alone():
     mix = reference.mixture()
     x0, label = mix.sample(jax.random.key(1), 8)
     keys = jax.random.split(jax.random.key(2), 8)
-    settings = arguments(label_dropout=0.5)
-    together, _ = dsm(mix.denoise, x0, label, keys, **settings)
-    apart, _ = dsm(mix.denoise, x0[5:7], label[5:7], keys[5:7], **settings)
+    together, _ = run(mix.denoise, x0, label, keys, 0.5)
+    apart, _ = run(mix.denoise, x0[5:7], label[5:7], keys[5:7], 0.5)
     np.testing.assert_allclose(together[5:7], apart, rtol=1e-5)
+    other, _ = run(mix.denoise, x0, label, keys.at[1].set(keys[0]), 0.5)
+    rows = np.arange(8) != 1
+    np.testing.assert_array_equal(other[rows], together[rows])
+    assert other[1] != together[1]
+
+
+def test_the_condition_reaches_the_network_whole():
+    seen = []
+
+    def denoise(x, sigma, condition):
+        seen.append(condition)
+        return x
+
+    keys = jax.random.split(jax.random.key(0), 5)
+    given = Condition(jnp.arange(5) % 3, jnp.arange(5.0), jnp.ones((5, 9)), keys)
+    batch = Batch(jnp.ones((5, 2)), given)
+    DSM(0.0)(cases.models(denoise), cases.problem(Level(1.0)), batch, keys)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.all(a == b)), seen[0], given))

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from mclr_jax import denoiser, noise, samplers
+from mclr_jax import noise, samplers
+from mclr_jax.denoiser import EDM, denoiser
 from mclr_jax.networks.unet import UNet
 from mclr_jax.pretrained import edm
 
@@ -40,7 +41,7 @@ def test_official_outputs(architecture):
 
     @jax.jit
     def denoise(params, x, sigma, label):
-        return denoiser.edm(partial(net.apply, {"params": params}), 0.5)(x, sigma, label)
+        return denoiser(EDM(0.5), partial(net.apply, {"params": params}))(x, sigma, label)
 
     x = arrays["input/x"].transpose(0, 2, 3, 1)
     labels = arrays["input/labels_onehot"].argmax(axis=1)
@@ -61,7 +62,7 @@ def test_official_heun_trajectory():
         expected = reference["samples"].transpose(0, 2, 3, 1)
         labels = reference["labels_onehot"].argmax(axis=1)
         grid = noise.rho_grid(int(reference["num_steps"]))
-    denoise = denoiser.edm(partial(net.apply, {"params": params}), 0.5)
+    denoise = denoiser(EDM(0.5), partial(net.apply, {"params": params}))
     run = jax.jit(partial(samplers.sample, denoise))
     got = run(grid[0].astype(np.float32) * latents, labels, grid.astype(np.float32))
     assert np.abs(got - expected).max() < 1e-4 * np.abs(expected).max()
@@ -97,9 +98,11 @@ def test_wrong_weights_are_named():
         edm.convert({}, net)
 
 
-def test_augmentation_weights_are_read():
-    """CIFAR-10 checkpoints have a map_augment that the fixtures lack."""
+def test_augmentation_weights_are_read_and_the_strength_starts_at_zero():
+    """CIFAR-10 checkpoints have a map_augment that the fixtures lack; none has a map_strength."""
     _, state, net = load("ddpmpp")
     weight = np.random.default_rng(0).normal(size=(16, 9)).astype(np.float32)
-    params = edm.convert(state | {"model.map_augment.weight": weight}, net.clone(augment_dim=9))
+    net = net.clone(augment_dim=9, takes_strength=True)
+    params = edm.convert(state | {"model.map_augment.weight": weight}, net)
     np.testing.assert_array_equal(params["map_augment"]["kernel"], weight.T)
+    np.testing.assert_array_equal(params["map_strength"]["kernel"], np.zeros((8, 16)))

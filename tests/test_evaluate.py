@@ -1,42 +1,43 @@
 """Evaluation of a run, against the same numbers computed apart."""
 
+import dataclasses
 import json
+import re
 import shutil
 
 import jax
 import numpy as np
 import pytest
 import tiny
-from test_launch import call
+from test_launch import ROOT, call
 
-from mclr_jax import generate, images, run
+from mclr_jax import __version__, files, generate, images, runs
 from mclr_jax.data import sources
 from mclr_jax.evaluation import evaluate, features, metrics
-from mclr_jax.training import loop
+from mclr_jax.main import train
 
 NAMES = ("fd", "fd_class", "fd_inter", "is", "kid", "pr", "dc")
 COUNT = 60
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def made(tmp_path_factory):
     """A run on digits and a classifier of them, and statistics of the training set."""
     folder = tmp_path_factory.mktemp("evaluate")
-    loop.train(tiny.config("digits"), folder / "base")
-    loop.train(tiny.classifier("digits"), folder / "classifier")
+    train(tiny.config("digits"), folder / "base")
+    train(tiny.classifier("digits"), folder / "classifier")
     extractor = features.load(f"classifier:{folder / 'classifier'}")
     real = evaluate.reference(extractor, sources.load("digits"), folder / "cache")
     return folder, extractor, real
 
 
-def test_features_are_those_of_the_classifier_whatever_the_batch(runs):
-    folder, extractor, _ = runs
+def test_features_are_those_of_the_classifier_whatever_the_batch(made):
+    folder, extractor, _ = made
     digits, labels = sources.load("digits")[np.arange(700)]  # more than one batch
     found = extractor(digits, labels)
-    experiment = run.load_experiment(folder / "classifier")
-    params, _ = run.load_weights(folder / "classifier")
+    model, params = runs.load_model(folder / "classifier")
     some = np.array([0, 511, 512, 699])
-    expected, logits = experiment.features(params, digits[some] / np.float32(127.5) - 1)
+    expected, logits = model.features(params, digits[some] / np.float32(127.5) - 1)
     np.testing.assert_allclose(found.features[some], expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(
         found.log_probs[some], jax.nn.log_softmax(logits), rtol=1e-4, atol=1e-5
@@ -44,8 +45,8 @@ def test_features_are_those_of_the_classifier_whatever_the_batch(runs):
     np.testing.assert_array_equal(found.labels, labels)
 
 
-def test_the_reference_is_the_moments_of_all_examples_and_is_cached_by_content(runs):
-    folder, extractor, real = runs
+def test_the_reference_is_the_moments_of_all_examples_and_is_cached_by_content(made):
+    folder, extractor, real = made
     source = sources.load("digits")
     everything = extractor(*source[np.arange(len(source))])
     whole = metrics.moments(everything.features)
@@ -60,8 +61,8 @@ def test_the_reference_is_the_moments_of_all_examples_and_is_cached_by_content(r
     assert len(list((folder / "cache").iterdir())) == 2
 
 
-def test_a_row_is_what_the_metrics_say_of_the_samples_and_is_made_once(runs):
-    folder, extractor, real = runs
+def test_a_row_is_what_the_metrics_say_of_the_samples_and_is_made_once(made):
+    folder, extractor, real = made
     seen = []
     arguments = {"names": NAMES, "num_samples": COUNT, "guidance_scales": (1.0, 2.0)}
 
@@ -73,10 +74,10 @@ def test_a_row_is_what_the_metrics_say_of_the_samples_and_is_made_once(runs):
     assert [row["network_calls"] for row in rows] == [5, 10]  # Heun with 3 steps
     assert sum(seen) == 2 * COUNT
 
-    experiment = run.load_experiment(folder / "base")
-    params, _ = run.load_weights(folder / "base")
+    run = runs.load(folder / "base")
+    params, step = run.weights()
     labels = np.arange(COUNT) % 10
-    samples = generate.generate(experiment, params, labels, guidance_scale=2.0)
+    samples = generate.generate(run.model, params, labels, run.sampler, guidance_scale=2.0)
     rounded = np.clip(np.round((samples + 1) * 127.5), 0, 255).astype(np.uint8)
     fake = extractor(rounded, labels)
     expected = metrics.frechet_distance(metrics.moments(fake.features), real.moments)
@@ -89,16 +90,21 @@ def test_a_row_is_what_the_metrics_say_of_the_samples_and_is_made_once(runs):
                 "per_class_frechet"):  # fmt: skip
         assert np.isfinite(rows[1][key])
 
-    files = {path: path.stat().st_mtime_ns for path in (folder / "base/evaluation").iterdir()}
+    for row in rows:
+        assert files.provenance().items() <= row.items()
+        assert row["step"] == step
+        assert row["sampler"] == dataclasses.asdict(run.sampler)
+    stored = {path: path.stat().st_mtime_ns for path in (folder / "base/evaluation").iterdir()}
     assert evaluate.evaluate(folder / "base", extractor, real, **arguments) == rows
-    assert files == {p: p.stat().st_mtime_ns for p in (folder / "base/evaluation").iterdir()}
+    assert stored == {p: p.stat().st_mtime_ns for p in (folder / "base/evaluation").iterdir()}
 
 
-def test_autoguidance_and_copies_are_rows_of_their_own(runs):
-    folder, extractor, real = runs
+def test_autoguidance_and_copies_are_rows_of_their_own(made):
+    folder, extractor, real = made
     training = sources.load("digits")
-    experiment, params = run.load_model(folder / "base")
-    weak = experiment, jax.tree.map(lambda x: x + 0.05, params)
+    run = runs.load(folder / "base")
+    params, _ = run.weights()
+    weak = run.model, jax.tree.map(lambda x: x + 0.05, params)
     arguments = {"names": ["fd"], "num_samples": COUNT, "guidance_scales": [2.0]}
 
     def row(**more):
@@ -106,15 +112,15 @@ def test_autoguidance_and_copies_are_rows_of_their_own(runs):
         return row
 
     plain, auto, copies = row(), row(weak=weak), row(training=training)
-    assert "strength" not in plain
+    assert "interpolation" not in plain
     with pytest.raises(ValueError, match="was not started from another run"):
-        row(strengths=[0.5])
+        row(interpolations=[0.5])
     assert set(copies) - set(plain) == {"memorized", "memorized_from"}
     assert auto["network_calls"] == plain["network_calls"] == 10
     assert auto["autoguidance"] == features.digest(weak[1])
     assert row(weak=weak) == auto  # stored
     samples = images.as_8_bits(generate.generate(
-        experiment, params, np.arange(COUNT) % 10, guidance_scale=2.0, weak=weak
+        run.model, params, np.arange(COUNT) % 10, run.sampler, guidance_scale=2.0, weak=weak
     ))  # fmt: skip
     fake = extractor(samples, np.arange(COUNT) % 10).features
     expected = metrics.frechet_distance(metrics.moments(fake), real.moments)
@@ -126,9 +132,22 @@ def test_autoguidance_and_copies_are_rows_of_their_own(runs):
     assert evaluate.memorized(mixed, training) == 0.75
 
 
-def test_one_device_evaluates_as_eight_do(runs, monkeypatch, tmp_path):
+def test_interpolation_0_is_the_run_that_was_started_from(made):
+    folder, extractor, real = made
+    train(tiny.config("digits", init_from=str(folder / "base"), num_steps=6), folder / "tuned")
+    arguments = {"names": ["fd"], "num_samples": COUNT}
+    (base,) = evaluate.evaluate(folder / "base", extractor, real, **arguments)
+    start, own = evaluate.evaluate(
+        folder / "tuned", extractor, real, **arguments, interpolations=[0.0, 1.0]
+    )
+    assert start["interpolation"] == 0
+    assert "interpolation" not in own
+    assert start["frechet"] == base["frechet"] != own["frechet"]
+
+
+def test_one_device_evaluates_as_eight_do(made, monkeypatch, tmp_path):
     """Batch shapes show in the last bits of samples; rounded to 8 bits they are the same."""
-    folder, training = runs[0], sources.load("digits")
+    folder, training = made[0], sources.load("digits")
     drawn, rows, rounded = [], [], images.as_8_bits
     monkeypatch.setattr(images, "as_8_bits", lambda x: drawn.append(x) or rounded(x))
     for count in (8, 1):
@@ -156,18 +175,25 @@ def test_one_device_evaluates_as_eight_do(runs, monkeypatch, tmp_path):
             assert eight[name] == one[name]
 
 
-def test_errors_say_what_to_do(runs):
-    folder, extractor, real = runs
+def test_the_revision_is_that_of_the_checkout_or_else_the_version(monkeypatch, tmp_path):
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", files.provenance()["revision"])
+    monkeypatch.setattr(files, "__file__", str(tmp_path / "mclr_jax" / "files.py"))
+    assert files.provenance()["revision"] == f"version {__version__}"
+
+
+def test_errors_say_what_to_do(made):
+    folder, extractor, real = made
     with pytest.raises(ValueError, match=r"feature extractor .*Did you mean"):
         features.load("clasifier:x")
-    with pytest.raises(ValueError, match="trained by objective 'dsm'; expected"):
+    with pytest.raises(ValueError, match="is a run of DiT, which is no classifier; expected"):
         features.load(f"classifier:{folder / 'base'}")
     with pytest.raises(ValueError, match=r"metric .*Did you mean"):
         evaluate.evaluate(folder / "base", extractor, real, names=("fid",), num_samples=20)
 
 
-def test_the_command_writes_rows_and_the_floor(runs, tmp_path):
-    folder, _, _ = runs
+def test_the_command_writes_rows_and_the_floor(made, tmp_path):
+    folder, _, _ = made
     log = call(
         "evaluate", f"--workdir={folder / 'base'}", f"--out={tmp_path / 'x.json'}",
         f"--features=classifier:{folder / 'classifier'}", f"--num_samples={COUNT}",
@@ -178,7 +204,8 @@ def test_the_command_writes_rows_and_the_floor(runs, tmp_path):
     assert set(result["floor"]) == {"samples", "accuracy", "frechet", "precision", "recall",
                                     "memorized"}  # fmt: skip
     for row in result["rows"]:
-        assert {"memorized", "autoguidance"} < row.keys()
+        assert {"memorized", "autoguidance", "step", "revision"} < row.keys()
+        assert row["command"].startswith(f"python -m launch.evaluate --workdir={folder / 'base'}")
     assert [row["guidance_scale"] for row in result["rows"]] == [1.0, 2.0]
     assert "scale 2" in log
     assert "real, held out" in log

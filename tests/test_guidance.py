@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mclr_jax import guidance
+from mclr_jax.types import Condition, label_of
 
 
 @pytest.mark.parametrize("case", range(3))
@@ -41,8 +42,8 @@ def test_transforms_compose_and_scales_may_differ_by_example():
     x, sigma, label = jnp.ones((3, 2)), jnp.array([0.5, 1.0, 2.0]), jnp.array([0, 1, 2])
     scales = jnp.array([1.0, 2.0, 4.0])
 
-    def weak(x, sigma, label):
-        return mix.denoise(x, sigma * 1.5, label)
+    def weak(x, sigma, condition):
+        return mix.denoise(x, sigma * 1.5, condition)
 
     def auto(label):
         strong = mix.denoise(x, sigma, label)
@@ -54,13 +55,51 @@ def test_transforms_compose_and_scales_may_differ_by_example():
     chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_frames_are_guided_where_their_own_level_is_inside():
+    """sigma (B, F), and a scale for each example, against the formula frame by frame."""
+    mix = reference.mixture()
+
+    def denoise(x, sigma, condition):  # of every frame alone
+        label = jnp.repeat(label_of(condition), 4)
+        return mix.denoise(x.reshape(-1, 2), sigma.reshape(-1), label).reshape(x.shape)
+
+    x = jnp.linspace(-2, 2, 24).reshape(3, 4, 2)
+    sigma = jnp.array([[0.05, 0.5, 1.0, 2.0], [2.0, 0.5, 4.0, 1.0], [3.0, 3.0, 0.1, 0.1]])
+    label, scale = jnp.array([0, 1, 2]), jnp.array([1.0, 2.5, 4.0])
+    guided = guidance.classifier_free(denoise, 3, scale, (0.4, 1.0))(x, sigma, label)
+    cond, uncond = denoise(x, sigma, label), denoise(x, sigma, jnp.full(3, 3))
+    inside = np.array([[0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 0, 0]], bool)
+    expected = jnp.where(inside[..., None], uncond + scale[:, None, None] * (cond - uncond), cond)
+    chex.assert_trees_all_close(guided, expected, rtol=1e-4, atol=1e-5)
+    everywhere = guidance.classifier_free(denoise, 3, scale)(x, sigma, label)
+    expected = uncond + scale[:, None, None] * (cond - uncond)
+    chex.assert_trees_all_close(everywhere, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_only_the_label_of_the_condition_differs_between_the_calls():
+    seen = []
+
+    def denoise(x, sigma, condition):
+        jax.debug.callback(lambda *c: seen.append([np.asarray(a) for a in c]), *(
+            condition.label, condition.strength, condition.augment))  # fmt: skip
+        return x
+
+    condition = Condition(jnp.array([0, 1]), jnp.array([0.5, 2.0]), jnp.ones((2, 9)))
+    guidance.classifier_free(denoise, 3, 2.0)(jnp.ones((2, 2)), jnp.ones(2), condition)
+    jax.effects_barrier()
+    (label, *rest), (null, *same) = sorted(seen, key=lambda shown: shown[0].sum())
+    np.testing.assert_array_equal(label, [0, 1])
+    np.testing.assert_array_equal(null, [3, 3])
+    chex.assert_trees_all_equal(rest, same, [condition.strength, condition.augment])
+
+
 @pytest.mark.parametrize(
     ("scale", "interval", "calls"), [(1.0, None, 1), (2.0, None, 2), (2.0, (3.0, 4.0), 1)]
 )
 def test_no_second_call_where_nothing_is_guided(scale, interval, calls):
     count = []
 
-    def denoise(x, sigma, label):
+    def denoise(x, sigma, condition):
         jax.debug.callback(lambda: count.append(1))
         return x
 

@@ -1,7 +1,10 @@
+"""The loop itself on the smallest of tasks; and runs that are killed, as processes of their own."""
+
+import dataclasses
+import itertools
 import json
 import os
 import pathlib
-import shutil
 import signal
 import subprocess
 import sys
@@ -9,20 +12,194 @@ import time
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
-from mclr_jax import run
+from mclr_jax import experiment, main, metrics, runs
+from mclr_jax.data import sources
 from mclr_jax.training import loop
-from mclr_jax.training.checkpoint import Checkpoints, MismatchError
+from mclr_jax.training.checkpoint import Checkpoints
+from mclr_jax.training.devices import Devices
+from mclr_jax.training.log import Writer
+from mclr_jax.training.loop import Hook
+from mclr_jax.training.step import init_state
 
 ROOT = pathlib.Path(__file__).parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """The error at one noise level, and the largest number of the batch."""
+
+    needs = frozenset[str]()
+
+    def __call__(self, models, problem, batch, keys):
+        x = batch.x0
+        loss = ((models.denoise(x, jnp.ones(len(x)), batch.condition) - x) ** 2).mean(-1)
+        return loss, {"largest": metrics.maximum(x.max(-1))}
+
+    def advice(self):
+        return "Eat more slowly."
+
+
+def batches(bad_step=None, value=np.nan):
+    """Step n has numbers around n / 10, but for one bad number in a bad step."""
+    for n in itertools.count():
+        image = np.random.default_rng(n).normal(n / 10, 0.1, (8, 2)).astype(np.float32)
+        if n == bad_step:
+            image[3, 1] = value
+        yield {"index": np.arange(8, dtype=np.int32), "image": image, "label": np.zeros(8, int)}
+
+
+def run(workdir, *hooks, stream=None, num_steps=10, log_every=5, steps_per_dispatch=4):
+    """Result of `loop.run` on one device, and the records that it has written."""
+    config = tiny.config()
+    source = sources.from_config(config.data, "train", 0)
+    task = experiment.make_task(config, experiment.data_info(config, source), {})
+    task = dataclasses.replace(task, objective=Plain())
+    devices = Devices("data", (jax.devices()[0],))
+    state = devices.initialise(lambda: init_state(task))
+    with Writer(workdir, 0, num_steps) as writer:
+        result = loop.run(
+            task, state, {}, stream or batches(), hooks, writer, devices=devices,
+            num_steps=num_steps, log_every=log_every, steps_per_dispatch=steps_per_dispatch,
+        )  # fmt: skip
+    return *result, list(map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()))
+
+
+# ---- hooks ---------------------------------------------------------------------------------------
+
+
+def test_hooks_are_called_when_they_are_due_and_in_their_order(tmp_path):
+    """And after the last step, but for hooks without a period."""
+    calls = []
+
+    def note(name):
+        return lambda moment: calls.append((moment.step, name, int(moment.state.step)))
+
+    hooks = [
+        Hook(3, note("threes")),
+        Hook((4, 5), note("fours and fives")),
+        Hook(0, note("marked"), at=(2, 5, 9)),
+        Hook(0, note("never"), when_stopped=True),
+        Hook((0, 6), note("sixes")),
+    ]
+    state, stopped, _ = run(tmp_path, *hooks)
+    due = {"threes": (3, 6, 9, 10), "fours and fives": (4, 5, 8, 10), "marked": (2, 5, 9),
+           "sixes": (6, 10)}  # fmt: skip
+    expected = [
+        (step, name, step) for step in range(11) for name, steps in due.items() if step in steps
+    ]
+    assert calls == expected
+    assert (int(state.step), stopped) == (10, False)
+
+
+def test_what_a_hook_finds_is_logged_and_seen_by_those_after_it(tmp_path):
+    seen = []
+
+    def look(moment):
+        seen.append((moment.step, dict(moment.readings), moment.stopping))
+
+    hooks = [
+        Hook(5, look),
+        Hook(5, lambda moment: {"a": moment.step, "b": 1.0}),
+        Hook(2, lambda moment: {"b": moment.step / 2}),
+        Hook(5, look),
+    ]
+    _, _, records = run(tmp_path, *hooks)
+    assert seen == [
+        (5, {}, False),
+        (5, {"a": 5, "b": 1.0}, False),
+        (10, {}, False),
+        (10, {"a": 10, "b": 5.0}, False),
+    ]
+    found = [record for record in records if "loss" not in record]
+    assert found[:2] == [{"step": 2, "b": 1.0}, {"step": 4, "b": 2.0}]
+    assert {"step": 5, "a": 5, "b": 1.0} in found
+
+
+def test_a_signal_ends_the_run_after_a_step_and_hooks_can_tell(tmp_path):
+    before, calls = signal.getsignal(signal.SIGTERM), []
+
+    def note(name):
+        return lambda moment: calls.append((moment.step, name, moment.stopping))
+
+    hooks = [
+        Hook(0, lambda moment: os.kill(os.getpid(), signal.SIGTERM), at=(3,)),
+        Hook(100, note("not now")),
+        Hook(100, note("saves"), when_stopped=True),
+        Hook(0, note("saves, too"), when_stopped=True),
+    ]
+    state, stopped, records = run(tmp_path, *hooks, num_steps=50)
+    assert stopped
+    assert calls == [(5, "saves", True), (5, "saves, too", True)]  # 5 is the end of a dispatch
+    assert int(state.step) == 5
+    assert records[-1]["step"] == 5  # what was not yet reported is
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+# ---- metrics -------------------------------------------------------------------------------------
+
+
+def test_a_report_is_over_all_steps_since_the_last(tmp_path):
+    single, dispatched = tmp_path / "single", tmp_path / "dispatched"
+    for folder in (single, dispatched):
+        folder.mkdir()
+    _, _, each = run(single, log_every=1, steps_per_dispatch=1)
+    _, _, reports = run(dispatched, log_every=4, steps_per_dispatch=3)
+    assert [record["step"] for record in each] == list(range(1, 11))
+    assert [record["step"] for record in reports] == [4, 8, 10]
+    for record, part in zip(reports, (each[:4], each[4:8], each[8:]), strict=True):
+        expected = np.mean([x["loss"] for x in part])
+        np.testing.assert_allclose(record["loss"], expected, rtol=1e-5)
+        assert record["largest"] == max(x["largest"] for x in part)
+        assert record["learning_rate"] == part[-1]["learning_rate"]
+    largest = [batch["image"].max() for batch in itertools.islice(batches(), 10)]
+    np.testing.assert_array_equal([record["largest"] for record in each], np.float32(largest))
+
+
+@pytest.mark.parametrize(
+    ("bad_step", "value", "message"),
+    [
+        (6, np.nan, r"(loss|grad_norm|largest) is nan in step 6"),
+        (3, np.inf, r"(loss|grad_norm|largest) is (nan|inf) in step 3"),
+        (9, 1e4, r"loss is \S+e\+0\d in step 9"),
+    ],
+)
+def test_the_first_step_that_is_not_finite_is_named_and_nothing_is_saved_after_it(
+    bad_step, value, message, tmp_path
+):
+    calls = []
+    hook = Hook(2, lambda moment: calls.append(moment.step), when_stopped=True)
+    message += r": the run diverged\. The last good checkpoint is none\. Eat more slowly\."
+    with pytest.raises(loop.NonFiniteError, match=message):
+        run(tmp_path, hook, stream=batches(bad_step, value), steps_per_dispatch=2)
+    assert calls == list(range(2, bad_step + 1, 2))
+
+
+def test_divergence_of_a_run_names_its_last_checkpoint(tmp_path):
+    """A learning rate that explodes; what was saved before stays."""
+    changes = {"optimizer.learning_rate": 1e30, "optimizer.warmup_steps": 0}
+    with pytest.raises(
+        loop.NonFiniteError, match=r"is (nan|inf|\S+e\+\d+) in step \d+: the run diverged. The last"
+    ) as error:
+        main.train(tiny.config(checkpoint_every=1, eval_examples=0, **changes), tmp_path)
+    step = int(str(error.value).split("in step ")[1].split(":")[0])
+    assert 0 < step < 12
+    with Checkpoints(tmp_path / "checkpoints", None) as checkpoints:
+        assert checkpoints.steps()[-1] <= step
+        assert f"of step {checkpoints.steps()[-1]}." in str(error.value)
+
+
+# ---- runs that are killed ------------------------------------------------------------------------
+
 COMMAND = """
 import sys
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
 import tiny
-from mclr_jax.training.loop import train
+from mclr_jax.main import train
 train(tiny.config(**eval(sys.argv[3])), sys.argv[2])
 """
 KILLED = {"num_steps": 60, "checkpoint_every": 10, "log_every": 5}
@@ -37,17 +214,17 @@ def start(workdir, **changes):
 
 
 def wait_for_step(process, workdir, step):
-    metrics = workdir / "metrics.jsonl"
+    path = workdir / "metrics.jsonl"
     while process.poll() is None:
-        if metrics.exists() and f'"step": {step},' in metrics.read_text():
+        if path.exists() and f'"step": {step},' in path.read_text():
             return
         time.sleep(0.02)
 
 
 def final(workdir):
-    params, step = run.load_weights(workdir, "none")
-    average, _ = run.load_weights(workdir)
-    return jax.device_get((params, average)), step
+    run = runs.load(workdir)
+    params, step = run.weights("none")
+    return jax.device_get((params, run.weights()[0])), step
 
 
 @pytest.fixture(scope="module")
@@ -88,160 +265,3 @@ def test_sigterm_saves_and_exits_cleanly_and_the_run_goes_on(uninterrupted, tmp_
     assert 20 <= stopped <= 60
     assert start(workdir, **KILLED).wait(timeout=300) == 0
     chex.assert_trees_all_equal(final(workdir)[0], final(uninterrupted)[0])
-
-
-def test_a_step_that_is_not_finite_stops_the_run_and_is_named(tmp_path):
-    """A learning rate that explodes; what was saved before stays."""
-    changes = {"optimizer.learning_rate": 1e30, "optimizer.warmup_steps": 0}
-    with pytest.raises(
-        loop.NonFiniteError, match=r"is (nan|inf).* in step \d+: the run diverged. The last good"
-    ) as error:
-        loop.train(tiny.config(checkpoint_every=1, eval_examples=0, **changes), tmp_path)
-    step = int(str(error.value).split("in step ")[1].split(":")[0])
-    assert 0 < step < 12
-    with Checkpoints(tmp_path / "checkpoints", None) as checkpoints:
-        assert checkpoints.steps()[-1] <= step
-    assert f"of step {step}" in str(error.value)
-
-
-def test_averages_of_any_width_are_reconstructed_from_snapshots(tmp_path):
-    """The reconstruction at a width that was kept all along is that track, to rounding."""
-    fast = {"optimizer.learning_rate": 0.03, "optimizer.schedule": "constant"}
-    loop.train(tiny.config(num_steps=24, **fast), tmp_path)
-    kept, _ = run.load_weights(tmp_path, "power_0.1")
-    rebuilt, step = run.load_weights(tmp_path, "0.1")
-    assert step == 24
-    chex.assert_trees_all_close(rebuilt, kept, rtol=1e-3, atol=1e-5)
-    between, _ = run.load_weights(tmp_path, "0.075")
-    difference = jax.tree.map(lambda a, b: np.abs(a - b).max(), between, kept)
-    assert max(jax.tree.leaves(difference)) > 1e-4
-    with pytest.raises(ValueError, match=r"No EMA 'pwer'.*halflife"):
-        run.load_weights(tmp_path, "pwer")
-
-
-def test_init_from_starts_from_the_other_runs_average(tmp_path):
-    loop.train(tiny.config(), tmp_path / "base")
-    state = loop.train(
-        tiny.config(
-            num_steps=1, init_from=str(tmp_path / "base"), **{"optimizer.learning_rate": 0.0}
-        ),
-        tmp_path / "tuned",
-    )
-    average, _ = run.load_weights(tmp_path / "base", "halflife")
-    chex.assert_trees_all_equal(jax.device_get(state.params), jax.device_get(average))
-    chex.assert_trees_all_equal(jax.device_get(state.ema["power_0.05"]), jax.device_get(average))
-    wider = tiny.config(init_from=str(tmp_path / "base"), **{"network.width": 32})
-    with pytest.raises(MismatchError, match=r"Parameter .*: expected shape"):
-        loop.train(wider, tmp_path / "wider")
-
-
-def test_a_batch_that_devices_cannot_share_is_refused_before_training(tmp_path):
-    with pytest.raises(ValueError, match="multiple of 8"):
-        loop.train(tiny.config(batch_size=12), tmp_path)
-
-
-def test_pictures_and_profile_are_written(tmp_path):
-    loop.train(
-        tiny.config(sample_every=12, **{"profile.start": 4, "profile.num_steps": 4}), tmp_path
-    )
-    assert (tmp_path / "samples" / "00000012.png").exists()
-    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
-
-
-def test_constant_data_are_refused(tmp_path):
-    np.savez(tmp_path / "flat.npz", images=np.ones((8, 2), np.float32), labels=np.arange(8) % 3)
-    config = tiny.config(**{"data.name": f"npz:{tmp_path / 'flat.npz'}", "sigma_data": 0.0})
-    with pytest.raises(ValueError, match=r"standard deviation 0.0; expected a positive"):
-        loop.train(config, tmp_path)
-
-
-# Fine-tuning: what a run takes from others, and that it needs them only once.
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("base") / "base"
-    loop.train(tiny.config("mixture"), workdir)
-    return workdir
-
-
-def mclr(base, **changes):
-    return tiny.config("mixture_mclr", **{"init_from": str(base)} | changes)
-
-
-def test_fine_tuning_starts_from_the_average_and_holds_it_frozen(base, tmp_path):
-    """A run that needs its base no more once it has begun goes on without it, to the same bits."""
-    changes = {"objective.reference_penalty": 0.5, "optimizer.schedule": "constant"}
-    copy = shutil.copytree(base, tmp_path / "copy")
-    loop.train(mclr(copy, **changes), tmp_path / "whole")
-    loop.train(mclr(copy, **changes, num_steps=6), tmp_path / "parts")
-    shutil.rmtree(copy)
-    loop.train(mclr(copy, **changes), tmp_path / "parts")
-    chex.assert_trees_all_equal(final(tmp_path / "parts")[0], final(tmp_path / "whole")[0])
-    start, _ = run.load_weights(base)
-    chex.assert_trees_all_equal(run.load_weights(tmp_path / "parts", strength=0.0)[0], start)
-    assert not np.array_equal(final(tmp_path / "whole")[0][0]["in_linear"]["kernel"],
-                              start["in_linear"]["kernel"])  # fmt: skip
-
-
-def test_strength_is_a_place_on_the_line_from_the_start_to_the_run(base, tmp_path):
-    loop.train(mclr(base), tmp_path)
-    start, tuned = run.load_weights(base)[0], run.load_weights(tmp_path)[0]
-    assert not np.array_equal(start["in_linear"]["kernel"], tuned["in_linear"]["kernel"])
-    for strength in (0.0, 0.3, 1.0, 1.5):
-        got, step = run.load_weights(tmp_path, strength=strength)
-        expected = jax.tree.map(lambda a, b, s=strength: (1 - s) * a + s * b, start, tuned)
-        chex.assert_trees_all_close(got, expected, atol=1e-6)
-        assert step == mclr(base).num_steps
-    with pytest.raises(ValueError, match=r"was not started from another run.*strength is 1"):
-        run.load_weights(base, strength=0.5)
-
-
-def test_a_network_that_takes_the_strength_starts_as_the_base_at_every_strength(base, tmp_path):
-    changes = {"objective.strength": (0.0, 2.0), "num_steps": 1, "optimizer.learning_rate": 0.0}
-    loop.train(mclr(base, **changes), tmp_path)
-    experiment, original = run.load_experiment(tmp_path), run.load_experiment(base)
-    x, sigma = np.linspace(-2, 2, 8, dtype=np.float32).reshape(4, 2), np.full(4, 0.7, np.float32)
-    label = np.array([0, 1, 2, 3])
-    expected = original.denoiser(run.load_weights(base)[0])(x, sigma, label)
-    params, _ = run.load_weights(tmp_path)
-    got = experiment.denoiser(params, strength=np.array([0.0, 0.5, 1.0, 2.0]))(x, sigma, label)
-    np.testing.assert_allclose(got, expected, rtol=1e-6)
-    start, _ = run.load_weights(tmp_path, strength=0.0)  # of the base, the new input added
-    chex.assert_trees_all_equal(start, params)
-    moved = jax.tree.map(lambda p: p + 0.1, params)  # strength is read
-    low, high = (experiment.denoiser(moved, strength=s)(x, sigma, label) for s in (0.0, 1.0))
-    assert np.abs(low - high).max() > 1e-4
-
-
-def test_the_posterior_of_a_classifier_run(base, tmp_path):
-    """It is copied into the run too, and its experiment described there."""
-    classifier = tmp_path / "classifier"
-    loop.train(tiny.classifier("mixture"), classifier)
-    changes = {"objective.posterior": "classifier", "objective.posterior_from": str(classifier)}
-    loop.train(mclr(base, **changes, num_steps=4), tmp_path / "run")
-    shutil.rmtree(classifier)
-    loop.train(mclr(base, **changes, num_steps=6), tmp_path / "run")  # goes on
-    experiment = run.load_experiment(tmp_path / "run")
-    assert experiment.classifier.config.objective.name == "classify"
-    with pytest.raises(FileNotFoundError, match="not the directory of a run"):
-        loop.train(mclr(base, **changes), tmp_path / "other")
-    changes["objective.posterior_from"] = str(base)
-    with pytest.raises(ValueError, match=r"expected a run with objective.*'classify'.*it has.*dsm"):
-        loop.train(mclr(base, **changes), tmp_path / "other")
-    changes["objective.posterior_from"] = ""
-    with pytest.raises(ValueError, match=r"needs objective.posterior_from"):
-        loop.train(mclr(base, **changes), tmp_path / "other")
-    with pytest.raises(ValueError, match=r"needs a frozen reference: set config\.init_from"):
-        loop.train(mclr("", **{"objective.reference_penalty": 1.0}), tmp_path / "another")
-    with pytest.raises(MismatchError, match="expected shape"):
-        loop.train(mclr(base, **{"network.width": 24}), tmp_path / "wide")
-
-
-def test_the_plain_objective_diverges_and_says_why(base, tmp_path):
-    changes = {"objective.negatives": "prior", "objective.beta": 3.0, "num_steps": 2000,
-               "optimizer.learning_rate": 0.02, "checkpoint_every": 2000}  # fmt: skip
-    with pytest.raises(
-        loop.NonFiniteError, match=r"has no minimum.*= 0\.75.*negatives='posterior'"
-    ):
-        loop.train(mclr(base, **changes), tmp_path)

@@ -1,20 +1,25 @@
 """MCLR against its theory, on mixtures whose densities and denoisers are exact."""
 
 import functools
-from typing import NamedTuple
+import re
 
+import cases
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import Level
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mclr_jax import guidance, noise, posterior
+from mclr_jax import guidance, metrics, noise, posterior
 from mclr_jax.mixture import GaussianMixture
-from mclr_jax.objectives.dsm import dsm
-from mclr_jax.objectives.mclr import mclr
+from mclr_jax.objectives.base import perturb
+from mclr_jax.objectives.dsm import DSM
+from mclr_jax.objectives.mclr import MCLR
+from mclr_jax.problem import Batch
+from mclr_jax.types import Condition, label_of
 
 SIGMA, BETA, DRAWS = 0.8, 0.7, 300_000
 PRIOR = (0.5, 0.2, 0.3)
@@ -22,20 +27,16 @@ EDGES = np.linspace(-2.75, 2.75, 12)
 FORMS = {
     "posterior": {},
     "half of the negatives": {"negative_share": 0.5},
+    "a quarter of the negatives": {"negative_share": 0.25},
     "targets of the reference": {"target": "reference"},
     "prior, weighted": {"negatives": "prior", "weighting": "cfg"},
     "mismatched, weighted": {"negatives": "mismatched", "weighting": "cfg"},
+    "mismatched, weighted, a quarter": {
+        "negatives": "mismatched",
+        "weighting": "cfg",
+        "negative_share": 0.25,
+    },
 }
-
-
-class Level(NamedTuple):
-    """One noise level, which may be traced."""
-
-    sigma: jax.Array
-
-    def sample(self, key):
-        del key
-        return self.sigma
 
 
 def line() -> GaussianMixture:
@@ -48,19 +49,19 @@ def line() -> GaussianMixture:
     )
 
 
-def objective(mixture, **changes):
-    """MCLR at one noise level with unit weight, no dropped labels and the exact posterior."""
-    options = {
-        "noise": Level(SIGMA),
-        "weight": jnp.ones_like,
-        "null_label": mixture.num_classes,
-        "class_prior": mixture.class_prior,
-        "beta": BETA,
-        "label_dropout": 0.0,
-        "posterior": posterior.exact(mixture),
-        "reference": mixture.denoise,
-    }
-    return functools.partial(mclr, **options | changes)
+def run(mixture, denoise, data, *, levels=None, reference=None, strength=(), **options):
+    """MCLR at one noise level with unit weight, no dropped labels and the exact posterior.
+
+    data: x0 (B, d), label (B,) and keys (B,). Forms that need no posterior get none.
+    """
+    objective = MCLR(**{"beta": BETA, "label_dropout": 0.0} | options)
+    x0, label, keys = data
+    problem = cases.problem(
+        levels or Level(SIGMA), class_prior=mixture.class_prior, strength=strength
+    )
+    its_posterior = posterior.exact(mixture) if "posterior" in objective.needs else None
+    models = cases.models(denoise, its_posterior, reference=reference or mixture.denoise)
+    return objective(models, problem, Batch(x0, Condition(label)), keys)
 
 
 def bins(x):
@@ -80,10 +81,10 @@ def pointwise(mixture, **changes):
         keys = jax.random.split(k_loss, DRAWS)
 
         def mean_loss(table):
-            def denoise(x, sigma, label):
-                return table[bins(x), label][:, None]
+            def denoise(x, sigma, condition):
+                return table[bins(x), label_of(condition)][:, None]
 
-            return objective(mixture, **changes)(denoise, x0, label, keys)[0].mean()
+            return run(mixture, denoise, (x0, label, keys), **changes)[0].mean()
 
         table = jnp.zeros((len(EDGES) + 1, mixture.num_classes))
         return jax.grad(mean_loss)(table), jax.grad(mean_loss)(table + 1)
@@ -147,7 +148,7 @@ def test_the_plain_objective_has_the_predicted_optimum_and_is_unbounded_where_pr
         wrong, wrong_first = mass_all[:, None], first_all[:, None]
     expected_curvature = prior * ((1 + BETA) * mass - BETA * wrong)
     expected = ((1 + BETA) * first - BETA * wrong_first) * prior / expected_curvature
-    optimum, curvature = pointwise(line(), negatives=negatives, posterior=None)
+    optimum, curvature = pointwise(line(), negatives=negatives)
     scale = prior * (mass + wrong)
     np.testing.assert_allclose(curvature / scale, expected_curvature / scale, atol=0.05)
     clear = np.abs(expected_curvature / scale) > 0.1
@@ -168,9 +169,8 @@ def test_the_reference_penalty_bounds_the_plain_objective_at_its_predicted_optim
     optimum, measured = pointwise(
         line(),
         negatives="prior",
-        posterior=None,
         reference_penalty=penalty,
-        reference=lambda x, sigma, label: jnp.full_like(x, 0.5),
+        reference=lambda x, sigma, condition: jnp.full_like(x, 0.5),
     )
     np.testing.assert_allclose(measured / (prior * curvature), 1, atol=0.1)
     often = mass > 0.03
@@ -187,15 +187,15 @@ def slope(mixture, beta, sigma, key, form):
 
     def loss(epsilon):
         def denoise(x, s, c):
-            return guided(x, s, c) + epsilon * jnp.tanh(x + c[:, None])
+            return guided(x, s, c) + epsilon * jnp.tanh(x + label_of(c)[:, None])
 
-        run = objective(mixture, noise=Level(sigma), beta=beta, **FORMS[form])
-        return run(denoise, x0, label, keys)[0]
+        options = {"levels": Level(sigma), "beta": beta} | FORMS[form]
+        return run(mixture, denoise, (x0, label, keys), **options)[0]
 
     return jax.jvp(loss, (0.0,), (1.0,))[1]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**31), st.floats(0.05, 3), st.floats(0.1, 3), st.sampled_from(list(FORMS)))
 def test_exact_cfg_is_stationary_on_random_mixtures(seed, beta, sigma, form):
     k = jax.random.split(jax.random.key(seed), 4)
@@ -210,72 +210,185 @@ def test_exact_cfg_is_stationary_on_random_mixtures(seed, beta, sigma, form):
     assert abs(slopes.mean()) < 5 * error + 1e-6
 
 
-def batch(n=4000, seed=0):
+def draw(n=4000, seed=0):
+    """The mixture, and data, labels and keys of n examples."""
     mixture = line()
     x0, label = mixture.sample(jax.random.key(seed), n)
     return mixture, (x0, label, jax.random.split(jax.random.key(seed + 1), n))
 
 
+def losses(mixture, denoise, data, **options):
+    return jax.jit(lambda *data: run(mixture, denoise, data, **options)[0])(*data)
+
+
+def plain(mixture, denoise, data, levels=None, label_dropout=0.0):
+    """The loss of denoising score matching on the same draws."""
+    x0, label, keys = data
+    given = cases.problem(levels or Level(SIGMA)), Batch(x0, Condition(label)), keys
+    return jax.jit(lambda: DSM(label_dropout)(cases.models(denoise), *given)[0])()
+
+
+# ---- where there is a contrast, and how strong it is ---------------------------------------------
+
+
 @pytest.mark.parametrize(
     "changes",
-    [{"beta": 0.0}, {"sigma_interval": (1.0, 2.0)}, {"label_dropout": 1.0}],
-    ids=lambda changes: next(iter(changes)),
+    [
+        {"beta": 0.0},
+        {"beta": 0.0, "bound": "logistic", "negative_share": 0.25},
+        {"sigma_interval": (1.0, 2.0)},
+        {"sigma_interval": (1.0, 2.0), "reference_penalty": 1.0, "reference": jnp.negative},
+        {"label_dropout": 1.0},
+        {"label_dropout": 1.0, "negatives": "mismatched", "weighting": "cfg"},
+    ],
+    ids=lambda changes: "-".join(changes),
 )
 def test_without_contrast_it_is_dsm(changes):
-    mixture, data = batch()
-    settings = objective(mixture, **changes)
-    loss, _ = jax.jit(functools.partial(settings, mixture.denoise))(*data)
-    kept = {k: v for k, v in settings.keywords.items() if k in
-            ("noise", "weight", "null_label", "label_dropout")}  # fmt: skip
-    expected, _ = jax.jit(functools.partial(dsm, mixture.denoise, **kept))(*data)
+    mixture, data = draw()
+    if changes.get("reference"):
+        changes = changes | {"reference": lambda x, sigma, condition: -x}
+    loss = losses(mixture, mixture.denoise, data, **changes)
+    expected = plain(
+        mixture, mixture.denoise, data, label_dropout=changes.get("label_dropout", 0.0)
+    )
     chex.assert_trees_all_close(loss, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_noise_interval_keeps_the_contrast_inside():
-    mixture, data = batch()
-    run = objective(mixture, noise=noise.LogUniform(0.1, 3.0), negatives="prior", posterior=None)
-
-    @jax.jit
-    def losses(*data):
-        changes: tuple = ({}, {"sigma_interval": (0.5, 1.0)}, {"beta": 0.0})
-        return [run(mixture.denoise, *data, **change)[0] for change in changes]
-
-    everywhere, inside, plain = losses(*data)
-    ks = jax.vmap(lambda key: jax.random.split(key, 4))(data[2])[:, 0]
-    sigma = jax.vmap(noise.LogUniform(0.1, 3.0).sample)(ks)
-    expected = jnp.where((sigma > 0.5) & (sigma <= 1.0), everywhere, plain)
+    mixture, data = draw()
+    levels = noise.LogUniform(0.1, 3.0)
+    options = {"levels": levels, "negatives": "prior"}
+    everywhere, inside, none = (
+        losses(mixture, mixture.denoise, data, **options, **change)
+        for change in ({}, {"sigma_interval": (0.5, 1.0)}, {"beta": 0.0})
+    )
+    sigma = perturb(cases.problem(levels), data[0], Condition(data[1]), data[2], 0.0).sigma
+    expected = jnp.where((sigma > 0.5) & (sigma <= 1.0), everywhere, none)
     chex.assert_trees_all_close(inside, expected, rtol=1e-5)
-    assert (inside != plain).mean() > 0.1
+    assert (inside != none).mean() > 0.1
 
 
-def test_strengths_may_differ_between_examples():
-    mixture, data = batch(1000)
-    beta = jnp.linspace(0, 2, 1000)
-    loss, low = jax.jit(
-        lambda *data: [
-            objective(mixture, beta=b)(mixture.denoise, *data)[0] for b in (beta, beta[200])
-        ]
-    )(*data)
-    np.testing.assert_allclose(loss[200], low[200], rtol=1e-5)
-    assert not np.allclose(loss, low)
+def test_frames_are_weighted_by_their_own_levels_and_contrasted_where_all_are_inside():
+    """By hand from what the network was shown: one call, for c and for c~."""
+    mixture, (values, label, keys) = draw(400)
+    x0 = jnp.stack([values, values + 0.3, -values], axis=1)  # (B, 3, 1)
+    seen = []
+
+    def denoise(x, sigma, condition):
+        flat = x.reshape(-1, 1), sigma.reshape(-1), jnp.repeat(label_of(condition), 3)
+        seen.append((sigma, condition, mixture.denoise(*flat).reshape(x.shape)))
+        return seen[-1][-1]
+
+    problem = cases.problem(
+        noise.LogUniform(0.4, 1.2), weight=lambda sigma: 1 / sigma, class_prior=PRIOR, frames=(3,)
+    )
+    objective = MCLR(BETA, 0.2, "mismatched", sigma_interval=(0.5, 1.1))
+    loss, _ = objective(cases.models(denoise), problem, Batch(x0, Condition(label)), keys)
+    ((sigma, condition, answers),) = seen
+    assert sigma.shape == (800, 3)
+    np.testing.assert_array_equal(sigma[:400], sigma[400:])
+    shown, wrong = np.split(np.asarray(label_of(condition)), 2)
+    assert np.all(wrong != label)
+    right_error, wrong_error = (
+        ((answer - x0)[..., 0] ** 2 / sigma[:400]).mean(1) for answer in np.split(answers, 2)
+    )
+    contrasted = np.all((sigma[:400] > 0.5) & (sigma[:400] <= 1.1), axis=1) & (shown != 3)
+    assert 0.2 < contrasted.mean() < 0.6
+    expected = right_error + BETA * contrasted * (right_error - wrong_error)
+    np.testing.assert_allclose(loss, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_that_takes_the_strength_is_told_the_one_that_its_loss_has():
+    mixture, data = draw(1000)
+    seen = []
+
+    def denoise(x, sigma, condition):
+        seen.append(condition.strength)
+        return mixture.denoise(x, sigma, condition)
+
+    loss, _ = run(mixture, denoise, data, strength=(0.5, 2.0))
+    strength, at_wrong = jnp.split(seen[0], 2)
+    np.testing.assert_array_equal(strength, at_wrong)
+    assert strength.min() >= 0.5
+    assert strength.max() <= 2.0
+    # the law has a third of all in the outer 7% at either end: arcsin(sqrt(1/15)) 2 / pi
+    ends = (strength < 0.6) | (strength > 1.9)
+    assert abs(ends.mean() - 0.3331) < 4 * np.sqrt(0.222 / 1000)
+    same, _ = run(mixture, mixture.denoise, data, beta=strength)
+    np.testing.assert_allclose(loss, same, rtol=1e-5)
+    assert not np.allclose(loss, losses(mixture, mixture.denoise, data), rtol=1e-2)
+
+
+# ---- a share of the negatives --------------------------------------------------------------------
+
+
+def biased(x, sigma, condition):
+    """A denoiser that is far from any optimum."""
+    return 0.5 * x + 0.3 * label_of(condition)[:, None] - 0.2
+
+
+@pytest.mark.parametrize("share", [0.5, 0.25])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"negatives": "prior", "bound": "clip", "target": "reference"},
+        {"negatives": "mismatched", "weighting": "cfg", "bound": "logistic"},
+        {"negatives": "prior", "reference_penalty": 0.5, "sigma_interval": (0.5, 1.0)},
+        {"reference_penalty": 0.5, "target": "reference"},
+    ],
+    ids=["posterior", "clip", "logistic", "penalty", "penalty, target"],
+)
+def test_a_share_of_the_negatives_is_unbiased(share, options):
+    """Every k-th row has k times its contrast, the others none; the mean over draws is the same."""
+    every = round(1 / share)
+    mixture, data = draw(40_000)
+    options = options | {"label_dropout": 0.1}
+    whole, part, none = (
+        np.asarray(losses(mixture, biased, data, **options | change), np.float64)
+        for change in ({}, {"negative_share": share}, {"beta": 0.0, "negative_share": share})
+    )
+    rows = np.arange(len(whole)) % every == 0
+    expected = np.where(rows, none + every * (whole - none), none)
+    np.testing.assert_allclose(part, expected, rtol=1e-4, atol=1e-5)
+    error = (part - whole).std() / np.sqrt(len(whole))
+    assert abs(part.mean() - whole.mean()) < 4 * error
+    assert abs(whole.mean() - none.mean()) > 6 * error  # what leaving them out does
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1 / 3, 0.75, 2.0])
+def test_other_shares_are_refused(share):
+    with pytest.raises(ValueError, match=rf"negative_share is {share}; expected one of .*0\.25"):
+        MCLR(negative_share=share)
+
+
+@pytest.mark.parametrize(("share", "rows", "every"), [(0.5, 7, 2), (0.25, 6, 4), (0.25, 7, 4)])
+def test_a_part_of_a_batch_that_the_share_does_not_divide_is_refused(share, rows, every):
+    mixture, data = draw(rows)
+    message = f"every {every}th row, but a part of the batch has {rows} rows; expected a multiple"
+    with pytest.raises(ValueError, match=message + r".*batch_size.*grad_accumulation"):
+        run(mixture, mixture.denoise, data, negative_share=share)
+
+
+# ---- bounds --------------------------------------------------------------------------------------
 
 
 def test_bounded_forms_stay_bounded_where_the_plain_one_does_not():
     """The denoiser is pushed away from wherever the plain objective has no minimum."""
-    mixture, data = batch(5000)
+    mixture, data = draw(5000)
 
     def pushed(size):
-        def denoise(x, sigma, label):
+        def denoise(x, sigma, condition):
             log_p = mixture.log_prob_given_label(x, sigma)
-            ratio = jnp.exp(log_p[jnp.arange(len(x)), label] - mixture.log_prob(x, sigma))
+            own = log_p[jnp.arange(len(x)), label_of(condition)]
+            ratio = jnp.exp(own - mixture.log_prob(x, sigma))
             away = jnp.where(ratio < 0.3, size, 0.0)[:, None]
-            return mixture.denoise(x, sigma, label) + away
+            return mixture.denoise(x, sigma, condition) + away
 
         return denoise
 
     def mean_loss(size, **changes):
-        run = objective(mixture, negatives="prior", posterior=None, **changes)
-        return float(jax.jit(lambda *data: run(pushed(size), *data)[0].mean())(*data))
+        return float(losses(mixture, pushed(size), data, negatives="prior", **changes).mean())
 
     assert mean_loss(1e3) < -1e4
     for changes in [{"bound": "clip"}, {"bound": "logistic"}, {"reference_penalty": 1.0}]:
@@ -284,38 +397,109 @@ def test_bounded_forms_stay_bounded_where_the_plain_one_does_not():
 
 def test_the_logistic_bound_starts_as_the_plain_objective():
     """Its gradient is that of the plain objective where the model is the reference."""
-    mixture, data = batch()
+    mixture, data = draw()
 
     def gradient(**changes):
-        run = objective(mixture, negatives="prior", posterior=None, **changes)
-
         def mean_loss(shift):
-            return run(lambda x, s, c: mixture.denoise(x, s, c) + shift[c, None], *data)[0].mean()
+            def denoise(x, sigma, condition):
+                return mixture.denoise(x, sigma, condition) + shift[label_of(condition), None]
+
+            return run(mixture, denoise, data, negatives="prior", **changes)[0].mean()
 
         return jax.jit(jax.grad(mean_loss))(jnp.zeros(3))
 
-    plain = gradient()
-    assert jnp.abs(plain).max() > 0.01
+    unbounded = gradient()
+    assert jnp.abs(unbounded).max() > 0.01
     logistic = gradient(bound="logistic", logistic_scale=7.0)
-    chex.assert_trees_all_close(logistic, plain, rtol=1e-4, atol=1e-6)
-    chex.assert_trees_all_close(gradient(bound="clip", clip_ratio=1e9), plain)
+    chex.assert_trees_all_close(logistic, unbounded, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(gradient(bound="clip", clip_ratio=1e9), unbounded)
+
+
+def test_a_clipped_negative_error_has_no_gradient():
+    """Not even by the error at the right label, which it is clipped to."""
+    mixture, (x0, label, keys) = draw(500)
+    data = x0, 0 * label, keys
+
+    def total(shift, **options):
+        def denoise(x, sigma, condition):
+            return shift * x + 20.0 * (label_of(condition) != 0)[:, None]
+
+        return run(mixture, denoise, data, negatives="mismatched", **options)[0].sum()
+
+    value, slope = jax.jit(jax.value_and_grad(lambda s: total(s, bound="clip", clip_ratio=0.4)))(
+        0.9
+    )
+    plain_value, plain_slope = jax.jit(jax.value_and_grad(lambda s: total(s, beta=0.0)))(0.9)
+    np.testing.assert_allclose(value, (1 + BETA - 0.4 * BETA) * plain_value, rtol=1e-4)
+    np.testing.assert_allclose(slope, (1 + BETA) * plain_slope, rtol=1e-4)
+
+
+# ---- metrics, options ----------------------------------------------------------------------------
 
 
 def test_metrics_say_what_the_weights_and_the_bound_are():
-    mixture, data = batch(100_000)
-    run = objective(mixture, negatives="prior", weighting="cfg", noise=Level(0.5))
-    _, metrics = jax.jit(functools.partial(run, mixture.denoise))(*data)
+    mixture, data = draw(100_000)
+    options = {"negatives": "prior", "weighting": "cfg", "levels": Level(0.5)}
+
+    @jax.jit
+    def found(*data):
+        return run(mixture, mixture.denoise, data, **options)[1]
+
+    by_row = found(*data)
+    report = metrics.report(metrics.over_rows(by_row))
     # E over c~ of p(c~ | x) / p(c~) is one, and its mean square E over x of sum_c p(c|x)^2 / p(c).
-    np.testing.assert_allclose(metrics["weight"].mean(), 1, rtol=0.01)
+    np.testing.assert_allclose(report["weight"], 1, rtol=0.01)
     x0 = data[0]
     x = x0 + 0.5 * jax.random.normal(jax.random.key(9), x0.shape)
     post = mixture.posterior(x, 0.5)
     square = (post**2 / mixture.class_prior).sum(-1).mean()
-    np.testing.assert_allclose(metrics["weight_square"].mean(), square, rtol=0.02)
+    np.testing.assert_allclose(report["weight_ess"], report["weight"] ** 2 / square, rtol=0.02)
+    np.testing.assert_allclose(report["weight_max"], (post / mixture.class_prior).max(), rtol=0.05)
+    assert report["weight_max"] == by_row["weight"].parts[0].max()
     # the plain objective has no minimum for (x, c~) where p(c~ | x) / p(c~) < beta / (1 + beta)
     low = (post / mixture.class_prior < BETA / (1 + BETA)) * mixture.class_prior
-    np.testing.assert_allclose(metrics["unbounded"].mean(), low.sum(-1).mean(), rtol=0.02)
-    assert metrics["margin"].mean() > 0.01
+    np.testing.assert_allclose(report["unbounded"], low.sum(-1).mean(), rtol=0.02)
+    assert report["margin"] > 0.01
+
+
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_errors_are_unweighted_and_the_margin_is_of_the_rows_that_have_a_contrast(share):
+    mixture, data = draw(400)
+    x0, seen = data[0], []
+
+    def denoise(x, sigma, condition):
+        seen.append((label_of(condition), biased(x, sigma, condition)))
+        return seen[-1][1]
+
+    options = {"negatives": "mismatched", "beta": 0.01, "negative_share": share}
+    _, found = run(mixture, denoise, data, label_dropout=0.3, **options)
+    report = metrics.report(metrics.over_rows(found))
+    ((shown, answers),) = seen
+    rows = np.arange(0, 400, round(1 / share))
+    right = np.asarray((answers[:400] - x0) ** 2)[:, 0]
+    wrong = np.asarray((answers[400:] - x0[rows]) ** 2)[:, 0]
+    np.testing.assert_allclose(report["error"], right.mean(), rtol=1e-5)
+    np.testing.assert_allclose(report["negative_error"], wrong.mean(), rtol=1e-5)
+    kept = np.asarray(shown[rows] != 3)
+    margin = (wrong - right[rows])[kept].mean()
+    np.testing.assert_allclose(report["margin"], margin, rtol=1e-4)
+    assert "unbounded" not in report
+
+
+@pytest.mark.parametrize(
+    ("options", "needs"),
+    [
+        ({}, {"posterior"}),
+        ({"negatives": "prior"}, set()),
+        ({"negatives": "mismatched", "bound": "clip"}, set()),
+        ({"negatives": "prior", "weighting": "cfg"}, {"posterior"}),
+        ({"negatives": "prior", "target": "reference"}, {"reference"}),
+        ({"negatives": "prior", "bound": "logistic"}, {"reference"}),
+        ({"reference_penalty": 0.1}, {"posterior", "reference"}),
+    ],
+)
+def test_it_needs_a_posterior_and_a_reference_where_it_reads_them(options, needs):
+    assert MCLR(**options).needs == needs | {"class_prior"}
 
 
 @pytest.mark.parametrize(
@@ -323,15 +507,25 @@ def test_metrics_say_what_the_weights_and_the_bound_are():
     [
         ({"negatives": "wrong"}, "negatives is 'wrong'; expected one of .*mismatched"),
         ({"weighting": "cfg"}, "CFG-equivalent form already"),
-        ({"posterior": None}, "needs a posterior"),
+        ({"weighting": "all"}, "weighting is 'all'; expected one of .*cfg"),
+        ({"bound": "tight"}, "bound is 'tight'; expected one of .*logistic"),
         ({"target": "truth"}, "target is 'truth'; expected one of .*reference"),
-        ({"target": "reference", "reference": None}, "frozen reference"),
-        ({"bound": "logistic", "reference": None}, "frozen reference"),
-        ({"reference_penalty": 0.1, "reference": None}, "frozen reference"),
-        ({"negative_share": 0.0}, "negative_share is 0.0; expected above 0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes, message):
-    mixture, data = batch(8)
     with pytest.raises(ValueError, match=message):
-        objective(mixture, **changes)(mixture.denoise, *data)
+        MCLR(**changes)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"negatives": "prior", "beta": 1.0}, "no minimum.* = 0.5.*posterior"),
+        ({"negatives": "prior", "reference_penalty": 0.5}, "no minimum.* = 0.5.*posterior"),
+        ({"beta": 0.25}, "more than .* = 5 times too large"),
+        ({"negatives": "prior", "reference_penalty": 1.0}, "more than .* = 2 times"),
+        ({"beta": 0.0, "negatives": "prior"}, "^Lower config.optimizer.learning_rate"),
+    ],
+)
+def test_its_advice_is_about_the_form_that_diverged(options, words):
+    assert re.search(words, MCLR(**options).advice())

@@ -7,7 +7,8 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mclr_jax.mixture import GaussianMixture
+from mclr_jax.mixture import GaussianMixture, toy
+from mclr_jax.types import Condition
 
 
 @pytest.mark.parametrize("case", range(3))
@@ -65,6 +66,29 @@ def test_per_example_sigma_equals_scalar_sigma():
     for i in range(3):
         alone = mix.denoise(x[i : i + 1], sigmas[i], label[i : i + 1])
         np.testing.assert_allclose(together[i : i + 1], alone, rtol=1e-5)
+
+
+def test_a_condition_and_bare_labels_are_the_same():
+    mix, x, label = random_mixture(0), jnp.ones((3, 2)), jnp.array([0, 1, 3])
+    sigma = jnp.array([0.1, 1.0, 5.0])
+    condition = Condition(label, strength=jnp.ones(3), augment=jnp.ones((3, 9)))
+    np.testing.assert_array_equal(mix.denoise(x, sigma, condition), mix.denoise(x, sigma, label))
+
+
+def test_the_toy_has_the_symmetry_that_it_should():
+    """Turned by a third, each class is the next but one; each meets the others on both sides."""
+    mix = toy()
+    turn = 2 * np.pi / 3 * np.arange(3)
+    points = np.asarray(mix.means, np.float64) @ [1, 1j]  # (3, 2) on a ring
+    np.testing.assert_allclose(np.abs(points), 1.55, rtol=1e-6)
+    np.testing.assert_allclose(points[:, 1], -points[:, 0], atol=1e-6)
+    around = np.argsort(np.angle(points).ravel())
+    assert all(
+        set(np.take(around // 2, range(i, i + 3), mode="wrap")) == {0, 1, 2} for i in range(6)
+    )
+    x = jnp.stack([2 * jnp.cos(turn), 2 * jnp.sin(turn)], axis=1)
+    posterior = np.sort(mix.posterior(x, 0.5), axis=1)
+    np.testing.assert_allclose(posterior, posterior[[1, 2, 0]], rtol=1e-4)
 
 
 def test_samples_have_the_moments_of_each_class():

@@ -1,5 +1,6 @@
-"""The MLP learns an exact denoiser, and treats labels, noise level and dropout as promised."""
+"""The MLP learns an exact denoiser, and treats its inputs, frames and dropout as promised."""
 
+import re
 from functools import partial
 
 import jax
@@ -8,12 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from mclr_jax import denoiser
+from mclr_jax.denoiser import EDM, denoiser
 from mclr_jax.mixture import GaussianMixture
 from mclr_jax.networks.mlp import MLP
-
-# Compiling is most of the time here: a network runs once or twice.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+from mclr_jax.types import Condition
 
 
 def test_learns_the_exact_denoiser():
@@ -29,10 +28,8 @@ def test_learns_the_exact_denoiser():
     steps, batch = 500, 128
 
     def draw(key, size):
-        label_key, part_key, data_key, noise_key, sigma_key, drop_key = jax.random.split(key, 6)
-        label = jax.random.randint(label_key, (size,), 0, 2)
-        part = jax.random.randint(part_key, (size,), 0, 2)
-        clean = means[label, part] + 0.1 * jax.random.normal(data_key, (size, 2))
+        data_key, noise_key, sigma_key, drop_key = jax.random.split(key, 4)
+        clean, label = mixture.sample(data_key, size)
         sigma = jnp.exp(1.2 * jax.random.normal(sigma_key, (size,)) - 1.2)
         noisy = clean + sigma[:, None] * jax.random.normal(noise_key, (size, 2))
         label = jnp.where(jax.random.bernoulli(drop_key, 0.2, (size,)), 2, label)
@@ -40,7 +37,7 @@ def test_learns_the_exact_denoiser():
 
     def denoise(params, noisy, sigma, label):
         apply = partial(net.apply, {"params": params})
-        return denoiser.edm(apply, sigma_data=0.7)(noisy, sigma, label)
+        return denoiser(EDM(0.7), apply)(noisy, sigma, label)
 
     def loss(params, key):
         clean, noisy, sigma, label = draw(key, batch)
@@ -59,66 +56,108 @@ def test_learns_the_exact_denoiser():
         keys = jax.random.split(jax.random.key(1), steps)
         return jax.lax.scan(step, (params, optimiser.init(params)), keys)[0][0]
 
-    clean, noisy, sigma, label = jit(draw, static_argnums=1)(jax.random.key(2), 4096)
-    params = jit(net.init)(jax.random.key(0), noisy[:1], sigma[:1], label[:1])["params"]
+    clean, noisy, sigma, label = jax.jit(draw, static_argnums=1)(jax.random.key(2), 4096)
+    one = noisy[:1], sigma[:1], Condition(label[:1])
+    params = jax.jit(net.init)(jax.random.key(0), *one)["params"]
     exact = jax.jit(mixture.denoise)(noisy, sigma, label)
-    actual = jit(denoise)(train(params), noisy, sigma, label)
+    actual = jax.jit(denoise)(train(params), noisy, sigma, label)
     irreducible = jnp.mean((exact - clean) ** 2)
     error = jnp.mean((actual - exact) ** 2) / irreducible
     print("excess", error)
     assert error < 0.05
 
 
-NET = MLP(out_channels=2, num_classes=3, width=16, depth=2, dropout=0.5, augment_dim=2)
+NET = MLP(num_classes=3, width=16, depth=2, augment_dim=2, takes_strength=True, dropout=0.5)
 X = jax.random.normal(jax.random.key(0), (6, 2))
 C_NOISE = jnp.linspace(-1.5, 1.0, 6)
 LABEL = jnp.array([0, 1, 2, 3, 0, 1])
 AUGMENT = jax.random.normal(jax.random.key(1), (6, 2))
-KEYS = jax.random.split(jax.random.key(2), 6)
+STRENGTH = jnp.linspace(0.5, 4.0, 6)
+PLAIN = X, C_NOISE, Condition(LABEL)
+DROPPED = X, C_NOISE, Condition(LABEL, dropout_keys=jax.random.split(jax.random.key(2), 6))
 
 
 @pytest.fixture(scope="module")
 def params():
-    return jit(NET.init)(jax.random.key(3), X, C_NOISE, LABEL, AUGMENT)["params"]
+    return jax.jit(NET.init)(jax.random.key(3), *PLAIN)["params"]
 
 
 def test_dropout_of_an_example_ignores_its_batch(params):
-    apply = jit(NET.apply)
+    apply = jax.jit(NET.apply)
     variables = {"params": params}
-    whole = apply(variables, X, C_NOISE, LABEL, None, KEYS)
-    part = apply(variables, X[4:], C_NOISE[4:], LABEL[4:], None, KEYS[4:])
+    whole = apply(variables, *DROPPED)
+    part = apply(variables, *jax.tree.map(lambda a: a[4:], DROPPED))
     np.testing.assert_allclose(whole[4:], part, rtol=1e-5, atol=1e-6)
-    assert not np.allclose(whole, apply(variables, X, C_NOISE, LABEL), atol=1e-3)
+    assert not np.allclose(whole, apply(variables, *PLAIN), atol=1e-3)
 
 
-def test_each_input_matters_and_no_augmentation_is_zero(params):
-    @jit
-    def apply(x=X, c_noise=C_NOISE, label=LABEL, augment=None):
-        return NET.apply({"params": params}, x, c_noise, label, augment)
+def test_each_input_matters_and_optional_ones_by_kernels_that_start_at_zero(params):
+    @jax.jit
+    def apply(params, x=X, c_noise=C_NOISE, label=LABEL, **optional):
+        return NET.apply({"params": params}, x, c_noise, Condition(label, **optional))
 
-    plain = apply()
-    np.testing.assert_array_equal(apply(augment=jnp.zeros_like(AUGMENT)), plain)
+    plain = apply(params)
+    np.testing.assert_array_equal(apply(params, augment=AUGMENT, strength=STRENGTH), plain)
+    kernels = {name: params[name] for name in NET.optional_inputs}
+    trained = params | jax.tree.map(jnp.ones_like, kernels)
+    none = apply(trained, augment=0 * AUGMENT, strength=0 * STRENGTH)
+    np.testing.assert_array_equal(none, plain)
     for changed in (
-        apply(x=X + 0.1),
-        apply(c_noise=C_NOISE + 0.1),
-        apply(label=(LABEL + 1) % 4),
-        apply(augment=AUGMENT),
+        apply(params, x=X + 0.1),
+        apply(params, c_noise=C_NOISE + 0.1),
+        apply(params, label=(LABEL + 1) % 4),
+        apply(trained, augment=AUGMENT),
+        apply(trained, strength=STRENGTH),
     ):
         assert np.abs(changed - plain).max(axis=1).min() > 1e-3
 
 
 def test_bfloat16_and_remat_change_little(params):
-    @partial(jit, static_argnums=1)
+    @partial(jax.jit, static_argnums=1)
     def apply(params, net):
-        return net.apply({"params": params}, X, C_NOISE, LABEL)
+        return net.apply({"params": params}, *PLAIN)
 
-    @partial(jit, static_argnums=1)
+    @partial(jax.jit, static_argnums=1)
     @jax.grad
     def gradient(params, net):
-        return jnp.mean(net.apply({"params": params}, X, C_NOISE, LABEL, None, KEYS) ** 2)
+        return jnp.mean(net.apply({"params": params}, *DROPPED) ** 2)
 
     half, full = apply(params, NET.clone(dtype=jnp.bfloat16)), apply(params, NET)
     assert half.dtype == jnp.float32
     assert 1e-6 < np.abs(half - full).max() < 0.04 * np.abs(full).max()
     gradients = [gradient(params, net) for net in (NET, NET.clone(remat=True))]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *gradients)
+
+
+def test_one_frame_is_the_vector(params):
+    expected = jax.jit(NET.apply)({"params": params}, *PLAIN)
+    apply = jax.jit(NET.clone(per_frame=True).apply)
+    actual = apply({"params": params}, X[:, None], C_NOISE[:, None], Condition(LABEL))
+    np.testing.assert_array_equal(actual[:, 0], expected)
+
+
+def test_the_level_of_each_frame_matters_to_every_frame():
+    net, x, c_noise = NET.clone(per_frame=True), X.reshape(2, 3, 2), C_NOISE.reshape(2, 3)
+    variables = jax.jit(net.init)(jax.random.key(3), x, c_noise, Condition(LABEL[:2]))
+    apply = jax.jit(net.apply)
+    plain = apply(variables, x, c_noise, Condition(LABEL[:2]))
+    assert plain.shape == x.shape
+    for frame in range(3):
+        changed = apply(variables, x, c_noise.at[:, frame].add(0.1), Condition(LABEL[:2]))
+        assert np.abs(changed - plain).max(axis=2).min() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("x", "c_noise", "expected"),
+    [
+        ((2, 3, 2), (2,), "True expects x (B, F, d), c_noise (B, F)"),
+        ((2, 3, 2), (2, 4), "True expects x (B, F, d), c_noise (B, F)"),
+        ((2, 3), (2, 3), "True expects x (B, F, d), c_noise (B, F)"),
+        ((2, 3, 2), (2, 3), "False expects x (B, d), c_noise (B,)"),
+    ],
+)
+def test_other_shapes_are_refused(x, c_noise, expected):
+    init = NET.clone(per_frame=expected.startswith("True")).init
+    message = f"x has shape {x} and c_noise {c_noise}; per_frame={expected}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        init(jax.random.key(0), jnp.zeros(x), jnp.zeros(c_noise), Condition(LABEL[:2]))

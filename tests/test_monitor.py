@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import tiny
 
-from mclr_jax import generate, run
+from mclr_jax import generate, runs
 from mclr_jax.data import sources
 from mclr_jax.evaluation import metrics
-from mclr_jax.representation import icr, monitor, sweep
-from mclr_jax.training import loop
+from mclr_jax.main import train
+from mclr_jax.representation import icr, monitor, perturb, sweep
 from mclr_jax.training.checkpoint import Checkpoints
 
 FAST = {"optimizer.learning_rate": 0.03, "optimizer.warmup_steps": 0, "ema.snapshot_every": 0}
@@ -36,22 +36,24 @@ def test_the_curve_has_turned_when_enough_readings_lie_above_the_minimum():
 
 
 def test_a_run_with_the_monitor_ends_with_the_bits_of_one_without(tmp_path):
-    plain = loop.train(tiny.config("digits", **FAST), tmp_path / "plain")
-    read = loop.train(tiny.config("digits", **READ), tmp_path / "read")
+    plain = train(tiny.config("digits", **FAST), tmp_path / "plain")
+    read = train(tiny.config("digits", **READ), tmp_path / "read")
     chex.assert_trees_all_equal(jax.device_get(read), jax.device_get(plain))
 
     found = records(tmp_path / "read")
     assert [record["step"] for record in found] == [4, 8, 12]
-    experiment = run.load_experiment(tmp_path / "read")
-    params, step = run.load_weights(tmp_path / "read")
+    run = runs.load(tmp_path / "read")
+    params, step = run.weights()
     source = sources.load("digits")
     rows = np.linspace(0, len(source) - 1, 64).astype(int)
-    views = sweep.accumulate(experiment, params, source, rows, 0.29, ("blocks.0",))["blocks.0"]
+    views = sweep.accumulate(
+        run.model, params, source, rows, 0.29, ("blocks.0",), perturb.Augmentation(flip=False)
+    )["blocks.0"]
     last = found[-1]
     assert step == 12
     assert last["icr"] == pytest.approx(icr.ratio(views, bias_corrected=True), rel=1e-5)
     assert last["icr_residual"] == pytest.approx(icr.traces(views)["residual"], rel=1e-5)
-    samples = generate.generate(experiment, params, np.arange(10)).clip(-1, 1)
+    samples = generate.generate(run.model, params, np.arange(10), run.sampler).clip(-1, 1)
     real = source.images / np.float32(127.5) - 1
     flat = (x.reshape(len(x), -1) for x in (real, samples))
     assert last["icr_memorized"] == metrics.memorized_fraction(*flat)
@@ -71,7 +73,7 @@ def test_the_best_checkpoint_is_kept_and_the_turn_is_told_once_also_after_a_resu
         )
         caplog.clear()
         config = tiny.config("digits", **settings, num_steps=end, checkpoint_every=100)
-        loop.train(config, tmp_path / "run")
+        train(config, tmp_path / "run")
         warnings.append([r.getMessage() for r in caplog.records if "ICR has" in r.getMessage()])
         with Checkpoints(tmp_path / "run" / "checkpoints", None) as checkpoints:
             assert 6 in checkpoints.steps()
@@ -79,7 +81,7 @@ def test_the_best_checkpoint_is_kept_and_the_turn_is_told_once_also_after_a_resu
     assert len(warnings[1]) == 1
     assert "memorization likely from step 6; best checkpoint kept" in warnings[1][0]
     assert [record["icr"] * 10 for record in records(tmp_path / "run")] == list(script.values())
-    _, step = run.load_weights(tmp_path / "run", step=6)
+    _, step = runs.load(tmp_path / "run").weights(step=6)
     assert step == 6
 
 
@@ -87,7 +89,7 @@ def test_features_that_do_not_vary_give_no_reading_and_training_goes_on(tmp_path
     """Blocks that start as the identity leave 2 x 2 patches' means: fewer than 16 directions."""
     slow = FAST | {"optimizer.learning_rate": 0.0, "icr.every_steps": 2, "icr.num_images": 64}
     slow |= {"network.patch_size": 2}
-    loop.train(tiny.config("digits", **slow, num_steps=2), tmp_path)
+    train(tiny.config("digits", **slow, num_steps=2), tmp_path)
     assert records(tmp_path) == []
     assert "No reading of ICR: The perturbations leave a direction" in caplog.text
 
@@ -95,15 +97,16 @@ def test_features_that_do_not_vary_give_no_reading_and_training_goes_on(tmp_path
 def test_bad_settings_are_refused_before_training(tmp_path):
     few = FAST | {"icr.every_steps": 2, "icr.num_images": 31}
     with pytest.raises(ValueError, match=r"31 images for features of length 16; .*least 32"):
-        loop.train(tiny.config("digits", **few), tmp_path)
+        train(tiny.config("digits", **few), tmp_path)
     unknown = FAST | {"icr.every_steps": 2, "icr.layer": "blocks.9"}
     with pytest.raises(ValueError, match=r"Unknown layer 'blocks.9'. Did you mean 'blocks.0'"):
-        loop.train(tiny.config("digits", **unknown), tmp_path)
+        train(tiny.config("digits", **unknown), tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_past_readings_are_those_up_to_the_step_of_the_checkpoint(tmp_path):
     lines = [{"step": 2, "icr": 0.5}, {"step": 2, "loss": 1.0}, {"step": 4, "icr": 0.4}]
+    lines.append({"step": 5, "icr": None})
     text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 6, "ic'
     (tmp_path / "metrics.jsonl").write_text(text)
     assert monitor.past(tmp_path, 2) == [(2, 0.5)]

@@ -35,22 +35,32 @@ def test_bad_grids_are_refused(bad):
         noise.rho_grid(*bad)
 
 
-def test_training_distributions_have_their_moments():
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_training_distributions_have_their_moments(shape):
     keys = jax.random.split(jax.random.key(0), 100_000)
-    log_sigma = np.log(jax.vmap(noise.LogNormal(-0.4, 1.3).sample)(keys))
-    np.testing.assert_allclose([log_sigma.mean(), log_sigma.std()], [-0.4, 1.3], atol=0.015)
-    log_sigma = np.log(jax.vmap(noise.LogUniform(0.01, 10.0).sample)(keys))
+
+    def log_sigma(levels):
+        sigma = jax.vmap(lambda key: levels.sample(key, shape))(keys)
+        assert sigma.shape == (100_000, *shape)
+        return np.log(np.asarray(sigma, np.float64))
+
+    normal = log_sigma(noise.LogNormal(-0.4, 1.3))
+    np.testing.assert_allclose(normal.mean(0), np.full(shape, -0.4), atol=0.015)
+    np.testing.assert_allclose(normal.std(0), np.full(shape, 1.3), atol=0.015)
+    uniform = log_sigma(noise.LogUniform(0.01, 10.0))
     low, high = np.log(0.01), np.log(10.0)
-    np.testing.assert_allclose(log_sigma.mean(), (low + high) / 2, atol=0.03)
-    np.testing.assert_allclose(log_sigma.std(), (high - low) / np.sqrt(12), atol=0.03)
-    assert log_sigma.min() >= low - 1e-5
-    assert log_sigma.max() <= high + 1e-5
+    np.testing.assert_allclose(uniform.mean(0), np.full(shape, (low + high) / 2), atol=0.03)
+    np.testing.assert_allclose(uniform.std(0), np.full(shape, (high - low) / 12**0.5), atol=0.03)
+    assert uniform.min() >= low - 1e-5
+    assert uniform.max() <= high + 1e-5
+    if shape:  # the levels of frames are independent
+        for values in (normal, uniform):
+            np.testing.assert_allclose(np.corrcoef(values.T), np.eye(3), atol=0.015)
 
 
-def test_edm_weight_is_one_over_c_out_squared():
-    sigma, sigma_data = jnp.array([0.01, 0.5, 30.0]), 0.5
-    c_out = sigma * sigma_data / jnp.sqrt(sigma**2 + sigma_data**2)
-    np.testing.assert_allclose(noise.edm_weight(sigma, sigma_data), 1 / c_out**2, rtol=1e-5)
+def test_distributions_compare_by_value():
+    assert noise.LogNormal() == noise.LogNormal(-1.2, 1.2) != noise.LogNormal(-1.2, 1.0)
+    assert len({noise.LogUniform(), noise.LogUniform(0.002, 80.0), noise.LogUniform(0.01)}) == 2
 
 
 def test_noise_of_a_sample_is_addressed_by_seed_and_number():
@@ -60,3 +70,11 @@ def test_noise_of_a_sample_is_addressed_by_seed_and_number():
     np.testing.assert_array_equal(all_four[np.array([2, 0])], two)
     other_seed = noise.normal_like(noise.sample_keys(2, [0, 1, 2, 3]), x)
     assert np.abs(all_four - other_seed).min() > 0
+
+
+def test_noise_has_the_type_and_the_moments_that_it_should():
+    x = jnp.zeros((2000, 5, 2), jnp.bfloat16)
+    assert noise.normal_like(noise.sample_keys(0, np.arange(2000)), x).dtype == jnp.bfloat16
+    n = noise.normal_like(noise.sample_keys(0, np.arange(2000)), x.astype(jnp.float32))
+    assert abs(n.mean()) < 4 / np.sqrt(n.size)
+    assert abs((n**2).mean() - 1) < 4 * np.sqrt(2 / n.size)

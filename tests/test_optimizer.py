@@ -5,7 +5,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs.base import base
-from mclr_jax.training.optimizer import learning_rate, optimizer
+from mclr_jax.optimizer import learning_rate, optimizer
 
 
 def config(**changes):

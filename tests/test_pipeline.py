@@ -1,17 +1,15 @@
 """Batches against the arithmetic they promise."""
 
 import itertools
-import json
+import time
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mclr_jax.data import pipeline
-from mclr_jax.data.sources import Arrays, Lazy, Subset
+from mclr_jax.data.protocol import Arrays, Lazy, Subset
 
 LENGTH = 23
 
@@ -32,6 +30,13 @@ def source(lazy: bool, decoded=None):
 
 def take(stream, n):
     return list(itertools.islice(stream, n))
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def assert_same(got, expected):
@@ -97,26 +102,45 @@ def test_stream_is_the_arithmetic(lazy):
 @pytest.mark.parametrize("lazy", [False, True])
 @pytest.mark.parametrize("done", [0, 1, 6])
 def test_resumed_stream_continues_exactly(lazy, done):
-    """From the state after the last batch returned (more were read ahead), or from the step."""
+    """From the step alone: what was read ahead of it when the run stopped is read again."""
     whole = take(pipeline.stream(source(lazy), 6, seed=1), 12)
-    stream = pipeline.stream(source(lazy), 6, seed=1)
-    assert_same(take(stream, done), whole[:done])
-    state = json.loads(json.dumps(stream.get_state()))
-    assert (state == {}) is not lazy
-    from_state = pipeline.stream(source(lazy), 6, seed=1, start_step=done, state=state)
-    assert_same(take(from_state, 12 - done), whole[done:])
-    from_step = pipeline.stream(source(lazy), 6, seed=1, start_step=done)
-    assert_same(take(from_step, 12 - done), whole[done:])
-    assert from_step.get_state() == from_state.get_state()
+    decoded = []
+    stopped = pipeline.stream(source(lazy, decoded), 6, seed=1)
+    assert_same(take(stopped, done), whole[:done])
+    if lazy and done:
+        wait_for(lambda: len(decoded) > 6 * done)
+    resumed = pipeline.stream(source(lazy), 6, seed=1, start_step=done)
+    assert_same(take(resumed, 12 - done), whole[done:])
+    assert_same(take(stopped, 12 - done), whole[done:])
 
 
-def test_state_alone_places_a_lazy_stream_and_survives_two_interruptions():
+def test_a_lazy_stream_survives_two_interruptions():
     whole = take(pipeline.stream(source(True), 6, seed=1), 9)
-    state = None
     for part in range(3):
-        stream = pipeline.stream(source(True), 6, seed=1, state=state)
+        stream = pipeline.stream(source(True), 6, seed=1, start_step=3 * part)
         assert_same(take(stream, 3), whole[3 * part : 3 * part + 3])
-        state = stream.get_state()
+
+
+def test_nothing_in_memory_is_read_ahead():
+    reads = []
+
+    class Watched(Subset):
+        def __getitem__(self, indices):
+            reads.append(indices)
+            return super().__getitem__(indices)
+
+    watched = Watched(source(False), np.arange(LENGTH))
+    take(pipeline.stream(watched, 4, seed=0, extra={"other": watched}), 3)
+    assert len(reads) == 6
+
+
+def test_read_ahead_starts_at_the_step():
+    """Nothing before it is decoded, however far the run has come."""
+    decoded, step = [], 10**9
+    next(pipeline.stream(source(True, decoded), 2, seed=0, start_step=step, threads=1))
+    expected = [pipeline.step_indices(0, step + ahead, 2, LENGTH) for ahead in range(4)]
+    seen = list(decoded)  # more may come at any time
+    assert seen == list(np.concatenate(expected)[: len(seen)])
 
 
 @pytest.mark.parametrize("lazy", [False, True])
@@ -147,12 +171,15 @@ def test_process_decodes_only_its_rows():
 
 
 def test_stream_refuses_what_cannot_work():
+    empty = Subset(source(False), np.arange(0))
     with pytest.raises(ValueError, match="positive multiple of 4"):
         pipeline.stream(source(False), 6, seed=0, process_count=4)
     with pytest.raises(ValueError, match="process_index=4"):
         pipeline.stream(source(False), 8, seed=0, process_index=4, process_count=4)
     with pytest.raises(ValueError, match="no examples"):
-        pipeline.stream(Subset(source(False), np.arange(0)), 8, seed=0)
+        pipeline.stream(empty, 8, seed=0)
+    with pytest.raises(ValueError, match="no examples"):
+        pipeline.stream(source(False), 8, seed=0, extra={"other": empty})
 
 
 def test_reading_error_reaches_the_caller():
@@ -166,32 +193,9 @@ def test_reading_error_reaches_the_caller():
         take(pipeline.stream(broken, 5, seed=0), 5)
 
 
-def test_to_float():
-    images = jnp.array([0, 51, 255], jnp.uint8)
-    np.testing.assert_allclose(pipeline.to_float(images), [-1, -0.6, 1], atol=1e-6)
-    latents = jnp.array([-3.0, 7.5], jnp.bfloat16)
-    assert pipeline.to_float(latents).dtype == jnp.float32
-    np.testing.assert_array_equal(pipeline.to_float(latents), [-3, 7.5])
-    with pytest.raises(TypeError, match="int32"):
-        pipeline.to_float(jnp.array([1]))
-
-
-def test_random_flip_is_per_example():
-    images = np.arange(64 * 2 * 3 * 1, dtype=np.uint8).reshape(64, 2, 3, 1)
-    keys = jax.random.split(jax.random.key(0), 64)
-    out = np.asarray(jax.jit(pipeline.random_flip)(images, keys))
-    flipped = np.array([np.array_equal(o, i[:, ::-1]) for o, i in zip(out, images, strict=True)])
-    kept = np.array([np.array_equal(o, i) for o, i in zip(out, images, strict=True)])
-    assert (flipped ^ kept).all()
-    assert 16 < flipped.sum() < 48  # four sigma
-    np.testing.assert_array_equal(pipeline.random_flip(images[5:9], keys[5:9]), out[5:9])
-    with pytest.raises(ValueError, match=r"\(B, H, W, C\)"):
-        pipeline.random_flip(images[..., 0], keys)
-
-
 @pytest.mark.parametrize("lazy", [False, True])
 def test_companions_are_drawn_apart_and_without_repetition(lazy):
-    stream = pipeline.stream(source(False), LENGTH, seed=3, other=source(lazy))
+    stream = pipeline.stream(source(False), LENGTH, seed=3, extra={"other": source(lazy)})
     epochs = [next(stream) for _ in range(3)]
     for batch in epochs:
         assert sorted(batch["other_image"][:, 0, 0, 0]) == list(range(LENGTH))
@@ -200,3 +204,46 @@ def test_companions_are_drawn_apart_and_without_repetition(lazy):
     assert (epochs[0]["other_image"] != epochs[1]["other_image"]).any()
     alone = next(pipeline.stream(source(False), LENGTH, seed=3))
     np.testing.assert_array_equal(alone["image"], epochs[0]["image"])
+
+
+@pytest.mark.parametrize("name", ["other", "generated"])
+def test_a_companion_has_the_rows_that_runs_were_trained_on(name):
+    """Of another length than the source, in a share of the batch, from a later step."""
+    generated = Subset(source(False), np.arange(17))
+    stream = pipeline.stream(
+        source(False), 8, 5, start_step=6, process_index=1, process_count=2, extra={name: generated}
+    )
+    expected = pipeline.step_indices(5 + 2**31, 6, 8, 17)[4:]
+    batch = next(stream)
+    np.testing.assert_array_equal(batch[f"{name}_image"][:, 0, 0, 0], expected)
+    np.testing.assert_array_equal(batch[f"{name}_label"], expected % 3)
+    assert batch.keys() == {"image", "label", "index", f"{name}_image", f"{name}_label"}
+
+
+def test_two_companions_are_drawn_apart_in_whatever_order_they_are_named():
+    """A set of names has another order in every process: the batch must not."""
+    extra = {"other": source(False), "generated": Subset(source(False), np.arange(LENGTH)[::-1])}
+    backwards = dict(reversed(extra.items()))
+    one, two = (
+        next(pipeline.stream(source(False), LENGTH, 3, extra=named)) for named in (extra, backwards)
+    )
+    assert one.keys() == two.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], two[name])
+    rows = [pipeline.step_indices(3 + k * 2**31, 0, LENGTH, LENGTH) for k in range(3)]
+    assert len(set(map(bytes, rows))) == 3
+    np.testing.assert_array_equal(one["image"][:, 0, 0, 0], rows[0])
+    np.testing.assert_array_equal(one["generated_image"][:, 0, 0, 0], LENGTH - 1 - rows[1])
+    np.testing.assert_array_equal(one["other_image"][:, 0, 0, 0], rows[2])
+
+
+def test_stack_repeats_the_last():
+    batches = take(pipeline.stream(source(False), 4, seed=0), 4)
+    stream = pipeline.stream(source(False), 4, seed=0)
+    stacked = pipeline.stack(stream, 3, 5)
+    assert stacked.keys() == batches[0].keys()
+    for name, values in stacked.items():
+        expected = np.stack([batches[i][name] for i in (0, 1, 2, 2, 2)])
+        np.testing.assert_array_equal(values, expected)
+        assert values.dtype == batches[0][name].dtype
+    np.testing.assert_array_equal(next(stream)["image"], batches[3]["image"])  # no more was taken

@@ -21,6 +21,7 @@ The first test compares with L_c at the two ends that are used, the second ends 
 import functools
 import itertools
 
+import cases
 import chex
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,9 @@ from hypothesis import strategies as st
 from scipy.special import log_softmax, logsumexp
 
 from mclr_jax import posterior
-from mclr_jax.mixture import GaussianMixture
+from mclr_jax.mixture import GaussianMixture, toy
+from mclr_jax.problem import Answers
+from mclr_jax.types import Condition
 
 PRIOR = (0.6, 0.3, 0.1)
 UNEQUAL = (0.4, 0.3, 0.15, 0.1, 0.05)
@@ -83,17 +86,19 @@ def smoothed(mixture, x, sigma, tau):
 
 @functools.partial(jax.jit, static_argnames=("levels", "candidates", "image"))
 def _estimate(mixture, x, sigma, label, seeds, levels, candidates, image):
-    def denoise(x, sigma, label):
-        return mixture.denoise(x.reshape(len(x), -1), sigma, label).reshape(x.shape)
+    def denoise(x, sigma, condition):
+        return mixture.denoise(x.reshape(len(x), -1), sigma, condition).reshape(x.shape)
 
     run = posterior.from_denoiser(denoise, mixture.class_prior, SIGMA_DATA, levels, candidates)
-    return run(x.reshape(len(x), *image), sigma, jax.vmap(jax.random.key)(seeds), label)
+    keys = jax.vmap(jax.random.key)(seeds)
+    return run(x.reshape(len(x), *image), sigma, Condition(label), keys)
 
 
-def estimate(mixture, x, sigma, label=-1, seeds=None, levels=2, candidates=0, image=(2,)):
+def estimate(mixture, x, sigma, label=None, seeds=None, levels=2, candidates=0, image=(2,)):
     """`from_denoiser` with the mixture's exact denoiser and a seed for each example, (B, K)."""
     sigma = np.broadcast_to(np.float32(sigma), len(x))
-    label = np.broadcast_to(np.int32(label), len(x))
+    null = mixture.num_classes
+    label = np.broadcast_to(np.int32(null if label is None else label), len(x))
     seeds = np.arange(len(x)) if seeds is None else seeds
     x = np.asarray(x, np.float32)
     return np.asarray(_estimate(mixture, x, sigma, label, seeds, levels, candidates, image))
@@ -125,6 +130,12 @@ def test_exact_is_bayes_rule():
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
     same = jax.jit(mixture.posterior)(x, sigma)
     np.testing.assert_allclose(np.exp(actual), same, rtol=1e-5, atol=1e-6)
+
+
+def test_exact_refuses_data_of_another_shape():
+    message = r"vectors of length 2 .*shape \(8, 8, 1\).*posterior.name='classifier' or 'denoiser'"
+    with pytest.raises(ValueError, match=message):
+        posterior.exact(plane())(jnp.zeros((5, 8, 8, 1)), jnp.ones(5), None, None)
 
 
 # With all 3 classes as candidates there is no choice, and nothing to correct for.
@@ -227,7 +238,7 @@ def test_those_drawn_stand_for_those_not_drawn(candidates):
 @pytest.mark.parametrize("prior", [UNEQUAL, (0.2,) * 5])
 def test_without_a_label_all_classes_are_tried_equally_often(prior, candidates):
     """The mean of p is that over all subsets of the classes, each with its own normaliser."""
-    p = at_high_noise(-1, prior, candidates)
+    p = at_high_noise(None, prior, candidates)
     np.testing.assert_array_equal((p > 0).sum(axis=1), candidates)
     subsets = list(itertools.combinations(range(5), candidates))
     expected = np.zeros(5)
@@ -248,15 +259,73 @@ def test_a_classifier_is_asked_without_a_label_and_normalised():
     x, own = noisy(mixture, 50, 0.7)
     expected = bayes(mixture, x, 0.7)
 
-    def logits(x, sigma, label):
-        seen.append(np.asarray(label))
+    def logits(x, sigma, condition):
+        seen.append(condition)
         return np.float32(expected) + 10 * sigma[:, None]
 
     sigma = np.linspace(0.5, 3, 50, dtype=np.float32)
-    actual = posterior.from_classifier(logits, 3)(x, sigma, None, own)
+    told = Condition(jnp.asarray(own, jnp.int32), augment=jnp.ones((50, 9)))
+    actual = posterior.from_classifier(logits, 3)(x, sigma, told, None)
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
-    np.testing.assert_array_equal(seen, [np.full(50, 3)])
-    assert seen[0].dtype == np.int32
+    (shown,) = seen
+    np.testing.assert_array_equal(shown.label, np.full(50, 3))
+    assert shown.label.dtype == jnp.int32
+    np.testing.assert_array_equal(shown.augment, told.augment)
+
+
+def test_a_denoiser_is_asked_for_every_class_and_told_all_else():
+    """2 signs times the levels times the classes; +n and -n, and all classes, on the same noise."""
+    seen = []
+
+    def denoise(x, sigma, condition):
+        def keep(*shown):
+            seen.append([np.asarray(value) for value in shown])
+
+        jax.debug.callback(keep, x, sigma, condition.label, condition.augment, ordered=True)
+        return 0 * x
+
+    x0 = jax.random.normal(jax.random.key(0), (7, 2))
+    told = Condition(jnp.zeros(7, jnp.int32), augment=jnp.arange(63.0).reshape(7, 9))
+    keys = jax.random.split(jax.random.key(1), 7)
+    sigma = jnp.linspace(0.5, 2, 7)
+    posterior.from_denoiser(denoise, PRIOR, 1.0, levels=4)(x0, sigma, told, keys)
+    jax.effects_barrier()
+    assert len(seen) == 2 * 4 * 3
+    calls = [seen[i : i + 6] for i in range(0, 24, 6)]
+    for stratum, group in enumerate(calls):
+        tau = np.sqrt(group[0][1] ** 2 - sigma**2)
+        low, high = sigma / 10, 20 * 1.0 + 10 * sigma
+        place = np.log(tau / low) / np.log(high / low) * 4
+        assert np.all((stratum <= place + 1e-3) & (place <= stratum + 1 + 1e-3))
+        for number, (x, level, label, augment) in enumerate(group):
+            sign = (-1) ** number
+            np.testing.assert_allclose(level, group[0][1])
+            np.testing.assert_allclose(sign * (x - x0), group[0][0] - x0, rtol=1e-4, atol=1e-5)
+            np.testing.assert_array_equal(label, np.full(7, number // 2))
+            np.testing.assert_array_equal(augment, told.augment)
+
+
+def test_the_options_of_a_config_make_the_same_posteriors():
+    """The dataclasses of config.posterior, on the mixture of configs/mixture.py."""
+    mixture = toy()
+    x, sigma = jnp.array([[0.3, -0.2], [1.0, 1.0]]), jnp.array([0.4, 2.0])
+    keys = jax.random.split(jax.random.key(0), 2)
+    inputs = x, sigma, Condition(jnp.array([0, 1])), keys
+    problem = cases.problem(None, class_prior=(0.5, 0.2, 0.3), sigma_data=1.3)
+    frozen = {
+        "reference": Answers(mixture.denoise, cases.no_answer),
+        "classifier": Answers(cases.no_answer, lambda x, s, c: 3 * x[:, :1] * jnp.arange(3.0)),
+    }
+    found = posterior.Exact()({}, problem)(*inputs)
+    np.testing.assert_allclose(found, bayes(mixture, x, np.asarray(sigma)[:, None, None]), 1e-4)
+    found = posterior.Classifier()(frozen, problem)(*inputs)
+    np.testing.assert_allclose(found, log_softmax(3 * x[:, :1] * np.arange(3), axis=1), 1e-4)
+    options = posterior.Denoiser(levels=3, candidates=2)
+    found = options(frozen, problem)(*inputs)
+    by_hand = posterior.from_denoiser(mixture.denoise, (0.5, 0.2, 0.3), 1.3, 3, 2)
+    np.testing.assert_allclose(found, by_hand(*inputs), rtol=1e-5)
+    needs = [posterior.Exact().needs, posterior.Classifier().needs, options.needs]
+    assert needs == [set(), {"classifier"}, {"reference", "class_prior"}]
 
 
 def binary(confidence, correct):

@@ -10,8 +10,10 @@ import pytest
 import tiny
 from test_launch import call
 
+from mclr_jax import experiment, runs
+from mclr_jax.data import sources
 from mclr_jax.evaluation import report
-from mclr_jax.training import loop
+from mclr_jax.main import train
 
 CHROMIUM = shutil.which("chromium")
 
@@ -93,12 +95,34 @@ def test_runs_of_one_name_are_told_apart_and_empty_ones_say_so():
     assert "No samples were asked for" in text
 
 
+def described(config, workdir):
+    """The directory of a run that has not begun."""
+    data = experiment.data_info(config, sources.load("digits"))
+    runs.describe(workdir, config, experiment.make_model(config, data), {})
+
+
+def test_a_damaged_log_is_read_as_far_as_it_goes(tmp_path):
+    """A killed process leaves half a line; other programs may have written what is no number."""
+    described(tiny.config("digits"), tmp_path)
+    lines = ['{"step": 1, "loss": 2.0, "note": "x", "none": null}', "[3]", '"step"', "\xff",
+             '{"loss": 9.0}', '{"step": 2, "loss": NaN}', "", '{"step": 3, "los']  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode("latin1"))
+    run = report.read(tmp_path)
+    np.testing.assert_equal(run.curves, {"loss": ([1, 2], [2.0, np.nan])})
+    assert len(Page(report.page([run])).all("polyline")) == 1
+
+
+def test_a_classifier_is_shown_without_samples(tmp_path):
+    described(tiny.classifier("digits"), tmp_path)
+    assert report.read(tmp_path, guidance_scales=[1.0]).grids == {}
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """A report of two runs, by the command."""
     folder = tmp_path_factory.mktemp("report")
-    loop.train(tiny.config("digits"), folder / "a")
-    loop.train(tiny.config("digits", num_steps=6), folder / "b")
+    train(tiny.config("digits"), folder / "a")
+    train(tiny.config("digits", num_steps=6), folder / "b")
     out = folder / "deep" / "report.html"
     log = call("report", str(folder / "a"), str(folder / "b"), f"--out={out}",
                "--guidance_scales=1,2", "--per_class=2")  # fmt: skip

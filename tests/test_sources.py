@@ -1,5 +1,6 @@
 """Sources against files that the tests write byte by byte, or by other libraries."""
 
+import dataclasses
 import gzip
 import io
 import json
@@ -10,10 +11,12 @@ import zipfile
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from ml_collections import ConfigDict, FrozenConfigDict
 from PIL import Image
 
-from mclr_jax.data import sources
-from mclr_jax.data.sources import Arrays, Lazy, limit, load, sigma_data
+from mclr_jax.data import formats
+from mclr_jax.data.protocol import Arrays, Lazy, limit, sigma_data
+from mclr_jax.data.sources import from_config, load
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (6, 5, 4, 3), np.uint8)
@@ -314,7 +317,7 @@ def test_npz(tmp_path, shape):
 def test_npz_errors(tmp_path):
     path = tmp_path / "a.npz"
     for labels, message in [
-        ([0, 1], "6 images and 2 labels"),
+        ([0, 1], r"labels of shape \(2,\) .* each of 6 images"),
         ([0, 1, 2, 3, 4, -1], "labels from -1 to 4"),
         ([0.0] * 6, "float64, expected one integer"),
         (np.eye(6, dtype=np.int32), r"shape \(6, 6\)"),
@@ -336,6 +339,177 @@ def test_npz_errors(tmp_path):
     np.savez(path, images=PIXELS)
     with pytest.raises(ValueError, match=r"no \['labels'\]"):
         load(f"npz:{path}")
+
+
+# one's own
+
+
+@dataclasses.dataclass(frozen=True)
+class Walks:
+    """Images of value i with label i % 3; its labels are not to be read at the start."""
+
+    split: str
+    path: str = "default"
+    length: int = 7
+    classes: int = 3
+    shift: float = 0.5
+    in_memory: bool = False
+    num_classes: int = dataclasses.field(init=False, default=3)
+
+    shape = (2, 1)
+
+    @property
+    def labels(self):
+        raise RuntimeError("slow")
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, indices):
+        return np.full((len(indices), 2, 1), indices[:, None, None] + self.shift), indices % 3
+
+
+def function(split, **options):
+    images = np.zeros((4, 2), np.uint8)
+    return Arrays(images, np.arange(4, dtype=np.int32), options["num_classes"])
+
+
+class Wrapper:
+    """Hands on whatever it does not have."""
+
+    def __init__(self, split):
+        self._source = function(split, num_classes=4)
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["_source"], name)
+
+    def __len__(self):
+        return len(self._source)
+
+    def __getitem__(self, indices):
+        return self._source[indices]
+
+
+class Broken:
+    """A source as it should be, but for what `options` replace."""
+
+    def __init__(self, split, without=(), **options):
+        values = {"shape": (2,), "num_classes": 3, "in_memory": True, "count": 4}
+        values |= {"labels": np.array([0, 1, 2, 2]), "images": np.zeros((4, 2), np.float32)}
+        values |= {"get": lambda indices: (self.images[indices], self.labels[indices])} | options
+        self.__dict__.update({k: v for k, v in values.items() if k not in without})
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, indices):
+        return self.get(indices)
+
+
+def test_a_dataclass_of_ones_own():
+    source = load(f"{__name__}:Walks", "test", length=5, shift=1.0)
+    assert (source.split, source.path, len(source), source.shift) == ("test", "default", 5, 1.0)
+    images, labels = source[np.array([4, 1])]
+    np.testing.assert_array_equal(images[:, 0, 0], [5, 2])
+    np.testing.assert_array_equal(labels, [1, 1])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        (f"{__name__}:Walks", {"lenght": 3}, r"option 'lenght' .*Did you mean 'length'"),
+        (f"{__name__}:Walks", {"num_classes": 3}, r"option 'num_classes' .*Known: classes, in_mem"),
+        (f"{__name__}:Arrays", {"images": 0}, r"option 'split' for '.*:Arrays'"),
+        (f"{__name__}:Wlaks", {}, r"no 'Wlaks'.*Did you mean 'Walks'"),
+        ("tfd:mnist", {}, r"no module 'tfd'.*Did you mean 'tfds'"),
+        ("zpi:/data/a.zip", {}, r"Unknown data source 'zpi'.*Did you mean 'zip'"),
+    ],
+)
+def test_wrong_names_and_options_of_ones_own(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        load(name, **options)
+
+
+def test_a_function_and_a_wrapper_of_ones_own():
+    assert load(f"{__name__}:function", num_classes=5).num_classes == 5
+    with pytest.raises(KeyError):  # a mistake of its own comes through as it is
+        load(f"{__name__}:function")
+    assert load(f"{__name__}:Wrapper").num_classes == 4
+
+
+def test_sound_sources_of_ones_own_are_accepted():
+    load(f"{__name__}:Broken")
+    load(f"{__name__}:Broken", images=np.zeros((4, 2)))
+    load(f"{__name__}:Broken", images=np.zeros((4, 2), np.uint8), labels=np.zeros(4, np.uint8))
+    load(f"{__name__}:Broken", count=1, labels=np.array([2]), images=np.zeros((1, 2), np.float32),
+         get=lambda indices: (np.zeros((2, 2), np.float32), np.array([2, 2])))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"without": ["shape", "labels"]},
+            r"'.*:Broken' lacks shape, labels, expected all",
+        ),
+        ({"shape": [2]}, r"got .* shape \[2\] .* expected .* a tuple of int"),
+        ({"shape": (2.0,)}, r"got .* shape \(2\.0,\)"),
+        ({"num_classes": np.int64(3)}, r"got .* num_classes=np\.int64\(3\).* expected .* an int"),
+        ({"count": 0}, "got 0 examples .* expected at least one"),
+        ({"get": lambda indices: [0, 1, 2, 3][indices]}, r"got TypeError\('only integer"),
+        ({"get": lambda indices: np.zeros((1, 2))}, r"got ValueError\('not enough"),
+        ({"shape": (3,)}, r"images of shape \(2, 2\), expected \(2, 3\)"),
+        ({"images": np.zeros((4, 2), np.int32)}, "images of int32, expected uint8 or a float type"),
+        ({"labels": np.array([0, 1, 2, 2.0])}, "float64, expected one integer for each of 2"),
+        ({"labels": np.array([0, 1, 2, 3])}, "labels from 0 to 3, expected 0 to 2"),
+        ({"labels": np.array([0, -1, 2, 2])}, "labels from -1 to 2"),  # not of the first or last
+        ({"count": 3}, r"shape \(4,\) .* one integer for each of 3"),
+    ],
+)
+def test_what_is_wrong_with_ones_own_is_said(options, message):
+    with pytest.raises(ValueError, match=message):
+        load(f"{__name__}:Broken", **options)
+
+
+# from a config
+
+
+def data_config(**changes):
+    data = {"name": "digits", "path": "", "test": "", "num_classes": 0, "resolution": 0}
+    ours = {"generated": "", "limit": 0, "flip": False, "augment": 0.0}
+    return ConfigDict(data | ours | changes)
+
+
+def test_config_of_ours(tmp_path):
+    assert len(from_config(data_config(flip=True, generated="npz:a"), "train", 0)) == 1497
+    assert len(from_config(FrozenConfigDict(data_config()), "test", 0)) == 300
+    np.savez(tmp_path / "a.npz", images=PIXELS, labels=np.arange(6))
+    name = f"npz:{tmp_path / 'a.npz'}"
+    assert from_config(data_config(name=name, num_classes=9), "train", 0).num_classes == 9
+    with pytest.raises(ValueError, match=r"option 'resolution' .* Known: num_classes"):
+        from_config(data_config(name=name, resolution=9), "train", 0)
+    other = from_config(data_config(test=name, limit=5, num_classes=3), "test", 0)
+    assert (len(other), other.num_classes) == (6, 6)  # the file's train split, with no option
+    assert len(from_config(data_config(test=name), "train", 0)) == 1497
+
+
+def test_config_limits_training_examples_by_its_seed():
+    config = data_config(limit=50)
+    subset = from_config(config, "train", 3)
+    np.testing.assert_array_equal(subset.indices, limit(load("digits"), 50, 3).indices)
+    assert len(from_config(config, "test", 3)) == 300
+
+
+def test_config_of_ones_own():
+    """Keys beyond ours are its options, zeros among them; ours only where they are set."""
+    config = data_config(name=f"{__name__}:Walks", shift=0.0, length=9, limit=0)
+    source = from_config(config, "test", 0)
+    assert (source.split, source.path, source.length, source.shift) == ("test", "default", 9, 0.0)
+    assert from_config(data_config(name=config.name, path="here"), "train", 0).path == "here"
+    with pytest.raises(ValueError, match="option 'resolution'"):
+        from_config(data_config(name=config.name, resolution=8), "train", 0)
+    only_its_own = ConfigDict({"name": config.name, "classes": 2})
+    assert from_config(only_its_own, "train", 0).classes == 2
 
 
 # what all share
@@ -363,7 +537,7 @@ def test_wrong_names(name, split, options, message):
 def test_center_crop_takes_the_middle():
     """Against a box mean by hand, where only halving is needed."""
     array = RNG.integers(0, 256, (16, 24), np.uint8)
-    got = np.asarray(sources.center_crop(Image.fromarray(array), 4), np.float64)
+    got = np.asarray(formats.center_crop(Image.fromarray(array), 4), np.float64)
     expected = array[:, 4:20].reshape(4, 4, 4, 4).mean((1, 3))
     np.testing.assert_allclose(got, expected, atol=2)  # halving rounds up
 

@@ -1,24 +1,22 @@
 """The U-Nets apart from official weights (tests/test_edm.py): initial values, dropout, dtypes."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mclr_jax.networks import layers
-from mclr_jax.networks.unet import UNet, attention_heads, positional_embedding
-
-# Compiling is most of the time here: a network runs once or twice.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+from mclr_jax.networks.unet import ARCHITECTURES, UNet, attention_heads, positional_embedding
+from mclr_jax.types import Condition
 
 BATCH, SIZE = 3, 4
 X = jax.random.normal(jax.random.key(0), (BATCH, SIZE, SIZE, 3))
 C_NOISE = jnp.linspace(-1.5, 1.0, BATCH)
 LABEL = jnp.array([0, 4, 5])  # 5 is the null label
 AUGMENT = jax.random.normal(jax.random.key(1), (BATCH, 2))
-KEYS = jax.random.split(jax.random.key(2), BATCH)
+STRENGTH = jnp.array([0.5, 1.0, 3.0])
+PLAIN = X, C_NOISE, Condition(LABEL)
+DROPPED = X, C_NOISE, Condition(LABEL, dropout_keys=jax.random.split(jax.random.key(2), BATCH))
 
 
 def tiny(architecture):
@@ -31,17 +29,18 @@ def tiny(architecture):
         num_blocks=1,
         attention_resolutions=(SIZE,),
         augment_dim=2,
+        takes_strength=True,
         dropout=0.3,
     )
 
 
 def initial(net):
-    return jit(net.init)(jax.random.key(3), X, C_NOISE, LABEL, AUGMENT)["params"]
+    return jax.jit(net.init)(jax.random.key(3), *PLAIN)["params"]
 
 
 def randomised(net):
     """Parameters of which no layer is zero or nearly so."""
-    shapes = jax.eval_shape(net.init, jax.random.key(3), X, C_NOISE, LABEL, AUGMENT)["params"]
+    shapes = jax.eval_shape(net.init, jax.random.key(3), *PLAIN)["params"]
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda leaf: jnp.float32(0.3 * rng.normal(size=leaf.shape)), shapes)
 
@@ -69,11 +68,12 @@ def test_initial_weights(architecture):
     """The output starts at zero (ADM) or a hundred thousandth of its usual size."""
     net = tiny(architecture)
     params = initial(net)
-    output = jit(net.apply)({"params": params}, X, C_NOISE, LABEL)
+    output = jax.jit(net.apply)({"params": params}, *PLAIN)
+    for name in net.optional_inputs:
+        np.testing.assert_array_equal(params[name]["kernel"], 0)
     layer = params["enc_4x4_block0"]
     if architecture == "adm":
         np.testing.assert_array_equal(output, 0)
-        np.testing.assert_array_equal(params["map_augment"]["kernel"], 0)
         np.testing.assert_array_equal(layer["conv1"]["kernel"], 0)
         assert np.abs(layer["conv0"]["bias"]).max() > 0
     else:
@@ -83,23 +83,29 @@ def test_initial_weights(architecture):
         assert 0.9 * bound < np.abs(layer["qkv"]["kernel"]).max() <= bound
 
 
-@pytest.mark.parametrize("architecture", ["ncsnpp", "adm"])
-def test_dropout_augmentation_remat_and_bfloat16(architecture):
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_dropout_optional_inputs_and_bfloat16(architecture):
     net = tiny(architecture)
     params = {"params": randomised(net)}
-    apply = jit(net.apply)
-    plain = apply(params, X, C_NOISE, LABEL)
+    apply = jax.jit(net.apply)
+    plain = apply(params, *PLAIN)
 
-    dropped = apply(params, X, C_NOISE, LABEL, None, KEYS)
-    part = apply(params, X[1:], C_NOISE[1:], LABEL[1:], None, KEYS[1:])
+    dropped = apply(params, *DROPPED)
+    part = apply(params, *jax.tree.map(lambda a: a[1:], DROPPED))
     assert relative_error(dropped, plain) > 1e-2
     assert relative_error(part, dropped[1:]) < 1e-4  # an example's mask ignores its batch
 
-    augmented = [apply(params, X, C_NOISE, LABEL, scale * AUGMENT) for scale in (0, 1)]
-    assert relative_error(augmented[0], plain) < 1e-5
-    assert relative_error(augmented[1], plain) > 1e-2
+    def error(strength, augment, params=params):
+        output = apply(params, X, C_NOISE, Condition(LABEL, strength, augment))
+        return relative_error(output, plain)
 
-    half = jit(net.clone(dtype=jnp.bfloat16).apply)(params, X, C_NOISE, LABEL)
+    fresh = {name: {"kernel": 0 * params["params"][name]["kernel"]} for name in net.optional_inputs}
+    assert error(STRENGTH, AUGMENT, {"params": params["params"] | fresh}) < 1e-5
+    assert error(0 * STRENGTH, 0 * AUGMENT) < 1e-5
+    assert error(STRENGTH, 0 * AUGMENT) > 1e-2
+    assert error(0 * STRENGTH, AUGMENT) > 1e-2
+
+    half = jax.jit(net.clone(dtype=jnp.bfloat16).apply)(params, *PLAIN)
     assert half.dtype == jnp.float32
     assert 1e-4 < relative_error(half, plain) < 0.05
 
@@ -110,10 +116,10 @@ def test_remat_changes_no_gradient_and_fourier_frequencies_stay_fixed():
 
     def gradient(net):
         def loss(params):
-            output = net.apply({"params": params}, X, C_NOISE, LABEL, None, KEYS)
+            output = net.apply({"params": params}, *DROPPED)
             return jnp.mean(output**2)
 
-        return jit(jax.grad(loss))(params)
+        return jax.jit(jax.grad(loss))(params)
 
     plain, remat = gradient(net), gradient(net.clone(remat=True))
     jax.tree.map(
@@ -142,11 +148,11 @@ def test_patches_are_stacked_as_channels_and_put_back():
     plain = tiny("adm").clone(out_channels=12)
     x = jax.random.normal(jax.random.key(3), (BATCH, 2 * SIZE, 2 * SIZE, 3))
     inside = layers.space_to_depth(x, 2)
-    params = jit(plain.init)(jax.random.key(0), inside, C_NOISE, LABEL)["params"]
+    params = jax.jit(plain.init)(jax.random.key(0), inside, *PLAIN[1:])["params"]
     params = {"params": jax.tree.map(lambda p: p + 0.1, params)}
-    expected = layers.depth_to_space(jit(plain.apply)(params, inside, C_NOISE, LABEL), 2)
+    expected = layers.depth_to_space(jax.jit(plain.apply)(params, inside, *PLAIN[1:]), 2)
     patched = plain.clone(out_channels=3, patch_size=2)
-    got = jit(patched.apply)(params, x, C_NOISE, LABEL)
+    got = jax.jit(patched.apply)(params, x, *PLAIN[1:])
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match=r"patch_size 2 and 1 levels .* divisible by 2"):
-        patched.apply(params, x[:, :7], C_NOISE, LABEL)
+        patched.apply(params, x[:, :7], *PLAIN[1:])

@@ -4,6 +4,15 @@ import importlib
 
 from ml_collections import ConfigDict
 
+from configs import base
+from mclr_jax import experiment
+
+SECTIONS = {
+    "objective": experiment.OBJECTIVES,
+    "posterior": experiment.POSTERIORS,
+    "preconditioning": experiment.PRECONDITIONINGS,
+    "noise": experiment.NOISE_LEVELS,
+}
 SMALL = {
     "num_steps": 12,
     "batch_size": 16,
@@ -32,8 +41,14 @@ NETWORKS["mixture_mclr"] = NETWORKS["mixture"]
 
 
 def config(name="mixture", **changes):
-    """configs/NAME.py with a small network and `changes`, whose keys have dots for levels."""
+    """configs/NAME.py with a small network and `changes`, whose keys have dots for levels.
+
+    Where SECTION.name is changed, that section has the options of its new name.
+    """
     result = importlib.import_module(f"configs.{name}").get_config()
+    for section, known in SECTIONS.items():
+        if (new := changes.get(f"{section}.name")) in known:
+            result[section] = base.options(new)
     result.update_from_flattened_dict(SMALL | NETWORKS[name] | changes)
     return result
 

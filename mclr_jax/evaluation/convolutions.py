@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from mclr_jax.networks.layers import NHWC
+
 Weights = dict[str, np.ndarray]
 
 
@@ -29,23 +31,15 @@ def fold(state: Weights, norm_of: dict[str, str]) -> Weights:
 def conv(weights: Weights, x: jax.Array, name: str, stride: int = 1, padding="SAME") -> jax.Array:
     """The convolution `name` of x (B, H, W, C), with its bias; depthwise where its kernel is."""
     kernel = jnp.asarray(weights[name])
+    groups = x.shape[-1] // kernel.shape[2]
     y = lax.conv_general_dilated(
-        x,
-        kernel,
-        (stride, stride),
-        padding,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=x.shape[-1] // kernel.shape[2],
+        x, kernel, (stride, stride), padding, dimension_numbers=NHWC, feature_group_count=groups
     )
     return y + weights[f"{name}.bias"]
 
 
 def coloured(images: jax.Array) -> jax.Array:
-    """Images (B, H, W, 1 or 3) -> (B, H, W, 3).
-
-    Raises:
-      ValueError: on another number of channels, such as that of latents.
-    """
+    """Images (B, H, W, 1 or 3) -> (B, H, W, 3); ValueError on other channels, such as latents'."""
     if images.shape[-1] not in (1, 3):
         raise ValueError(
             f"images have {images.shape[-1]} channels; expected 1 or 3. Decode latents first."

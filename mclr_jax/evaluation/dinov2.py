@@ -6,7 +6,6 @@ or another of facebookresearch/dinov2 (S, B, L or g; with registers too). Source
 (arXiv 2306.04675).
 """
 
-import os
 from typing import Any
 
 import jax
@@ -16,22 +15,11 @@ import numpy as np
 from mclr_jax.evaluation import convolutions
 from mclr_jax.networks.dit import layer_norm
 from mclr_jax.networks.layers import attention, space_to_depth
-from mclr_jax.pretrained import torch_file
 
 SIZE, PATCH, HEAD = 224, 14, 64  # pixels of image and patch, width of an attention head
 MEAN, STD = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], np.float32)  # of ImageNet
 
 Weights = dict[str, Any]
-
-
-def load_weights(path: str | os.PathLike) -> Weights:
-    """Weights as `apply` takes them.
-
-    Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if it is not such a file.
-    """
-    return convert(torch_file.load(path))
 
 
 def convert(state: dict[str, np.ndarray]) -> Weights:
@@ -43,17 +31,16 @@ def convert(state: dict[str, np.ndarray]) -> Weights:
         first, positions = state["pos_embed"][0, :1], state["pos_embed"][0, 1:]
         inner = {tuple(key.split(".", 2)[1:]) for key in state if key.startswith("blocks.")}
         depth, names = 1 + max(int(index) for index, _ in inner), {name for _, name in inner}
-        registers = state.get("register_tokens", np.zeros((1, 0, len(first[0])), np.float32))[0]
+        width = first.shape[-1]
+        registers = state.get("register_tokens", np.zeros((1, 0, width), np.float32))[0]
+        patch = state["patch_embed.proj.weight"].transpose(2, 3, 1, 0)
+        stacked = {n: np.stack([state[f"blocks.{i}.{n}"] for i in range(depth)]) for n in names}
         return {
-            "patch": state["patch_embed.proj.weight"]
-            .transpose(2, 3, 1, 0)
-            .reshape(-1, len(first[0])),
+            "patch": patch.reshape(-1, width),
             "patch.bias": state["patch_embed.proj.bias"],
             "tokens": np.concatenate([state["cls_token"][0] + first, registers]),
             "positions": _resized(positions, antialias=bool(len(registers))),
-            "blocks": {
-                n: np.stack([state[f"blocks.{i}.{n}"] for i in range(depth)]) for n in names
-            },
+            "blocks": stacked,
             "norm.weight": state["norm.weight"],
             "norm.bias": state["norm.bias"],
         }
@@ -70,30 +57,24 @@ def _resized(positions: np.ndarray, antialias: bool) -> np.ndarray:
     Models with registers resize with antialiasing and cubic weights of a = -0.5. The others go back
     to a scale that is 0.1 positions too large, without antialiasing and with a = -0.75.
     """
-    old, new = round(len(positions) ** 0.5), SIZE // PATCH
-    grid = positions.reshape(old, old, -1)
+    old, new, width = round(len(positions) ** 0.5), SIZE // PATCH, positions.shape[-1]
+    grid = positions.reshape(old, old, width)
     if antialias:
-        return np.asarray(jax.image.resize(grid, (new, new, grid.shape[-1]), "cubic")).reshape(
-            new * new, -1
-        )
-    if old == new:
-        return positions
-    place, a = (np.arange(new) + 0.5) * old / (new + 0.1) - 0.5, -0.75
-    matrix = np.zeros((new, old))
-    for tap in np.floor(place)[None] + np.arange(-1, 3)[:, None]:
-        d = np.abs(place - tap)
+        grid = np.asarray(jax.image.resize(grid, (new, new, width), "cubic"))
+    elif old != new:
+        place, a = (np.arange(new) + 0.5) * old / (new + 0.1) - 0.5, -0.75
+        d = np.abs(place[:, None] - np.arange(-2, old + 2))  # to old positions, 2 beyond each end
         near, far = (a + 2) * d**3 - (a + 3) * d**2 + 1, a * (d**3 - 5 * d**2 + 8 * d - 4)
-        where = np.arange(new), np.clip(tap, 0, old - 1).astype(int)
-        np.add.at(matrix, where, np.where(d <= 1, near, far))
-    rows = np.einsum("ij,jkd->ikd", matrix, grid)
-    return np.einsum("ij,kjd->kid", matrix, rows).reshape(new * new, -1).astype(np.float32)
+        matrix = np.where(d <= 1, near, np.where(d < 2, far, 0))
+        grid = np.pad(grid, [(2, 2), (2, 2), (0, 0)], "edge")
+        grid = np.einsum("ai,bj,ijd->abd", matrix, matrix, grid, optimize=True).astype(np.float32)
+    return grid.reshape(new * new, width)
 
 
 def apply(weights: Weights, images: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Images (B, H, W, 1 or 3) in [-1, 1] -> class token (B, D), and logits (B, 0) of no classes.
 
-    They are resized to 224x224 (cubic, antialiased) as EDM2 does, and grey ones repeated over the
-    channels.
+    They are resized to 224x224 (cubic, antialiased) as EDM2 does; grey ones are made coloured.
     """
     x = convolutions.coloured(images)
     x = jax.image.resize(x, (len(x), SIZE, SIZE, 3), "cubic")

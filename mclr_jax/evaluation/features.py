@@ -10,13 +10,14 @@ import jax
 import numpy as np
 import scipy.special
 
-from mclr_jax import run
-from mclr_jax.data import pipeline
+from mclr_jax import generate, runs
+from mclr_jax.data.pixels import to_float
 from mclr_jax.evaluation import dinov2, efficientnet, inception
 from mclr_jax.names import look_up
-from mclr_jax.training.devices import Devices
+from mclr_jax.pretrained import torch_file
 
 BATCH = 512
+Apply = Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 class Features(NamedTuple):
@@ -32,10 +33,6 @@ class Features(NamedTuple):
     log_probs: np.ndarray
     labels: np.ndarray
 
-    def take(self, rows: np.ndarray) -> "Features":
-        """Of some images: indices or a mask."""
-        return Features(*(array[rows] for array in self))
-
 
 @dataclasses.dataclass(frozen=True)
 class Extractor:
@@ -50,7 +47,7 @@ class Extractor:
 
     name: str
     weights: Any
-    apply: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
+    apply: Apply
 
     @functools.cached_property
     def digest(self) -> str:
@@ -60,7 +57,8 @@ class Extractor:
     @functools.cached_property
     def _compiled(self) -> Callable:
         # The weights are an argument: as constants of the program, gigabytes would not compile.
-        return functools.partial(jax.jit(self.apply), Devices("data").put_state(self.weights))
+        _, everywhere = generate.shardings()
+        return functools.partial(jax.jit(self.apply), jax.device_put(self.weights, everywhere))
 
     def __call__(
         self,
@@ -69,60 +67,57 @@ class Extractor:
         progress: Callable[[int], Any] = lambda count: None,
     ) -> Features:
         """Features of images (n, ...), float in [-1, 1] or uint8, spread over all devices."""
-        devices, kept = Devices("data"), []
-        size = BATCH + -BATCH % jax.device_count()
+        rows, _ = generate.shardings()
+        size, kept = BATCH + -BATCH % jax.device_count(), []
         for start in range(0, len(images), size):
             chunk = images[start : start + size]
             padded = np.resize(chunk, (size, *chunk.shape[1:]))  # one program serves all
-            batch = devices.put_batches({"image": padded[None]})["image"][0]
-            outputs = jax.device_get(self._compiled(pipeline.to_float(batch)))
-            kept.append([np.asarray(array[: len(chunk)], np.float64) for array in outputs])
+            outputs = self._compiled(to_float(jax.device_put(padded, rows)))
+            kept.append([np.asarray(array, np.float64)[: len(chunk)] for array in outputs])
             progress(len(chunk))
         features, logits = (np.concatenate(arrays) for arrays in zip(*kept, strict=True))
-        labels = np.asarray(labels, np.int32)
         log_probs = scipy.special.log_softmax(logits, axis=1) if logits.size else logits
-        return Features(features, log_probs, labels)
+        return Features(features, log_probs, np.asarray(labels, np.int32))
 
 
 def load(name: str) -> Extractor:
     """The extractor of this name.
 
-    classifier:WORKDIR is a run of objective `classify`; efficientnet_lite0, for natural images, has
-    ImageNet weights and classes; inception:FILE is FID's, with the weights in this file, and
+    classifier:WORKDIR is a run whose network gives logits; efficientnet_lite0, for natural images,
+    has ImageNet weights and classes; inception:FILE is FID's, with the weights in this file, and
     dinov2:FILE that of FD_DINOv2.
 
     Raises:
-      ValueError: if there is no such kind, or the run is no classifier.
-      FileNotFoundError: if the weights are not installed.
+      ValueError: if there is no such kind, the run is no classifier, or the file another one.
+      FileNotFoundError: if the weights are not there.
     """
     kind, _, argument = name.partition(":")
-    return look_up(_LOADERS, kind, "feature extractor")(name, argument)
+    return Extractor(name, *look_up(_LOADERS, kind, "feature extractor")(argument))
 
 
-def _classifier(name: str, workdir: str) -> Extractor:
+def _classifier(workdir: str) -> tuple[Any, Apply]:
     """The last hidden layer of a classifier trained by our loop."""
-    experiment = run.load_experiment(workdir)
-    if experiment.config.objective.name != "classify":
+    model, params = runs.load_model(workdir)
+    if not model.is_classifier:
         raise ValueError(
-            f"{workdir} was trained by objective {experiment.config.objective.name!r}; expected a "
-            "run of 'classify', for example of configs/digits_classifier.py."
+            f"{workdir} is a run of {type(model.network).__name__}, which is no classifier; "
+            "expected a run such as that of configs/digits_classifier.py."
         )
-    params = jax.device_get(run.load_weights(workdir)[0])
-    return Extractor(name, params, experiment.features)
+    return jax.device_get(params), model.features
 
 
-def _efficientnet(name: str, argument: str) -> Extractor:
+def _efficientnet(argument: str) -> tuple[Any, Apply]:
     if argument:
-        raise ValueError(f"got features {name!r}; efficientnet_lite0 takes no argument.")
-    return Extractor(name, efficientnet.load_weights(), efficientnet.apply)
+        raise ValueError(f"efficientnet_lite0 takes no argument; got {argument!r} behind a colon.")
+    return efficientnet.load_weights(), efficientnet.apply
 
 
-def _inception(name: str, path: str) -> Extractor:
-    return Extractor(name, inception.load_weights(path), inception.apply)
-
-
-def _dinov2(name: str, path: str) -> Extractor:
-    return Extractor(name, dinov2.load_weights(path), dinov2.apply)
+_LOADERS: dict[str, Callable[[str], tuple[Any, Apply]]] = {
+    "classifier": _classifier,
+    "efficientnet_lite0": _efficientnet,
+    "inception": lambda path: (inception.convert(torch_file.load(path)), inception.apply),
+    "dinov2": lambda path: (dinov2.convert(torch_file.load(path)), dinov2.apply),
+}
 
 
 def digest(tree: Any) -> str:
@@ -133,7 +128,3 @@ def digest(tree: Any) -> str:
         total.update(f"{jax.tree_util.keystr(path)}{array.shape}{array.dtype}".encode())
         total.update(array.tobytes())
     return total.hexdigest()[:16]
-
-
-_LOADERS = {"classifier": _classifier, "efficientnet_lite0": _efficientnet,
-            "inception": _inception, "dinov2": _dinov2}  # fmt: skip

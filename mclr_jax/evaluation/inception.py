@@ -6,30 +6,17 @@ and torch-fidelity publish. Sources: Szegedy et al. 2015 (arXiv 1512.00567); Heu
 takes a maximum, and there are 1008 classes.
 """
 
-import functools
-import os
+from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
 from mclr_jax.evaluation import convolutions
 from mclr_jax.evaluation.convolutions import Weights
-from mclr_jax.pretrained import torch_file
 
 SIZE = 299
-
-
-def load_weights(path: str | os.PathLike) -> Weights:
-    """Weights as `apply` takes them.
-
-    Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if it is not the file described above.
-    """
-    return convert(torch_file.load(path))
 
 
 def convert(state: Weights) -> Weights:
@@ -51,16 +38,12 @@ def convert(state: Weights) -> Weights:
 
 def resize(images: jax.Array, size: int = SIZE) -> jax.Array:
     """Bilinear, pixel i of the result at i * old / new, as TensorFlow 1 did: (B, size, size, C)."""
-    for axis in (1, 2):
-        old = images.shape[axis]
-        place = np.arange(size) * (old / size)
-        low = np.floor(place).astype(int)
-        shape = [1] * images.ndim
-        shape[axis] = size
-        share = jnp.asarray((place - low).reshape(shape), images.dtype)
-        lower, upper = (jnp.take(images, np.minimum(i, old - 1), axis=axis) for i in (low, low + 1))
-        images = lower + share * (upper - lower)
-    return images
+    batch, height, width, channels = images.shape
+    scale = jnp.array([size / height, size / width])
+    images = jnp.pad(images, [(0, 0), (0, 1), (0, 1), (0, 0)], "edge")  # the last pixel goes on
+    return jax.image.scale_and_translate(
+        images, (batch, size, size, channels), (1, 2), scale, (1 - scale) / 2, "linear", False
+    )
 
 
 def apply(weights: Weights, images: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -68,75 +51,46 @@ def apply(weights: Weights, images: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     The logits are without bias, as the inception score takes them.
     """
-    x = convolutions.coloured(images)
-    x = (resize(x * 127.5 + 127.5) - 128) / 128
-    linear = functools.partial(convolutions.conv, weights)
+    join = partial(jnp.concatenate, axis=-1)
+    average = partial(nn.avg_pool, window_shape=(3, 3), padding="SAME", count_include_pad=False)
+    maximum = partial(nn.max_pool, window_shape=(3, 3), padding="SAME")
+    reduced = partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2))
 
     def conv(x, name, stride=1, padding="SAME"):
-        return jax.nn.relu(linear(x, name, stride, padding))
+        return jax.nn.relu(convolutions.conv(weights, x, name, stride, padding))
 
-    def chain(x, block, *names):
-        for name in names:
-            x = conv(x, f"{block}.{name}")
+    def chain(x, branch, length):
+        for i in range(1, length + 1):
+            x = conv(x, f"{branch}_{i}")
         return x
 
-    def pooled(x, block, pool):
-        return conv(pool(x), f"{block}.branch_pool")
+    def outer(x, block, pool=average):  # the first and the last branch
+        return conv(x, f"{block}.branch1x1"), conv(pool(x), f"{block}.branch_pool")
 
-    for name, stride, padding in (("1a_3x3", 2, "VALID"), ("2a_3x3", 1, "VALID"),
-                                  ("2b_3x3", 1, "SAME")):  # fmt: skip
-        x = conv(x, f"Conv2d_{name}", stride, padding)
-    x = conv(_max(x, 2, "VALID"), "Conv2d_3b_1x1")
-    x = _max(conv(x, "Conv2d_4a_3x3", 1, "VALID"), 2, "VALID")
+    def mixed(x, block, **lengths):
+        first, last = outer(x, block)
+        return join([first, *(chain(x, f"{block}.{b}", n) for b, n in lengths.items()), last])
+
+    x = (resize(convolutions.coloured(images) * 127.5 + 127.5) - 128) / 128
+    x = conv(x, "Conv2d_1a_3x3", 2, "VALID")
+    x = conv(conv(x, "Conv2d_2a_3x3", 1, "VALID"), "Conv2d_2b_3x3")
+    x = conv(reduced(x), "Conv2d_3b_1x1")
+    x = reduced(conv(x, "Conv2d_4a_3x3", 1, "VALID"))
     for block in ("Mixed_5b", "Mixed_5c", "Mixed_5d"):
-        x = jnp.concatenate([
-            chain(x, block, "branch1x1"),
-            chain(x, block, "branch5x5_1", "branch5x5_2"),
-            chain(x, block, "branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3"),
-            pooled(x, block, _average),
-        ], axis=-1)  # fmt: skip
-    inner = chain(x, "Mixed_6a", "branch3x3dbl_1", "branch3x3dbl_2")
-    x = jnp.concatenate([
-        conv(x, "Mixed_6a.branch3x3", 2, "VALID"),
-        conv(inner, "Mixed_6a.branch3x3dbl_3", 2, "VALID"),
-        _max(x, 2, "VALID"),
-    ], axis=-1)  # fmt: skip
+        x = mixed(x, block, branch5x5=2, branch3x3dbl=3)
+    left = conv(x, "Mixed_6a.branch3x3", 2, "VALID")
+    right = conv(chain(x, "Mixed_6a.branch3x3dbl", 2), "Mixed_6a.branch3x3dbl_3", 2, "VALID")
+    x = join([left, right, reduced(x)])
     for block in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
-        x = jnp.concatenate([
-            chain(x, block, "branch1x1"),
-            chain(x, block, *(f"branch7x7_{i}" for i in (1, 2, 3))),
-            chain(x, block, *(f"branch7x7dbl_{i}" for i in (1, 2, 3, 4, 5))),
-            pooled(x, block, _average),
-        ], axis=-1)  # fmt: skip
-    left = chain(x, "Mixed_7a", "branch3x3_1")
-    right = chain(x, "Mixed_7a", *(f"branch7x7x3_{i}" for i in (1, 2, 3)))
-    x = jnp.concatenate([
-        conv(left, "Mixed_7a.branch3x3_2", 2, "VALID"),
-        conv(right, "Mixed_7a.branch7x7x3_4", 2, "VALID"),
-        _max(x, 2, "VALID"),
-    ], axis=-1)  # fmt: skip
-    for block, pool in (("Mixed_7b", _average), ("Mixed_7c", lambda x: _max(x, 1, "SAME"))):
-        single = chain(x, block, "branch3x3_1")
-        double = chain(x, block, "branch3x3dbl_1", "branch3x3dbl_2")
-        x = jnp.concatenate([
-            chain(x, block, "branch1x1"),
-            *(conv(single, f"{block}.branch3x3_2{side}") for side in "ab"),
-            *(conv(double, f"{block}.branch3x3dbl_3{side}") for side in "ab"),
-            pooled(x, block, pool),
-        ], axis=-1)  # fmt: skip
+        x = mixed(x, block, branch7x7=3, branch7x7dbl=5)
+    left = conv(chain(x, "Mixed_7a.branch3x3", 1), "Mixed_7a.branch3x3_2", 2, "VALID")
+    right = conv(chain(x, "Mixed_7a.branch7x7x3", 3), "Mixed_7a.branch7x7x3_4", 2, "VALID")
+    x = join([left, right, reduced(x)])
+    for block, pool in (("Mixed_7b", average), ("Mixed_7c", maximum)):
+        first, last = outer(x, block, pool)
+        single, double = f"{block}.branch3x3", f"{block}.branch3x3dbl"
+        singles = [conv(chain(x, single, 1), f"{single}_2{side}") for side in "ab"]
+        doubles = [conv(chain(x, double, 2), f"{double}_3{side}") for side in "ab"]
+        x = join([first, *singles, *doubles, last])
     features = x.mean((1, 2))
     return features, features @ weights["fc"]
-
-
-def _max(x: jax.Array, stride: int, padding: str) -> jax.Array:
-    window, strides = (1, 3, 3, 1), (1, stride, stride, 1)
-    return lax.reduce_window(x, -jnp.inf, lax.max, window, strides, padding)
-
-
-def _average(x: jax.Array) -> jax.Array:
-    """3x3, of the pixels that there are."""
-
-    def total(x):
-        return lax.reduce_window(x, 0.0, lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
-
-    return total(x) / total(jnp.ones((1, *x.shape[1:3], 1), x.dtype))

@@ -4,20 +4,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mclr_jax.denoiser import DenoiseFn
+from mclr_jax.types import Condition, DenoiseFn, as_condition
 
 
 def log_likelihood(
     denoise: DenoiseFn,
     x: jax.Array,
-    label: jax.Array,
+    condition: Condition | jax.Array,
     sigmas: jax.Array,
     keys: jax.Array | None = None,
     *,
     sigma_data: float = 0.5,
     probes: int = 1,
 ) -> jax.Array:
-    """log p(x | label) in nats, (B,), of data that carry noise of level sigmas[0].
+    """log p(x | condition) in nats, (B,), of data that carry noise of level sigmas[0].
 
     Follows dx/dsigma = (x - D) / sigma upwards by Heun's method and adds up its divergence; at the
     top x is taken for a normal variable of variance sigmas[-1]^2 + sigma_data^2. Source: Chen et
@@ -27,7 +27,7 @@ def log_likelihood(
       denoise: the model, guided or not.
       x: (B, ...) data. For a density of the data themselves sigmas[0] must be small beside their
         finest structure; 8-bit images need noise of about their step for there to be a density.
-      label: (B,) int32.
+      condition: of the data, or bare labels (B,) int32.
       sigmas: (N + 1,) rising noise levels above 0, such as noise.rho_grid(...)[-2::-1].
       keys: (B,) typed keys for Hutchinson's estimate of the divergence by random signs; None
         computes it exactly, at the cost of a call of the network's transpose for each dimension.
@@ -41,7 +41,7 @@ def log_likelihood(
         grid = np.asarray(sigmas)
         if grid.ndim != 1 or len(grid) < 2 or grid[0] <= 0 or not np.all(np.diff(grid) > 0):
             raise ValueError(f"sigmas must rise from above 0, at least 2 of them; got {grid}.")
-    size = x[0].size
+    size, condition = x[0].size, as_condition(condition)
     if keys is None:
         units = jnp.eye(size, dtype=x.dtype).reshape(size, 1, *x.shape[1:])
         vectors = jnp.broadcast_to(units, (size, *x.shape))
@@ -52,7 +52,7 @@ def log_likelihood(
     def slope(x, sigma):
         """dx/dsigma (B, ...) and its divergence (B,)."""
         levels = jnp.full(len(x), sigma, x.dtype)
-        denoised, transpose = jax.vjp(lambda y: denoise(y, levels, label), x)
+        denoised, transpose = jax.vjp(lambda y: denoise(y, levels, condition), x)
         products = jax.lax.map(lambda v: _inner(transpose(v)[0], v), vectors)
         trace = products.sum(0) if keys is None else products.mean(0)
         return (x - denoised) / sigma, (size - trace) / sigma

@@ -1,10 +1,12 @@
 """Sample quality and class separation as pure functions of feature arrays, free of any extractor.
 
-Everything runs in float64 on the CPU. Distances and kernels between two sets are computed in blocks
-of rows: 10,000 x 10,000 pairs take about 80 MB besides three float64 copies of the features.
+Everything is float64 on the CPU; samples are rows: (n, d). Distances and kernels between two sets
+are computed in blocks of rows: 10,000 x 10,000 pairs take about 80 MB besides three copies of the
+features.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterable, Iterator
 
@@ -16,7 +18,7 @@ BLOCK_BYTES = 16 * 2**20  # of one block of pairwise values; up to five are aliv
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Mean (d,) and unbiased covariance (d, d), in float64, of `count` feature vectors.
+    """Mean (d,) and unbiased covariance (d, d) of `count` feature vectors.
 
     Example, batch by batch: `functools.reduce(Moments.merge, map(moments, batches))`.
     """
@@ -32,6 +34,15 @@ class Moments:
         scatter = self.cov * (self.count - 1) + other.cov * (other.count - 1)
         scatter += np.outer(shift, shift) * (self.count * other.count / total)
         return Moments(total, self.mean + shift * (other.count / total), scatter / (total - 1))
+
+    @functools.cached_property
+    def root(self) -> np.ndarray:
+        """F (d, r) with cov = F F^T and r the numerical rank, by an eigen-decomposition."""
+        if self.count < 2:
+            raise ValueError("Got 1 feature vector; a covariance needs at least 2. Add samples.")
+        values, vectors = np.linalg.eigh(self.cov)
+        keep = values > values.max() * len(values) * np.finfo(np.float64).eps
+        return vectors[:, keep] * np.sqrt(values[keep])
 
 
 def moments(features: np.ndarray) -> Moments:
@@ -52,22 +63,9 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     Covariances may be rank deficient (fewer samples than dimensions).
     """
     _check_same_dim(len(a.mean), len(b.mean))
-    return _frechet(a, _root(a), b, _root(b))
-
-
-def _root(moments: Moments) -> np.ndarray:
-    """F (d, r) with cov = F F^T and r the numerical rank, by a symmetric eigen-decomposition."""
-    if moments.count < 2:
-        raise ValueError("Got 1 feature vector; a covariance needs at least 2. Add samples.")
-    values, vectors = np.linalg.eigh(moments.cov)
-    keep = values > values.max() * len(values) * np.finfo(np.float64).eps
-    return vectors[:, keep] * np.sqrt(values[keep])
-
-
-def _frechet(a: Moments, root_a: np.ndarray, b: Moments, root_b: np.ndarray) -> float:
     # With C = F F^T, the eigenvalues of C1^(1/2) C2 C1^(1/2) are the squared singular values of
     # F1^T F2, which lose no digits to a square root and are few when the rank is low.
-    cross = np.linalg.svdvals(root_a.T @ root_b).sum()
+    cross = np.linalg.svdvals(a.root.T @ b.root).sum()
     distance = np.sum((a.mean - b.mean) ** 2) + np.trace(a.cov) + np.trace(b.cov) - 2 * cross
     return max(float(distance), 0.0)
 
@@ -97,8 +95,8 @@ def inter_class_frechet(features: np.ndarray, labels: np.ndarray) -> float:
     classes = _by_class(features, labels)
     if len(classes) < 2:
         raise ValueError("Got samples of one class; expected 2 classes or more. Add a class.")
-    roots = [(m, _root(m)) for m in classes.values()]
-    return float(np.mean([_frechet(*a, *b) for a, b in itertools.combinations(roots, 2)]))
+    pairs = itertools.combinations(classes.values(), 2)
+    return float(np.mean([frechet_distance(a, b) for a, b in pairs]))
 
 
 def inception_score(probs: np.ndarray) -> float:
@@ -156,8 +154,7 @@ def memorized_fraction(
     fake = _as_features(fake, "fake features")
     nearest = np.full((len(fake), 2), np.inf)
     for batch in [real] if isinstance(real, np.ndarray) else real:
-        batch = _as_features(batch, "real features")
-        _check_same_dim(batch.shape[1], fake.shape[1])
+        batch, _ = _pair(batch, fake)
         for rows, squared in _squared_distances(fake, batch):
             known = np.hstack([squared, nearest[rows]])
             nearest[rows] = np.sort(np.partition(known, 1, axis=1)[:, :2])
@@ -197,9 +194,10 @@ def kernel_distance_subsets(
         )
     rng, values = np.random.RandomState(seed), []
     for _ in range(subsets):
-        some_fake = fake[rng.choice(len(fake), subset_size, replace=False)]
-        some_real = real[rng.choice(len(real), subset_size, replace=False)]
-        values.append(kernel_distance(some_real, some_fake))
+        fake_rows, real_rows = (
+            rng.choice(len(x), subset_size, replace=False) for x in (fake, real)
+        )
+        values.append(kernel_distance(real[real_rows], fake[fake_rows]))
     return float(np.mean(values)), float(np.std(values))
 
 
@@ -209,8 +207,7 @@ def _kernel_sum(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
-    step = max(1, BLOCK_BYTES // (8 * columns))
-    return (slice(start, start + step) for start in range(0, rows, step))
+    return gen_batches(rows, max(1, BLOCK_BYTES // (8 * columns)))
 
 
 def _squared_distances(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
@@ -230,11 +227,9 @@ def _squared_radii(x: np.ndarray, k: int, name: str) -> np.ndarray:
     """Squared distance of each x_i to its k-th nearest neighbour other than itself, (n,)."""
     if not 1 <= k < len(x):
         raise ValueError(f"Got k={k}, {len(x)} {name} samples; expected 1 <= k < n. Lower k.")
-    radii = np.empty(len(x))
-    for rows, squared in _squared_distances(x, x):
-        squared.partition(k, axis=1)
-        radii[rows] = squared[:, k]  # not k - 1, for the nearest of all is x_i itself
-    return radii
+    # Index k, not k - 1, for the nearest of all is x_i itself.
+    blocks = (np.partition(squared, k, axis=1)[:, k] for _, squared in _squared_distances(x, x))
+    return np.concatenate(list(blocks))
 
 
 def _as_features(features: np.ndarray, name: str) -> np.ndarray:

@@ -5,14 +5,16 @@ network. Official weights load through `mclr_jax.pretrained.dit`.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mclr_jax.networks.layers import Dropout, Linear, attention, depth_to_space, space_to_depth
+from mclr_jax.networks import layers
+from mclr_jax.networks.layers import Dropout, Linear
+from mclr_jax.types import Condition
 
 
 class Block(nn.Module):
@@ -25,9 +27,9 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, index: jax.Array, condition: jax.Array, dropout_keys: jax.Array | None
+        self, x: jax.Array, index: jax.Array, embedding: jax.Array, dropout_keys: jax.Array | None
     ) -> tuple[jax.Array, None]:
-        """x (B, N, D), index () of this block, condition (B, D) -> x and no scan output."""
+        """x (B, N, D), index () of this block, embedding (B, D) -> x and no scan output."""
         width = x.shape[-1]
         linear = partial(Linear, dtype=self.dtype)
         if dropout_keys is not None:  # scanned blocks have one path between them
@@ -35,12 +37,12 @@ class Block(nn.Module):
         dropout = partial(Dropout, self.dropout)
 
         modulation = linear(6 * width, kernel_init=nn.initializers.zeros, name="adaLN_modulation")
-        shifts = jnp.split(modulation(condition)[:, None, :], 6, axis=-1)
+        shifts = jnp.split(modulation(embedding)[:, None, :], 6, axis=-1)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = shifts
 
         h = layer_norm(x, self.dtype) * (1 + scale_a) + shift_a
         qkv = linear(3 * width, name="qkv")(h).reshape(*x.shape[:2], 3, self.heads, -1)
-        h = attention(*jnp.moveaxis(qkv, 2, 0)).reshape(x.shape)
+        h = layers.attention(*jnp.moveaxis(qkv, 2, 0)).reshape(x.shape)
         h = linear(width, name="proj")(h)
         x = x + gate_a * dropout(name="dropout_attention")(h, dropout_keys)
 
@@ -85,6 +87,7 @@ class DiT(nn.Module):
       unit_condition: start with embeddings of noise level and class of unit variance. The official
         ones start near 0.02, so that Adam takes thousands of steps to make use of the class.
       augment_dim: length of the augmentation vector, 0 for none.
+      takes_strength: whether the guidance strength is an input.
       dtype: compute dtype; parameters, norms, softmax and output are float32.
       remat: recompute blocks in the backward pass to save memory.
       scan_blocks: compile one block for any depth instead of each block, with the same parameters.
@@ -101,25 +104,16 @@ class DiT(nn.Module):
     time_scale: float = 1000.0
     unit_condition: bool = False
     augment_dim: int = 0
+    takes_strength: bool = False
     dropout: float = 0.0
     dtype: Any = jnp.float32
     remat: bool = False
     scan_blocks: bool = False
+    optional_inputs: ClassVar[tuple[str, ...]] = ("map_strength", "map_augment")
 
     @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        c_noise: jax.Array,
-        label: jax.Array,
-        augment: jax.Array | None = None,
-        dropout_keys: jax.Array | None = None,
-    ) -> jax.Array:
-        """x (B, H, W, C), c_noise (B,), label (B,) int -> raw output (B, H, W, out_channels).
-
-        Args:
-          augment: (B, augment_dim) augmentation vector; None for unaugmented images.
-          dropout_keys: (B,) typed PRNG keys, one per example; None for no dropout.
+    def __call__(self, x: jax.Array, c_noise: jax.Array, condition: Condition) -> jax.Array:
+        """x (B, H, W, C), c_noise (B,) -> raw output (B, H, W, out_channels).
 
         Raises:
           ValueError: the patch size does not divide the image, or the heads the width.
@@ -141,22 +135,19 @@ class DiT(nn.Module):
         table_init = nn.initializers.normal(1.0) if self.unit_condition else normal
 
         # Patches: a p x p convolution of stride p is a dense layer on flattened patches.
-        x = space_to_depth(x, p).reshape(batch, rows * columns, -1)
+        x = layers.space_to_depth(x, p).reshape(batch, rows * columns, -1)
         x = linear(self.width, name="x_embedder")(x)
         x = x + position_embedding(self.width, rows, columns).astype(self.dtype)
 
-        # Condition: noise level, class and augmentation.
         t = timestep_embedding(c_noise * self.time_scale)
         t = nn.silu(Linear(self.width, kernel_init=dense, name="t_embedder_0")(t))
-        condition = Linear(self.width, kernel_init=dense, name="t_embedder_2")(t)
+        embedding = Linear(self.width, kernel_init=dense, name="t_embedder_2")(t)
         table = nn.Embed(
             self.num_classes + 1, self.width, embedding_init=table_init, name="y_embedder"
         )
-        condition = condition + table(label)
-        if self.augment_dim and augment is not None:
-            module = Linear(self.width, kernel_init=normal, use_bias=False, name="map_augment")
-            condition = condition + module(augment)
-        condition = nn.silu(condition).astype(self.dtype)  # every use of it starts with this
+        embedding = embedding + table(condition.label)
+        embedding = layers.with_optional_inputs(self, embedding, condition)
+        embedding = nn.silu(embedding).astype(self.dtype)  # every use of it starts with this
 
         # Scanned or unrolled, the parameters carry a leading depth axis. Unrolled, XLA must be kept
         # from merging the recomputation with the original; in a loop it cannot.
@@ -168,10 +159,10 @@ class DiT(nn.Module):
             length=self.depth,
             unroll=1 if self.scan_blocks else self.depth,
         )(self.heads, self.mlp_ratio, self.dropout, self.dtype, name="blocks")
-        x, _ = blocks(x, jnp.arange(self.depth), condition, dropout_keys)
+        x, _ = blocks(x, jnp.arange(self.depth), embedding, condition.dropout_keys)
 
         modulation = linear(2 * self.width, kernel_init=zeros, name="final_adaLN_modulation")
-        shift, scale = jnp.split(modulation(condition)[:, None, :], 2, axis=-1)
+        shift, scale = jnp.split(modulation(embedding)[:, None, :], 2, axis=-1)
         x = layer_norm(x, self.dtype) * (1 + scale) + shift
         x = linear(p * p * self.out_channels, kernel_init=zeros, name="final_linear")(x)
-        return depth_to_space(x.reshape(batch, rows, columns, -1), p).astype(jnp.float32)
+        return layers.depth_to_space(x.reshape(batch, rows, columns, -1), p).astype(jnp.float32)

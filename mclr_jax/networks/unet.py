@@ -6,7 +6,7 @@ Official weights load through `mclr_jax.pretrained.edm`.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -15,6 +15,7 @@ import numpy as np
 
 from mclr_jax.networks import layers
 from mclr_jax.networks.layers import Linear, kaiming_uniform, xavier_uniform
+from mclr_jax.types import Condition
 
 ARCHITECTURES = ("ddpmpp", "ncsnpp", "adm")
 
@@ -120,6 +121,7 @@ class UNet(nn.Module):
       patch_size: pixels of a patch are stacked as channels before the first convolution, which
         makes the network patch_size^2 times cheaper; not an option of EDM.
       augment_dim: length of the augmentation vector, 0 for none.
+      takes_strength: whether the guidance strength is an input.
       dtype: compute dtype; parameters, norms, softmax and output are float32.
       remat: recompute blocks in the backward pass to save memory.
     """
@@ -133,24 +135,16 @@ class UNet(nn.Module):
     attention_resolutions: tuple[int, ...] = (16,)
     patch_size: int = 1
     augment_dim: int = 0
+    takes_strength: bool = False
     dropout: float = 0.0
     dtype: Any = jnp.float32
     remat: bool = False
+    optional_inputs: ClassVar[tuple[str, ...]] = ("map_strength", "map_augment")
+    cpu_device_per_core: ClassVar[bool] = True  # XLA:CPU runs a small convolution on one thread
 
     @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        c_noise: jax.Array,
-        label: jax.Array,
-        augment: jax.Array | None = None,
-        dropout_keys: jax.Array | None = None,
-    ) -> jax.Array:
-        """x (B, H, W, C), c_noise (B,), label (B,) int -> raw output (B, H, W, out_channels).
-
-        Args:
-          augment: (B, augment_dim) augmentation vector; None for unaugmented images.
-          dropout_keys: (B,) typed PRNG keys, one per example; None for no dropout.
+    def __call__(self, x: jax.Array, c_noise: jax.Array, condition: Condition) -> jax.Array:
+        """x (B, H, W, C), c_noise (B,) -> raw output (B, H, W, out_channels).
 
         Raises:
           ValueError: unknown architecture, or a size that the levels do not divide.
@@ -168,13 +162,13 @@ class UNet(nn.Module):
         adm, ncsnpp = self.architecture == "adm", self.architecture == "ncsnpp"
         taps = (1, 3, 3, 1) if ncsnpp else (1, 1)
         linear, init_zero, _ = _initialised(adm, self.dtype)
-        embedding = self._embedding(c_noise, label, augment).astype(self.dtype)
+        embedding = self._embedding(c_noise, condition).astype(self.dtype)
 
         def block(name: str, h: jax.Array, features: int, attend=False, resample="") -> jax.Array:
             heads = attention_heads(self.architecture, features) if attend else 0
             cls = nn.remat(Block) if self.remat else Block
             module = cls(features, adm, resample, taps, heads, self.dropout, self.dtype, name=name)
-            return module(h, embedding, dropout_keys)
+            return module(h, embedding, condition.dropout_keys)
 
         # Encoder.
         widths = [self.channels * mult for mult in self.channel_mult]
@@ -215,11 +209,11 @@ class UNet(nn.Module):
         h = linear(features, 3, name=f"{prefix}_conv", **init_zero)(nn.silu(h))
         return layers.depth_to_space(h, self.patch_size).astype(jnp.float32)
 
-    def _embedding(self, c_noise, label, augment) -> jax.Array:
-        """Noise level, class and augmentation -> (B, 4 channels) float32."""
+    def _embedding(self, c_noise: jax.Array, condition: Condition) -> jax.Array:
+        """Noise level (B,) and condition -> (B, 4 channels) float32."""
         adm, ncsnpp = self.architecture == "adm", self.architecture == "ncsnpp"
-        linear, init_zero, _ = _initialised(adm, jnp.float32)
-        one_hot = jax.nn.one_hot(label, self.num_classes)  # the null label gives zeros
+        linear = _initialised(adm, jnp.float32)[0]
+        one_hot = jax.nn.one_hot(condition.label, self.num_classes)  # the null label gives zeros
 
         noise_channels = self.channels * (2 if ncsnpp else 1)
         c_noise = c_noise.astype(jnp.float32)
@@ -235,10 +229,7 @@ class UNet(nn.Module):
         if self.num_classes and not adm:
             scaled = one_hot * np.sqrt(self.num_classes)
             embedding = embedding + linear(noise_channels, name="map_label")(scaled)
-        if self.augment_dim and augment is not None:
-            init = init_zero if adm else {}
-            module = linear(noise_channels, use_bias=False, name="map_augment", **init)
-            embedding = embedding + module(augment)
+        embedding = layers.with_optional_inputs(self, embedding, condition)
 
         embedding = nn.silu(linear(4 * self.channels, name="map_layer0")(embedding))
         embedding = linear(4 * self.channels, name="map_layer1")(embedding)

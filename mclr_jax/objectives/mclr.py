@@ -13,232 +13,258 @@ guidance_scale 1 + beta. With an estimated posterior q the curvature is (1 + bet
 q(c|x_s): q may be too large by a factor of (1 + beta) / beta at most, or there is no minimum.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from mclr_jax.denoiser import DenoiseFn
-from mclr_jax.objectives.dsm import NoiseLevels, mean_square, perturb
-from mclr_jax.posterior import Posterior
+from mclr_jax.metrics import Metrics, effective_share, maximum, mean
+from mclr_jax.objectives.base import (
+    Noisy,
+    Objective,
+    arcsine_law,
+    draw_label,
+    draw_strength,
+    in_one_call,
+    log_prior,
+    per_example,
+    perturb,
+    split,
+    square_error,
+)
+from mclr_jax.problem import Batch, Models, Problem
+from mclr_jax.types import with_label
 
-NEGATIVES = ("prior", "mismatched", "posterior")
-WEIGHTINGS = ("none", "cfg")
-BOUNDS = ("none", "clip", "logistic")
-TARGETS = ("data", "reference")
+WORDS = {
+    "negatives": ("prior", "mismatched", "posterior"),
+    "weighting": ("none", "cfg"),
+    "bound": ("none", "clip", "logistic"),
+    "target": ("data", "reference"),
+    "negative_share": (1.0, 0.5, 0.25),
+}
 
 
-def mclr(
-    denoise: DenoiseFn,
-    x0: jax.Array,
-    label: jax.Array,
-    keys: jax.Array,
-    extra: tuple[Any, ...] = (),
-    *,
-    noise: NoiseLevels,
-    weight: Callable[[jax.Array], jax.Array],
-    null_label: int,
-    class_prior: Sequence[float],
-    beta: float | jax.Array = 1.0,
-    label_dropout: float = 0.1,
-    negatives: str = "posterior",
-    weighting: str = "none",
-    negative_share: float = 1.0,
-    bound: str = "none",
-    clip_ratio: float = 2.0,
-    logistic_scale: float = 10.0,
-    reference_penalty: float = 0.0,
-    sigma_interval: Sequence[float] = (),
-    target: str = "data",
-    posterior: Posterior | None = None,
-    reference: DenoiseFn | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+@dataclasses.dataclass(frozen=True)
+class MCLR(Objective):
     """The MCLR loss of each example; see the formula above.
 
     Examples whose label was dropped, and noise levels outside the interval, get plain DSM.
 
-    Args:
-      denoise, x0, label, keys, extra, noise, weight, null_label, label_dropout: as in `dsm`.
-      class_prior: (K,) share of each class in the data.
-      beta: () or (B,), strength of the contrast; the CFG-equivalent forms end at guidance_scale
-        1 + beta.
+    Attributes:
+      beta: strength of the contrast; the CFG-equivalent forms end at guidance_scale 1 + beta. A
+        network that takes the strength as an input (config.strength) is trained for a range.
+      label_dropout: as in `DSM`.
       negatives: how c~ is drawn: "prior", "mismatched" (the prior without c) or "posterior"
-        (p(c | x_s); where c~ = c no second call of the network is needed, see negative_share).
+        (p(c~ | x_s) without c, and the contrast weighted by 1 - p(c | x_s): where c~ = c the two
+        terms are one, which is summed in closed form).
       weighting: "none", or "cfg": prior and mismatched negatives weighted to the CFG-equivalent
         form. Mismatched negatives then stand for c~ != c alone; c~ = c is summed in closed form.
-      negative_share: the negative term is computed for at most this share of the batch, drawn among
-        the examples that have one and scaled up so that the mean stays the same. It saves time
-        with posterior negatives, few of which differ from c.
+      negative_share: the contrast is computed for this share of the examples, 1, 0.5 or 0.25: for
+        every example, every second or every fourth, scaled up so that the mean stays the same.
       bound: keeps the plain form bounded. "clip": the negative error counts up to clip_ratio times
         the positive one. "logistic": 2 / a (log(1 + exp(a m)) - log 2), a = logistic_scale, in
         place of m, which is weight beta (positive error - omega negative error) less the same of
         the reference (Diffusion-DPO, arXiv 2311.12908, with a wrong label on the same image); the
         two have the same gradient where the model is the reference.
       reference_penalty: times weight(s) (|D - D_ref|^2 at c plus the same at c~).
-      sigma_interval: (low, high): contrast only where low < sigma <= high.
       target: what both labels are to explain: "data", x0 itself, or "reference", the frozen
-        model's D(x_s, c), which stands for the mean of x0 given x_s and c and so leaves the optimum
-        where it is, but for the frozen model's error, at far less variance.
-      posterior: p(c | x_s); needed by posterior negatives and by weighting "cfg".
-      reference: frozen denoiser; needed by target "reference", bound "logistic" and
-        reference_penalty.
-
-    Returns:
-      loss (B,), and metrics (B,): `error` and `negative_error` (unweighted), `margin` (their
-      difference where there is a contrast), `weight`, `weight_square` and `weight_max` (of the
-      negative term, without beta), and with a posterior `unbounded`: whether the plain objective
-      has no minimum at (x_s, c~).
-
-    Raises:
-      ValueError: on an unknown word, or where a posterior or reference is needed and missing.
+        model's D(x_s, c), which is the mean of x0 given x_s and c, but for the frozen model's
+        error, and so has the same optimum at far less variance.
+      sigma_interval: (low, high): contrast only where low < sigma <= high, in all frames.
     """
-    held = _is_held(bound, reference_penalty)
-    referred = needs_reference(bound, target, reference_penalty)
-    _check(negatives, weighting, bound, target, negative_share)
-    _check_parts(negatives, weighting, posterior, referred, reference)
-    x, sigma, label, keys = perturb(x0, label, keys, noise, null_label, label_dropout)
-    k_negative, k_posterior, k_share = jax.vmap(
-        lambda key: jax.random.split(key, 3), out_axes=1
-    )(keys)  # fmt: skip
-    log_prior = jnp.log(jnp.asarray(class_prior, x0.dtype))
-    dropped = label == null_label
-    contrast = jnp.where(dropped, 0.0, beta)  # (B,)
-    if sigma_interval:
-        low, high = sigma_interval
-        contrast = jnp.where((low < sigma) & (sigma <= high), contrast, 0.0)
 
-    # ---- the wrong label, and the weight of its error --------------------------------------------
-    own = jnp.minimum(label, null_label - 1)  # a class even where the label was dropped
-    log_posterior: Any = None
-    if posterior is not None:
-        log_posterior = jax.lax.stop_gradient(posterior(x, sigma, k_posterior, own))
-    logits = log_posterior if negatives == "posterior" else jnp.broadcast_to(
-        log_prior, (len(x), null_label))  # fmt: skip
-    if negatives == "mismatched":
-        logits = jnp.where(jnp.arange(null_label) == own[:, None], -jnp.inf, logits)
-    negative = jax.vmap(jax.random.categorical)(k_negative, logits)
+    beta: float = 1.0
+    label_dropout: float = 0.1
+    negatives: str = "posterior"
+    weighting: str = "none"
+    negative_share: float = 1.0
+    bound: str = "none"
+    clip_ratio: float = 2.0
+    logistic_scale: float = 10.0
+    reference_penalty: float = 0.0
+    target: str = "data"
+    sigma_interval: tuple[float, ...] = ()
 
-    def at(table, classes):  # table (B, K) -> (B,)
-        return jnp.take_along_axis(table, classes[:, None], axis=-1)[:, 0]
+    def __post_init__(self):
+        for name, words in WORDS.items():
+            if getattr(self, name) not in words:
+                raise ValueError(
+                    f"objective.{name} is {getattr(self, name)!r}; expected one of {words}."
+                )
+        if self.negatives == "posterior" and self.weighting == "cfg":
+            raise ValueError(
+                "Negatives from the posterior are the CFG-equivalent form already: set "
+                "objective.weighting='none', or objective.negatives='prior'."
+            )
 
-    omega = jnp.ones_like(sigma)
-    positive_weight = 1 + contrast
-    if weighting == "cfg":
-        omega = jnp.exp(at(log_posterior, negative) - at(jax.nn.log_softmax(logits), negative))
-        if negatives == "mismatched":
-            positive_weight -= contrast * jnp.exp(at(log_posterior, own))
-    negative_weight = contrast * omega
-    if negatives == "posterior":  # where c~ = c the two terms are one
-        same = negative == own
-        positive_weight -= jnp.where(same, negative_weight, 0)
-        negative_weight = jnp.where(same, 0, negative_weight)
+    @property
+    def needs(self) -> frozenset[str]:
+        needs = {"class_prior"} | ({"posterior"} if self._equivalent else set())
+        if self._held or self.target == "reference":
+            needs.add("reference")
+        return frozenset(needs)
 
-    # ---- the errors of both labels, in one call of the network -----------------------------------
-    count = int(np.ceil(negative_share * len(x)))
-    rows = jnp.arange(len(x))
-    if count < len(x):  # those that have a negative first, and among them at random
-        has_negative = negative_weight > 0
-        rows = jnp.argsort(jax.vmap(jax.random.uniform)(k_share) - has_negative)[:count]
-        scaled_up = has_negative.sum() / jnp.clip(has_negative.sum(), 1, count)
-        negative_weight = jnp.zeros_like(sigma).at[rows].set(scaled_up * negative_weight[rows])
-    both = jnp.concatenate([jnp.arange(len(x)), rows])
-    inputs = (
-        x[both],
-        sigma[both],
-        jnp.concatenate([label, negative[rows]]),
-        *jax.tree.map(lambda e: e[both], extra),
-    )
+    @property
+    def _equivalent(self) -> bool:
+        """Whether the optimum is CFG."""
+        return self.negatives == "posterior" or self.weighting == "cfg"
 
-    def split(values):  # (B + count,) -> at c (B,), and at c~ (B,) with 0 where it was left out
-        return values[: len(x)], jnp.zeros_like(sigma).at[rows].set(values[len(x) :])
+    @property
+    def _held(self) -> bool:
+        """Whether the loss compares the model with the reference at both labels."""
+        return self.bound == "logistic" or self.reference_penalty > 0
 
-    denoised = denoise(*inputs)
-    explained = x0
-    if reference is not None and referred:
-        # at c~ too where the model is held to it
-        needed = inputs if held else jax.tree.map(lambda e: e[: len(x)], inputs)
-        frozen = jax.lax.stop_gradient(reference(*needed))
-        if target == "reference":
-            explained = frozen[: len(x)]
-    error, negative_error = split(mean_square(denoised - explained[both]))
+    def __call__(
+        self, models: Models, problem: Problem, batch: Batch, keys: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """Metrics: `error` and `negative_error` (unweighted), `margin` (their difference where
+        there is a contrast), `weight`, `weight_ess` (effective share) and `weight_max` of the
+        negative term, without beta; with a posterior `unbounded`: how often the plain objective has
+        no minimum at (x_s, c~).
 
-    # ---- the loss --------------------------------------------------------------------------------
-    if bound == "clip":
-        limit = clip_ratio * jax.lax.stop_gradient(error)
-        loss = positive_weight * error - negative_weight * jnp.minimum(negative_error, limit)
-    else:
-        loss = positive_weight * error - negative_weight * negative_error
-    if held:
-        if bound == "logistic":
-            error_then, negative_error_then = split(mean_square(frozen - explained[both]))
-            then = (positive_weight - 1) * error_then - negative_weight * negative_error_then
-            margin = logistic_scale * weight(sigma) * (loss - error - then)
-            bounded = 2 / logistic_scale * (jax.nn.softplus(margin) - jnp.log(2.0))
-            loss = error + bounded / weight(sigma)
-        at_label, at_negative = split(mean_square(denoised - frozen))
-        distance = at_label + (negative_weight > 0) * at_negative
-        loss += reference_penalty * jnp.where(contrast > 0, distance, 0)
+        Raises:
+          ValueError: if the rows are no multiple of 1 / negative_share.
+        """
+        every = round(1 / self.negative_share)
+        if len(batch.x0) % every:
+            raise ValueError(
+                f"objective.negative_share={self.negative_share} takes every {every}th row, but a "
+                f"part of the batch has {len(batch.x0)} rows; expected a multiple of {every}. "
+                "Change config.batch_size or config.grad_accumulation."
+            )
+        noisy = perturb(problem, batch.x0, batch.condition, keys, self.label_dropout)
+        k_negative, k_posterior, k_strength = split(noisy.keys, 3)
+        beta, condition = draw_strength(
+            noisy.condition, k_strength, problem, self.beta, arcsine_law
+        )
+        noisy = noisy._replace(condition=condition)
+        contrast = self._contrast(problem, noisy, beta)
+        log_posterior = None
+        if models.posterior is not None:
+            log_posterior = jax.lax.stop_gradient(
+                models.posterior(noisy.x, noisy.sigma, condition, k_posterior)
+            )
+        wrong, own_weight, omega = self._wrong_label(
+            problem, batch.condition.label, k_negative, log_posterior
+        )
+        some = functools.partial(jax.tree.map, lambda values: values[::every])
+        loss, metrics = self._terms(
+            models, problem, batch.x0, noisy, some,
+            wrong, some(contrast * own_weight), some(contrast * omega),
+        )  # fmt: skip
+        metrics |= {
+            "weight": mean(omega),
+            "weight_ess": effective_share(omega),
+            "weight_max": maximum(omega),
+        }
+        if log_posterior is not None:
+            ratio = jnp.exp(_at(log_posterior, wrong) - log_prior(problem)[wrong])
+            unbounded = ratio < contrast / (1 + contrast)
+            metrics["unbounded"] = mean(unbounded.astype(loss.dtype))
+        return loss, metrics
 
-    metrics = {
-        "error": error,
-        "negative_error": negative_error * (len(x) / count),  # its mean is over those computed
-        "margin": jnp.where(negative_weight > 0, negative_error - error, 0),
-        "weight": omega,
-        "weight_square": omega**2,
-        "weight_max": omega,
-    }
-    if log_posterior is not None:
-        ratio = jnp.exp(at(log_posterior, negative) - log_prior[negative])
-        metrics["unbounded"] = (ratio < contrast / (1 + contrast)).astype(sigma.dtype)
-    return weight(sigma) * loss, metrics
+    def _contrast(self, problem: Problem, noisy: Noisy, beta: Any) -> jax.Array:
+        """The strength (B,) with which each example is contrasted."""
+        inside = noisy.condition.label != problem.null_label
+        if self.sigma_interval:
+            low, high = self.sigma_interval
+            levels = noisy.sigma.reshape(len(inside), -1)
+            inside &= ((low < levels) & (levels <= high)).all(-1)
+        return jnp.where(inside, beta, 0.0)
 
+    def _wrong_label(
+        self, problem: Problem, own: jax.Array, keys: jax.Array, log_posterior: Any
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """c~ (B,), and the weights (B,), without beta, of the right and the wrong label's error."""
+        ones = jnp.ones(len(own))
+        if self.negatives == "posterior":
+            wrong = draw_label(keys, log_posterior, other_than=own)
+            other = -jnp.expm1(_at(log_posterior, own))  # 1 - p(c | x_s)
+            return wrong, other, other
+        logits = log_prior(problem)
+        mismatched = self.negatives == "mismatched"
+        wrong = draw_label(keys, logits, other_than=own if mismatched else None)
+        if self.weighting == "none":
+            return wrong, ones, ones
+        chance = logits[wrong]
+        if mismatched:
+            chance -= jnp.log1p(-jnp.exp(logits[own]))
+        omega = jnp.exp(_at(log_posterior, wrong) - chance)
+        own_weight = 1 - jnp.exp(_at(log_posterior, own)) if mismatched else ones
+        return wrong, own_weight, omega
 
-def is_unbounded(config: Mapping[str, Any]) -> bool:
-    """Whether the objective with these options is the plain form without a bound."""
-    equivalent = config["negatives"] == "posterior" or config["weighting"] == "cfg"
-    held = config["bound"] != "none" or config["reference_penalty"] >= config["beta"]
-    return not equivalent and not held
+    def _terms(self, models, problem, x0, noisy, some, wrong, own_weight, wrong_weight):
+        """Loss (B,) and metrics, from one call of the network for both labels.
 
+        `some` takes the rows that have a contrast; `own_weight` and `wrong_weight` are theirs.
+        """
+        x, sigma, condition, _ = noisy
+        right = (x, sigma, condition)
+        contrasted = some((x, sigma, with_label(condition, wrong)))
+        denoised, at_wrong = in_one_call(models.denoise, right, contrasted)
+        frozen = frozen_wrong = None
+        if "reference" in self.needs:
+            reference = models.frozen["reference"].denoise
+            if not self._held:
+                frozen = reference(*right)
+            elif self.target == "reference":
+                frozen, frozen_wrong = in_one_call(reference, right, contrasted)
+            else:
+                frozen, frozen_wrong = in_one_call(reference, some(right), contrasted)
+        explained: Any = frozen if self.target == "reference" else x0
+        weight = problem.weight(sigma)
 
-def _is_held(bound: str, reference_penalty: float) -> bool:
-    """Whether the loss compares the model with the reference at both labels."""
-    return bound == "logistic" or reference_penalty > 0
+        def weighted(a, b):  # at the rows that have a contrast
+            return per_example(some(weight) * square_error(a, b, some(sigma)))
 
+        error = square_error(denoised, explained, sigma)
+        plain = per_example(weight * error)
+        own, other = some(plain), weighted(at_wrong, some(explained))
+        if self.bound == "clip":
+            other = jnp.minimum(other, self.clip_ratio * jax.lax.stop_gradient(own))
+        contrast = own_weight * own - wrong_weight * other
+        if self._held:
+            held_right = frozen if self.target == "data" else some(frozen)
+            if self.bound == "logistic":
+                then = own_weight * weighted(held_right, some(explained))
+                then -= wrong_weight * weighted(frozen_wrong, some(explained))
+                margin = self.logistic_scale * (contrast - then)
+                contrast = 2 / self.logistic_scale * (jax.nn.softplus(margin) - jnp.log(2.0))
+            distance = weighted(some(denoised), held_right)
+            distance += (wrong_weight > 0) * weighted(at_wrong, frozen_wrong)
+            contrast += self.reference_penalty * jnp.where(own_weight > 0, distance, 0)
+        every = len(x) // len(own)
+        loss = plain.at[::every].add(every * contrast)
 
-def needs_reference(bound: str, target: str, reference_penalty: float) -> bool:
-    """Whether the loss with these options reads the frozen reference."""
-    return _is_held(bound, reference_penalty) or target == "reference"
+        positive_error = per_example(error)
+        negative_error = per_example(square_error(at_wrong, some(explained), some(sigma)))
+        return loss, {
+            "error": mean(positive_error),
+            "negative_error": mean(negative_error),
+            "margin": mean(negative_error - some(positive_error), where=wrong_weight > 0),
+        }
 
-
-def _check(negatives, weighting, bound, target, share) -> None:
-    for name, value, words in [
-        ("negatives", negatives, NEGATIVES),
-        ("weighting", weighting, WEIGHTINGS),
-        ("bound", bound, BOUNDS),
-        ("target", target, TARGETS),
-    ]:
-        if value not in words:
-            raise ValueError(f"objective.{name} is {value!r}; expected one of {words}.")
-    if not 0 < share <= 1:
-        raise ValueError(f"objective.negative_share is {share}; expected above 0 and at most 1.")
-    if negatives == "posterior" and weighting == "cfg":
-        raise ValueError(
-            "Negatives from the posterior are the CFG-equivalent form already: set "
-            "objective.weighting='none', or objective.negatives='prior'."
+    def advice(self) -> str:
+        if self.beta <= 0:
+            return super().advice()
+        bound = self.beta / (1 + self.beta)
+        if not self._equivalent and self.bound == "none" and self.reference_penalty < self.beta:
+            return (
+                "The plain MCLR objective has no minimum: its loss falls without end wherever "
+                f"p(c|x_s) / p(c) < beta / (1 + beta) = {bound:.3g}. Use the CFG-equivalent form "
+                "(objective.negatives='posterior' or objective.weighting='cfg'), or bound it "
+                "(objective.bound='clip' or 'logistic', objective.reference_penalty >= beta)."
+            )
+        return (
+            f"A posterior that is more than (1 + beta) / beta = {1 / bound:.3g} times too large at "
+            "some (x_s, c~) takes the minimum away: improve it (for 'denoiser' more "
+            "posterior.levels), lower objective.beta, or set objective.bound='clip'. "
+            + super().advice()
         )
 
 
-def _check_parts(negatives, weighting, posterior, referred, reference) -> None:
-    if posterior is None and (negatives == "posterior" or weighting == "cfg"):
-        raise ValueError(
-            "The CFG-equivalent objective needs a posterior: set objective.posterior to 'exact', "
-            "'classifier' or 'denoiser'."
-        )
-    if reference is None and referred:
-        raise ValueError(
-            "objective.target='reference', objective.bound='logistic' and "
-            "objective.reference_penalty need a frozen reference: set config.init_from to the work "
-            "directory of the base run."
-        )
+def _at(table: jax.Array, classes: jax.Array) -> jax.Array:
+    """table (B, K) at classes (B,) -> (B,)."""
+    return jnp.take_along_axis(table, classes[:, None], axis=-1)[:, 0]

@@ -12,6 +12,7 @@ import numpy as np
 from flax import traverse_util
 
 from mclr_jax.networks.dit import DiT
+from mclr_jax.types import Condition
 
 OFFICIAL = {
     "x_embedder": "x_embedder.proj",
@@ -38,7 +39,8 @@ def convert(state_dict: Mapping[str, np.ndarray], net: DiT) -> dict:
         want time_scale 1.
 
     Returns:
-      params for `net.apply({"params": params}, ...)`.
+      params for `net.apply({"params": params}, ...)`; optional inputs, which no official weights
+      have, get zeros.
 
     Raises:
       ValueError: a parameter is missing, unexpected or misshapen; the first is named.
@@ -63,6 +65,9 @@ def convert(state_dict: Mapping[str, np.ndarray], net: DiT) -> dict:
 
     params = {}
     for path, leaf in _expected(remaining, net).items():
+        if path[0] in net.optional_inputs:
+            params[path] = jnp.zeros(leaf.shape)
+            continue
         name = f"{OFFICIAL[path[-2]]}.{'bias' if path[-1] == 'bias' else 'weight'}"
         if path[0] == "blocks":
             names = [f"blocks.{index}.{name}" for index in range(net.depth)]
@@ -81,5 +86,6 @@ def _expected(state_dict: Mapping[str, np.ndarray], net: DiT) -> dict:
         raise ValueError(f"parameter {name!r} is missing: not weights of a DiT")
     p, channels = net.patch_size, state_dict[name].shape[1]
     x = jax.ShapeDtypeStruct((1, p, p, channels), jnp.float32)
-    shapes = jax.eval_shape(net.init, jax.random.key(0), x, jnp.zeros(1), jnp.zeros(1, jnp.int32))
+    condition = Condition(jnp.zeros(1, jnp.int32))
+    shapes = jax.eval_shape(net.init, jax.random.key(0), x, jnp.zeros(1), condition)
     return traverse_util.flatten_dict(shapes["params"])

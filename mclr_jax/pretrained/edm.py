@@ -12,6 +12,7 @@ import numpy as np
 from flax import traverse_util
 
 from mclr_jax.networks.unet import UNet, attention_heads
+from mclr_jax.types import Condition
 
 
 def convert(state_dict: Mapping[str, np.ndarray], net: UNet) -> dict:
@@ -22,7 +23,8 @@ def convert(state_dict: Mapping[str, np.ndarray], net: UNet) -> dict:
       net: the network that the weights belong to; its fields say what is expected.
 
     Returns:
-      params for `net.apply({"params": params}, ...)`.
+      params for `net.apply({"params": params}, ...)`; optional inputs that the weights lack get
+      zeros.
 
     Raises:
       ValueError: a parameter is missing, unexpected or misshapen; the first is named.
@@ -31,6 +33,9 @@ def convert(state_dict: Mapping[str, np.ndarray], net: UNet) -> dict:
     params = {}
     for path, expected in _expected(remaining, net).items():
         name = _official_name(path)
+        if name not in remaining and path[0] in net.optional_inputs:
+            params[path] = jnp.zeros(expected.shape)
+            continue
         if name not in remaining:
             raise ValueError(f"parameter {name!r} is missing, expected shape {expected.shape}")
         value = np.asarray(remaining.pop(name), np.float32)
@@ -73,9 +78,8 @@ def _expected(state_dict: Mapping[str, np.ndarray], net: UNet) -> dict:
         raise ValueError("parameter 'enc.*_conv.weight' is missing: not weights of an EDM U-Net")
     height, width = map(int, first.removeprefix("enc.").removesuffix("_conv.weight").split("x"))
     x = jax.ShapeDtypeStruct((1, height, width, state_dict[first].shape[1]), jnp.float32)
-    c_noise, label = jnp.zeros(1), jnp.zeros(1, jnp.int32)
-    augment = jnp.zeros((1, net.augment_dim)) if net.augment_dim else None
-    shapes = jax.eval_shape(net.init, jax.random.key(0), x, c_noise, label, augment)
+    condition = Condition(jnp.zeros(1, jnp.int32))
+    shapes = jax.eval_shape(net.init, jax.random.key(0), x, jnp.zeros(1), condition)
     return traverse_util.flatten_dict(shapes["params"])
 
 

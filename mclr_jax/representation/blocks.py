@@ -4,15 +4,14 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mclr_jax.data import pipeline
-from mclr_jax.data.sources import Source
-from mclr_jax.experiment import Experiment
+from mclr_jax.data.pixels import to_float
+from mclr_jax.data.protocol import Source
 from mclr_jax.generate import replicated, shardings, spread_size
+from mclr_jax.model import Model
 from mclr_jax.names import look_up
 from mclr_jax.noise import sample_keys
 from mclr_jax.representation import perturb
@@ -20,61 +19,32 @@ from mclr_jax.representation import perturb
 BATCH = 256
 
 
-def _is_block(module: flax.linen.Module, method: str) -> bool:
-    """By the name of its class, which scanning and rematerialisation put something before."""
-    return method == "__call__" and type(module).__name__.endswith("Block")
-
-
-def outputs(
-    experiment: Experiment, params: Any, x: jax.Array, sigma: jax.Array
-) -> dict[str, jax.Array]:
-    """Features (B, d) float32 of every block, in the order of the calls, at the null label.
-
-    A block is named by its path in the network (`dec_16x16_block1`); those of a DiT, which run one
-    module, are `blocks.0`, `blocks.1`, ...
-
-    Args:
-      x: noisy data (B, ...).
-      sigma: their noise levels (B,), above 0.
-    """
-    found: dict[str, jax.Array] = {}
-    for path, (output,) in flax.traverse_util.flatten_dict(
-        experiment.intermediates(params, x, sigma, _is_block)
-    ).items():
-        if path[-1] != "__call__":
-            continue  # sown by the network for other purposes
-        name = "/".join(path[:-1])
-        if isinstance(output, tuple):  # scanned over depth: carry and output
-            found |= {f"{name}.{i}": carry for i, carry in enumerate(output[0])}
-        else:
-            found[name] = output
-    return {
-        name: h.astype(jnp.float32).mean(axis=tuple(range(1, h.ndim - 1)))
-        for name, h in found.items()
-    }
-
-
 @functools.lru_cache(maxsize=8)
-def sizes(experiment: Experiment) -> dict[str, int]:
+def sizes(model: Model) -> dict[str, int]:
     """The length of the features of every block, in the order of the calls."""
     found: dict[str, int] = {}
 
-    def trace():
-        x = jnp.zeros((1, *experiment.data.shape))
-        features = outputs(experiment, experiment.init(), x, jnp.ones(1))
-        found.update({name: h.shape[-1] for name, h in features.items()})
+    def trace():  # what a traced function returns would come back in another order
+        features = model.block_features(model.init(jax.random.key(0)))
+        x = jnp.zeros((1, *model.data.shape))
+        found.update({name: h.shape[-1] for name, h in features(x, 1.0).items()})
 
     jax.eval_shape(trace)
     return found
 
 
-def choose(experiment: Experiment, names: Sequence[str] = ()) -> tuple[str, ...]:
+def choose(model: Model, names: Sequence[str] = ()) -> tuple[str, ...]:
     """The blocks of these names, in their order; the middle one of all where none is named.
 
     Raises:
       ValueError: naming the nearest blocks, if there is no such block.
     """
-    known = sizes(experiment)
+    known = sizes(model)
+    if not known:
+        raise ValueError(
+            f"{type(model.network).__name__} has no module whose class name ends in Block; "
+            "expected at least one, whose output is the feature."
+        )
     for name in names:
         look_up(known, name, "layer")
     return tuple(names) or (list(known)[(len(known) - 1) // 2],)
@@ -82,7 +52,7 @@ def choose(experiment: Experiment, names: Sequence[str] = ()) -> tuple[str, ...]
 
 @functools.lru_cache(maxsize=8)
 def _compiled(
-    experiment: Experiment,
+    model: Model,
     layers: tuple[str, ...],
     number_of_views: int,
     augmentation: perturb.Augmentation,
@@ -90,12 +60,12 @@ def _compiled(
     """Jitted (params, images (B, ...), numbers (B,), seed, sigma) -> layer -> (V, B, d)."""
 
     def run(params, images, numbers, seed, sigma):
-        x0, keys = pipeline.to_float(images), sample_keys(seed, numbers)
+        x0, keys = to_float(images), sample_keys(seed, numbers)
 
         def one(number):
             view_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
             x = perturb.view(x0, sigma, view_keys, augmentation)
-            found = outputs(experiment, params, x, jnp.full(len(x), sigma))
+            found = model.block_features(params)(x, sigma)
             return {name: found[name] for name in layers}  # XLA drops what follows the last
 
         return jax.lax.map(one, jnp.arange(number_of_views))
@@ -105,7 +75,7 @@ def _compiled(
 
 
 def extract(
-    experiment: Experiment,
+    model: Model,
     params: Any,
     source: Source,
     rows: np.ndarray,
@@ -124,7 +94,7 @@ def extract(
     for the scale of the noise. Changing sigma does not recompile.
 
     Args:
-      experiment: what the parameters belong to.
+      model: what the parameters belong to.
       params: network parameters, on any devices of this process or all.
       source: of images.
       rows: (n,) which of them.
@@ -141,7 +111,7 @@ def extract(
     """
     if not sigma > 0:
         raise ValueError(f"Got sigma {sigma}; expected above 0. For clean images take 0.002.")
-    run = _compiled(experiment, layers, number_of_views, augmentation)
+    run = _compiled(model, layers, number_of_views, augmentation)
     spread, _ = shardings()
     params = replicated(params)
     batch_size = spread_size(batch_size, len(rows))
@@ -153,9 +123,3 @@ def extract(
         features = jax.device_get(run(params, images, numbers, np.uint32(seed), np.float32(sigma)))
         yield {name: h[:, : len(some)] for name, h in features.items()}
         progress(len(some))
-
-
-def augmentation(experiment: Experiment) -> perturb.Augmentation:
-    """The usual views; they flip where training did, for digits and shoes have a side."""
-    data = experiment.config.data
-    return perturb.Augmentation(flip=bool(data.flip or data.augment))

@@ -1,6 +1,5 @@
 """ICR along a training run: it turns up before samples begin to copy the training set."""
 
-import json
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,10 +8,12 @@ import numpy as np
 from absl import logging
 
 from mclr_jax import generate, images
-from mclr_jax.data.sources import Source, evenly
+from mclr_jax.data.protocol import Source, evenly
 from mclr_jax.evaluation import evaluate
-from mclr_jax.experiment import Experiment
-from mclr_jax.representation import blocks, icr, sweep
+from mclr_jax.files import read_lines
+from mclr_jax.model import Model
+from mclr_jax.representation import blocks, icr, perturb, sweep
+from mclr_jax.samplers import Sampler
 
 PATIENCE = 3  # readings that must lie above the minimum ...
 MARGIN = 0.02  # ... by this share of it
@@ -20,29 +21,32 @@ Reading = dict[str, float]
 
 
 def make(
-    experiment: Experiment, source: Source, workdir: pathlib.Path, start: int
-) -> Callable[[int, Any], Reading] | None:
-    """(step, params) -> a reading as config.icr wants it, or None where every_steps is 0.
+    config: Any,
+    model: Model,
+    source: Source,
+    workdir: pathlib.Path,
+    start: int,
+    sampler: Sampler,
+    flip: bool,
+) -> Callable[[int, Any], Reading]:
+    """(step, params) -> a reading as `config`, config.icr of the run, wants it.
 
     It remembers the run's readings, those of `workdir` up to step `start` too, and warns once when
-    they have turned up. A reading has icr (bias-corrected), its traces and, if config.icr.samples,
-    memorized, each a float named icr_NAME; it is empty where the features do not vary in some
-    direction, as those of an untrained network may. Images and perturbations are the same each
-    time.
+    they have turned up. A reading has icr (bias-corrected), its traces and, if config.samples,
+    memorized (of samples by `sampler`), each a float named icr_NAME; it is empty where the features
+    do not vary in some direction, as those of an untrained network may. Images and perturbations,
+    among them flips if `flip`, are the same each time.
 
     Raises:
       ValueError: before training, if there is no such layer, or images are too few for it.
     """
-    config = experiment.config.icr
-    if not config.every_steps:
-        return None
-    layers = blocks.choose(experiment, [config.layer] if config.layer else [])
+    (layer,) = blocks.choose(model, [config.layer] if config.layer else [])
     rows = evenly(source, config.num_images)
-    icr.check_size(len(rows), blocks.sizes(experiment)[layers[0]])
-    readings = past(workdir, start)
+    icr.check_size(len(rows), blocks.sizes(model)[layer])
+    readings, shown = past(workdir, start), perturb.Augmentation(flip=flip)
 
     def read(step: int, params: Any) -> Reading:
-        views = sweep.accumulate(experiment, params, source, rows, config.sigma, layers)[layers[0]]
+        views = sweep.accumulate(model, params, source, rows, config.sigma, (layer,), shown)[layer]
         try:
             values = {"icr": icr.ratio(views, bias_corrected=True)}
         except ValueError as error:
@@ -50,7 +54,7 @@ def make(
             return {}
         values |= {f"icr_{name}": value for name, value in icr.traces(views).items()}
         if config.samples:
-            values["icr_memorized"] = memorized(experiment, params, source, config.samples)
+            values["icr_memorized"] = memorized(model, params, source, config.samples, sampler)
         readings.append((step, values["icr"]))
         warn(readings)
         return values
@@ -58,10 +62,10 @@ def make(
     return read
 
 
-def memorized(experiment: Experiment, params: Any, source: Source, count: int) -> float:
+def memorized(model: Model, params: Any, source: Source, count: int, sampler: Sampler) -> float:
     """Share of `count` unguided samples that copy a training image, by pixels."""
-    labels = np.resize(np.arange(experiment.null_label), count)
-    samples = images.clip(generate.generate(experiment, params, labels))
+    labels = np.resize(np.arange(model.null_label), count)
+    samples = images.clip(generate.generate(model, params, labels, sampler))
     return evaluate.memorized(samples, source)
 
 
@@ -92,12 +96,6 @@ def warn(readings: Sequence[tuple[int, float]]) -> None:
 
 def past(workdir: pathlib.Path, step: int) -> list[tuple[int, float]]:
     """The readings (step, ICR) of a run up to a step, from its metrics.jsonl."""
-    path, found = workdir / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:  # a line cut short by a kill
-            continue
-        if "icr" in record and record["step"] <= step:
-            found.append((record["step"], record["icr"]))
-    return found
+    records = read_lines(workdir / "metrics.jsonl")
+    found = [r for r in records if isinstance(r.get("icr"), float) and r["step"] <= step]
+    return [(record["step"], record["icr"]) for record in found]

@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mclr_jax.data.pipeline import random_flip
-from mclr_jax.denoiser import expand
+from mclr_jax.data.pixels import random_flip
 from mclr_jax.noise import normal_like
+from mclr_jax.types import expand
 
 
 @dataclasses.dataclass(frozen=True)

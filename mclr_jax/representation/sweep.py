@@ -10,20 +10,21 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from mclr_jax.data.sources import Source, evenly
-from mclr_jax.experiment import Experiment
-from mclr_jax.representation import blocks, icr
+from mclr_jax.data.protocol import Source, evenly
+from mclr_jax.model import Model
+from mclr_jax.representation import blocks, icr, perturb
 
 SIGMAS = (0.01, 0.02, 0.06, 0.14, 0.3, 0.59, 1.09, 1.92, 3.26)  # of the paper's sweep
 
 
 def accumulate(
-    experiment: Experiment,
+    model: Model,
     params: Any,
     source: Source,
     rows: np.ndarray,
     sigma: float,
     layers: tuple[str, ...],
+    augmentation: perturb.Augmentation,
     **options: Any,
 ) -> dict[str, icr.Views]:
     """Moments of perturbed views of these images by layer; options as `blocks.extract` has them.
@@ -31,11 +32,12 @@ def accumulate(
     Raises:
       ValueError: fewer images than twice the length of the features.
     """
-    known = blocks.sizes(experiment)
+    known = blocks.sizes(model)
     for layer in layers:
         icr.check_size(len(rows), known[layer])
-    options = {"augmentation": blocks.augmentation(experiment)} | options
-    batches = blocks.extract(experiment, params, source, rows, sigma, layers=layers, **options)
+    batches = blocks.extract(
+        model, params, source, rows, sigma, layers=layers, augmentation=augmentation, **options
+    )
     parts = ({name: icr.views(h) for name, h in batch.items()} for batch in batches)
     return functools.reduce(lambda a, b: {name: a[name].merge(b[name]) for name in a}, parts)
 
@@ -48,14 +50,14 @@ def probe_accuracy(
     return float(probe.fit(features, labels).score(test_features, test_labels))
 
 
-def _probes(experiment, params, train, test, count, sigma, layers, **options) -> dict[str, float]:
+def _probes(model, params, train, test, count, sigma, layers, **options) -> dict[str, float]:
     """Probe accuracy by layer, from noisy but otherwise unchanged images."""
     sets = []
     for source in (train, test):
         chosen = evenly(source, count)
         batches = list(
             blocks.extract(
-                experiment, params, source, chosen, sigma,
+                model, params, source, chosen, sigma,
                 layers=layers, number_of_views=1, **options,
             )
         )  # fmt: skip
@@ -66,11 +68,12 @@ def _probes(experiment, params, train, test, count, sigma, layers, **options) ->
 
 
 def sweep(
-    experiment: Experiment,
+    model: Model,
     params: Any,
     train: Source,
     test: Source | None = None,
     *,
+    augmentation: perturb.Augmentation,
     sigmas: Sequence[float] = SIGMAS,
     layers: Sequence[str] = (),
     num_images: int = 4096,
@@ -82,9 +85,10 @@ def sweep(
     """A row for each layer and noise level.
 
     Args:
-      experiment, params: the model.
+      model, params: what is measured.
       train: images for ICR, and for the probe to learn from.
       test: images to test the probe with; None for no probe.
+      augmentation: of the views for ICR; flip where training did, for digits and shoes have a side.
       sigmas: noise levels, above 0.
       layers: names of blocks; the middle one where empty.
       num_images: of each, evenly spaced; all where there are fewer.
@@ -97,17 +101,17 @@ def sweep(
       rows of layer, sigma, icr (bias-corrected), icr_plain, invariance, residual, expansion (see
       `icr.traces`), effective_rank and, with `test`, probe_accuracy.
     """
-    chosen, rows = blocks.choose(experiment, layers), evenly(train, num_images)
+    chosen, rows = blocks.choose(model, layers), evenly(train, num_images)
     options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "progress": progress}
     table = []
     for sigma in sigmas:
         found = accumulate(
-            experiment, params, train, rows, sigma, chosen,
+            model, params, train, rows, sigma, chosen, augmentation,
             number_of_views=number_of_views, **options,
         )  # fmt: skip
         accuracy = (
             {} if test is None
-            else _probes(experiment, params, train, test, num_images, sigma, chosen, **options)
+            else _probes(model, params, train, test, num_images, sigma, chosen, **options)
         )  # fmt: skip
         for name, seen in found.items():
             row = {

@@ -3,65 +3,45 @@
 import json
 import math
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
-from orbax.checkpoint import checkpoint_managers as policies
+
+from mclr_jax.files import read_lines, write_atomically
 
 
 class MismatchError(ValueError):
     """Stored parameters have other names or shapes than those asked for."""
 
 
-def _metric(name: str) -> Callable[[dict], float]:
-    return lambda metrics: metrics.get(name, math.inf)
-
-
 class Checkpoints:
     """The checkpoints of one run; a context manager that waits for the last save at the end.
 
-    A checkpoint holds a tree of arrays and the position in the data. Orbax writes under a temporary
-    name and renames, so that a killed run leaves no half-written step.
+    A checkpoint holds a tree of arrays. Orbax writes under a temporary name and renames, so that a
+    killed run leaves no half-written step. The metrics that rank checkpoints stand in a file of
+    our own, `directory`/metrics.jsonl; a checkpoint whose line is missing or damaged has none.
 
     Args:
       directory: where steps are kept; created if missing.
-      keep: how many of the newest to keep, None for all; the one with the lowest metric `loss` and
-        the one with the lowest `icr` are kept besides.
+      keep: how many of the newest to keep; the one with the lowest metric `loss` and the one with
+        the lowest `icr` are kept besides. None for all, and for who only reads.
     """
 
     def __init__(self, directory, keep: int | None = 2):
-        self.directory = pathlib.Path(directory).resolve()
-        best = [
-            policies.BestN(
-                get_metric_fn=_metric(name),
-                reverse=True,
-                n=1,
-                keep_checkpoints_without_metrics=False,
-            )
-            for name in ("loss", "icr")
-        ]
-        for step in sorted(self.directory.glob("[0-9]*")):
-            try:  # Orbax reads these while it opens the directory, and would not open it
-                for file in (step / "metrics" / "metrics", step / "data" / "metadata"):
-                    if file.parent.exists():
-                        json.loads(file.read_text())
-            except (OSError, ValueError) as error:
-                self._set_aside(step.name, error)
+        self.directory, self._keep = pathlib.Path(directory).resolve(), keep
+        self._file = self.directory / "metrics.jsonl"
+        # All processes read it before the manager brings them together; the first writes after.
+        self._metrics = {record["step"]: record for record in read_lines(self._file)}
         self._manager = ocp.CheckpointManager(
             self.directory,
-            item_handlers={
-                "state": ocp.PyTreeCheckpointHandler(),
-                "data": ocp.JsonCheckpointHandler(),
-            },
+            item_handlers={"state": ocp.PyTreeCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), *best]),
-                best_fn=_metric("loss"),
-                best_mode="min",
-                cleanup_tmp_directories=True,
+                preservation_policy=self,
+                # Not by a reader: what is unfinished may be what a run is writing just now.
+                cleanup_tmp_directories=keep is not None,
             ),
         )
 
@@ -81,15 +61,34 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step with the lowest metric `loss`, None if no checkpoint has one."""
-        return self._manager.best_step()
+        return self._lowest("loss", self.steps())
 
-    def save(self, step: int, state: Any, data_state: dict, metrics: dict | None = None) -> None:
+    def _lowest(self, name: str, steps: list[int]) -> int | None:
+        values = {step: self._metrics.get(step, {}).get(name) for step in steps}
+        fine = {s: v for s, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
+        return min(fine, key=lambda step: fine[step], default=None)
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """Which of Orbax's checkpoints stay: this object is its preservation policy."""
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*steps[::-1][: self._keep], self._lowest("loss", steps), self._lowest("icr", steps)}
+        return [step in kept for step in steps]
+
+    def save(self, step: int, state: Any, metrics: dict[str, float] | None = None) -> None:
         """Save in the background; nothing is done if this step is saved already."""
-        if step not in self._manager.all_steps():
-            items = {"state": ocp.args.PyTreeSave(state), "data": ocp.args.JsonSave(data_state)}
-            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+        held = self.steps()
+        if step in held:
+            return
+        # With those that this save retires: they go only once the new checkpoint is on disk.
+        records = {s: record for s, record in self._metrics.items() if s in held}
+        self._metrics = records | {step: {"step": step, **(metrics or {})}}
+        if jax.process_index() == 0:
+            lines = (json.dumps(record) + "\n" for record in self._metrics.values())
+            write_atomically(self._file, "".join(lines))
+        self._manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state)))
 
-    def restore(self, like: Any, step: int | None = None) -> tuple[Any, dict, int] | None:
+    def restore(self, like: Any, step: int | None = None) -> tuple[Any, int] | None:
         """The newest checkpoint that can be read; None where there is no checkpoint at all.
 
         Args:
@@ -97,29 +96,26 @@ class Checkpoints:
           step: read this step and no other.
 
         Returns:
-          (state, data_state, step). A newest checkpoint that cannot be read is moved beside the
-          directory, under `broken`, with a warning, and the one before is tried.
+          (state, step). A newest checkpoint that cannot be read is moved beside the directory,
+          under `broken`, with a warning, and the one before is tried.
 
         Raises:
           MismatchError: naming the first parameter whose stored name or shape differs from `like`.
           RuntimeError: if there are checkpoints and none of them can be read.
         """
-        steps = self.steps()[::-1]
-        if step is not None:
-            if step not in steps:
-                raise RuntimeError(
-                    f"No checkpoint of step {step} in {self.directory}; there are {steps[::-1]}."
-                )
-            steps = [step]
+        held = self.steps()
+        if step is not None and step not in held:
+            raise RuntimeError(f"No checkpoint of step {step} in {self.directory}; only {held}.")
+        steps = held[::-1] if step is None else [step]
         for candidate in steps:
             try:
-                return *self._read(like, candidate), candidate
+                return self._read(like, candidate), candidate
             except MismatchError:
                 raise
             except Exception as error:  # whatever a damaged file makes the reader raise
                 if step is not None:
                     raise RuntimeError(f"Cannot read checkpoint {step}: {error}") from error
-                self._set_aside(str(candidate), error)
+                self._set_aside(candidate, error)
                 self._manager.reload()
         if steps:
             raise RuntimeError(
@@ -128,28 +124,26 @@ class Checkpoints:
             )
         return None
 
-    def _read(self, like: Any, step: int) -> tuple[Any, dict]:
+    def _read(self, like: Any, step: int) -> Any:
         stored = self._manager.item_metadata(step)["state"]
         if stored is None or not stored.tree:
             raise OSError("its description of the state is missing")
         check_same(like, stored.tree, f"checkpoint {step} of {self.directory}")
         restore_args = ocp.checkpoint_utils.construct_restore_args(like)
-        items = {
-            "state": ocp.args.PyTreeRestore(like, restore_args=restore_args, partial_restore=True),
-            "data": ocp.args.JsonRestore(),
-        }
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        return restored["state"], restored["data"]
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeRestore(like, restore_args=restore_args, partial_restore=True)
+        )
+        return self._manager.restore(step, args=items)["state"]
 
-    def _set_aside(self, step: str, error: Exception) -> None:
-        target = self.directory.parent / "broken" / step
+    def _set_aside(self, step: int, error: Exception) -> None:
+        target = self.directory.parent / "broken" / str(step)
         reason = str(error).splitlines()[0][:200]
         logging.warning("Checkpoint %s cannot be read (%s); moved to %s.", step, reason, target)
         if jax.process_index() == 0:
             target.parent.mkdir(exist_ok=True)
             while target.exists():
                 target = target.with_name(target.name + "_")
-            (self.directory / step).rename(target)
+            (self.directory / str(step)).rename(target)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("checkpoint set aside")
 
@@ -158,7 +152,7 @@ def check_same(wanted: Any, stored: Any, source: str) -> None:
     """Raises MismatchError at the first leaf of `wanted` that `stored` lacks or has differently."""
 
     def leaves(tree):
-        paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+        paths = jax.tree_util.tree_leaves_with_path(tree)
         return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in paths}
 
     available = leaves(stored)

@@ -1,6 +1,6 @@
 """The training state, and one update of it, written once for every device layout."""
 
-import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +9,10 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from mclr_jax.experiment import Experiment
+from mclr_jax.metrics import Metrics, add, map_by_kind, mean, over_devices, over_rows
+from mclr_jax.task import Task
+
+BLOCK = 4  # rows that accumulation keeps together, for losses of every second or fourth row
 
 
 @struct.dataclass
@@ -29,14 +32,14 @@ class TrainState:
     ema: dict[str, Any]
 
 
-def init_state(experiment: Experiment) -> TrainState:
+def init_state(task: Task) -> TrainState:
     """The state before the first step; pure, so that it can be jitted with sharded results."""
-    params = experiment.init()
+    params = task.init()
     return TrainState(
         step=jnp.int32(0),
         params=params,
-        opt_state=experiment.optimizer.init(params),
-        ema={name: params for name in experiment.ema_tracks},
+        opt_state=task.optimizer.init(params),
+        ema={name: params for name in task.averages},
     )
 
 
@@ -45,119 +48,117 @@ def example_keys(key: jax.Array, step: jax.Array, index: jax.Array) -> jax.Array
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), index)
 
 
-def _reduce(metrics: dict[str, jax.Array], mean: Callable, maximum: Callable) -> dict:
-    """Metrics whose name ends in _max are reduced by their maximum, the others by their mean."""
-    return {name: (maximum if name.endswith("_max") else mean)(x) for name, x in metrics.items()}
+def _parts(tree: Any, parts: int) -> Any:
+    """(B, ...) -> (parts, B / parts, ...); every device keeps its own rows, blocks stay whole."""
+
+    def split(x):
+        block = math.gcd(BLOCK, len(x) // parts)
+        x = x.reshape(-1, parts, block, *x.shape[1:]).swapaxes(0, 1)
+        return x.reshape(parts, -1, *x.shape[3:])
+
+    return jax.tree.map(split, tree)
 
 
-def _finish(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Puts the effective sample size of weights, as a share of all, for their mean square."""
-    if "weight_square" in metrics:
-        metrics["weight_ess"] = metrics["weight"] ** 2 / metrics.pop("weight_square")
-    return metrics
+def _gradients(task: Task, params, frozen, batch, keys) -> tuple[Any, Metrics]:
+    """Mean gradient over the batch, in task.grad_accumulation parts, and metrics."""
 
+    def mean_loss(params, batch, keys):
+        loss, metrics = task.loss(params, frozen, batch, keys, train=True)
+        return loss.mean(), over_rows({**metrics, "loss": mean(loss)})
 
-def _mean_loss(experiment: Experiment, params, frozen, batch, keys):
-    loss, metrics = experiment.loss(params, frozen, batch, keys, train=True)
-    return loss.mean(), _reduce({"loss": loss} | metrics, jnp.mean, jnp.max)
-
-
-def _gradients(experiment: Experiment, params, frozen, batch, keys):
-    """Mean gradient and metrics over the batch, in config.grad_accumulation parts."""
-    differentiate = jax.grad(functools.partial(_mean_loss, experiment), has_aux=True)
-
-    def gradient(params, batch, keys):
-        return differentiate(params, frozen, batch, keys)
-
-    parts = experiment.config.grad_accumulation
+    gradient = jax.grad(mean_loss, has_aux=True)
+    parts = task.grad_accumulation
     if parts == 1:
         return gradient(params, batch, keys)
 
-    def split(x):  # every device keeps its own rows: row r goes to part r % parts
-        return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+    def accumulate(total, part):
+        gradients, metrics = gradient(params, *part)
+        return (jax.tree.map(jnp.add, total[0], gradients), add(total[1], metrics)), None
 
-    def add(total, part):
-        return jax.tree.map(jnp.add, total, gradient(params, *part)), None
-
-    pieces = jax.tree.map(split, (batch, keys))
-    first = jax.tree.map(lambda x: x[0], pieces)
-    zeros = jax.tree.map(
-        lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, params, *first)
+    pieces = _parts((batch, keys), parts)
+    shapes = jax.eval_shape(gradient, params, *jax.tree.map(lambda x: x[0], pieces))
+    nothing = (
+        jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[0]),
+        map_by_kind(
+            lambda s: jnp.zeros(s.shape, s.dtype),
+            lambda s: jnp.full(s.shape, -jnp.inf, s.dtype),
+            shapes[1],
+        ),
     )
-    total, _ = jax.lax.scan(add, zeros, pieces)
-    return jax.tree.map(lambda x: x / parts, total)
+    # In a loop XLA:CPU falls to naive code for the gradients of convolutions.
+    unroll = parts if jax.default_backend() == "cpu" else 1
+    (total, metrics), _ = jax.lax.scan(accumulate, nothing, pieces, unroll=unroll)
+    return jax.tree.map(lambda x: x / parts, total), metrics
 
 
-def make_update(experiment: Experiment, axis_name: str | None = None) -> Callable:
+def make_update(task: Task, axis_name: str | None = None) -> Callable:
     """update(state, frozen, batches, count) -> (state, metrics): `count` steps in one dispatch.
 
     Args of update:
       state: TrainState.
-      frozen: parameters that the objective needs and training leaves alone, see
-        `Experiment.init_frozen`.
+      frozen: parameters of `task.frozen`.
       batches: tree of (K, B, ...), of which the first count <= K are used. B counts the rows of
         this shard where axis_name is given, else all rows.
       count: () int32. It is traced: dispatches of any length run the same compiled steps, so that
-        where a run was interrupted changes no bit of its result.
+        where a run was interrupted changes no bit of its result. With K = 1 there is no loop, and
+        count is 1.
 
-    Returns of update: the new state, and metrics by name, (K,), of which the first count are set.
+    Returns of update: the new state, and metrics whose parts are (K,), the first count of them set.
     """
-    key = experiment.step_key
-    tracks = experiment.ema_tracks
+    key = task.step_key
 
     def one_step(state: TrainState, frozen, batch):
-        if experiment.averages:
-            frozen = frozen | {"average": next(iter(state.ema.values()), state.params)}
+        average = {"average": task.default(state.params, state.ema)}
+        held = frozen | (average if "average" in task.needs else {})
         keys = example_keys(key, state.step, batch["index"])
-        gradients, metrics = _gradients(experiment, state.params, frozen, batch, keys)
+        gradients, metrics = _gradients(task, state.params, held, batch, keys)
         if axis_name is not None:
             gradients = jax.lax.pmean(gradients, axis_name)
-            over_devices = [
-                functools.partial(f, axis_name=axis_name) for f in (jax.lax.pmean, jax.lax.pmax)
-            ]
-            metrics = _reduce(metrics, *over_devices)
-        updates, opt_state = experiment.optimizer.update(gradients, state.opt_state, state.params)
+            metrics = over_devices(metrics, axis_name)
+        updates, opt_state = task.optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         averages = {
             name: optax.incremental_update(params, state.ema[name], 1 - decay(state.step))
-            for name, decay in tracks.items()
+            for name, decay in task.averages.items()
         }
-        metrics = _finish(metrics) | {"grad_norm": optax.tree.norm(gradients)}
+        metrics |= over_rows({"grad_norm": mean(optax.tree.norm(gradients)[None])})
         return TrainState(state.step + 1, params, opt_state, averages), metrics
 
     def update(state: TrainState, frozen, batches, count):
+        first = jax.tree.map(lambda x: x[0], batches)
+        length = len(batches["index"])
+        if length == 1:
+            state, metrics = one_step(state, frozen, first)
+            return state, jax.tree.map(lambda value: value[None], metrics)
+
         def body(i, carry):
             state, log = carry
             batch = jax.tree.map(lambda x: x[i], batches)
             state, metrics = one_step(state, frozen, batch)
             return state, jax.tree.map(lambda rows, value: rows.at[i].set(value), log, metrics)
 
-        first = jax.tree.map(lambda x: x[0], batches)
         _, metrics = jax.eval_shape(one_step, state, frozen, first)
-        length = len(batches["index"])
         log = jax.tree.map(lambda value: jnp.zeros((length,), value.dtype), metrics)
         return jax.lax.fori_loop(0, count, body, (state, log))
 
     return update
 
 
-def make_evaluate(experiment: Experiment) -> Callable:
-    """evaluate(params, frozen, batches) -> loss and metrics over all of batches (K, B, ...).
+def make_evaluate(task: Task) -> Callable:
+    """evaluate(params, frozen, batches) -> reduced metrics, of all of batches (K, B, ...).
 
     Noise is that of a step that training never reaches: the same for every checkpoint, so that
     their losses can be compared.
     """
 
     def evaluate(params, frozen, batches):
-        frozen = frozen | {"average": params}
-
         def one(number, batch):
-            keys = example_keys(experiment.eval_key, number, batch["index"])
-            loss, metrics = experiment.loss(params, frozen, batch, keys, train=False)
-            return {"loss": loss} | metrics
+            keys = example_keys(task.eval_key, number, batch["index"])
+            held = frozen | {"average": params}
+            loss, metrics = task.loss(params, held, batch, keys, train=False)
+            return over_rows({**metrics, "loss": mean(loss)})
 
         numbers = jnp.arange(len(batches["index"]))
-        metrics = jax.lax.map(lambda pair: one(*pair), (numbers, batches))
-        return _finish(_reduce(metrics, jnp.mean, jnp.max))
+        return over_rows(jax.lax.map(lambda pair: one(*pair), (numbers, batches)))
 
     return evaluate

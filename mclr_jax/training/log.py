@@ -9,7 +9,7 @@ import tensorboardX
 import tqdm
 from absl import logging
 
-from mclr_jax.run import write_atomically
+from mclr_jax.files import read_lines, write_atomically
 
 
 class Writer:
@@ -84,13 +84,5 @@ class Writer:
 
 
 def _drop_records_after(path: pathlib.Path, step: int) -> None:
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:  # a line cut short by a kill
-            continue
+    kept = [json.dumps(record) + "\n" for record in read_lines(path) if record["step"] <= step]
     write_atomically(path, "".join(kept))

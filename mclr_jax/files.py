@@ -1,0 +1,79 @@
+"""Files that nobody ever sees half of: atomic writes, npz, JSON lines; and what made a result."""
+
+import io
+import json
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from mclr_jax import __version__
+
+
+def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
+    """Write under a temporary name and rename; the folder is made if missing."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+    os.replace(temporary, path)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write a value as indented JSON, atomically."""
+    write_atomically(path, json.dumps(value, indent=1) + "\n")
+
+
+def save_arrays(path: str | os.PathLike, **arrays: Any) -> None:
+    """Write an npz file atomically."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_atomically(path, buffer.getvalue())
+
+
+def read_lines(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
+    """The records of a JSON-lines file that have a `step`; nothing where there is no file.
+
+    Lines that are no such record are left out: a killed process leaves its last line cut short.
+    """
+    path = pathlib.Path(path)
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            yield record
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts -> one, its keys joined by dots."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for key in tree for k, v in flat(tree[key], f"{prefix}.{key}".strip(".")).items()}
+
+
+def provenance() -> dict[str, str]:
+    """What makes a result, to be stored with it.
+
+    Returns:
+      command: the command line of this process.
+      revision: git revision of the package, with "-dirty" behind it where files have changed since;
+        the package's version where it is no checkout.
+    """
+    root, revision = pathlib.Path(__file__).resolve().parent.parent, ""
+    if (root / ".git").exists():
+        git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        try:
+            revision = subprocess.run(git, cwd=root, capture_output=True, text=True).stdout.strip()
+        except OSError:  # git is not installed
+            pass
+    return {
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "revision": revision or f"version {__version__}",
+    }

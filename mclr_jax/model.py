@@ -1,0 +1,180 @@
+"""A model: network, preconditioning and the shape of the data, as pure functions of weights."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from mclr_jax.denoiser import Preconditioning, denoiser
+from mclr_jax.problem import Answers, LogitsFn
+from mclr_jax.types import Condition, DenoiseFn, as_condition, expand
+
+
+@dataclasses.dataclass(frozen=True)
+class DataInfo:
+    """What a model must know of a data set, kept with a run so that sampling needs no data.
+
+    Attributes:
+      shape: of one example, (H, W, C), (d,) or, a trajectory, (F, ...).
+      num_classes: labels are 0 .. num_classes - 1; num_classes is the null label.
+      sigma_data: standard deviation of the scaled data.
+      class_prior: share of each class in the training data.
+    """
+
+    shape: tuple[int, ...]
+    num_classes: int
+    sigma_data: float
+    class_prior: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Pure functions of parameters; compares and hashes by value.
+
+    A network is a Flax module called network(x, c_noise, condition). What it may declare, as
+    dataclass fields or class attributes, is read with `getattr`: `augment_dim`, `takes_strength`
+    (optional inputs), `dropout`, `per_frame` (c_noise is (B, F)), `gives` ("logits": a classifier)
+    and `optional_inputs` (top-level parameters that may be missing from weights to start from).
+
+    Attributes:
+      network: the Flax module.
+      preconditioning: of its input and, for denoisers, its output.
+      data: what it is made for.
+      strength: (low, high) of the guidance strength that it takes as an input, or ().
+    """
+
+    network: nn.Module
+    preconditioning: Preconditioning
+    data: DataInfo
+    strength: tuple[float, ...] = ()
+
+    @property
+    def null_label(self) -> int:
+        return self.data.num_classes
+
+    @property
+    def frames(self) -> tuple[int, ...]:
+        """Shape of an example's noise levels: (F,) where each frame has its own, else ()."""
+        return self.data.shape[:1] if getattr(self.network, "per_frame", False) else ()
+
+    @property
+    def is_classifier(self) -> bool:
+        return getattr(self.network, "gives", "denoised") == "logits"
+
+    def init(self, key: jax.Array) -> Any:
+        """Fresh parameters."""
+        x, c_noise = jnp.zeros((1, *self.data.shape)), jnp.zeros((1, *self.frames))
+        return self.network.init(key, x, c_noise, self.complete(None, 1))["params"]
+
+    def complete(self, condition: Condition | jax.Array | None, batch_size: int) -> Condition:
+        """The condition with what the network wants and it lacks: the null label, zeros."""
+        if condition is None:
+            condition = jnp.full(batch_size, self.null_label, jnp.int32)
+        condition = as_condition(condition)
+        size = getattr(self.network, "augment_dim", 0)
+        if size and condition.augment is None:
+            condition = condition.replace(augment=jnp.zeros((batch_size, size)))
+        if self.strength and condition.strength is None:
+            condition = condition.replace(strength=jnp.zeros(batch_size))
+        return condition
+
+    def _network(self, params: Any, **options: Any) -> Callable:
+        """The network with its condition completed and a scalar noise level at all frames."""
+
+        def apply(x, c_noise, condition):
+            if c_noise.shape[1:] != self.frames:
+                if c_noise.ndim > 1:
+                    raise ValueError(
+                        f"Noise levels have shape {c_noise.shape}; {type(self.network).__name__} "
+                        f"takes {(len(x), *self.frames)}."
+                    )
+                c_noise = jnp.broadcast_to(c_noise[:, None], (len(x), *self.frames))
+            condition = self.complete(condition, len(x))
+            return self.network.apply({"params": params}, x, c_noise, condition, **options)
+
+        return apply
+
+    def denoise(self, params: Any) -> DenoiseFn:
+        """The model with these parameters, as a `DenoiseFn` (condition None: the null label).
+
+        Raises:
+          ValueError: if the network gives logits.
+        """
+        if self.is_classifier:
+            raise ValueError(
+                f"{type(self.network).__name__} is a classifier: it gives logits and cannot "
+                "denoise. Expected a denoising network or its run."
+            )
+        denoise = denoiser(self.preconditioning, self._network(params))
+        return lambda x, sigma, condition: denoise(x, sigma, self.complete(condition, len(x)))
+
+    def _raw(self, params: Any, x: jax.Array, sigma: Any, condition: Any, **options: Any) -> Any:
+        """What the network itself returns for data with noise of level sigma."""
+        scales = self.preconditioning.scales(jnp.broadcast_to(sigma, jnp.shape(sigma) or len(x)))
+        inputs = (expand(scales.c_in, x) * x, scales.c_noise)
+        return self._network(params, **options)(*inputs, condition)
+
+    def logits(self, params: Any) -> LogitsFn:
+        """The classifier with these parameters; only the input half of the preconditioning is used.
+
+        Raises:
+          ValueError: if the network does not give logits.
+        """
+        if not self.is_classifier:
+            raise ValueError(
+                f"{type(self.network).__name__} is no classifier. Expected a network that gives "
+                "logits, such as mlp_classifier or conv_classifier, or its run."
+            )
+        return lambda x, sigma, condition: self._raw(params, x, sigma, condition)
+
+    def answers(self, params: Any) -> Answers:
+        """Both ways to ask; the one that does not suit the network raises when it is called."""
+        return Answers(
+            lambda *inputs: self.denoise(params)(*inputs),
+            lambda *inputs: self.logits(params)(*inputs),
+        )
+
+    def features(self, params: Any, x: jax.Array, sigma: float = 0.01) -> tuple:
+        """What a classifier makes of images (B, ...) that have noise of level `sigma`.
+
+        Returns:
+          features (B, d), its last hidden layer, and logits (B, K).
+        """
+        logits, state = self._raw(params, x, sigma, None, mutable=["intermediates"])
+        return state["intermediates"]["features"][0], logits
+
+    def block_features(self, params: Any) -> Callable[[jax.Array, Any], dict[str, jax.Array]]:
+        """(x (B, ...), sigma) -> features (B, d) float32 of every block, in the order of the calls.
+
+        At the null label, averaged over positions. A block is a module whose class name ends in
+        Block; it is named by its path in the network (`dec_16x16_block1`); those of a scanned stack
+        are `blocks.0`, `blocks.1`, ...
+        """
+
+        def is_block(module: nn.Module, method: str) -> bool:
+            return method == "__call__" and type(module).__name__.endswith("Block")
+
+        def run(x: jax.Array, sigma: Any) -> dict[str, jax.Array]:
+            options = {"capture_intermediates": is_block, "mutable": ["intermediates"]}
+            _, state = self._raw(params, x, sigma, None, **options)
+            found: dict[str, jax.Array] = {}
+            for path, (output,) in traverse_util.flatten_dict(
+                state.get("intermediates", {})
+            ).items():
+                if path[-1] != "__call__":
+                    continue  # sown by the network for other purposes
+                name = "/".join(path[:-1])
+                if isinstance(output, tuple):  # scanned over depth: carry and output
+                    found |= {f"{name}.{i}": carry for i, carry in enumerate(output[0])}
+                else:
+                    found[name] = output
+            return {
+                name: h.astype(jnp.float32).mean(axis=tuple(range(1, h.ndim - 1)))
+                for name, h in found.items()
+            }
+
+        return run

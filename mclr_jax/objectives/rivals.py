@@ -1,0 +1,295 @@
+"""MCLR's rivals: other ways to do without guidance when sampling, for the same train loop.
+
+Each is at its paper's hyper-parameters unless its docstring says otherwise. Preference losses take
+`base.log_ratio` for a log likelihood ratio.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from mclr_jax.metrics import Metrics, mean
+from mclr_jax.noise import normal_like
+from mclr_jax.objectives.base import (
+    Objective,
+    at_labels,
+    draw_label,
+    draw_strength,
+    log_prior,
+    log_ratio,
+    per_example,
+    perturb,
+    split,
+    square_error,
+)
+from mclr_jax.problem import Batch, Models, Problem
+from mclr_jax.types import Condition, expand, with_label
+
+
+@dataclasses.dataclass(frozen=True)
+class CCA(Objective):
+    """CCA, condition contrastive alignment (Chen et al. 2024, arXiv 2410.09347).
+
+    [-log s(beta r(x, c)) - lambda log s(-beta r(x, c~))] / max(lambda, 1), s the logistic.
+
+    c~ is drawn from the classes' shares (the paper rolls the labels of a batch, whose result would
+    depend on how a batch is spread over devices). With r a true log ratio the optimum is
+    p_ref(x|c) [p(x|c) / (lambda p(x))]^(1/beta). An example whose label was dropped is a positive
+    of the null label and has no negative.
+
+    Attributes:
+      beta: inverse temperature; the larger, the weaker the contrast.
+      negative_weight: lambda.
+      label_dropout: as in `DSM`.
+    """
+
+    beta: float = 0.02
+    negative_weight: float = 1000.0
+    label_dropout: float = 0.1
+
+    needs = frozenset({"reference", "class_prior"})
+
+    def __call__(
+        self, models: Models, problem: Problem, batch: Batch, keys: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """Metrics: `positive_ratio` and `negative_ratio`, r at c and at c~."""
+        x0 = batch.x0
+        noisy = perturb(problem, x0, batch.condition, keys, self.label_dropout)
+        shown = noisy.condition.label
+        labels = (shown, draw_label(noisy.keys, log_prior(problem)))
+        denoised = at_labels(models.denoise, noisy, labels)
+        frozen = at_labels(models.frozen["reference"].denoise, noisy, labels)
+        positive, negative = (
+            log_ratio(problem, noisy.sigma, d, r, x0) for d, r in zip(denoised, frozen, strict=True)
+        )
+        share = jnp.where(shown == problem.null_label, 0.0, self.negative_weight)
+        loss = jax.nn.softplus(-self.beta * positive) + share * jax.nn.softplus(
+            self.beta * negative
+        )
+        metrics: Metrics = {"positive_ratio": mean(positive), "negative_ratio": mean(negative)}
+        return loss / max(self.negative_weight, 1.0), metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class DPO(Objective):
+    """Diffusion-DPO with a wrong label (Wallace et al. 2023, arXiv 2311.12908, eq. 14).
+
+    (winner, loser) are x under its label and under another: here are no pairs of images.
+
+    -log s(-(beta / 2) m), m = weight [(e(c) - e(c~)) - (e_ref(c) - e_ref(c~))], c~ != c.
+
+    s is the logistic, e a mean square error. With l = -weight e a true log likelihood the optimum
+    has l(c) - l(c~) - (the reference's) = (2 / beta) log of p(x|c) / (1 - p(c)) over the same of
+    c~: c~ is drawn from the other classes by their shares. An example whose label was dropped gets
+    plain DSM.
+
+    Attributes:
+      beta: inverse temperature; the larger, the weaker the contrast.
+      label_dropout: as in `DSM`.
+    """
+
+    beta: float = 5000.0
+    label_dropout: float = 0.1
+
+    needs = frozenset({"reference", "class_prior"})
+
+    def __call__(
+        self, models: Models, problem: Problem, batch: Batch, keys: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """Metrics: `error`, `negative_error` (both unweighted) and `accuracy`, how often the right
+        label has gained more than the wrong one."""
+        noisy = perturb(problem, batch.x0, batch.condition, keys, self.label_dropout)
+        sigma, shown = noisy.sigma, noisy.condition.label
+        wrong = draw_label(noisy.keys, log_prior(problem), other_than=batch.condition.label)
+
+        def errors(denoise):
+            answers = at_labels(denoise, noisy, (shown, wrong))
+            return [square_error(answer, batch.x0, sigma) for answer in answers]
+
+        error, wrong_error = errors(models.denoise)
+        error_then, wrong_then = errors(models.frozen["reference"].denoise)
+        weight = problem.weight(sigma)
+        margin = per_example(weight * ((error - wrong_error) - (error_then - wrong_then)))
+        dropped = shown == problem.null_label
+        plain = per_example(weight * error)
+        loss = jnp.where(dropped, plain, jax.nn.softplus(self.beta / 2 * margin))
+        return loss, {
+            "error": mean(per_example(error)),
+            "negative_error": mean(per_example(wrong_error)),
+            "accuracy": mean((margin < 0).astype(loss.dtype)),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class DDO(Objective):
+    """DDO, direct discriminative optimisation (Zheng et al. 2025, arXiv 2503.01103).
+
+    -log s(beta r(x, c)) - alpha log(1 - s(beta r(x', c'))), x' a sample of the frozen model.
+
+    s is the logistic. With r a true log ratio the optimum is p_ref [p / (alpha p_ref)]^(1/beta).
+    Rounds of self-play: sample the fine-tuned model, and go on from it against those samples.
+
+    Attributes:
+      beta: inverse temperature.
+      negative_weight: alpha.
+      label_dropout: as in `DSM`.
+    """
+
+    beta: float = 0.05
+    negative_weight: float = 1.0
+    label_dropout: float = 0.0
+
+    needs = frozenset({"reference", "generated"})
+
+    def __call__(
+        self, models: Models, problem: Problem, batch: Batch, keys: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """Metrics: `positive_ratio` and `negative_ratio`, r of data and of samples."""
+        assert batch.generated is not None  # the Task gives it
+        x_generated, label = batch.generated
+        # samples are not augmented
+        generated = Condition(label, dropout_keys=batch.condition.dropout_keys)
+        reference = models.frozen["reference"].denoise
+
+        def ratio(x0, condition, keys):
+            x, sigma, shown, _ = perturb(problem, x0, condition, keys, self.label_dropout)
+            denoised = models.denoise(x, sigma, shown)
+            return log_ratio(problem, sigma, denoised, reference(x, sigma, shown), x0)
+
+        k_data, k_generated = split(keys, 2)
+        positive = ratio(batch.x0, batch.condition, k_data)
+        negative = ratio(x_generated, generated, k_generated)
+        loss = jax.nn.softplus(-self.beta * positive)
+        loss += self.negative_weight * jax.nn.softplus(self.beta * negative)
+        return loss, {"positive_ratio": mean(positive), "negative_ratio": mean(negative)}
+
+
+@dataclasses.dataclass(frozen=True)
+class ContrastiveFlow(Objective):
+    """Contrastive flow matching, dFM (Stoica et al. 2025, arXiv 2506.05350).
+
+    weight' [|v(x_s, c) - v|^2 - lambda |v(x_s, c) - v~|^2], v = n - x of flow matching.
+
+    x_t = (1 - t) x + t n is x_s / (1 + s) with t = s / (1 + s), so that v(x_s, c) =
+    x_s / s - (1 + 1/s) D(x_s, c), and weight' = weight / (1 + 1/s)^2 is that of `DSM`. v~ = n~ - x~
+    is of another example. The optimum is (v_c - lambda E v~) / (1 - lambda).
+
+    Attributes:
+      contrast: lambda, in [0, 1), outside which the loss has no minimum.
+      label_dropout: as in `DSM`.
+    """
+
+    contrast: float = 0.05
+    label_dropout: float = 0.1
+
+    needs = frozenset({"other"})
+
+    def __post_init__(self):
+        if not 0 <= self.contrast < 1:
+            raise ValueError(
+                f"objective.contrast is {self.contrast}; expected at least 0 and below 1."
+            )
+
+    def __call__(
+        self, models: Models, problem: Problem, batch: Batch, keys: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """Metrics: `error`, |D - x|^2, and `negative_error`, |v - v~|^2, unweighted."""
+        x0, other = batch.x0, batch.other
+        assert other is not None  # the Task gives it
+        x, sigma, shown, keys = perturb(problem, x0, batch.condition, keys, self.label_dropout)
+        slope = 1 + 1 / sigma
+        denoised = models.denoise(x, sigma, shown)
+        velocity = x / expand(sigma, x) - expand(slope, x) * denoised
+        error = square_error(denoised, x0, sigma)
+        negative_error = square_error(velocity, normal_like(keys, x0) - other, sigma)
+        contrast = self.contrast * negative_error / slope**2
+        metrics: Metrics = {
+            "error": mean(per_example(error)),
+            "negative_error": mean(per_example(negative_error)),
+        }
+        return per_example(problem.weight(sigma) * (error - contrast)), metrics
+
+
+def uniform_share(uniform: jax.Array, low: float, high: float) -> jax.Array:
+    """Strengths whose b = 1 / (1 + strength) is uniform."""
+    return 1 / (1 / (1 + low) + uniform * (1 / (1 + high) - 1 / (1 + low))) - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class GFT(Objective):
+    """GFT, guidance-free training (Chen et al. 2025, arXiv 2501.15420).
+
+    weight |b D(x_s, c, b) + (1 - b) D(x_s, null, 1) - x|^2 with b = 1 / (1 + strength).
+
+    No gradient flows through D(x_s, null, 1). The optimum is CFG of guidance_scale 1 / b. The paper
+    has the strength as an input of the network: config.strength = (0.0, 4.0).
+
+    Attributes:
+      beta: the strength of a network that does not take it as an input.
+      label_dropout: as in `DSM`.
+    """
+
+    beta: float = 1.0
+    label_dropout: float = 0.1
+
+    needs = frozenset({"self"})
+
+    def __call__(
+        self, models: Models, problem: Problem, batch: Batch, keys: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """Metrics: `error` of the combination, unweighted."""
+        x, sigma, shown, keys = perturb(
+            problem, batch.x0, batch.condition, keys, self.label_dropout
+        )
+        strength, shown = draw_strength(shown, keys, problem, self.beta, uniform_share)
+        b = expand(jnp.where(shown.label == problem.null_label, 1.0, 1 / (1 + strength)), x)
+        null = with_label(shown, problem.null_label)
+        unconditional = models.frozen["self"].denoise(x, sigma, null)
+        combined = b * models.denoise(x, sigma, shown) + (1 - b) * unconditional
+        error = square_error(combined, batch.x0, sigma)
+        loss = per_example(problem.weight(sigma) * error)
+        return loss, {"error": mean(per_example(error))}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelGuidance(Objective):
+    """MG, model guidance (Tang et al. 2025, arXiv 2502.12154).
+
+    weight |D(x_s, c) - [x + w (D_ema(x_s, c) - D_ema(x_s, null))]|^2.
+
+    No gradient flows through the target. The fixed point is CFG of guidance_scale 1 / (1 - w).
+
+    Attributes:
+      scale: w, in [0, 1), outside which there is no fixed point.
+      sigma_interval: (low, high): guided targets where low < sigma <= high only. The paper's
+        t < 0.75 of flow matching is sigma = t / (1 - t) < 3 for data of unit variance.
+      label_dropout: as in `DSM`.
+    """
+
+    scale: float = 0.45
+    sigma_interval: tuple[float, float] = (0.0, 3.0)
+    label_dropout: float = 0.1
+
+    needs = frozenset({"average"})
+
+    def __post_init__(self):
+        if not 0 <= self.scale < 1:
+            raise ValueError(f"objective.scale is {self.scale}; expected at least 0 and below 1.")
+
+    def __call__(
+        self, models: Models, problem: Problem, batch: Batch, keys: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """Metrics: `error`, |D - x|^2 unweighted."""
+        noisy = perturb(problem, batch.x0, batch.condition, keys, self.label_dropout)
+        x, sigma, shown, _ = noisy
+        low, high = self.sigma_interval
+        labelled = expand(shown.label != problem.null_label, sigma)
+        guided = labelled & (low < sigma) & (sigma <= high)
+        teacher = models.frozen["average"].denoise
+        right, unconditional = at_labels(teacher, noisy, (shown.label, problem.null_label))
+        shift = expand(jnp.where(guided, self.scale, 0.0), x) * (right - unconditional)
+        denoised = models.denoise(x, sigma, shown)
+        loss = problem.weight(sigma) * square_error(denoised, batch.x0 + shift, sigma)
+        error = square_error(denoised, batch.x0, sigma)
+        return per_example(loss), {"error": mean(per_example(error))}

@@ -1,0 +1,157 @@
+"""What tests give to objectives: parts of known answers, and a small task for every option.
+
+CASES has each objective and option as changes of `tiny.config`; `task`, `frozen`, `params` and
+`batch` make what a step takes of them. MCLR's own options are a table in which every value of one
+option meets every value of every other.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tiny
+
+from mclr_jax import experiment
+from mclr_jax.mixture import toy
+from mclr_jax.model import DataInfo, Model
+from mclr_jax.problem import Answers, Models, Problem
+from mclr_jax.task import Task
+
+# ---- objectives alone ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """A distribution of noise levels that has one level only; it may be traced."""
+
+    sigma: Any
+
+    def sample(self, key, shape=()):
+        del key
+        return jnp.full(shape, self.sigma, jnp.float32)
+
+
+def problem(levels, **changes) -> Problem:
+    """Three classes and unit weight, but for `changes`."""
+    defaults = {"levels": levels, "weight": jnp.ones_like, "null_label": 3}
+    return Problem(**defaults | changes)
+
+
+def models(denoise, posterior=None, **frozen) -> Models:
+    """A denoiser in training, and frozen ones by their names."""
+    held = {name: Answers(other, no_answer) for name, other in frozen.items()}
+    return Models(denoise, no_answer, held, posterior)
+
+
+def no_answer(x, sigma, condition):
+    """In place of the logits of a denoiser, or the other way round."""
+    raise AssertionError("the network was asked for what it does not give")
+
+
+# ---- tasks ---------------------------------------------------------------------------------------
+
+DATA = DataInfo((2,), 3, 1.0, (0.5, 0.3, 0.2))
+OPTIONS = ("negatives", "weighting", "bound", "target", "negative_share", "reference_penalty",
+           "sigma_interval", "strength")  # fmt: skip
+BAND, RANGE = (0.2, 1.5), (0.0, 2.0)
+MCLR = (
+    ("prior", "none", "none", "data", 0.5, 0.0, BAND, ()),
+    ("prior", "none", "clip", "reference", 0.25, 0.0, (), RANGE),
+    ("prior", "none", "logistic", "reference", 1.0, 0.5, BAND, RANGE),
+    ("prior", "cfg", "none", "reference", 0.25, 0.5, (), RANGE),
+    ("prior", "cfg", "clip", "data", 1.0, 0.0, BAND, ()),
+    ("prior", "cfg", "logistic", "reference", 0.5, 0.5, BAND, ()),
+    ("mismatched", "none", "none", "data", 0.25, 0.0, BAND, ()),
+    ("mismatched", "none", "clip", "reference", 1.0, 0.5, (), RANGE),
+    ("mismatched", "none", "logistic", "data", 0.5, 0.5, BAND, ()),
+    ("mismatched", "cfg", "none", "reference", 1.0, 0.0, BAND, RANGE),
+    ("mismatched", "cfg", "clip", "data", 0.25, 0.5, BAND, RANGE),
+    ("mismatched", "cfg", "logistic", "reference", 0.5, 0.0, (), ()),
+    ("posterior", "none", "none", "reference", 1.0, 0.0, BAND, RANGE),
+    ("posterior", "none", "clip", "data", 0.5, 0.5, (), RANGE),
+    ("posterior", "none", "logistic", "data", 0.25, 0.5, BAND, ()),
+)
+
+
+def _case(objective: str, posterior: str = "", strength: tuple = (), **options: Any) -> dict:
+    """Changes of `tiny.config`; options of the posterior begin with posterior_."""
+    changes = {"objective.name": objective, "strength": strength}
+    if posterior:
+        changes["posterior.name"] = posterior
+    if objective != "classify":
+        options["label_dropout"] = 0.3
+    for key, value in options.items():
+        section = "posterior" if key.startswith("posterior_") else "objective"
+        changes[f"{section}.{key.removeprefix('posterior_')}"] = value
+    return changes
+
+
+def _mclr(row: tuple) -> dict:
+    *options, strength = row
+    return _case("mclr", "exact", strength, **dict(zip(OPTIONS, options, strict=False)))
+
+
+CASES: dict[str, dict] = {
+    "dsm": _case("dsm"),
+    "classify": _case("classify") | {"network.name": "mlp_classifier"},
+    "cca": _case("cca"),
+    "contrastive_flow": _case("contrastive_flow", contrast=0.2),
+    "ddo": _case("ddo"),
+    "dpo": _case("dpo", beta=10.0),  # 5000 makes rounding errors of the answers large
+    "gft": _case("gft"),
+    "gft strength": _case("gft", strength=(0.0, 4.0)),
+    "model_guidance": _case("model_guidance"),
+    "mclr classifier": _case("mclr", "classifier"),
+    "mclr denoiser": _case("mclr", "denoiser", posterior_levels=2),
+    "mclr candidates": _case("mclr", "denoiser", posterior_levels=2, posterior_candidates=2),
+    **{" ".join(["mclr", *(str(value) for value in row if value)]): _mclr(row) for row in MCLR},
+}
+
+
+def config(case: str, **changes: Any) -> Any:
+    """The config of a case, with dropout in the network."""
+    return tiny.config("mixture", **CASES[case] | {"network.dropout": 0.3} | changes)
+
+
+def task(case: str, **changes: Any) -> Task:
+    """The task of a case, with changes of its config; the companions take no strength."""
+    base = tiny.config("mixture", **{"network.dropout": 0.3})
+    judge = tiny.classifier()
+    judge.network.dropout = 0.3
+    companions: dict[str, Model] = {
+        "reference": experiment.make_model(base, DATA),
+        "classifier": experiment.make_model(judge, DATA),
+    }
+    return experiment.make_task(config(case, **changes), DATA, companions)
+
+
+def moved(tree: Any, seed: int, size: float = 0.1) -> Any:
+    """Parameters with normal noise, so that those that start at zero have an effect."""
+    leaves, structure = jax.tree.flatten(tree)
+    rng = np.random.default_rng(seed)
+    return structure.unflatten(
+        [x + jnp.asarray(size * rng.normal(size=x.shape), x.dtype) for x in leaves]
+    )
+
+
+def params(task: Task) -> Any:
+    """Parameters of the model in training."""
+    return moved(task.init(), 1)
+
+
+def frozen(task: Task) -> dict[str, Any]:
+    """Parameters of all frozen companions by name; each differs from the model in training."""
+    models = task.frozen.items()
+    return {n: moved(m.init(jax.random.key(10 + i)), 2 + i) for i, (n, m) in enumerate(models)}
+
+
+def batch(task: Task, size: int = 16) -> dict[str, jax.Array]:
+    """Rows (size, ...) of all that a batch may hold, as `data.pipeline` names it."""
+    image, label = toy().sample(jax.random.key(3), size)
+    rows = {"index": jnp.arange(size, dtype=jnp.int32), "image": image, "label": label}
+    for seed, name in enumerate(sorted(task.needs & {"other", "generated"})):
+        extra = toy().sample(jax.random.key(4 + seed), size)
+        rows |= dict(zip((f"{name}_image", f"{name}_label"), extra, strict=True))
+    return rows

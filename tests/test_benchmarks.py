@@ -1,0 +1,335 @@
+"""The scripts of benchmarks/, at a size of seconds."""
+
+import functools
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from mclr_jax import runs
+from mclr_jax.experiment import make_task
+from mclr_jax.model import DataInfo
+from mclr_jax.training import loop
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import guidance_free  # noqa: E402
+import icr  # noqa: E402
+import mclr_figures  # noqa: E402
+import mclr_images  # noqa: E402
+import mclr_probes  # noqa: E402
+import mixture_mclr  # noqa: E402
+import parameters  # noqa: E402
+import tasks  # noqa: E402
+
+SMALL = {
+    "num_steps": 3,
+    "batch_size": 32,  # 4 for each device: a quarter of the negatives needs as many
+    "steps_per_dispatch": 1,
+    "log_every": 1,
+    "checkpoint_every": 3,
+    "eval_examples": 0,
+    "sample_every": 0,
+    "sampler.num_steps": 2,
+    "optimizer.warmup_steps": 0,
+    "network.width": 16,
+    "network.depth": 1,
+}
+SETTINGS = {
+    "samples": 80,
+    "one_base": True,
+    "cfg": (0.5,),
+    "beta": (1.0,),
+    "strength": (),
+    "interpolation": (0.5,),
+    "judge_steps": {"features": 2, "accuracy": 2},
+}
+JUDGE = {"network": {"name": "mlp_classifier", "width": 16, "depth": 1}, "weight_decay": 0.1}
+MADE_BY = {"command", "revision"}
+TRAINED = MADE_BY | {"name", "config", "changes", "steps", "parameters"}
+
+
+def small(file, changes=()):
+    """`tasks.config_of` with a network of no size and a few steps."""
+    config = tasks.config_of(file, dict(changes))
+    config.update_from_flattened_dict(SMALL)
+    if config.network.name == "dit":
+        config.network.update({"heads": 2, "patch_size": 4})
+    return config
+
+
+# ---- tasks ---------------------------------------------------------------------------------------
+
+SCRIPT = """
+import pathlib, sys, time
+name = sys.argv[-1].removeprefix("--task=")
+if name == "bad":
+    sys.exit(3)
+if name == "endless":
+    time.sleep(100)
+if name != "idle":
+    there = sorted(path.name for path in pathlib.Path("ROOT").glob("made_*"))
+    pathlib.Path("ROOT", f"made_{name}").write_text(" ".join(there))
+"""
+
+
+@pytest.fixture
+def schedule(tmp_path):
+    """Names of tasks, with what they need -> they have been run; each makes the file made_NAME."""
+    (tmp_path / "script.py").write_text(SCRIPT.replace("ROOT", str(tmp_path)))
+
+    def run(needs, jobs=2):
+        listed = [
+            tasks.Task(name, lambda: None, f"made_{name}", tuple(f"made_{n}" for n in some))
+            for name, some in needs.items()
+        ]
+        tasks.schedule(tmp_path, listed, [sys.executable, str(tmp_path / "script.py")], jobs)
+
+    run.root = tmp_path
+    return run
+
+
+def test_tasks_run_once_each_after_what_they_need(schedule):
+    schedule({"c": ["a", "b"], "a": [], "b": []})
+    assert (schedule.root / "made_c").read_text() == "made_a made_b"
+    (schedule.root / "made_b").write_text("kept")
+    (schedule.root / "made_c").unlink()
+    schedule({"c": ["a", "b"], "a": [], "b": []})
+    assert (schedule.root / "made_b").read_text() == "kept"
+
+
+@pytest.mark.parametrize("name", ["bad", "idle"])
+def test_a_task_that_fails_or_makes_nothing_stops_all(schedule, name):
+    with pytest.raises(SystemExit, match=f"{name} failed"):
+        schedule({name: [], "endless": []})
+
+
+def test_only_a_training_that_came_to_an_end_is_marked(tmp_path, monkeypatch):
+    config, bench = small("mixture"), mixture_mclr.Bench(tmp_path)
+    config.optimizer.learning_rate = 1e8
+    with monkeypatch.context() as signalled:
+        signalled.setattr(loop.Interrupt, "requested", lambda self, sync: True)
+        with pytest.raises(SystemExit, match="run was stopped after step 1"):
+            bench.train("run", "mixture", config)
+    assert not (tmp_path / "run" / "done.json").exists()
+    with pytest.raises(loop.NonFiniteError):
+        bench.train("run", "mixture", config)  # goes on
+    assert not (tmp_path / "run" / "done.json").exists()
+    bench.train("run", "mixture", config, may_diverge=True)
+    done = tasks.training(tmp_path / "run")
+    assert done.keys() == TRAINED | {"diverged"}
+    assert done["steps"] in (1, 2)
+    assert f"in step {done['steps']}: the run diverged" in done["diverged"]
+
+
+def test_changes_of_a_config_are_told_apart_by_key():
+    config = tasks.config_of("mixture_mclr", {
+        "posterior.name": "denoiser",
+        "posterior.levels": 4,
+        "strength": (0.0, 2.0),
+        "init_from": str(tasks.ROOT / "runs" / "base"),
+    })  # fmt: skip
+    assert tasks.differences(config, "mixture_mclr") == {
+        "posterior.name": "denoiser",
+        "posterior.levels": 4,
+        "posterior.candidates": 0,
+        "strength": [0.0, 2.0],
+        "init_from": "runs/base",
+    }
+
+
+def test_parameters_are_those_of_the_configs():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "parameters.json").read_text())["rows"]
+    files = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__", "base"}
+    assert {pathlib.Path(row["config"]).stem for row in rows} == files
+    for row in rows:
+        if row["data"] != "tfds:cifar10":  # a U-Net takes seconds to trace
+            assert parameters.count(pathlib.Path(row["config"]).stem) == row | {
+                "shape": tuple(row["shape"])
+            }
+
+
+@pytest.mark.parametrize("data", ["digits", "fashion_mnist"])
+@pytest.mark.parametrize("kind", [mclr_images.Bench, guidance_free.Comparison])
+def test_every_task_has_what_it_needs_and_every_objective_makes_a_task(data, kind):
+    bench = kind(data)
+    listed = bench.tasks((0, 1))
+    made = [task.output for task in listed]
+    assert len(set(made)) == len(made)
+    assert {need for task in listed for need in task.needs} <= set(made)
+    shape = (8, 8, 1) if data == "digits" else (28, 28, 1)
+    info = DataInfo(shape, 10, 0.5, (0.1,) * 10)
+    for model in bench.models((0, 1)).values():
+        task = make_task(bench.fine_tuning(1, model.changes), info, {})
+        assert bool(task.model.strength) == ("strength" in (model.changes or {}))
+
+
+# ---- the mixture ---------------------------------------------------------------------------------
+
+
+def test_mixture_distance_of_trained_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(mixture_mclr, "config_of", small)
+    changes = {"strength": (0.0, 2.0), "objective.negative_share": 0.25}
+    monkeypatch.setattr(mixture_mclr, "VARIANTS", {"strength as an input": changes})
+    bench = mixture_mclr.Bench(tmp_path)
+    for task in bench.tasks():
+        if task.name != "classifier":
+            task.run()
+    done = tasks.training(tmp_path / "strength_as_an_input")
+    assert done.keys() == TRAINED
+    assert done["steps"] == 3
+    assert done["config"] == "configs/mixture_mclr.py"
+    assert done["changes"]["strength"] == [0.0, 2.0]
+    assert "data.name" not in done["changes"]
+    params = runs.load_model(tmp_path / "strength_as_an_input")[1]
+    assert done["parameters"] == sum(x.size for x in jax.tree.leaves(params))
+
+    distance = functools.partial(bench.distance, beta=1.0, draws=1000)
+    base = distance("base")
+    assert base > 0
+    assert distance("strength as an input", interpolation=0.0) == pytest.approx(base)
+    told = {distance("strength as an input", strength=s) for s in (0.0, 1.0)}
+    assert len(told | {base}) == 3
+
+
+def test_mixture_rows_say_how_they_were_trained(tmp_path, monkeypatch):
+    bench = mixture_mclr.Bench(tmp_path)
+    for number, task in enumerate(bench.tasks()):
+        value = {"steps": number, "parameters": 5}
+        bench.write(
+            f"{task.name}/done", value | ({"diverged": "!"} if task.name == "plain" else {})
+        )
+    monkeypatch.setattr(mixture_mclr.Bench, "distance", lambda *_, **__: 0.5)
+    result = mixture_mclr.collect(bench)
+    assert result["runs"].keys() == {"base", "classifier", *mixture_mclr.VARIANTS}
+    assert [run["steps"] for run in result["runs"].values()] == list(range(17))
+    assert all(run.keys() >= MADE_BY for run in result["runs"].values())
+    assert result["parameters"] == 5
+    assert result["distance_to_cfg"]["plain"] == "!"
+    assert result["distance_to_cfg"]["a quarter of the negatives"] == 0.5
+    assert result["by_strength"]["1.5"].keys() == {"base", "input", "share"}
+
+
+# ---- digits --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """benchmarks/mclr_images.py from its first task to its last, with one row of each kind."""
+    root = tmp_path_factory.mktemp("digits")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(mclr_images.SETTINGS, "digits", SETTINGS)
+        patch.setattr(mclr_images, "JUDGES", dict.fromkeys(mclr_images.JUDGES, JUDGE))
+        patch.setattr(mclr_images, "VARIANTS", {})
+        patch.setattr(mclr_images, "config_of", small)
+        patch.setattr(mclr_images.Bench, "root", root)
+        patch.setattr(mclr_figures, "ROOT", root)
+        bench = mclr_images.Bench("digits", batch=16)
+        for task in bench.tasks((0,)):
+            if task.name != "step_cost":
+                task.run()
+                assert (root / task.output).exists()
+        cost = mclr_probes.step_cost(bench, {"mclr": {}}, seed=0, steps=1, rounds=1)
+        bench.write("step_cost", cost)
+        result = mclr_images.collect(bench, (0,))
+        mclr_figures.picture(bench, result["summary"], 0)
+        mclr_figures.figure(bench, result)
+    return root, json.loads(json.dumps(result))
+
+
+def test_digits_rows_say_how_they_were_made(digits):
+    root, result = digits
+    assert result["rows"].keys() == {
+        "control_0_at_0",
+        "control_0_at_0.5",
+        "posterior_beta1_0_at_0",
+        "posterior_beta1_0_at_0_share_0.5",
+    }
+    for name, row in result["rows"].items():
+        assert row.keys() >= MADE_BY | {"frechet", "accuracy", "recall", "samples", "run"}
+        assert row["run"].keys() == TRAINED
+        assert row["run"]["config"] == "configs/digits_mclr.py"
+        assert row["run"]["steps"] == 3
+        assert name.startswith(row["run"]["name"])
+    changed = result["rows"]["control_0_at_0"]["run"]["changes"]
+    assert changed["objective.name"] == "dsm"
+    assert changed["init_from"] == str(root / "base")
+    assert result["rows"]["control_0_at_0.5"]["network_calls"] == 6
+    assert {"base", "classifier", "judge_features"} <= result["other_runs"].keys()
+    assert result["parameters"] == result["other_runs"]["base"]["parameters"]
+    assert result["floor"].keys() >= MADE_BY
+    assert all(made.keys() == MADE_BY for made in result["probes_made_by"].values())
+
+
+def test_digits_table_figures_and_probes(digits):
+    root, result = digits
+    assert result["table"].keys() == {"base", "cfg 0.5", "mclr 1", "mclr share 0.5"}
+    assert "command" not in result["table"]["base"]
+    assert result["summary"]["mclr"]["network_calls"] == 3
+    names = {path.name for path in (root / "docs").iterdir()}
+    assert names == {"digits_mclr.png", "digits_mclr_curve.png"}
+    assert set(result["step_cost_relative_to_dsm"]) == {"dsm", "mclr"}
+    for split in ("train", "test"):
+        assert 0 <= result["calibration"][split]["1"]["accuracy"] <= 1
+    assert np.isfinite(list(result["guidance_by_noise_level"]["by_sigma"]["1"].values())).all()
+
+
+def test_guidance_free_collects_what_its_tasks_have_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(mclr_images.Bench, "root", tmp_path)
+    monkeypatch.setattr(mclr_figures, "ROOT", tmp_path)
+    bench = guidance_free.Comparison("digits")
+    measured = {key: 0.5 for key in ("frechet", "accuracy", "precision", "recall")}
+    done = {"steps": 7, "parameters": 5}
+    methods = bench.methods((0,))
+    for task in bench.tasks((0,)):
+        name = task.output.removesuffix(".json")
+        if name.endswith("/done"):
+            bench.write(name, done)
+    for rows in methods.values():
+        for model in rows.values():
+            row = {**measured, "network_calls": 3}
+            bench.write(f"sets/{model.samples(0)}", row, tmp_path / model.workdir(0))
+    bench.write("sets/real_test", measured)
+    bench.write("guidance_free_speed", dict.fromkeys(methods, 2.0))
+    costs = {model.workdir(0): 1.5 for rows in methods.values() for model in rows.values()}
+    bench.write("guidance_free_cost", costs)
+    result = guidance_free.collect(bench, (0,))
+    mclr_figures.pareto(bench, result)
+    assert (tmp_path / "docs" / "guidance_free_digits.png").exists()
+    assert result["parameters"] == 5
+    assert "weak" in result["other_runs"]
+    (row, *_) = result["methods"]["cca"]
+    assert row["training_steps"] == 7
+    assert row["run"]["name"] == "cca_0"
+    assert row["step_cost_relative_to_dsm"] == 1.5
+
+
+# ---- ICR -----------------------------------------------------------------------------------------
+
+
+def test_icr_along_the_base_of_digits(digits, tmp_path, monkeypatch):
+    root, _ = digits
+    monkeypatch.setattr(icr, "config_of", lambda file: small("digits"))
+    monkeypatch.setattr(icr, "STEPS", {256: 3})
+    bench = icr.Bench(tmp_path, root, scale=0.01)
+    (tmp_path / "images_256").symlink_to(root / "base")
+    with (root / "base" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 3, "icr": 0.5}) + "\n")
+    bench.curve(256)
+    bench.sweep("base", root / "base", True)
+    bench.cost()
+    result = icr.collect(bench)
+    icr.figure(result, tmp_path / "icr.png")
+    (row,) = result["curves"]["images_256"]
+    assert row["icr_in_training"] == 0.5
+    assert 0 < row["icr"]
+    assert {row["layer"] for row in result["sweeps"]["base"]} == {"blocks.0"}
+    assert result["made_by"].keys() == {"curves/images_256", "sweeps/base", "cost"}
+    assert all(made["run"]["steps"] == 3 for made in result["made_by"].values())
+    assert len(result["claims"]) == 4
+    outputs = {task.output for task in bench.tasks("abc")}
+    assert {"images_256/done.json", "curves/images_256.json", "cost.json"} <= outputs

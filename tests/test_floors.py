@@ -1,0 +1,121 @@
+"""The order of the floors: imports point down only, and files stay small."""
+
+import ast
+import functools
+import pathlib
+import subprocess
+import sys
+
+from mclr_jax.experiment import OBJECTIVES
+
+ROOT = pathlib.Path(__file__).parent.parent
+# From the ground up. A file imports from floors below it; files of one folder import each other,
+# but not in a circle. A name with a slash at its end is a folder.
+FLOORS = [
+    ["names", "types", "files", "metrics", "cpu"],
+    ["noise", "denoiser", "ema", "optimizer"],
+    ["guidance", "samplers", "mixture", "problem"],
+    ["posterior", "networks/", "data/", "objectives/"],
+    ["model"],
+    ["task"],
+    ["experiment"],
+    ["training/"],
+    ["runs", "generate", "images"],
+    ["pretrained/", "evaluation/"],
+    ["representation/"],
+    ["main"],
+    ["launch/"],
+]
+# What the ground floors, up to the task, may import beside the standard library.
+FOUNDATION = ("jax", "flax.linen", "optax", "chex", "numpy")
+
+
+@functools.cache
+def trees():
+    """Module name -> syntax tree, of mclr_jax and launch."""
+    files = [path for top in ("mclr_jax", "launch") for path in (ROOT / top).rglob("*.py")]
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text())
+        for path in files
+        if path.name != "__init__.py"
+    }
+
+
+def imports(nodes):
+    """The modules of this project that the import statements among `nodes` name."""
+    found = set()
+    for node in nodes:
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names] + [node.module]
+        found |= trees().keys() & set(names)
+    return found
+
+
+def unit(module):
+    """What a module is called in FLOORS."""
+    parts = module.removeprefix("mclr_jax.").split(".")
+    return parts[0] + "/" * (len(parts) > 1)
+
+
+def test_imports_point_down():
+    floor = {name: number for number, names in enumerate(FLOORS) for name in names}
+    assert {unit(module) for module in trees()} == floor.keys()
+    for module, tree in trees().items():
+        for other in imports(ast.walk(tree)):
+            below = floor[unit(other)] < floor[unit(module)]
+            beside = unit(other) == unit(module) and unit(module).endswith("/")
+            assert below or beside, f"{module} imports {other}, which is no floor below it"
+
+
+def test_files_of_a_folder_do_not_import_each_other_in_a_circle():
+    """At the top of the file; a function may import what is built on its own file."""
+    graph = {module: imports(tree.body) for module, tree in trees().items()}
+    while graph:
+        leaves = {module for module, others in graph.items() if not others & graph.keys()}
+        assert leaves, f"these import each other: {sorted(graph)}"
+        graph = {module: others for module, others in graph.items() if module not in leaves}
+
+
+def test_up_to_the_task_nothing_is_imported_but_the_foundation():
+    """In a process of its own: whatever comes with the foundation itself is there already."""
+    program = f"""
+import sys
+import {", ".join(FOUNDATION)}
+before = {{name.split(".")[0] for name in sys.modules}}
+import mclr_jax.task, mclr_jax.model
+print(*{{name.split(".")[0] for name in sys.modules}} - before - sys.stdlib_module_names)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert set(result.stdout.split()) == {"mclr_jax"}
+
+
+def test_only_the_table_of_objectives_knows_their_names():
+    for module, tree in trees().items():
+        if unit(module) in ("objectives/", "experiment", "launch/"):
+            continue
+        constants = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)}
+        assert not constants & OBJECTIVES.keys(), module
+        found = {other for other in imports(ast.walk(tree)) if unit(other) == "objectives/"}
+        assert found <= ({"mclr_jax.objectives.base"} if module == "mclr_jax.task" else set())
+
+
+def test_nothing_looks_at_the_parameters_of_functions():
+    for module, tree in trees().items():
+        words = {getattr(n, "attr", getattr(n, "id", "")) for n in ast.walk(tree)}
+        assert not words & {"signature", "getfullargspec", "co_varnames"}, module
+
+
+def test_files_and_functions_are_short():
+    longest = {"mclr_jax.experiment": 200, "mclr_jax.training.loop": 250}
+    for module, tree in trees().items():
+        lines = len((ROOT / f"{module.replace('.', '/')}.py").read_text().splitlines())
+        assert lines <= longest.get(module, 500), f"{module} has {lines} lines"
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                length = node.end_lineno - node.lineno + 1
+                assert length <= 80, f"{module}.{node.name} has {length} lines"

@@ -1,0 +1,38 @@
+import json
+import logging
+
+from mclr_jax.training.log import Writer
+
+
+def records(path):
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_records_are_json_lines_and_each_step_stands_once(tmp_path):
+    with Writer(tmp_path, 0, 100) as writer:
+        for step in (10, 20, 30):
+            writer.progress(step)
+            writer.scalars(step, {"loss": step / 10})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('3\n"x"\n{"a": 1}\n{"step": "15"}\n\n')  # no records
+        file.write('{"step": 35, "lo')  # killed while writing
+    with Writer(tmp_path, 20, 100) as writer:  # resumed from a checkpoint of step 20
+        writer.scalars(30, {"loss": 3.5})
+    assert [(r["step"], r["loss"]) for r in records(tmp_path)] == [(10, 1.0), (20, 2.0), (30, 3.5)]
+    assert not list(tmp_path.glob("*.tmp"))
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_without_a_terminal_each_report_is_a_plain_line(tmp_path, caplog):
+    with caplog.at_level(logging.INFO), Writer(tmp_path, 0, 100) as writer:
+        writer.scalars(50, {"loss": 0.25})
+    assert "step 50/100" in caplog.text
+    assert "loss 0.25" in caplog.text
+    assert "left" in caplog.text
+
+
+def test_other_processes_write_nothing(tmp_path):
+    with Writer(tmp_path, 0, 100, enabled=False) as writer:
+        writer.progress(10)
+        writer.scalars(10, {"loss": 1.0})
+    assert not list(tmp_path.iterdir())

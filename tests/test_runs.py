@@ -1,0 +1,223 @@
+import json
+import logging
+
+import chex
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from configs import base
+from mclr_jax import experiment, runs
+from mclr_jax.data import sources
+from mclr_jax.samplers import Sampler
+from mclr_jax.training.checkpoint import Checkpoints, MismatchError
+
+
+def model_of(config):
+    source = sources.from_config(config.data, "train", config.seed)
+    return experiment.make_model(config, experiment.data_info(config, source))
+
+
+def describe(workdir, companions=(), **changes):
+    config = tiny.config(**changes)
+    model = model_of(config)
+    runs.describe(workdir, config, model, dict(companions))
+    return config, model
+
+
+# ---- descriptions --------------------------------------------------------------------------------
+
+
+def test_a_run_comes_back_from_its_directory(tmp_path):
+    judge = model_of(tiny.classifier())
+    config, model = describe(tmp_path, {"classifier": judge}, **{"sampler.method": "euler"})
+    loaded = runs.load(str(tmp_path))
+    assert loaded.model == model
+    assert hash(loaded.model) == hash(model)  # what is compiled for one serves the other
+    assert loaded.companions == {"classifier": judge}
+    assert loaded.companions["classifier"].is_classifier
+    assert json.dumps(loaded.config.to_dict()) == json.dumps(config.to_dict())
+    assert loaded.sampler == Sampler("euler", 3, sigma_min=0.01, sigma_max=20.0)
+    json.loads((tmp_path / "run.json").read_text(), parse_constant=pytest.fail)  # no Infinity
+
+
+def test_changed_values_are_named(tmp_path, caplog):
+    describe(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        describe(tmp_path)
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        describe(tmp_path, num_steps=24, **{"optimizer.learning_rate": 0.5, "network.width": 24})
+    assert "config.num_steps is now 24; this run was started with 12" in caplog.text
+    assert "config.optimizer.learning_rate is now 0.5" in caplog.text
+    assert "model.network.width is now 24; this run was started with 16" in caplog.text
+    assert len(caplog.records) == 4  # config.network.width, too
+
+
+def test_what_is_missing_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no run.json"):
+        runs.load(tmp_path)
+    describe(tmp_path)
+    run = runs.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no checkpoint yet"):
+        run.weights()
+    with_weights(tmp_path, {"params": run.model.init(jax.random.key(0))})
+    with pytest.raises(ValueError, match=r"not started from another run.*interpolation is 1"):
+        run.weights("none", interpolation=0.5)
+    (tmp_path / "run.json").write_text('{"config": {}, "data": {}}')
+    with pytest.raises(ValueError, match="written by an older version; train that run again"):
+        runs.load(tmp_path)
+
+
+# ---- weights -------------------------------------------------------------------------------------
+
+
+def with_weights(workdir, state, step=1):
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        checkpoints.save(step, state)
+
+
+def test_weights_of_any_average_and_step(tmp_path):
+    _, model = describe(tmp_path)
+    trees = [model.init(jax.random.key(seed)) for seed in range(4)]
+    for step, (params, average) in {1: trees[:2], 2: trees[2:]}.items():
+        others = {"power_0.05": params, "power_0.1": params}
+        with_weights(tmp_path, {"params": params, "ema": {"halflife": average} | others}, step)
+    run = runs.load(tmp_path)
+    for arguments, expected, step in [
+        ({}, trees[3], 2),
+        ({"average": "halflife"}, trees[3], 2),
+        ({"average": "none"}, trees[2], 2),
+        ({"average": "none", "step": 1}, trees[0], 1),
+        ({"average": "power_0.1", "step": 1}, trees[0], 1),
+    ]:
+        params, found = run.weights(**arguments)
+        assert found == step
+        chex.assert_trees_all_equal(params, expected)
+    model_too, params = runs.load_model(tmp_path)
+    assert model_too == model
+    chex.assert_trees_all_equal(params, trees[3])
+    with pytest.raises(ValueError, match=r"No EMA 'halfife' in .*The run has \['halflife'"):
+        run.weights("halfife")
+    with pytest.raises(RuntimeError, match=r"No checkpoint of step 3 .*\[1, 2\]"):
+        run.weights(step=3)
+
+
+def test_a_run_without_averages_gives_its_parameters(tmp_path):
+    changes = {"ema.halflife_steps": 0.0, "ema.power_stds": (), "ema.snapshot_every": 0}
+    _, model = describe(tmp_path, **changes)
+    params = model.init(jax.random.key(0))
+    with_weights(tmp_path, {"params": params, "ema": {}})
+    chex.assert_trees_all_equal(runs.load(tmp_path).weights()[0], params)
+
+
+def test_weights_lie_on_the_line_from_where_the_run_started(tmp_path):
+    _, model = describe(tmp_path / "start", **{"ema.halflife_steps": 0.0, "ema.power_stds": ()})
+    start, tuned = (model.init(jax.random.key(seed)) for seed in range(2))
+    with_weights(tmp_path / "start", {"params": start, "ema": {}})
+    describe(tmp_path / "run", init_from=str(tmp_path / "start"))
+    with_weights(tmp_path / "run", {"params": start, "ema": {"halflife": tuned}})
+    run = runs.load(tmp_path / "run")
+    for t in (0.0, 0.3, 1.0, 1.5):
+        params, _ = run.weights(interpolation=t)
+        expected = jax.tree.map(lambda a, b, t=t: (1 - t) * a + t * b, start, tuned)
+        chex.assert_trees_all_close(params, expected, atol=1e-6)
+        chex.assert_trees_all_equal(runs.load_model(tmp_path / "run", t)[1], params)
+
+
+# ---- weights of another model --------------------------------------------------------------------
+
+
+def test_optional_inputs_are_added_as_zeros_and_left_out(caplog):
+    """Both ways the network stays the same; the sampled model had no augmentation, strength 0."""
+    plain = model_of(tiny.config())
+    taught = model_of(tiny.config(strength=(0.0, 2.0), **{"data.augment": 0.1}))
+    weights = plain.init(jax.random.key(0))
+    more = runs.fitted(weights, taught, "here")
+    assert set(more) - set(weights) == {"map_strength", "map_augment"}
+    assert not any(map(np.any, jax.tree.leaves((more["map_strength"], more["map_augment"]))))
+    chex.assert_trees_all_equal(runs.fitted(more, plain, "here"), weights)
+    x, sigma = np.ones((2, 2), np.float32), np.float32([0.5, 2.0])
+    np.testing.assert_array_equal(
+        taught.denoise(more)(x, sigma, None), plain.denoise(weights)(x, sigma, None)
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (
+            {},
+            {"network.width": 24},
+            r"Parameter block0/affine/bias: expected shape \(48,\), but there has shape \(32,\)",
+        ),
+        ({"network.depth": 1}, {"network.depth": 2}, "block1.*but there has no such parameter"),
+        ({"network.depth": 2}, {"network.depth": 1}, "block1.*the network of this run has no such"),
+    ],
+)
+def test_other_differences_are_refused(before, after, message):
+    weights = model_of(tiny.config(**before)).init(jax.random.key(0))
+    with pytest.raises(MismatchError, match=message):
+        runs.fitted(weights, model_of(tiny.config(**after)), "there")
+
+
+# ---- companions ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def others(tmp_path):
+    """Directories of a denoiser and of a classifier for the mixture, without weights."""
+    describe(tmp_path / "denoiser")
+    config = tiny.classifier()
+    runs.describe(tmp_path / "classifier", config, model_of(config), {})
+    return tmp_path
+
+
+def mclr(**changes):
+    config = tiny.config("mixture")
+    config.objective = base.options("mclr", reference_penalty=0.5)
+    config.posterior = base.options("classifier")
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def test_companions_are_the_runs_that_the_objective_and_its_posterior_read(others):
+    paths = {"reference": str(others / "denoiser"), "classifier": str(others / "classifier")}
+    config = mclr(**{"init_from": paths["reference"], "companions.classifier": paths["classifier"]})
+    data = model_of(config).data
+    assert runs.companion_paths(config) == paths
+    found = runs.companions(config, data, others / "new")
+    assert found == {name: runs.load(path).model for name, path in paths.items()}
+    assert runs.companion_paths(tiny.config(init_from=paths["reference"])) == {}
+
+
+def test_what_is_wrong_with_companions_is_said(others):
+    data = model_of(tiny.config()).data
+    denoiser, classifier = str(others / "denoiser"), str(others / "classifier")
+
+    def companions(data=data, **changes):
+        return runs.companions(mclr(**changes), data, others / "new")
+
+    with pytest.raises(ValueError, match=r"needs a classifier: set config\.companions\.classifier"):
+        companions(init_from=denoiser)
+    with pytest.raises(ValueError, match=r"needs a frozen reference: set config\.init_from"):
+        companions(**{"companions.classifier": classifier})
+    with pytest.raises(ValueError, match=r"'classifier' in .*expected a classifier.*it is a den"):
+        companions(**{"init_from": denoiser, "companions.classifier": denoiser})
+    with pytest.raises(ValueError, match=r"'reference' in .*expected a denoiser.*is a classifier"):
+        companions(**{"init_from": classifier, "companions.classifier": classifier})
+    images = model_of(tiny.config("digits")).data
+    with pytest.raises(ValueError, match=r"\(\(8, 8, 1\), 10\); it is a classifier of \(\(2,\), 3"):
+        companions(images, **{"init_from": denoiser, "companions.classifier": classifier})
+    with pytest.raises(FileNotFoundError, match="not the directory of a run"):
+        companions(**{"init_from": denoiser, "companions.classifier": str(others)})
+
+
+def test_a_run_that_holds_its_companions_needs_their_directories_no_more(others, tmp_path):
+    config = mclr(**{"init_from": "gone", "companions.classifier": "gone too"})
+    model, judge = model_of(tiny.config()), model_of(tiny.classifier())
+    runs.describe(tmp_path / "run", config, model, {"reference": model, "classifier": judge})
+    (tmp_path / "run" / "frozen").mkdir()
+    found = runs.companions(config, model.data, tmp_path / "run")
+    assert found == {"reference": model, "classifier": judge}

@@ -1,0 +1,379 @@
+"""The loss of a task: what the objective is given, what frozen models are shown, and that no
+operation looks across examples."""
+
+import dataclasses
+import functools
+import itertools
+from typing import Any, ClassVar
+
+import cases
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from mclr_jax import experiment, metrics, posterior
+from mclr_jax.data.augment import augment
+from mclr_jax.data.pixels import random_flip
+from mclr_jax.denoiser import EDM, Scales, denoiser
+from mclr_jax.model import DataInfo, Model
+from mclr_jax.noise import LogNormal
+from mclr_jax.objectives.base import split
+from mclr_jax.objectives.dsm import DSM
+from mclr_jax.objectives.mclr import MCLR
+from mclr_jax.objectives.rivals import CCA, DDO, DPO, GFT, ModelGuidance
+from mclr_jax.posterior import Classifier, Denoiser, Exact
+from mclr_jax.problem import Batch, Problem
+from mclr_jax.task import Task
+from mclr_jax.types import Condition
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_loss_is_the_objective_on_scaled_data(flip):
+    """An untrained EDM network gives 0, so that the loss is that of c_skip x."""
+    data = DataInfo((8, 8, 1), 10, 0.5)
+    task = experiment.make_task(tiny.config("digits", **{"data.flip": flip}), data, {})
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1), np.uint8)
+    batch = {"image": images, "label": jnp.arange(4)}
+    keys = jax.random.split(jax.random.key(0), 4)
+    loss, _ = task.loss(task.init(), {}, batch, keys, train=True)
+    k_flip, _, _, k_objective = split(keys, 4)
+    x0 = jnp.asarray(images / np.float32(127.5) - 1)
+    if flip:
+        x0 = random_flip(x0, k_flip)
+        assert np.any(x0 != images / np.float32(127.5) - 1)
+    models = cases.models(denoiser(EDM(0.5), lambda x, c_noise, condition: 0 * x))
+    problem = dataclasses.replace(
+        task.problem, weight=lambda sigma: (sigma**2 + 0.25) / (0.5 * sigma) ** 2
+    )
+    given = Batch(x0, Condition(jnp.arange(4)))
+    expected, _ = DSM()(models, problem, given, k_objective)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+# ---- rows are on their own -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_the_loss_of_some_rows_is_that_of_the_rows_alone(name):
+    """And metrics of the parts add up to those of the whole: devices and accumulation agree."""
+    task = cases.task(name)
+    params, frozen, batch = cases.params(task), cases.frozen(task), cases.batch(task)
+    if "average" in task.needs:
+        frozen["average"] = cases.moved(params, 9)
+    keys = jax.random.split(jax.random.key(8), 16)
+
+    @jax.jit
+    def run(batch, keys):
+        loss, found = task.loss(params, frozen, batch, keys, train=True)
+        return loss, metrics.over_rows({**found, "loss": metrics.mean(loss)})
+
+    loss, found = run(batch, keys)
+    # parts of 4 rows, the fewest that every negative_share divides
+    parts = [jax.tree.map(lambda x, i=i: x[i : i + 4], (batch, keys)) for i in range(0, 16, 4)]
+    losses, founds = zip(*(run(*part) for part in parts), strict=True)
+    np.testing.assert_allclose(np.concatenate(losses), loss, rtol=1e-5, atol=1e-6)
+    total = functools.reduce(metrics.add, founds)
+    chex.assert_trees_all_close(total, found, rtol=1e-5, atol=1e-6)
+    assert len(np.unique(loss)) == 16
+    report = metrics.report(found)
+    assert np.isfinite(list(report.values())).all()
+    assert name.startswith("mclr") == ("margin" in report)  # some rows have a contrast
+
+
+def test_the_cases_have_every_pair_of_mclrs_options():
+    values = [sorted({row[i] for row in cases.MCLR}, key=repr) for i in range(8)]
+    assert list(map(len, values)) == [3, 2, 3, 2, 3, 2, 2, 2]
+    for i, j in itertools.combinations(range(8), 2):
+        wanted = set(itertools.product(values[i], values[j])) - {("posterior", "cfg")}
+        assert {(row[i], row[j]) for row in cases.MCLR} == wanted
+    assert {changes["objective.name"] for changes in cases.CASES.values()} == set(
+        experiment.OBJECTIVES
+    )
+
+
+# ---- what the models are shown -------------------------------------------------------------------
+
+CALLS: list[tuple[str, Any, Condition]] = []  # (tag, own parameter, condition) of every call
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """The network's answer is the denoiser's."""
+
+    levels: ClassVar[tuple[float, float]] = (0.0, float("inf"))
+
+    def scales(self, sigma):
+        one = jnp.ones_like(sigma)
+        return Scales(one, 0 * one, one, sigma)
+
+
+class Spy(nn.Module):
+    """Keeps the conditions that it is shown; its answer depends on all of them."""
+
+    tag: str
+    gives: str = "denoised"
+    augment_dim: int = 9
+    dropout: float = 0.5
+
+    @nn.compact
+    def __call__(self, x, c_noise, condition):
+        own = self.param("own", nn.initializers.ones, ())
+        CALLS.append((self.tag, own, condition))
+        shown = condition.label + condition.augment.sum(-1)
+        if condition.strength is not None:
+            shown += 10 * condition.strength
+        if condition.dropout_keys is not None:
+            shown += 100 * jax.vmap(jax.random.uniform)(condition.dropout_keys)
+        answer = own * (1 + x + shown[:, None, None, None])
+        return answer.reshape(len(x), -1)[:, :3] if self.gives == "logits" else answer
+
+
+DATA = DataInfo((4, 4, 1), 3, 0.5, (0.5, 0.3, 0.2))
+REFERENCE = Model(Spy("reference"), Plain(), DATA, (0.0, 2.0))
+CLASSIFIER = Model(Spy("classifier", "logits"), Plain(), DATA)
+NUMBERS = {"reference": 2.0, "average": 3.0, "classifier": 4.0}  # own parameters; the model's is 1
+LABEL = jnp.arange(6, dtype=jnp.int32) % 3
+KEYS = jax.random.split(jax.random.key(0), 6)
+
+
+def images(seed):
+    return np.random.default_rng(seed).integers(0, 256, (6, 4, 4, 1), np.uint8)
+
+
+BATCH = {
+    "image": images(0),
+    "label": LABEL,
+    "other_image": images(1),
+    "other_label": LABEL,
+    "generated_image": images(2),
+    "generated_label": (LABEL + 1) % 3,
+}
+
+
+def make(objective, strength=(), **fields: Any) -> Task:
+    """A task of a spy, on images with augmentation."""
+    defaults = {
+        "model": Model(Spy("model"), Plain(), DATA, strength),
+        "optimizer": optax.sgd(1.0),
+        "learning_rate": lambda step: 1.0,
+        "averages": {},
+        "companions": {"reference": REFERENCE, "classifier": CLASSIFIER},
+        "augment": 0.7,
+    }
+    problem = Problem(
+        LogNormal(0.0, 0.5), jnp.ones_like, 3, DATA.class_prior, 0.5, strength=strength
+    )
+    return Task(objective=objective, problem=problem, **defaults | fields)
+
+
+def loss(task, numbers=NUMBERS, own=1.0, train=True):
+    frozen = {name: {"own": jnp.float32(number)} for name, number in numbers.items()}
+    return task.loss({"own": jnp.float32(own)}, frozen, BATCH, KEYS, train)
+
+
+def calls(task, train=True):
+    """(tag, own parameter, condition) of the calls that the loss of one batch makes."""
+    CALLS.clear()
+    loss(task, train=train)
+    return [(tag, float(own), condition) for tag, own, condition in CALLS]
+
+
+def augment_label(task):
+    """What augmentation tells the network, (6, 9)."""
+    return augment(jnp.zeros((6, 4, 4, 1)), split(KEYS, 4)[1], task.augment)[1]
+
+
+FROZEN = {
+    "gft": (GFT(), None, 1.0),
+    "model_guidance": (ModelGuidance(), None, 3.0),
+    "cca": (CCA(), None, 2.0),
+    "dpo": (DPO(), None, 2.0),
+    "mclr target": (MCLR(target="reference", negatives="prior"), None, 2.0),
+    "mclr logistic": (MCLR(bound="logistic", negatives="prior"), None, 2.0),
+    "mclr classifier": (MCLR(), Classifier(), 4.0),
+}
+
+
+@pytest.mark.parametrize("strength", [(), (0.5, 2.0)], ids=["", "strength"])
+@pytest.mark.parametrize("name", FROZEN)
+def test_frozen_models_are_told_of_augmentation_but_have_no_dropout_and_strength_0(name, strength):
+    objective, its_posterior, own = FROZEN[name]
+    task = make(objective, strength, posterior=its_posterior)
+    label = augment_label(task)
+    assert np.abs(label).max() > 0
+    found = calls(task)
+    held = [call for call in found if call[2].dropout_keys is None]
+    trained = [call for call in found if call[2].dropout_keys is not None]
+    assert [number for _, number, _ in held] == [own]
+    assert [(tag, number) for tag, number, _ in trained] == [("model", 1.0)]
+    for tag, _, condition in found:  # a call may be for several labels of the same rows
+        times = len(condition.label) // 6
+        np.testing.assert_array_equal(condition.augment, np.tile(label, (times, 1)), err_msg=tag)
+    shown = held[0][2].strength
+    assert shown is None or not np.asarray(shown).any()
+    told = trained[0][2].strength
+    if not strength:
+        assert told is None
+    elif name in ("cca", "dpo", "model_guidance"):  # they draw none
+        assert not np.asarray(told).any()
+    else:
+        assert np.all((told >= 0.5) & (told <= 2.0))
+
+
+def test_so_has_the_model_whose_posterior_is_estimated():
+    """Called in loops, where nothing can be recorded: its answers show it."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Ask:
+        needs = frozenset({"posterior", "reference"})
+
+        def __call__(self, models, problem, batch, keys):
+            condition = batch.condition.replace(strength=jnp.ones(6))
+            return models.posterior(batch.x0, jnp.ones(6), condition, keys)[:, 2], {}
+
+    task = make(Ask(), posterior=Denoiser(levels=1))
+    label = augment_label(task)
+
+    def denoise(x, sigma, condition):
+        return 2 * (1 + x + (condition.label + label.sum(-1))[:, None, None, None])
+
+    x0 = augment(images(0) / np.float32(127.5) - 1, split(KEYS, 4)[1], 0.7)[0]
+    run = posterior.from_denoiser(denoise, DATA.class_prior, 0.5, levels=1)
+    expected = run(x0, jnp.ones(6), Condition(LABEL), split(KEYS, 4)[3])[:, 2]
+    np.testing.assert_allclose(loss(task)[0], expected, rtol=1e-3, atol=1e-3)
+    assert np.ptp(expected) > 1
+
+
+def test_samples_of_the_frozen_model_are_not_augmented():
+    task = make(DDO())
+    found = calls(task)
+    assert [tag for tag, _, _ in found] == ["model", "reference"] * 2
+    for i, (tag, _, condition) in enumerate(found):
+        np.testing.assert_array_equal(condition.augment, augment_label(task) * (i < 2))
+        np.testing.assert_array_equal(condition.label, LABEL if i < 2 else (LABEL + 1) % 3)
+        assert (condition.dropout_keys is None) == (tag == "reference")
+
+
+def test_evaluation_neither_augments_nor_flips_nor_drops_out():
+    task = make(DSM(label_dropout=0.0), flip=True)
+    ((_, _, condition),) = calls(task, train=False)
+    assert condition.dropout_keys is None
+    assert not np.asarray(condition.augment).any()
+    plain = loss(make(DSM(label_dropout=0.0), augment=0.0), train=False)[0]
+    np.testing.assert_array_equal(loss(task, train=False)[0], plain)
+    assert np.abs(loss(task)[0] - plain).min() > 0
+
+
+def test_dropout_keys_differ_by_example_and_a_network_without_dropout_gets_none():
+    ((_, _, condition),) = calls(make(DSM()))
+    keys = jax.random.key_data(condition.dropout_keys)
+    assert len(np.unique(keys, axis=0)) == 6
+    model = Model(Spy("model", dropout=0.0), Plain(), DATA)
+    ((_, _, condition),) = calls(make(DSM(), model=model))
+    assert condition.dropout_keys is None
+
+
+@dataclasses.dataclass(frozen=True)
+class AskAll:
+    """The sum of all answers of one kind of model."""
+
+    trained: bool = False
+    needs = frozenset({"self", "average", "reference", "classifier", "posterior"})
+
+    def __call__(self, models, problem, batch, keys):
+        inputs = batch.x0, jnp.ones(6), batch.condition
+        if self.trained:
+            return models.denoise(*inputs).sum((1, 2, 3)), {}
+        assert set(models.frozen) == self.needs - {"posterior"}
+        denoisers = ("self", "average", "reference")
+        total = sum(models.frozen[name].denoise(*inputs).sum((1, 2, 3)) for name in denoisers)
+        total += models.frozen["classifier"].logits(*inputs).sum(-1)
+        return total + models.posterior(*inputs, keys).sum(-1), {}
+
+
+def test_only_the_model_in_training_has_a_gradient():
+    def gradients(objective):
+        task = make(objective, posterior=Classifier())
+
+        def mean_loss(own, numbers):
+            return loss(task, numbers, own)[0].mean()
+
+        return jax.grad(mean_loss, argnums=(0, 1))(1.0, NUMBERS)
+
+    own, others = gradients(AskAll(trained=False))
+    assert own == 0
+    assert not any(others.values())
+    own, others = gradients(AskAll(trained=True))
+    assert own != 0
+    assert not any(others.values())
+
+
+# ---- what the objective is given -----------------------------------------------------------------
+
+
+def test_companion_examples_are_scaled_and_given_where_they_are_needed():
+    seen = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Keep:
+        needs: frozenset = frozenset({"other", "generated"})
+
+        def __call__(self, models, problem, batch, keys):
+            seen.append(batch)
+            return jnp.zeros(6), {}
+
+    loss(make(Keep()))
+    np.testing.assert_allclose(seen[0].other, images(1) / 127.5 - 1, rtol=1e-5, atol=1e-6)
+    x, label = seen[0].generated
+    np.testing.assert_allclose(x, images(2) / 127.5 - 1, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(label, (LABEL + 1) % 3)
+    np.testing.assert_array_equal(seen[0].condition.label, LABEL)
+    loss(make(Keep(frozenset())))
+    assert seen[1].other is None
+    assert seen[1].generated is None
+
+
+@pytest.mark.parametrize(
+    ("objective", "its_posterior", "names"),
+    [
+        (DSM(), None, set()),
+        (GFT(), None, set()),
+        (ModelGuidance(), None, set()),
+        (CCA(), None, {"reference"}),
+        (MCLR(), Exact(), set()),
+        (MCLR(), Classifier(), {"classifier"}),
+        (MCLR(), Denoiser(), {"reference"}),
+        (MCLR(negatives="prior"), Classifier(), set()),  # which asks no posterior
+        (MCLR(negatives="prior", target="reference"), Classifier(), {"reference"}),
+        (MCLR(negatives="prior", weighting="cfg"), Classifier(), {"classifier"}),
+    ],
+)
+def test_companions_are_held_where_the_objective_or_its_posterior_needs_them(
+    objective, its_posterior, names
+):
+    task = make(objective, posterior=its_posterior)
+    assert set(task.frozen) == names
+    assert all(task.frozen[name] is task.companions[name] for name in names)
+
+
+def test_sampling_takes_the_first_average_or_the_parameters():
+    averages = {"second": lambda step: 0.0, "first": lambda step: 0.0}
+    kept = {"first": 1, "second": 2}  # a mapping of another order, as JAX returns it
+    assert make(DSM(), averages=averages).default(0, kept) == 2
+    assert make(DSM()).default(0, {}) == 0
+
+
+def test_parameters_and_keys_follow_from_the_seed():
+    tasks = [cases.task("dsm"), cases.task("dsm"), cases.task("dsm", seed=1)]
+    one, same, other = (task.init() for task in tasks)
+    chex.assert_trees_all_equal(one, same)
+    kernels = [np.asarray(tree["in_linear"]["kernel"]) for tree in (one, other)]
+    assert np.abs(kernels[0] - kernels[1]).min() > 0
+    keys = [key for task in tasks[1:] for key in (task.step_key, task.eval_key)]
+    assert len(np.unique(jax.random.key_data(jnp.stack(keys)), axis=0)) == 4
+    chex.assert_trees_all_equal(*(jax.random.key_data(task.step_key) for task in tasks[:2]))
