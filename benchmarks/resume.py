@@ -19,7 +19,8 @@ import numpy as np
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from mclr_jax import run  # noqa: E402
+from mclr_jax import runs  # noqa: E402
+from mclr_jax.files import write_json  # noqa: E402
 
 OPTIONS = """
     --config=configs/digits.py --config.num_steps=300 --config.checkpoint_every=20
@@ -64,7 +65,7 @@ def main() -> None:
 
         equal = {}
         for average in ("none", "halflife"):
-            pair = [jax.tree.leaves(run.load_weights(w, average)[0]) for w in (whole, killed)]
+            pair = [jax.tree.leaves(runs.load(w).weights(average)[0]) for w in (whole, killed)]
             equal[average] = all(np.array_equal(a, b) for a, b in zip(*pair, strict=True))
         curves = [
             list(map(json.loads, (w / "metrics.jsonl").read_text().splitlines()))
@@ -82,8 +83,7 @@ def main() -> None:
         "last_record_identical": curves[0][-1] == curves[1][-1],
     }
     print(json.dumps(result, indent=1))
-    path = ROOT / "benchmarks" / "results" / "resume.json"
-    run.write_atomically(path, json.dumps(result, indent=1) + "\n")
+    write_json(ROOT / "benchmarks" / "results" / "resume.json", result)
     assert len(killed_after) == args.kills
     assert equal == {"none": True, "halflife": True}
 

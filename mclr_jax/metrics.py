@@ -4,6 +4,7 @@ They add up everywhere and are divided only when reported, so that it does not m
 was split, and a subset without members is left out instead of being NaN.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -35,10 +36,6 @@ Metric = Sums | Max
 Metrics = dict[str, Metric]
 
 
-def _ratio(above: Any, below: Any) -> Any:
-    return above / below if below else np.nan
-
-
 def _effective_share(total: Any, squares: Any, count: Any) -> Any:
     return total**2 / (squares * count) if squares else 0.0
 
@@ -46,12 +43,12 @@ def _effective_share(total: Any, squares: Any, count: Any) -> Any:
 def mean(values: jax.Array, where: jax.Array | None = None) -> Sums:
     """The mean of values (B,), over the rows `where` (B,) is true."""
     kept = jnp.ones_like(values) if where is None else where.astype(values.dtype)
-    return Sums((jnp.where(kept > 0, values, 0), kept), _ratio)
+    return Sums((jnp.where(kept > 0, values, 0), kept), operator.truediv)
 
 
 def ratio(above: jax.Array, below: jax.Array) -> Sums:
     """sum(above) / sum(below), of (B,) each."""
-    return Sums((above, below), _ratio)
+    return Sums((above, below), operator.truediv)
 
 
 def effective_share(weights: jax.Array) -> Sums:

@@ -134,7 +134,7 @@ class Task:
         """The model, and beside it what is needed: without gradient, dropout and strength."""
         own = {"self": params, "average": frozen.get("average")}
         models = self.frozen | {name: self.model for name in own if name in self.needs}
-        weights = jax.lax.stop_gradient({**own, **frozen})
+        weights = {**own, **frozen}
         held = {
             name: Answers(*map(_held, model.answers(weights[name])))
             for name, model in models.items()

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mclr_jax import guidance, metrics, noise, posterior
-from mclr_jax.mixture import GaussianMixture
+from mclr_jax.mixture import GaussianMixture, toy
 from mclr_jax.objectives.base import perturb
 from mclr_jax.objectives.dsm import DSM
 from mclr_jax.objectives.mclr import MCLR
@@ -529,3 +529,19 @@ def test_settings_that_make_no_sense_are_refused(changes, message):
 )
 def test_its_advice_is_about_the_form_that_diverged(options, words):
     assert re.search(words, MCLR(**options).advice())
+
+
+def test_the_penalty_does_not_depend_on_the_posterior():
+    """Where the posterior is sure of the class, 1 - p(c | x_s) is 0 in float32."""
+    apart = toy().replace(means=4 * toy().means)
+    x0, label = apart.sample(jax.random.key(0), 100)
+    data = x0, label, jax.random.split(jax.random.key(1), 100)
+
+    def away(x, sigma, condition):
+        return apart.denoise(x, sigma, condition) + 1
+
+    held, free = (
+        run(apart, apart.denoise, data, levels=Level(0.2), reference=away, reference_penalty=p)[0]
+        for p in (1.0, 0.0)
+    )
+    np.testing.assert_allclose(held - free, 2.0, atol=0.1)

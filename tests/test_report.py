@@ -1,9 +1,11 @@
 """The comparison page: what it says, and what a browser makes of it."""
 
+import base64
 import html.parser
 import re
 import shutil
 import subprocess
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -57,8 +59,12 @@ def test_the_page_holds_the_curves_metrics_samples_and_differences():
     other = made("b", config={"seed": 0, "optimizer.learning_rate": 5e-4, "new": 1})
     text = report.page([made("a"), other])
     page = Page(text)
-    assert len(page.all("polyline")) == 4  # two runs in each of two charts
-    pictures = page.all("img")
+    curves = charts(text)
+    assert [len(lines) for _, lines in curves] == [2, 2]  # two runs in each of two charts
+    assert curves[0][0] == (
+        "loss over training steps; run a: 0.5 at step 20; run b: 0.5 at step 20"
+    )
+    pictures = [picture for picture in page.all("img") if "data-scale" in picture]
     assert [p["data-scale"] for p in pictures] == ["1", "2", "1", "2"]
     assert [("hidden" in p) for p in pictures] == [False, True, False, True]
     assert all(p["src"].startswith("data:image/png;base64,") and p["alt"] for p in pictures)
@@ -72,25 +78,51 @@ def test_the_page_holds_the_curves_metrics_samples_and_differences():
     assert not re.search(r"(src|href)=.(https?:|//)", text)  # nothing from the network
 
 
+def charts(text):
+    """The charts of a page: what is said of each in words, and the points (n, 2) of its lines."""
+    found = []
+    for attrs in Page(text).all("img"):
+        kind, _, data = attrs["src"].partition(";base64,")
+        if kind == "data:image/svg+xml":
+            svg = ElementTree.fromstring(base64.b64decode(data))
+            paths = [path.attrib for path in svg.iter("{http://www.w3.org/2000/svg}path")]
+            thick = [path for path in paths if "stroke-width: 1.5" in path.get("style", "")]
+            lines = [path["d"] for path in thick if "clip-path" in path]  # not in the legend
+            points = [np.array(re.findall(r"[\d.]+", line), float) for line in lines]
+            found.append((attrs["alt"], [line.reshape(-1, 2) for line in points]))
+    return found
+
+
 def test_points_lie_where_their_values_are():
-    text = report.chart("loss", {"a": ([0, 50, 100], [2.0, 1.0, 4.0])})
-    (places,) = re.findall(r'points="(.*?)"', text)
-    x, y = np.array([p.split(",") for p in places.split()], float).T
-    left, right = report.LEFT, report.WIDTH - report.RIGHT
-    np.testing.assert_allclose(x, [left, (left + right) / 2, right], atol=0.1)
-    top, bottom = report.TOP, report.HEIGHT - report.BOTTOM
-    np.testing.assert_allclose(y, [bottom - (bottom - top) / 3, bottom, top], atol=0.1)
+    def drawn(values, steps=(0, 50, 100)):
+        run = made("a", curves={"loss": (list(steps), values)})
+        ((_, (line,)),) = charts(report.page([run]))
+        x, y = ((line - line.min(0)) / np.ptp(line, axis=0)).T
+        return x, 1 - y  # SVG counts downwards
+
+    x, y = drawn([2.0, 1.0, 4.0])
+    np.testing.assert_allclose(x, [0, 1 / 2, 1], atol=1e-4)
+    np.testing.assert_allclose(y, [1 / 3, 0, 1], atol=1e-4)
     # values that span more than a factor of 100: the axis is logarithmic
-    text = report.chart("loss", {"a": ([0, 1, 2], [1e-3, 1e-1, 10.0])})
-    (places,) = re.findall(r'points="(.*?)"', text)
-    _, y = np.array([p.split(",") for p in places.split()], float).T
-    np.testing.assert_allclose(y, [bottom, (bottom + top) / 2, top], atol=0.1)
-    report.chart("odd", {"a": ([0, 1], [float("nan"), 3.0]), "b": ([], [])})
+    _, y = drawn([1e-3, 1e-1, 10.0])
+    np.testing.assert_allclose(y, [0, 1 / 2, 1], atol=1e-4)
+    x, y = drawn([1.0, float("nan"), 3.0, 2.0], [0, 1, 2, 4])  # what is not finite is left out
+    np.testing.assert_allclose([*x, *y], [0, 1 / 2, 1, 0, 1, 1 / 2], atol=1e-4)
+
+
+def test_odd_names_and_curves_are_drawn():
+    odd = {"loss": ([0, 1], [float("nan"), 3.0]), "none": ([5], [float("inf")]), "one": ([], [])}
+    found = charts(report.page([made("_a$b", curves=odd), made('"<c>$', curves=odd)]))
+    assert [alt.count("no finite value") for alt, _ in found] == [0, 2, 2]
+    assert found[0][0].endswith('run _a$b: 3 at step 1; run "<c>$: 3 at step 1')
 
 
 def test_runs_of_one_name_are_told_apart_and_empty_ones_say_so():
     text = report.page([made("a", rows=[], grids={}, curves={}), made("a", rows=[], grids={})])
     assert "a (2)" in text
+    assert [alt.partition("; ")[2] for alt, _ in charts(text)] == [
+        "run a (2): 0.5 at step 20", "run a (2): 1 at step 20"
+    ]  # fmt: skip
     assert "No run was evaluated yet" in text
     assert "No samples were asked for" in text
 
@@ -109,7 +141,7 @@ def test_a_damaged_log_is_read_as_far_as_it_goes(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode("latin1"))
     run = report.read(tmp_path)
     np.testing.assert_equal(run.curves, {"loss": ([1, 2], [2.0, np.nan])})
-    assert len(Page(report.page([run])).all("polyline")) == 1
+    assert len(charts(report.page([run]))) == 1
 
 
 def test_a_classifier_is_shown_without_samples(tmp_path):
@@ -132,7 +164,8 @@ def written(tmp_path_factory):
 
 def test_the_command_writes_a_page_of_real_runs(written):
     page = Page(written.read_text())
-    assert len(page.all("img")) == 4
+    assert len([picture for picture in page.all("img") if "data-scale" in picture]) == 4
+    assert "loss over training steps; run a: " in charts(written.read_text())[0][0]
     assert "num_steps" in written.read_text().partition("<summary>")[0]
 
 
@@ -147,7 +180,8 @@ def test_the_slider_changes_the_pictures_in_a_browser(written, tmp_path):
         dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
         page = Page(dom.replace("<!DOCTYPE html>", ""))
         slider = next(a for a in page.all("input"))
-        return [a["data-scale"] for a in page.all("img") if "hidden" not in a], slider
+        pictures = [a for a in page.all("img") if "data-scale" in a]
+        return [a["data-scale"] for a in pictures if "hidden" not in a], slider
 
     visible, slider = shown("")
     assert visible == ["1", "1"]

@@ -35,16 +35,15 @@ _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 def augment(
     images: jax.Array, keys: jax.Array, probability: float = 0.12, flip_probability: float = 0.5
 ) -> tuple[jax.Array, jax.Array]:
-    """Transforms each example by its own key.
+    """Images (B, H, W, C), float, each transformed by its typed key (B,), and their labels (B, 9).
 
     Args:
-      images: (B, H, W, C) float, H and W at least 2.
-      keys: (B,) typed keys. Example i depends on keys[i] only.
       probability: of each transform but the horizontal flip (A_prob; 0.12 for CIFAR-10 and 0.15 for
         FFHQ and AFHQv2 in the paper). May be traced.
       flip_probability: of a horizontal flip, 1/2 in the paper whatever `probability` is.
 
-    Returns: images (B, H, W, C), and labels (B, 9) float32 (see `sample_transform`).
+    Raises:
+      ValueError: H or W is less than 2.
     """
 
     def one(image, key):
@@ -62,14 +61,12 @@ def sample_transform(
     """Draws one transform (Table 6, top to bottom).
 
     Returns:
-      matrix: (2, 3) forward affine map of what follows the flips, in pixels about the centre of the
-        image (x right, y down); the last column, the translation, is in fractions of the image's
-        width and height.
-      label: (9,) float32, each entry 0 where its transform is not applied:
-        x-flip (0 or 1), y-flip (0 or 1), isotropic scale a (the factor is 2^(0.2 a)),
-        rotation cos - 1 and sin (counter-clockwise as seen), anisotropy a cos and a sin (2^(0.2 a)
-        along that direction, the inverse across; a may be negative, so that, as in the paper, the
-        two numbers leave open which is which), translation x and y (in 1/8 of the side).
+      matrix: (2, 3) forward affine map of what follows the flips, in pixels about the centre (x
+        right, y down); its last column, the translation, is in fractions of width and height.
+      label: (9,) float32, each entry 0 where its transform is not applied: x-flip and y-flip (0 or
+        1), isotropic scale a (the factor is 2^(0.2 a)), rotation cos - 1 and sin (counter-clockwise
+        as seen), anisotropy a cos and a sin (2^(0.2 a) along that direction, the inverse across; as
+        in the paper, a may be negative), translation x and y (in 1/8 of the side).
     """
     uniform_key, normal_key = jax.random.split(key)
     uniform = jax.random.uniform(uniform_key, (9,))
@@ -101,9 +98,10 @@ def warp(image: jax.Array, matrix: jax.Array) -> jax.Array:
 
     Twofold upsampling by sym6, bilinear interpolation, twofold downsampling by the same filter.
     The image goes on beyond its border by reflection about the centres of its outermost pixels.
-    That continuation is periodic, so one period of it is all that is ever needed: both filters are
-    constant matrices, and no margin has to be guessed.
+    That is periodic, so that one period is all that is needed, and both filters are matrices.
     """
+    from jax.scipy.ndimage import map_coordinates
+
     height, width, _ = image.shape
     fine = _einsum("yh,hwc,xw->yxc", _upsample(height), image, _upsample(width))
 
@@ -116,20 +114,11 @@ def warp(image: jax.Array, matrix: jax.Array) -> jax.Array:
     source_x = (d * x[None, :] - b * y[:, None]) / determinant + half[0]
     source_y = (a * y[:, None] - c * x[None, :]) / determinant + half[1]
 
-    moved = _bilinear(fine, 2 * source_y + CENTRE, 2 * source_x + CENTRE)
+    place = [2 * source_y + CENTRE, 2 * source_x + CENTRE]
+    bilinear = functools.partial(map_coordinates, coordinates=place, order=1, mode="wrap")
+    moved = jax.vmap(bilinear, -1, -1)(fine)
     moved = _einsum("hy,yxc,wx->hwc", _downsample(height), moved, _downsample(width))
     return moved.astype(image.dtype)
-
-
-def _bilinear(periodic: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
-    height, width, _ = periodic.shape
-    y0, x0 = jnp.floor(y), jnp.floor(x)
-    wy, wx = (y - y0)[..., None], (x - x0)[..., None]
-    top, left = y0.astype(jnp.int32) % height, x0.astype(jnp.int32) % width
-    bottom, right = (top + 1) % height, (left + 1) % width
-    upper = (1 - wx) * periodic[top, left] + wx * periodic[top, right]
-    lower = (1 - wx) * periodic[bottom, left] + wx * periodic[bottom, right]
-    return (1 - wy) * upper + wy * lower
 
 
 @functools.cache

@@ -3,75 +3,69 @@
 Their keyword-only arguments are its options.
 """
 
-import functools
+import contextlib
 import gzip
 import io
 import json
 import pathlib
-import struct
 import threading
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from mclr_jax import mixture
 from mclr_jax.data.protocol import Arrays, Lazy, Source, as_images, as_labels, check_labels, limit
 
 IN_MEMORY_BYTES = 2**30
 FASHION_MNIST_PATH = "/usr/share/datasets/fashion-mnist"
+# What libraries raise where a file is broken.
+BROKEN = (OSError, EOFError, ValueError, TypeError, SyntaxError, zlib.error, zipfile.BadZipFile)
 
 
-def _digits(argument: str, split: str) -> Arrays:
+def _digits(_: str, split: str) -> Arrays:
     """scikit-learn's 1,797 digits of 8x8; train: 1,497 in equal shares, test: the other 300."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
     images = np.round(data.images * (255 / 16)).astype(np.uint8)[..., None]
-    everything = Arrays(images, data.target.astype(np.int32), 10)
+    everything, rows = Arrays(images, data.target.astype(np.int32), 10), np.arange(len(images))
     train = limit(everything, 1497, seed=0).indices
-    test = np.setdiff1d(np.arange(len(everything)), train)
-    indices = {"train": train, "test": test, "all": np.arange(len(everything))}[split]
-    return Arrays(*everything[indices], 10)
+    chosen = {"train": train, "test": np.setdiff1d(rows, train), "all": rows}[split]
+    return Arrays(*everything[chosen], 10)
 
 
-def _fashion_mnist(argument: str, split: str, *, path: str = FASHION_MNIST_PATH) -> Arrays:
+def _fashion_mnist(_: str, split: str, *, path: str = FASHION_MNIST_PATH) -> Arrays:
     """IDX files, gzipped or not, in the folder `path`; MNIST's own files have the same names."""
-    prefix = {"train": "train", "test": "t10k"}[split]
-    images = _read_idx(pathlib.Path(path), f"{prefix}-images-idx3-ubyte", dimensions=3)
-    labels = _read_idx(pathlib.Path(path), f"{prefix}-labels-idx1-ubyte", dimensions=1)
+    prefix = pathlib.Path(path) / {"train": "train", "test": "t10k"}[split]
+    images = _read_idx(f"{prefix}-images-idx3-ubyte", dimensions=3)
+    labels = _read_idx(f"{prefix}-labels-idx1-ubyte", dimensions=1)
     return Arrays(images[..., None], labels.astype(np.int32), 10)
 
 
-def _read_idx(folder: pathlib.Path, name: str, dimensions: int) -> np.ndarray:
-    files = [file for file in (folder / name, folder / f"{name}.gz") if file.is_file()]
-    if not files:
+def _read_idx(name: str, dimensions: int) -> np.ndarray:
+    file = pathlib.Path(name if pathlib.Path(name).is_file() else f"{name}.gz")
+    if not file.is_file():
         raise FileNotFoundError(
-            f"found no {name}[.gz] in {folder}; on Debian `apt-get install dataset-fashion-mnist` "
-            f"puts it into {FASHION_MNIST_PATH}, elsewhere give the folder by option `path`"
+            f"found no {name}[.gz]; on Debian `apt-get install dataset-fashion-mnist` puts it into "
+            f"{FASHION_MNIST_PATH}, elsewhere give the folder by option `path`"
         )
-    try:
-        content = files[0].read_bytes()
-        content = gzip.decompress(content) if files[0].suffix == ".gz" else content
-        magic, *shape = struct.unpack_from(f">{1 + dimensions}I", content)
+    with _named(f"{file} is no intact IDX file; get it again"):
+        content = file.read_bytes()
+        content = gzip.decompress(content) if file.suffix == ".gz" else content
+        magic, *shape = np.frombuffer(content, ">u4", 1 + dimensions).tolist()
         array = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
-    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
-        raise ValueError(f"{files[0]} is no intact IDX file ({error}); get it again") from error
     if magic != 2048 + dimensions:
-        raise ValueError(f"{files[0]} has magic number {magic:#x}, expected {2048 + dimensions:#x}")
+        raise ValueError(f"{file} has magic number {magic:#x}, expected {2048 + dimensions:#x}")
     return array
 
 
 def _tfds(
-    argument: str,
-    split: str,
-    *,
-    path: str | None = None,
-    resolution: int | None = None,
-    in_memory: bool | None = None,
+    name: str, split: str, *, path: str = "", resolution: int = 0, in_memory: bool | None = None
 ) -> Source:
     """A TensorFlow Datasets set prepared as array_record, read without TensorFlow.
 
@@ -82,30 +76,27 @@ def _tfds(
     """
     import tensorflow_datasets as tfds
 
-    try:
-        builder = tfds.builder(argument, data_dir=path)
-    except ValueError as error:  # DatasetNotFoundError; its message lists all of some 1,300 names
-        first = str(error).splitlines()[0]
-        raise ValueError(f"TFDS has no {argument!r} ({first}); check name and `path`") from error
+    with _named(f"TFDS has no {name!r}; check name and option `path`"):
+        builder = tfds.builder(name, data_dir=path or None)
     if not builder.is_prepared() or builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
         # `tfds.data_source` would start a download here.
         raise FileNotFoundError(
-            f"TFDS set {argument!r} is not prepared as array_record in {builder.data_path}; "
-            f"run `tfds build {argument} --file_format=array_record --data_dir=DIR` "
-            "(in an environment that has TensorFlow) and give DIR by option `path`"
+            f"TFDS set {name!r} is not prepared as array_record in {builder.data_path}; run "
+            f"`tfds build {name} --file_format=array_record --data_dir=DIR` (in an environment "
+            "that has TensorFlow) and give DIR by option `path`"
         )
     features, splits = builder.info.features, builder.info.splits
     if not {"image", "label"} <= set(features) or not hasattr(features["label"], "num_classes"):
         raise ValueError(
-            f"TFDS set {argument!r} has features {sorted(features)}, expected an 'image' and a "
-            "'label' of classes"
+            f"TFDS set {name!r} has features {sorted(features)}, expected an 'image' and a 'label' "
+            "of classes"
         )
     if split not in splits:
-        raise ValueError(f"TFDS set {argument!r} has splits {sorted(splits)}, got {split!r}")
-    if None in features["image"].shape and resolution is None:
+        raise ValueError(f"TFDS set {name!r} has splits {sorted(splits)}, got {split!r}")
+    if None in features["image"].shape and not resolution:
         raise ValueError(
-            f"TFDS set {argument!r} has images of unequal size; give option `resolution`, to which "
-            "they are center-cropped and resized"
+            f"TFDS set {name!r} has images of unequal size; give option `resolution`, the size to "
+            "which they are center-cropped and resized"
         )
     mode = "L" if features["image"].shape[-1] == 1 else "RGB"
     encoded = isinstance(features["image"], tfds.features.Image)
@@ -115,8 +106,8 @@ def _tfds(
     def read(index: int) -> tuple[np.ndarray, int]:
         record = records[index]
         image = record["image"]
-        if isinstance(image, bytes) or resolution is not None:
-            image = _decode(image, mode, f"image {index} of {argument!r}", resolution)
+        if encoded or resolution:
+            image = _decode(image, mode, f"image {index} of {name!r}", resolution)
         return image, int(record["label"])
 
     labels = lambda: np.array([record["label"] for record in records], np.int32)  # noqa: E731
@@ -124,87 +115,72 @@ def _tfds(
 
 
 def _zip(
-    argument: str,
-    split: str,
-    *,
-    num_classes: int | None = None,
-    unlabelled: bool = False,
-    in_memory: bool | None = None,
+    path: str, split: str, *, num_classes: int = 0, unlabelled: bool = False, in_memory: Any = None
 ) -> Source:
     """The data set format of EDM and EDM2: images or .npy (C, H, W) and a dataset.json, zipped.
 
-    Args:
-      num_classes: default: the largest label + 1.
-      unlabelled: accept a set without labels as one of a single class.
-      in_memory: decode everything now (default: if that takes less than 1 GiB).
+    Without `num_classes` there are as many as the largest label says; `unlabelled` accepts a set
+    without labels as one of a single class; `in_memory` is as for `tfds`.
     """
     if split != "train":
         raise ValueError(
             f"a zip file has no {split!r} split; give the test set's own file with split='train'"
         )
-    archive, lock = _open(argument, zipfile.ZipFile), threading.Lock()
+    archive, lock = _open(path, zipfile.ZipFile), threading.Lock()
     files = sorted(n for n in archive.namelist() if n.lower().endswith((".png", ".npy")))
     if not files:
-        raise ValueError(f"{argument} holds no .png or .npy files, so it is no EDM data set")
+        raise ValueError(f"{path} holds no .png or .npy files, so it is no EDM data set")
     described = "dataset.json" in archive.namelist()
     pairs = json.loads(archive.read("dataset.json")).get("labels") if described else None
     if pairs is None and not unlabelled:
         raise ValueError(
-            f"{argument} has no labels in dataset.json; give option unlabelled=True to take it as "
-            "a set of a single class"
+            f"{path} has no labels in dataset.json; give option unlabelled=True to take it as of a "
+            "single class"
         )
     by_file = dict.fromkeys(files, 0) if pairs is None else dict(pairs)
-    missing = [file for file in files if file not in by_file]
-    if missing:
+    if missing := [file for file in files if file not in by_file]:
         raise ValueError(
-            f"{argument} has {len(files)} images of which {len(missing)} have no label in "
+            f"{path} has {len(files)} images of which {len(missing)} have no label in "
             f"dataset.json, {missing[0]} for one; add their labels"
         )
-    labels = as_labels(np.array([by_file[file] for file in files]), len(files), argument)
-
-    def read(index: int) -> tuple[np.ndarray, int]:
-        try:
-            with lock:
-                content = archive.read(files[index])
-        except (zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"{argument} is corrupt at {files[index]} ({error})") from error
-        if files[index].lower().endswith(".png"):
-            image = _decode(content, None, f"{files[index]} in {argument}")
-        else:
-            array = np.load(io.BytesIO(content), allow_pickle=False)
-            image = as_images(np.moveaxis(array, 0, -1), f"{files[index]} in {argument}")
-        return image, int(labels[index])
-
+    labels = as_labels(np.array([by_file[file] for file in files]), len(files), path)
     num_classes = num_classes or int(labels.max()) + 1
     check_labels(labels, num_classes)
+
+    def read(index: int) -> tuple[np.ndarray, int]:
+        file, label = files[index], int(labels[index])
+        with _named(f"{path} is corrupt at {file}; get it again"), lock:
+            content = archive.read(file)
+        if file.lower().endswith(".png"):
+            return _decode(content, "", f"{file} in {path}"), label
+        array = np.load(io.BytesIO(content))
+        return as_images(np.moveaxis(array, 0, -1), f"{file} in {path}"), label
+
     return _source(len(files), num_classes, read, lambda: labels, in_memory)
 
 
-def _npz(argument: str, split: str, *, num_classes: int | None = None) -> Arrays:
+def _npz(path: str, split: str, *, num_classes: int = 0) -> Arrays:
     """Arrays `images` (N, H, W, C), (N, H, W) or (N, d), and `labels` (N,), as sample files of this
     project have them; `test_images` and `test_labels` are the test split."""
-    prefix = {"train": "", "test": "test_"}[split]
-    archive = _open(argument, functools.partial(np.load, allow_pickle=False))
-    absent = [n for n in (f"{prefix}images", f"{prefix}labels") if n not in archive]
-    if absent:
+    archive = _open(path, np.load)
+    names = [{"train": "", "test": "test_"}[split] + name for name in ("images", "labels")]
+    if absent := [name for name in names if name not in archive]:
         raise ValueError(
-            f"{argument} has no {absent} for split={split!r}, only {sorted(archive)}; add them, or "
+            f"{path} has no {absent} for split={split!r}, only {sorted(archive)}; add them, or "
             "choose another split or file"
         )
-    try:
-        images, labels = archive[f"{prefix}images"], archive[f"{prefix}labels"]
-    except (ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{argument} is corrupt ({error}); write it again") from error
-    images = as_images(images[..., None] if images.ndim == 3 else images, argument)
-    labels = as_labels(labels, len(images), argument)
+    with _named(f"{path} is corrupt; write it again"):
+        images, labels = (archive[name] for name in names)
+    images = as_images(images[..., None] if images.ndim == 3 else images, path)
+    labels = as_labels(labels, len(images), path)
     return Arrays(images, labels, num_classes or int(labels.max(initial=0)) + 1)
 
 
-def _mixture(argument: str, split: str) -> Arrays:
+def _mixture(_: str, split: str) -> Arrays:
     """Draws from `mixture.toy()`: 65,536 points to train on, 8,192 others to test."""
     seed, size = {"train": (0, 65_536), "test": (1, 8192)}[split]
-    points, labels = mixture.toy().sample(jax.random.key(seed), size)
-    return Arrays(np.asarray(points), np.asarray(labels), 3)
+    points, labels = map(np.asarray, mixture.toy().sample(jax.random.key(seed), size))
+    return Arrays(points, labels, 3)
 
 
 # The function of each name, and what follows the name's colon, if anything.
@@ -216,9 +192,6 @@ FORMATS: dict[str, tuple[Callable[..., Source], str]] = {
     "zip": (_zip, "PATH"),
     "npz": (_npz, "PATH"),
 }
-
-
-# What they share.
 
 
 def center_crop(image: Image.Image, resolution: int) -> Image.Image:
@@ -235,37 +208,39 @@ def center_crop(image: Image.Image, resolution: int) -> Image.Image:
     return image.crop((left, top, left + resolution, top + resolution))
 
 
-def _decode(
-    data: bytes | np.ndarray, mode: str | None, what: str, resolution: int | None = None
-) -> np.ndarray:
+def _decode(data: bytes | np.ndarray, mode: str, what: str, resolution: int = 0) -> np.ndarray:
     """PNG or JPEG bytes, or a uint8 array (H, W, C), -> (H, W, C) uint8, cropped and resized."""
-    try:
+    with _named(f"{what} cannot be decoded"):
         if isinstance(data, bytes):
             image: Image.Image = Image.open(io.BytesIO(data))
-            image.load()
         else:
             image = Image.fromarray(data[..., 0] if data.shape[-1] == 1 else data)
-    except (UnidentifiedImageError, OSError, SyntaxError, TypeError) as error:
-        raise ValueError(f"{what} cannot be decoded ({error})") from error
-    image = image.convert(mode or ("L" if image.mode == "L" else "RGB"))
-    array = np.asarray(image if resolution is None else center_crop(image, resolution))
+        image = image.convert(mode or ("L" if image.mode == "L" else "RGB"))
+    array = np.asarray(center_crop(image, resolution) if resolution else image)
     return array[..., None] if array.ndim == 2 else array
 
 
 def _source(
-    length: int, num_classes: int, read: Callable, read_labels: Callable, in_memory: bool | None
+    size: int, num_classes: int, read: Callable, labels: Callable, in_memory: Any
 ) -> Source:
     first, _ = read(0)
-    if in_memory is None:
-        in_memory = length * first.nbytes < IN_MEMORY_BYTES
-    lazy = Lazy(length, first.shape, num_classes, read, read_labels)
-    return Arrays(*lazy[np.arange(length)], num_classes) if in_memory else lazy
+    in_memory = size * first.nbytes < IN_MEMORY_BYTES if in_memory is None else in_memory
+    lazy = Lazy(size, first.shape, num_classes, read, labels)
+    return Arrays(*lazy[np.arange(size)], num_classes) if in_memory else lazy
 
 
-def _open(path: str, opener: Callable):
+def _open(path: str, opener: Callable) -> Any:
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f"found no file {path}; check the path after the colon")
-    try:
+    with _named(f"{path} is no intact file of its kind; get it again"):
         return opener(path)
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path} is no intact file of its kind ({error}); get it again") from error
+
+
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    """A library's error becomes a ValueError: `what` is wrong, and the first line of the error."""
+    try:
+        yield
+    except BROKEN as error:
+        first = str(error).partition("\n")[0]
+        raise ValueError(f"{what} ({first})") from error

@@ -1,8 +1,7 @@
 """Batches for training: which examples make up step n.
 
-The examples of a step follow from (seed, step) alone, whatever the source, the number of processes
-or the place where a run was interrupted. Sources in memory are indexed on the spot; for the others
-Grain reads and decodes batches ahead in threads.
+They follow from (seed, step) alone, whatever the source, the number of processes or the place where
+a run was interrupted. Grain reads sources that are not in memory ahead, in threads.
 """
 
 import functools
@@ -22,23 +21,19 @@ OTHER_SEED = 2**31  # from one drawing of companions to the next; far from other
 def step_indices(seed: int, step: int, batch_size: int, length: int) -> np.ndarray:
     """The examples of one global batch, (batch_size,) int64 in [0, length).
 
-    All steps together walk through one fresh permutation of the set per epoch; a batch may span
-    several epochs. Grain's own `shuffle(seed).repeat()` is not used: it seeds epoch e with
-    seed + e, so that runs with neighbouring seeds would see the same epochs, one later.
+    Each epoch is a fresh permutation of the set; a batch may span several. Grain's own
+    `shuffle(seed).repeat()` seeds epoch e with seed + e, so that runs with neighbouring seeds would
+    see the same epochs, one later.
     """
     positions = step * batch_size + np.arange(batch_size, dtype=np.int64)
-    epochs, offsets = np.divmod(positions, length)
-    parts = [
-        _permutation(seed, int(epoch), length)[offsets[epochs == epoch]]
-        for epoch in np.unique(epochs)
-    ]
-    return np.concatenate(parts)
+    all_epochs, offsets = np.divmod(positions, length)
+    epochs = np.unique(all_epochs).tolist()
+    return np.concatenate([_permutation(seed, e, length)[offsets[all_epochs == e]] for e in epochs])
 
 
 @functools.lru_cache(maxsize=8)  # the epoch that ends and the one that begins, for two streams
 def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
-    bits = np.random.Philox(np.random.SeedSequence([seed, epoch]))
-    permutation = np.random.Generator(bits).permutation(length)
+    permutation = np.random.Generator(np.random.Philox([seed, epoch])).permutation(length)
     permutation.flags.writeable = False
     return permutation
 
@@ -56,19 +51,18 @@ def stream(
     """An endless stream of this process's rows of the global batches.
 
     Args:
-      source: where examples come from.
       batch_size: of the global batch, over all processes.
       seed: non-negative; with the step it decides which examples a batch has.
       start_step: the step of the first batch returned.
       process_index, process_count: this process gets rows [index, index + 1) * batch_size / count.
       threads: that read ahead, a batch each, where a source is not in memory.
-      extra: other sources, or the same again, by name; each gives every example a companion, drawn
-        with seed + k OTHER_SEED for the k-th name in alphabetical order, k = 1, 2, ...
+      extra: more sources by name; each gives every example a companion, drawn with
+        seed + k OTHER_SEED for the k-th name in alphabetical order, k = 1, 2, ...
 
     Returns:
       An iterator over dicts of image (b, *source.shape) uint8 or float32, label (b,) int32, and
       index (b,) int32, the row in the global batch, from which an example's random key is derived;
-      with `extra`, NAME_image and NAME_label for each of its names too.
+      and NAME_image and NAME_label for each name in `extra`.
 
     Raises:
       ValueError: if the batch does not divide among the processes, or there are no examples.

@@ -14,25 +14,22 @@ class Source(Protocol):
     `source[indices]`, with indices (n,) integers in [0, len(source)), gives images (n, *shape),
     uint8 (0..255) or float32 (taken as they are: in [-1, 1], or latents), and labels (n,) int32 in
     [0, num_classes). It may be called from several threads at once.
+
+    Attributes:
+      shape: of one example, (H, W, C) or (d,).
+      in_memory: whether indexing is cheap, so that reading ahead in threads would not pay.
+      labels: of all examples, (N,) int32. The first use may read the whole set.
     """
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Of one example: (H, W, C) or (d,)."""
-
+    def shape(self) -> tuple[int, ...]: ...
     @property
     def num_classes(self) -> int: ...
-
     @property
-    def in_memory(self) -> bool:
-        """Whether indexing is cheap, so that reading ahead in threads would not pay."""
-
+    def in_memory(self) -> bool: ...
     @property
-    def labels(self) -> np.ndarray:
-        """Of all examples, (N,) int32. The first use may read the whole set."""
-
+    def labels(self) -> np.ndarray: ...
     def __len__(self) -> int: ...
-
     def __getitem__(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
 
 
@@ -46,10 +43,9 @@ class Arrays:
     in_memory: bool = True
 
     def __post_init__(self):
-        if len(self.images) != len(self.labels):
-            raise ValueError(
-                f"got {len(self.images)} images and {len(self.labels)} labels; expected as many"
-            )
+        images, labels = len(self.images), len(self.labels)
+        if images != labels:
+            raise ValueError(f"got {images} images and {labels} labels; expected as many")
         check_labels(self.labels, self.num_classes)
 
     @property
@@ -77,11 +73,7 @@ class Lazy:
     read_labels: Callable[[], np.ndarray]
     in_memory: bool = False
 
-    def __post_init__(self):
-        # Dataclasses generate no cached properties; this is one, bound to the instance.
-        object.__setattr__(self, "read_labels", functools.cache(self.read_labels))
-
-    @property
+    @functools.cached_property
     def labels(self) -> np.ndarray:
         return self.read_labels()
 
@@ -130,8 +122,7 @@ def sigma_data(source: Source) -> float:
     Over all pixels of at most 4096 evenly spaced examples; `sigma_data` in Karras et al. 2022.
     """
     images, _ = source[evenly(source, 4096)]
-    scale = 127.5 if images.dtype == np.uint8 else 1.0
-    return float(images.std(dtype=np.float64) / scale)
+    return float(images.std(dtype=np.float64) / (127.5 if images.dtype == np.uint8 else 1))
 
 
 def limit(source: Source, n: int, seed: int) -> Subset:

@@ -32,9 +32,9 @@ def load(name: str, split: str = "train", **options) -> Source:
         return _checked(make(split=split, **options), f"data source {name!r}")
     loader, needs_argument = look_up(FORMATS, kind, "data source")
     if bool(needs_argument) != bool(argument):
-        expected = f"'{kind}:{needs_argument}'" if needs_argument else f"'{kind}'"
-        raise ValueError(f"got data source {name!r}, expected {expected}")
-    splits = ["train", "test", "all"] if kind == "digits" else ["train", "test"]
+        expected = f"{kind}:{needs_argument}".strip(":")
+        raise ValueError(f"got data source {name!r}, expected {expected!r}")
+    splits = ["train", "test", *["all"] * (kind == "digits")]
     if split not in splits:
         raise ValueError(f"got split={split!r} for {name!r}, expected one of {splits}")
     _check_options(name, options, loader.__kwdefaults__ or ())
@@ -57,8 +57,7 @@ def from_config(data: Any, split: str, seed: int) -> Source:
         return load(data.test)
     unset = [key for key in ("path", "resolution", "num_classes") if not data.get(key)]
     others = ["name", "test", "generated", "limit", "flip", "augment", *unset]
-    options = {key: value for key, value in data.items() if key not in others}
-    source = load(data.name, split, **options)
+    source = load(data.name, split, **{k: v for k, v in data.items() if k not in others})
     return limit(source, data.limit, seed) if data.get("limit") and split == "train" else source
 
 
@@ -66,8 +65,7 @@ def _checked(source: Any, what: str) -> Source:
     """The source if it keeps to the protocol, as far as its first and its last example tell."""
     parts = ("shape", "num_classes", "in_memory", "labels", "__len__", "__getitem__")
     members = dir(source)  # first, since hasattr would read all labels
-    absent = [part for part in parts if part not in members and not hasattr(source, part)]
-    if absent:
+    if absent := [part for part in parts if part not in members and not hasattr(source, part)]:
         raise ValueError(f"{what} lacks {', '.join(absent)}, expected all that protocol.Source has")
     shape, num_classes, count = source.shape, source.num_classes, len(source)
     if not isinstance(shape, tuple) or {*map(type, (*shape, num_classes))} != {int} or not count:

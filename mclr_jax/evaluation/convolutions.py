@@ -11,14 +11,9 @@ Weights = dict[str, np.ndarray]
 
 
 def fold(state: Weights, norm_of: dict[str, str]) -> Weights:
-    """Convolutions with the batch norms that follow them (epsilon 1e-3), by name.
+    """Convolutions, by name, with the batch norms `norm_of` that follow them (epsilon 1e-3).
 
-    Args:
-      state: official names; convolutions are NAME.weight (out, in, kh, kw).
-      norm_of: the batch norm of each convolution.
-
-    Returns:
-      NAME (kh, kw, in, out) and NAME.bias (out,) for every convolution.
+    NAME.weight (out, in, kh, kw) becomes NAME (kh, kw, in, out) and NAME.bias (out,).
     """
     weights = {}
     for conv, norm in norm_of.items():

@@ -41,8 +41,7 @@ def convert(state: dict[str, np.ndarray]) -> Weights:
             "tokens": np.concatenate([state["cls_token"][0] + first, registers]),
             "positions": _resized(positions, antialias=bool(len(registers))),
             "blocks": stacked,
-            "norm.weight": state["norm.weight"],
-            "norm.bias": state["norm.bias"],
+            **{name: state[name] for name in ("norm.weight", "norm.bias")},
         }
     except KeyError as error:
         raise ValueError(

@@ -32,55 +32,17 @@ KEPT = 10_000  # examples of the reference whose features are kept, for neighbou
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What samples are compared with.
+    """What samples are compared with."""
 
-    Attributes:
-      moments: of the features of all examples.
-      kept: features of at most KEPT evenly spaced examples.
-      digest: hash of the extractor's weights and of the data.
-    """
-
-    moments: metrics.Moments
-    kept: Features
-    digest: str
+    moments: metrics.Moments  # of the features of all examples
+    kept: Features  # of at most KEPT evenly spaced examples
+    digest: str  # hash of the extractor's weights and of the data
 
 
-Metric = Callable[[Features, Reference], dict[str, float]]
-
-
-def _with_as_many(function: Callable, *columns: str) -> Metric:
-    """function(real, fake), with as many real features as fake ones where there are so many."""
-
-    def measured(fake: Features, real: Reference) -> dict[str, float]:
-        order = np.random.default_rng(0).permutation(len(real.kept.features))
-        some = real.kept.features[order[: len(fake.features)]]
-        values = np.atleast_1d(function(some, fake.features)).tolist()
-        return dict(zip(columns, values, strict=True))
-
-    return measured
-
-
-METRICS: dict[str, Metric] = {
-    "fd": lambda fake, real: {
-        "frechet": metrics.frechet_distance(metrics.moments(fake.features), real.moments)
-    },
-    "fd_class": lambda fake, real: {
-        "per_class_frechet": metrics.per_class_frechet(
-            fake.features, fake.labels, real.kept.features, real.kept.labels
-        ).mean()
-    },
-    "fd_inter": lambda fake, real: {
-        "inter_class_frechet": metrics.inter_class_frechet(fake.features, fake.labels)
-    },
-    "is": lambda fake, real: (
-        {"inception_score": metrics.inception_score(np.exp(fake.log_probs))}
-        if fake.log_probs.size
-        else {}
-    ),
-    "kid": _with_as_many(metrics.kernel_distance, "kernel"),
-    "pr": _with_as_many(metrics.precision_recall, "precision", "recall"),
-    "dc": _with_as_many(metrics.density_coverage, "density", "coverage"),
-}
+# Columns of a row, by the name of the metric that gives them.
+METRICS = {"fd": "frechet", "fd_class": "per_class_frechet", "fd_inter": "inter_class_frechet",
+           "is": "inception_score", "kid": "kernel", "pr": "precision recall",
+           "dc": "density coverage"}  # fmt: skip
 
 
 def measure(
@@ -90,13 +52,28 @@ def measure(
 
     The accuracy is the share of samples that an extractor, the one of `judged` or else of `fake`,
     takes for the class they are meant to show. Without classes it is left out, and so is the
-    inception score.
+    inception score. Kernels and neighbours take as many real features as fake ones, if there are.
     """
-    functions = [look_up(METRICS, name, "metric") for name in names]
+    columns = [look_up(METRICS, name, "metric").split() for name in names]
+    x, labels, kept = fake.features, fake.labels, real.kept
+    some = np.random.default_rng(0).permutation(len(kept.features))[: len(x)]
+    values: dict[str, Callable[[], Any]] = {
+        "fd": lambda: metrics.frechet_distance(metrics.moments(x), real.moments),
+        "fd_class": lambda: metrics.per_class_frechet(x, labels, kept.features, kept.labels).mean(),
+        "fd_inter": lambda: metrics.inter_class_frechet(x, labels),
+        "is": lambda: (
+            metrics.inception_score(np.exp(fake.log_probs)) if fake.log_probs.size else ()
+        ),
+        "kid": lambda: metrics.kernel_distance(kept.features[some], x),
+        "pr": lambda: metrics.precision_recall(kept.features[some], x),
+        "dc": lambda: metrics.density_coverage(kept.features[some], x),
+    }
     judged, row = judged or fake, {}
     if judged.log_probs.size:
         row["accuracy"] = float((judged.log_probs.argmax(1) == judged.labels).mean())
-    return functools.reduce(lambda row, f: row | f(fake, real), functions, row)
+    for name, keys in zip(names, columns, strict=True):
+        row |= zip(keys, np.atleast_1d(values[name]()).tolist(), strict=False)
+    return row
 
 
 def measure_images(
@@ -171,35 +148,26 @@ def _hash(text: str) -> str:
 def evaluate(
     workdir: str | pathlib.Path,
     extractor: Extractor,
-    real: Reference,
+    real: Reference,  # statistics of real data under the same extractor
     *,
     names: Sequence[str] = tuple(METRICS),
-    judge: Extractor | None = None,
-    num_samples: int = 10_000,
+    judge: Extractor | None = None,  # says of what class samples look; None is the extractor
+    num_samples: int = 10_000,  # of each row, classes taking turns
     seed: int = 0,
     guidance_scales: Iterable[float] = (1.0,),
     averages: Iterable[str] = ("",),
     interpolations: Iterable[float] = (1.0,),
     interval: tuple[float, float] | None = None,
     weak: tuple[Model, Any] | None = None,
-    training: Source | None = None,
+    training: Source | None = None,  # images; with them rows have `memorized`
     batch_size: int = 256,
     progress: Callable[[str, int], Any] = lambda what, count: None,
 ) -> list[dict[str, Any]]:
     """A row for each average of the weights, interpolation and guidance scale, with what made it.
 
-    Images are rounded to 8 bits. Rows that are stored in workdir/evaluation are not made again.
-    Other options than these are explained at `generate.generate`.
-
-    Args:
-      workdir: of the run.
-      extractor, real: of features, and statistics of real data under it.
-      names: of metrics.
-      judge: classifier that says of what class samples look; None is the extractor.
-      num_samples: of each row, classes taking turns.
-      averages, interpolations: see `runs.Run.weights`.
-      training: images; with them rows have the share of samples that copy one, `memorized`.
-      progress: called with what is done and the number of images more.
+    Images are rounded to 8 bits. Rows that are stored in workdir/evaluation are not made again. For
+    averages and interpolations see `runs.Run.weights`, for what is left `generate.generate`;
+    `progress` is called with what is done and the number of images more.
     """
     run, rows = runs.load(workdir), []
     judge = judge or extractor

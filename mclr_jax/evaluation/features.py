@@ -17,48 +17,36 @@ from mclr_jax.names import look_up
 from mclr_jax.pretrained import torch_file
 
 BATCH = 512
+# Weights, images (b, ...) in [-1, 1] -> features (b, d) and logits (b, K), pure; K is 0 where the
+# network knows no classes.
 Apply = Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 class Features(NamedTuple):
-    """What an extractor makes of n images.
+    """What an extractor makes of n images."""
 
-    Attributes:
-      features: (n, d) float64.
-      log_probs: (n, K) float64, of the extractor's own classes.
-      labels: (n,) int32, what the images are meant to show.
-    """
-
-    features: np.ndarray
-    log_probs: np.ndarray
-    labels: np.ndarray
+    features: np.ndarray  # (n, d) float64
+    log_probs: np.ndarray  # (n, K) float64, of the extractor's own classes
+    labels: np.ndarray  # (n,) int32, what the images are meant to show
 
 
 @dataclasses.dataclass(frozen=True)
 class Extractor:
-    """A frozen network that judges images.
+    """A frozen network that judges images."""
 
-    Attributes:
-      name: as given to `load`.
-      weights: a tree of arrays.
-      apply: weights, images (b, ...) in [-1, 1] -> features (b, d) and logits (b, K), pure; K is 0
-        where the network knows no classes.
-    """
-
-    name: str
-    weights: Any
+    name: str  # as given to `load`
+    weights: Any  # a tree of arrays
     apply: Apply
 
     @functools.cached_property
     def digest(self) -> str:
-        """Hash of the weights."""
         return digest(self.weights)
 
     @functools.cached_property
     def _compiled(self) -> Callable:
         # The weights are an argument: as constants of the program, gigabytes would not compile.
-        _, everywhere = generate.shardings()
-        return functools.partial(jax.jit(self.apply), jax.device_put(self.weights, everywhere))
+        weights = jax.device_put(self.weights, generate.shardings()[1])
+        return functools.partial(jax.jit(self.apply), weights)
 
     def __call__(
         self,
@@ -81,15 +69,11 @@ class Extractor:
 
 
 def load(name: str) -> Extractor:
-    """The extractor of this name.
+    """The extractor of this name; FileNotFoundError if its weights are not there.
 
     classifier:WORKDIR is a run whose network gives logits; efficientnet_lite0, for natural images,
     has ImageNet weights and classes; inception:FILE is FID's, with the weights in this file, and
-    dinov2:FILE that of FD_DINOv2.
-
-    Raises:
-      ValueError: if there is no such kind, the run is no classifier, or the file another one.
-      FileNotFoundError: if the weights are not there.
+    dinov2:FILE that of FD_DINOv2. ValueError: no such kind, no classifier, or another file.
     """
     kind, _, argument = name.partition(":")
     return Extractor(name, *look_up(_LOADERS, kind, "feature extractor")(argument))

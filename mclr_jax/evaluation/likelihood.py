@@ -10,32 +10,26 @@ from mclr_jax.types import Condition, DenoiseFn, as_condition
 def log_likelihood(
     denoise: DenoiseFn,
     x: jax.Array,
-    condition: Condition | jax.Array,
+    condition: Condition | jax.Array,  # or bare labels (B,) int32
     sigmas: jax.Array,
     keys: jax.Array | None = None,
     *,
     sigma_data: float = 0.5,
     probes: int = 1,
 ) -> jax.Array:
-    """log p(x | condition) in nats, (B,), of data that carry noise of level sigmas[0].
+    """log p(x | condition) in nats, (B,), of data x (B, ...) that carry noise of level sigmas[0].
 
     Follows dx/dsigma = (x - D) / sigma upwards by Heun's method and adds up its divergence; at the
     top x is taken for a normal variable of variance sigmas[-1]^2 + sigma_data^2. Source: Chen et
     al. 2018 (arXiv 1806.07366), Song et al. 2021 (arXiv 2011.13456, section 4.3).
 
     Args:
-      denoise: the model, guided or not.
-      x: (B, ...) data. For a density of the data themselves sigmas[0] must be small beside their
-        finest structure; 8-bit images need noise of about their step for there to be a density.
-      condition: of the data, or bare labels (B,) int32.
-      sigmas: (N + 1,) rising noise levels above 0, such as noise.rho_grid(...)[-2::-1].
-      keys: (B,) typed keys for Hutchinson's estimate of the divergence by random signs; None
-        computes it exactly, at the cost of a call of the network's transpose for each dimension.
-      sigma_data: standard deviation of the data.
-      probes: random sign vectors for each example, the same at all noise levels.
-
-    Raises:
-      ValueError: if sigmas do not rise from above 0.
+      sigmas: (N + 1,) rising noise levels above 0, such as noise.rho_grid(...)[-2::-1]; ValueError
+        on others. For a density of the data themselves the first must be small beside their finest
+        structure; 8-bit images need noise of about their step for there to be a density.
+      keys: (B,) typed keys for Hutchinson's estimate of the divergence by `probes` random sign
+        vectors for each example, the same at all noise levels; None computes it exactly, at the
+        cost of a call of the network's transpose for each dimension.
     """
     if not isinstance(sigmas, jax.core.Tracer):
         grid = np.asarray(sigmas)
@@ -46,36 +40,32 @@ def log_likelihood(
         units = jnp.eye(size, dtype=x.dtype).reshape(size, 1, *x.shape[1:])
         vectors = jnp.broadcast_to(units, (size, *x.shape))
     else:
-        draw = lambda key: jax.random.rademacher(key, (probes, *x.shape[1:]), x.dtype)  # noqa: E731
-        vectors = jax.vmap(draw, out_axes=1)(keys)
+        shape = (probes, *x.shape[1:])
+        vectors = jax.vmap(lambda key: jax.random.rademacher(key, shape, x.dtype), 0, 1)(keys)
+    inner = jax.vmap(lambda a, b: jnp.sum(a * b))
 
     def slope(x, sigma):
         """dx/dsigma (B, ...) and its divergence (B,)."""
         levels = jnp.full(len(x), sigma, x.dtype)
         denoised, transpose = jax.vjp(lambda y: denoise(y, levels, condition), x)
-        products = jax.lax.map(lambda v: _inner(transpose(v)[0], v), vectors)
+        products = jax.lax.map(lambda v: inner(transpose(v)[0], v), vectors)
         trace = products.sum(0) if keys is None else products.mean(0)
         return (x - denoised) / sigma, (size - trace) / sigma
 
     def step(carry, pair):
-        x, change = carry
-        low, high = pair
+        (x, change), (low, high) = carry, pair
         first, divergence = slope(x, low)
         second, then = slope(x + (high - low) * first, high)
-        x = x + (high - low) / 2 * (first + second)
-        return (x, change + (high - low) / 2 * (divergence + then)), None
+        half = (high - low) / 2
+        return (x + half * (first + second), change + half * (divergence + then)), None
 
     sigmas = jnp.asarray(sigmas, x.dtype)
     start = x, jnp.zeros(len(x), x.dtype)
     (x, change), _ = jax.lax.scan(step, start, (sigmas[:-1], sigmas[1:]))
     variance = sigmas[-1] ** 2 + sigma_data**2
-    return change - _inner(x, x) / (2 * variance) - size / 2 * jnp.log(2 * jnp.pi * variance)
+    return change - inner(x, x) / (2 * variance) - size / 2 * jnp.log(2 * jnp.pi * variance)
 
 
 def bits_per_dim(nats: jax.Array, size: int) -> jax.Array:
     """Log likelihoods (B,) of 8-bit images of `size` numbers in [-1, 1], as bits for each."""
     return -nats / (size * np.log(2)) + np.log2(128)
-
-
-def _inner(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.sum((a * b).reshape(len(a), -1), axis=1)

@@ -18,7 +18,7 @@ BLOCK_BYTES = 16 * 2**20  # of one block of pairwise values; up to five are aliv
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Mean (d,) and unbiased covariance (d, d) of `count` feature vectors.
+    """Mean (d,) and covariance (d, d), with ddof = 1 as in FID, of `count` feature vectors.
 
     Example, batch by batch: `functools.reduce(Moments.merge, map(moments, batches))`.
     """
@@ -46,10 +46,7 @@ class Moments:
 
 
 def moments(features: np.ndarray) -> Moments:
-    """Moments of features (n, d); the covariance has ddof = 1, as in FID.
-
-    One feature vector is allowed, as a last batch to merge: its covariance is zero.
-    """
+    """Moments of features (n, d), where n = 1, a last batch to merge, has zero covariance."""
     features = _as_features(features, "features")
     mean = features.mean(0)
     deviations = features - mean
@@ -75,8 +72,7 @@ def per_class_frechet(
 ) -> np.ndarray:
     """Frechet distance of each class to the same class of the reference, (K,), by rising label.
 
-    features (n, d), labels (n,), ref_features (m, d), ref_labels (m,): both sets hold the same K
-    classes, with at least 2 samples of each.
+    Both sets, (n, d) with labels (n,), hold the same K classes, with 2 samples or more of each.
     """
     ours, reference = _by_class(features, labels), _by_class(ref_features, ref_labels)
     if ours.keys() != reference.keys():
@@ -143,10 +139,8 @@ def density_coverage(real: np.ndarray, fake: np.ndarray, k: int = 5) -> tuple[fl
     return balls / (k * len(fake)), float((nearest < radius).mean())
 
 
-def memorized_fraction(
-    real: np.ndarray | Iterable[np.ndarray], fake: np.ndarray, ratio: float = 1 / 3
-) -> float:
-    """Share of fake samples that copy a real one: nearer to it than `ratio` times the next nearest.
+def memorized_fraction(real: np.ndarray | Iterable[np.ndarray], fake: np.ndarray) -> float:
+    """Share of fake samples that copy a real one: nearer to it than 1/3 of the way to the next.
 
     Distances are Euclidean, usually of pixels. Source: Yoon et al. 2023; Gu et al. 2023
     (arXiv 2310.02664). real (n, d), or batches of it; fake (m, d); n at least 2.
@@ -160,7 +154,7 @@ def memorized_fraction(
             nearest[rows] = np.sort(np.partition(known, 1, axis=1)[:, :2])
     if np.isinf(nearest).any():
         raise ValueError("Got fewer than 2 real samples; the ratio needs 2 neighbours.")
-    return float((nearest[:, 0] < ratio**2 * nearest[:, 1]).mean())
+    return float((nearest[:, 0] < nearest[:, 1] / 9).mean())
 
 
 def kernel_distance(real: np.ndarray, fake: np.ndarray) -> float:
@@ -184,7 +178,7 @@ def kernel_distance_subsets(
 ) -> tuple[float, float]:
     """Mean and standard deviation (ddof = 0) of `kernel_distance` over random subsets.
 
-    It draws as torch-fidelity does with fake as its first input: equal seeds, equal numbers.
+    Equal to torch-fidelity's numbers for equal seeds, with fake as its first input.
     """
     real, fake = _pair(real, fake)
     if subsets < 1 or not 2 <= subset_size <= min(len(real), len(fake)):
@@ -194,10 +188,8 @@ def kernel_distance_subsets(
         )
     rng, values = np.random.RandomState(seed), []
     for _ in range(subsets):
-        fake_rows, real_rows = (
-            rng.choice(len(x), subset_size, replace=False) for x in (fake, real)
-        )
-        values.append(kernel_distance(real[real_rows], fake[fake_rows]))
+        y, x = (f[rng.choice(len(f), subset_size, replace=False)] for f in (fake, real))
+        values.append(kernel_distance(x, y))
     return float(np.mean(values)), float(np.std(values))
 
 
@@ -207,7 +199,8 @@ def _kernel_sum(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
-    return gen_batches(rows, max(1, BLOCK_BYTES // (8 * columns)))
+    step = max(1, BLOCK_BYTES // (8 * columns))
+    return (slice(start, start + step) for start in range(0, rows, step))
 
 
 def _squared_distances(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
@@ -227,9 +220,11 @@ def _squared_radii(x: np.ndarray, k: int, name: str) -> np.ndarray:
     """Squared distance of each x_i to its k-th nearest neighbour other than itself, (n,)."""
     if not 1 <= k < len(x):
         raise ValueError(f"Got k={k}, {len(x)} {name} samples; expected 1 <= k < n. Lower k.")
-    # Index k, not k - 1, for the nearest of all is x_i itself.
-    blocks = (np.partition(squared, k, axis=1)[:, k] for _, squared in _squared_distances(x, x))
-    return np.concatenate(list(blocks))
+    radii = np.empty(len(x))
+    for rows, squared in _squared_distances(x, x):
+        squared.partition(k, axis=1)
+        radii[rows] = squared[:, k]  # not k - 1, for the nearest of all is x_i itself
+    return radii
 
 
 def _as_features(features: np.ndarray, name: str) -> np.ndarray:

@@ -5,7 +5,6 @@ import dataclasses
 import html
 import io
 import json
-import math
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -25,21 +24,13 @@ LINES = ("-", "--", ":", "-.")
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What the page says of a run.
-
-    Attributes:
-      name: unique on the page.
-      config: its config, flat, with dots for levels.
-      curves: metric -> (steps, values) as they were logged.
-      rows: of launch.evaluate.
-      grids: guidance scale -> PNG of samples.
-    """
+    """What the page says of a run."""
 
     name: str
-    config: dict[str, Any]
-    curves: dict[str, tuple[list[float], list[float]]]
-    rows: list[dict[str, Any]]
-    grids: dict[float, bytes]
+    config: dict[str, Any]  # flat, with dots for levels
+    curves: dict[str, tuple[list[float], list[float]]]  # metric -> (steps, values) as logged
+    rows: list[dict[str, Any]]  # of launch.evaluate
+    grids: dict[float, bytes]  # guidance scale -> PNG of samples
 
 
 def read(
@@ -49,10 +40,9 @@ def read(
     seed: int = 0,
     progress: Callable[[int], Any] = lambda count: None,
 ) -> Run:
-    """A run's directory. Samples, not of classifiers, are drawn for each scale from the same noise.
+    """A run from its directory `workdir`; FileNotFoundError if that is none.
 
-    Raises:
-      FileNotFoundError: if `workdir` is not the directory of a run.
+    Samples, not of classifiers, are drawn for each scale from the same noise.
     """
     workdir = pathlib.Path(workdir)
     run = load(workdir)
@@ -81,9 +71,8 @@ def read(
 
 def page(runs: Sequence[Run]) -> str:
     """The page as HTML; names that several runs share get a number."""
-    names: list[str] = []
-    for number, one in enumerate(runs, 1):
-        names.append(f"{one.name} ({number})" if one.name in names else one.name)
+    names = [one.name for one in runs]
+    names = [f"{name} ({i + 1})" if name in names[:i] else name for i, name in enumerate(names)]
     runs = [dataclasses.replace(one, name=name) for one, name in zip(runs, names, strict=True)]
     sections = {"Samples": _samples, "Metrics": _metrics, "Curves": _curves, "Configs": _configs}
     links = "".join(f'<a href="#{title}">{title}</a> ' for title in sections)
@@ -107,15 +96,11 @@ def _samples(runs: Sequence[Run]) -> str:
         return "<p>No samples were asked for (--guidance_scales).</p>"
     figures = ""
     for one in runs:
-        pictures = "".join(
-            _picture(
-                f"Samples of {one.name} at guidance scale {scale:g}, a class a row",
-                "png",
-                content,
-                f'data-scale="{scale:g}" {"hidden" * (scale != scales[0])}',
-            )  # fmt: skip
-            for scale, content in sorted(one.grids.items())
-        )
+        pictures = ""
+        for scale, content in sorted(one.grids.items()):
+            text = f"Samples of {one.name} at guidance scale {scale:g}, a class a row"
+            hidden = "" if scale == scales[0] else "hidden"
+            pictures += _picture(text, "png", content, f'data-scale="{scale:g}" {hidden}')
         figures += f"<figure>{pictures}<figcaption>{html.escape(one.name)}</figcaption></figure>"
     ticks = json.dumps([f"{scale:g}" for scale in scales])
     return (
@@ -167,28 +152,27 @@ def _chart(key: str, runs: Sequence[Run]) -> str:
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    everything, labels, picture = [], [], io.BytesIO()
+    labels, picture = [], io.BytesIO()
     with style.context("tableau-colorblind10"):
         drawing = Figure(figsize=(4.8, 2.8 + 0.2 * len(runs)), layout="constrained")
         axes = drawing.subplots()
         for number, one in enumerate(runs):
-            points = [(x, y) for x, y in zip(*one.curves[key], strict=True) if math.isfinite(y)]
-            steps, values = np.array(points, np.float64).reshape(-1, 2).T
-            marker = "o" if len(points) <= FEW else ""  # so that a single point is seen too
+            steps, values = np.array(one.curves[key], np.float64)
+            steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
+            marker = "o" if len(steps) <= FEW else ""  # so that a single point is seen too
             axes.plot(steps, values, LINES[number % 4] + marker, markersize=3)
-            end = f"{values[-1]:.4g} at step {steps[-1]:.0f}" if points else "no finite value"
-            labels.append(f"run {one.name}: {end}")
-            everything += [*values]
-        if everything and min(everything) > 0 and max(everything) > 100 * min(everything):
+            last = f"{values[-1]:.4g} at step {steps[-1]:.0f}" if len(steps) else "no finite value"
+            labels.append(f"run {one.name}: {last}")
+        low, high = axes.dataLim.intervaly
+        if 0 < 100 * low < high:
             axes.set_yscale("log")
         axes.grid(alpha=0.3)
         axes.set_xlabel("step")
         shown = [label.replace("$", r"\$") for label in labels]  # dollars would begin a formula
         drawing.legend(axes.lines, shown, loc="outside lower left", fontsize=8)
         drawing.savefig(picture, format="svg")
-    image = _picture(
-        "; ".join([f"{key} over training steps", *labels]), "svg+xml", picture.getvalue()
-    )
+    text = "; ".join([f"{key} over training steps", *labels])
+    image = _picture(text, "svg+xml", picture.getvalue())
     return f"<figure><figcaption>{html.escape(key)}</figcaption>{image}</figure>"
 
 

@@ -5,15 +5,17 @@ network. Official weights load through `mclr_jax.pretrained.dit`.
 """
 
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.nn.initializers import lecun_normal, normal, zeros
 
 from mclr_jax.networks import layers
-from mclr_jax.networks.layers import Dropout, Linear
+from mclr_jax.networks.layers import Dropout, Linear, Network
+from mclr_jax.networks.layers import positional_embedding as timestep_embedding
 from mclr_jax.types import Condition
 
 
@@ -36,7 +38,7 @@ class Block(nn.Module):
             dropout_keys = jax.vmap(jax.random.fold_in, (0, None))(dropout_keys, index)
         dropout = partial(Dropout, self.dropout)
 
-        modulation = linear(6 * width, kernel_init=nn.initializers.zeros, name="adaLN_modulation")
+        modulation = linear(6 * width, kernel_init=zeros, name="adaLN_modulation")
         shifts = jnp.split(modulation(embedding)[:, None, :], 6, axis=-1)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = shifts
 
@@ -61,13 +63,6 @@ def layer_norm(x: jax.Array, dtype: Any) -> jax.Array:
     return (centred * jax.lax.rsqrt(variance + 1e-6)).astype(dtype)
 
 
-def timestep_embedding(t: jax.Array, dim: int = 256) -> jax.Array:
-    """cos and sin of t (B,) at dim/2 frequencies from 1 towards 1/10000 -> (B, dim)."""
-    frequencies = 1e-4 ** (np.arange(dim // 2) / (dim // 2))
-    angles = t.astype(jnp.float32)[:, None] * frequencies.astype(np.float32)
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
 def position_embedding(dim: int, height: int, width: int) -> np.ndarray:
     """Fixed sin-cos table (height * width, dim): the first half of dim says the column."""
     frequencies = 1e-4 ** (np.arange(dim // 4) / (dim // 4))
@@ -76,7 +71,7 @@ def position_embedding(dim: int, height: int, width: int) -> np.ndarray:
     return np.concatenate(parts, axis=-1).astype(np.float32)
 
 
-class DiT(nn.Module):
+class DiT(Network):
     """DiT for images (B, H, W, C). DiT-XL/2 is width 1152, depth 28, heads 16, patch_size 2.
 
     Attributes:
@@ -86,9 +81,6 @@ class DiT(nn.Module):
         official weights take their own t with 1 (SiT: also 1).
       unit_condition: start with embeddings of noise level and class of unit variance. The official
         ones start near 0.02, so that Adam takes thousands of steps to make use of the class.
-      augment_dim: length of the augmentation vector, 0 for none.
-      takes_strength: whether the guidance strength is an input.
-      dtype: compute dtype; parameters, norms, softmax and output are float32.
       remat: recompute blocks in the backward pass to save memory.
       scan_blocks: compile one block for any depth instead of each block, with the same parameters.
         At depth 6 on CPU it compiles about 1.5x faster and runs 8% slower.
@@ -103,13 +95,8 @@ class DiT(nn.Module):
     mlp_ratio: float = 4.0
     time_scale: float = 1000.0
     unit_condition: bool = False
-    augment_dim: int = 0
-    takes_strength: bool = False
-    dropout: float = 0.0
-    dtype: Any = jnp.float32
     remat: bool = False
     scan_blocks: bool = False
-    optional_inputs: ClassVar[tuple[str, ...]] = ("map_strength", "map_augment")
 
     @nn.compact
     def __call__(self, x: jax.Array, c_noise: jax.Array, condition: Condition) -> jax.Array:
@@ -129,10 +116,9 @@ class DiT(nn.Module):
             )
         rows, columns = height // p, width // p
         linear = partial(Linear, dtype=self.dtype)
-        zeros = nn.initializers.zeros
-        normal = nn.initializers.normal(0.02)
-        dense = nn.initializers.lecun_normal() if self.unit_condition else normal
-        table_init = nn.initializers.normal(1.0) if self.unit_condition else normal
+        dense = table = normal(0.02)
+        if self.unit_condition:
+            dense, table = lecun_normal(), normal(1.0)
 
         # Patches: a p x p convolution of stride p is a dense layer on flattened patches.
         x = layers.space_to_depth(x, p).reshape(batch, rows * columns, -1)
@@ -142,11 +128,8 @@ class DiT(nn.Module):
         t = timestep_embedding(c_noise * self.time_scale)
         t = nn.silu(Linear(self.width, kernel_init=dense, name="t_embedder_0")(t))
         embedding = Linear(self.width, kernel_init=dense, name="t_embedder_2")(t)
-        table = nn.Embed(
-            self.num_classes + 1, self.width, embedding_init=table_init, name="y_embedder"
-        )
-        embedding = embedding + table(condition.label)
-        embedding = layers.with_optional_inputs(self, embedding, condition)
+        label = nn.Embed(self.num_classes + 1, self.width, embedding_init=table, name="y_embedder")
+        embedding = self.with_optional_inputs(embedding + label(condition.label), condition)
         embedding = nn.silu(embedding).astype(self.dtype)  # every use of it starts with this
 
         # Scanned or unrolled, the parameters carry a leading depth axis. Unrolled, XLA must be kept

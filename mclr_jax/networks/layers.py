@@ -1,4 +1,4 @@
-"""What the networks share: their fields and inputs, linear maps and convolutions, norm, attention."""
+"""What the networks share: fields, inputs, linear maps and convolutions, norm, attention."""
 
 import zlib
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ def kaiming_uniform(gain: float = 1.0) -> Initializer:
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: Any = "SAME") -> jax.Array:
-    """XLA's convolution of x (B, H, W, C) and kernel (kh, kw, C, D), of one dtype -> (B, H', W', D).
+    """XLA's convolution of x (B, H, W, C) by kernel (kh, kw, C, D) of its dtype -> (B, H', W', D).
 
     `padding` is as for `jax.lax.conv_general_dilated`.
     """
@@ -152,7 +152,7 @@ class Linear(nn.Module):
         return y
 
 
-def sinusoids(values: jax.Array, frequencies: np.ndarray) -> jax.Array:
+def sinusoids(values: jax.Array, frequencies: np.ndarray | jax.Array) -> jax.Array:
     """cos and sin of values (...) times each of n frequencies -> (..., 2n) float32."""
     angles = values.astype(jnp.float32)[..., None] * frequencies.astype(np.float32)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
@@ -226,7 +226,8 @@ class GroupNorm(nn.Module):
         groups = max(min(32, channels // 4), 1)
         if channels % groups:
             raise ValueError(f"{channels} channels; {groups} groups of equal size are expected")
-        scale, bias = self.param("scale", ones, channels), self.param("bias", zeros, channels)
+        scale = self.param("scale", ones, (channels,))
+        bias = self.param("bias", zeros, (channels,))
 
         def group_mean(y: jax.Array) -> jax.Array:
             """Mean over space and over each group's channels: (B, H, W, C) -> (B, 1, 1, C)."""
@@ -243,9 +244,9 @@ class GroupNorm(nn.Module):
 class Dropout(nn.Module):
     """Dropout whose mask for one example depends on that example's key and on nothing else.
 
-    Called with x (B, ...) and keys (B,), typed PRNG keys, or None for no dropout. Layers differ by a
-    hash of their path; where one module runs several times (a scan over blocks) the caller folds
-    the iteration into the keys first.
+    Called with x (B, ...) and typed PRNG keys (B,), or None for no dropout. Layers differ by a hash
+    of their path; where one module runs several times (a scan over blocks) the caller folds the
+    iteration into the keys first.
     """
 
     rate: float

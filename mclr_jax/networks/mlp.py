@@ -2,14 +2,14 @@
 
 import math
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mclr_jax.networks.layers import Dropout, Linear, with_optional_inputs
+from mclr_jax.networks.layers import Dropout, Linear, Network, sinusoids
 from mclr_jax.types import Condition
 
 
@@ -18,8 +18,7 @@ def noise_embedding(c_noise: jax.Array) -> jax.Array:
 
     c_noise = ln(sigma)/4 spans about 3; the denoiser of a sharp mixture changes over 0.1.
     """
-    angles = c_noise.astype(jnp.float32)[..., None] * np.geomspace(0.5, 32, 16, dtype=np.float32)
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    return sinusoids(c_noise, np.geomspace(0.5, 32, 16, dtype=np.float32))
 
 
 class Block(nn.Module):
@@ -29,9 +28,7 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(
-        self, h: jax.Array, embedding: jax.Array, dropout_keys: jax.Array | None
-    ) -> jax.Array:
+    def __call__(self, h: jax.Array, embedding: jax.Array, dropout_keys: jax.Array | None):
         """h (B, D), embedding (B, D), dropout_keys (B,) or None -> (B, D)."""
         width = h.shape[-1]
         linear = partial(Linear, dtype=self.dtype)
@@ -41,7 +38,7 @@ class Block(nn.Module):
         return h + linear(width, name="linear1")(hidden)
 
 
-class MLP(nn.Module):
+class MLP(Network):
     """Residual MLP for x (B, d) or a trajectory (B, F, d), conditioned on noise level and class.
 
     Attributes:
@@ -50,9 +47,6 @@ class MLP(nn.Module):
       width: hidden units.
       depth: residual blocks of two linear maps each.
       per_frame: x is a trajectory, of which each frame has its own noise level.
-      augment_dim: length of the augmentation vector, 0 for none.
-      takes_strength: whether the guidance strength is an input.
-      dtype: compute dtype; parameters and output are float32.
       remat: recompute blocks in the backward pass to save memory.
     """
 
@@ -61,12 +55,7 @@ class MLP(nn.Module):
     width: int = 128
     depth: int = 4
     per_frame: bool = False
-    augment_dim: int = 0
-    takes_strength: bool = False
-    dropout: float = 0.0
-    dtype: Any = jnp.float32
     remat: bool = False
-    optional_inputs: ClassVar[tuple[str, ...]] = ("map_strength", "map_augment")
 
     @nn.compact
     def __call__(self, x: jax.Array, c_noise: jax.Array, condition: Condition) -> jax.Array:
@@ -86,8 +75,7 @@ class MLP(nn.Module):
         linear = partial(Linear, self.width, dtype=self.dtype)
         embedding = linear(name="map_noise")(noise_embedding(c_noise).reshape(len(x), -1))
         table = nn.Embed(self.num_classes + 1, self.width, dtype=self.dtype, name="map_label")
-        embedding = embedding + table(condition.label)
-        embedding = with_optional_inputs(self, embedding, condition)
+        embedding = self.with_optional_inputs(embedding + table(condition.label), condition)
         embedding = nn.silu(linear(name="map_layer")(nn.silu(embedding)))
 
         h = linear(name="in_linear")(x.reshape(len(x), -1))

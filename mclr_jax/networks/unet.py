@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mclr_jax.networks import layers
-from mclr_jax.networks.layers import Linear, kaiming_uniform, xavier_uniform
+from mclr_jax.networks.layers import Linear, Network, positional_embedding
 from mclr_jax.types import Condition
 
 ARCHITECTURES = ("ddpmpp", "ncsnpp", "adm")
@@ -25,6 +25,7 @@ class Block(nn.Module):
 
     The ADM block modulates its second norm by scale and shift, and sums without rescaling; the
     block of DDPM++/NCSN++ adds the embedding before that norm and divides each sum by sqrt(2).
+    `edm_init` is for EDM's initial values; else they are those of `Linear`.
     """
 
     features: int
@@ -34,25 +35,21 @@ class Block(nn.Module):
     heads: int = 0
     dropout: float = 0.0
     dtype: Any = jnp.float32
+    edm_init: bool = True
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, embedding: jax.Array, dropout_keys: jax.Array | None
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, embedding: jax.Array, dropout_keys: jax.Array | None):
         """x (B, H, W, C), embedding (B, E), dropout_keys (B,) or None -> (B, H', W', features)."""
-        linear, init_zero, init_attention = _initialised(self.adm, self.dtype)
+        linear, init_zero, init_attention = _initialised(self.adm, self.dtype, self.edm_init)
         norm = partial(layers.GroupNorm, 1e-5 if self.adm else 1e-6, self.dtype)
         rescale = 1.0 if self.adm else np.sqrt(0.5).item()
 
-        def resampled(x):
-            if not self.resample:
-                return x
-            operation = {"up": layers.upsample, "down": layers.downsample}[self.resample]
-            return operation(x, self.resample_filter)
+        operations = {"up": layers.upsample, "down": layers.downsample, "": lambda x, taps: x}
+        resampled = partial(operations[self.resample], taps=self.resample_filter)
 
         h = nn.silu(norm(name="norm0")(x))
         h = linear(self.features, 3, name="conv0")(resampled(h))
-        modulation = linear(self.features * (2 if self.adm else 1), name="affine")(embedding)
+        modulation = linear(self.features * (1 + self.adm), name="affine")(embedding)
         modulation = modulation[:, None, None, :]
         if self.adm:
             scale, shift = jnp.split(modulation, 2, axis=-1)
@@ -75,27 +72,16 @@ class Block(nn.Module):
         return x
 
 
-def _initialised(adm: bool, dtype: Any) -> tuple[partial, dict, dict]:
-    """EDM's initialisers: the layer, and what its last layers and its attention do otherwise."""
+def _initialised(adm: bool, dtype: Any, edm_init: bool = True) -> tuple[partial, dict, dict]:
+    """The layer with its initial values, and what the last layers and attention have otherwise."""
+    linear = partial(Linear, dtype=dtype)
+    if not edm_init:
+        return linear, {}, {}
     if adm:
-        linear = partial(Linear, kernel_init=kaiming_uniform(3**-0.5), bias_scale=1.0, dtype=dtype)
+        linear = partial(linear, kernel_init=layers.kaiming_uniform(3**-0.5), bias_scale=1.0)
         return linear, {"kernel_init": nn.initializers.zeros, "bias_scale": 0.0}, {}
-    return (
-        partial(Linear, kernel_init=xavier_uniform(), dtype=dtype),
-        {"kernel_init": xavier_uniform(1e-5)},
-        {"kernel_init": xavier_uniform(0.2**0.5)},
-    )
-
-
-def positional_embedding(c_noise: jax.Array, channels: int, endpoint: bool) -> jax.Array:
-    """cos and sin of c_noise (B,) at frequencies from 1 down to 1/10000 -> (B, channels).
-
-    `endpoint` includes the last frequency, as DDPM++ does and ADM does not.
-    """
-    half = channels // 2
-    frequencies = 1e-4 ** (np.arange(half) / (half - endpoint))
-    angles = c_noise[:, None] * frequencies.astype(np.float32)
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    last, attention = (layers.xavier_uniform(gain) for gain in (1e-5, 0.2**0.5))
+    return linear, {"kernel_init": last}, {"kernel_init": attention}
 
 
 def attention_heads(architecture: str, features: int) -> int:
@@ -103,7 +89,7 @@ def attention_heads(architecture: str, features: int) -> int:
     return max(1, features // 64) if architecture == "adm" else 1
 
 
-class UNet(nn.Module):
+class UNet(Network):
     """EDM's U-Net: 3 architectures that differ where `adm`, `ncsnpp` or `residual` is read below.
 
     Official settings: CIFAR-10 is the default here with dropout 0.13 and augment_dim 9; FFHQ and
@@ -120,9 +106,6 @@ class UNet(nn.Module):
       attention_resolutions: image heights (in patches) at which blocks attend.
       patch_size: pixels of a patch are stacked as channels before the first convolution, which
         makes the network patch_size^2 times cheaper; not an option of EDM.
-      augment_dim: length of the augmentation vector, 0 for none.
-      takes_strength: whether the guidance strength is an input.
-      dtype: compute dtype; parameters, norms, softmax and output are float32.
       remat: recompute blocks in the backward pass to save memory.
     """
 
@@ -134,12 +117,7 @@ class UNet(nn.Module):
     num_blocks: int = 4
     attention_resolutions: tuple[int, ...] = (16,)
     patch_size: int = 1
-    augment_dim: int = 0
-    takes_strength: bool = False
-    dropout: float = 0.0
-    dtype: Any = jnp.float32
     remat: bool = False
-    optional_inputs: ClassVar[tuple[str, ...]] = ("map_strength", "map_augment")
     cpu_device_per_core: ClassVar[bool] = True  # XLA:CPU runs a small convolution on one thread
 
     @nn.compact
@@ -152,12 +130,7 @@ class UNet(nn.Module):
         if self.architecture not in ARCHITECTURES:
             raise ValueError(f"architecture is {self.architecture!r}, expected {ARCHITECTURES}")
         levels = len(self.channel_mult)
-        divisor = self.patch_size * 2 ** (levels - 1)
-        if any(size % divisor for size in x.shape[1:3]):
-            raise ValueError(
-                f"images are {x.shape[1]}x{x.shape[2]}; patch_size {self.patch_size} and {levels} "
-                f"levels of channel_mult need sizes divisible by {divisor}"
-            )
+        layers.check_sizes(x, self.patch_size, levels, "channel_mult")
         x = layers.space_to_depth(x, self.patch_size)
         adm, ncsnpp = self.architecture == "adm", self.architecture == "ncsnpp"
         taps = (1, 3, 3, 1) if ncsnpp else (1, 1)
@@ -216,27 +189,23 @@ class UNet(nn.Module):
         one_hot = jax.nn.one_hot(condition.label, self.num_classes)  # the null label gives zeros
 
         noise_channels = self.channels * (2 if ncsnpp else 1)
-        c_noise = c_noise.astype(jnp.float32)
         if ncsnpp:
             normal = nn.initializers.normal(16.0)
             frequencies = self.param("map_noise_freqs", normal, (noise_channels // 2,))
-            angles = 2 * np.pi * c_noise[:, None] * jax.lax.stop_gradient(frequencies)
-            embedding = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+            angles = 2 * np.pi * c_noise.astype(jnp.float32)
+            embedding = layers.sinusoids(angles, jax.lax.stop_gradient(frequencies))
         else:
             embedding = positional_embedding(c_noise, noise_channels, endpoint=not adm)
-            if not adm:  # sin before cos
-                embedding = jnp.roll(embedding, noise_channels // 2, axis=-1)
+        if not adm:  # sin before cos
+            embedding = jnp.roll(embedding, noise_channels // 2, axis=-1)
         if self.num_classes and not adm:
             scaled = one_hot * np.sqrt(self.num_classes)
             embedding = embedding + linear(noise_channels, name="map_label")(scaled)
-        embedding = layers.with_optional_inputs(self, embedding, condition)
+        embedding = self.with_optional_inputs(embedding, condition)
 
         embedding = nn.silu(linear(4 * self.channels, name="map_layer0")(embedding))
         embedding = linear(4 * self.channels, name="map_layer1")(embedding)
         if self.num_classes and adm:
-            normal = nn.initializers.normal(1.0)
-            labelled = linear(
-                4 * self.channels, use_bias=False, kernel_init=normal, name="map_label"
-            )
-            embedding = embedding + labelled(one_hot)
+            options = {"use_bias": False, "kernel_init": nn.initializers.normal(1.0)}
+            embedding = embedding + linear(4 * self.channels, name="map_label", **options)(one_hot)
         return nn.silu(embedding)

@@ -152,7 +152,7 @@ class MCLR(Objective):
         some = functools.partial(jax.tree.map, lambda values: values[::every])
         loss, metrics = self._terms(
             models, problem, batch.x0, noisy, some,
-            wrong, some(contrast * own_weight), some(contrast * omega),
+            wrong, some(contrast > 0), some(contrast * own_weight), some(contrast * omega),
         )  # fmt: skip
         metrics |= {
             "weight": mean(omega),
@@ -195,10 +195,11 @@ class MCLR(Objective):
         own_weight = 1 - jnp.exp(_at(log_posterior, own)) if mismatched else ones
         return wrong, own_weight, omega
 
-    def _terms(self, models, problem, x0, noisy, some, wrong, own_weight, wrong_weight):
+    def _terms(self, models, problem, x0, noisy, some, wrong, held, own_weight, wrong_weight):
         """Loss (B,) and metrics, from one call of the network for both labels.
 
-        `some` takes the rows that have a contrast; `own_weight` and `wrong_weight` are theirs.
+        `some` takes the rows that have a contrast; of these are the weights, and `held`: whether
+        the reference penalty holds them.
         """
         x, sigma, condition, _ = noisy
         right = (x, sigma, condition)
@@ -234,7 +235,7 @@ class MCLR(Objective):
                 contrast = 2 / self.logistic_scale * (jax.nn.softplus(margin) - jnp.log(2.0))
             distance = weighted(some(denoised), held_right)
             distance += (wrong_weight > 0) * weighted(at_wrong, frozen_wrong)
-            contrast += self.reference_penalty * jnp.where(own_weight > 0, distance, 0)
+            contrast += self.reference_penalty * jnp.where(held, distance, 0)
         every = len(x) // len(own)
         loss = plain.at[::every].add(every * contrast)
 

@@ -284,8 +284,7 @@ class ModelGuidance(Objective):
         noisy = perturb(problem, batch.x0, batch.condition, keys, self.label_dropout)
         x, sigma, shown, _ = noisy
         low, high = self.sigma_interval
-        labelled = expand(shown.label != problem.null_label, sigma)
-        guided = labelled & (low < sigma) & (sigma <= high)
+        guided = (low < sigma) & (sigma <= high)  # at the null label the shift below is 0
         teacher = models.frozen["average"].denoise
         right, unconditional = at_labels(teacher, noisy, (shown.label, problem.null_label))
         shift = expand(jnp.where(guided, self.scale, 0.0), x) * (right - unconditional)

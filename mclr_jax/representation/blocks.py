@@ -26,19 +26,15 @@ def sizes(model: Model) -> dict[str, int]:
 
     def trace():  # what a traced function returns would come back in another order
         features = model.block_features(model.init(jax.random.key(0)))
-        x = jnp.zeros((1, *model.data.shape))
-        found.update({name: h.shape[-1] for name, h in features(x, 1.0).items()})
+        seen = features(jnp.zeros((1, *model.data.shape)), 1.0)
+        found.update({name: h.shape[-1] for name, h in seen.items()})
 
     jax.eval_shape(trace)
     return found
 
 
 def choose(model: Model, names: Sequence[str] = ()) -> tuple[str, ...]:
-    """The blocks of these names, in their order; the middle one of all where none is named.
-
-    Raises:
-      ValueError: naming the nearest blocks, if there is no such block.
-    """
+    """The blocks of these names, or the middle one; ValueError if there is no such block."""
     known = sizes(model)
     if not known:
         raise ValueError(
@@ -52,10 +48,7 @@ def choose(model: Model, names: Sequence[str] = ()) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=8)
 def _compiled(
-    model: Model,
-    layers: tuple[str, ...],
-    number_of_views: int,
-    augmentation: perturb.Augmentation,
+    model: Model, layers: tuple[str, ...], number_of_views: int, augmentation: perturb.Augmentation
 ) -> Callable:
     """Jitted (params, images (B, ...), numbers (B,), seed, sigma) -> layer -> (V, B, d)."""
 
@@ -70,13 +63,12 @@ def _compiled(
 
         return jax.lax.map(one, jnp.arange(number_of_views))
 
-    _, everywhere = shardings()
-    return jax.jit(run, out_shardings=everywhere)
+    return jax.jit(run, out_shardings=shardings()[1])
 
 
 def extract(
     model: Model,
-    params: Any,
+    params: Any,  # on any devices of this process or all
     source: Source,
     rows: np.ndarray,
     sigma: float,
@@ -85,41 +77,23 @@ def extract(
     number_of_views: int = 2,
     augmentation: perturb.Augmentation = perturb.NONE,
     seed: int = 0,
-    batch_size: int = BATCH,
-    progress: Callable[[int], Any] = lambda count: None,
+    batch_size: int = BATCH,  # images at a time, rounded up to a multiple of the devices
+    progress: Callable[[int], Any] = lambda count: None,  # told how many images more
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Features of images of a source, batch by batch: layer -> (V, b, d) float32.
+    """Batches of features layer -> (V, b, d) float32, of rows (n,) of a source at noise sigma.
 
     View v of an image depends on (seed, its row, v) alone, not on batch size, devices or sigma but
-    for the scale of the noise. Changing sigma does not recompile.
-
-    Args:
-      model: what the parameters belong to.
-      params: network parameters, on any devices of this process or all.
-      source: of images.
-      rows: (n,) which of them.
-      sigma: noise level, above 0.
-      layers: from `choose`.
-      number_of_views: V.
-      augmentation: of each view, before the noise.
-      seed: of perturbations.
-      batch_size: images at a time, rounded up to a multiple of the devices.
-      progress: called with the number of new images after each batch.
-
-    Raises:
-      ValueError: if sigma is not above 0.
+    for the scale of the noise. Changing sigma does not recompile; ValueError if it is not above 0.
     """
     if not sigma > 0:
         raise ValueError(f"Got sigma {sigma}; expected above 0. For clean images take 0.002.")
     run = _compiled(model, layers, number_of_views, augmentation)
-    spread, _ = shardings()
-    params = replicated(params)
+    (spread, _), params = shardings(), replicated(params)
     batch_size = spread_size(batch_size, len(rows))
     for start in range(0, len(rows), batch_size):
         some = rows[start : start + batch_size]
         padded = np.resize(some, batch_size)  # one program serves all
-        images, _ = source[padded]
-        images, numbers = jax.device_put((images, padded.astype(np.uint32)), spread)
-        features = jax.device_get(run(params, images, numbers, np.uint32(seed), np.float32(sigma)))
+        inputs = jax.device_put((source[padded][0], padded.astype(np.uint32)), spread)
+        features = jax.device_get(run(params, *inputs, np.uint32(seed), np.float32(sigma)))
         yield {name: h[:, : len(some)] for name, h in features.items()}
         progress(len(some))

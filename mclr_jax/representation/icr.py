@@ -10,6 +10,7 @@ Everything is float64 on the CPU, and unchanged by invertible affine maps of the
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -22,25 +23,18 @@ MIN_EIGENVALUE = 1e-10  # of the residual's correlations; below it float32 featu
 
 @dataclasses.dataclass(frozen=True)
 class Views:
-    """Moments of V views of each of N images: all that the ratio needs. They merge over batches.
+    """Moments of V views of each of N images: all that the ratio needs. They merge over batches."""
 
-    Attributes:
-      mean: of an image's mean over its views.
-      contrasts: of V - 1 orthonormal contrasts between its views; of two, (h1 - h2) / sqrt(2).
-      direction: (d,) mean of all features, each scaled to unit length.
-    """
-
-    mean: Moments
-    contrasts: tuple[Moments, ...]
-    direction: np.ndarray
+    mean: Moments  # of an image's mean over its views
+    contrasts: tuple[Moments, ...]  # V - 1 orthonormal ones of views; of two, (h1 - h2) / sqrt(2)
+    direction: np.ndarray  # (d,) mean of all features, each scaled to unit length
 
     def merge(self, other: "Views") -> "Views":
         """Of both sets of images together."""
         mean = self.mean.merge(other.mean)
-        pairs = zip(self.contrasts, other.contrasts, strict=True)
+        contrasts = tuple(a.merge(b) for a, b in zip(self.contrasts, other.contrasts, strict=True))
         share = other.mean.count / mean.count
-        direction = self.direction + share * (other.direction - self.direction)
-        return Views(mean, tuple(a.merge(b) for a, b in pairs), direction)
+        return Views(mean, contrasts, self.direction + share * (other.direction - self.direction))
 
     @property
     def residual(self) -> np.ndarray:
@@ -54,11 +48,7 @@ class Views:
 
 
 def views(h: np.ndarray) -> Views:
-    """Moments of features (V, N, d): V >= 2 views of each of N images.
-
-    Raises:
-      ValueError: on another shape, or features that are not finite.
-    """
+    """Moments of finite features (V, N, d): V >= 2 views of each of N images; else ValueError."""
     h = np.asarray(h, np.float64)
     if h.ndim != 3 or len(h) < 2:
         raise ValueError(f"Got features of shape {h.shape}; expected (V, N, d), V at least 2.")
@@ -72,62 +62,50 @@ def check_size(count: int, size: int) -> None:
     least = max(2 * size, size + 3)  # the second: E[Sigma_xi^-1] is finite
     if count < least:
         raise ValueError(
-            f"Got {count} images for features of length {size}; expected at least {least}, twice "
-            "the length, for fewer make the covariances indefinite. Take more images or a narrower "
-            "layer."
+            f"Got {count} images for features of length {size}; expected at least {least} (twice "
+            "that: fewer make covariances indefinite). Take more images or a narrower layer."
         )
 
 
 def ratio(views: Views, bias_corrected: bool = False, ridge: float = 0.0) -> float:
     """ICR of accumulated views; by sampling noise it may come out a little above 1.
 
-    Args:
-      views: of N images, N at least twice the length of the features.
-      bias_corrected: remove what the plain trace has too much with finite N. Exact for Gaussian
-        features: with n = (N-1)(V-1), E[Sigma_xi^-1] of the estimate is n / (n-d-1) of the true.
-      ridge: tau of (Sigma_xi + tau I)^-1, in the unit of the features squared.
-
-    Raises:
-      ValueError: too few images; a bias correction with a ridge, for which it does not hold; a
-        residual without variance in some direction.
+    The correction removes what the plain trace has too much with finite N. Exact for Gaussian
+    features: with n = (N-1)(V-1), E[Sigma_xi^-1] of the estimate is n / (n-d-1) of the true. The
+    ridge is tau of (Sigma_xi + tau I)^-1, in the unit of the features squared. ValueError: too few
+    images, both options, or no residual in some direction.
     """
     count, size = views.mean.count, len(views.mean.mean)
     check_size(count, size)
     if ridge and bias_corrected:
         raise ValueError(f"Got ridge={ridge} with bias_corrected; the correction needs ridge=0.")
     residual = views.residual + ridge * np.eye(size)
-    scale = np.sqrt(np.diag(residual))
-    scale = np.where(scale > 0, scale, 1)
-    correlations = residual / np.outer(scale, scale)
-    least = np.linalg.eigvalsh(correlations)[0]
-    if least < MIN_EIGENVALUE:
+    variances = np.where(np.diag(residual) > 0, np.diag(residual), 1)
+    scale = np.sqrt(np.outer(variances, variances))
+    correlations = residual / scale
+    values, vectors = np.linalg.eigh(correlations)
+    if values[0] < MIN_EIGENVALUE:
         raise ValueError(
-            f"The perturbations leave a direction of the features unmoved (least eigenvalue "
-            f"{least:.2g} of their correlations). Take another layer, or a ridge above 0."
+            "The perturbations leave a direction of the features unmoved (least eigenvalue "
+            f"{values[0]:.2g} of their correlations). Take another layer, or a ridge above 0."
         )
-
-    def trace(cov: np.ndarray) -> float:
-        scaled = cov / np.outer(scale, scale)
-        return float(np.trace(scipy.linalg.solve(correlations, scaled, assume_a="pos")))
-
+    inverse = vectors / values @ vectors.T / scale  # symmetric: Tr A^-1 B is a sum of products
     degrees = (count - 1) * len(views.contrasts)
     factor = (degrees - size - 1) / degrees if bias_corrected else 1.0
-    own = trace(views.residual) if ridge else size
-    signal = factor * trace(views.mean.cov) - own / (len(views.contrasts) + 1)
-    return size / (size + signal)
+    own = np.sum(inverse * views.residual) if ridge else size
+    signal = factor * np.sum(inverse * views.mean.cov) - own / (len(views.contrasts) + 1)
+    return float(size / (size + signal))
 
 
-def two_view_icr(
-    h1: np.ndarray, h2: np.ndarray, bias_corrected: bool = False, ridge: float = 0.0
-) -> float:
-    """ICR from two views h1, h2 (N, d) of each of N images (App. B.6); see `ratio`.
+def two_view_icr(h1: np.ndarray, h2: np.ndarray, **options: Any) -> float:
+    """ICR from two views h1, h2 (N, d) of each of N images (App. B.6); options of `ratio`.
 
     The plain estimate falls with N (at d = 256 and a true value of .333 it is .18 at N = 512 and
     .32 at 4096), so N must be the same along a curve; the corrected one is .33 for all of them.
     """
     if np.shape(h1) != np.shape(h2):
         raise ValueError(f"Got views of shapes {np.shape(h1)} and {np.shape(h2)}; expected equal.")
-    return many_view_icr(np.stack([h1, h2]), bias_corrected, ridge)
+    return many_view_icr(np.stack([h1, h2]), **options)
 
 
 def many_view_icr(h: np.ndarray, bias_corrected: bool = False, ridge: float = 0.0) -> float:
@@ -145,10 +123,7 @@ def traces(views: Views) -> dict[str, float]:
 
 
 def effective_rank(cov: np.ndarray) -> float:
-    """exp of the entropy of the normalised eigenvalues of a covariance (d, d), between 1 and d.
-
-    Source: Roy and Vetterli 2007.
-    """
+    """exp of the entropy of a covariance's normalised eigenvalues, 1 to d (Roy, Vetterli 2007)."""
     values = np.maximum(np.linalg.eigvalsh(cov), 0)
     if values.sum() == 0:
         raise ValueError("Got a covariance of zero; expected features that vary.")

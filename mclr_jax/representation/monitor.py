@@ -17,7 +17,6 @@ from mclr_jax.samplers import Sampler
 
 PATIENCE = 3  # readings that must lie above the minimum ...
 MARGIN = 0.02  # ... by this share of it
-Reading = dict[str, float]
 
 
 def make(
@@ -28,24 +27,22 @@ def make(
     start: int,
     sampler: Sampler,
     flip: bool,
-) -> Callable[[int, Any], Reading]:
+) -> Callable[[int, Any], dict[str, float]]:
     """(step, params) -> a reading as `config`, config.icr of the run, wants it.
 
     It remembers the run's readings, those of `workdir` up to step `start` too, and warns once when
     they have turned up. A reading has icr (bias-corrected), its traces and, if config.samples,
-    memorized (of samples by `sampler`), each a float named icr_NAME; it is empty where the features
-    do not vary in some direction, as those of an untrained network may. Images and perturbations,
-    among them flips if `flip`, are the same each time.
-
-    Raises:
-      ValueError: before training, if there is no such layer, or images are too few for it.
+    memorized (the share of so many unguided samples by `sampler` that copy a training image), each
+    a float named icr_NAME; it is empty where the features do not vary in some direction, as those
+    of an untrained network may. Images and perturbations, with flips if `flip`, stay the same.
+    ValueError, before training: there is no such layer, or images are too few for it.
     """
     (layer,) = blocks.choose(model, [config.layer] if config.layer else [])
     rows = evenly(source, config.num_images)
     icr.check_size(len(rows), blocks.sizes(model)[layer])
     readings, shown = past(workdir, start), perturb.Augmentation(flip=flip)
 
-    def read(step: int, params: Any) -> Reading:
+    def read(step: int, params: Any) -> dict[str, float]:
         views = sweep.accumulate(model, params, source, rows, config.sigma, (layer,), shown)[layer]
         try:
             values = {"icr": icr.ratio(views, bias_corrected=True)}
@@ -54,19 +51,20 @@ def make(
             return {}
         values |= {f"icr_{name}": value for name, value in icr.traces(views).items()}
         if config.samples:
-            values["icr_memorized"] = memorized(model, params, source, config.samples, sampler)
+            labels = np.resize(np.arange(model.null_label), config.samples)
+            samples = images.clip(generate.generate(model, params, labels, sampler))
+            values["icr_memorized"] = evaluate.memorized(samples, source)
         readings.append((step, values["icr"]))
-        warn(readings)
+        *before, best = (turned(readings[:end]) for end in range(1, len(readings) + 1))
+        if best is not None and not any(before):
+            logging.warning(
+                "ICR has risen for %d readings from its minimum %.4g at step %d: memorization "
+                "likely from step %d; best checkpoint kept (launch.sample --checkpoint=%d).",
+                PATIENCE, min(value for _, value in readings), best, best, best,
+            )  # fmt: skip
         return values
 
     return read
-
-
-def memorized(model: Model, params: Any, source: Source, count: int, sampler: Sampler) -> float:
-    """Share of `count` unguided samples that copy a training image, by pixels."""
-    labels = np.resize(np.arange(model.null_label), count)
-    samples = images.clip(generate.generate(model, params, labels, sampler))
-    return evaluate.memorized(samples, source)
 
 
 def turned(readings: Sequence[tuple[int, float]]) -> int | None:
@@ -74,28 +72,15 @@ def turned(readings: Sequence[tuple[int, float]]) -> int | None:
 
     It has turned when the last PATIENCE readings all lie above that minimum by MARGIN of it.
     """
-    if not readings:
-        return None
-    step, least = min(readings, key=lambda reading: reading[1])
+    step, least = min(readings, key=lambda reading: reading[1], default=(0, 0.0))
     last = [value for at, value in readings if at > step][-PATIENCE:]
     risen = len(last) == PATIENCE and min(last) > (1 + MARGIN) * least
     return step if risen else None
 
 
-def warn(readings: Sequence[tuple[int, float]]) -> None:
-    """Say once that the curve has turned: at the first reading at which it has."""
-    step = turned(readings)
-    if step is None or any(turned(readings[:end]) for end in range(len(readings))):
-        return
-    logging.warning(
-        "ICR has risen for %d readings from its minimum %.4g at step %d: memorization likely from "
-        "step %d; best checkpoint kept (launch.sample --checkpoint=%d).",
-        PATIENCE, min(value for _, value in readings), step, step, step,
-    )  # fmt: skip
-
-
 def past(workdir: pathlib.Path, step: int) -> list[tuple[int, float]]:
     """The readings (step, ICR) of a run up to a step, from its metrics.jsonl."""
-    records = read_lines(workdir / "metrics.jsonl")
-    found = [r for r in records if isinstance(r.get("icr"), float) and r["step"] <= step]
-    return [(record["step"], record["icr"]) for record in found]
+    found = (
+        (record["step"], record.get("icr")) for record in read_lines(workdir / "metrics.jsonl")
+    )
+    return [(at, value) for at, value in found if at <= step and isinstance(value, float)]

@@ -12,18 +12,13 @@ from mclr_jax.types import expand
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """What a view changes before noise is added. Vectors (B, d) only get noise.
+    """What a view changes before noise is added. Vectors (B, d) only get noise."""
 
-    Attributes:
-      crop: the image moves by up to this share of its side, and goes on by reflection.
-      flip: left to right, with probability 1/2.
-      jitter: brightness, contrast and saturation are scaled by factors in 1 +- jitter; for images
-        with 1 or 3 channels in [-1, 1].
-    """
-
-    crop: float = 0.125
-    flip: bool = False
-    jitter: float = 0.2
+    crop: float = (
+        0.125  # the image moves by up to this share of its side, and goes on by reflection
+    )
+    flip: bool = False  # left to right, with probability 1/2
+    jitter: float = 0.2  # brightness, contrast, saturation times 1 +- it; 1 or 3 channels, [-1, 1]
 
 
 NONE = Augmentation(crop=0.0, flip=False, jitter=0.0)
@@ -36,37 +31,33 @@ def view(
 
     Example i depends on keys[i] alone.
     """
-    k_crop, k_flip, k_jitter, k_noise = jax.vmap(lambda key: jax.random.split(key, 4), out_axes=1)(
-        keys
-    )
-    x = images
-    if x.ndim == 4:
-        if augmentation.crop:
-            x = _crop(x, k_crop, augmentation.crop)
-        if augmentation.flip:
-            x = random_flip(x, k_flip)
-        if augmentation.jitter and x.shape[-1] in (1, 3):
-            x = _jitter(x, k_jitter, augmentation.jitter)
+    split = jax.vmap(lambda key: jax.random.split(key, 4), out_axes=1)
+    k_crop, k_flip, k_jitter, k_noise = split(keys)
+    x, change = images, augmentation if images.ndim == 4 else NONE
+    if change.crop:
+        x = _crop(x, k_crop, change.crop)
+    if change.flip:
+        x = random_flip(x, k_flip)
+    if change.jitter and x.shape[-1] in (1, 3):
+        x = _jitter(x, k_jitter, change.jitter)
     return x + expand(jnp.asarray(sigma, x.dtype), x) * normal_like(k_noise, x)
 
 
 def _crop(images: jax.Array, keys: jax.Array, share: float) -> jax.Array:
     margins = [round(share * size) for size in images.shape[1:3]]
-    padding = [(margin, margin) for margin in margins]
+    padding = [(margin, margin) for margin in (0, *margins, 0)]
+    padded = jnp.pad(images, padding, mode="reflect")
 
-    def one(image, key):
+    def window(image, key):
         start = jax.random.randint(key, (2,), 0, 2 * jnp.array(margins) + 1)
-        padded = jnp.pad(image, [*padding, (0, 0)], mode="reflect")
-        return jax.lax.dynamic_slice(padded, (*start, 0), image.shape)
+        return jax.lax.dynamic_slice(image, (*start, 0), images.shape[1:])
 
-    return jax.vmap(one)(images, keys)
+    return jax.vmap(window)(padded, keys)
 
 
 def _jitter(images: jax.Array, keys: jax.Array, strength: float) -> jax.Array:
-    uniform = jax.vmap(lambda key: jax.random.uniform(key, (3,)))(keys)
-    brightness, contrast, saturation = (
-        factor[:, None, None, None] for factor in (1 + strength * (2 * uniform - 1)).T
-    )
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, (3, 1, 1, 1)), out_axes=1)(keys)
+    brightness, contrast, saturation = 1 + strength * (2 * uniform - 1)  # (B, 1, 1, 1) each
     x = (images + 1) / 2 * brightness
     grey = x.mean(-1, keepdims=True)
     x = grey + saturation * (x - grey)

@@ -2,7 +2,7 @@
 
 import functools
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,14 +27,9 @@ def accumulate(
     augmentation: perturb.Augmentation,
     **options: Any,
 ) -> dict[str, icr.Views]:
-    """Moments of perturbed views of these images by layer; options as `blocks.extract` has them.
-
-    Raises:
-      ValueError: fewer images than twice the length of the features.
-    """
-    known = blocks.sizes(model)
+    """Moments of views of these images by layer, with more options of `blocks.extract`."""
     for layer in layers:
-        icr.check_size(len(rows), known[layer])
+        icr.check_size(len(rows), blocks.sizes(model)[layer])
     batches = blocks.extract(
         model, params, source, rows, sigma, layers=layers, augmentation=augmentation, **options
     )
@@ -50,69 +45,38 @@ def probe_accuracy(
     return float(probe.fit(features, labels).score(test_features, test_labels))
 
 
-def _probes(model, params, train, test, count, sigma, layers, **options) -> dict[str, float]:
-    """Probe accuracy by layer, from noisy but otherwise unchanged images."""
-    sets = []
-    for source in (train, test):
-        chosen = evenly(source, count)
-        batches = list(
-            blocks.extract(
-                model, params, source, chosen, sigma,
-                layers=layers, number_of_views=1, **options,
-            )
-        )  # fmt: skip
-        features = {name: np.concatenate([b[name][0] for b in batches]) for name in layers}
-        sets.append((features, source.labels[chosen]))
-    (train_h, train_y), (test_h, test_y) = sets
-    return {name: probe_accuracy(train_h[name], train_y, test_h[name], test_y) for name in layers}
+def _noisy(model, params, source, count, sigma, layers, **options) -> dict[str, tuple]:
+    """Features (n, d) by layer of noisy but otherwise unchanged images, with labels (n,)."""
+    rows = evenly(source, count)
+    batches = list(blocks.extract(model, params, source, rows, sigma, layers=layers, **options))
+    features = {name: np.concatenate([h[name][0] for h in batches]) for name in layers}
+    return {name: (h, source.labels[rows]) for name, h in features.items()}
 
 
 def sweep(
     model: Model,
     params: Any,
-    train: Source,
-    test: Source | None = None,
+    train: Source,  # images for ICR, and for the probe to learn from
+    test: Source | None = None,  # images to test the probe with; None for no probe
     *,
-    augmentation: perturb.Augmentation,
+    augmentation: perturb.Augmentation,  # of the views for ICR; flip where training did
     sigmas: Sequence[float] = SIGMAS,
-    layers: Sequence[str] = (),
-    num_images: int = 4096,
-    seed: int = 0,
-    number_of_views: int = 2,
-    batch_size: int = blocks.BATCH,
-    progress: Callable[[int], Any] = lambda count: None,
+    layers: Sequence[str] = (),  # names of blocks; the middle one where empty
+    num_images: int = 4096,  # of each source, evenly spaced; all where there are fewer
+    **options: Any,
 ) -> list[dict[str, Any]]:
-    """A row for each layer and noise level.
+    """A row for each layer and noise level, all with the same perturbations.
 
-    Args:
-      model, params: what is measured.
-      train: images for ICR, and for the probe to learn from.
-      test: images to test the probe with; None for no probe.
-      augmentation: of the views for ICR; flip where training did, for digits and shoes have a side.
-      sigmas: noise levels, above 0.
-      layers: names of blocks; the middle one where empty.
-      num_images: of each, evenly spaced; all where there are fewer.
-      seed: of the perturbations, which are the same at every noise level.
-      number_of_views: of each image.
-      batch_size: images at a time.
-      progress: called with the number of new images.
-
-    Returns:
-      rows of layer, sigma, icr (bias-corrected), icr_plain, invariance, residual, expansion (see
-      `icr.traces`), effective_rank and, with `test`, probe_accuracy.
+    It has layer, sigma, icr (bias-corrected), icr_plain, invariance, residual, expansion (see
+    `icr.traces`), effective_rank and, with `test`, probe_accuracy. Options: seed, number_of_views,
+    batch_size and progress of `blocks.extract`.
     """
     chosen, rows = blocks.choose(model, layers), evenly(train, num_images)
-    options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "progress": progress}
-    table = []
+    table, sources = [], [train, test] if test is not None else []
+    single = options | {"number_of_views": 1}
     for sigma in sigmas:
-        found = accumulate(
-            model, params, train, rows, sigma, chosen, augmentation,
-            number_of_views=number_of_views, **options,
-        )  # fmt: skip
-        accuracy = (
-            {} if test is None
-            else _probes(model, params, train, test, num_images, sigma, chosen, **options)
-        )  # fmt: skip
+        found = accumulate(model, params, train, rows, sigma, chosen, augmentation, **options)
+        probed = [_noisy(model, params, x, num_images, sigma, chosen, **single) for x in sources]
         for name, seen in found.items():
             row = {
                 "layer": name,
@@ -122,30 +86,24 @@ def sweep(
                 **icr.traces(seen),
                 "effective_rank": icr.effective_rank(seen.invariant + seen.residual),
             }
-            table.append(row | ({"probe_accuracy": accuracy[name]} if accuracy else {}))
+            if probed:
+                row["probe_accuracy"] = probe_accuracy(*probed[0][name], *probed[1][name])
+            table.append(row)
     return table
 
 
 def figure(curves: dict[str, list[dict[str, Any]]]) -> bytes:
-    """ICR and probe accuracy against sigma, a curve for each name, as the content of a PNG.
-
-    Raises:
-      ImportError: without matplotlib.
-    """
+    """ICR and probe accuracy against sigma, a curve for each name, as the content of a PNG."""
     from matplotlib.figure import Figure
 
     keys = {"icr": "ICR", "probe_accuracy": "probe accuracy"}
     keys = {k: v for k, v in keys.items() if all(k in row for c in curves.values() for row in c)}
-    drawing = Figure(figsize=(5 * len(keys), 4), layout="constrained")
-    for panel, (key, name) in zip(
-        drawing.subplots(1, len(keys), squeeze=False)[0], keys.items(), strict=True
-    ):
+    drawing, buffer = Figure(figsize=(5 * len(keys), 4), layout="constrained"), io.BytesIO()
+    for place, (key, name) in enumerate(keys.items(), 1):
+        panel = drawing.add_subplot(1, len(keys), place, xlabel="sigma", ylabel=name)
         for label, rows in curves.items():
             points = [(row["sigma"], row[key]) for row in rows]
             panel.semilogx(*zip(*points, strict=True), "o-", markersize=4, label=label)
-        panel.set_xlabel("sigma")
-        panel.set_ylabel(name)
     drawing.axes[0].legend(fontsize=8)
-    buffer = io.BytesIO()
     drawing.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()

@@ -1,0 +1,112 @@
+"""docs/extending.md as a user follows it: its code in files outside the package, its commands."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "extending.md").read_text()
+# Behind the page's own flags: the last value of a flag counts.
+SMALLER = {
+    "train": "--config.batch_size=8 --config.eval_examples=8 --config.data.count=40 "
+    "--config.data.size=8 --config.checkpoint_every=4",
+    "sample": "--num_samples=6 --steps=2",
+    "evaluate": "--num_samples=20 --metrics=fd,is",
+}
+STEPS = iter((4, 8, 2))  # of the three trainings
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+
+
+def commands(module):
+    """The page's calls of launch.MODULE."""
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if line.startswith(f"python -m launch.{module} ")]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """The folder that has my_project, after the page's trainings; and what they printed."""
+    folder = tmp_path_factory.mktemp("extension")
+    for code in blocks("python"):
+        path = folder / code.splitlines()[0].removeprefix("# ")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(code)
+    logs = [call(folder, line, f"--config.num_steps={next(STEPS)}") for line in commands("train")]
+    return folder, logs
+
+
+def call(folder, command, *arguments, expect=0):
+    """Output of a command of the page, made smaller, in the shell."""
+    command = command.replace("python", sys.executable, 1)
+    module = re.search(r"launch\.(\w+)|$", command)[1]
+    result = subprocess.run(
+        " ".join([command, SMALLER.get(module, ""), *arguments]),
+        shell=True,
+        cwd=ROOT,
+        env=os.environ
+        | {"PYTHONPATH": str(folder), "XLA_FLAGS": "--xla_backend_optimization_level=0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == expect, result.stderr
+    return result.stdout + result.stderr
+
+
+def test_the_page_trains_and_resumes(project):
+    folder, logs = project
+    assert len(logs) == 3
+    assert "40 examples of shape (8, 8, 1) in 2 classes" in logs[0]
+    assert "Resumed from the checkpoint of step 4" in logs[1]
+    records = [json.loads(x) for x in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["step"] == 8
+    last = {name: value for record in records for name, value in record.items()}
+    assert np.isfinite([last[name] for name in ("loss", "eval_loss", "error")]).all()
+    assert last["error_max"] > last["error"]
+    model = json.loads((folder / "run" / "run.json").read_text())["model"]
+    assert model["network"] == {
+        "name": "my_project.network:ConvNet", "out_channels": 1, "num_classes": 2, "width": 48,
+        "depth": 4,
+    }  # fmt: skip
+
+
+def test_the_page_samples_and_evaluates_without_the_objective(project):
+    folder, _ = project
+    (folder / "my_project" / "objective.py").unlink()
+    (sample,) = commands("sample")
+    call(folder, sample)
+    with np.load(folder / "shapes.npz") as file:
+        assert file["images"].shape == (6, 8, 8, 1)
+        assert np.isfinite(file["images"]).all()
+    assert (folder / "shapes.png").exists()
+    (evaluate,) = commands("evaluate")
+    call(folder, evaluate, f"--cache={folder / 'cache'}")
+    found = json.loads((folder / "shapes.json").read_text())
+    assert {"frechet", "inception_score", "accuracy"} <= found["rows"][0].keys()
+    printed = call(folder, f"python $PYTHONPATH/my_project/sampling.py {folder / 'run'}")
+    assert printed.splitlines()[0] == "8 (4, 8, 8, 1)"
+
+
+def test_what_the_page_says_is_refused_is_explained(project):
+    folder, _ = project
+    (folder / "my_project" / "objective.py").write_text(
+        next(code for code in blocks("python") if code.startswith("# my_project/objective.py"))
+    )
+    train = commands("train")[0].replace("/run", "/refused")
+    log = call(folder, train, "--config.objective.name=dsm", expect=1)
+    assert "config.objective.c: 'dsm' has no such option" in log
+    assert "base.options('dsm')" in log
+    log = call(folder, train, "--config.data.augment=0.1", expect=1)
+    assert "has no field 'augment_dim'" in log
+    log = call("/nowhere", train.replace("$PYTHONPATH", str(folder)), expect=2)
+    assert "no module 'my_project' can be imported" in log
+    assert "set PYTHONPATH" in log
