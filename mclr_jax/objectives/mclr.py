@@ -234,7 +234,7 @@ class MCLR(Objective):
                 margin = self.logistic_scale * (contrast - then)
                 contrast = 2 / self.logistic_scale * (jax.nn.softplus(margin) - jnp.log(2.0))
             distance = weighted(some(denoised), held_right)
-            distance += (wrong_weight > 0) * weighted(at_wrong, frozen_wrong)
+            distance += weighted(at_wrong, frozen_wrong)
             contrast += self.reference_penalty * jnp.where(held, distance, 0)
         every = len(x) // len(own)
         loss = plain.at[::every].add(every * contrast)
