@@ -82,11 +82,8 @@ def main() -> None:
     print(f"{'':20s}", *(f"{name[:14]:>14s}" for name in columns))
     for row in rows:
         print(f"{row['layer'][:20]:20s}", *(f"{row[key]:14.4g}" for key in columns))
-    try:
-        curves = {layer: [row for row in rows if row["layer"] == layer] for layer in layers}
-        write_atomically(out.with_suffix(".png"), sweep.figure(curves))
-    except ImportError:
-        print("No figure: it needs pip install matplotlib.")
+    curves = {layer: [row for row in rows if row["layer"] == layer] for layer in layers}
+    write_atomically(out.with_suffix(".png"), sweep.figure(curves))
     print(f"Wrote {out}.")
 
 

@@ -1,5 +1,6 @@
 """What makes JAX fast on the CPU: memory that is kept, and a device for each core."""
 
+import contextlib
 import ctypes
 import os
 import sys
@@ -28,8 +29,8 @@ def one_device_per_core(batch_size: int | None = None) -> None:
     """Make every core that this process may use a JAX device; call it before JAX is used.
 
     XLA:CPU runs a small convolution on one thread, so that several cores need a device each, with
-    its part of the batch; matrix products gain nothing. Nothing is done where the number of devices
-    is set already or the cores cannot share the batch equally.
+    its part of the batch; matrix products gain nothing. Nothing is done where JAX has been used,
+    the number of devices is set already or the cores cannot share the batch equally.
 
     Args:
       batch_size: of the program; None where batches are padded.
@@ -42,4 +43,5 @@ def one_device_per_core(batch_size: int | None = None) -> None:
         or (batch_size or 0) % (cores or 1)
     ):
         return
-    jax.config.update("jax_num_cpu_devices", cores)
+    with contextlib.suppress(RuntimeError):  # its devices are made already
+        jax.config.update("jax_num_cpu_devices", cores)

@@ -59,3 +59,7 @@ def test_devices_that_are_set_already_stay():
     flags = "--xla_force_host_platform_device_count=3"
     assert output(DEVICES, "None", XLA_FLAGS=flags) == 3
     assert output(DEVICES, "None", JAX_NUM_CPU_DEVICES="5") == 5
+
+
+def test_devices_stay_once_they_are_made():
+    assert output("import jax; jax.devices()" + DEVICES, "None") == 1

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import logging
 
@@ -10,6 +11,7 @@ import tiny
 from configs import base
 from mclr_jax import experiment, runs
 from mclr_jax.data import sources
+from mclr_jax.objectives.dsm import DSM
 from mclr_jax.samplers import Sampler
 from mclr_jax.training.checkpoint import Checkpoints, MismatchError
 
@@ -212,6 +214,26 @@ def test_what_is_wrong_with_companions_is_said(others):
         companions(images, **{"init_from": denoiser, "companions.classifier": classifier})
     with pytest.raises(FileNotFoundError, match="not the directory of a run"):
         companions(**{"init_from": denoiser, "companions.classifier": str(others)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Taught(DSM):
+    """An objective that reads a run of a name of its own."""
+
+    needs = frozenset({"teacher", "average"})
+
+
+def test_an_objective_of_ones_own_names_its_companions(others, tmp_path):
+    config = tiny.config()
+    config.objective = base.options(f"{__name__}:Taught")
+    data = model_of(config).data
+    with pytest.raises(
+        ValueError, match=r"companion run 'teacher': set config\.companions\.teacher"
+    ):
+        runs.companions(config, data, tmp_path / "new")
+    config.companions.teacher = str(others / "denoiser")
+    found = runs.companions(config, data, tmp_path / "new")
+    assert found == {"teacher": runs.load(others / "denoiser").model}
 
 
 def test_a_run_that_holds_its_companions_needs_their_directories_no_more(others, tmp_path):

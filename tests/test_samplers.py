@@ -128,6 +128,16 @@ def test_guidance_interval_and_grid_never_recompile():
     assert not np.allclose(results[0], results[1])
 
 
+def test_a_grid_stays_within_the_levels_that_a_model_knows():
+    sampler = samplers.Sampler(num_steps=5, sigma_min=0.05, sigma_max=90.0, rho=5.0)
+    for levels, low, high in [
+        ((0.0, np.inf), 0.05, 90.0),
+        ((0.1, 70.0), 0.1, 70.0),
+        ((0.01, 157.0), 0.05, 90.0),
+    ]:
+        np.testing.assert_array_equal(sampler.grid(levels), rho_grid(5, low, high, 5.0))
+
+
 def test_the_number_of_network_calls():
     """A counter inside the denoiser: N for Euler and 2M, 2N - 1 for Heun."""
     for method, expected in [("euler", 7), ("heun", 13), ("dpmpp_2m", 7)]:

@@ -126,19 +126,16 @@ def _upsample(size: int) -> np.ndarray:
     """(4 (size - 1), size): pixels -> one period of the reflected, upsampled signal."""
     if size < 2:
         raise ValueError(f"got an image side of {size}; augmentation needs at least 2 pixels")
-    matrix = np.zeros((4 * (size - 1), size), np.float32)
-    for fine in range(len(matrix)):
-        for tap in range(fine % 2, len(SYM6), 2):
-            pixel = (fine - tap) // 2
-            reflected = abs((pixel + size - 1) % (2 * size - 2) - (size - 1))
-            matrix[fine, reflected] += np.sqrt(2) * SYM6[tap]
+    period = 2 * (size - 1)
+    matrix = np.zeros((2 * period, size), np.float32)
+    for pixel, tap in np.ndindex(period, len(SYM6)):
+        reflected = min(pixel, period - pixel)
+        matrix[(2 * pixel + tap) % (2 * period), reflected] += np.sqrt(2) * SYM6[tap]
     return matrix
 
 
 @functools.cache
 def _downsample(size: int) -> np.ndarray:
     """(size, 2 size + 10): the adjoint of upsampling, and by orthonormality its inverse."""
-    matrix = np.zeros((size, 2 * size + len(SYM6) - 2), np.float32)
-    for pixel in range(size):
-        matrix[pixel, 2 * pixel : 2 * pixel + len(SYM6)] = SYM6 / np.sqrt(2)
-    return matrix
+    first = np.pad(SYM6 / np.sqrt(2), (0, 2 * size - 2)).astype(np.float32)
+    return np.stack([np.roll(first, 2 * pixel) for pixel in range(size)])

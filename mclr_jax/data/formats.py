@@ -58,10 +58,9 @@ def _read_idx(name: str, dimensions: int) -> np.ndarray:
         content = file.read_bytes()
         content = gzip.decompress(content) if file.suffix == ".gz" else content
         magic, *shape = np.frombuffer(content, ">u4", 1 + dimensions).tolist()
-        array = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
-    if magic != 2048 + dimensions:
-        raise ValueError(f"{file} has magic number {magic:#x}, expected {2048 + dimensions:#x}")
-    return array
+        if magic != 2048 + dimensions:
+            raise ValueError(f"its magic number is {magic:#x}, expected {2048 + dimensions:#x}")
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
 
 
 def _tfds(

@@ -77,8 +77,7 @@ def stream(
     sources = {"": source} | {f"{name}_": extra[name] for name in sorted(extra)}
     if not all(map(len, sources.values())):
         raise ValueError("the source has no examples; check its split and limit")
-    local = batch_size // process_count
-    rows = np.arange(process_index * local, (process_index + 1) * local, dtype=np.int32)
+    rows = np.arange(batch_size, dtype=np.int32).reshape(process_count, -1)[process_index]
 
     def batch(step: int) -> Batch:
         result = {"index": rows.copy()}
