@@ -9,7 +9,7 @@ fastest round's. Needs the package and PyTorch (pip install -e '.[torch]'), and 
 
 What the project does for speed on the CPU, each also measured without it:
 
-  memory   freed memory is kept: "huge" pages (GLIBC_TUNABLES), "mallopt" in the process, or neither
+  memory   freed memory is kept: "mallopt" in the process, "huge" pages (GLIBC_TUNABLES), or neither
   devices  a JAX device for each core, each with its part of the batch
   loop     training steps in one compiled loop (1: no loop), and there gradients of convolutions
            written for XLA's kernels ("ours") or left to XLA ("xla")
@@ -39,10 +39,10 @@ BATCH, LOOP, HUGE = 16, 8, "glibc.malloc.hugetlb=1"
 def candidates(task: str, model: str, threads: int) -> dict[str, dict]:
     """Settings of each process by name; "ours" is what the commands of the project do."""
     per_core = threads if model == "unet" else 1
-    ours = {"memory": "huge", "devices": per_core, "loop": 1, "gradients": "ours"}
+    ours = {"memory": "mallopt", "devices": per_core, "loop": 1, "gradients": "ours"}
     rows = {"ours": ours}
     if task == "training":
-        rows["memory mallopt"] = ours | {"memory": "mallopt"}
+        rows["huge pages"] = ours | {"memory": "huge"}
     rows["memory not kept"] = ours | {"memory": ""}
     if threads > 1:
         other = threads + 1 - per_core  # of 1 and `threads` the other one

@@ -57,14 +57,14 @@ def _by_xla(x: jax.Array, kernel: jax.Array, *, margins: tuple[int, ...]) -> jax
 
 
 def _transpose_x(g: jax.Array, x: Any, kernel: jax.Array, *, margins: tuple[int, ...]):
-    flipped = kernel[::-1, ::-1].swapaxes(2, 3)
+    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
     rest = tuple(size - 1 - m for size, m in zip(kernel.shape[:2], margins, strict=True))
     return _convolution.bind(g, flipped, margins=rest)
 
 
 def _transpose_kernel(g: jax.Array, x: jax.Array, kernel: Any, *, margins: tuple[int, ...]):
     """Batch and channels change places: every channel of x is correlated with every one of g."""
-    x, g = x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3)
+    x, g = jnp.transpose(x, (3, 1, 2, 0)), jnp.transpose(g, (1, 2, 0, 3))
     return _convolution.bind(x, g, margins=margins).transpose(1, 2, 0, 3)
 
 
