@@ -56,11 +56,9 @@ class Block(nn.Module):
 
 
 def layer_norm(x: jax.Array, dtype: Any) -> jax.Array:
-    """Normalise the last axis in float32, without learnt scale and bias; returns `dtype`."""
-    x = x.astype(jnp.float32)
-    centred = x - x.mean(axis=-1, keepdims=True)
-    variance = jnp.square(centred).mean(axis=-1, keepdims=True)
-    return (centred * jax.lax.rsqrt(variance + 1e-6)).astype(dtype)
+    """Normalise the last axis without learnt scale and bias; statistics are float32."""
+    norm = nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, dtype=dtype, parent=None)
+    return jnp.asarray(norm.apply({}, x))
 
 
 def position_embedding(dim: int, height: int, width: int) -> np.ndarray:
