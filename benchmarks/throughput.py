@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -198,11 +199,15 @@ def worker(task: str, model: str, settings: dict) -> None:
 # ---- all of them in turns ------------------------------------------------------------------------
 
 
-def measure(task: str, model: str, threads: int, rounds: int) -> dict:
+def measure(task: str, model: str, threads: int, rounds: int, skip: str) -> dict:
     """One row: images per second by candidate."""
     cores = sorted(os.sched_getaffinity(0))[:threads]
     processes, first = {}, {}
-    rows = candidates(task, model, threads)
+    rows = {
+        name: settings
+        for name, settings in candidates(task, model, threads).items()
+        if not (skip and re.search(skip, name))
+    }
     with tempfile.TemporaryDirectory() as cache:
         for name, settings in rows.items():
             environment = dict(os.environ)
@@ -273,6 +278,7 @@ def main() -> None:
     parser.add_argument("--cases", default="training sampling", help="which tasks")
     parser.add_argument("--models", default="unet dit")
     parser.add_argument("--threads", default="1 2")
+    parser.add_argument("--skip", default="", help="regular expression of candidates to leave out")
     parser.add_argument(
         "--profile", help="print where a training step of this model spends its time"
     )
@@ -294,10 +300,10 @@ def main() -> None:
         "load_average": os.getloadavg(),
         "rows": [],
     }
-    for threads in map(int, args.threads.split()):
+    for task in args.cases.split():
         for model in args.models.split():
-            for task in args.cases.split():
-                result["rows"].append(measure(task, model, threads, args.rounds))
+            for threads in map(int, args.threads.split()):
+                result["rows"].append(measure(task, model, threads, args.rounds, args.skip))
                 row = result["rows"][-1]
                 print(task, model, threads, row["ours_over_torch"], row["images_per_second"],
                       row["first_round_seconds"], flush=True)  # fmt: skip
