@@ -71,6 +71,11 @@ def sample_keys(seed, indices) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(indices))
 
 
+def split(keys: jax.Array, count: int) -> jax.Array:
+    """(B,) keys -> (count, B)."""
+    return jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys)
+
+
 def normal_like(keys: jax.Array, x: jax.Array) -> jax.Array:
     """Standard normal noise of the shape and type of x (B, ...), example i from keys[i] alone."""
     return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)

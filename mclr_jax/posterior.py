@@ -9,7 +9,7 @@ import numpy as np
 
 from mclr_jax import mixture
 from mclr_jax.mixture import GaussianMixture
-from mclr_jax.noise import normal_like
+from mclr_jax.noise import normal_like, split
 from mclr_jax.problem import Answers, LogitsFn, PosteriorFn, Problem
 from mclr_jax.types import DenoiseFn, expand, with_label
 
@@ -119,7 +119,7 @@ def from_denoiser(
         raise ValueError(f"candidates is {candidates}; expected 0, or 2 to {num_classes} classes.")
 
     def log_likelihoods(x, sigma, condition, keys, classes):  # classes (B, M) -> (B, M)
-        k_level, k_noise = jax.vmap(lambda key: jax.random.split(key), out_axes=1)(keys)
+        k_level, k_noise = split(keys, 2)
         low, high = jnp.log(sigma / 10), jnp.log(20 * sigma_data + 10 * sigma)
         offsets = jax.vmap(lambda key: jax.random.uniform(key, (levels,)))(k_level)
         steps = (high - low) / levels
@@ -144,7 +144,7 @@ def from_denoiser(
 
     def log_posterior(x, sigma, condition, keys):
         label = condition.label
-        k_classes, k_integral = jax.vmap(lambda key: jax.random.split(key), out_axes=1)(keys)
+        k_classes, k_integral = split(keys, 2)
         if tried == num_classes:
             classes = jnp.broadcast_to(jnp.arange(num_classes), (len(x), num_classes))
             weight = log_prior[classes]

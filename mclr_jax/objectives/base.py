@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mclr_jax.metrics import Metrics
-from mclr_jax.noise import normal_like
+from mclr_jax.noise import normal_like, split
 from mclr_jax.problem import Batch, Models, Problem
 from mclr_jax.types import Condition, DenoiseFn, expand, with_label
 
@@ -50,11 +50,6 @@ class Noisy(NamedTuple):
     sigma: jax.Array
     condition: Condition
     keys: jax.Array
-
-
-def split(keys: jax.Array, count: int) -> jax.Array:
-    """(B,) keys -> (count, B)."""
-    return jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys)
 
 
 def perturb(

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from mclr_jax.metrics import Metrics, effective_share, maximum, mean
+from mclr_jax.noise import split
 from mclr_jax.objectives.base import (
     Noisy,
     Objective,
@@ -31,7 +32,6 @@ from mclr_jax.objectives.base import (
     log_prior,
     per_example,
     perturb,
-    split,
     square_error,
 )
 from mclr_jax.problem import Batch, Models, Problem

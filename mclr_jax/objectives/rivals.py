@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mclr_jax.metrics import Metrics, mean
-from mclr_jax.noise import normal_like
+from mclr_jax.noise import normal_like, split
 from mclr_jax.objectives.base import (
     Objective,
     at_labels,
@@ -20,7 +20,6 @@ from mclr_jax.objectives.base import (
     log_ratio,
     per_example,
     perturb,
-    split,
     square_error,
 )
 from mclr_jax.problem import Batch, Models, Problem

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mclr_jax.data.pixels import random_flip
-from mclr_jax.noise import normal_like
+from mclr_jax.noise import normal_like, split
 from mclr_jax.types import expand
 
 
@@ -31,8 +31,7 @@ def view(
 
     Example i depends on keys[i] alone.
     """
-    split = jax.vmap(lambda key: jax.random.split(key, 4), out_axes=1)
-    k_crop, k_flip, k_jitter, k_noise = split(keys)
+    k_crop, k_flip, k_jitter, k_noise = split(keys, 4)
     x, change = images, augmentation if images.ndim == 4 else NONE
     if change.crop:
         x = _crop(x, k_crop, change.crop)
