@@ -73,7 +73,7 @@ def train(config: Any, workdir: str | pathlib.Path, more_hooks: Sequence[Hook] =
             len(source), data.shape, data.num_classes, data.sigma_data, parameters, start,
         )  # fmt: skip
         checked = [
-            _held_out(config, task, devices.to_global(frozen)),
+            _held_out(config, task, devices.to_global(frozen), extra),
             _icr(config, task, source, workdir, start),
         ]
         # ---- train ----------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def _snapshots(config: Any, snapshots: Checkpoints) -> Hook:
     return Hook(config.ema.snapshot_every if config.ema.power_stds else 0, save)
 
 
-def _held_out(config: Any, task: Task, frozen: Mapping[str, Any]) -> Hook:
+def _held_out(config: Any, task: Task, frozen: Mapping[str, Any], extra: dict) -> Hook:
     """Loss and metrics on held-out examples, at each checkpoint.
 
     The batches and their noise are the same each time, so that checkpoints can be ranked.
@@ -222,7 +222,8 @@ def _held_out(config: Any, task: Task, frozen: Mapping[str, Any]) -> Hook:
     rows = np.resize(np.arange(len(source)), (count, size))
     local = np.array_split(np.arange(size), jax.process_count())[jax.process_index()]
     batches = {"index": np.broadcast_to(local.astype(np.int32), (count, len(local)))}
-    shifted = {f"{name}_": other for name, other in extra_sources(config, task, source).items()}
+    held_out = {"other": source}  # samples of the frozen model are those of training
+    shifted = {f"{name}_": held_out.get(name, found) for name, found in extra.items()}
     for prefix, examples in {"": source, **shifted}.items():
         parts = [examples[(r[local] + bool(prefix)) % len(examples)] for r in rows]
         batches[f"{prefix}image"] = np.stack([images for images, _ in parts])
