@@ -97,6 +97,7 @@ CASES: dict[str, dict] = {
     "dsm": _case("dsm"),
     "classify": _case("classify") | {"network.name": "mlp_classifier"},
     "cca": _case("cca"),
+    "cca second positives": _case("cca", second_positives=True),
     "contrastive_flow": _case("contrastive_flow", contrast=0.2),
     "ddo": _case("ddo"),
     "dpo": _case("dpo", beta=10.0),  # 5000 makes rounding errors of the answers large

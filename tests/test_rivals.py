@@ -1,11 +1,14 @@
 """MCLR's rivals against the optimum that theory gives each, on distributions known exactly."""
 
+import dataclasses
 import json
 
 import cases
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 from cases import Level
@@ -14,8 +17,7 @@ from configs import base
 from mclr_jax import guidance, main, noise, runs
 from mclr_jax.mixture import toy
 from mclr_jax.noise import normal_like
-from mclr_jax.objectives.base import split
-from mclr_jax.objectives.dsm import DSM
+from mclr_jax.objectives.base import perturb
 from mclr_jax.objectives.rivals import (
     CCA,
     DDO,
@@ -23,9 +25,9 @@ from mclr_jax.objectives.rivals import (
     GFT,
     ContrastiveFlow,
     ModelGuidance,
-    uniform_share,
 )
 from mclr_jax.problem import Batch
+from mclr_jax.training.step import TrainState, example_keys, make_update
 from mclr_jax.types import Condition, label_of, with_label
 
 DRAWS = 200_000
@@ -33,8 +35,9 @@ RIVALS = ("cca", "contrastive_flow", "ddo", "dpo", "gft", "model_guidance")
 
 
 # ---- objectives on the log ratio r = log p_theta / p_ref ---------------------------------------
-# Data take the values 0, 10, 20, 30 under noise of level 1e-6, and a model whose answer is
-# x + sqrt(1 - r / WEIGHT), beside a reference whose answer is x + 1, has r(x, c) as its ratio.
+# Data take the values 0, 10, 20, 30. A model that answers x0 + sqrt(1 - r / WEIGHT), beside a
+# reference that answers x0 + 1, has r(x, c) as its ratio. At the level below, 1 / sigma^2, which is
+# the weight of DPO's noise error, is WEIGHT too.
 
 WEIGHT = 100.0
 PRIOR = np.array([0.5, 0.2, 0.3])
@@ -54,7 +57,9 @@ def gradient_in_standard_errors(objective, ratio):
     x0, label = draw(jax.random.key(0), DATA)
     parts = 20
     problem = cases.problem(
-        Level(1e-6), weight=lambda sigma: jnp.full_like(sigma, WEIGHT), class_prior=tuple(PRIOR)
+        Level(WEIGHT**-0.5),
+        weight=lambda sigma: jnp.full_like(sigma, WEIGHT),
+        class_prior=tuple(PRIOR),
     )
 
     @jax.jit
@@ -62,9 +67,10 @@ def gradient_in_standard_errors(objective, ratio):
         def mean_loss(table):
             def denoise(x, sigma, condition):
                 value = jnp.round(x[:, 0] / 10).astype(int)
-                return x + jnp.sqrt(1 - table[value, label_of(condition)] / WEIGHT)[:, None]
+                offset = jnp.sqrt(1 - table[value, label_of(condition)] / WEIGHT)
+                return (10 * value + offset)[:, None]
 
-            models = cases.models(denoise, reference=lambda x, sigma, condition: x + 1)
+            models = cases.models(denoise, reference=lambda x, *_: 10 * jnp.round(x / 10) + 1)
             batch = Batch(x0, Condition(label), generated=generated)
             return objective(models, problem, batch, keys)[0].mean()
 
@@ -155,66 +161,283 @@ def test_the_optimum_of_contrastive_flow_matching():
     assert slope_in_standard_errors(objective, exact.denoise, exact) > 20
 
 
-# ---- dropped labels, strengths, frames -----------------------------------------------------------
+# ---- the papers' equations, in NumPy ------------------------------------------------------------
+# An objective is observed: what it showed to the networks, by which the paper's equation is
+# evaluated again. Labels are dropped, and all answers depend on label, strength and noise level.
+
+NULL = 3
 
 
-def small(mixture, n=600):
-    """A batch with everything in it, and keys."""
-    x0, label = mixture.sample(jax.random.key(0), n)
-    other, other_label = mixture.sample(jax.random.key(1), n)
-    batch = Batch(x0, Condition(label), other, (other, other_label))
-    return batch, jax.random.split(jax.random.key(2), n)
+def answer(scale, x, sigma, label, strength=0.0):
+    """A denoiser whose answer tells all of its inputs apart."""
+    return scale * x / (1 + sigma)[:, None] + (0.3 * label - 0.1 * strength * label)[:, None]
 
 
-@pytest.mark.parametrize("objective", [DPO, GFT, ModelGuidance])
-def test_examples_whose_label_was_dropped_get_plain_dsm(objective):
+class Observed:
+    """The denoiser `answer` of a scale, and the inputs of its calls as NumPy arrays.
+
+    A frozen one is told strength 0, as by the Task.
+    """
+
+    def __init__(self, scale, frozen):
+        self.scale, self.frozen, self.calls = scale, frozen, []
+
+    def __call__(self, x, sigma, condition):
+        strength = 0.0 if condition.strength is None or self.frozen else condition.strength
+        told = np.broadcast_to(strength, len(x)).astype(np.float64)
+        self.calls.append([np.asarray(a, np.float64) for a in (x, sigma, condition.label, told)])
+        return answer(self.scale, x, sigma, label_of(condition), strength)
+
+    def pairs(self):
+        """(x, sigma, label, strength) of the first and the second half of the only call."""
+        (call,) = self.calls
+        return zip(*(np.split(part, 2) for part in call), strict=True)
+
+
+def error(scale, x0, x, sigma, label, strength=0.0):
+    """Mean square error (B,) of `answer`."""
+    return ((answer(scale, x, sigma, label, strength) - x0) ** 2).mean(-1)
+
+
+def weight(sigma):
+    return 2 + 1 / sigma**2
+
+
+def observe(objective, dropout=0.4, n=400, strength=(), **frozen):
+    """Loss (n,), data, true labels and the observed models of one evaluation of an objective."""
     exact = toy()
-    batch, keys = small(exact)
-    problem = cases.problem(noise.LogNormal(), class_prior=(1 / 3,) * 3)
-    off = {name: lambda x, sigma, condition: 0 * x + 1 for name in ("reference", "self", "average")}
-    models = cases.models(exact.denoise, **off)
-
-    def loss(objective):
-        return jax.jit(lambda: objective(models, problem, batch, keys)[0])()
-
-    expected = loss(DSM(1.0))
-    all_dropped, part = (loss(objective(label_dropout=rate)) for rate in (1.0, 0.4))
-    np.testing.assert_allclose(all_dropped, expected, rtol=1e-4, atol=1e-6)
-    same = np.isclose(part, expected, rtol=1e-4)
-    assert abs(same.mean() - 0.4) < 4 * np.sqrt(0.24 / len(same))
-
-
-def test_cca_counts_a_dropped_label_as_a_positive_of_the_null_label():
-    exact = toy()
-    batch, keys = small(exact)
-    problem = cases.problem(noise.LogNormal(), class_prior=(1 / 3,) * 3)
-    models = cases.models(exact.denoise, reference=lambda x, sigma, condition: x)
-    loss, found = CCA(2.0, 3.0, label_dropout=1.0)(models, problem, batch, keys)
-    shown = DSM(1.0)(models, problem, batch, keys)[0]  # |D(x_s, null) - x|^2
-    (ratio, _), (negative, _) = (found[f"{name}_ratio"].parts for name in ("positive", "negative"))
-    np.testing.assert_allclose(loss, np.logaddexp(0, -2.0 * ratio) / 3.0, rtol=1e-5)
-    then = DSM(1.0)(models._replace(denoise=lambda x, sigma, condition: x), problem, batch, keys)[0]
-    np.testing.assert_allclose(ratio, 2 * (then - shown), rtol=1e-4, atol=1e-5)
-    assert np.abs(negative - ratio).max() > 0.1
+    x0, label = exact.sample(jax.random.key(0), n)
+    generated = exact.sample(jax.random.key(1), n)
+    scales = {"model": 0.8, **frozen}
+    models = {name: Observed(scale, name != "model") for name, scale in scales.items()}
+    problem = cases.problem(
+        noise.LogNormal(), weight=weight, class_prior=(0.5, 0.3, 0.2), strength=strength,
+        sigma_data=0.6,
+    )  # fmt: skip
+    held = cases.models(models["model"], **{name: models[name] for name in frozen})
+    objective = dataclasses.replace(objective, label_dropout=dropout)
+    batch = Batch(x0, Condition(label), generated[0][::-1], generated)
+    loss, _ = objective(held, problem, batch, jax.random.split(jax.random.key(2), n))
+    return np.asarray(loss), np.asarray(x0, np.float64), np.asarray(label), models
 
 
-def test_the_shares_of_gft_are_uniform_and_its_network_is_told_the_strength():
-    exact, seen = toy(), []
-    batch, keys = small(exact, 4000)
+def log_sigmoid(x):
+    return -np.logaddexp(0, -x)
 
-    def denoise(x, sigma, condition):
-        seen.append(condition.strength)
-        return exact.denoise(x, sigma, condition)
 
-    models = cases.models(denoise, self=exact.denoise)
-    problem = cases.problem(noise.LogNormal(), strength=(0.25, 4.0))
-    loss, _ = GFT()(models, problem, batch, keys)
-    (strength,) = seen
-    share = np.sort(1 / (1 + np.asarray(strength)))  # uniform between 1 / 5 and 1 / 1.25
-    assert np.abs(share - np.linspace(0.2, 0.8, 4000)).max() < 0.6 * 1.95 / np.sqrt(4000)
-    same, _ = GFT(strength)(models, cases.problem(noise.LogNormal()), batch, keys)
-    np.testing.assert_allclose(loss, same, rtol=1e-5)
-    np.testing.assert_allclose(uniform_share(jnp.array([0.0, 1.0]), 0.25, 4.0), [0.25, 4.0], 1e-6)
+def check_draws(shown, label, dropout=0.4):
+    """Labels are shown or dropped, at the given rate."""
+    dropped = shown == NULL
+    assert abs(dropped.mean() - dropout) < 4 * np.sqrt(0.25 / len(label))
+    np.testing.assert_array_equal(shown[~dropped], label[~dropped])
+    return dropped
+
+
+@pytest.mark.parametrize("second_positives", [False, True])
+def test_cca_is_the_papers_equation(second_positives):
+    objective = CCA(0.7, 3.0, second_positives=second_positives)
+    loss, x0, label, models = observe(objective, reference=0.5)
+    right, wrong = models["model"].pairs()
+    for a, b in zip((right, wrong), models["reference"].pairs(), strict=True):
+        for ours, theirs in zip(a, b, strict=True):  # the reference sees the same, wrong label too
+            np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(wrong[0], right[0])
+
+    def ratio(x, sigma, label, strength):
+        gain = error(0.5, x0, x, sigma, label) - error(0.8, x0, x, sigma, label)
+        return weight(sigma) * 2 * gain
+
+    dropped, negative = check_draws(right[2], label), wrong[2]
+    positive_term = -log_sigmoid(0.7 * ratio(*right))
+    negative_term = -3.0 * log_sigmoid(-0.7 * ratio(*wrong))
+    if second_positives:
+        assert abs((negative == NULL).mean() - 0.4) < 0.1
+        second = (negative == NULL) | (negative == right[2])
+        negative_term = np.where(second, -log_sigmoid(0.7 * ratio(*wrong)), negative_term)
+    else:
+        assert not (negative == NULL).any()
+        negative_term = np.where(dropped, 0, negative_term)
+    assert (negative[~dropped] == label[~dropped]).any()  # the prior may give the right label
+    np.testing.assert_allclose(loss, (positive_term + negative_term) / 3.0, rtol=1e-4, atol=1e-6)
+
+
+def test_dpo_is_the_papers_equation_in_the_error_of_the_noise():
+    loss, x0, label, models = observe(DPO(0.5), reference=0.5)
+    right, wrong = models["model"].pairs()
+    for a, b in zip((right, wrong), models["reference"].pairs(), strict=True):
+        for ours, theirs in zip(a, b, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+    def noise_error(scale, x, sigma, label, strength):
+        n = (x - x0) / sigma[:, None]
+        predicted = (x - answer(scale, x, sigma, label)) / sigma[:, None]
+        return ((predicted - n) ** 2).mean(-1)
+
+    dropped = check_draws(right[2], label)
+    assert (wrong[2] != label).all()
+    model, reference = (noise_error(s, *right) - noise_error(s, *wrong) for s in (0.8, 0.5))
+    expected = -log_sigmoid(-0.25 * (model - reference))
+    expected = np.where(dropped, 0.125 * noise_error(0.8, *right), expected)
+    np.testing.assert_allclose(loss, expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("strength", [(), (0.25, 4.0)])
+def test_gft_is_the_papers_equation(strength):
+    loss, x0, label, models = observe(GFT(1.5), strength=strength, self=0.5)
+    (shown,), (null,) = models["model"].calls, models["self"].calls
+    dropped = check_draws(shown[2], label)
+    np.testing.assert_array_equal(null[0], shown[0])
+    np.testing.assert_array_equal(null[2:], [np.full(400, NULL), np.zeros(400)])
+    drawn = np.full(400, 1.5)
+    if strength:  # without dropout the network is shown every drawn strength
+        drawn = observe(GFT(), 0.0, strength=strength, self=0.5)[3]["model"].calls[0][3]
+        np.testing.assert_array_equal(shown[3], np.where(dropped, 0, drawn))
+        share = np.sort(1 / (1 + drawn))  # uniform between 1 / 5 and 1 / 1.25
+        assert np.abs(share - np.linspace(0.2, 0.8, 400)).max() < 0.6 * 1.95 / np.sqrt(400)
+    b = 1 / (1 + drawn)[:, None]
+    combined = b * answer(0.8, *shown) + (1 - b) * answer(0.5, *null)
+    expected = weight(shown[1]) * ((combined - x0) ** 2).mean(-1)
+    np.testing.assert_allclose(loss, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_model_guidance_is_the_papers_equation():
+    loss, x0, label, models = observe(ModelGuidance(0.4), average=0.5)
+    (shown,), (right, null) = models["model"].calls, models["average"].pairs()
+    check_draws(shown[2], label)
+    np.testing.assert_array_equal(right[2], shown[2])
+    assert (null[2] == NULL).all()
+    x, sigma = shown[:2]
+    time = sigma / (sigma + 0.6)  # of flow matching, for data scaled to unit variance
+    scale = np.where(time < 0.75, 0.4, 0)[:, None]
+    assert 20 < (scale == 0).sum() < 380
+    # in the paper's terms: the target of the noise moves by scale times the teacher's difference
+    n, s = (x - x0) / sigma[:, None], sigma[:, None]
+    noise_of = lambda values: (x - values) / s  # noqa: E731
+    target = n + scale * (noise_of(answer(0.5, *right)) - noise_of(answer(0.5, *null)))
+    difference = ((noise_of(answer(0.8, *shown)) - target) ** 2).mean(-1)
+    np.testing.assert_allclose(loss, weight(sigma) * sigma**2 * difference, rtol=1e-3, atol=1e-6)
+
+
+def test_ddo_is_the_papers_equation():
+    loss, x0, label, models = observe(DDO(0.7, 1.5), dropout=0.4, reference=0.5)
+    data, generated = models["model"].calls
+    for call, frozen in zip((data, generated), models["reference"].calls, strict=True):
+        for ours, theirs in zip(call, frozen, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    samples, sample_label = (np.asarray(a) for a in toy().sample(jax.random.key(1), 400))
+    check_draws(data[2], label)
+    check_draws(generated[2], sample_label)  # samples have their own labels
+
+    def ratio(x0, x, sigma, label, strength):
+        gain = error(0.5, x0, x, sigma, label) - error(0.8, x0, x, sigma, label)
+        return weight(sigma) * 2 * gain
+
+    expected = -log_sigmoid(0.7 * ratio(x0, *data))
+    expected -= 1.5 * log_sigmoid(-0.7 * ratio(samples, *generated))  # log(1 - s(r))
+    np.testing.assert_allclose(loss, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_contrastive_flow_is_the_papers_equation():
+    loss, x0, label, models = observe(ContrastiveFlow(0.3))
+    (shown,) = models["model"].calls
+    check_draws(shown[2], label)
+    x, sigma, s = *shown[:2], shown[1][:, None]
+    velocity = x / s - (1 + 1 / s) * answer(0.8, *shown)
+    right = (x - x0) / s - x0  # n - x
+    keys = noise.split(jax.random.split(jax.random.key(2), 400), 4)[3]
+    other = np.asarray(toy().sample(jax.random.key(1), 400)[0])[::-1]
+    wrong = np.asarray(normal_like(keys, jnp.zeros((400, 2)))) - other
+    terms = (((velocity - v) ** 2).mean(-1) for v in (right, wrong))
+    expected = weight(sigma) / (1 + 1 / sigma) ** 2 * (next(terms) - 0.3 * next(terms))
+    np.testing.assert_allclose(loss, expected, rtol=1e-3, atol=1e-3)
+
+
+# ---- gradients of what the loop differentiates ---------------------------------------------------
+
+
+def formula(task, params, teacher, batch, keys):
+    """The mean loss of GFT or model guidance with the teacher's weights apart, by its equation."""
+    own = noise.split(keys, 4)[3]
+    dropout, problem = task.objective.label_dropout, task.problem
+    x, sigma, shown, rest = perturb(
+        problem, batch["image"], Condition(batch["label"]), own, dropout
+    )
+    null = Condition(jnp.full_like(batch["label"], NULL))
+    model, held = task.model.denoise(params), task.model.denoise(teacher)
+    if isinstance(task.objective, GFT):
+        uniform = jax.vmap(jax.random.uniform)(rest)
+        low, high = (1 / (1 + s) for s in task.problem.strength)
+        b = low + uniform * (high - low)
+        told = jnp.where(shown.label == NULL, 0.0, 1 / b - 1)
+        combined = b[:, None] * model(x, sigma, shown.replace(strength=told))
+        combined += (1 - b)[:, None] * held(x, sigma, null)
+        difference = combined - batch["image"]
+    else:
+        inside = (sigma <= 3 * problem.sigma_data)[:, None]
+        shift = 0.45 * inside * (held(x, sigma, shown) - held(x, sigma, null))
+        difference = model(x, sigma, shown) - batch["image"] - shift
+    return (problem.weight(sigma) * (difference**2).mean(-1)).mean()
+
+
+@pytest.mark.parametrize("case", ["gft strength", "model_guidance"])
+def test_no_gradient_flows_through_the_teacher(case):
+    """Model and teacher have the same weights; the loop's gradient is by the model's alone."""
+    task = cases.task(case, **{"network.dropout": 0.0})
+    params, batch = cases.params(task), cases.batch(task, 64)
+    keys = jax.random.split(jax.random.key(5), 64)
+
+    def loss(params):
+        return task.loss(params, {"average": params}, batch, keys, train=True)[0].mean()
+
+    expected, ours = formula(task, params, params, batch, keys), loss(params)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
+    apart = jax.grad(formula, 1)(task, params, params, batch, keys)
+    both = jax.grad(lambda params: formula(task, params, params, batch, keys))(params)
+    ours = jax.grad(loss)(params)
+    chex.assert_trees_all_close(ours, apart, rtol=1e-3, atol=1e-5)
+    size = optax.tree.norm(apart)
+    assert optax.tree.norm(jax.tree.map(jnp.subtract, both, apart)) > 0.02 * size
+
+
+@pytest.mark.parametrize("case", ["cca", "dpo"])
+def test_the_reference_keeps_its_weights(case):
+    """Where the model is its reference the gain is 0; where it has moved, it is not."""
+    task = cases.task(case, **{"network.dropout": 0.0})
+    params, batch = cases.params(task), cases.batch(task)
+    keys = jax.random.split(jax.random.key(5), 16)
+    start = {"reference": params}
+    moved = cases.moved(params, 7)
+    same, metrics = task.loss(params, start, batch, keys, train=True)
+    name = "positive_ratio" if case == "cca" else "accuracy"
+    assert float(abs(metrics[name].parts[0]).max()) == 0
+    after, metrics = task.loss(moved, start, batch, keys, train=True)
+    assert float(abs(metrics[name].parts[0]).max()) > 0
+    assert float(abs(after - same).max()) > 1e-3
+
+
+def test_the_teacher_of_model_guidance_is_the_first_average():
+    """One step of SGD, against the equation with the weights of the first track as the teacher."""
+    task = cases.task("model_guidance", **{"network.dropout": 0.0})
+    task = dataclasses.replace(task, optimizer=optax.sgd(1.0))
+    assert list(task.averages) == ["halflife", "power_0.05", "power_0.1"]
+    params, batch = cases.params(task), cases.batch(task, 64)
+    averages = {n: cases.moved(params, 20 + i, 0.3) for i, n in enumerate(task.averages)}
+    state = TrainState(jnp.int32(3), params, task.optimizer.init(params), averages)
+    stacked = jax.tree.map(lambda x: x[None], batch)
+    new, _ = make_update(task)(state, {}, stacked, 1)
+    keys = example_keys(task.step_key, jnp.int32(3), batch["index"])
+    taken = jax.tree.map(jnp.subtract, params, new.params)
+    gradients = {
+        name: jax.grad(formula, 1)(task, params, weights, batch, keys)
+        for name, weights in {"raw": params, **averages}.items()
+    }
+    chex.assert_trees_all_close(taken, gradients.pop("halflife"), rtol=1e-3, atol=1e-5)
+    for name, other in gradients.items():
+        off = optax.tree.norm(jax.tree.map(jnp.subtract, taken, other))
+        assert off > 0.02 * optax.tree.norm(taken), name
+
+
+# ---- frames --------------------------------------------------------------------------------------
 
 
 class ByFrame:
@@ -244,7 +467,7 @@ def test_frames_have_weights_intervals_and_slopes_of_their_own():
     def by_frame(values):  # (5, 3, 2) -> (5,)
         return ((1 + level) * (values**2).mean(-1)).mean(-1)
 
-    loss, _ = ModelGuidance(0.4, (0.5, 1.5), 0.0)(models, problem, batch, keys)
+    loss, _ = ModelGuidance(0.4, (1.0, 3.0), 0.0)(models, problem, batch, keys)
     guided = np.array([0.0, 1.0, 0.0])[:, None]  # 0.5 < sigma <= 1.5
     target = x0 + 0.4 * guided * (0.0 - 3.0)
     np.testing.assert_allclose(loss, by_frame(0.7 * seen[-1] - target), rtol=1e-5)
@@ -252,7 +475,7 @@ def test_frames_have_weights_intervals_and_slopes_of_their_own():
     loss, _ = ContrastiveFlow(0.3, 0.0)(models, problem, batch, keys)
     x, s = seen[-1], level[:, None]
     velocity = x / s - (1 + 1 / s) * 0.7 * x
-    wrong = normal_like(split(keys, 4)[3], x0) - other
+    wrong = normal_like(noise.split(keys, 4)[3], x0) - other
     expected = by_frame(0.7 * x - x0) - 0.3 * by_frame((velocity - wrong) / (1 + 1 / s))
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
     # flow matching's own form, |v - (n - x)|^2 with n = (x_s - x) / s, has the same first term
@@ -316,7 +539,6 @@ def test_strengths_without_an_optimum_are_refused(make, message):
 
 
 def test_options_are_the_defaults_of_the_dataclass():
-    options = base.options("cca")
-    assert options.to_dict() == {
-        "name": "cca", "beta": 0.02, "negative_weight": 1000.0, "label_dropout": 0.1
+    assert base.options("ddo").to_dict() == {
+        "name": "ddo", "beta": 0.05, "negative_weight": 1.0, "label_dropout": 0.0
     }  # fmt: skip

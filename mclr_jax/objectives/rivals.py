@@ -32,20 +32,25 @@ class CCA(Objective):
 
     [-log s(beta r(x, c)) - lambda log s(-beta r(x, c~))] / max(lambda, 1), s the logistic.
 
-    c~ is drawn from the classes' shares (the paper rolls the labels of a batch, whose result would
-    depend on how a batch is spread over devices). With r a true log ratio the optimum is
-    p_ref(x|c) [p(x|c) / (lambda p(x))]^(1/beta). An example whose label was dropped is a positive
-    of the null label and has no negative.
+    c~ is drawn from the class prior. With r a true log ratio the optimum is
+    p_ref(x|c) [p(x|c) / (lambda p(x))]^(1/beta). An example with a dropped label is a positive of
+    the null label and has no negative.
+
+    Differs from the official code: c~ is the label of a neighbour in the batch there, shown with
+    its own label dropout, and a c~ that is null or equal to c is a second positive of weight 1.
+    `second_positives` draws c~ independently by the same law.
 
     Attributes:
-      beta: inverse temperature; the larger, the weaker the contrast.
+      beta: inverse temperature; a larger beta is a weaker contrast.
       negative_weight: lambda.
       label_dropout: as in `DSM`.
+      second_positives: the law of c~ of the official code, also for dropped labels.
     """
 
     beta: float = 0.02
     negative_weight: float = 1000.0
     label_dropout: float = 0.1
+    second_positives: bool = False
 
     needs = frozenset({"reference", "class_prior"})
 
@@ -56,16 +61,24 @@ class CCA(Objective):
         x0 = batch.x0
         noisy = perturb(problem, x0, batch.condition, keys, self.label_dropout)
         shown = noisy.condition.label
-        labels = (shown, draw_label(noisy.keys, log_prior(problem)))
+        k_wrong, k_dropped = split(noisy.keys, 2)
+        wrong = draw_label(k_wrong, log_prior(problem))
+        if self.second_positives:
+            dropped = jax.vmap(jax.random.uniform)(k_dropped) < self.label_dropout
+            wrong = jnp.where(dropped, problem.null_label, wrong)
+        labels = (shown, wrong)
         denoised = at_labels(models.denoise, noisy, labels)
         frozen = at_labels(models.frozen["reference"].denoise, noisy, labels)
         positive, negative = (
             log_ratio(problem, noisy.sigma, d, r, x0) for d, r in zip(denoised, frozen, strict=True)
         )
-        share = jnp.where(shown == problem.null_label, 0.0, self.negative_weight)
-        loss = jax.nn.softplus(-self.beta * positive) + share * jax.nn.softplus(
-            self.beta * negative
-        )
+        contrast = self.negative_weight * jax.nn.softplus(self.beta * negative)
+        if self.second_positives:
+            second = (wrong == shown) | (wrong == problem.null_label)
+            contrast = jnp.where(second, jax.nn.softplus(-self.beta * negative), contrast)
+        else:
+            contrast = jnp.where(shown == problem.null_label, 0.0, contrast)
+        loss = jax.nn.softplus(-self.beta * positive) + contrast
         metrics: Metrics = {"positive_ratio": mean(positive), "negative_ratio": mean(negative)}
         return loss / max(self.negative_weight, 1.0), metrics
 
@@ -74,17 +87,19 @@ class CCA(Objective):
 class DPO(Objective):
     """Diffusion-DPO with a wrong label (Wallace et al. 2023, arXiv 2311.12908, eq. 14).
 
-    (winner, loser) are x under its label and under another: here are no pairs of images.
+    -log s(-(beta / 2) m), m = (e(c) - e(c~)) - (e_ref(c) - e_ref(c~)), c~ != c.
 
-    -log s(-(beta / 2) m), m = weight [(e(c) - e(c~)) - (e_ref(c) - e_ref(c~))], c~ != c.
+    s is the logistic and e = mean (D - x)^2 / sigma^2 the mean square error of the noise. With
+    l = -e a true log likelihood the optimum has l(c) - l(c~) - (the same of the reference) equal to
+    (2 / beta) log of p(x|c) / (1 - p(c)) over the same of c~.
 
-    s is the logistic, e a mean square error. With l = -weight e a true log likelihood the optimum
-    has l(c) - l(c~) - (the reference's) = (2 / beta) log of p(x|c) / (1 - p(c)) over the same of
-    c~: c~ is drawn from the other classes by their shares. An example whose label was dropped gets
-    plain DSM.
+    Differs from the official code: winner and loser are two images of one prompt there; here they
+    are one image under its label and under a label c~ drawn from the prior of the other classes. An
+    example with a dropped label has no loser: it gets (beta / 4) e, whose gradient is that of the
+    loss by e(c) where model and reference agree.
 
     Attributes:
-      beta: inverse temperature; the larger, the weaker the contrast.
+      beta: inverse temperature; a larger beta is a weaker contrast.
       label_dropout: as in `DSM`.
     """
 
@@ -108,11 +123,10 @@ class DPO(Objective):
 
         error, wrong_error = errors(models.denoise)
         error_then, wrong_then = errors(models.frozen["reference"].denoise)
-        weight = problem.weight(sigma)
-        margin = per_example(weight * ((error - wrong_error) - (error_then - wrong_then)))
-        dropped = shown == problem.null_label
-        plain = per_example(weight * error)
-        loss = jnp.where(dropped, plain, jax.nn.softplus(self.beta / 2 * margin))
+        gain = (error - wrong_error) - (error_then - wrong_then)
+        margin, plain = per_example(gain / sigma**2), per_example(error / sigma**2)
+        contrast = jax.nn.softplus(self.beta / 2 * margin)
+        loss = jnp.where(shown == problem.null_label, self.beta / 4 * plain, contrast)
         return loss, {
             "error": mean(per_example(error)),
             "negative_error": mean(per_example(wrong_error)),
@@ -127,7 +141,10 @@ class DDO(Objective):
     -log s(beta r(x, c)) - alpha log(1 - s(beta r(x', c'))), x' a sample of the frozen model.
 
     s is the logistic. With r a true log ratio the optimum is p_ref [p / (alpha p_ref)]^(1/beta).
-    Rounds of self-play: sample the fine-tuned model, and go on from it against those samples.
+    Rounds of self-play: sample the fine-tuned model, and fine-tune it against those samples.
+
+    Differs from the official code: label dropout is an option; the samples, read from a file
+    (config.data.generated), are in shuffled order.
 
     Attributes:
       beta: inverse temperature.
@@ -173,6 +190,9 @@ class ContrastiveFlow(Objective):
     x_t = (1 - t) x + t n is x_s / (1 + s) with t = s / (1 + s), so that v(x_s, c) =
     x_s / s - (1 + 1/s) D(x_s, c), and weight' = weight / (1 + 1/s)^2 is that of `DSM`. v~ = n~ - x~
     is of another example. The optimum is (v_c - lambda E v~) / (1 - lambda).
+
+    Differs from the official code: the other example is drawn from all data, with fresh noise; there
+    it is another example of the batch with its noise.
 
     Attributes:
       contrast: lambda, in [0, 1), outside which the loss has no minimum.
@@ -221,11 +241,16 @@ class GFT(Objective):
 
     weight |b D(x_s, c, b) + (1 - b) D(x_s, null, 1) - x|^2 with b = 1 / (1 + strength).
 
-    No gradient flows through D(x_s, null, 1). The optimum is CFG of guidance_scale 1 / b. The paper
-    has the strength as an input of the network: config.strength = (0.0, 4.0).
+    No gradient flows through D(x_s, null, 1). The optimum is CFG of guidance_scale 1 / b. A network
+    with b as an input (config.strength) is shown b = 1 with a dropped label, as the official code
+    does, so that D(x_s, null, 1) is trained.
+
+    Differs from the official code: b is uniform on [1 / (1 + high), 1 / (1 + low)] of
+    config.strength = (low, high), and on [0, 1] there: (0.0, 999.0) is nearly that. The network's
+    input is the strength, of which b is a function.
 
     Attributes:
-      beta: the strength of a network that does not take it as an input.
+      beta: the strength of a network without this input.
       label_dropout: as in `DSM`.
     """
 
@@ -242,7 +267,10 @@ class GFT(Objective):
             problem, batch.x0, batch.condition, keys, self.label_dropout
         )
         strength, shown = draw_strength(shown, keys, problem, self.beta, uniform_share)
-        b = expand(jnp.where(shown.label == problem.null_label, 1.0, 1 / (1 + strength)), x)
+        if shown.strength is not None:
+            dropped = shown.label == problem.null_label
+            shown = shown.replace(strength=jnp.where(dropped, 0.0, shown.strength))
+        b = expand(1 / (1 + jnp.asarray(strength)), x)
         null = with_label(shown, problem.null_label)
         unconditional = models.frozen["self"].denoise(x, sigma, null)
         combined = b * models.denoise(x, sigma, shown) + (1 - b) * unconditional
@@ -259,15 +287,18 @@ class ModelGuidance(Objective):
 
     No gradient flows through the target. The fixed point is CFG of guidance_scale 1 / (1 - w).
 
+    Differs from the official code: the target has the average of weights that `ema` keeps first,
+    not one of decay 0.9999.
+
     Attributes:
       scale: w, in [0, 1), outside which there is no fixed point.
-      sigma_interval: (low, high): guided targets where low < sigma <= high only. The paper's
-        t < 0.75 of flow matching is sigma = t / (1 - t) < 3 for data of unit variance.
+      relative_interval: (low, high): guided targets where low < sigma / sigma_data <= high only.
+        The paper's t < 0.75 of flow matching is sigma / sigma_data = t / (1 - t) < 3.
       label_dropout: as in `DSM`.
     """
 
     scale: float = 0.45
-    sigma_interval: tuple[float, float] = (0.0, 3.0)
+    relative_interval: tuple[float, float] = (0.0, 3.0)
     label_dropout: float = 0.1
 
     needs = frozenset({"average"})
@@ -282,7 +313,7 @@ class ModelGuidance(Objective):
         """Metrics: `error`, |D - x|^2 unweighted."""
         noisy = perturb(problem, batch.x0, batch.condition, keys, self.label_dropout)
         x, sigma, shown, _ = noisy
-        low, high = self.sigma_interval
+        low, high = (end * problem.sigma_data for end in self.relative_interval)
         guided = (low < sigma) & (sigma <= high)  # at the null label the shift below is 0
         teacher = models.frozen["average"].denoise
         right, unconditional = at_labels(teacher, noisy, (shown.label, problem.null_label))
