@@ -1,0 +1,246 @@
+"""Write the tables of README.md and docs/ from benchmarks/results.
+
+  python benchmarks/tables.py
+
+A table stands between the comments `<!-- table: NAME -->` and `<!-- end of table -->`; NAME is a
+function below. The tests compare every table with its result file.
+"""
+
+import json
+import pathlib
+import re
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(?=<!-- end of table -->)", re.DOTALL)
+
+
+def load(name: str) -> Any:
+    """benchmarks/results/NAME.json."""
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|---" * lines[0].count(" | ") + "|---|", *lines[1:]]) + "\n"
+
+
+def digits() -> str:
+    names = {"base": "unguided", "CFG": "CFG, `guidance_scale=2`", "MCLR": "MCLR, unguided"}
+    return table(
+        ["10 digits, 8x8", "accuracy of 500 samples, %", "network calls"],
+        (
+            [names[row["name"]], f"{100 * row['accuracy']:.1f}", str(row["network_calls"])]
+            for row in load("demo")["table"]
+        ),
+    )
+
+
+# ---- the mixture ---------------------------------------------------------------------------------
+
+MIXTURE = {
+    "base": "base, unguided",
+    "mclr": "MCLR, negatives from the posterior",
+    "half of the negatives": "... contrast at every second row (`negative_share=0.5`)",
+    "a quarter of the negatives": "... contrast at every fourth row (`negative_share=0.25`)",
+    "posterior from a classifier": "... posterior from a trained classifier",
+    "prior negatives, weighted": "prior negatives, weighted",
+    "mismatched negatives, weighted": "mismatched negatives, weighted",
+    "the reference as the target": "the frozen reference as the target",
+    "plain": "plain",
+    "plain, beta 0.2": "plain, beta 0.2",
+    "plain, clip": "plain, `bound=clip`",
+    "plain, logistic": "plain, `bound=logistic`",
+    "plain, reference penalty 1": "plain, `reference_penalty=1`",
+    "posterior from the denoiser": "posterior from the denoiser, 4 levels, 1,500 steps",
+    "posterior from the denoiser, clip": "... `bound=clip`",
+}
+
+
+def mixture() -> str:
+    found = load("mixture_mclr")["distance_to_cfg"]
+
+    def outcome(value: Any) -> str:
+        if isinstance(value, str):
+            return "diverges" + re.search(r" in step \d+", value)[0]
+        return f"{value:.4f}" if value < 1 else f"{value:.1f}"
+
+    rows = ([words, outcome(found[name])] for name, words in MIXTURE.items())
+    return table(["4,000 steps, beta 1", "distance to CFG"], rows)
+
+
+def mixture_by_strength() -> str:
+    found = load("mixture_mclr")["by_strength"]
+    kinds = {"base": "base", "input": "MCLR, strength as an input",
+             "share": "MCLR beta 1, interpolation = strength"}  # fmt: skip
+    rows = ([words, *(f"{row[kind]:.3f}" for row in found.values())]
+            for kind, words in kinds.items())  # fmt: skip
+    return table(["strength", *found], rows)
+
+
+# ---- Fashion-MNIST -------------------------------------------------------------------------------
+
+QUALITY = {"frechet": ("FD", 1, 3), "accuracy": ("accuracy, %", 100, 1),
+           "per_class_frechet": ("FD by class", 1, 2), "precision": ("precision", 1, 3),
+           "recall": ("recall", 1, 3), "network_calls": ("network calls", 1, 0)}  # fmt: skip
+SPREAD = ("frechet", "accuracy")  # shown with their standard deviation over seeds
+MODELS = {
+    "base": "control, unguided",
+    "cfg 0.2": "control, CFG gamma 0.2",
+    "cfg 0.4": "control, CFG gamma 0.4 (the best FD of six gammas)",
+    "cfg 0.6": "control, CFG gamma 0.6",
+    "cfg 1": "control, CFG gamma 1",
+    "mclr 0.4": "MCLR beta 0.4",
+    "mclr 1": "MCLR beta 1",
+    "mclr strength 0.2": "MCLR, strength as an input: 0.2",
+    "mclr strength 0.4": "... 0.4",
+    "mclr strength 0.6": "... 0.6",
+    "mclr strength 1": "... 1",
+    "mclr share 0.2": "MCLR beta 1, interpolation 0.2",
+    "mclr share 0.4": "... 0.4",
+    "mclr share 0.6": "... 0.6",
+    "mclr data": "one seed: beta 0.4, target the data",
+    "mclr prior_weighted": "... prior negatives, weighted",
+    "mclr dsm_noise": "... noise levels of the base",
+    "mclr plain_clip": "... plain form, `bound=clip`",
+}
+
+
+def quality(row: dict, keys: Iterable[str]) -> list[str]:
+    """Cells of a row of results, with the standard deviation over seeds where it has one."""
+    cells = []
+    for key in keys:
+        _, scale, digits = QUALITY[key]
+        cell = f"{scale * row[key]:.{digits}f}" if key in row else ""
+        if key in SPREAD and f"{key}_std" in row:
+            cell += f" ± {scale * row[f'{key}_std']:.{digits}f}"
+        cells.append(cell)
+    return cells
+
+
+def fashion() -> str:
+    result = load("fashion_mnist_mclr")
+    rows = [("real, held out: the floor", result["floor"])]
+    rows += [(words, result["table"][name]) for name, words in MODELS.items()]
+    head = ["", *(QUALITY[key][0] for key in QUALITY)]
+    return table(head, ([words, *quality(row, QUALITY)] for words, row in rows))
+
+
+def _rival_rows(result: dict, chosen: Iterable[str]) -> Iterable[list[str]]:
+    """The floor, then each method at the strength of its best mean FD of those tried."""
+    keys = [key for key in QUALITY if key != "per_class_frechet"]
+    yield ["real, held out: the floor", "", *quality(result["floor"], keys), ""]
+    for method in chosen:
+        by_strength: dict[float, list[dict]] = {}
+        for row in result["methods"][method]:
+            by_strength.setdefault(row["strength"], []).append(row)
+        mean = {s: {k: statistics.mean(r[k] for r in rows) for k in keys}
+                for s, rows in by_strength.items()}  # fmt: skip
+        best = min(mean, key=lambda strength: mean[strength]["frechet"])
+        rows = by_strength[best]
+        spread = {f"{k}_std": statistics.stdev([r[k] for r in rows]) for k in keys}
+        cost = statistics.mean(row["step_cost_relative_to_dsm"] for row in rows)
+        name = f"`{method}`" if method.islower() and method != "autoguidance" else method
+        yield [name, f"{best:g}", *quality(mean[best] | spread, keys), f"{cost:.1f}"]
+
+
+def _rivals(data: str, chosen: Iterable[str] = ()) -> str:
+    columns = [QUALITY[key][0] for key in QUALITY if key != "per_class_frechet"]
+    result = load(f"guidance_free_{data}")
+    rows = _rival_rows(result, chosen or result["methods"])
+    return table(["method", "strength", *columns, "step cost"], rows)
+
+
+def rivals() -> str:
+    return _rivals("fashion_mnist")
+
+
+def rivals_digits() -> str:
+    return _rivals("digits")
+
+
+def comparison() -> str:
+    return _rivals("fashion_mnist", ["DSM control", "CFG", "CFG in an interval",
+                   "MCLR, strength as input", "gft", "model_guidance", "cca"])  # fmt: skip
+
+
+# ---- ICR -----------------------------------------------------------------------------------------
+
+
+def icr() -> str:
+    result = load("icr_fashion_mnist")
+    noise, probe, rises, *training, cost = result["claims"].values()
+    lowest = ", ".join(f"{value:.4f}" for value in rises["by_sigma"][:3])
+    rows = [
+        ["ICR is lowest at an intermediate noise level", "yes",
+         f"{noise['minimum']:.3f} at sigma {noise['sigma_of_minimum']}; at the lowest level "
+         f"{noise['at_lowest_sigma']:.3f}, at the highest {noise['at_highest_sigma']:.3f}"],
+        ["a linear probe is best near that level", "yes",
+         f"{100 * probe['peak']:.1f}% at sigma {probe['sigma_of_peak']}, "
+         f"{100 * probe['accuracy_at_minimum_of_icr']:.1f}% at the minimum of ICR"],
+        ["after memorization ICR rises from the lowest noise level", "no",
+         f"256 images: {lowest} at the three lowest levels"],
+    ]  # fmt: skip
+    verdicts = {"images_256": "in part", "images_1024": "false alarm", "images_4096": "no",
+                "images_all": "not tested"}  # fmt: skip
+    for (name, verdict), found in zip(verdicts.items(), training, strict=True):
+        count, steps = name.removeprefix("images_"), result["curves"][name][-1]["step"]
+        copies = f"{100 * found['memorized_at_the_end']:.1f}% copies at the end"
+        if first := found["first_step_with_memorized_samples"]:
+            copies = f"first copies at {first:,}, " + copies
+        warning = found["step_of_warning"]
+        rows.append([
+            f"ICR turns up before copies appear: {count} images" if count != "all" else
+            "ICR does not turn up with many images: 60,000", verdict,
+            f"lowest at step {found['step_of_minimum']:,} of {steps:,}, "
+            f"{f'warning at {warning:,}' if warning else 'no warning'}, {copies}"
+        ])  # fmt: skip
+    share = (
+        f"{100 * cost['share_of_training']:.1f}% with a reading every {cost['every_steps']:,} steps"
+    )
+    rows.append(["a monitor costs less than 3% of training", "yes", share])
+    return table(["claim", "found", "numbers"], rows)
+
+
+# ---- speed ---------------------------------------------------------------------------------------
+
+
+def throughput() -> str:
+    cells: dict[tuple, str] = {}
+    for row in load("throughput")["rows"]:
+        speed = row["images_per_second"]
+        torch = max(value for name, value in speed.items() if name.startswith("torch"))
+        ratio = f"{speed['ours']:.3g} / {torch:.3g} = {row['ours_over_torch']:.2f}x"
+        cells[row["task"], row["threads"], row["model"]] = ratio
+    words = {"training": "training", "sampling": "18 Heun steps"}
+    rows = ([f"{words[task]}, {threads} thread{'s'[: threads - 1]}",
+             cells[task, threads, "unet"], cells[task, threads, "dit"]]
+            for task in words for threads in (1, 2))  # fmt: skip
+    return table(["images/s, ours / PyTorch's best", "EDM U-Net, 1.75M", "DiT, 4.2M"], rows)
+
+
+def settings() -> str:
+    rows = [row for row in load("throughput")["rows"] if row["task"] == "training"]
+    names = dict.fromkeys(name for row in rows for name in row["images_per_second"])
+    heads = ({"unet": "U-Net", "dit": "DiT"}[row["model"]] + f", {row['threads']} thread"
+             + "s"[: row["threads"] - 1] for row in rows)  # fmt: skip
+    body = ([name, *(f"{v:.3g}" if (v := row["images_per_second"].get(name)) else ""
+                     for row in rows)] for name in names)  # fmt: skip
+    return table(["training, images/s", *heads], body)
+
+
+# ---- pages ---------------------------------------------------------------------------------------
+
+
+def filled(text: str) -> str:
+    """A page with its tables made anew."""
+    return TABLE.sub(lambda match: match[1] + globals()[match[2]](), text)
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))
