@@ -1,9 +1,10 @@
-# `make demo` trains on digits and draws samples; `make test` checks everything. Both make .venv first.
+# `make demo` trains on digits and draws samples; `make test` checks everything; `make mutants` checks
+# the tests. All make .venv first.
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-lowest clean
+.PHONY: demo test test-lowest mutants clean
 
 demo: $(VENV)/installed
 	$(RUN) -m launch.demo --workdir=runs/demo
@@ -13,6 +14,9 @@ test: $(VENV)/installed
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(RUN) -m pytest -q -n 2 --dist worksteal
+
+mutants: $(VENV)/installed
+	$(RUN) tests/mutants.py
 
 # The oldest versions that setup.py allows, in an environment of their own.
 test-lowest:
