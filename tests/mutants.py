@@ -2,7 +2,7 @@
 
   python tests/mutants.py [--only=TEXT] [--jobs=2]
 
-tests/mutants.toml lists the errors: file, the text to replace (it occurs once), the new text, and the
+tests/mutants.toml lists the errors: file, text to replace (it occurs once), new text, and the
 test. Each error is tried in a copy of the tree; it is killed if its test fails, and it counts as
 survived if the test passes or cannot be run. All tests must pass without errors first. Writes
 benchmarks/results/mutants.json (not with --only) and exits with status 1 if an error survives.
@@ -20,8 +20,8 @@ import tomllib
 from mclr_jax.files import provenance, write_json
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-COPIED = ("mclr_jax", "launch", "configs", "tests", "benchmarks", "docs", "notebooks", "pyproject.toml",
-          "setup.py", "README.md")  # fmt: skip
+COPIED = ("mclr_jax", "launch", "configs", "tests", "benchmarks", "docs", "notebooks",
+          "pyproject.toml", "setup.py", "README.md")  # fmt: skip
 
 
 def pytest(root: pathlib.Path, tests: list[str]) -> tuple[int, str]:

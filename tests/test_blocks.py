@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from test_launch import call
+from commands import call
 
 from mclr_jax import experiment, runs
 from mclr_jax.data import sources

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from test_launch import ROOT, call
+from commands import ROOT, call
 
 from mclr_jax import __version__, files, generate, images, runs
 from mclr_jax.data import sources

@@ -4,9 +4,11 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 
+import commands as processes
 import numpy as np
 import pytest
 
@@ -26,7 +28,7 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 
 
-def commands(module):
+def lines_of(module):
     """The page's calls of launch.MODULE."""
     lines = [line for block in blocks("bash") for line in block.splitlines()]
     return [line for line in lines if line.startswith(f"python -m launch.{module} ")]
@@ -40,24 +42,23 @@ def project(tmp_path_factory):
         path = folder / code.splitlines()[0].removeprefix("# ")
         path.parent.mkdir(exist_ok=True)
         path.write_text(code)
-    logs = [call(folder, line, f"--config.num_steps={next(STEPS)}") for line in commands("train")]
+    logs = [call(folder, line, f"--config.num_steps={next(STEPS)}") for line in lines_of("train")]
     return folder, logs
 
 
 def call(folder, command, *arguments, expect=0):
-    """Output of a command of the page, made smaller, in the shell."""
-    command = command.replace("python", sys.executable, 1)
+    """Output of a command of the page, made smaller."""
+    words = shlex.split(command.replace("$PYTHONPATH", str(folder)))
     module = re.search(r"launch\.(\w+)|$", command)[1]
+    if module:
+        smaller = shlex.split(SMALLER[module])
+        return processes.call(
+            module, *words[3:], *smaller, *arguments, expect=expect, path=[folder]
+        )
     result = subprocess.run(
-        " ".join([command, SMALLER.get(module, ""), *arguments]),
-        shell=True,
-        cwd=ROOT,
-        env=os.environ
-        | {"PYTHONPATH": str(folder), "XLA_FLAGS": "--xla_backend_optimization_level=0"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+        [sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])},
+    )  # fmt: skip
     assert result.returncode == expect, result.stderr
     return result.stdout + result.stderr
 
@@ -82,13 +83,13 @@ def test_the_page_trains_and_resumes(project):
 def test_the_page_samples_and_evaluates_without_the_objective(project):
     folder, _ = project
     (folder / "my_project" / "objective.py").unlink()
-    (sample,) = commands("sample")
+    (sample,) = lines_of("sample")
     call(folder, sample)
     with np.load(folder / "shapes.npz") as file:
         assert file["images"].shape == (6, 8, 8, 1)
         assert np.isfinite(file["images"]).all()
     assert (folder / "shapes.png").exists()
-    (evaluate,) = commands("evaluate")
+    (evaluate,) = lines_of("evaluate")
     call(folder, evaluate, f"--cache={folder / 'cache'}")
     found = json.loads((folder / "shapes.json").read_text())
     assert {"frechet", "inception_score", "accuracy"} <= found["rows"][0].keys()
@@ -101,7 +102,7 @@ def test_what_the_page_says_is_refused_is_explained(project):
     (folder / "my_project" / "objective.py").write_text(
         next(code for code in blocks("python") if code.startswith("# my_project/objective.py"))
     )
-    train = commands("train")[0].replace("/run", "/refused")
+    train = lines_of("train")[0].replace("/run", "/refused")
     log = call(folder, train, "--config.objective.name=dsm", expect=1)
     assert "config.objective.c: 'dsm' has no such option" in log
     assert "base.options('dsm')" in log

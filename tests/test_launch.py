@@ -1,12 +1,12 @@
 """The command lines, as a user types them."""
 
-import os
 import pathlib
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from commands import call
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -17,17 +17,11 @@ SMALL = """
 """.split()
 
 
-def call(module, *arguments, expect=0):
-    result = subprocess.run(
-        [sys.executable, "-m", f"launch.{module}", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == expect, result.stderr
-    return result.stdout + result.stderr
+def test_a_module_runs_as_a_process_of_its_own():
+    command = [sys.executable, "-m", "launch.sample", "--workdir=nowhere", "--out=x.npz"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "nowhere is not the directory of a run" in result.stderr
 
 
 @pytest.fixture(scope="module")

@@ -6,16 +6,16 @@ import json
 import os
 import pathlib
 import signal
-import subprocess
-import sys
 import time
 
 import chex
+import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from absl import logging
 
 from mclr_jax import experiment, main, metrics, runs
 from mclr_jax.data import sources
@@ -25,8 +25,6 @@ from mclr_jax.training.devices import Devices
 from mclr_jax.training.log import Writer
 from mclr_jax.training.loop import Hook
 from mclr_jax.training.step import init_state
-
-ROOT = pathlib.Path(__file__).parent.parent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,27 +193,22 @@ def test_divergence_of_a_run_names_its_last_checkpoint(tmp_path):
 
 # ---- runs that are killed ------------------------------------------------------------------------
 
-COMMAND = """
-import sys
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
-import tiny
-from mclr_jax.main import train
-train(tiny.config(**eval(sys.argv[3])), sys.argv[2])
-"""
 KILLED = {"num_steps": 60, "checkpoint_every": 10, "log_every": 5}
 
 
-def start(workdir, **changes):
-    """The run as a process of its own, on one device, with its log in workdir.log."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    with pathlib.Path(f"{workdir}.log").open("ab") as log:
-        command = [sys.executable, "-c", COMMAND, str(ROOT), str(workdir), repr(changes)]
-        return subprocess.Popen(command, env=environment, stderr=log)
+def train_killed(workdir):
+    logging.use_absl_handler()
+    main.train(tiny.config(**KILLED), workdir)
+
+
+def start(workdir):
+    """The run as a process of its own, with its log in workdir.log."""
+    return commands.start(train_killed, [str(workdir)], f"{workdir}.log")
 
 
 def wait_for_step(process, workdir, step):
     path = workdir / "metrics.jsonl"
-    while process.poll() is None:
+    while process.is_alive():
         if path.exists() and f'"step": {step},' in path.read_text():
             return
         time.sleep(0.02)
@@ -227,41 +220,30 @@ def final(workdir):
     return jax.device_get((params, run.weights()[0])), step
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("loop") / "whole"
-    assert start(workdir, **KILLED).wait(timeout=300) == 0
-    return workdir
-
-
-def test_a_run_killed_twice_ends_with_the_same_bits(uninterrupted, tmp_path):
-    """SIGKILL at two steps that are no checkpoints; the same command each time."""
-    workdir = tmp_path / "run"
-    for step in (15, 35):
-        process = start(workdir, **KILLED)
+def test_a_run_that_is_killed_and_stopped_ends_with_the_same_bits(tmp_path):
+    """SIGKILL and SIGTERM at steps that have no checkpoint; the same call each time."""
+    whole, workdir = tmp_path / "whole", tmp_path / "run"
+    uninterrupted = start(whole)
+    for step, number in ((15, signal.SIGKILL), (35, signal.SIGTERM)):
+        process = start(workdir)
         wait_for_step(process, workdir, step)
-        process.kill()
-        process.wait()
-    assert start(workdir, **KILLED).wait(timeout=300) == 0
-    expected, got = final(uninterrupted), final(workdir)
-    assert got[1] == 60
-    chex.assert_trees_all_equal(got[0], expected[0])
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    steps = [r["step"] for r in map(json.loads, lines) if "loss" in r]
-    assert steps == sorted(set(steps))
-    reference = [json.loads(x) for x in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
-    assert json.loads(lines[-1]) == reference[-1]
-
-
-def test_sigterm_saves_and_exits_cleanly_and_the_run_goes_on(uninterrupted, tmp_path):
-    workdir = tmp_path / "run"
-    process = start(workdir, **KILLED)
-    wait_for_step(process, workdir, 20)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 0
+        os.kill(process.pid, number)
+        process.join(60)
+        assert process.exitcode == (-number if number == signal.SIGKILL else 0)
     assert "Stopped by a signal" in pathlib.Path(f"{workdir}.log").read_text()
     with Checkpoints(workdir / "checkpoints", None) as checkpoints:
-        stopped = checkpoints.steps()[-1]
-    assert 20 <= stopped <= 60
-    assert start(workdir, **KILLED).wait(timeout=300) == 0
-    chex.assert_trees_all_equal(final(workdir)[0], final(uninterrupted)[0])
+        assert 35 <= checkpoints.steps()[-1] < 60
+    last = start(workdir)
+    for process in (uninterrupted, last):
+        process.join(300)
+        assert process.exitcode == 0
+    expected, got = final(whole), final(workdir)
+    assert got[1] == 60
+    chex.assert_trees_all_equal(got[0], expected[0])
+    ours, reference = (
+        [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        for path in (workdir, whole)
+    )
+    steps = [record["step"] for record in ours if "loss" in record]
+    assert steps == sorted(set(steps))
+    assert ours[-1] == reference[-1]

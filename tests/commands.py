@@ -1,0 +1,45 @@
+"""Command lines in processes of their own, forked from a process with all imports done."""
+
+import multiprocessing
+import os
+import pathlib
+import re
+import runpy
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["mclr_jax.main", "mclr_jax.evaluation.report", "launch.common"])
+
+
+def _child(target, argv, path, log):
+    """In the new process: run a module like `python -m` does, or a function of `argv`."""
+    for number in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    one = re.sub(r"(device_count)=\d+", r"\1=1", os.environ["XLA_FLAGS"])
+    os.environ["XLA_FLAGS"] = one
+    os.chdir(ROOT)
+    sys.path[:0] = [*map(str, path), str(ROOT), str(ROOT / "tests")]
+    sys.argv, sys.orig_argv = [str(target), *argv], [sys.executable, "-m", str(target), *argv]
+    if callable(target):
+        target(*argv)
+    else:
+        runpy.run_module(target, run_name="__main__", alter_sys=True)
+
+
+def start(target, argv, log, path=()):
+    """The process, on one device; `path` is for imports, output goes to the file `log`."""
+    process = SERVER.Process(target=_child, args=(target, argv, path, str(log)))
+    process.start()
+    return process
+
+
+def call(module, *arguments, expect=0, path=()):
+    """Output of launch.MODULE; its exit status must be `expect`."""
+    with tempfile.NamedTemporaryFile() as log:
+        process = start(f"launch.{module}", list(arguments), log.name, path)
+        process.join(300)
+        output = pathlib.Path(log.name).read_text()
+    assert process.exitcode == expect, output
+    return output
