@@ -5,8 +5,8 @@ after fine-tuning.
   python benchmarks/icr.py --parts=b      # data-rich against data-limited training alone
 
 Parts a and c read the runs of benchmarks/mclr_images.py (--runs), b its judge of features. Every
-task makes a file under runs/icr_fashion_mnist, so that the same command goes on after an
-interruption. The parts that are there go to benchmarks/results/icr_fashion_mnist.json and
+task makes a file under runs/icr_fashion_mnist, so that the same command continues after an
+interruption. The complete parts go to benchmarks/results/icr_fashion_mnist.json and
 docs/icr_fashion_mnist.png. Needs the package installed (pip install -e .).
 """
 
@@ -251,7 +251,7 @@ def training_claims(curves: dict[str, list[dict]]) -> dict:
 
 
 def collect(bench: Bench) -> dict:
-    """What is there, and what it says."""
+    """All complete parts, and the claims that they support."""
 
     def there(name: str) -> bool:
         return (bench.root / f"{name}.json").exists()

@@ -5,7 +5,7 @@
 
 Every task (a training run, or the sampling and judging of one model at one guidance scale) is a
 process of its own on one core, as many at a time as --jobs; its outcome is a file under
-runs/mclr_DATA, so that the same command goes on after an interruption. The last task writes
+runs/mclr_DATA, so that the same command continues after an interruption. The last task writes
 benchmarks/results/DATA_mclr.json. Needs the package installed (pip install -e .).
 """
 
@@ -88,12 +88,12 @@ class Model:
       tuned: name of the fine-tuning; with the seed, its work directory.
       gamma: guidance, or the strength that is given to the network, when sampling.
       seeds: of fine-tuning and sampling.
-      changes: of configs/DATA_mclr.py, see `tasks.config_of`; None for the control, which goes on
-        by DSM.
+      changes: of configs/DATA_mclr.py, see `tasks.config_of`; None for the control, which
+        is trained by DSM.
       interpolation: place on the line from the base's weights to the fine-tuned ones.
       interval: noise levels to guide in; None for all.
       weak: work directory of the weaker model of autoguidance; "" for none.
-      needs: files that must be there before fine-tuning; {base} stands for the base's name.
+      needs: files that must be there before fine-tuning; {base} is replaced by the base's name.
     """
 
     tuned: str
@@ -218,7 +218,7 @@ class Bench(Files):
         self.write(f"sets/{name}", row, workdir)
 
     def judged(self, judge: str, pixels, labels) -> features.Features:
-        """What a judge makes of images in [-1, 1]."""
+        """Features of images in [-1, 1] by a judge."""
         return features.load(f"classifier:{self.root / f'judge_{judge}'}")(pixels, labels)
 
     def row(self, name: str) -> dict:

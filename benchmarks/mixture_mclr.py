@@ -5,7 +5,7 @@
 Trains configs/mixture.py, fine-tunes it by every variant of MCLR (configs/mixture_mclr.py, beta 1)
 and measures weight(sigma) |D - D_cfg|^2, summed over dimensions and averaged over the data and the
 noise levels of training. Every training is a process of its own on one core, as many at a time as
---jobs, under runs/mixture_bench: the same command goes on where it was stopped. Writes
+--jobs, under runs/mixture_bench: the same command continues. Writes
 benchmarks/results/mixture_mclr.json. Needs the package installed.
 """
 

@@ -79,7 +79,7 @@ class Files:
                 raise
             step, ended = int(found[1]), {"diverged": str(error)}
         if step < config.num_steps and not ended:
-            sys.exit(f"{name} was stopped after step {step}; the same command goes on.")
+            sys.exit(f"{name} was stopped after step {step}; the same command continues.")
         count = parameters(runs.load(self.root / name).model)
         how = {"config": f"configs/{file}.py", "changes": differences(config, file)}
         self.write(f"{name}/done", {**how, "steps": step, "parameters": count, **ended})
@@ -152,7 +152,7 @@ def run(root: pathlib.Path, tasks: Sequence[Task], arguments: argparse.Namespace
     if arguments.task:
         next(task for task in tasks if task.name == arguments.task).run()
         sys.exit()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped; the same command goes on."))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped; the same command continues."))
     start = time.time()
     schedule(root, tasks, [sys.executable, *sys.argv], arguments.jobs)
     import jax

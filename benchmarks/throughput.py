@@ -4,8 +4,8 @@
 
 Both train the same network by Adam with an average of the weights (ours through the project's own
 update, on the devices that its commands take), and sample by 18 Heun steps. Every candidate is a
-process of its own, held to the same cores; they take turns, a round each, and a number is the
-fastest round's. Needs the package and PyTorch (pip install -e '.[torch]'), and an idle machine.
+process on the same cores; the candidates run in alternation, a round each, and a number is that of
+the fastest round. Needs the package and PyTorch (pip install -e '.[torch]'), and an idle machine.
 
 What the project does for speed on the CPU, each also measured without it:
 

@@ -1,6 +1,6 @@
 """A classifier of noisy CIFAR-10, the posterior of configs/cifar10_mclr.py.
 
-Not run at full length by us: the hardware was not to be had.
+Not run at full length: no accelerator was available.
 """
 
 from ml_collections import ConfigDict

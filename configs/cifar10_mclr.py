@@ -4,7 +4,7 @@
   python -m launch.train --config=configs/cifar10_classifier.py --workdir=runs/cifar10_classifier
   python -m launch.train --config=configs/cifar10_mclr.py --workdir=runs/cifar10_mclr
 
-Not run at full length by us: the hardware was not to be had.
+Not run at full length: no accelerator was available.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""What the command lines share: set-up, and errors of one line that name the nearest valid word."""
+"""Shared by the command lines: set-up, and one-line errors that name the nearest valid word."""
 
 import functools
 import logging as python_logging
@@ -15,14 +15,14 @@ from absl import app, flags, logging
 from mclr_jax import cpu
 from mclr_jax.names import nearest
 
-# What the library raises on bad input or a broken run; other errors are bugs, shown in full.
+# Errors of the library on bad input or a broken run; other errors are bugs, shown in full.
 USER_ERRORS = (ValueError, OSError, RuntimeError, FloatingPointError)
 
 
 def run(main: Callable[..., None], arguments: bool = False) -> None:
-    """Parse the flags and call `main`; exit status 2 on bad flags, 1 on an error of the user's.
+    """Parse the flags and call `main`; exit with 2 on bad flags, with 1 on a USER_ERROR.
 
-    With `arguments`, main is given what stands on the command line beside the flags.
+    With `arguments`, main gets the command line's arguments that are no flags.
     """
     app.run(
         lambda argv: _guarded(functools.partial(main, *([argv[1:]] if arguments else []))),
@@ -75,9 +75,9 @@ def _check_config_exists(name: str) -> None:
 
 
 def use_cores(network: Any, batch_size: int | None = None) -> None:
-    """A JAX device for each CPU core, if the network (or its class) is faster so; see mclr_jax.cpu.
+    """A JAX device per CPU core, if the network (or its class) asks for it; see mclr_jax.cpu.
 
-    To be called before JAX is used; batch_size as in `cpu.one_device_per_core`.
+    Call it before JAX is used; batch_size as in `cpu.one_device_per_core`.
     """
     if getattr(network, "cpu_device_per_core", False):
         cpu.one_device_per_core(batch_size)

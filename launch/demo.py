@@ -2,11 +2,11 @@
 
   python -m launch.demo --workdir=runs/demo
 
-Trains configs/digits.py, the classifier configs/digits_classifier.py and, from both,
-configs/digits_mclr.py. Draws the same digits three times from the same noise: unguided, with
-classifier-free guidance, and unguided from the model that MCLR fine-tuned. A support vector machine
-trained on the real digits says how many it takes for their class; samples.png shows ten of each
-class of all three.
+Trains configs/digits.py, the classifier configs/digits_classifier.py and, with both,
+configs/digits_mclr.py. Draws three sets of samples from the same noise: unguided, with
+classifier-free guidance, and unguided from the model that MCLR fine-tuned. A support vector
+machine, trained on the real digits, judges the class of each sample. samples.png shows ten samples
+per class of each set.
 """
 
 import pathlib
@@ -25,7 +25,7 @@ from mclr_jax.training.devices import banner
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Directory of the runs; made if missing.")
 GUIDANCE_SCALE = flags.DEFINE_float(
-    "guidance_scale", 2.0, "Of the guided samples; MCLR is trained with beta one less."
+    "guidance_scale", 2.0, "Of the guided samples; beta of MCLR is this minus 1."
 )
 PER_CLASS = flags.DEFINE_integer("per_class", 50, "Samples of each class.", lower_bound=1)
 
@@ -44,7 +44,7 @@ def main() -> None:
     classifier = sklearn.svm.SVC(gamma=5.0).fit(_features(real / 127.5 - 1), real_labels)
     labels = np.resize(np.arange(source.num_classes), PER_CLASS.value * source.num_classes)
     grids, table = [], []
-    print(f"\nSamples that a classifier of real digits takes for their class (of {len(labels)}):")
+    print(f"\nAccuracy judged by a classifier of real digits, {len(labels)} samples each:")
     print(f"  {'':8s} {'accuracy':>8s} {'network calls':>13s}")
     for name, directory, scale in [
         ("base", "base", 1.0),
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def _features(pixels: np.ndarray) -> np.ndarray:
-    """(n, 8, 8, 1) in [-1, 1] -> (n, 64), at the scale that the classifier's kernel suits."""
+    """(n, 8, 8, 1) in [-1, 1] -> (n, 64), at the scale of the classifier's kernel."""
     return np.clip(pixels, -1, 1).reshape(len(pixels), -1) / 8
 
 

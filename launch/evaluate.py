@@ -3,9 +3,9 @@
   python -m launch.evaluate --workdir=runs/digits --features=classifier:runs/digits_classifier \\
       --num_samples=1000 --guidance_scales=1,1.5,2 --out=digits.json
 
-Prints a row for each guidance scale, interpolation and average of the weights, and beside them the
-held-out real images, which no model can be expected to beat: the floor. A stopped call goes on
-where it was; rows that are in WORKDIR/evaluation are not made again. --metrics names any of
+Prints a row for each guidance scale, interpolation and average of the weights, and a row for the
+held-out real images: the floor. Each row is stored in WORKDIR/evaluation when it is complete, and
+the same command makes only the missing rows. --metrics names any of
 
   fd        Frechet distance of the features, to the training set
   fd_class  the same for each class, averaged
@@ -15,8 +15,9 @@ where it was; rows that are in WORKDIR/evaluation are not made again. --metrics 
   pr        precision and recall
   dc        density and coverage
 
-beside class accuracy, network calls and samples per second, and with --memorized the share of the
-samples that copy a training image: nearer to it, in pixels, than a third of the way to the next.
+and every row has the class accuracy, network calls and samples per second. With --memorized it has
+the share of samples that copy a training image: their distance to it, in pixels, is less than a
+third of the distance to the second nearest image.
 """
 
 import pathlib
@@ -47,7 +48,7 @@ GUIDANCE_INTERVAL = flags.DEFINE_list(
     "guidance_interval", None, "Guide only at noise levels in LO,HI."
 )
 AUTOGUIDANCE = flags.DEFINE_string(
-    "autoguidance", None, "Directory of a weaker run, to guide by it in place of the null label."
+    "autoguidance", None, "Directory of a weaker run, the weak model of the guidance."
 )
 MEMORIZED = flags.DEFINE_bool("memorized", False, "Look for copies of training images.")
 EMAS = flags.DEFINE_list("emas", [""], "Averages of the weights, as --ema of launch.sample.")

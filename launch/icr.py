@@ -3,8 +3,8 @@
   python -m launch.icr --workdir=runs/digits --sigmas=0.05,0.1,0.2,0.5,1,2 --out=icr.json
 
 The Invariant Contamination Ratio (arXiv 2606.09718) is the share of a block's features that
-changes when the image is perturbed (crop, flip, colour jitter, noise); no labels, no samples.
-Prints a table, writes it as JSON with what made it, and a figure beside it. Every row has
+changes when the image is perturbed (crop, flip, colour jitter, noise). It needs no labels and no
+samples. Prints a table, writes it as JSON with its provenance, and writes a figure. Every row has
 
   icr             bias-corrected; icr_plain is the paper's, which depends on --num_images
   invariance      Tr Sigma_s, residual Tr Sigma_xi, expansion Tr Sigma_h at unit length

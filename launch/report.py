@@ -2,9 +2,8 @@
 
   python -m launch.report runs/digits runs/digits_mclr --out=report.html --guidance_scales=1,1.5,2
 
-The page is one file that needs neither server nor network. Samples of all runs start from the same
-noise, and a slider goes through the guidance scales. The metrics are those that launch.evaluate has
-stored in the runs.
+The page is one file, without server or network. Samples of all runs start from the same noise; a
+slider selects the guidance scale. The metrics are the rows that launch.evaluate has stored.
 """
 
 import pathlib

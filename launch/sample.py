@@ -5,7 +5,7 @@
 
 Writes the arrays `images` ((N, H, W, C) float32 in [-1, 1]) and `labels` ((N,) int32), and beside
 them a PNG with a row for each class. Sample i depends on the seed, i and its label alone: a run of
-more samples begins with the same ones. Classes take turns unless --labels names them.
+more samples begins with the same samples. The labels repeat all classes in order, or --labels.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of launch.tra
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.npz; NAME.png goes beside it.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 100, "How many samples.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the starting noise.", lower_bound=0)
-LABELS = flags.DEFINE_list("labels", None, "Classes that take turns, as 0,1,2; default all.")
+LABELS = flags.DEFINE_list("labels", None, "Classes to repeat in order, as 0,1,2; default all.")
 SAMPLER = flags.DEFINE_enum("sampler", None, sorted(samplers.METHODS), "Default: the config's.")
 STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; default: the config's.", lower_bound=1)
 SIGMA_MIN = flags.DEFINE_float("sigma_min", None, "Last noise level before 0.", lower_bound=0)
 SIGMA_MAX = flags.DEFINE_float("sigma_max", None, "Noise level to start from.", lower_bound=0)
-RHO = flags.DEFINE_float("rho", None, "Exponent of the grid; larger dwells at low noise.")
+RHO = flags.DEFINE_float("rho", None, "Exponent of the grid; larger: more steps at low noise.")
 GUIDANCE_SCALE = flags.DEFINE_float(
     "guidance_scale", 1.0, "Guidance: weak + scale * (conditional - weak), weak the null label."
 )
@@ -36,11 +36,11 @@ GUIDANCE_INTERVAL = flags.DEFINE_list(
     "guidance_interval", None, "Guide only at noise levels in LO,HI."
 )
 AUTOGUIDANCE = flags.DEFINE_string(
-    "autoguidance", None, "Directory of a weaker run, to guide by it in place of the null label."
+    "autoguidance", None, "Directory of a weaker run, the weak model of the guidance."
 )
 INTERPOLATION = flags.DEFINE_float(
-    "interpolation", 1.0, "Of a fine-tuned run: 0 samples from the weights that it started from, "
-    "1 from its own, 0.5 from those half-way."
+    "interpolation", 1.0, "Of a fine-tuned run: 0 for the weights that it started from, 1 for its "
+    "own, 0.5 for the weights half-way between."
 )  # fmt: skip
 CHURN = flags.DEFINE_float("churn", 0.0, "S_churn of EDM's stochastic sampler; 0: deterministic.")
 EMA = flags.DEFINE_string(

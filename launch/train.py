@@ -1,8 +1,8 @@
-"""Train a model, or go on with a run that was stopped.
+"""Train a model, or continue a run that was stopped.
 
   python -m launch.train --config=configs/digits.py --workdir=runs/digits
 
-Every key of the config can be set from here: --config.batch_size=64 --config.data.limit=512.
+Every key of the config is also a flag: --config.batch_size=64 --config.data.limit=512.
 configs/base.py explains all keys. The same command resumes a run that was killed, bit for bit; to
 train longer, raise --config.num_steps. The work directory gets run.json (what was run),
 metrics.jsonl and tensorboard/ (curves), samples/ (pictures) and checkpoints/. Sample from it with

@@ -191,8 +191,8 @@ class ContrastiveFlow(Objective):
     x_s / s - (1 + 1/s) D(x_s, c), and weight' = weight / (1 + 1/s)^2 is that of `DSM`. v~ = n~ - x~
     is of another example. The optimum is (v_c - lambda E v~) / (1 - lambda).
 
-    Differs from the official code: the other example is drawn from all data, with fresh noise; there
-    it is another example of the batch with its noise.
+    Differs from the official code: the other example is drawn from all data, with fresh noise;
+    there it is another example of the batch with its noise.
 
     Attributes:
       contrast: lambda, in [0, 1), outside which the loss has no minimum.
