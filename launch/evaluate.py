@@ -100,7 +100,7 @@ def main() -> None:
             weak=weak,
             training=training,
             batch_size=BATCH_SIZE.value,
-            progress=lambda what, count: bar.update(count),
+            progress=bar.update,
         )
     write_json(out, {"floor": floor, "rows": rows})
     columns = [*(key for key in floor if key != "samples"), "network_calls"]
