@@ -58,10 +58,8 @@ def train(config: Any, workdir: str | pathlib.Path, more_hooks: Sequence[Hook] =
         # ---- start or resume ------------------------------------------------------------------
         state, start = _start(config, task, devices, checkpoints)
         frozen = _frozen(config, task, devices, workdir)
-        processes = jax.process_index(), jax.process_count()
-        stream = pipeline.stream(
-            source, config.batch_size, config.seed, start, *processes, extra=extra
-        )
+        shard = jax.process_index(), jax.process_count()
+        stream = pipeline.stream(source, config.batch_size, config.seed, start, *shard, extra=extra)
         parameters = sum(x.size for x in jax.tree.leaves(state.params))
         logging.info(
             "%d examples of shape %s in %d classes, sigma_data %.4g; %d parameters; from step %d",
@@ -98,22 +96,16 @@ def extra_sources(config: Any, task: Task, source: Any) -> dict[str, Any]:
     extra = {"other": source} if "other" in task.needs else {}
     if "generated" not in task.needs:
         return extra
-    path = config.data.generated
+    path, expected = config.data.generated, task.model.data.shape
     if not path:
         raise ValueError(
             "This objective needs samples of the model that training starts from: write them with "
             "python -m launch.sample and set config.data.generated=npz:FILE."
         )
     generated = sources.load(path)
-    if tuple(generated.shape) != task.model.data.shape:
-        raise ValueError(
-            f"config.data.generated={path!r} has examples of shape {tuple(generated.shape)}; "
-            f"expected {task.model.data.shape}."
-        )
+    if (shape := tuple(generated.shape)) != expected:
+        raise ValueError(f"config.data.generated: examples of shape {shape}; expected {expected}.")
     return extra | {"generated": generated}
-
-
-# ---- where training starts -----------------------------------------------------------------------
 
 
 def _restore(checkpoints: Checkpoints, devices: Devices, shapes: Any) -> tuple[Any, int] | None:
@@ -152,9 +144,6 @@ def _frozen(config: Any, task: Task, devices: Devices, workdir: pathlib.Path) ->
         frozen = {name: devices.put_state(runs.load(paths[name]).weights()[0]) for name in shapes}
         store.save(0, devices.to_global(frozen))
     return frozen
-
-
-# ---- hooks ---------------------------------------------------------------------------------------
 
 
 def _last(checkpoints: Checkpoints) -> int | None:

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +18,6 @@ import jax.numpy as jnp
 import ml_collections
 from absl import logging
 from flax import traverse_util
-from jax.sharding import SingleDeviceSharding
 
 from mclr_jax import ema, experiment
 from mclr_jax.files import flat, write_json
@@ -74,8 +72,8 @@ class Run:
             the raw parameters of a run without tracks.
           step: training step; None: the last.
           interpolation: place on the line from the weights that a fine-tuned run started from (0)
-            to its own (1), or beyond. CFG is linear in gamma, and so is MCLR's optimum for a model
-            that is linear in its weights: for it the line has each strength up to that of training.
+            to its own (1), or beyond. CFG is linear in gamma; likewise, for a model linear in its
+            weights, the line has the optimum of MCLR at each strength up to that of training.
 
         Raises:
           FileNotFoundError: the run has no checkpoint.
@@ -136,18 +134,12 @@ class Run:
             ) from error
 
 
-def load(workdir: str | os.PathLike) -> Run:
-    """The run in a directory.
-
-    Raises:
-      FileNotFoundError: the directory has no run.json.
-      ValueError: an older version of this package wrote its run.json.
-    """
+def load(workdir: str | pathlib.Path) -> Run:
+    """The run in a directory; FileNotFoundError: no run.json; ValueError: an old run.json."""
     path = pathlib.Path(workdir) / "run.json"
     if not path.exists():
         raise FileNotFoundError(
-            f"{workdir} is not the directory of a run: it has no run.json. Pass the --workdir of a "
-            "call of launch.train."
+            f"{workdir} is not the directory of a run: no run.json. Pass the --workdir of training."
         )
     description = json.loads(path.read_text())
     if "model" not in description:
@@ -160,7 +152,7 @@ def load(workdir: str | os.PathLike) -> Run:
     )
 
 
-def load_model(workdir: str | os.PathLike, interpolation: float = 1.0) -> tuple[Model, Any]:
+def load_model(workdir: str | pathlib.Path, interpolation: float = 1.0) -> tuple[Model, Any]:
     """(model, parameters) of a run: its last step and its first average, if it has one."""
     run = load(workdir)
     return run.model, run.weights(interpolation=interpolation)[0]
@@ -174,32 +166,29 @@ def shapes(model: Model) -> Any:
 
 def placed(shapes: Any, shardings: Any) -> Any:
     """A tree of shapes with a tree of shardings, as `Checkpoints.restore` needs it."""
-
-    def place(x, sharding):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    return jax.tree.map(place, shapes, shardings)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
 
 
 def _like(model: Model) -> Any:
     """The shapes of the parameters, on the first device."""
-    first = SingleDeviceSharding(jax.local_devices()[0])
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return placed(shapes(model), jax.tree.map(lambda x: first, shapes(model)))
 
 
 def fitted(weights: Any, model: Model, source: str) -> Any:
-    """Weights of another model for this one.
+    """Weights of another model for this one, which may differ in optional inputs.
 
-    Zeros are added for optional inputs of this model alone. Weights for optional inputs of the
-    other model alone are removed; those inputs were zero in sampling. MismatchError: the networks
-    have other differences.
+    Optional inputs of this model alone get weights of zero; those of the other model alone, which
+    were zero in sampling, are removed. MismatchError: another difference.
     """
     optional = set(getattr(model.network, "optional_inputs", ()))
     wanted, given = (traverse_util.flatten_dict(tree) for tree in (shapes(model), weights))
-    result = {path: x for path, x in given.items() if path in wanted or not optional & set(path)}
-    for path, shape in wanted.items():
-        if path not in given and optional & set(path):
-            result[path] = jnp.zeros(shape.shape, shape.dtype)
+    changed = {path for path in wanted.keys() ^ given.keys() if optional & set(path)}
+    result = {path: x for path, x in given.items() if path not in changed}
+    for path in changed & wanted.keys():
+        result[path] = jnp.zeros(wanted[path].shape, wanted[path].dtype)
     tree = traverse_util.unflatten_dict(result)
     check_same(shapes(model), tree, source)
     check_same(tree, shapes(model), "the network of this run")
@@ -213,23 +202,17 @@ def start_weights(path: str, model: Model) -> Any:
     return fitted(weights, model, path)
 
 
-# ---- companions ----------------------------------------------------------------------------------
-
-
 def companion_paths(config: Any) -> dict[str, str]:
     """The directories of the runs that the objective reads, by name; ValueError: one is not set."""
     paths = {**config.companions, "reference": config.init_from}
-    found = {}
-    for name in sorted(experiment.needs(config) - MADE_HERE):
-        key = "config.init_from" if name == "reference" else f"config.companions.{name}"
+    special = {"reference": "a frozen reference", "classifier": "a classifier"}
+    needed = sorted(experiment.needs(config) - MADE_HERE)
+    for name in needed:
         if not paths.get(name):
-            what = {"reference": "a frozen reference", "classifier": "a classifier"}
-            raise ValueError(
-                f"This objective needs {what.get(name, f'the companion run {name!r}')}: set {key} "
-                "to the work directory of its run."
-            )
-        found[name] = paths[name]
-    return found
+            what = special.get(name, f"the companion run {name!r}")
+            key = "config.init_from" if name == "reference" else f"config.companions.{name}"
+            raise ValueError(f"This objective needs {what}: set {key} to the directory of its run.")
+    return {name: paths[name] for name in needed}
 
 
 def companions(config: Any, data: DataInfo, workdir: pathlib.Path) -> dict[str, Model]:
