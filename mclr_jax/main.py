@@ -115,9 +115,7 @@ def _restore(checkpoints: Checkpoints, devices: Devices, shapes: Any) -> tuple[A
     return (devices.from_global(restored[0]), restored[1]) if restored else None
 
 
-def _start(
-    config: Any, task: Task, devices: Devices, checkpoints: Checkpoints
-) -> tuple[TrainState, int]:
+def _start(config: Any, task: Task, devices: Devices, checkpoints: Checkpoints) -> tuple[Any, int]:
     """State and step of the newest checkpoint, or of a new run."""
     init = functools.partial(init_state, task)
     restored = _restore(checkpoints, devices, jax.eval_shape(init))

@@ -144,12 +144,9 @@ def load(workdir: str | pathlib.Path) -> Run:
     description = json.loads(path.read_text())
     if "model" not in description:
         raise ValueError(f"{path} was written by an older version; train that run again.")
-    return Run(
-        path.parent,
-        ml_collections.FrozenConfigDict(description["config"]),
-        experiment.model_of(description["model"]),
-        {name: experiment.model_of(d) for name, d in description["companions"].items()},
-    )
+    config = ml_collections.FrozenConfigDict(description["config"])
+    others = {name: experiment.model_of(d) for name, d in description["companions"].items()}
+    return Run(path.parent, config, experiment.model_of(description["model"]), others)
 
 
 def load_model(workdir: str | pathlib.Path, interpolation: float = 1.0) -> tuple[Model, Any]:

@@ -18,10 +18,8 @@ from mclr_jax.networks.layers import attention, space_to_depth
 SIZE, PATCH, HEAD = 224, 14, 64  # pixels of image and patch, width of an attention head
 MEAN, STD = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], np.float32)  # of ImageNet
 
-Weights = dict[str, Any]
 
-
-def convert(state: dict[str, np.ndarray]) -> Weights:
+def convert(state: convolutions.Weights) -> dict[str, Any]:
     """The published state dict -> weights for `apply`; ValueError if a weight is missing.
 
     The weights of the blocks are stacked; the positions are resized to SIZE x SIZE pixels.
@@ -40,12 +38,12 @@ def convert(state: dict[str, np.ndarray]) -> Weights:
             "tokens": np.concatenate([state["cls_token"][0] + first, registers]),
             "positions": _resized(positions, antialias=bool(len(registers))),
             "blocks": stacked,
-            **{name: state[name] for name in ("norm.weight", "norm.bias")},
+            "norm.weight": state["norm.weight"],
+            "norm.bias": state["norm.bias"],
         }
     except KeyError as error:
         raise ValueError(
-            f"The DINOv2 weights have no {error}; expected a file of facebookresearch/dinov2 such "
-            "as dinov2_vitl14_pretrain.pth."
+            f"The DINOv2 weights have no {error}; expected a file like dinov2_vitl14_pretrain.pth."
         ) from error
 
 
@@ -69,7 +67,7 @@ def _resized(positions: np.ndarray, antialias: bool) -> np.ndarray:
     return grid.reshape(new * new, width)
 
 
-def apply(weights: Weights, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+def apply(weights: dict[str, Any], images: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Images (B, H, W, 1 or 3) in [-1, 1] -> class token (B, D), and logits (B, 0) of no classes.
 
     The images are resized to 224x224, as in EDM2.
@@ -82,7 +80,7 @@ def apply(weights: Weights, images: jax.Array) -> tuple[jax.Array, jax.Array]:
     return _norm(weights, "norm", x[:, 0]), jnp.zeros((len(x), 0))
 
 
-def _block(x: jax.Array, weights: Weights) -> tuple[jax.Array, None]:
+def _block(x: jax.Array, weights: dict[str, jax.Array]) -> tuple[jax.Array, None]:
     """One block of x (B, N, D), for lax.scan."""
 
     def linear(x, name):
@@ -100,5 +98,5 @@ def _block(x: jax.Array, weights: Weights) -> tuple[jax.Array, None]:
     return x + weights["ls2.gamma"] * h, None
 
 
-def _norm(weights: Weights, name: str, x: jax.Array) -> jax.Array:
+def _norm(weights: dict[str, jax.Array], name: str, x: jax.Array) -> jax.Array:
     return layer_norm(x, x.dtype) * weights[f"{name}.weight"] + weights[f"{name}.bias"]

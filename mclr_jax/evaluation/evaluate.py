@@ -76,21 +76,6 @@ def measure(
     return row
 
 
-def measure_images(
-    pixels: np.ndarray,
-    labels: np.ndarray,
-    extractor: Extractor,
-    judge: Extractor,
-    real: Reference,
-    names: Sequence[str],
-    training: Source | None = None,
-) -> dict[str, float]:
-    """`measure` of images (n, ...), and `memorized` if training images are given."""
-    judged = None if judge is extractor else judge(pixels, labels)
-    row = measure(extractor(pixels, labels), real, names, judged)
-    return row if training is None else row | {"memorized": memorized(pixels, training)}
-
-
 def memorized(samples: np.ndarray, training: Source) -> float:
     """Share of samples (n, ...), uint8 or in [-1, 1], whose pixels copy a training image."""
 
@@ -168,14 +153,14 @@ def evaluate(
     Images are rounded to 8 bits. Rows stored in workdir/evaluation are read, not computed again.
     `runs.Run.weights` explains averages and interpolations, `generate.generate` the other options.
     """
-    run, rows, judge = runs.load(workdir), [], judge or extractor
+    run, rows = runs.load(workdir), []
     made_by = {**provenance(), "device": banner()}
     labels = np.resize(np.arange(run.model.null_label), num_samples)
     fixed: dict[str, Any] = {
         "guidance_interval": interval, "sampler": dataclasses.asdict(run.sampler), "seed": seed,
         "samples": num_samples, "rounding": "8 bits", "metrics": list(names),
         "features": extractor.name, "features_weights": extractor.digest,
-        "judge": judge.name, "judge_weights": judge.digest,
+        "judge": (judge or extractor).name, "judge_weights": (judge or extractor).digest,
         "reference": real.digest, "reference_examples": real.moments.count,
     }  # fmt: skip
     fixed |= {"autoguidance": digest(weak[1])} if weak else {}  # other rows keep their keys
@@ -203,7 +188,10 @@ def evaluate(
                 "samples_per_second": num_samples / (time.perf_counter() - start),
             }
             pixels = images.as_8_bits(samples)
-            found = measure_images(pixels, labels, extractor, judge, real, names, training)
+            judged = judge(pixels, labels) if judge else None
+            found = measure(extractor(pixels, labels), real, names, judged)
+            if training is not None:
+                found["memorized"] = memorized(pixels, training)
             rows.append({**settings, **found, **cost, **made_by})
             write_json(path, rows[-1])
     return rows

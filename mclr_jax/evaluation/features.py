@@ -48,17 +48,13 @@ class Extractor:
         return functools.partial(jax.jit(self.apply), weights)
 
     def __call__(
-        self,
-        images: np.ndarray,
-        labels: np.ndarray,
-        progress: Callable[[int], Any] = lambda count: None,
+        self, images: np.ndarray, labels: np.ndarray, progress: Callable = lambda count: None
     ) -> Features:
         """Features of images (n, ...), float in [-1, 1] or uint8, spread over all devices."""
         rows, _ = generate.shardings()
         size, kept = BATCH + -BATCH % jax.device_count(), []
-        for start in range(0, len(images), size):
-            chunk = images[start : start + size]
-            padded = np.resize(chunk, (size, *chunk.shape[1:]))  # one program serves all
+        for chunk in np.split(images, range(size, len(images), size)):
+            padded = np.resize(chunk, (size, *chunk.shape[1:]))  # one shape, one program
             outputs = self._compiled(to_float(jax.device_put(padded, rows)))
             kept.append([np.asarray(array, np.float64)[: len(chunk)] for array in outputs])
             progress(len(chunk))
@@ -82,10 +78,8 @@ def _classifier(workdir: str) -> tuple[Any, Apply]:
     """The features are the last hidden layer."""
     model, params = runs.load_model(workdir)
     if not model.is_classifier:
-        raise ValueError(
-            f"{workdir} is a run of {type(model.network).__name__}, which is no classifier; "
-            "expected a run such as that of configs/digits_classifier.py."
-        )
+        kind = type(model.network).__name__
+        raise ValueError(f"{workdir} is a run of {kind}, which is no classifier; expected one.")
     return jax.device_get(params), model.features
 
 

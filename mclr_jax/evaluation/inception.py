@@ -14,12 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from mclr_jax.evaluation import convolutions
-from mclr_jax.evaluation.convolutions import Weights
-
-SIZE = 299
 
 
-def convert(state: Weights) -> Weights:
+def convert(state: convolutions.Weights) -> convolutions.Weights:
     """The published state dict -> weights for `apply`; ValueError if a weight is missing."""
     names = [key.removesuffix(".weight") for key in state if key.endswith(".conv.weight")]
     try:
@@ -36,7 +33,7 @@ def convert(state: Weights) -> Weights:
     return {key.replace(".conv", ""): value for key, value in (folded | classes).items()}
 
 
-def resize(images: jax.Array, size: int = SIZE) -> jax.Array:
+def resize(images: jax.Array, size: int = 299) -> jax.Array:
     """Bilinear resize of TensorFlow 1, to (B, size, size, C): pixel i lies at i * old / new."""
     batch, height, width, channels = images.shape
     scale = jnp.array([size / height, size / width])
@@ -46,7 +43,7 @@ def resize(images: jax.Array, size: int = SIZE) -> jax.Array:
     )
 
 
-def apply(weights: Weights, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+def apply(weights: convolutions.Weights, images: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Images (B, H, W, 1 or 3) in [-1, 1] -> pool3 features (B, 2048) and logits (B, 1008).
 
     The logits exclude the bias, as in the inception score.

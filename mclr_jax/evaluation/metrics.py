@@ -78,8 +78,7 @@ def per_class_frechet(
     ours, reference = _by_class(features, labels), _by_class(ref_features, ref_labels)
     if ours.keys() != reference.keys():
         raise ValueError(
-            f"Got classes {sorted(ours)}, reference classes {sorted(reference)}; expected the same."
-            " Generate every class, or select the same classes of the reference."
+            f"Got classes {[*ours]} and, in the reference, {[*reference]}; use the same in both."
         )
     return np.array([frechet_distance(ours[c], reference[c]) for c in reference])
 

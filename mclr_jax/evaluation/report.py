@@ -19,8 +19,6 @@ from mclr_jax.runs import load
 FIRST = ("loss", "eval_loss", "accuracy", "eval_accuracy", "error", "eval_error")
 SETTINGS = ("step", "average", "interpolation", "guidance_scale", "guidance_interval",
             "autoguidance", "samples", "features")  # fmt: skip
-FEW = 30  # lines with at most so many points have a marker at each
-LINES = ("-", "--", ":", "-.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +58,11 @@ def read(
     if guidance_scales and not run.model.is_classifier:
         params, _ = run.weights()
         labels = np.tile(np.arange(run.model.null_label), per_class)
-        options: dict[str, Any] = {"seed": seed, "progress": progress}
         for scale in map(float, guidance_scales):
             samples = generate.generate(
-                run.model, params, labels, run.sampler, guidance_scale=scale, **options
-            )
+                run.model, params, labels, run.sampler,
+                guidance_scale=scale, seed=seed, progress=progress,
+            )  # fmt: skip
             grids[scale] = images.png(images.picture(images.clip(samples), labels, per_class))
     return Run(workdir.name, flat(run.config.to_dict()), curves, rows, grids)
 
@@ -146,15 +144,14 @@ def _chart(key: str, runs: Sequence[Run]) -> str:
         for number, one in enumerate(runs):
             steps, values = np.array(one.curves[key], np.float64)
             steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
-            marker = "o" if len(steps) <= FEW else ""  # a single point has no line
-            axes.plot(steps, values, LINES[number % 4] + marker, markersize=3)
+            line = ("-", "--", ":", "-.")[number % 4]
+            marker = "o" if len(steps) <= 30 else ""  # a single point has no line
+            axes.plot(steps, values, line + marker, markersize=3)
             last = f"{values[-1]:.4g} at step {steps[-1]:.0f}" if len(steps) else "no finite value"
             labels.append(f"run {one.name}: {last}")
         low, high = axes.dataLim.intervaly
-        if 0 < 100 * low < high:
-            axes.set_yscale("log")
+        axes.set(xlabel="step", yscale="log" if 0 < 100 * low < high else "linear")
         axes.grid(alpha=0.3)
-        axes.set_xlabel("step")
         shown = [label.replace("$", r"\$") for label in labels]  # a plain $ begins a formula
         drawing.legend(axes.lines, shown, loc="outside lower left", fontsize=8)
         drawing.savefig(picture, format="svg")

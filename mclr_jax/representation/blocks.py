@@ -36,10 +36,8 @@ def choose(model: Model, names: Sequence[str] = ()) -> tuple[str, ...]:
     """The blocks with these names, by default the middle one; ValueError: no such block."""
     known = sizes(model)
     if not known:
-        raise ValueError(
-            f"{type(model.network).__name__} has no module whose class name ends in Block; "
-            "expected one or more, whose outputs are the features."
-        )
+        network = type(model.network).__name__
+        raise ValueError(f"{network} has no module whose class name ends in Block; expected one.")
     for name in names:
         look_up(known, name, "layer")
     return tuple(names) or (list(known)[(len(known) - 1) // 2],)

@@ -60,12 +60,10 @@ def views(h: np.ndarray) -> Views:
 
 def check_size(count: int, size: int) -> None:
     """ValueError if `count` images are too few for features of length `size`."""
-    least = max(2 * size, size + 3)  # E[Sigma_xi^-1] is finite from size + 3
+    least = max(2 * size, size + 3)  # fewer: indefinite covariances, infinite E[Sigma_xi^-1]
     if count < least:
-        raise ValueError(
-            f"Got {count} images for features of length {size}; expected at least {least}: with "
-            "fewer, covariances are indefinite. Use more images or a narrower layer."
-        )
+        got = f"{count} images for features of length {size}; expected at least {least}"
+        raise ValueError(f"Got {got}. Use more images or a narrower layer.")
 
 
 def ratio(views: Views, bias_corrected: bool = False, ridge: float = 0.0) -> float:

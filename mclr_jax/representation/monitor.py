@@ -33,10 +33,8 @@ def make(
     A reading has icr (bias-corrected), icr_NAME for `icr.traces` and, if config.samples > 0,
     icr_memorized: the share of so many unguided samples that copy a training image. It is empty if
     the features do not vary in some direction, as in some untrained networks. All readings use the
-    same images and perturbations. A warning is logged once, when the readings of the run, with
-    those in `workdir` up to step `start`, have `turned`.
-
-    ValueError: no such layer, or too few images for it.
+    same images and perturbations. One warning is logged when the readings, with those in `workdir`
+    up to step `start`, have `turned`. ValueError: no such layer, or too few images for it.
     """
     (layer,) = blocks.choose(model, [config.layer] if config.layer else [])
     rows = evenly(source, config.num_images)

@@ -77,13 +77,11 @@ def sweep(
         probed = [_noisy(model, params, x, num_images, sigma, chosen, **options) for x in sources]
         for name, seen in found.items():
             row = {
-                "layer": name,
-                "sigma": float(sigma),
-                "icr": icr.ratio(seen, bias_corrected=True),
-                "icr_plain": icr.ratio(seen),
+                "layer": name, "sigma": float(sigma),
+                "icr": icr.ratio(seen, bias_corrected=True), "icr_plain": icr.ratio(seen),
                 **icr.traces(seen),
                 "effective_rank": icr.effective_rank(seen.invariant + seen.residual),
-            }
+            }  # fmt: skip
             if probed:
                 row["probe_accuracy"] = probe_accuracy(*probed[0][name], *probed[1][name])
             table.append(row)
