@@ -201,8 +201,7 @@ def _icr(config: Any, task: Task, source: Any, workdir: pathlib.Path, start: int
     """The Invariant Contamination Ratio along the run."""
     if not config.icr.every_steps:
         return []
-    sampler, flip = Sampler(**config.sampler), bool(config.data.flip or config.data.augment)
-    read = monitor.make(config.icr, task.model, source, workdir, start, sampler, flip)
+    read = monitor.make(config, task.model, source, workdir, start)
 
     def measure(moment: Moment) -> dict[str, float]:
         return read(moment.step, task.default(moment.state.params, moment.state.ema))

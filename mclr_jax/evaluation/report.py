@@ -7,7 +7,7 @@ import io
 import json
 import pathlib
 import string
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,12 +36,11 @@ def read(
     workdir: str | pathlib.Path,
     guidance_scales: Sequence[float] = (),
     per_class: int = 6,
-    seed: int = 0,
-    progress: Callable[[int], Any] = lambda count: None,
+    **options: Any,
 ) -> Run:
     """The data of the run in `workdir`; FileNotFoundError if it is not the directory of a run.
 
-    A denoiser is sampled at each scale, from the same noise.
+    A denoiser is sampled at each scale, from the same noise; options of `generate.generate`.
     """
     workdir, run = pathlib.Path(workdir), load(workdir)
     curves: dict[str, tuple[list[float], list[float]]] = {}
@@ -60,9 +59,8 @@ def read(
         labels = np.tile(np.arange(run.model.null_label), per_class)
         for scale in map(float, guidance_scales):
             samples = generate.generate(
-                run.model, params, labels, run.sampler,
-                guidance_scale=scale, seed=seed, progress=progress,
-            )  # fmt: skip
+                run.model, params, labels, run.sampler, guidance_scale=scale, **options
+            )
             grids[scale] = images.png(images.picture(images.clip(samples), labels, per_class))
     return Run(workdir.name, flat(run.config.to_dict()), curves, rows, grids)
 

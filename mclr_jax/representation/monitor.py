@@ -20,37 +20,33 @@ MARGIN = 0.02  # the distance above the minimum, as a share of it
 
 
 def make(
-    config: Any,
-    model: Model,
-    source: Source,
-    workdir: pathlib.Path,
-    start: int,
-    sampler: Sampler,
-    flip: bool,
+    config: Any, model: Model, source: Source, workdir: pathlib.Path, start: int
 ) -> Callable[[int, Any], dict[str, float]]:
-    """A function (step, params) -> a reading, with the options of `config`, the run's config.icr.
+    """A function (step, params) -> a reading, with the options of config.icr.
 
-    A reading has icr (bias-corrected), icr_NAME for `icr.traces` and, if config.samples > 0,
+    A reading has icr (bias-corrected), icr_NAME for `icr.traces` and, if config.icr.samples > 0,
     icr_memorized: the share of so many unguided samples that copy a training image. It is empty if
     the features do not vary in some direction, as in some untrained networks. All readings use the
     same images and perturbations. One warning is logged when the readings, with those in `workdir`
     up to step `start`, have `turned`. ValueError: no such layer, or too few images for it.
     """
-    (layer,) = blocks.choose(model, [config.layer] if config.layer else [])
-    rows = evenly(source, config.num_images)
+    options, sampler = config.icr, Sampler(**config.sampler)
+    (layer,) = blocks.choose(model, [options.layer] if options.layer else [])
+    rows = evenly(source, options.num_images)
     icr.check_size(len(rows), blocks.sizes(model)[layer])
-    readings, shown = past(workdir, start), perturb.Augmentation(flip=flip)
+    readings = past(workdir, start)
+    shown = perturb.Augmentation(flip=bool(config.data.flip or config.data.augment))
 
     def read(step: int, params: Any) -> dict[str, float]:
-        views = sweep.accumulate(model, params, source, rows, config.sigma, (layer,), shown)[layer]
+        views = sweep.accumulate(model, params, source, rows, options.sigma, (layer,), shown)[layer]
         try:
             values = {"icr": icr.ratio(views, bias_corrected=True)}
         except ValueError as error:
             logging.warning("No reading of ICR: %s", error)
             return {}
         values |= {f"icr_{name}": value for name, value in icr.traces(views).items()}
-        if config.samples:
-            labels = np.resize(np.arange(model.null_label), config.samples)
+        if options.samples:
+            labels = np.resize(np.arange(model.null_label), options.samples)
             samples = generate.generate(model, params, labels, sampler)
             values["icr_memorized"] = evaluate.memorized(images.clip(samples), source)
         readings.append((step, values["icr"]))
