@@ -77,9 +77,7 @@ def per_class_frechet(
     """
     ours, reference = _by_class(features, labels), _by_class(ref_features, ref_labels)
     if ours.keys() != reference.keys():
-        raise ValueError(
-            f"Got classes {[*ours]} and, in the reference, {[*reference]}; use the same in both."
-        )
+        raise ValueError(f"Got classes {[*ours]}, in the reference {[*reference]}; expected equal.")
     return np.array([frechet_distance(ours[c], reference[c]) for c in reference])
 
 

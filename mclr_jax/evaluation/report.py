@@ -160,9 +160,8 @@ def _chart(key: str, runs: Sequence[Run]) -> str:
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     def cell(value: Any) -> str:
-        if value is None:
-            return ""
-        return html.escape(f"{value:.4g}" if isinstance(value, float) else str(value))
+        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        return "" if value is None else html.escape(text)
 
     titles = "".join(f'<th scope="col">{html.escape(title)}</th>' for title in head)
     lines = ""
