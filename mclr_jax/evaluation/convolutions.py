@@ -24,7 +24,7 @@ def fold(state: Weights, norm_of: dict[str, str]) -> Weights:
 
 
 def conv(weights: Weights, x: jax.Array, name: str, stride: int = 1, padding="SAME") -> jax.Array:
-    """The convolution `name` of x (B, H, W, C), with its bias; in groups if its kernel is."""
+    """The convolution `name` of x (B, H, W, C), with its bias; depthwise if the kernel is."""
     kernel = jnp.asarray(weights[name])
     groups = x.shape[-1] // kernel.shape[2]
     y = lax.conv_general_dilated(

@@ -50,7 +50,10 @@ class Extractor:
     def __call__(
         self, images: np.ndarray, labels: np.ndarray, progress: Callable = lambda count: None
     ) -> Features:
-        """Features of images (n, ...), float in [-1, 1] or uint8, spread over all devices."""
+        """Features of images (n, ...), float in [-1, 1] or uint8, computed on all devices.
+
+        `progress` is called with the number of new images.
+        """
         rows, _ = generate.shardings()
         size, kept = BATCH + -BATCH % jax.device_count(), []
         for chunk in np.split(images, range(size, len(images), size)):
