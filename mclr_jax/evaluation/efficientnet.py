@@ -42,18 +42,14 @@ def apply(weights: convolutions.Weights, images: jax.Array) -> tuple[jax.Array, 
     The images are resized to 224x224.
     """
     x = (convolutions.coloured(images, 224).clip(-1, 1) * 127.5 + 127.5 - 127) / 128
-    linear = functools.partial(convolutions.conv, weights)
-
-    def conv(*arguments):
-        return jax.nn.relu6(linear(*arguments))
-
-    x = conv(x, "_conv_stem", 2)
+    relu6, conv = jax.nn.relu6, functools.partial(convolutions.conv, weights)
+    x = relu6(conv(x, "_conv_stem", 2))
     for number, stride in enumerate(STRIDES):
         block, h = f"_blocks.{number}", x
         if f"{block}._expand_conv" in weights:
-            h = conv(h, f"{block}._expand_conv")
-        h = conv(h, f"{block}._depthwise_conv", stride)
-        h = linear(h, f"{block}._project_conv")
+            h = relu6(conv(h, f"{block}._expand_conv"))
+        h = relu6(conv(h, f"{block}._depthwise_conv", stride))
+        h = conv(h, f"{block}._project_conv")
         x = x + h if x.shape == h.shape else h
-    features = conv(x, "_conv_head").mean((1, 2))
+    features = relu6(conv(x, "_conv_head")).mean((1, 2))
     return features, features @ weights["_fc"] + weights["_fc.bias"]
