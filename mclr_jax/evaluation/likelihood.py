@@ -66,5 +66,5 @@ def log_likelihood(
 
 
 def bits_per_dim(nats: jax.Array, size: int) -> jax.Array:
-    """Bits per dimension (B,), from log likelihoods (B,) of 8-bit images scaled to [-1, 1]."""
+    """Bits per dimension (B,) of 8-bit images of `size` numbers in [-1, 1], from `nats` (B,)."""
     return -nats / (size * np.log(2)) + np.log2(128)

@@ -139,7 +139,7 @@ def density_coverage(real: np.ndarray, fake: np.ndarray, k: int = 5) -> tuple[fl
 
 
 def memorized_fraction(real: np.ndarray | Iterable[np.ndarray], fake: np.ndarray) -> float:
-    """Share of fake samples that copy a real one: d1 < d2 / 3, to the two nearest real samples.
+    """Share of copies among fake samples: their two nearest real samples are at d1 < d2 / 3.
 
     Distances are Euclidean, usually of pixels. Source: Yoon et al. 2023; Gu et al. 2023
     (arXiv 2310.02664). real (n, d), n >= 2, or batches of it; fake (m, d).
