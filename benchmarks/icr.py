@@ -143,9 +143,7 @@ class Bench(Files):
         state = devices.initialise(lambda: init_state(task))
         update = devices.compile(make_update(task, devices.axis_name))
         stream = pipeline.stream(source, config.batch_size, config.seed)
-        read = monitor.make(
-            config.icr, task.model, source, self.root, 0, base.sampler, config.data.flip
-        )
+        read = monitor.make(config, task.model, source, self.root, 0)
         dispatches, length = self.scaled(20, 1), steps_per_dispatch(config)
         seconds: dict[str, list[float]] = {"steps": [], "reading": []}
         for _ in range(4):  # the first compiles

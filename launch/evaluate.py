@@ -73,17 +73,17 @@ def main() -> None:
     config = run.config
     weak = runs.load_model(AUTOGUIDANCE.value) if AUTOGUIDANCE.value else None
     extractor = features.load(FEATURES.value)
-    judge = features.load(JUDGE.value) if JUDGE.value else extractor
+    judge = features.load(JUDGE.value) if JUDGE.value else None
     train, test = (sources.from_config(config.data, s, config.seed) for s in ("train", "test"))
     cache = pathlib.Path(CACHE.value).expanduser()
     with tqdm.tqdm(total=len(train), unit="image", desc="real", disable=None) as bar:
         real = evaluate.reference(extractor, train, cache, bar.update)
     held_out, labels = test[np.arange(min(NUM_SAMPLES.value, len(test)))]
-    training = train if MEMORIZED.value else None
-    judged = evaluate.measure_images(
-        held_out, labels, extractor, judge, real, METRICS.value, training
-    )
-    floor = {"samples": len(labels), **judged}
+    judged = judge(held_out, labels) if judge else None
+    measured = evaluate.measure(extractor(held_out, labels), real, METRICS.value, judged)
+    floor = {"samples": len(labels), **measured}
+    if MEMORIZED.value:
+        floor["memorized"] = evaluate.memorized(held_out, train)
     total = NUM_SAMPLES.value * len(scales) * len(EMAS.value) * len(places)
     with tqdm.tqdm(total=total, unit="sample", disable=None) as bar:
         rows = evaluate.evaluate(
@@ -99,9 +99,9 @@ def main() -> None:
             interpolations=places,
             interval=(interval[0], interval[1]) if interval else None,
             weak=weak,
-            training=training,
+            training=train if MEMORIZED.value else None,
             batch_size=BATCH_SIZE.value,
-            progress=lambda what, count: bar.update(count),
+            progress=bar.update,
         )
     write_json(out, {"floor": floor, "rows": rows})
     columns = [*(key for key in floor if key != "samples"), "network_calls"]

@@ -35,10 +35,8 @@ def main(workdirs: list[str]) -> None:
     with tqdm.tqdm(
         total=classes * len(scales) * PER_CLASS.value, unit="sample", disable=None
     ) as bar:
-        pages = [
-            report.read(workdir, scales, PER_CLASS.value, SEED.value, bar.update)
-            for workdir in workdirs
-        ]
+        options = {"seed": SEED.value, "progress": bar.update}
+        pages = [report.read(w, scales, PER_CLASS.value, **options) for w in workdirs]
     write_atomically(out, report.page(pages))
     print(f"Wrote {out}.")
 

@@ -1,5 +1,6 @@
-"""Training as a user starts it: a config and a directory, and the hooks that a config asks for."""
+"""Training from a config in a directory, with the hooks that the config enables."""
 
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,21 +25,15 @@ from mclr_jax.training.step import TrainState, init_state, make_evaluate
 
 
 def train(config: Any, workdir: str | pathlib.Path, more_hooks: Sequence[Hook] = ()) -> TrainState:
-    """Train until config.num_steps, from the newest checkpoint in `workdir` if there is one.
+    """Train to config.num_steps (see configs/base.py), and return the last state.
 
-    SIGTERM and SIGINT save a checkpoint and end the run; the same call goes on, bit for bit.
-
-    Args:
-      config: see configs/base.py.
-      workdir: directory of the run; created if missing.
-      more_hooks: called at their steps before the checkpoint is written.
-
-    Returns:
-      The last state.
+    Training starts from the newest checkpoint in `workdir`, if one exists. SIGTERM and SIGINT save
+    a checkpoint and stop; the same call then continues to the same bits. `more_hooks` run before
+    the checkpoint is saved.
 
     Raises:
-      NonFiniteError: when a metric is not finite; names it, its step and the last checkpoint.
-      ValueError: on a config that makes no sense.
+      NonFiniteError: a metric is not finite; names the metric, the step and the last checkpoint.
+      ValueError: the config is invalid.
     """
     # ---- set-up -------------------------------------------------------------------------------
     workdir = pathlib.Path(workdir)
@@ -60,126 +55,93 @@ def train(config: Any, workdir: str | pathlib.Path, more_hooks: Sequence[Hook] =
         Checkpoints(workdir / "checkpoints", config.keep_checkpoints) as checkpoints,
         Checkpoints(workdir / "snapshots", keep=None) as snapshots,
     ):
-        # ---- start or go on -------------------------------------------------------------------
+        # ---- start or resume ------------------------------------------------------------------
         state, start = _start(config, task, devices, checkpoints)
         frozen = _frozen(config, task, devices, workdir)
-        processes = jax.process_index(), jax.process_count()
-        stream = pipeline.stream(
-            source, config.batch_size, config.seed, start, *processes, extra=extra
-        )
+        shard = jax.process_index(), jax.process_count()
+        stream = pipeline.stream(source, config.batch_size, config.seed, start, *shard, extra=extra)
         parameters = sum(x.size for x in jax.tree.leaves(state.params))
         logging.info(
             "%d examples of shape %s in %d classes, sigma_data %.4g; %d parameters; from step %d",
             len(source), data.shape, data.num_classes, data.sigma_data, parameters, start,
         )  # fmt: skip
-        checked = [
-            _held_out(config, task, devices.to_global(frozen), extra),
-            _icr(config, task, source, workdir, start),
+        hooks = [
+            *_profile(config, workdir),
+            _snapshots(config, snapshots),
+            *_held_out(config, task, devices.to_global(frozen), extra),
+            *_icr(config, task, source, workdir, start),
         ]
         # ---- train ----------------------------------------------------------------------------
         with Writer(workdir, start, config.num_steps, first_process) as writer:
-            hooks = [
-                *_profile(config, workdir),
-                _snapshots(config, snapshots),
-                *checked,
-                _samples(config, task, workdir, writer),
-                *more_hooks,
-                _checkpoint(config, checkpoints),
-            ]
+            samples = _samples(config, task, workdir, writer)
+            hooks += [samples, *more_hooks, _checkpoint(config, checkpoints)]
             state, _ = loop.run(
-                task,
-                state,
-                frozen,
-                stream,
-                hooks,
-                writer,
-                devices=devices,
-                num_steps=config.num_steps,
-                log_every=config.log_every,
-                steps_per_dispatch=steps_per_dispatch(config),
-                saved=lambda: _last(checkpoints),
-            )
+                task, state, frozen, stream, hooks, writer,
+                devices=devices, num_steps=config.num_steps, log_every=config.log_every,
+                steps_per_dispatch=steps_per_dispatch(config), saved=lambda: _last(checkpoints),
+            )  # fmt: skip
     return state
 
 
 def steps_per_dispatch(config: Any) -> int:
-    """config.steps_per_dispatch; 0 is 1 on the CPU and 8 elsewhere.
+    """config.steps_per_dispatch, where 0 selects 1 on the CPU and 8 elsewhere.
 
-    In a loop XLA:CPU computes gradients of convolutions up to 59 times slower than outside.
+    XLA:CPU computes gradients of convolutions up to 59 times slower inside a loop.
     """
     return config.steps_per_dispatch or (1 if jax.default_backend() == "cpu" else 8)
 
 
 def extra_sources(config: Any, task: Task, source: Any) -> dict[str, Any]:
-    """What the objective wants beside each example: other data, samples of the frozen model."""
+    """Further sources that the objective reads: other data, samples of the frozen model."""
     extra = {"other": source} if "other" in task.needs else {}
     if "generated" not in task.needs:
         return extra
-    path = config.data.generated
+    path, expected = config.data.generated, task.model.data.shape
     if not path:
         raise ValueError(
-            "This objective needs samples of the model that training starts from: write them by "
+            "This objective needs samples of the model that training starts from: write them with "
             "python -m launch.sample and set config.data.generated=npz:FILE."
         )
     generated = sources.load(path)
-    if tuple(generated.shape) != task.model.data.shape:
-        raise ValueError(
-            f"config.data.generated={path!r} has examples of shape {tuple(generated.shape)}; "
-            f"expected {task.model.data.shape}."
-        )
+    if (shape := tuple(generated.shape)) != expected:
+        raise ValueError(f"config.data.generated: examples of shape {shape}; expected {expected}.")
     return extra | {"generated": generated}
 
 
-# ---- where training starts -----------------------------------------------------------------------
-
-
 def _restore(checkpoints: Checkpoints, devices: Devices, shapes: Any) -> tuple[Any, int] | None:
-    """The newest checkpoint as (tree like `shapes`, step), or None."""
-    global_devices = Devices("data") if devices.parallel == "pmap" else devices
-    like = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        shapes,
-        global_devices.state_shardings(shapes),
-    )
-    restored = checkpoints.restore(like)
+    """(tree like `shapes`, step) from the newest checkpoint, or None if no checkpoint exists."""
+    layout = Devices("data") if devices.parallel == "pmap" else devices
+    restored = checkpoints.restore(runs.placed(shapes, layout.state_shardings(shapes)))
     return (devices.from_global(restored[0]), restored[1]) if restored else None
 
 
-def _start(
-    config: Any, task: Task, devices: Devices, checkpoints: Checkpoints
-) -> tuple[TrainState, int]:
+def _start(config: Any, task: Task, devices: Devices, checkpoints: Checkpoints) -> tuple[Any, int]:
     """State and step of the newest checkpoint, or of a new run."""
-    init = lambda: init_state(task)  # noqa: E731
+    init = functools.partial(init_state, task)
     restored = _restore(checkpoints, devices, jax.eval_shape(init))
     if restored is not None:
         logging.info("Resumed from the checkpoint of step %d.", restored[-1])
         return restored
     state = devices.initialise(init)
     if config.init_from:
-        params = devices.put_state(runs.start_weights(config.init_from, task.model)[0])
+        params = devices.put_state(runs.start_weights(config.init_from, task.model))
         copies = {name: jax.tree.map(jnp.copy, params) for name in state.ema}
         state = state.replace(params=params, ema=copies)
     return state, 0
 
 
 def _frozen(config: Any, task: Task, devices: Devices, workdir: pathlib.Path) -> dict[str, Any]:
-    """The companions' weights; copied into `workdir`, so that the run needs no other directory."""
-    models = task.frozen
-    if not models:
+    """The companions' weights; `workdir` gets a copy, so that the run needs no other directory."""
+    shapes = {name: runs.shapes(model) for name, model in task.frozen.items()}
+    if not shapes:
         return {}
-    key = jax.random.key(0)
-    shapes = jax.eval_shape(lambda: {name: model.init(key) for name, model in models.items()})
     with Checkpoints(workdir / "frozen", keep=None) as store:
-        restored = _restore(store, devices, shapes)
-        if restored is not None:
+        if restored := _restore(store, devices, shapes):
             return restored[0]
         paths = runs.companion_paths(config)
-        frozen = {name: devices.put_state(runs.load(paths[name]).weights()[0]) for name in models}
+        frozen = {name: devices.put_state(runs.load(paths[name]).weights()[0]) for name in shapes}
         store.save(0, devices.to_global(frozen))
     return frozen
-
-
-# ---- hooks ---------------------------------------------------------------------------------------
 
 
 def _last(checkpoints: Checkpoints) -> int | None:
@@ -188,7 +150,7 @@ def _last(checkpoints: Checkpoints) -> int | None:
 
 
 def _checkpoint(config: Any, checkpoints: Checkpoints) -> Hook:
-    """Each reading of ICR has a checkpoint, too, so that the best of them can be kept."""
+    """Also saves at each reading of ICR, so that the checkpoint with the lowest is kept."""
 
     def save(moment: Moment) -> None:
         found = {"loss": "eval_loss", "icr": "icr"}
@@ -199,67 +161,61 @@ def _checkpoint(config: Any, checkpoints: Checkpoints) -> Hook:
 
 
 def _snapshots(config: Any, snapshots: Checkpoints) -> Hook:
-    """Power-function averages, from which one of any width is reconstructed later."""
+    """Stores power-function averages, from which `Run.weights` reconstructs any width."""
 
     def save(moment: Moment) -> None:
         powers = {n: x for n, x in moment.state.ema.items() if n.startswith("power_")}
         snapshots.save(moment.step, powers)
-        snapshots.wait()  # before a checkpoint can say that this step is done
+        snapshots.wait()  # before a checkpoint of this step exists
 
     return Hook(config.ema.snapshot_every if config.ema.power_stds else 0, save)
 
 
-def _held_out(config: Any, task: Task, frozen: Mapping[str, Any], extra: dict) -> Hook:
-    """Loss and metrics on held-out examples, at each checkpoint.
-
-    The batches and their noise are the same each time, so that checkpoints can be ranked.
-    """
+def _held_out(config: Any, task: Task, frozen: Mapping[str, Any], extra: dict) -> list[Hook]:
+    """Loss and metrics on held-out examples at each checkpoint, always with the same noise."""
     if not config.eval_examples:
-        return Hook(0, lambda moment: None)
+        return []
     source = sources.from_config(config.data, "test", config.seed)
     size = config.batch_size
     count = -(-min(config.eval_examples, len(source)) // size)
     rows = np.resize(np.arange(len(source)), (count, size))
     local = np.array_split(np.arange(size), jax.process_count())[jax.process_index()]
     batches = {"index": np.broadcast_to(local.astype(np.int32), (count, len(local)))}
-    held_out = {"other": source}  # samples of the frozen model are those of training
+    held_out = {"other": source}  # no samples of the frozen model are held out
     shifted = {f"{name}_": held_out.get(name, found) for name, found in extra.items()}
     for prefix, examples in {"": source, **shifted}.items():
         parts = [examples[(r[local] + bool(prefix)) % len(examples)] for r in rows]
         batches[f"{prefix}image"] = np.stack([images for images, _ in parts])
         batches[f"{prefix}label"] = np.stack([labels for _, labels in parts])
-    data_parallel = Devices("data")
-    evaluate = jax.jit(make_evaluate(task))
+    put, evaluate = Devices("data").put_batches, jax.jit(make_evaluate(task))
 
     def measure(moment: Moment) -> dict[str, float]:
         params = task.default(moment.state.params, moment.state.ema)
-        found = jax.device_get(evaluate(params, frozen, data_parallel.put_batches(batches)))
+        found = jax.device_get(evaluate(params, frozen, put(batches)))
         return {f"eval_{name}": value for name, value in report(found).items()}
 
-    return Hook((config.checkpoint_every, config.icr.every_steps), measure, when_stopped=True)
+    return [Hook((config.checkpoint_every, config.icr.every_steps), measure, when_stopped=True)]
 
 
-def _icr(config: Any, task: Task, source: Any, workdir: pathlib.Path, start: int) -> Hook:
+def _icr(config: Any, task: Task, source: Any, workdir: pathlib.Path, start: int) -> list[Hook]:
     """The Invariant Contamination Ratio along the run."""
     if not config.icr.every_steps:
-        return Hook(0, lambda moment: None)
-    sampler = Sampler(**config.sampler.to_dict())
-    flip = bool(config.data.flip or config.data.augment)
-    read = monitor.make(config.icr, task.model, source, workdir, start, sampler, flip)
+        return []
+    read = monitor.make(config, task.model, source, workdir, start)
 
     def measure(moment: Moment) -> dict[str, float]:
         return read(moment.step, task.default(moment.state.params, moment.state.ema))
 
-    return Hook(config.icr.every_steps, measure)
+    return [Hook(config.icr.every_steps, measure)]
 
 
 def _samples(config: Any, task: Task, workdir: pathlib.Path, writer: Writer) -> Hook:
     """8 images, or 500 points, of each of the first 10 classes, from the same seeds."""
-    model, sampler = task.model, Sampler(**config.sampler.to_dict())
+    model, sampler = task.model, Sampler(**config.sampler)
+    number = 8 if len(model.data.shape) == 3 else 500
+    labels = np.repeat(np.arange(min(model.null_label, 10)), number)
 
     def draw(moment: Moment) -> None:
-        number = 8 if len(model.data.shape) == 3 else 500
-        labels = np.repeat(np.arange(min(model.null_label, 10)), number)
         params = task.default(moment.state.params, moment.state.ema)
         samples = generate.generate(model, params, labels, sampler)
         if jax.process_index() == 0:
@@ -272,11 +228,9 @@ def _samples(config: Any, task: Task, workdir: pathlib.Path, writer: Writer) -> 
 
 def _profile(config: Any, workdir: pathlib.Path) -> list[Hook]:
     """Trace config.profile.num_steps steps for TensorBoard's profiler."""
-    start, length = config.profile.start, config.profile.num_steps
-    if not length:
-        return []
-    folder = str(workdir / "profile")
-    return [
+    start, folder = config.profile.start, str(workdir / "profile")
+    stop = start + config.profile.num_steps
+    return [] if stop == start else [
         Hook(0, lambda moment: jax.profiler.start_trace(folder), at=(start,)),
-        Hook(0, lambda moment: jax.profiler.stop_trace(), at=(start + length,)),
-    ]
+        Hook(0, lambda moment: jax.profiler.stop_trace(), at=(stop,)),
+    ]  # fmt: skip

@@ -65,11 +65,7 @@ def test_a_row_is_what_the_metrics_say_of_the_samples_and_is_made_once(made):
     folder, extractor, real = made
     seen = []
     arguments = {"names": NAMES, "num_samples": COUNT, "guidance_scales": (1.0, 2.0)}
-
-    def progress(what, count):
-        seen.append(count)
-
-    rows = evaluate.evaluate(folder / "base", extractor, real, **arguments, progress=progress)
+    rows = evaluate.evaluate(folder / "base", extractor, real, **arguments, progress=seen.append)
     assert [row["guidance_scale"] for row in rows] == [1.0, 2.0]
     assert [row["network_calls"] for row in rows] == [5, 10]  # Heun with 3 steps
     assert sum(seen) == 2 * COUNT

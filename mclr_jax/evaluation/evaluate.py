@@ -1,7 +1,7 @@
-"""Measure a run: samples at each guidance strength and average of the weights, against real data.
+"""Measure a run: its samples, at each guidance scale and average of the weights, and real data.
 
-Every row is stored under the run's directory as soon as it is there, by what it depends on, so that
-the same call goes on where it was stopped.
+Each row is stored in the run's directory as soon as it is complete, under a hash of its settings: a
+repeated call reads the stored rows and computes the others.
 """
 
 import dataclasses
@@ -32,14 +32,14 @@ KEPT = 10_000  # examples of the reference whose features are kept, for neighbou
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What samples are compared with."""
+    """Statistics of real data, with which samples are compared."""
 
     moments: metrics.Moments  # of the features of all examples
     kept: Features  # of at most KEPT evenly spaced examples
     digest: str  # hash of the extractor's weights and of the data
 
 
-# Columns of a row, by the name of the metric that gives them.
+# Columns of a row, by the name of their metric.
 METRICS = {"fd": "frechet", "fd_class": "per_class_frechet", "fd_inter": "inter_class_frechet",
            "is": "inception_score", "kid": "kernel", "pr": "precision recall",
            "dc": "density coverage"}  # fmt: skip
@@ -48,51 +48,36 @@ METRICS = {"fd": "frechet", "fd_class": "per_class_frechet", "fd_inter": "inter_
 def measure(
     fake: Features, real: Reference, names: Sequence[str], judged: Features | None = None
 ) -> dict[str, float]:
-    """The accuracy of samples and the metrics of these names (see METRICS) against a reference.
+    """The accuracy of samples, and the named metrics (see METRICS) against a reference.
 
-    The accuracy is the share of samples that an extractor, the one of `judged` or else of `fake`,
-    takes for the class they are meant to show. Without classes it is left out, and so is the
-    inception score. Kernels and neighbours take as many real features as fake ones, if there are.
+    The accuracy is the share of samples whose most probable class, according to the extractor of
+    `judged` (default: `fake`), is their label. Extractors without classes give neither accuracy nor
+    inception score. Kernels and neighbours use a random subset of the real features, at most as
+    many as generated.
     """
-    columns = [look_up(METRICS, name, "metric").split() for name in names]
     x, labels, kept = fake.features, fake.labels, real.kept
-    some = np.random.default_rng(0).permutation(len(kept.features))[: len(x)]
+    some = kept.features[np.random.default_rng(0).permutation(len(kept.features))[: len(x)]]
     values: dict[str, Callable[[], Any]] = {
         "fd": lambda: metrics.frechet_distance(metrics.moments(x), real.moments),
         "fd_class": lambda: metrics.per_class_frechet(x, labels, kept.features, kept.labels).mean(),
         "fd_inter": lambda: metrics.inter_class_frechet(x, labels),
-        "is": lambda: (
-            metrics.inception_score(np.exp(fake.log_probs)) if fake.log_probs.size else ()
-        ),
-        "kid": lambda: metrics.kernel_distance(kept.features[some], x),
-        "pr": lambda: metrics.precision_recall(kept.features[some], x),
-        "dc": lambda: metrics.density_coverage(kept.features[some], x),
+        "is": lambda: metrics.inception_score(np.exp(fake.log_probs)),
+        "kid": lambda: metrics.kernel_distance(some, x),
+        "pr": lambda: metrics.precision_recall(some, x),
+        "dc": lambda: metrics.density_coverage(some, x),
     }
     judged, row = judged or fake, {}
     if judged.log_probs.size:
         row["accuracy"] = float((judged.log_probs.argmax(1) == judged.labels).mean())
-    for name, keys in zip(names, columns, strict=True):
-        row |= zip(keys, np.atleast_1d(values[name]()).tolist(), strict=False)
+    for name in names:
+        columns = look_up(METRICS, name, "metric").split()
+        if name != "is" or fake.log_probs.size:
+            row |= zip(columns, np.atleast_1d(values[name]()).tolist(), strict=True)
     return row
 
 
-def measure_images(
-    pixels: np.ndarray,
-    labels: np.ndarray,
-    extractor: Extractor,
-    judge: Extractor,
-    real: Reference,
-    names: Sequence[str],
-    training: Source | None = None,
-) -> dict[str, float]:
-    """`measure` of images (n, ...), and `memorized` where there are training images."""
-    judged = None if judge is extractor else judge(pixels, labels)
-    row = measure(extractor(pixels, labels), real, names, judged)
-    return row if training is None else row | {"memorized": memorized(pixels, training)}
-
-
 def memorized(samples: np.ndarray, training: Source) -> float:
-    """The share of samples (n, ...), uint8 or in [-1, 1], whose pixels copy a training image."""
+    """Share of samples (n, ...), uint8 or in [-1, 1], whose pixels copy a training image."""
 
     def flat(images: np.ndarray) -> np.ndarray:
         return np.asarray(to_float(jnp.asarray(images))).reshape(len(images), -1)
@@ -107,9 +92,9 @@ def reference(
     cache: pathlib.Path | None = None,
     progress: Callable[[int], Any] = lambda count: None,
 ) -> Reference:
-    """Statistics of a data set, read in batches; kept in the folder `cache` by content.
+    """Statistics of a data set, read in batches and stored in the folder `cache`.
 
-    The content is judged by the number of examples, all labels and 256 evenly spaced images.
+    The file is named by a hash of the extractor, all labels and 256 evenly spaced images.
     """
     key = _hash(extractor.digest + _content(source))
     path = cache / f"{key}.npz" if cache else None
@@ -148,65 +133,65 @@ def _hash(text: str) -> str:
 def evaluate(
     workdir: str | pathlib.Path,
     extractor: Extractor,
-    real: Reference,  # statistics of real data under the same extractor
+    real: Reference,  # of the same extractor
     *,
     names: Sequence[str] = tuple(METRICS),
-    judge: Extractor | None = None,  # says of what class samples look; None is the extractor
-    num_samples: int = 10_000,  # of each row, classes taking turns
+    judge: Extractor | None = None,  # that accuracy is judged by; default: `extractor`
+    num_samples: int = 10_000,  # of each row, with equally many of each class
     seed: int = 0,
     guidance_scales: Iterable[float] = (1.0,),
     averages: Iterable[str] = ("",),
     interpolations: Iterable[float] = (1.0,),
     interval: tuple[float, float] | None = None,
     weak: tuple[Model, Any] | None = None,
-    training: Source | None = None,  # images; with them rows have `memorized`
+    training: Source | None = None,  # images, to find copies of them: column `memorized`
     batch_size: int = 256,
-    progress: Callable[[str, int], Any] = lambda what, count: None,
+    progress: Callable[[int], Any] = lambda count: None,  # called with the number of new samples
 ) -> list[dict[str, Any]]:
-    """A row for each average of the weights, interpolation and guidance scale, with what made it.
+    """A row, with its settings, for each average of the weights, interpolation and guidance scale.
 
-    Images are rounded to 8 bits. Rows that are stored in workdir/evaluation are not made again. For
-    averages and interpolations see `runs.Run.weights`, for what is left `generate.generate`;
-    `progress` is called with what is done and the number of images more.
+    Images are rounded to 8 bits. Rows stored in workdir/evaluation are read, not computed again.
+    `runs.Run.weights` explains averages and interpolations, `generate.generate` the other options.
     """
     run, rows = runs.load(workdir), []
-    judge = judge or extractor
     made_by = {**provenance(), "device": banner()}
     labels = np.resize(np.arange(run.model.null_label), num_samples)
     fixed: dict[str, Any] = {
         "guidance_interval": interval, "sampler": dataclasses.asdict(run.sampler), "seed": seed,
         "samples": num_samples, "rounding": "8 bits", "metrics": list(names),
         "features": extractor.name, "features_weights": extractor.digest,
-        "judge": judge.name, "judge_weights": judge.digest,
+        "judge": (judge or extractor).name, "judge_weights": (judge or extractor).digest,
         "reference": real.digest, "reference_examples": real.moments.count,
     }  # fmt: skip
     fixed |= {"autoguidance": digest(weak[1])} if weak else {}  # other rows keep their keys
     fixed |= {"memorized_from": _content(training)} if training is not None else {}
-    for average, place in itertools.product(averages, interpolations):
-        params, step = run.weights(average, interpolation=place)
+    for average, interpolation in itertools.product(averages, interpolations):
+        params, step = run.weights(average, interpolation=interpolation)
         which = {"step": step, "average": average, "weights": digest(params)}
-        which |= {"interpolation": float(place)} if place != 1 else {}
+        which |= {"interpolation": float(interpolation)} if interpolation != 1 else {}
         for scale in guidance_scales:
             settings = {**which, "guidance_scale": float(scale), **fixed}
-            name = _hash(json.dumps(settings, sort_keys=True))
-            path = run.workdir / "evaluation" / f"{name}.json"
+            name = f"{_hash(json.dumps(settings, sort_keys=True))}.json"
+            path = run.workdir / "evaluation" / name
             if path.exists():
                 rows.append(json.loads(path.read_text()))
-                progress("samples", num_samples)
+                progress(num_samples)
                 continue
             guided: dict[str, Any] = {"guidance_scale": scale, "interval": interval, "weak": weak}
             start = time.perf_counter()
             samples = generate.generate(
-                run.model, params, labels, run.sampler, seed=seed, batch_size=batch_size,
-                progress=functools.partial(progress, "samples"), **guided,
+                run.model, params, labels, run.sampler,
+                seed=seed, batch_size=batch_size, progress=progress, **guided,
             )  # fmt: skip
             cost = {
                 "network_calls": generate.network_calls(run.model, run.sampler, **guided),
                 "samples_per_second": num_samples / (time.perf_counter() - start),
             }
-            found = measure_images(
-                images.as_8_bits(samples), labels, extractor, judge, real, names, training
-            )
+            pixels = images.as_8_bits(samples)
+            judged = judge(pixels, labels) if judge else None
+            found = measure(extractor(pixels, labels), real, names, judged)
+            if training is not None:
+                found["memorized"] = memorized(pixels, training)
             rows.append({**settings, **found, **cost, **made_by})
             write_json(path, rows[-1])
     return rows

@@ -17,24 +17,23 @@ from mclr_jax.names import look_up
 from mclr_jax.pretrained import torch_file
 
 BATCH = 512
-# Weights, images (b, ...) in [-1, 1] -> features (b, d) and logits (b, K), pure; K is 0 where the
-# network knows no classes.
+# (weights, images (b, ...) in [-1, 1]) -> features (b, d), logits (b, K); without classes K = 0.
 Apply = Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 class Features(NamedTuple):
-    """What an extractor makes of n images."""
+    """The output of an extractor for n images."""
 
     features: np.ndarray  # (n, d) float64
     log_probs: np.ndarray  # (n, K) float64, of the extractor's own classes
-    labels: np.ndarray  # (n,) int32, what the images are meant to show
+    labels: np.ndarray  # (n,) int32, the intended classes of the images
 
 
 @dataclasses.dataclass(frozen=True)
 class Extractor:
-    """A frozen network that judges images."""
+    """A frozen network, whose features and classes judge images."""
 
-    name: str  # as given to `load`
+    name: str  # the argument of `load`
     weights: Any  # a tree of arrays
     apply: Apply
 
@@ -44,22 +43,21 @@ class Extractor:
 
     @functools.cached_property
     def _compiled(self) -> Callable:
-        # The weights are an argument: as constants of the program, gigabytes would not compile.
+        # The weights are an argument, since gigabytes of constants in a program do not compile.
         weights = jax.device_put(self.weights, generate.shardings()[1])
         return functools.partial(jax.jit(self.apply), weights)
 
     def __call__(
-        self,
-        images: np.ndarray,
-        labels: np.ndarray,
-        progress: Callable[[int], Any] = lambda count: None,
+        self, images: np.ndarray, labels: np.ndarray, progress: Callable = lambda count: None
     ) -> Features:
-        """Features of images (n, ...), float in [-1, 1] or uint8, spread over all devices."""
+        """Features of images (n, ...), float in [-1, 1] or uint8, computed on all devices.
+
+        `progress` is called with the number of new images.
+        """
         rows, _ = generate.shardings()
         size, kept = BATCH + -BATCH % jax.device_count(), []
-        for start in range(0, len(images), size):
-            chunk = images[start : start + size]
-            padded = np.resize(chunk, (size, *chunk.shape[1:]))  # one program serves all
+        for chunk in np.split(images, range(size, len(images), size)):
+            padded = np.resize(chunk, (size, *chunk.shape[1:]))  # one shape, one program
             outputs = self._compiled(to_float(jax.device_put(padded, rows)))
             kept.append([np.asarray(array, np.float64)[: len(chunk)] for array in outputs])
             progress(len(chunk))
@@ -69,30 +67,28 @@ class Extractor:
 
 
 def load(name: str) -> Extractor:
-    """The extractor of this name; FileNotFoundError if its weights are not there.
+    """The extractor of this name; FileNotFoundError if its weights are missing.
 
-    classifier:WORKDIR is a run whose network gives logits; efficientnet_lite0, for natural images,
-    has ImageNet weights and classes; inception:FILE is FID's, with the weights in this file, and
-    dinov2:FILE that of FD_DINOv2. ValueError: no such kind, no classifier, or another file.
+    classifier:WORKDIR is a run that trained a classifier; efficientnet_lite0 has ImageNet classes;
+    inception:FILE and dinov2:FILE are those of FID and FD_DINOv2, with the weights in FILE.
+    ValueError: unknown kind, a run without classifier, or a file with other weights.
     """
     kind, _, argument = name.partition(":")
     return Extractor(name, *look_up(_LOADERS, kind, "feature extractor")(argument))
 
 
 def _classifier(workdir: str) -> tuple[Any, Apply]:
-    """The last hidden layer of a classifier trained by our loop."""
+    """The features are the last hidden layer."""
     model, params = runs.load_model(workdir)
     if not model.is_classifier:
-        raise ValueError(
-            f"{workdir} is a run of {type(model.network).__name__}, which is no classifier; "
-            "expected a run such as that of configs/digits_classifier.py."
-        )
+        kind = type(model.network).__name__
+        raise ValueError(f"{workdir} is a run of {kind}, which is no classifier; expected one.")
     return jax.device_get(params), model.features
 
 
 def _efficientnet(argument: str) -> tuple[Any, Apply]:
     if argument:
-        raise ValueError(f"efficientnet_lite0 takes no argument; got {argument!r} behind a colon.")
+        raise ValueError(f"efficientnet_lite0 takes no argument; got {argument!r} after a colon.")
     return efficientnet.load_weights(), efficientnet.apply
 
 
@@ -105,7 +101,7 @@ _LOADERS: dict[str, Callable[[str], tuple[Any, Apply]]] = {
 
 
 def digest(tree: Any) -> str:
-    """SHA-256 over the arrays of a tree, their shapes and places; 16 hex digits."""
+    """The first 16 hex digits of the SHA-256 of a tree: paths, shapes, types and values."""
     total = hashlib.sha256()
     for path, leaf in jax.tree.leaves_with_path(jax.device_get(tree)):
         array = np.ascontiguousarray(leaf)

@@ -17,19 +17,18 @@ def log_likelihood(
     sigma_data: float = 0.5,
     probes: int = 1,
 ) -> jax.Array:
-    """log p(x | condition) in nats, (B,), of data x (B, ...) that carry noise of level sigmas[0].
+    """log p(x | condition) in nats, (B,), of data x (B, ...) with noise of level sigmas[0].
 
-    Follows dx/dsigma = (x - D) / sigma upwards by Heun's method and adds up its divergence; at the
-    top x is taken for a normal variable of variance sigmas[-1]^2 + sigma_data^2. Source: Chen et
-    al. 2018 (arXiv 1806.07366), Song et al. 2021 (arXiv 2011.13456, section 4.3).
+    Integrates dx/dsigma = (x - D) / sigma upwards, and its divergence, by Heun's method; at the top
+    x is normal with variance sigmas[-1]^2 + sigma_data^2. Source: Chen et al. 2018 (arXiv
+    1806.07366), Song et al. 2021 (arXiv 2011.13456, section 4.3).
 
     Args:
       sigmas: (N + 1,) rising noise levels above 0, such as noise.rho_grid(...)[-2::-1]; ValueError
-        on others. For a density of the data themselves the first must be small beside their finest
-        structure; 8-bit images need noise of about their step for there to be a density.
-      keys: (B,) typed keys for Hutchinson's estimate of the divergence by `probes` random sign
-        vectors for each example, the same at all noise levels; None computes it exactly, at the
-        cost of a call of the network's transpose for each dimension.
+        on others. The first must be small relative to the structure of the data, but about the
+        rounding step of 8-bit images, which have no density without noise.
+      keys: (B,) typed keys for Hutchinson's estimate of the divergence from `probes` random sign
+        vectors, the same at all noise levels; None: exact, one transposed call per dimension.
     """
     if not isinstance(sigmas, jax.core.Tracer):
         grid = np.asarray(sigmas)
@@ -67,5 +66,5 @@ def log_likelihood(
 
 
 def bits_per_dim(nats: jax.Array, size: int) -> jax.Array:
-    """Log likelihoods (B,) of 8-bit images of `size` numbers in [-1, 1], as bits for each."""
+    """Bits per dimension (B,) of 8-bit images of `size` numbers in [-1, 1], from `nats` (B,)."""
     return -nats / (size * np.log(2)) + np.log2(128)

@@ -1,8 +1,7 @@
-"""Sample quality and class separation as pure functions of feature arrays, free of any extractor.
+"""Sample quality and class separation, as functions of the features of any extractor.
 
-Everything is float64 on the CPU; samples are rows: (n, d). Distances and kernels between two sets
-are computed in blocks of rows: 10,000 x 10,000 pairs take about 80 MB besides three copies of the
-features.
+All arrays are float64 on the CPU, with a sample in each row: (n, d). Distances and kernels are
+computed in blocks of rows: 10,000 x 10,000 pairs take 80 MB and three copies of the features.
 """
 
 import dataclasses
@@ -12,8 +11,10 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 from scipy.special import rel_entr
+from sklearn.utils import gen_batches
+from sklearn.utils.extmath import row_norms
 
-BLOCK_BYTES = 16 * 2**20  # of one block of pairwise values; up to five are alive at a time
+BLOCK_BYTES = 16 * 2**20  # of one block of pairwise values; memory holds up to five at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Moments:
     cov: np.ndarray
 
     def merge(self, other: "Moments") -> "Moments":
-        """Moments of both sets together, without cancellation (Chan, Golub and LeVeque 1979)."""
+        """Moments of the union, without cancellation (Chan, Golub and LeVeque 1979)."""
         _check_same_dim(len(self.mean), len(other.mean))
         total, shift = self.count + other.count, other.mean - self.mean
         scatter = self.cov * (self.count - 1) + other.cov * (other.count - 1)
@@ -46,7 +47,7 @@ class Moments:
 
 
 def moments(features: np.ndarray) -> Moments:
-    """Moments of features (n, d), where n = 1, a last batch to merge, has zero covariance."""
+    """Moments of features (n, d); one sample, such as a last batch, has zero covariance."""
     features = _as_features(features, "features")
     mean = features.mean(0)
     deviations = features - mean
@@ -56,8 +57,8 @@ def moments(features: np.ndarray) -> Moments:
 def frechet_distance(a: Moments, b: Moments) -> float:
     """Frechet distance |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two Gaussians, >= 0.
 
-    It is the FID on Inception pool3 features (Heusel et al. 2017, arXiv 1706.08500, eq. 6).
-    Covariances may be rank deficient (fewer samples than dimensions).
+    On Inception pool3 features: the FID (Heusel et al. 2017, arXiv 1706.08500, eq. 6). Covariances
+    may have a low rank (fewer samples than dimensions).
     """
     _check_same_dim(len(a.mean), len(b.mean))
     # With C = F F^T, the eigenvalues of C1^(1/2) C2 C1^(1/2) are the squared singular values of
@@ -72,31 +73,28 @@ def per_class_frechet(
 ) -> np.ndarray:
     """Frechet distance of each class to the same class of the reference, (K,), by rising label.
 
-    Both sets, (n, d) with labels (n,), hold the same K classes, with 2 samples or more of each.
+    Both sets have features (n, d), labels (n,), and 2 samples or more of each of K classes.
     """
     ours, reference = _by_class(features, labels), _by_class(ref_features, ref_labels)
     if ours.keys() != reference.keys():
-        raise ValueError(
-            f"Got classes {sorted(ours)}, reference classes {sorted(reference)}; expected the same."
-            " Generate every class, or take the same classes of the reference."
-        )
+        raise ValueError(f"Got classes {[*ours]}, in the reference {[*reference]}; expected equal.")
     return np.array([frechet_distance(ours[c], reference[c]) for c in reference])
 
 
 def inter_class_frechet(features: np.ndarray, labels: np.ndarray) -> float:
-    """Mean over all pairs of classes of the Frechet distance between the features of the two.
+    """Class separation: mean Frechet distance over all pairs of classes (arXiv 2505.19210).
 
-    It measures class separation (arXiv 2505.19210). features (n, d), labels (n,) of 2+ classes.
+    features (n, d), labels (n,) of 2 classes or more.
     """
     classes = _by_class(features, labels)
     if len(classes) < 2:
         raise ValueError("Got samples of one class; expected 2 classes or more. Add a class.")
     pairs = itertools.combinations(classes.values(), 2)
-    return float(np.mean([frechet_distance(a, b) for a, b in pairs]))
+    return float(np.mean([frechet_distance(*pair) for pair in pairs]))
 
 
 def inception_score(probs: np.ndarray) -> float:
-    """exp(E_x KL(p(y|x) || p(y))) of class probabilities (n, K), between 1 and K, in one split.
+    """exp(E_x KL(p(y|x) || p(y))) of class probabilities (n, K), in [1, K], over one split.
 
     Source: Salimans et al. 2016, arXiv 1606.03498.
     """
@@ -111,8 +109,9 @@ def inception_score(probs: np.ndarray) -> float:
 def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991, eq. 1-2).
 
-    Precision is the share of fake samples no farther from some real sample than its k-th nearest
-    real neighbour; recall has real and fake exchanged. real (n, d), fake (m, d), k < n, k < m.
+    Each real sample has a closed ball that reaches its k-th nearest real neighbour; precision is
+    the share of fake samples in such balls. Recall exchanges real and fake.
+    real (n, d), fake (m, d), k < n, k < m.
     """
     real, fake = _pair(real, fake)
     real_radius, fake_radius = _squared_radii(real, k, "real"), _squared_radii(fake, k, "fake")
@@ -126,9 +125,9 @@ def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[fl
 def density_coverage(real: np.ndarray, fake: np.ndarray, k: int = 5) -> tuple[float, float]:
     """Density and coverage (Naeem et al. 2020, arXiv 2002.09797, sec. 3).
 
-    Density is the mean number of real k-neighbour balls around a fake sample, over k; coverage is
-    the share of real balls that hold one. Balls are open, as in the authors' code. real (n, d),
-    fake (m, d), k < n.
+    Density is the mean number of real balls around a fake sample, divided by k; coverage is the
+    share of real balls with a fake sample. The balls are open, as in the authors' code.
+    real (n, d), fake (m, d), k < n.
     """
     real, fake = _pair(real, fake)
     radius = _squared_radii(real, k, "real")
@@ -140,10 +139,10 @@ def density_coverage(real: np.ndarray, fake: np.ndarray, k: int = 5) -> tuple[fl
 
 
 def memorized_fraction(real: np.ndarray | Iterable[np.ndarray], fake: np.ndarray) -> float:
-    """Share of fake samples that copy a real one: nearer to it than 1/3 of the way to the next.
+    """Share of copies among fake samples: their two nearest real samples are at d1 < d2 / 3.
 
     Distances are Euclidean, usually of pixels. Source: Yoon et al. 2023; Gu et al. 2023
-    (arXiv 2310.02664). real (n, d), or batches of it; fake (m, d); n at least 2.
+    (arXiv 2310.02664). real (n, d), n >= 2, or batches of it; fake (m, d).
     """
     fake = _as_features(fake, "fake features")
     nearest = np.full((len(fake), 2), np.inf)
@@ -151,7 +150,7 @@ def memorized_fraction(real: np.ndarray | Iterable[np.ndarray], fake: np.ndarray
         batch, _ = _pair(batch, fake)
         for rows, squared in _squared_distances(fake, batch):
             known = np.hstack([squared, nearest[rows]])
-            nearest[rows] = np.sort(np.partition(known, 1, axis=1)[:, :2])
+            nearest[rows] = np.partition(known, 1, axis=1)[:, :2]
     if np.isinf(nearest).any():
         raise ValueError("Got fewer than 2 real samples; the ratio needs 2 neighbours.")
     return float((nearest[:, 0] < nearest[:, 1] / 9).mean())
@@ -160,8 +159,8 @@ def memorized_fraction(real: np.ndarray | Iterable[np.ndarray], fake: np.ndarray
 def kernel_distance(real: np.ndarray, fake: np.ndarray) -> float:
     """Unbiased MMD^2 under the kernel (x.y / d + 1)^3, over all samples; may be below zero.
 
-    It is the KID on Inception pool3 features (Binkowski et al. 2018, arXiv 1801.01401).
-    real (n, d), fake (m, d); n and m, at least 2, may differ.
+    On Inception pool3 features: the KID (Binkowski et al. 2018, arXiv 1801.01401).
+    real (n, d), fake (m, d); n and m are at least 2 and may differ.
     """
     real, fake = _pair(real, fake)
     if min(len(real), len(fake)) < 2:
@@ -173,45 +172,25 @@ def kernel_distance(real: np.ndarray, fake: np.ndarray) -> float:
     return float(within - 2 * _kernel_sum(real, fake) / (len(real) * len(fake)))
 
 
-def kernel_distance_subsets(
-    real: np.ndarray, fake: np.ndarray, subsets=100, subset_size=1000, seed=2020
-) -> tuple[float, float]:
-    """Mean and standard deviation (ddof = 0) of `kernel_distance` over random subsets.
-
-    Equal to torch-fidelity's numbers for equal seeds, with fake as its first input.
-    """
-    real, fake = _pair(real, fake)
-    if subsets < 1 or not 2 <= subset_size <= min(len(real), len(fake)):
-        raise ValueError(
-            f"Got subsets={subsets}, subset_size={subset_size}, {len(real)} real, {len(fake)} fake "
-            "samples; expected subsets >= 1 and 2 <= subset_size <= samples. Lower subset_size."
-        )
-    rng, values = np.random.RandomState(seed), []
-    for _ in range(subsets):
-        y, x = (f[rng.choice(len(f), subset_size, replace=False)] for f in (fake, real))
-        values.append(kernel_distance(x, y))
-    return float(np.mean(values)), float(np.std(values))
-
-
 def _kernel_sum(x: np.ndarray, y: np.ndarray) -> float:
-    blocks = (x[rows] @ y.T / x.shape[1] + 1 for rows in _row_blocks(len(x), len(y)))
+    blocks = (products / x.shape[1] + 1 for _, products in _products(x, y))
     return sum(float(np.sum(block * block * block)) for block in blocks)
 
 
-def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
-    step = max(1, BLOCK_BYTES // (8 * columns))
-    return (slice(start, start + step) for start in range(0, rows, step))
+def _products(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Blocks of rows of x_i . y_j, as (rows, products (len(rows), len(y)))."""
+    for rows in gen_batches(len(x), max(1, BLOCK_BYTES // (8 * len(y)))):
+        yield rows, x[rows] @ y.T
 
 
 def _squared_distances(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
     """Blocks of rows of |x_i - y_j|^2, as (rows, squared distances (len(rows), len(y)))."""
-    center = y.mean(0)  # about it, |x|^2 + |y|^2 - 2 x.y loses fewer digits
-    y = y - center
-    y_norm = np.sum(y * y, 1)
-    for rows in _row_blocks(len(x), len(y)):
-        some = x[rows] - center
-        norms = np.sum(some * some, 1)[:, None] + y_norm
-        squared = norms - 2 * (some @ y.T)
+    center = y.mean(0)  # centered, |x|^2 + |y|^2 - 2 x.y loses fewer digits
+    x, y = x - center, y - center
+    x_norms, y_norms = row_norms(x, squared=True), row_norms(y, squared=True)
+    for rows, products in _products(x, y):
+        norms = x_norms[rows, None] + y_norms
+        squared = norms - 2 * products
         squared[squared < 1e-13 * norms] = 0.0  # rounding: duplicates are at distance 0
         yield rows, squared
 
@@ -222,8 +201,7 @@ def _squared_radii(x: np.ndarray, k: int, name: str) -> np.ndarray:
         raise ValueError(f"Got k={k}, {len(x)} {name} samples; expected 1 <= k < n. Lower k.")
     radii = np.empty(len(x))
     for rows, squared in _squared_distances(x, x):
-        squared.partition(k, axis=1)
-        radii[rows] = squared[:, k]  # not k - 1, for the nearest of all is x_i itself
+        radii[rows] = np.partition(squared, k)[:, k]  # not k - 1: the nearest is x_i itself
     return radii
 
 
@@ -234,7 +212,7 @@ def _as_features(features: np.ndarray, name: str) -> np.ndarray:
     bad = np.flatnonzero(~np.isfinite(features).all(1))
     if len(bad):
         rows = f"{len(bad)} of {len(features)} rows, first {bad[0]}"
-        raise ValueError(f"Got {name} not finite in {rows}; expected finite. Find broken samples.")
+        raise ValueError(f"Got {name} not finite in {rows}; expected finite. Check the samples.")
     return features
 
 

@@ -1,4 +1,4 @@
-"""One self-contained web page that compares runs: no server, no network."""
+"""A web page that compares runs: one file, without server or network."""
 
 import base64
 import dataclasses
@@ -6,7 +6,8 @@ import html
 import io
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+import string
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,11 @@ from mclr_jax.runs import load
 FIRST = ("loss", "eval_loss", "accuracy", "eval_accuracy", "error", "eval_error")
 SETTINGS = ("step", "average", "interpolation", "guidance_scale", "guidance_interval",
             "autoguidance", "samples", "features")  # fmt: skip
-FEW = 30  # points of a line that are marked
-LINES = ("-", "--", ":", "-.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What the page says of a run."""
+    """The data of a run that the page shows."""
 
     name: str
     config: dict[str, Any]  # flat, with dots for levels
@@ -37,15 +36,13 @@ def read(
     workdir: str | pathlib.Path,
     guidance_scales: Sequence[float] = (),
     per_class: int = 6,
-    seed: int = 0,
-    progress: Callable[[int], Any] = lambda count: None,
+    **options: Any,
 ) -> Run:
-    """A run from its directory `workdir`; FileNotFoundError if that is none.
+    """The data of the run in `workdir`; FileNotFoundError if it is not the directory of a run.
 
-    Samples, not of classifiers, are drawn for each scale from the same noise.
+    A denoiser is sampled at each scale, from the same noise; options of `generate.generate`.
     """
-    workdir = pathlib.Path(workdir)
-    run = load(workdir)
+    workdir, run = pathlib.Path(workdir), load(workdir)
     curves: dict[str, tuple[list[float], list[float]]] = {}
     for record in read_lines(workdir / "metrics.jsonl"):
         for key, value in record.items():
@@ -62,15 +59,14 @@ def read(
         labels = np.tile(np.arange(run.model.null_label), per_class)
         for scale in map(float, guidance_scales):
             samples = generate.generate(
-                run.model, params, labels, run.sampler,
-                seed=seed, guidance_scale=scale, progress=progress,
-            )  # fmt: skip
+                run.model, params, labels, run.sampler, guidance_scale=scale, **options
+            )
             grids[scale] = images.png(images.picture(images.clip(samples), labels, per_class))
     return Run(workdir.name, flat(run.config.to_dict()), curves, rows, grids)
 
 
 def page(runs: Sequence[Run]) -> str:
-    """The page as HTML; names that several runs share get a number."""
+    """The page as HTML; a number is added to the name of a run if another run has that name."""
     names = [one.name for one in runs]
     names = [f"{name} ({i + 1})" if name in names[:i] else name for i, name in enumerate(names)]
     runs = [dataclasses.replace(one, name=name) for one, name in zip(runs, names, strict=True)]
@@ -80,14 +76,7 @@ def page(runs: Sequence[Run]) -> str:
         f'<section aria-labelledby="{title}"><h2 id="{title}">{title}</h2>{content(runs)}</section>'
         for title, content in sections.items()
     )
-    title = html.escape(" · ".join(names))
-    return (
-        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style></head><body><header><h1>{title}</h1>"
-        f'<nav aria-label="Sections">{links}</nav></header><main>{body}</main>'
-        f"<script>{SCRIPT}</script></body></html>\n"
-    )
+    return PAGE.substitute(title=html.escape(" · ".join(names)), links=links, body=body)
 
 
 def _samples(runs: Sequence[Run]) -> str:
@@ -98,17 +87,15 @@ def _samples(runs: Sequence[Run]) -> str:
     for one in runs:
         pictures = ""
         for scale, content in sorted(one.grids.items()):
-            text = f"Samples of {one.name} at guidance scale {scale:g}, a class a row"
+            text = f"Samples of {one.name} at guidance scale {scale:g}, a class in each row"
             hidden = "" if scale == scales[0] else "hidden"
             pictures += _picture(text, "png", content, f'data-scale="{scale:g}" {hidden}')
         figures += f"<figure>{pictures}<figcaption>{html.escape(one.name)}</figcaption></figure>"
-    ticks = json.dumps([f"{scale:g}" for scale in scales])
+    ticks = " ".join(f"{scale:g}" for scale in scales)
     return (
-        '<p><label for="scale">Guidance scale</label> '
-        f'<input id="scale" type="range" min="0" max="{len(scales) - 1}" step="1" value="0" '
-        f"data-scales='{ticks}' aria-valuetext=\"{scales[0]:g}\"> "
-        f'<output for="scale" id="scale-value">{scales[0]:g}</output></p>'
-        f'<div class="side">{figures}</div>'
+        '<p><label for="scale">Guidance scale</label> <input id="scale" type="range" value="0" '
+        f'min="0" max="{len(scales) - 1}" data-scales="{ticks}"> '
+        f'<output for="scale" id="scale-value"></output></p><div class="side">{figures}</div>'
     )
 
 
@@ -121,10 +108,8 @@ def _metrics(runs: Sequence[Run]) -> str:
     rows = [(one.name, row) for one in runs for row in one.rows]
     if not rows:
         return "<p>No run was evaluated yet (launch.evaluate).</p>"
-    numeric = dict.fromkeys(
-        key for _, row in rows for key, value in row.items() if isinstance(value, int | float)
-    )
-    keys = [*SETTINGS, *(key for key in numeric if key not in ("seed", *SETTINGS))]
+    numeric = [k for _, row in rows for k, value in row.items() if isinstance(value, int | float)]
+    keys = [key for key in dict.fromkeys([*SETTINGS, *numeric]) if key != "seed"]
     return _table(["run", *keys], ([name, *map(row.get, keys)] for name, row in rows))
 
 
@@ -134,10 +119,8 @@ def _configs(runs: Sequence[Run]) -> str:
     rows = [[key, *(one.config.get(key, "not set") for one in runs)] for key in keys]
     differing = [row for row in rows if any(value != row[1] for value in row[1:])]
     changed = f"<p>Keys that differ:</p>{_table(head, differing)}"
-    return (
-        f"{changed if differing else '<p>All keys are the same.</p>'}"
-        f"<details><summary>All keys</summary>{_table(head, rows)}</details>"
-    )
+    first = changed if differing else "<p>All keys are the same.</p>"
+    return f"{first}<details><summary>All keys</summary>{_table(head, rows)}</details>"
 
 
 def _curves(runs: Sequence[Run]) -> str:
@@ -148,7 +131,7 @@ def _curves(runs: Sequence[Run]) -> str:
 
 
 def _chart(key: str, runs: Sequence[Run]) -> str:
-    """Lines over training steps; a logarithmic axis where values span more than 100."""
+    """A metric over training steps; the axis is logarithmic if max / min of the values > 100."""
     from matplotlib import style
     from matplotlib.figure import Figure
 
@@ -159,16 +142,15 @@ def _chart(key: str, runs: Sequence[Run]) -> str:
         for number, one in enumerate(runs):
             steps, values = np.array(one.curves[key], np.float64)
             steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
-            marker = "o" if len(steps) <= FEW else ""  # so that a single point is seen too
-            axes.plot(steps, values, LINES[number % 4] + marker, markersize=3)
+            line = ("-", "--", ":", "-.")[number % 4]
+            marker = "o" if len(steps) <= 30 else ""  # a single point has no line
+            axes.plot(steps, values, line + marker, markersize=3)
             last = f"{values[-1]:.4g} at step {steps[-1]:.0f}" if len(steps) else "no finite value"
             labels.append(f"run {one.name}: {last}")
         low, high = axes.dataLim.intervaly
-        if 0 < 100 * low < high:
-            axes.set_yscale("log")
+        axes.set(xlabel="step", yscale="log" if 0 < 100 * low < high else "linear")
         axes.grid(alpha=0.3)
-        axes.set_xlabel("step")
-        shown = [label.replace("$", r"\$") for label in labels]  # dollars would begin a formula
+        shown = [label.replace("$", r"\$") for label in labels]  # a plain $ begins a formula
         drawing.legend(axes.lines, shown, loc="outside lower left", fontsize=8)
         drawing.savefig(picture, format="svg")
     text = "; ".join([f"{key} over training steps", *labels])
@@ -178,9 +160,8 @@ def _chart(key: str, runs: Sequence[Run]) -> str:
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     def cell(value: Any) -> str:
-        if value is None:
-            return ""
-        return html.escape(f"{value:.4g}" if isinstance(value, float) else str(value))
+        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        return "" if value is None else html.escape(text)
 
     titles = "".join(f'<th scope="col">{html.escape(title)}</th>' for title in head)
     lines = ""
@@ -193,7 +174,11 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     )
 
 
-STYLE = """
+PAGE = string.Template("""\
+<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>$title</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
 body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 1500px; padding: 1rem;
        color: #1a1a1a; background: #fff; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
@@ -204,15 +189,17 @@ figure { margin: 0; } figcaption { font-weight: 600; } figure img { max-width: 1
 th, td { text-align: right; padding: .2rem .6rem; border-bottom: 1px solid #ddd; }
 tbody th { text-align: left; font-weight: 500; } input[type=range] { width: 20rem; }
 :focus-visible { outline: 3px solid #0072b2; outline-offset: 2px; }
-"""
-SCRIPT = """
+</style></head>
+<body><header><h1>$title</h1><nav aria-label="Sections">$links</nav></header><main>$body</main>
+<script>
 const slider = document.getElementById('scale');
 const show = () => {
-  const scale = JSON.parse(slider.dataset.scales)[slider.value];
+  const scale = slider.dataset.scales.split(' ')[slider.value];
   document.getElementById('scale-value').textContent = scale;
   slider.setAttribute('aria-valuetext', scale);
   for (const image of document.querySelectorAll('img[data-scale]'))
     image.hidden = image.dataset.scale !== scale;
 };
 if (slider) { slider.addEventListener('input', show); show(); }
-"""
+</script></body></html>
+""")

@@ -1,4 +1,4 @@
-"""Features of images inside a network: what a block returns, averaged over positions."""
+"""Features of images inside a network: the output of a block, averaged over positions."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -21,26 +21,23 @@ BATCH = 256
 
 @functools.lru_cache(maxsize=8)
 def sizes(model: Model) -> dict[str, int]:
-    """The length of the features of every block, in the order of the calls."""
-    found: dict[str, int] = {}
+    """The length of each block's features, by name, in the order of the calls."""
+    found: dict[str, jax.Array] = {}
 
-    def trace():  # what a traced function returns would come back in another order
+    def trace():  # fills `found`, since JAX sorts a returned dict
         features = model.block_features(model.init(jax.random.key(0)))
-        seen = features(jnp.zeros((1, *model.data.shape)), 1.0)
-        found.update({name: h.shape[-1] for name, h in seen.items()})
+        found.update(features(jnp.zeros((1, *model.data.shape)), 1.0))
 
     jax.eval_shape(trace)
-    return found
+    return {name: h.shape[-1] for name, h in found.items()}
 
 
 def choose(model: Model, names: Sequence[str] = ()) -> tuple[str, ...]:
-    """The blocks of these names, or the middle one; ValueError if there is no such block."""
+    """The blocks with these names, by default the middle one; ValueError: no such block."""
     known = sizes(model)
     if not known:
-        raise ValueError(
-            f"{type(model.network).__name__} has no module whose class name ends in Block; "
-            "expected at least one, whose output is the feature."
-        )
+        network = type(model.network).__name__
+        raise ValueError(f"{network} has no module whose class name ends in Block; expected one.")
     for name in names:
         look_up(known, name, "layer")
     return tuple(names) or (list(known)[(len(known) - 1) // 2],)
@@ -59,7 +56,7 @@ def _compiled(
             view_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
             x = perturb.view(x0, sigma, view_keys, augmentation)
             found = model.block_features(params)(x, sigma)
-            return {name: found[name] for name in layers}  # XLA drops what follows the last
+            return {name: found[name] for name in layers}  # XLA removes the later layers
 
         return jax.lax.map(one, jnp.arange(number_of_views))
 
@@ -68,7 +65,7 @@ def _compiled(
 
 def extract(
     model: Model,
-    params: Any,  # on any devices of this process or all
+    params: Any,
     source: Source,
     rows: np.ndarray,
     sigma: float,
@@ -77,22 +74,21 @@ def extract(
     number_of_views: int = 2,
     augmentation: perturb.Augmentation = perturb.NONE,
     seed: int = 0,
-    batch_size: int = BATCH,  # images at a time, rounded up to a multiple of the devices
-    progress: Callable[[int], Any] = lambda count: None,  # told how many images more
+    batch_size: int = BATCH,  # rounded up to a multiple of the devices
+    progress: Callable[[int], Any] = lambda count: None,  # called with the number of new images
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of features layer -> (V, b, d) float32, of rows (n,) of a source at noise sigma.
+    """Batches of features, layer -> (V, b, d) float32, of rows (n,) of a source at noise sigma > 0.
 
-    View v of an image depends on (seed, its row, v) alone, not on batch size, devices or sigma but
-    for the scale of the noise. Changing sigma does not recompile; ValueError if it is not above 0.
+    View v of an image depends on (seed, its row, v) alone, not on batch size or devices; sigma
+    scales its noise. A new sigma does not recompile.
     """
     if not sigma > 0:
-        raise ValueError(f"Got sigma {sigma}; expected above 0. For clean images take 0.002.")
+        raise ValueError(f"Got sigma {sigma}; expected above 0. For clean images use 0.002.")
     run = _compiled(model, layers, number_of_views, augmentation)
     (spread, _), params = shardings(), replicated(params)
     batch_size = spread_size(batch_size, len(rows))
-    for start in range(0, len(rows), batch_size):
-        some = rows[start : start + batch_size]
-        padded = np.resize(some, batch_size)  # one program serves all
+    for some in np.split(rows, range(batch_size, len(rows), batch_size)):
+        padded = np.resize(some, batch_size)  # one shape, one program
         inputs = jax.device_put((source[padded][0], padded.astype(np.uint32)), spread)
         features = jax.device_get(run(params, *inputs, np.uint32(seed), np.float32(sigma)))
         yield {name: h[:, : len(some)] for name, h in features.items()}

@@ -1,4 +1,4 @@
-"""ICR along a training run: it turns up before samples begin to copy the training set."""
+"""ICR during training: it rises before samples begin to copy the training set."""
 
 import pathlib
 from collections.abc import Callable, Sequence
@@ -15,45 +15,40 @@ from mclr_jax.model import Model
 from mclr_jax.representation import blocks, icr, perturb, sweep
 from mclr_jax.samplers import Sampler
 
-PATIENCE = 3  # readings that must lie above the minimum ...
-MARGIN = 0.02  # ... by this share of it
+PATIENCE = 3  # number of last readings that must lie above the minimum
+MARGIN = 0.02  # the distance above the minimum, as a share of it
 
 
 def make(
-    config: Any,
-    model: Model,
-    source: Source,
-    workdir: pathlib.Path,
-    start: int,
-    sampler: Sampler,
-    flip: bool,
+    config: Any, model: Model, source: Source, workdir: pathlib.Path, start: int
 ) -> Callable[[int, Any], dict[str, float]]:
-    """(step, params) -> a reading as `config`, config.icr of the run, wants it.
+    """A function (step, params) -> a reading, with the options of config.icr.
 
-    It remembers the run's readings, those of `workdir` up to step `start` too, and warns once when
-    they have turned up. A reading has icr (bias-corrected), its traces and, if config.samples,
-    memorized (the share of so many unguided samples by `sampler` that copy a training image), each
-    a float named icr_NAME; it is empty where the features do not vary in some direction, as those
-    of an untrained network may. Images and perturbations, with flips if `flip`, stay the same.
-    ValueError, before training: there is no such layer, or images are too few for it.
+    A reading has icr (bias-corrected), icr_NAME for `icr.traces` and, if config.icr.samples > 0,
+    icr_memorized: the share of so many unguided samples that copy a training image. It is empty if
+    the features do not vary in some direction, as in some untrained networks. All readings use the
+    same images and perturbations. One warning is logged when the readings, with those in `workdir`
+    up to step `start`, have `turned`. ValueError: no such layer, or too few images for it.
     """
-    (layer,) = blocks.choose(model, [config.layer] if config.layer else [])
-    rows = evenly(source, config.num_images)
+    options, sampler = config.icr, Sampler(**config.sampler)
+    (layer,) = blocks.choose(model, [options.layer] if options.layer else [])
+    rows = evenly(source, options.num_images)
     icr.check_size(len(rows), blocks.sizes(model)[layer])
-    readings, shown = past(workdir, start), perturb.Augmentation(flip=flip)
+    readings = past(workdir, start)
+    shown = perturb.Augmentation(flip=bool(config.data.flip or config.data.augment))
 
     def read(step: int, params: Any) -> dict[str, float]:
-        views = sweep.accumulate(model, params, source, rows, config.sigma, (layer,), shown)[layer]
+        views = sweep.accumulate(model, params, source, rows, options.sigma, (layer,), shown)[layer]
         try:
             values = {"icr": icr.ratio(views, bias_corrected=True)}
         except ValueError as error:
             logging.warning("No reading of ICR: %s", error)
             return {}
         values |= {f"icr_{name}": value for name, value in icr.traces(views).items()}
-        if config.samples:
-            labels = np.resize(np.arange(model.null_label), config.samples)
-            samples = images.clip(generate.generate(model, params, labels, sampler))
-            values["icr_memorized"] = evaluate.memorized(samples, source)
+        if options.samples:
+            labels = np.resize(np.arange(model.null_label), options.samples)
+            samples = generate.generate(model, params, labels, sampler)
+            values["icr_memorized"] = evaluate.memorized(images.clip(samples), source)
         readings.append((step, values["icr"]))
         *before, best = (turned(readings[:end]) for end in range(1, len(readings) + 1))
         if best is not None and not any(before):
@@ -68,9 +63,9 @@ def make(
 
 
 def turned(readings: Sequence[tuple[int, float]]) -> int | None:
-    """The step of the lowest of all readings (step, ICR) once the curve has turned up; or None.
+    """The step of the lowest of the readings (step, ICR) if the curve has turned up, else None.
 
-    It has turned when the last PATIENCE readings all lie above that minimum by MARGIN of it.
+    It has turned up if each of the last PATIENCE readings is above (1 + MARGIN) * minimum.
     """
     step, least = min(readings, key=lambda reading: reading[1], default=(0, 0.0))
     last = [value for at, value in readings if at > step][-PATIENCE:]
@@ -80,7 +75,5 @@ def turned(readings: Sequence[tuple[int, float]]) -> int | None:
 
 def past(workdir: pathlib.Path, step: int) -> list[tuple[int, float]]:
     """The readings (step, ICR) of a run up to a step, from its metrics.jsonl."""
-    found = (
-        (record["step"], record.get("icr")) for record in read_lines(workdir / "metrics.jsonl")
-    )
-    return [(at, value) for at, value in found if at <= step and isinstance(value, float)]
+    records = [r for r in read_lines(workdir / "metrics.jsonl") if r["step"] <= step]
+    return [(r["step"], r["icr"]) for r in records if isinstance(r.get("icr"), float)]

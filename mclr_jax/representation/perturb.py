@@ -12,27 +12,23 @@ from mclr_jax.types import expand
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """What a view changes before noise is added. Vectors (B, d) only get noise."""
+    """The changes of an image before noise is added; vectors (B, d) get noise only."""
 
-    crop: float = (
-        0.125  # the image moves by up to this share of its side, and goes on by reflection
-    )
+    crop: float = 0.125  # largest shift, as a share of the side; the border is reflected
     flip: bool = False  # left to right, with probability 1/2
-    jitter: float = 0.2  # brightness, contrast, saturation times 1 +- it; 1 or 3 channels, [-1, 1]
+    jitter: float = 0.2  # brightness, contrast, saturation times 1 +- jitter; 1 or 3 channels only
 
 
-NONE = Augmentation(crop=0.0, flip=False, jitter=0.0)
+NONE = Augmentation(crop=0.0, jitter=0.0)
 
 
-def view(
-    images: jax.Array, sigma: jax.Array, keys: jax.Array, augmentation: Augmentation
-) -> jax.Array:
-    """Images or vectors (B, ...), perturbed by keys (B,) and with noise of level sigma () or (B,).
+def view(images: jax.Array, sigma: jax.Array, keys: jax.Array, change: Augmentation) -> jax.Array:
+    """Images in [-1, 1] or vectors (B, ...), perturbed, with noise of level sigma () or (B,).
 
-    Example i depends on keys[i] alone.
+    Example i depends on keys[i] alone; keys (B,).
     """
     k_crop, k_flip, k_jitter, k_noise = split(keys, 4)
-    x, change = images, augmentation if images.ndim == 4 else NONE
+    x, change = images, change if images.ndim == 4 else NONE
     if change.crop:
         x = _crop(x, k_crop, change.crop)
     if change.flip:
@@ -44,8 +40,7 @@ def view(
 
 def _crop(images: jax.Array, keys: jax.Array, share: float) -> jax.Array:
     margins = [round(share * size) for size in images.shape[1:3]]
-    padding = [(margin, margin) for margin in (0, *margins, 0)]
-    padded = jnp.pad(images, padding, mode="reflect")
+    padded = jnp.pad(images, [(margin, margin) for margin in (0, *margins, 0)], "reflect")
 
     def window(image, key):
         start = jax.random.randint(key, (2,), 0, 2 * jnp.array(margins) + 1)

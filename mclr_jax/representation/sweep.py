@@ -27,7 +27,7 @@ def accumulate(
     augmentation: perturb.Augmentation,
     **options: Any,
 ) -> dict[str, icr.Views]:
-    """Moments of views of these images by layer, with more options of `blocks.extract`."""
+    """Statistics of views of the images `rows` by layer; options of `blocks.extract`."""
     for layer in layers:
         icr.check_size(len(rows), blocks.sizes(model)[layer])
     batches = blocks.extract(
@@ -40,14 +40,14 @@ def accumulate(
 def probe_accuracy(
     features: np.ndarray, labels: np.ndarray, test_features: np.ndarray, test_labels: np.ndarray
 ) -> float:
-    """Share of test images that logistic regression on features (n, d) puts into their class."""
+    """Accuracy, on test images, of logistic regression on features (n, d)."""
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     return float(probe.fit(features, labels).score(test_features, test_labels))
 
 
 def _noisy(model, params, source, count, sigma, layers, **options) -> dict[str, tuple]:
-    """Features (n, d) by layer of noisy but otherwise unchanged images, with labels (n,)."""
-    rows = evenly(source, count)
+    """Features (n, d), by layer, of images with noise alone; and their labels (n,)."""
+    rows, options = evenly(source, count), options | {"number_of_views": 1}
     batches = list(blocks.extract(model, params, source, rows, sigma, layers=layers, **options))
     features = {name: np.concatenate([h[name][0] for h in batches]) for name in layers}
     return {name: (h, source.labels[rows]) for name, h in features.items()}
@@ -56,36 +56,32 @@ def _noisy(model, params, source, count, sigma, layers, **options) -> dict[str, 
 def sweep(
     model: Model,
     params: Any,
-    train: Source,  # images for ICR, and for the probe to learn from
-    test: Source | None = None,  # images to test the probe with; None for no probe
+    train: Source,  # images for ICR and for training the probe
+    test: Source | None = None,  # images for testing the probe; None: no probe
     *,
-    augmentation: perturb.Augmentation,  # of the views for ICR; flip where training did
+    augmentation: perturb.Augmentation,  # of the views for ICR; flip if training flipped
     sigmas: Sequence[float] = SIGMAS,
-    layers: Sequence[str] = (),  # names of blocks; the middle one where empty
-    num_images: int = 4096,  # of each source, evenly spaced; all where there are fewer
+    layers: Sequence[str] = (),  # names of blocks; default: the middle one
+    num_images: int = 4096,  # at most, of each source, evenly spaced
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """A row for each layer and noise level, all with the same perturbations.
+    """A row for each noise level and layer, all with the same perturbations.
 
-    It has layer, sigma, icr (bias-corrected), icr_plain, invariance, residual, expansion (see
-    `icr.traces`), effective_rank and, with `test`, probe_accuracy. Options: seed, number_of_views,
-    batch_size and progress of `blocks.extract`.
+    Its columns: layer, sigma, icr (bias-corrected), icr_plain, those of `icr.traces`,
+    effective_rank and, with `test`, probe_accuracy. Options: see `blocks.extract`.
     """
     chosen, rows = blocks.choose(model, layers), evenly(train, num_images)
     table, sources = [], [train, test] if test is not None else []
-    single = options | {"number_of_views": 1}
     for sigma in sigmas:
         found = accumulate(model, params, train, rows, sigma, chosen, augmentation, **options)
-        probed = [_noisy(model, params, x, num_images, sigma, chosen, **single) for x in sources]
+        probed = [_noisy(model, params, x, num_images, sigma, chosen, **options) for x in sources]
         for name, seen in found.items():
             row = {
-                "layer": name,
-                "sigma": float(sigma),
-                "icr": icr.ratio(seen, bias_corrected=True),
-                "icr_plain": icr.ratio(seen),
+                "layer": name, "sigma": float(sigma),
+                "icr": icr.ratio(seen, bias_corrected=True), "icr_plain": icr.ratio(seen),
                 **icr.traces(seen),
                 "effective_rank": icr.effective_rank(seen.invariant + seen.residual),
-            }
+            }  # fmt: skip
             if probed:
                 row["probe_accuracy"] = probe_accuracy(*probed[0][name], *probed[1][name])
             table.append(row)
@@ -93,17 +89,18 @@ def sweep(
 
 
 def figure(curves: dict[str, list[dict[str, Any]]]) -> bytes:
-    """ICR and probe accuracy against sigma, a curve for each name, as the content of a PNG."""
+    """A PNG of ICR and probe accuracy against sigma, with a curve for each name."""
     from matplotlib.figure import Figure
 
-    keys = {"icr": "ICR", "probe_accuracy": "probe accuracy"}
-    keys = {k: v for k, v in keys.items() if all(k in row for c in curves.values() for row in c)}
+    columns = set.intersection(*(set(row) for rows in curves.values() for row in rows))
+    names = {"icr": "ICR", "probe_accuracy": "probe accuracy"}
+    keys = [key for key in names if key in columns]
     drawing, buffer = Figure(figsize=(5 * len(keys), 4), layout="constrained"), io.BytesIO()
-    for place, (key, name) in enumerate(keys.items(), 1):
-        panel = drawing.add_subplot(1, len(keys), place, xlabel="sigma", ylabel=name)
+    for panel, key in zip(drawing.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
+        panel.set(xlabel="sigma", ylabel=names[key])
         for label, rows in curves.items():
-            points = [(row["sigma"], row[key]) for row in rows]
-            panel.semilogx(*zip(*points, strict=True), "o-", markersize=4, label=label)
+            sigmas, values = [row["sigma"] for row in rows], [row[key] for row in rows]
+            panel.semilogx(sigmas, values, "o-", markersize=4, label=label)
     drawing.axes[0].legend(fontsize=8)
     drawing.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
