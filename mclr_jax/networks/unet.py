@@ -23,9 +23,9 @@ ARCHITECTURES = ("ddpmpp", "ncsnpp", "adm")
 class Block(nn.Module):
     """Residual block, optionally with resampling before and self-attention after.
 
-    The ADM block modulates its second norm by scale and shift, and sums without rescaling; the
-    block of DDPM++/NCSN++ adds the embedding before that norm and divides each sum by sqrt(2).
-    `edm_init` is for EDM's initial values; else they are those of `Linear`.
+    The block of ADM scales and shifts its second norm and adds without rescaling; the block of
+    DDPM++ and NCSN++ adds the embedding before that norm and divides each sum by sqrt(2).
+    `edm_init` selects EDM's initial values instead of those of `Linear`.
     """
 
     features: int
@@ -53,10 +53,10 @@ class Block(nn.Module):
         modulation = modulation[:, None, None, :]
         if self.adm:
             scale, shift = jnp.split(modulation, 2, axis=-1)
-            h = nn.silu(norm(name="norm1")(h) * (1 + scale) + shift)
+            h = norm(name="norm1")(h) * (1 + scale) + shift
         else:
-            h = nn.silu(norm(name="norm1")(h + modulation))
-        h = layers.Dropout(self.dropout, name="dropout")(h, dropout_keys)
+            h = norm(name="norm1")(h + modulation)
+        h = layers.Dropout(self.dropout, name="dropout")(nn.silu(h), dropout_keys)
         h = linear(self.features, 3, name="conv1", **init_zero)(h)
 
         skip = resampled(x)
@@ -73,7 +73,7 @@ class Block(nn.Module):
 
 
 def _initialised(adm: bool, dtype: Any, edm_init: bool = True) -> tuple[partial, dict, dict]:
-    """The layer with its initial values, and what the last layers and attention have otherwise."""
+    """`Linear` with its initial values, and the options of last layers and of attention."""
     linear = partial(Linear, dtype=dtype)
     if not edm_init:
         return linear, {}, {}
@@ -85,28 +85,25 @@ def _initialised(adm: bool, dtype: Any, edm_init: bool = True) -> tuple[partial,
 
 
 def attention_heads(architecture: str, features: int) -> int:
-    """ADM has 64 channels per head, the others one head."""
+    """ADM has 64 channels per head, the other architectures have one head."""
     return max(1, features // 64) if architecture == "adm" else 1
 
 
 class UNet(Network):
-    """EDM's U-Net: 3 architectures that differ where `adm`, `ncsnpp` or `residual` is read below.
+    """EDM's U-Net, of the architecture "ddpmpp", "ncsnpp" or "adm".
 
-    Official settings: CIFAR-10 is the default here with dropout 0.13 and augment_dim 9; FFHQ and
-    AFHQ 64x64 have channel_mult (1, 2, 2, 2) and dropout 0.05 (0.25 for AFHQ); ImageNet 64x64 is
-    architecture "adm" with channels 192, channel_mult (1, 2, 3, 4), num_blocks 3,
-    attention_resolutions (32, 16, 8), dropout 0.1.
+    Official settings: for CIFAR-10 the defaults, dropout 0.13 and augment_dim 9; for FFHQ and AFHQ
+    64x64 channel_mult (1, 2, 2, 2), dropout 0.05 (AFHQ: 0.25); for ImageNet 64x64 architecture
+    "adm", channels 192, channel_mult (1, 2, 3, 4), num_blocks 3, attention_resolutions
+    (32, 16, 8), dropout 0.1.
 
     Attributes:
-      architecture: "ddpmpp", "ncsnpp" or "adm".
-      out_channels: channels of the output.
-      num_classes: classes; label == num_classes is the null label (a zero vector). 0 for none.
+      num_classes: 0 for a network without classes.
       channels: channels at full resolution, multiplied by `channel_mult` at each level.
       num_blocks: residual blocks per level of the encoder; the decoder has one more.
       attention_resolutions: image heights (in patches) at which blocks attend.
-      patch_size: pixels of a patch are stacked as channels before the first convolution, which
-        makes the network patch_size^2 times cheaper; not an option of EDM.
-      remat: recompute blocks in the backward pass to save memory.
+      patch_size: the network sees the pixels of a patch as channels of one pixel, and is
+        patch_size^2 times cheaper; not an option of EDM.
     """
 
     architecture: str = "ddpmpp"
@@ -125,7 +122,7 @@ class UNet(Network):
         """x (B, H, W, C), c_noise (B,) -> raw output (B, H, W, out_channels).
 
         Raises:
-          ValueError: unknown architecture, or a size that the levels do not divide.
+          ValueError: the architecture is unknown, or the levels do not divide the image size.
         """
         if self.architecture not in ARCHITECTURES:
             raise ValueError(f"architecture is {self.architecture!r}, expected {ARCHITECTURES}")
@@ -153,7 +150,7 @@ class UNet(Network):
         for level, (width, size) in enumerate(zip(widths, sizes, strict=True)):
             if level > 0:
                 h = block(f"enc_{size}_down", h, h.shape[-1], resample="down")
-                if ncsnpp:  # the image itself also goes down, and joins in at each level
+                if ncsnpp:  # the downsampled image is added at each level
                     residual = layers.blur(residual, taps, stride=1, pad=len(taps) // 2)
                     name = f"enc_{size}_aux_residual"
                     residual = linear(h.shape[-1], 3, 2, "VALID", name=name)(residual)
@@ -183,7 +180,7 @@ class UNet(Network):
         return layers.depth_to_space(h, self.patch_size).astype(jnp.float32)
 
     def _embedding(self, c_noise: jax.Array, condition: Condition) -> jax.Array:
-        """Noise level (B,) and condition -> (B, 4 channels) float32."""
+        """Embedding of noise level (B,) and condition -> (B, 4 * channels) float32."""
         adm, ncsnpp = self.architecture == "adm", self.architecture == "ncsnpp"
         linear = _initialised(adm, jnp.float32)[0]
         one_hot = jax.nn.one_hot(condition.label, self.num_classes)  # the null label gives zeros
