@@ -88,10 +88,8 @@ def stream(
     if all(examples.in_memory for examples in sources.values()):
         return map(batch, itertools.count(start_step))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-    steps = grain.MapDataset.range(sys.maxsize - 1).map(batch)  # the element of index n is step n
-    iterator = iter(steps.to_iter_dataset(options))
-    grain.experimental.set_next_index(iterator, start_step)
-    return iterator
+    steps = grain.MapDataset.range(start_step, sys.maxsize - 1).map(batch)
+    return iter(steps.to_iter_dataset(options))
 
 
 def stack(stream: Iterator[Batch], count: int, length: int) -> Batch:

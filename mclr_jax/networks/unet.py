@@ -5,6 +5,7 @@ Sources: Karras et al. 2022 (arXiv:2206.00364), Table 7 and Appendix F.2; Song e
 Official weights load through `mclr_jax.pretrained.edm`.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.nn.initializers import normal, variance_scaling, zeros
 
 from mclr_jax.networks import layers
 from mclr_jax.networks.layers import Linear, Network, positional_embedding
@@ -30,8 +32,7 @@ class Block(nn.Module):
 
     features: int
     adm: bool
-    resample: str = ""  # "", "up" or "down"
-    resample_filter: tuple[float, ...] = (1, 1)
+    resample: Callable[[jax.Array], jax.Array] | None = None
     heads: int = 0
     dropout: float = 0.0
     dtype: Any = jnp.float32
@@ -40,12 +41,11 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, embedding: jax.Array, dropout_keys: jax.Array | None):
         """x (B, H, W, C), embedding (B, E), dropout_keys (B,) or None -> (B, H', W', features)."""
-        linear, init_zero, init_attention = _initialised(self.adm, self.dtype, self.edm_init)
+        linear, init_last, init_qkv = _initialised(self.adm, self.dtype, self.edm_init)
         norm = partial(layers.GroupNorm, 1e-5 if self.adm else 1e-6, self.dtype)
         rescale = 1.0 if self.adm else np.sqrt(0.5).item()
 
-        operations = {"up": layers.upsample, "down": layers.downsample, "": lambda x, taps: x}
-        resampled = partial(operations[self.resample], taps=self.resample_filter)
+        resampled = self.resample or (lambda x: x)
 
         h = nn.silu(norm(name="norm0")(x))
         h = linear(self.features, 3, name="conv0")(resampled(h))
@@ -57,7 +57,7 @@ class Block(nn.Module):
         else:
             h = norm(name="norm1")(h + modulation)
         h = layers.Dropout(self.dropout, name="dropout")(nn.silu(h), dropout_keys)
-        h = linear(self.features, 3, name="conv1", **init_zero)(h)
+        h = linear(self.features, 3, name="conv1", **init_last)(h)
 
         skip = resampled(x)
         if self.features != x.shape[-1] or (self.resample and not self.adm):
@@ -65,23 +65,24 @@ class Block(nn.Module):
         x = (h + skip) * rescale
 
         if self.heads:
-            qkv = linear(3 * self.features, name="qkv", **init_attention)(norm(name="norm2")(x))
+            qkv = linear(3 * self.features, name="qkv", **init_qkv)(norm(name="norm2")(x))
             qkv = qkv.reshape(len(x), -1, self.heads, 3 * self.features // self.heads)
             h = layers.attention(*jnp.split(qkv, 3, axis=-1)).reshape(x.shape)
-            x = (x + linear(self.features, name="proj", **init_zero)(h)) * rescale
+            x = (x + linear(self.features, name="proj", **init_last)(h)) * rescale
         return x
 
 
 def _initialised(adm: bool, dtype: Any, edm_init: bool = True) -> tuple[partial, dict, dict]:
-    """`Linear` with its initial values, and the options of last layers and of attention."""
+    """`Linear` with its initial values (EDM's `weight_init`), options of last layers and of qkv."""
     linear = partial(Linear, dtype=dtype)
     if not edm_init:
         return linear, {}, {}
     if adm:
-        linear = partial(linear, kernel_init=layers.kaiming_uniform(3**-0.5), bias_scale=1.0)
-        return linear, {"kernel_init": nn.initializers.zeros, "bias_scale": 0.0}, {}
-    last, attention = (layers.xavier_uniform(gain) for gain in (1e-5, 0.2**0.5))
-    return linear, {"kernel_init": last}, {"kernel_init": attention}
+        init = variance_scaling(1 / 3, "fan_in", "uniform")
+        linear = partial(linear, kernel_init=init, bias_scale=1.0)
+        return linear, {"kernel_init": zeros, "bias_scale": 0.0}, {}
+    last, qkv = (variance_scaling(variance, "fan_avg", "uniform") for variance in (1e-10, 0.2))
+    return linear, {"kernel_init": last}, {"kernel_init": qkv}
 
 
 def attention_heads(architecture: str, features: int) -> int:
@@ -131,13 +132,14 @@ class UNet(Network):
         x = layers.space_to_depth(x, self.patch_size)
         adm, ncsnpp = self.architecture == "adm", self.architecture == "ncsnpp"
         taps = (1, 3, 3, 1) if ncsnpp else (1, 1)
-        linear, init_zero, _ = _initialised(adm, self.dtype)
+        up, down = partial(layers.upsample, taps=taps), partial(layers.downsample, taps=taps)
+        linear, init_last, _ = _initialised(adm, self.dtype)
         embedding = self._embedding(c_noise, condition).astype(self.dtype)
 
-        def block(name: str, h: jax.Array, features: int, attend=False, resample="") -> jax.Array:
+        def block(name: str, h: jax.Array, features: int, attend=False, resample=None) -> jax.Array:
             heads = attention_heads(self.architecture, features) if attend else 0
             cls = nn.remat(Block) if self.remat else Block
-            module = cls(features, adm, resample, taps, heads, self.dropout, self.dtype, name=name)
+            module = cls(features, adm, resample, heads, self.dropout, self.dtype, name=name)
             return module(h, embedding, condition.dropout_keys)
 
         # Encoder.
@@ -149,7 +151,7 @@ class UNet(Network):
         skips = [h]
         for level, (width, size) in enumerate(zip(widths, sizes, strict=True)):
             if level > 0:
-                h = block(f"enc_{size}_down", h, h.shape[-1], resample="down")
+                h = block(f"enc_{size}_down", h, h.shape[-1], resample=down)
                 if ncsnpp:  # the downsampled image is added at each level
                     residual = layers.blur(residual, taps, stride=1, pad=len(taps) // 2)
                     name = f"enc_{size}_aux_residual"
@@ -167,7 +169,7 @@ class UNet(Network):
                 h = block(f"dec_{size}_in0", h, h.shape[-1], attend=True)
                 h = block(f"dec_{size}_in1", h, h.shape[-1])
             else:
-                h = block(f"dec_{size}_up", h, h.shape[-1], resample="up")
+                h = block(f"dec_{size}_up", h, h.shape[-1], resample=up)
             for index in range(self.num_blocks + 1):
                 attend = attends[level] and (adm or index == self.num_blocks)
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
@@ -176,7 +178,7 @@ class UNet(Network):
         prefix = "out" if adm else f"dec_{sizes[0]}_aux"
         h = layers.GroupNorm(1e-5 if adm else 1e-6, self.dtype, name=f"{prefix}_norm")(h)
         features = self.patch_size**2 * self.out_channels
-        h = linear(features, 3, name=f"{prefix}_conv", **init_zero)(nn.silu(h))
+        h = linear(features, 3, name=f"{prefix}_conv", **init_last)(nn.silu(h))
         return layers.depth_to_space(h, self.patch_size).astype(jnp.float32)
 
     def _embedding(self, c_noise: jax.Array, condition: Condition) -> jax.Array:
@@ -187,8 +189,7 @@ class UNet(Network):
 
         noise_channels = self.channels * (2 if ncsnpp else 1)
         if ncsnpp:
-            normal = nn.initializers.normal(16.0)
-            frequencies = self.param("map_noise_freqs", normal, (noise_channels // 2,))
+            frequencies = self.param("map_noise_freqs", normal(16.0), (noise_channels // 2,))
             angles = 2 * np.pi * c_noise.astype(jnp.float32)
             embedding = layers.sinusoids(angles, jax.lax.stop_gradient(frequencies))
         else:
@@ -203,6 +204,6 @@ class UNet(Network):
         embedding = nn.silu(linear(4 * self.channels, name="map_layer0")(embedding))
         embedding = linear(4 * self.channels, name="map_layer1")(embedding)
         if self.num_classes and adm:
-            options = {"use_bias": False, "kernel_init": nn.initializers.normal(1.0)}
-            embedding = embedding + linear(4 * self.channels, name="map_label", **options)(one_hot)
+            options = {"use_bias": False, "kernel_init": normal(1.0), "name": "map_label"}
+            embedding = embedding + linear(4 * self.channels, **options)(one_hot)
         return nn.silu(embedding)
