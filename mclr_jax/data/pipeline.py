@@ -53,7 +53,6 @@ def stream(
       batch_size: size of the global batch; this process gets its rows [process_index,
         process_index + 1) * batch_size / process_count.
       seed: non-negative.
-      start_step: the step of the first batch.
       threads: number of threads, each of which reads a batch ahead.
       extra: sources of companions by name. Each example has one of each, drawn with
         seed + k * OTHER_SEED for the k-th name in alphabetical order, k = 1, 2, ...
@@ -63,13 +62,12 @@ def stream(
       index (b,) int32, the row in the global batch, from which the example's random key is derived;
       and NAME_image and NAME_label for each name in `extra`.
 
-    Raises:
-      ValueError: the batch does not divide among the processes, or a source has no examples.
+    Raises ValueError if the processes do not divide the batch, or a source has no examples.
     """
     if batch_size < 1 or batch_size % process_count:
         raise ValueError(
-            f"got batch_size={batch_size} for {process_count} processes; it must be a positive "
-            f"multiple of {process_count}"
+            f"got batch_size={batch_size}, expected a positive multiple of {process_count}, the "
+            "number of processes"
         )
     if not 0 <= process_index < process_count:
         raise ValueError(f"got process_index={process_index}, expected 0 to {process_count - 1}")

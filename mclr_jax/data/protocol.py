@@ -109,19 +109,15 @@ def evenly(source: Source, count: int) -> np.ndarray:
 
 
 def sigma_data(source: Source) -> float:
-    """Standard deviation of the network's data (uint8 as x / 127.5 - 1); Karras et al. 2022.
-
-    Over all pixels of at most 4096 evenly spaced examples.
-    """
+    """Standard deviation of the data (uint8 as x / 127.5 - 1), over all pixels of at most 4096
+    evenly spaced examples; `sigma_data` of Karras et al. 2022 (arXiv:2206.00364)."""
     images, _ = source[evenly(source, 4096)]
     return float(images.std(dtype=np.float64) / (127.5 if images.dtype == np.uint8 else 1))
 
 
 def limit(source: Source, n: int, seed: int) -> Subset:
-    """A random subset of n examples with equal shares of the classes, as far as these suffice.
-
-    For the same seed, a larger subset contains a smaller one.
-    """
+    """A random subset of n examples with equal shares of the classes, as far as these suffice; for
+    the same seed, a larger subset contains a smaller one."""
     if not 1 <= n <= len(source):
         raise ValueError(f"got a limit of {n} examples, expected 1 to {len(source)}")
     order = np.random.default_rng(np.random.SeedSequence(seed)).permutation(len(source))

@@ -1,7 +1,6 @@
-"""Classifiers of noisy data: called like the denoising networks, they return logits.
+"""Classifiers of noisy data, called like the denoising networks; they ignore the label.
 
-They ignore the condition's label. They store the last hidden layer (B, d) as the intermediate
-`features`, for distances between sets of images.
+The last hidden layer (B, d) is stored as `features`, for distances between sets of images.
 """
 
 from functools import partial
@@ -21,7 +20,6 @@ from mclr_jax.types import Condition, with_label
 class MLPClassifier(Network):
     """The residual MLP on flattened data (B, ...); fields as in `MLP`."""
 
-    num_classes: int = 10
     width: int = 256
     depth: int = 2
     gives: ClassVar[str] = "logits"
@@ -42,10 +40,9 @@ class ConvClassifier(Network):
 
     Attributes:
       channels: channels of each level; a level halves the size and has one residual block.
-      patch_size: the network sees the pixels of a patch as channels of one pixel.
+      patch_size: the pixels of a patch are stacked as channels of one pixel.
     """
 
-    num_classes: int = 10
     channels: tuple[int, ...] = (32, 64)
     patch_size: int = 2
     gives: ClassVar[str] = "logits"
@@ -55,8 +52,7 @@ class ConvClassifier(Network):
     def __call__(self, x: jax.Array, c_noise: jax.Array, condition: Condition) -> jax.Array:
         """x (B, H, W, C), c_noise (B,) -> logits (B, num_classes).
 
-        Raises:
-          ValueError: x is no image, or patches and levels do not divide its size.
+        Raises ValueError for other shapes, and if patches and levels do not divide the size.
         """
         if x.ndim != 4:
             raise ValueError(

@@ -83,7 +83,6 @@ class DiT(Network):
     """
 
     out_channels: int = 3
-    num_classes: int = 10
     patch_size: int = 4
     width: int = 384
     depth: int = 12
@@ -98,8 +97,7 @@ class DiT(Network):
     def __call__(self, x: jax.Array, c_noise: jax.Array, condition: Condition) -> jax.Array:
         """x (B, H, W, C), c_noise (B,) -> raw output (B, H, W, out_channels).
 
-        Raises:
-          ValueError: patches do not divide the image, or heads do not divide the width.
+        Raises ValueError if patches do not divide the image, or heads do not divide the width.
         """
         (batch, height, width, _), p = x.shape, self.patch_size
         if height % p or width % p:

@@ -83,7 +83,7 @@ def check_sizes(x: jax.Array, patch_size: int, levels: int, field: str) -> None:
 
 
 def space_to_depth(x: jax.Array, size: int) -> jax.Array:
-    """Patches of size x size become channels: (B, H, W, C) -> (B, H/size, W/size, size^2 C)."""
+    """Stacks patches as channels: (B, H, W, C) -> (B, H / size, W / size, size^2 C)."""
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height // size, size, width // size, size * channels).swapaxes(2, 3)
     return x.reshape(batch, height // size, width // size, size * size * channels)
@@ -143,28 +143,21 @@ def positional_embedding(t: jax.Array, dim: int = 256, endpoint: bool = False) -
     return sinusoids(t, 1e-4 ** (np.arange(dim // 2) / (dim // 2 - endpoint)))
 
 
-def strength_features(strength: jax.Array) -> jax.Array:
-    """Guidance strength (B,) -> network input (B, 8), smooth and zero at strength 0.
-
-    The factor 8 lets a kernel that starts at zero have an effect after a few hundred Adam steps.
-    """
-    angles = jnp.log1p(strength)[:, None] * jnp.array([0.5, 1.0, 2.0, 4.0])
-    return 8 * jnp.concatenate([jnp.sin(angles), 1 - jnp.cos(angles)], axis=-1)
-
-
 class Network(nn.Module, kw_only=True):
     """Base of the networks, which are called with x (B, ...), c_noise (B,) and a `Condition`.
 
     Attributes:
+      num_classes: classes; the label num_classes is the null label.
       augment_dim: length of the augmentation vector, 0 for none.
       takes_strength: whether the guidance strength is an input.
       dropout: rate in each block, used if the condition has dropout keys.
       dtype: compute dtype; parameters, norms, softmax and output are float32.
 
-    In all subclasses `out_channels` counts the channels of the raw output, the label `num_classes`
-    is the null label, and `remat` recomputes blocks in the backward pass to save memory.
+    In subclasses, `out_channels` counts the channels of the raw output, and `remat` recomputes
+    blocks in the backward pass to save memory.
     """
 
+    num_classes: int = 10
     augment_dim: int = 0
     takes_strength: bool = False
     dropout: float = 0.0
@@ -181,7 +174,11 @@ class Network(nn.Module, kw_only=True):
         linear = partial(Linear, width, use_bias=False, kernel_init=zeros, dtype=embedding.dtype)
         if self.takes_strength:
             strength = jnp.zeros(batch) if condition.strength is None else condition.strength
-            embedding = embedding + linear(name="map_strength")(strength_features(strength))
+            # Smooth features, zero at strength 0. The factor 8 makes the kernel, which starts at
+            # zero, have an effect after a few hundred Adam steps.
+            angles = jnp.log1p(strength)[:, None] * jnp.array([0.5, 1.0, 2.0, 4.0])
+            features = 8 * jnp.concatenate([jnp.sin(angles), 1 - jnp.cos(angles)], axis=-1)
+            embedding = embedding + linear(name="map_strength")(features)
         if self.augment_dim:
             none = jnp.zeros((batch, self.augment_dim))
             augment = none if condition.augment is None else condition.augment

@@ -48,7 +48,6 @@ class MLP(Network):
     """
 
     out_channels: int = 2
-    num_classes: int = 10
     width: int = 128
     depth: int = 4
     per_frame: bool = False

@@ -49,8 +49,8 @@ class Block(nn.Module):
 
         h = nn.silu(norm(name="norm0")(x))
         h = linear(self.features, 3, name="conv0")(resampled(h))
-        modulation = linear(self.features * (1 + self.adm), name="affine")(embedding)
-        modulation = modulation[:, None, None, :]
+        affine = linear(self.features * (1 + self.adm), name="affine")
+        modulation = affine(embedding)[:, None, None, :]
         if self.adm:
             scale, shift = jnp.split(modulation, 2, axis=-1)
             h = norm(name="norm1")(h) * (1 + scale) + shift
@@ -103,13 +103,12 @@ class UNet(Network):
       channels: channels at full resolution, multiplied by `channel_mult` at each level.
       num_blocks: residual blocks per level of the encoder; the decoder has one more.
       attention_resolutions: image heights (in patches) at which blocks attend.
-      patch_size: the network sees the pixels of a patch as channels of one pixel, and is
-        patch_size^2 times cheaper; not an option of EDM.
+      patch_size: the pixels of a patch are stacked as channels of one pixel, which makes the
+        network patch_size^2 times cheaper; not an option of EDM.
     """
 
     architecture: str = "ddpmpp"
     out_channels: int = 3
-    num_classes: int = 10
     channels: int = 128
     channel_mult: tuple[int, ...] = (2, 2, 2)
     num_blocks: int = 4
@@ -122,8 +121,7 @@ class UNet(Network):
     def __call__(self, x: jax.Array, c_noise: jax.Array, condition: Condition) -> jax.Array:
         """x (B, H, W, C), c_noise (B,) -> raw output (B, H, W, out_channels).
 
-        Raises:
-          ValueError: the architecture is unknown, or the levels do not divide the image size.
+        Raises ValueError for unknown architectures, and if the levels do not divide the image.
         """
         if self.architecture not in ARCHITECTURES:
             raise ValueError(f"architecture is {self.architecture!r}, expected {ARCHITECTURES}")

@@ -21,13 +21,9 @@ def convert(
 ) -> dict[Path, jax.Array]:
     """Parameters of `net` by path: kernels (..., in, out), and zeros for absent optional inputs.
 
-    Args:
-      state: official name -> array.
-      image: the shape (H, W, C) of the network's input.
-      official_name: path -> official name, or a list of names whose arrays are stacked.
-
-    Raises:
-      ValueError: names the first parameter that is missing, unexpected or of another shape.
+    `state` maps official names to arrays, `image` is the shape (H, W, C) of the network's input,
+    `official_name` maps a path to its name, or to a list of names whose arrays are stacked. Raises
+    ValueError for the first parameter that is missing, unexpected or of another shape.
     """
     remaining = dict(state)
 
