@@ -20,6 +20,7 @@ from mclr_jax.types import Condition, with_label
 class MLPClassifier(Network):
     """The residual MLP on flattened data (B, ...); fields as in `MLP`."""
 
+    num_classes: int = 10
     width: int = 256
     depth: int = 2
     gives: ClassVar[str] = "logits"
@@ -43,6 +44,7 @@ class ConvClassifier(Network):
       patch_size: the pixels of a patch are stacked as channels of one pixel.
     """
 
+    num_classes: int = 10
     channels: tuple[int, ...] = (32, 64)
     patch_size: int = 2
     gives: ClassVar[str] = "logits"

@@ -83,6 +83,7 @@ class DiT(Network):
     """
 
     out_channels: int = 3
+    num_classes: int = 10
     patch_size: int = 4
     width: int = 384
     depth: int = 12

@@ -156,17 +156,15 @@ class Network(nn.Module, kw_only=True):
     """Base of the networks, which are called with x (B, ...), c_noise (B,) and a `Condition`.
 
     Attributes:
-      num_classes: classes; the label num_classes is the null label.
       augment_dim: length of the augmentation vector, 0 for none.
       takes_strength: whether the guidance strength is an input.
       dropout: rate in each block, used if the condition has dropout keys.
       dtype: compute dtype; parameters, norms, softmax and output are float32.
 
-    In subclasses, `out_channels` counts the channels of the raw output, and `remat` recomputes
-    blocks in the backward pass to save memory.
+    In subclasses, `out_channels` counts the channels of the raw output, the label `num_classes` is
+    the null label, and `remat` recomputes blocks in the backward pass to save memory.
     """
 
-    num_classes: int = 10
     augment_dim: int = 0
     takes_strength: bool = False
     dropout: float = 0.0

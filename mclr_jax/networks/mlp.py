@@ -48,6 +48,7 @@ class MLP(Network):
     """
 
     out_channels: int = 2
+    num_classes: int = 10
     width: int = 128
     depth: int = 4
     per_frame: bool = False

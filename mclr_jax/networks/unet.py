@@ -109,6 +109,7 @@ class UNet(Network):
 
     architecture: str = "ddpmpp"
     out_channels: int = 3
+    num_classes: int = 10
     channels: int = 128
     channel_mult: tuple[int, ...] = (2, 2, 2)
     num_blocks: int = 4
