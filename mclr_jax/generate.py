@@ -155,7 +155,7 @@ def generate(
 
     sigmas, interval = sampler.grid(model.preconditioning.levels), interval or (0.0, np.inf)
     options = (sigmas, guidance_scale, interval, churn or samplers.Churn())
-    options = jax.tree.map(np.float32, options)
+    scalars = jax.tree.map(np.float32, options)
     both, (rows, _) = replicated((params, weak_params)), shardings()
     batch_size = spread_size(batch_size, len(labels))
     out = np.zeros((len(labels), *model.data.shape), np.float32)
@@ -163,7 +163,7 @@ def generate(
         here = labels[start : start + batch_size]
         # The last batch is padded to the same size, so that one program runs all batches.
         padded = np.arange(start, start + batch_size), np.resize(here, batch_size)
-        samples = run(both, np.uint32(seed), *jax.device_put(padded, rows), *options)
+        samples = run(both, np.uint32(seed), *jax.device_put(padded, rows), *scalars)
         out[start : start + batch_size] = np.asarray(samples)[: len(here)]
         progress(len(here))
     return out

@@ -32,9 +32,7 @@ def step_indices(seed: int, step: int, batch_size: int, length: int) -> np.ndarr
 
 @functools.lru_cache(maxsize=8)  # two epochs of each of several streams
 def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
-    permutation = np.random.Generator(np.random.Philox([seed, epoch])).permutation(length)
-    permutation.flags.writeable = False
-    return permutation
+    return np.random.Generator(np.random.Philox([seed, epoch])).permutation(length)
 
 
 def stream(

@@ -57,16 +57,15 @@ def _transpose_kernel(g: jax.Array, x: jax.Array, kernel: Any, *, margins: tuple
 
 def _batched(arguments, axes, *, margins: tuple[int, ...]):
     """Kernels are mapped one by one: XLA's own rule, grouped convolution, is slow on the CPU."""
-    moved = [
-        v if a is None else jnp.moveaxis(v, a, 0) for v, a in zip(arguments, axes, strict=True)
-    ]
-    (x, kernel), convolution = moved, partial(_convolution.bind, margins=margins)
-    if axes[1] is None:  # one kernel: the mapped axis joins the batch
+    (x, kernel), (x_axis, kernel_axis) = arguments, axes
+    convolution = partial(_convolution.bind, margins=margins)
+    if x_axis is None:
+        return lax.map(partial(convolution, x), jnp.moveaxis(kernel, kernel_axis, 0)), 0
+    x = jnp.moveaxis(x, x_axis, 0)
+    if kernel_axis is None:  # the mapped axis joins the batch
         y = convolution(x.reshape(-1, *x.shape[2:]), kernel)
         return y.reshape(*x.shape[:2], *y.shape[1:]), 0
-    if axes[0] is None:
-        return lax.map(partial(convolution, x), kernel), 0
-    return lax.map(lambda pair: convolution(*pair), (x, kernel)), 0
+    return lax.map(lambda pair: convolution(*pair), (x, jnp.moveaxis(kernel, kernel_axis, 0))), 0
 
 
 _convolution = Primitive("convolution")
