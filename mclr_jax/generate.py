@@ -1,4 +1,4 @@
-"""Samples from a trained model: any number, in batches, over all devices."""
+"""Samples from a trained model, in batches, on all devices."""
 
 import functools
 from collections.abc import Callable
@@ -19,42 +19,41 @@ from mclr_jax.types import DenoiseFn
 
 
 def shardings() -> tuple[NamedSharding, NamedSharding]:
-    """Rows spread over all devices, and a copy on each."""
+    """Rows divided among all devices, and a copy on each device."""
     mesh = Devices("data").mesh
     return NamedSharding(mesh, PartitionSpec(AXIS)), NamedSharding(mesh, PartitionSpec())
 
 
 def replicated(tree: Any) -> Any:
-    """The arrays of a tree with a copy on each device, as they are where they have one."""
-    _, everywhere = shardings()
+    """The arrays of a tree copied to each device, unless all devices have them."""
     there = all(len(x.sharding.device_set) == jax.device_count() for x in jax.tree.leaves(tree))
-    return tree if there else jax.device_put(tree, everywhere)
+    return tree if there else jax.device_put(tree, shardings()[1])
 
 
 def spread_size(batch_size: int, count: int) -> int:
-    """The size of batches of `count` examples: at most all, a multiple of the devices."""
+    """The batch size for `count` examples: at most `count`, rounded up to a multiple of devices."""
     batch_size = min(batch_size, count)
     return batch_size + -batch_size % jax.device_count()
 
 
 def _with_strength(denoise: DenoiseFn, strength: Any, interval: Any) -> DenoiseFn:
-    """A network that takes the strength of guidance as an input: one call at any strength."""
+    """The denoiser with the guidance strength as its input, 0 outside the interval."""
     low, high = interval
 
-    def told(x, sigma, condition):
+    def with_strength(x, sigma, condition):
         inside = jnp.where((low < sigma) & (sigma <= high), strength, 0.0)
         return denoise(x, sigma, condition.replace(strength=inside))
 
-    return told
+    return with_strength
 
 
 @functools.lru_cache(maxsize=8)
 def compiled(
     model: Model, method: str, guided: bool, stochastic: bool, weak: Model | None
 ) -> Callable:
-    """Jitted (both models' params, seed, numbers, labels, sigmas, scale, interval, churn) -> x."""
+    """Jitted (both models' params, seed, indices, labels, sigmas, scale, interval, churn) -> x."""
 
-    def run(all_params, seed, numbers, labels, sigmas, scale, interval, churn):
+    def run(all_params, seed, indices, labels, sigmas, scale, interval, churn):
         params, weak_params = all_params
         denoise = model.denoise(params)
         if weak is not None:
@@ -63,25 +62,17 @@ def compiled(
             denoise = _with_strength(denoise, scale - 1, interval)
         elif guided:
             denoise = guidance.classifier_free(denoise, model.null_label, scale, interval)
-        keys = sample_keys(seed, numbers)
+        keys = sample_keys(seed, indices)
         x_init = sigmas[0] * normal_like(keys, jnp.zeros((len(keys), *model.data.shape)))
-        return samplers.sample(
-            denoise,
-            x_init,
-            labels,
-            sigmas,
-            method,
-            churn=churn if stochastic else None,
-            # other keys than those of x_init
-            keys=jax.vmap(jax.random.fold_in, (0, None))(keys, 1),
-        )
+        churn = churn if stochastic else None
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)  # not those of x_init
+        return samplers.sample(denoise, x_init, labels, sigmas, method, churn=churn, keys=keys)
 
-    _, everywhere = shardings()
-    return jax.jit(run, out_shardings=everywhere)
+    return jax.jit(run, out_shardings=shardings()[1])
 
 
 def _guided(model: Model, guidance_scale: float, weak: Any = None) -> bool:
-    """Whether this scale takes second calls of a network."""
+    """Whether guidance at this scale needs a second network call."""
     return guidance_scale != 1 and (weak is not None or not model.strength)
 
 
@@ -93,7 +84,7 @@ def network_calls(
     interval: tuple[float, float] | None = None,
     weak: tuple[Model, Any] | None = None,
 ) -> int:
-    """Calls of networks that `generate` makes for a sample, with the same arguments."""
+    """Network calls for one sample of `generate` with these arguments."""
     levels = samplers.call_levels(sampler.grid(model.preconditioning.levels), sampler.method)
     low, high = interval or (0.0, np.inf)
     second = (low < levels) & (levels <= high) & _guided(model, guidance_scale, weak)
@@ -109,16 +100,16 @@ def _checked(model: Model, labels: np.ndarray, guidance_scale: float, weak: Any)
         )
     if weak is not None and weak[0].data.shape != model.data.shape:
         raise ValueError(
-            f"The weak model makes examples of shape {weak[0].data.shape}; expected "
-            f"{model.data.shape}, the shape of the guided one."
+            f"The weak model has samples of shape {weak[0].data.shape}; expected "
+            f"{model.data.shape}, the shape of the guided model's."
         )
     if weak is None and model.strength:
         low, high = model.strength
         if not low <= guidance_scale - 1 <= high:
             logging.warning(
-                "guidance_scale %g is strength %g, outside the range %s that this network was "
-                "trained with.", guidance_scale, guidance_scale - 1, model.strength,
-            )  # fmt: skip
+                f"guidance_scale {guidance_scale:g} is strength {guidance_scale - 1:g}, outside "
+                f"the range {model.strength} that this network was trained with."
+            )
     return labels
 
 
@@ -136,49 +127,43 @@ def generate(
     batch_size: int = 256,
     progress: Callable[[int], Any] = lambda count: None,
 ) -> np.ndarray:
-    """Samples for `labels` (n,), as (n, ...) float32 in the unit of the scaled data.
+    """Samples (n, ...) for classes `labels` (n,), float32 in the units of the scaled data.
 
-    Sample i depends on (seed, i, labels[i]) alone, not on batch size or devices. Changing the grid,
-    the guidance scale or the interval does not recompile.
+    Sample i depends on (seed, i, labels[i]) alone, not on batch size or devices. A change of grid,
+    guidance scale or interval does not recompile.
 
     Args:
-      model: what the parameters belong to.
-      params: network parameters, on any devices of this process or all.
-      labels: class of each sample.
-      sampler: method and grid; the levels are kept within those that the model knows.
+      params: of the model's network, on some or all devices of this process, or on all devices.
+      sampler: method and grid, of which the model's range of noise levels is used.
       seed: sample i starts from the noise of key fold_in(seed, i).
-      guidance_scale: of classifier-free guidance; 1 is none. A network that takes the strength as
-        an input is told guidance_scale - 1 instead.
-      interval: (low, high) of sigma to guide in; None for all.
-      weak: (model, params) to guide by in place of the null label: autoguidance (arXiv 2406.02507),
-        whose weak model is smaller or less trained.
+      guidance_scale: of classifier-free guidance; 1 is none. A network with the strength as an
+        input receives guidance_scale - 1 instead.
+      interval: (low, high] of sigma with guidance; None for all.
+      weak: smaller or less trained (model, params), used in place of the null label for
+        autoguidance (arXiv:2406.02507).
       churn: stochastic sampling; None is deterministic.
-      batch_size: samples at a time, rounded up to a multiple of the devices.
-      progress: called with the number of new samples after each batch.
+      batch_size: rounded up to a multiple of the devices.
+      progress: called after each batch with the number of its samples.
 
     Raises:
-      ValueError: if a label is outside [0, num_classes], or the weak model is of other data.
+      ValueError: a label is outside [0, num_classes], or the weak model has another data shape.
     """
     labels = _checked(model, labels, guidance_scale, weak)
-    sigmas = sampler.grid(model.preconditioning.levels)
     guided = _guided(model, guidance_scale, weak)
     weak_model, weak_params = weak or (None, {})
     run = compiled(model, sampler.method, guided, churn is not None, weak_model)
 
-    rows, _ = shardings()
-    both = replicated((params, weak_params))
+    sigmas, interval = sampler.grid(model.preconditioning.levels), interval or (0.0, np.inf)
+    options = (sigmas, guidance_scale, interval, churn or samplers.Churn())
+    scalars = jax.tree.map(np.float32, options)
+    both, (rows, _) = replicated((params, weak_params)), shardings()
     batch_size = spread_size(batch_size, len(labels))
-    scalars = jax.tree.map(
-        np.float32, (sigmas, guidance_scale, interval or (0.0, np.inf), churn or samplers.Churn())
-    )
     out = np.zeros((len(labels), *model.data.shape), np.float32)
     for start in range(0, len(labels), batch_size):
-        # The last batch is padded, so that one program serves all.
-        numbers = np.arange(start, start + batch_size)
-        batch_labels = np.resize(labels[start : start + batch_size], batch_size)
-        numbers, batch_labels = jax.device_put((numbers, batch_labels), rows)
-        samples = np.asarray(run(both, np.uint32(seed), numbers, batch_labels, *scalars))
-        count = min(batch_size, len(labels) - start)
-        out[start : start + count] = samples[:count]
-        progress(count)
+        here = labels[start : start + batch_size]
+        # The last batch is padded to the same size, so that one program runs all batches.
+        padded = np.arange(start, start + batch_size), np.resize(here, batch_size)
+        samples = run(both, np.uint32(seed), *jax.device_put(padded, rows), *scalars)
+        out[start : start + batch_size] = np.asarray(samples)[: len(here)]
+        progress(len(here))
     return out

@@ -9,51 +9,40 @@ from PIL import Image, ImageDraw, ImageFont
 from mclr_jax.files import write_atomically
 
 MARGIN = 4
-COLOURS = np.array(  # Okabe and Ito's palette, told apart by colour-blind readers too
-    [
-        (0, 114, 178),
-        (230, 159, 0),
-        (0, 158, 115),
-        (204, 121, 167),
-        (213, 94, 0),
-        (86, 180, 233),
-        (240, 228, 66),
-        (0, 0, 0),
-    ]
-)
+COLOURS = np.array([  # Okabe and Ito's palette, which colour-blind readers can distinguish
+    (0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167),
+    (213, 94, 0), (86, 180, 233), (240, 228, 66), (0, 0, 0),
+])  # fmt: skip
 
 
 def picture(samples: np.ndarray, labels: np.ndarray, columns: int = 10) -> np.ndarray:
-    """An (H, W, 3) uint8 picture of samples.
+    """An (H, W, 3) uint8 picture of samples with labels (n,) int.
 
-    Args:
-      samples: (n, h, w, c) images in [-1, 1], of which the first channel (c < 3) or the first three
-        are shown, or (n, d) points, of which the first two coordinates are plotted.
-      labels: (n,) int.
-      columns: at most so many images of each class.
+    Samples are images (n, h, w, c) in [-1, 1], of which it shows at most `columns` per class and
+    the first three channels, or the first if c < 3; or points (n, d), of which it plots the first
+    two coordinates.
     """
     samples, labels = np.asarray(samples), np.asarray(labels)
     return _grid(samples, labels, columns) if samples.ndim == 4 else _scatter(samples, labels)
 
 
 def clip(samples: np.ndarray) -> np.ndarray:
-    """Grey or colour images (n, h, w, 1 or 3) cut to [-1, 1]; points and latents as they are."""
+    """Grey or colour images (n, h, w, 1 or 3) clipped to [-1, 1]; points and latents unchanged."""
     is_image = samples.ndim == 4 and samples.shape[-1] in (1, 3)
     return np.clip(samples, -1, 1) if is_image else samples
 
 
 def as_8_bits(samples: np.ndarray) -> np.ndarray:
-    """Samples, clipped and rounded to the values k / 127.5 - 1 of 8-bit images, float32."""
+    """Samples, clipped and rounded to the values k / 127.5 - 1 of 8-bit images, in float32."""
     return (np.round(clip(samples) * 127.5 + 127.5) / 127.5 - 1).astype(np.float32)
 
 
 def _grid(samples, labels, columns):
-    _, height, width, channels = samples.shape
-    zoom = max(1, round(40 / height))
-    pixels = np.clip(np.round((samples + 1) * 127.5), 0, 255).astype(np.uint8)
-    pixels = pixels[..., :3] if channels >= 3 else np.repeat(pixels[..., :1], 3, -1)
+    zoom = max(1, round(40 / samples.shape[1]))
+    channels = [0, 1, 2] if samples.shape[-1] >= 3 else [0, 0, 0]
+    pixels = np.clip(np.round((samples[..., channels] + 1) * 127.5), 0, 255).astype(np.uint8)
     pixels = pixels.repeat(zoom, 1).repeat(zoom, 2)
-    height, width = height * zoom, width * zoom
+    _, height, width, _ = pixels.shape
     classes = np.unique(labels)
     font = ImageFont.load_default(size=14)
     left = MARGIN + max(int(font.getlength(str(c))) for c in classes) + MARGIN
@@ -70,12 +59,11 @@ def _grid(samples, labels, columns):
 
 
 def _scatter(points, labels, size=480):
-    x = points[:, :2]
-    low, high = x.min(0), x.max(0)
-    place = (x - low) / np.maximum((high - low).max(), 1e-9) * (size - 20) + 10
-    place[:, 1] = size - place[:, 1]  # the second coordinate grows upwards
+    x = points[:, :2] - points[:, :2].min(0)
+    pixels = x / max(x.max(), 1e-9) * (size - 20) + 10
+    pixels[:, 1] = size - pixels[:, 1]  # the second coordinate increases upwards
     canvas = np.full((size, size, 3), 255, np.uint8)
-    column, row = np.clip(place.astype(int), 1, size - 2).T
+    column, row = np.clip(pixels.astype(int), 1, size - 2).T
     for dy, dx in np.ndindex(3, 3):
         canvas[row + dy - 1, column + dx - 1] = COLOURS[labels % len(COLOURS)]
     return canvas

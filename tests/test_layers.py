@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.nn.initializers import variance_scaling
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mclr_jax.networks import layers
@@ -207,8 +208,8 @@ def test_initial_variance(kernel_size):
     inputs, outputs, area = 64, 128, kernel_size**2
     x = jnp.zeros((1, 4, 4, inputs))
     for init, variance in [
-        (layers.xavier_uniform(0.5), 0.25 * 2 / (area * (inputs + outputs))),
-        (layers.kaiming_uniform(3**-0.5), 1 / (3 * area * inputs)),
+        (variance_scaling(0.25, "fan_avg", "uniform"), 0.25 * 2 / (area * (inputs + outputs))),
+        (variance_scaling(1 / 3, "fan_in", "uniform"), 1 / (3 * area * inputs)),
     ]:
         module = layers.Linear(outputs, kernel_size, kernel_init=init, bias_scale=1.0)
         params = module.init(jax.random.key(0), x)["params"]

@@ -99,7 +99,7 @@ def test_idx_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="apt-get install dataset-fashion-mnist"):
         load("fashion_mnist", path=str(tmp_path / "nowhere"))
     write_idx(tmp_path, "train", PIXELS[..., 0], [0] * 5)
-    with pytest.raises(ValueError, match="6 images and 5 labels"):
+    with pytest.raises(ValueError, match=r"labels of shape \(5,\) .* each of 6 images"):
         load("fashion_mnist", path=str(tmp_path))
     write_idx(tmp_path, "train", PIXELS[..., 0], [0, 0, 0, 0, 0, 10])
     with pytest.raises(ValueError, match="labels from 0 to 10, expected 0 to 9"):
@@ -456,8 +456,8 @@ def test_sound_sources_of_ones_own_are_accepted():
         ({"shape": (2.0,)}, r"got .* shape \(2\.0,\)"),
         ({"num_classes": np.int64(3)}, r"got .* num_classes=np\.int64\(3\).* expected .* an int"),
         ({"count": 0}, "got 0 examples .* expected at least one"),
-        ({"get": lambda indices: [0, 1, 2, 3][indices]}, r"got TypeError\('only integer"),
-        ({"get": lambda indices: np.zeros((1, 2))}, r"got ValueError\('not enough"),
+        ({"get": lambda indices: [0, 1, 2, 3][indices]}, r"two examples \(only integer"),
+        ({"get": lambda indices: np.zeros((1, 2))}, r"two examples \(not enough"),
         ({"shape": (3,)}, r"images of shape \(2, 2\), expected \(2, 3\)"),
         ({"images": np.zeros((4, 2), np.int32)}, "images of int32, expected uint8 or a float type"),
         ({"labels": np.array([0, 1, 2, 2.0])}, "float64, expected one integer for each of 2"),

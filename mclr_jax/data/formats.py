@@ -1,6 +1,6 @@
-"""The formats that data sets come in: a function for each name that `sources.load` knows.
+"""The formats of data sets: one function for each name that `sources.load` knows.
 
-Their keyword-only arguments are its options.
+The keyword-only arguments of a function are the options of its format.
 """
 
 import contextlib
@@ -19,16 +19,16 @@ import numpy as np
 from PIL import Image
 
 from mclr_jax import mixture
-from mclr_jax.data.protocol import Arrays, Lazy, Source, as_images, as_labels, check_labels, limit
+from mclr_jax.data.protocol import Arrays, Lazy, Source, as_images, as_labels, limit
 
 IN_MEMORY_BYTES = 2**30
 FASHION_MNIST_PATH = "/usr/share/datasets/fashion-mnist"
-# What libraries raise where a file is broken.
+# Exceptions that libraries raise for broken files.
 BROKEN = (OSError, EOFError, ValueError, TypeError, SyntaxError, zlib.error, zipfile.BadZipFile)
 
 
 def _digits(_: str, split: str) -> Arrays:
-    """scikit-learn's 1,797 digits of 8x8; train: 1,497 in equal shares, test: the other 300."""
+    """scikit-learn's 1,797 digits of 8x8; train: 1,497 in equal shares; test: the other 300."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -40,7 +40,7 @@ def _digits(_: str, split: str) -> Arrays:
 
 
 def _fashion_mnist(_: str, split: str, *, path: str = FASHION_MNIST_PATH) -> Arrays:
-    """IDX files, gzipped or not, in the folder `path`; MNIST's own files have the same names."""
+    """IDX files, gzipped or not, in the folder `path`; MNIST's files have the same names."""
     prefix = pathlib.Path(path) / {"train": "train", "test": "t10k"}[split]
     images = _read_idx(f"{prefix}-images-idx3-ubyte", dimensions=3)
     labels = _read_idx(f"{prefix}-labels-idx1-ubyte", dimensions=1)
@@ -51,10 +51,10 @@ def _read_idx(name: str, dimensions: int) -> np.ndarray:
     file = pathlib.Path(name if pathlib.Path(name).is_file() else f"{name}.gz")
     if not file.is_file():
         raise FileNotFoundError(
-            f"found no {name}[.gz]; on Debian `apt-get install dataset-fashion-mnist` puts it into "
-            f"{FASHION_MNIST_PATH}, elsewhere give the folder by option `path`"
+            f"found no {name}[.gz]; on Debian `apt-get install dataset-fashion-mnist` writes it to "
+            f"{FASHION_MNIST_PATH}; give another folder by option `path`"
         )
-    with _named(f"{file} is no intact IDX file; get it again"):
+    with named(f"{file} is no intact IDX file; get it again"):
         content = file.read_bytes()
         content = gzip.decompress(content) if file.suffix == ".gz" else content
         magic, *shape = np.frombuffer(content, ">u4", 1 + dimensions).tolist()
@@ -68,17 +68,14 @@ def _tfds(
 ) -> Source:
     """A TensorFlow Datasets set prepared as array_record, read without TensorFlow.
 
-    Args:
-      path: TFDS's data_dir (default: TFDS's own, ~/tensorflow_datasets).
-      resolution: center-crop and resize to this; needed where images are of unequal size.
-      in_memory: decode everything now (default: if that takes less than 1 GiB).
+    Images are center-cropped and resized to `resolution`, required if their sizes differ. `path` is
+    TFDS's data_dir; `in_memory` decodes all images now (default: if they take less than 1 GiB).
     """
     import tensorflow_datasets as tfds
 
-    with _named(f"TFDS has no {name!r}; check name and option `path`"):
+    with named(f"TFDS has no {name!r}; check name and option `path`"):
         builder = tfds.builder(name, data_dir=path or None)
     if not builder.is_prepared() or builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
-        # `tfds.data_source` would start a download here.
         raise FileNotFoundError(
             f"TFDS set {name!r} is not prepared as array_record in {builder.data_path}; run "
             f"`tfds build {name} --file_format=array_record --data_dir=DIR` (in an environment "
@@ -88,16 +85,17 @@ def _tfds(
     if not {"image", "label"} <= set(features) or not hasattr(features["label"], "num_classes"):
         raise ValueError(
             f"TFDS set {name!r} has features {sorted(features)}, expected an 'image' and a 'label' "
-            "of classes"
+            "of type ClassLabel; choose another set"
         )
     if split not in splits:
         raise ValueError(f"TFDS set {name!r} has splits {sorted(splits)}, got {split!r}")
-    if None in features["image"].shape and not resolution:
+    shape, num_classes = features["image"].shape, features["label"].num_classes
+    if None in shape and not resolution:
         raise ValueError(
             f"TFDS set {name!r} has images of unequal size; give option `resolution`, the size to "
             "which they are center-cropped and resized"
         )
-    mode = "L" if features["image"].shape[-1] == 1 else "RGB"
+    mode = "L" if shape[-1] == 1 else "RGB"
     encoded = isinstance(features["image"], tfds.features.Image)
     decoders = {"image": tfds.decode.SkipDecoding()} if encoded else None
     records = builder.as_data_source(split=split, decoders=decoders)
@@ -106,61 +104,56 @@ def _tfds(
         record = records[index]
         image = record["image"]
         if encoded or resolution:
-            image = _decode(image, mode, f"image {index} of {name!r}", resolution)
+            image = _decode(image, f"image {index} of {name!r}", mode, resolution)
         return image, int(record["label"])
 
     labels = lambda: np.array([record["label"] for record in records], np.int32)  # noqa: E731
-    return _source(len(records), features["label"].num_classes, read, labels, in_memory)
+    return _source(len(records), num_classes, read, labels, in_memory)
 
 
 def _zip(
     path: str, split: str, *, num_classes: int = 0, unlabelled: bool = False, in_memory: Any = None
 ) -> Source:
-    """The data set format of EDM and EDM2: images or .npy (C, H, W) and a dataset.json, zipped.
+    """The data set format of EDM and EDM2: a zip of .png or .npy (C, H, W) and dataset.json.
 
-    Without `num_classes` there are as many as the largest label says; `unlabelled` accepts a set
-    without labels as one of a single class; `in_memory` is as for `tfds`.
+    `num_classes` is by default the largest label plus 1; with `unlabelled`, a set without labels
+    has one class; `in_memory` is as in `_tfds`.
     """
     if split != "train":
         raise ValueError(
-            f"a zip file has no {split!r} split; give the test set's own file with split='train'"
+            f"a zip file has no {split!r} split; give the zip of the test set with split='train'"
         )
     archive, lock = _open(path, zipfile.ZipFile), threading.Lock()
     files = sorted(n for n in archive.namelist() if n.lower().endswith((".png", ".npy")))
     if not files:
-        raise ValueError(f"{path} holds no .png or .npy files, so it is no EDM data set")
+        raise ValueError(f"{path} has no .png or .npy files, so it is no EDM data set")
     described = "dataset.json" in archive.namelist()
     pairs = json.loads(archive.read("dataset.json")).get("labels") if described else None
-    if pairs is None and not unlabelled:
-        raise ValueError(
-            f"{path} has no labels in dataset.json; give option unlabelled=True to take it as of a "
-            "single class"
-        )
-    by_file = dict.fromkeys(files, 0) if pairs is None else dict(pairs)
+    by_file = dict.fromkeys(files, 0) if pairs is None and unlabelled else dict(pairs or ())
     if missing := [file for file in files if file not in by_file]:
         raise ValueError(
-            f"{path} has {len(files)} images of which {len(missing)} have no label in "
-            f"dataset.json, {missing[0]} for one; add their labels"
+            f"{path} has {len(files)} images of which {len(missing)} have no label in dataset.json,"
+            f" such as {missing[0]}; add labels, or if there are none, give option unlabelled=True"
         )
-    labels = as_labels(np.array([by_file[file] for file in files]), len(files), path)
-    num_classes = num_classes or int(labels.max()) + 1
-    check_labels(labels, num_classes)
+    found = np.array([by_file[file] for file in files])
+    labels = as_labels(found, len(files), path, num_classes or np.inf)
 
     def read(index: int) -> tuple[np.ndarray, int]:
         file, label = files[index], int(labels[index])
-        with _named(f"{path} is corrupt at {file}; get it again"), lock:
+        with named(f"{path} is corrupt at {file}; get it again"), lock:
             content = archive.read(file)
         if file.lower().endswith(".png"):
-            return _decode(content, "", f"{file} in {path}"), label
+            return _decode(content, f"{file} in {path}"), label
         array = np.load(io.BytesIO(content))
         return as_images(np.moveaxis(array, 0, -1), f"{file} in {path}"), label
 
+    num_classes = num_classes or int(labels.max()) + 1
     return _source(len(files), num_classes, read, lambda: labels, in_memory)
 
 
 def _npz(path: str, split: str, *, num_classes: int = 0) -> Arrays:
-    """Arrays `images` (N, H, W, C), (N, H, W) or (N, d), and `labels` (N,), as sample files of this
-    project have them; `test_images` and `test_labels` are the test split."""
+    """Arrays `images` (N, H, W, C), (N, H, W) or (N, d), and `labels` (N,), as in this project's
+    sample files; `test_images` and `test_labels` are the test split."""
     archive = _open(path, np.load)
     names = [{"train": "", "test": "test_"}[split] + name for name in ("images", "labels")]
     if absent := [name for name in names if name not in archive]:
@@ -168,7 +161,7 @@ def _npz(path: str, split: str, *, num_classes: int = 0) -> Arrays:
             f"{path} has no {absent} for split={split!r}, only {sorted(archive)}; add them, or "
             "choose another split or file"
         )
-    with _named(f"{path} is corrupt; write it again"):
+    with named(f"{path} is corrupt; write it again"):
         images, labels = (archive[name] for name in names)
     images = as_images(images[..., None] if images.ndim == 3 else images, path)
     labels = as_labels(labels, len(images), path)
@@ -176,40 +169,34 @@ def _npz(path: str, split: str, *, num_classes: int = 0) -> Arrays:
 
 
 def _mixture(_: str, split: str) -> Arrays:
-    """Draws from `mixture.toy()`: 65,536 points to train on, 8,192 others to test."""
+    """Draws from `mixture.toy()`: 65,536 points for training, 8,192 other points for testing."""
     seed, size = {"train": (0, 65_536), "test": (1, 8192)}[split]
     points, labels = map(np.asarray, mixture.toy().sample(jax.random.key(seed), size))
     return Arrays(points, labels, 3)
 
 
-# The function of each name, and what follows the name's colon, if anything.
+# The function of each format, and the argument after the colon, if the format takes one.
 FORMATS: dict[str, tuple[Callable[..., Source], str]] = {
-    "digits": (_digits, ""),
-    "fashion_mnist": (_fashion_mnist, ""),
-    "mixture": (_mixture, ""),
-    "tfds": (_tfds, "NAME"),
-    "zip": (_zip, "PATH"),
-    "npz": (_npz, "PATH"),
-}
+    "digits": (_digits, ""), "fashion_mnist": (_fashion_mnist, ""), "mixture": (_mixture, ""),
+    "tfds": (_tfds, "NAME"), "zip": (_zip, "PATH"), "npz": (_npz, "PATH"),
+}  # fmt: skip
 
 
 def center_crop(image: Image.Image, resolution: int) -> Image.Image:
-    """The largest central square, resized as in ADM, EDM and DiT.
-
-    Halved by box filter while at least twice too large, then bicubic, then cropped.
-    """
+    """The largest central square, resized as in ADM, EDM and DiT: halved by a box filter while at
+    least twice too large, then resized by a bicubic filter, then cropped."""
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = resolution / min(image.size)
-    size = (round(image.width * scale), round(image.height * scale))
-    image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = (size[0] - resolution) // 2, (size[1] - resolution) // 2
+    width, height = round(image.width * scale), round(image.height * scale)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - resolution) // 2, (height - resolution) // 2
     return image.crop((left, top, left + resolution, top + resolution))
 
 
-def _decode(data: bytes | np.ndarray, mode: str, what: str, resolution: int = 0) -> np.ndarray:
+def _decode(data: bytes | np.ndarray, what: str, mode: str = "", resolution: int = 0) -> np.ndarray:
     """PNG or JPEG bytes, or a uint8 array (H, W, C), -> (H, W, C) uint8, cropped and resized."""
-    with _named(f"{what} cannot be decoded"):
+    with named(f"{what} cannot be decoded; get it again"):
         if isinstance(data, bytes):
             image: Image.Image = Image.open(io.BytesIO(data))
         else:
@@ -219,25 +206,23 @@ def _decode(data: bytes | np.ndarray, mode: str, what: str, resolution: int = 0)
     return array[..., None] if array.ndim == 2 else array
 
 
-def _source(
-    size: int, num_classes: int, read: Callable, labels: Callable, in_memory: Any
-) -> Source:
+def _source(size: int, num_classes: int, read: Callable, labels: Callable, in_memory: Any):
     first, _ = read(0)
-    in_memory = size * first.nbytes < IN_MEMORY_BYTES if in_memory is None else in_memory
     lazy = Lazy(size, first.shape, num_classes, read, labels)
+    in_memory = size * first.nbytes < IN_MEMORY_BYTES if in_memory is None else in_memory
     return Arrays(*lazy[np.arange(size)], num_classes) if in_memory else lazy
 
 
 def _open(path: str, opener: Callable) -> Any:
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f"found no file {path}; check the path after the colon")
-    with _named(f"{path} is no intact file of its kind; get it again"):
+    with named(f"{path} is no intact file of its format; get it again"):
         return opener(path)
 
 
 @contextlib.contextmanager
-def _named(what: str) -> Iterator[None]:
-    """A library's error becomes a ValueError: `what` is wrong, and the first line of the error."""
+def named(what: str) -> Iterator[None]:
+    """Turns a library's error into a ValueError of `what` and the error's first line."""
     try:
         yield
     except BROKEN as error:

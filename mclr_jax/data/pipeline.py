@@ -1,7 +1,7 @@
-"""Batches for training: which examples make up step n.
+"""Batches for training.
 
-They follow from (seed, step) alone, whatever the source, the number of processes or the place where
-a run was interrupted. Grain reads sources that are not in memory ahead, in threads.
+The examples of a batch depend on (seed, step) alone, not on the source, the number of processes or
+interruptions. Grain reads ahead in threads, unless the sources are in memory.
 """
 
 import functools
@@ -15,15 +15,14 @@ import numpy as np
 from mclr_jax.data.protocol import Source
 
 Batch = dict[str, np.ndarray]
-OTHER_SEED = 2**31  # from one drawing of companions to the next; far from other runs' seeds
+OTHER_SEED = 2**31  # step between the seeds of companions; other runs have far smaller seeds
 
 
 def step_indices(seed: int, step: int, batch_size: int, length: int) -> np.ndarray:
     """The examples of one global batch, (batch_size,) int64 in [0, length).
 
-    Each epoch is a fresh permutation of the set; a batch may span several. Grain's own
-    `shuffle(seed).repeat()` seeds epoch e with seed + e, so that runs with neighbouring seeds would
-    see the same epochs, one later.
+    Each epoch is a new permutation of the set; a batch may span epochs. Grain's own
+    `shuffle(seed).repeat()` seeds epoch e with seed + e: seeds n and n + 1 would share epochs.
     """
     positions = step * batch_size + np.arange(batch_size, dtype=np.int64)
     all_epochs, offsets = np.divmod(positions, length)
@@ -31,11 +30,9 @@ def step_indices(seed: int, step: int, batch_size: int, length: int) -> np.ndarr
     return np.concatenate([_permutation(seed, e, length)[offsets[all_epochs == e]] for e in epochs])
 
 
-@functools.lru_cache(maxsize=8)  # the epoch that ends and the one that begins, for two streams
+@functools.lru_cache(maxsize=8)  # two epochs of each of several streams
 def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
-    permutation = np.random.Generator(np.random.Philox([seed, epoch])).permutation(length)
-    permutation.flags.writeable = False
-    return permutation
+    return np.random.Generator(np.random.Philox([seed, epoch])).permutation(length)
 
 
 def stream(
@@ -51,32 +48,30 @@ def stream(
     """An endless stream of this process's rows of the global batches.
 
     Args:
-      batch_size: of the global batch, over all processes.
-      seed: non-negative; with the step it decides which examples a batch has.
-      start_step: the step of the first batch returned.
-      process_index, process_count: this process gets rows [index, index + 1) * batch_size / count.
-      threads: that read ahead, a batch each, where a source is not in memory.
-      extra: more sources by name; each gives every example a companion, drawn with
-        seed + k OTHER_SEED for the k-th name in alphabetical order, k = 1, 2, ...
+      batch_size: size of the global batch; this process gets its rows [process_index,
+        process_index + 1) * batch_size / process_count.
+      seed: non-negative.
+      threads: number of threads, each of which reads a batch ahead.
+      extra: sources of companions by name. Each example has one of each, drawn with
+        seed + k * OTHER_SEED for the k-th name in alphabetical order, k = 1, 2, ...
 
     Returns:
       An iterator over dicts of image (b, *source.shape) uint8 or float32, label (b,) int32, and
-      index (b,) int32, the row in the global batch, from which an example's random key is derived;
+      index (b,) int32, the row in the global batch, from which the example's random key is derived;
       and NAME_image and NAME_label for each name in `extra`.
 
-    Raises:
-      ValueError: if the batch does not divide among the processes, or there are no examples.
+    Raises ValueError if the processes do not divide the batch, or a source has no examples.
     """
     if batch_size < 1 or batch_size % process_count:
         raise ValueError(
-            f"got batch_size={batch_size} for {process_count} processes; it must be a positive "
-            f"multiple of {process_count}"
+            f"got batch_size={batch_size}, expected a positive multiple of {process_count}, the "
+            "number of processes"
         )
     if not 0 <= process_index < process_count:
         raise ValueError(f"got process_index={process_index}, expected 0 to {process_count - 1}")
     sources = {"": source} | {f"{name}_": extra[name] for name in sorted(extra)}
     if not all(map(len, sources.values())):
-        raise ValueError("the source has no examples; check its split and limit")
+        raise ValueError("a source has no examples, expected at least one; check split and limit")
     rows = np.arange(batch_size, dtype=np.int32).reshape(process_count, -1)[process_index]
 
     def batch(step: int) -> Batch:
@@ -89,14 +84,12 @@ def stream(
     if all(examples.in_memory for examples in sources.values()):
         return map(batch, itertools.count(start_step))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-    steps = grain.MapDataset.range(sys.maxsize - 1).map(batch)  # the element of index n is step n
-    iterator = iter(steps.to_iter_dataset(options))
-    grain.experimental.set_next_index(iterator, start_step)
-    return iterator
+    steps = grain.MapDataset.range(start_step, sys.maxsize - 1).map(batch)
+    return iter(steps.to_iter_dataset(options))
 
 
 def stack(stream: Iterator[Batch], count: int, length: int) -> Batch:
-    """`count` batches stacked to (length, B, ...); the rest repeats the last and is never used."""
+    """`count` batches stacked to (length, B, ...) and padded with the last one."""
     batches = [next(stream) for _ in range(count)]
     batches += [batches[-1]] * (length - count)
     return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}

@@ -1,11 +1,11 @@
-"""What the device does to images first, inside jit: scaling and flips."""
+"""Scaling and flips of images, on the device and inside jit."""
 
 import jax
 import jax.numpy as jnp
 
 
 def to_float(images: jax.Array) -> jax.Array:
-    """uint8 0..255 -> float32 in [-1, 1]; floats (scaled already, or latents) -> float32."""
+    """uint8 0..255 -> float32 in [-1, 1]; floats (in [-1, 1], or latents) -> float32."""
     if images.dtype == jnp.uint8:
         return images.astype(jnp.float32) / 127.5 - 1
     if not jnp.issubdtype(images.dtype, jnp.floating):
@@ -14,7 +14,7 @@ def to_float(images: jax.Array) -> jax.Array:
 
 
 def random_flip(images: jax.Array, keys: jax.Array) -> jax.Array:
-    """Flips each of the images (B, H, W, C) left to right with probability 1/2 by its key (B,)."""
+    """Flips each image of (B, H, W, C) left to right with probability 1/2, by its key (B,)."""
     if images.ndim != 4:
         raise ValueError(f"got images of shape {images.shape}, expected (B, H, W, C) to flip")
     flip = jax.vmap(jax.random.bernoulli)(keys)

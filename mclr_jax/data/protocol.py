@@ -1,4 +1,4 @@
-"""What a data set is: examples by random access, which say their shape and classes."""
+"""Data sets: labelled examples by random access, with one shape and a number of classes."""
 
 import dataclasses
 import functools
@@ -12,23 +12,18 @@ class Source(Protocol):
     """Labelled examples by random access.
 
     `source[indices]`, with indices (n,) integers in [0, len(source)), gives images (n, *shape),
-    uint8 (0..255) or float32 (taken as they are: in [-1, 1], or latents), and labels (n,) int32 in
-    [0, num_classes). It may be called from several threads at once.
-
-    Attributes:
-      shape: of one example, (H, W, C) or (d,).
-      in_memory: whether indexing is cheap, so that reading ahead in threads would not pay.
-      labels: of all examples, (N,) int32. The first use may read the whole set.
+    uint8 (0..255) or float32 (used without scaling: in [-1, 1], or latents), and labels (n,) int32
+    in [0, num_classes). It may be called from several threads at once.
     """
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]: ...  # of one example, (H, W, C) or (d,)
     @property
     def num_classes(self) -> int: ...
     @property
-    def in_memory(self) -> bool: ...
+    def in_memory(self) -> bool: ...  # indexing is so cheap that threads need not read ahead
     @property
-    def labels(self) -> np.ndarray: ...
+    def labels(self) -> np.ndarray: ...  # of all examples, (N,) int32; may read the whole set
     def __len__(self) -> int: ...
     def __getitem__(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
 
@@ -43,10 +38,7 @@ class Arrays:
     in_memory: bool = True
 
     def __post_init__(self):
-        images, labels = len(self.images), len(self.labels)
-        if images != labels:
-            raise ValueError(f"got {images} images and {labels} labels; expected as many")
-        check_labels(self.labels, self.num_classes)
+        as_labels(self.labels, len(self.images), "the source", self.num_classes)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -61,7 +53,7 @@ class Arrays:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Lazy:
-    """A source that reads each example when it is asked for.
+    """A source that reads each example when it is indexed.
 
     read(i) -> (image of `shape`, label) must be safe to call from several threads.
     """
@@ -81,19 +73,19 @@ class Lazy:
         return self.length
 
     def __getitem__(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        images, labels = zip(*(self.read(int(index)) for index in indices), strict=True)
+        images, values = zip(*(self.read(int(index)) for index in indices), strict=True)
         for index, image in zip(indices, images, strict=True):
             if image.shape != self.shape:
                 raise ValueError(
-                    f"got image {index} of shape {image.shape} where the first has {self.shape}; "
-                    "images must be of one size: resize them, or use a source with `resolution`"
+                    f"got image {index} of shape {image.shape}, expected {self.shape} as of the "
+                    "first; resize the images, or use a source with option `resolution`"
                 )
-        check_labels(np.array(labels), self.num_classes)
-        return np.stack(images), np.array(labels, np.int32)
+        labels = as_labels(np.array(values), len(images), "the source", self.num_classes)
+        return np.stack(images), labels
 
 
 class Subset:
-    """The examples `indices` (n,) of another source, in that order."""
+    """The examples `indices` (n,) of another source, in this order."""
 
     def __init__(self, source: Source, indices: np.ndarray):
         self.source, self.indices = source, indices
@@ -112,55 +104,47 @@ class Subset:
 
 
 def evenly(source: Source, count: int) -> np.ndarray:
-    """At most `count` rows of a source, evenly spaced: the same each time."""
+    """The indices of at most `count` examples, evenly spaced: the same for each call."""
     return np.linspace(0, len(source) - 1, min(count, len(source))).astype(np.int64)
 
 
 def sigma_data(source: Source) -> float:
-    """Standard deviation of the data as the network sees it (uint8 as x / 127.5 - 1).
-
-    Over all pixels of at most 4096 evenly spaced examples; `sigma_data` in Karras et al. 2022.
-    """
+    """Standard deviation of the data (uint8 as x / 127.5 - 1), over all pixels of at most 4096
+    evenly spaced examples; `sigma_data` of Karras et al. 2022 (arXiv:2206.00364)."""
     images, _ = source[evenly(source, 4096)]
     return float(images.std(dtype=np.float64) / (127.5 if images.dtype == np.uint8 else 1))
 
 
 def limit(source: Source, n: int, seed: int) -> Subset:
-    """A random subset of n examples, as many of each class as there are to be had.
-
-    With one seed, a smaller subset is contained in a larger one.
-    """
+    """A random subset of n examples with equal shares of the classes, as far as these suffice; for
+    the same seed, a larger subset contains a smaller one."""
     if not 1 <= n <= len(source):
         raise ValueError(f"got a limit of {n} examples, expected 1 to {len(source)}")
     order = np.random.default_rng(np.random.SeedSequence(seed)).permutation(len(source))
     labels = source.labels[order]
-    rank = np.zeros(len(source), np.int64)  # how many of its class come before it
+    rank = np.zeros(len(source), np.int64)  # the number of earlier examples of the same class
     for label in range(source.num_classes):
         rank[labels == label] = np.arange((labels == label).sum())
     return Subset(source, np.sort(order[np.argsort(rank, kind="stable")[:n]]))
 
 
 def as_images(images: np.ndarray, what: str) -> np.ndarray:
-    """uint8 or float32; raises ValueError on any type but uint8 and floats."""
+    """uint8 or float32; raises ValueError if the type is neither uint8 nor a float type."""
     if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
         raise ValueError(f"{what} has images of {images.dtype}, expected uint8 or a float type")
     return images if images.dtype == np.uint8 else images.astype(np.float32)
 
 
-def as_labels(labels: np.ndarray, count: int, what: str) -> np.ndarray:
-    """int32; raises ValueError unless there are `count` integers."""
+def as_labels(labels: np.ndarray, count: int, what: str, num_classes: float = np.inf) -> np.ndarray:
+    """int32; raises ValueError unless `labels` are `count` integers in [0, num_classes)."""
     if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(
             f"{what} has labels of shape {labels.shape} and {labels.dtype}, expected one integer "
             f"for each of {count} images"
         )
-    return labels.astype(np.int32)
-
-
-def check_labels(labels: np.ndarray, num_classes: int) -> None:
-    """Raises ValueError at labels outside [0, num_classes)."""
-    if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+    if count and not 0 <= labels.min() <= labels.max() < num_classes:
         raise ValueError(
-            f"got labels from {labels.min()} to {labels.max()}, expected 0 to {num_classes - 1}; "
-            "correct the labels or option `num_classes`"
+            f"{what} has labels from {labels.min()} to {labels.max()}, expected 0 to "
+            f"{num_classes - 1}; correct the labels or option `num_classes`"
         )
+    return labels.astype(np.int32)

@@ -1,4 +1,4 @@
-"""Data sets by name: what config.data describes."""
+"""Data sets by name, as in config.data."""
 
 import dataclasses
 from collections.abc import Collection, Iterable
@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from mclr_jax.data.formats import FORMATS
-from mclr_jax.data.protocol import Source, as_images, as_labels, check_labels, limit
+from mclr_jax.data.formats import FORMATS, named
+from mclr_jax.data.protocol import Source, as_images, as_labels, limit
 from mclr_jax.names import fields, look_up, nearest, resolve
 
 
@@ -16,13 +16,13 @@ def load(name: str, split: str = "train", **options) -> Source:
 
     Args:
       name: 'digits', 'fashion_mnist', 'mixture', 'tfds:NAME', 'zip:PATH' or 'npz:PATH'; or
-        'package.module:Name', a Source of one's own, made by Name(split=split, **options).
+        'package.module:Name' for the user's own Source, Name(split=split, **options).
       split: 'train' or 'test' ('digits' also has 'all').
-      options: keyword arguments of the function for that name in `formats`, or of one's own.
+      options: keyword arguments of the format's function in `formats`, or of the user's own.
 
     Raises:
       ValueError, FileNotFoundError: an unknown name, split or option, a missing or corrupt file,
-        labels out of range, lengths that differ. Each message says what to do.
+        labels out of range, or unequal numbers of images and labels.
     """
     kind, _, argument = name.partition(":")
     if kind not in FORMATS and argument.isidentifier():
@@ -50,8 +50,8 @@ def _check_options(name: str, options: Iterable[str], known: Collection[str]) ->
 def from_config(data: Any, split: str, seed: int) -> Source:
     """The data set of `config.data`; for split 'train', a subset of `data.limit` drawn by `seed`.
 
-    Options of `load` are path, resolution and num_classes, unless empty or 0, and whatever keys a
-    config has beyond those of configs/base.py.
+    Options of `load` are path, resolution and num_classes, unless empty or 0, and all keys that
+    configs/base.py does not have.
     """
     if split == "test" and data.get("test"):
         return load(data.test)
@@ -62,28 +62,24 @@ def from_config(data: Any, split: str, seed: int) -> Source:
 
 
 def _checked(source: Any, what: str) -> Source:
-    """The source if it keeps to the protocol, as far as its first and its last example tell."""
+    """The source, after checks of its attributes, first and last example against `Source`."""
     parts = ("shape", "num_classes", "in_memory", "labels", "__len__", "__getitem__")
-    members = dir(source)  # first, since hasattr would read all labels
+    members = dir(source)  # tested before hasattr, which would read all labels
     if absent := [part for part in parts if part not in members and not hasattr(source, part)]:
-        raise ValueError(f"{what} lacks {', '.join(absent)}, expected all that protocol.Source has")
+        raise ValueError(f"{what} lacks {', '.join(absent)}, expected all of protocol.Source")
     shape, num_classes, count = source.shape, source.num_classes, len(source)
     if not isinstance(shape, tuple) or {*map(type, (*shape, num_classes))} != {int} or not count:
         raise ValueError(
             f"{what}: got {count} examples of shape {shape!r} and num_classes={num_classes!r}; "
             "expected at least one, a tuple of int, and an int"
         )
-    try:
-        images, labels = map(np.asarray, source[np.array([0, count - 1])])
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{what}: got {error!r} from source[np.array([0, {count - 1}])], expected the images "
-            "and the labels of two examples"
-        ) from error
+    ends = np.array([0, count - 1])
+    with named(f"{what}: source[{ends!r}] failed, expected images and labels of two examples"):
+        images, labels = map(np.asarray, source[ends])
     if images.shape != (2, *shape):
         raise ValueError(f"{what}: got images of shape {images.shape}, expected {(2, *shape)}")
     as_images(images, what)
-    check_labels(as_labels(labels, 2, what), num_classes)
+    as_labels(labels, 2, what, num_classes)
     if source.in_memory:
-        check_labels(as_labels(np.asarray(source.labels), count, what), num_classes)
+        as_labels(np.asarray(source.labels), count, what, num_classes)
     return source

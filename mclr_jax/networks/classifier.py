@@ -1,7 +1,6 @@
-"""Classifiers of noisy data: the interface of the denoising networks, with logits as the output.
+"""Classifiers of noisy data, called like the denoising networks; they ignore the label.
 
-Labels are not read. Each stores its last hidden layer, (B, d), as the intermediate `features`, for
-distances between sets of images.
+The last hidden layer (B, d) is stored as `features`, for distances between sets of images.
 """
 
 from functools import partial
@@ -19,7 +18,7 @@ from mclr_jax.types import Condition, with_label
 
 
 class MLPClassifier(Network):
-    """The residual MLP on flattened data (B, ...); arguments as in `MLP`."""
+    """The residual MLP on flattened data (B, ...); fields as in `MLP`."""
 
     num_classes: int = 10
     width: int = 256
@@ -41,9 +40,8 @@ class ConvClassifier(Network):
     """A small residual network for images (B, H, W, C), with the block of ADM.
 
     Attributes:
-      num_classes: classes.
-      channels: of each level; a level has one residual block, and half the size of the one before.
-      patch_size: pixels of a patch are stacked as channels first.
+      channels: channels of each level; a level halves the size and has one residual block.
+      patch_size: the pixels of a patch are stacked as channels of one pixel.
     """
 
     num_classes: int = 10
@@ -56,13 +54,12 @@ class ConvClassifier(Network):
     def __call__(self, x: jax.Array, c_noise: jax.Array, condition: Condition) -> jax.Array:
         """x (B, H, W, C), c_noise (B,) -> logits (B, num_classes).
 
-        Raises:
-          ValueError: no images, or a size that patches and levels do not divide.
+        Raises ValueError for other shapes, and if patches and levels do not divide the size.
         """
         if x.ndim != 4:
             raise ValueError(
-                f"data have shape {x.shape[1:]}; conv_classifier expects images (H, W, C), and "
-                "mlp_classifier takes any shape"
+                f"data have shape {x.shape[1:]}, conv_classifier expects images (H, W, C); "
+                "use mlp_classifier, which takes any shape"
             )
         layers.check_sizes(x, self.patch_size, len(self.channels), "channels")
         linear = partial(Linear, dtype=self.dtype)
@@ -72,10 +69,8 @@ class ConvClassifier(Network):
         h = linear(self.channels[0], 3, name="in_conv")(h)
         for level, features in enumerate(self.channels):
             h = layers.downsample(h) if level else h
-            block = Block(
-                features, adm=True, edm_init=False, dropout=self.dropout, dtype=self.dtype,
-                name=f"block{level}",
-            )  # fmt: skip
+            options = {"dropout": self.dropout, "dtype": self.dtype, "name": f"block{level}"}
+            block = Block(features, adm=True, edm_init=False, **options)
             h = block(h, embedding, condition.dropout_keys)
         h = nn.silu(layers.GroupNorm(dtype=self.dtype, name="out_norm")(h))
         h = h.astype(jnp.float32).mean(axis=(1, 2))

@@ -20,7 +20,7 @@ from mclr_jax.types import Condition
 
 
 class Block(nn.Module):
-    """Attention and MLP, each entered by shift and scale and left by a gate that starts at 0."""
+    """Attention and MLP, each with a shifted and scaled input and a gate that starts at 0."""
 
     heads: int
     mlp_ratio: float
@@ -34,13 +34,13 @@ class Block(nn.Module):
         """x (B, N, D), index () of this block, embedding (B, D) -> x and no scan output."""
         width = x.shape[-1]
         linear = partial(Linear, dtype=self.dtype)
-        if dropout_keys is not None:  # scanned blocks have one path between them
+        if dropout_keys is not None:  # scanned blocks share one path, so `Dropout` needs the index
             dropout_keys = jax.vmap(jax.random.fold_in, (0, None))(dropout_keys, index)
         dropout = partial(Dropout, self.dropout)
 
         modulation = linear(6 * width, kernel_init=zeros, name="adaLN_modulation")
-        shifts = jnp.split(modulation(embedding)[:, None, :], 6, axis=-1)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = shifts
+        parts = jnp.split(modulation(embedding)[:, None, :], 6, axis=-1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
 
         h = layer_norm(x, self.dtype) * (1 + scale_a) + shift_a
         qkv = linear(3 * width, name="qkv")(h).reshape(*x.shape[:2], 3, self.heads, -1)
@@ -56,13 +56,13 @@ class Block(nn.Module):
 
 
 def layer_norm(x: jax.Array, dtype: Any) -> jax.Array:
-    """Normalise the last axis without learnt scale and bias; statistics are float32."""
+    """Normalise the last axis without learned scale and bias; statistics are float32."""
     norm = nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, dtype=dtype, parent=None)
     return jnp.asarray(norm.apply({}, x))
 
 
 def position_embedding(dim: int, height: int, width: int) -> np.ndarray:
-    """Fixed sin-cos table (height * width, dim): the first half of dim says the column."""
+    """Fixed sin-cos table (height * width, dim): dim's first half encodes the column."""
     frequencies = 1e-4 ** (np.arange(dim // 4) / (dim // 4))
     rows, columns = np.mgrid[:height, :width].reshape(2, -1, 1) * frequencies
     parts = [np.sin(columns), np.cos(columns), np.sin(rows), np.cos(rows)]
@@ -73,15 +73,13 @@ class DiT(Network):
     """DiT for images (B, H, W, C). DiT-XL/2 is width 1152, depth 28, heads 16, patch_size 2.
 
     Attributes:
-      out_channels: channels of the output; official DiT has 2C (noise and variance).
-      num_classes: classes; label == num_classes is the null label, the last row of the table.
-      time_scale: c_noise is multiplied by this before the sinusoid. 1000 suits EDM's ln(sigma)/4;
-        official weights take their own t with 1 (SiT: also 1).
-      unit_condition: start with embeddings of noise level and class of unit variance. The official
-        ones start near 0.02, so that Adam takes thousands of steps to make use of the class.
-      remat: recompute blocks in the backward pass to save memory.
-      scan_blocks: compile one block for any depth instead of each block, with the same parameters.
-        At depth 6 on CPU it compiles about 1.5x faster and runs 8% slower.
+      out_channels: official DiT has 2C, for noise and variance.
+      time_scale: factor of c_noise before the sinusoid: 1000 suits EDM's ln(sigma)/4; official
+        weights of DiT and SiT need 1.
+      unit_condition: the embeddings of noise level and class start with unit variance. Official
+        initial weights are near 0.02, from which Adam needs thousands of steps to use the class.
+      scan_blocks: compile one block instead of each; the parameters are the same. At depth 6 on CPU
+        it compiles about 1.5x faster and runs 8% slower.
     """
 
     out_channels: int = 3
@@ -100,11 +98,9 @@ class DiT(Network):
     def __call__(self, x: jax.Array, c_noise: jax.Array, condition: Condition) -> jax.Array:
         """x (B, H, W, C), c_noise (B,) -> raw output (B, H, W, out_channels).
 
-        Raises:
-          ValueError: the patch size does not divide the image, or the heads the width.
+        Raises ValueError if patches do not divide the image, or heads do not divide the width.
         """
-        batch, height, width, _ = x.shape
-        p = self.patch_size
+        (batch, height, width, _), p = x.shape, self.patch_size
         if height % p or width % p:
             raise ValueError(f"images are {height}x{width}, not divisible by patch_size {p}")
         if self.width % self.heads or self.width % 4:
@@ -118,7 +114,7 @@ class DiT(Network):
         if self.unit_condition:
             dense, table = lecun_normal(), normal(1.0)
 
-        # Patches: a p x p convolution of stride p is a dense layer on flattened patches.
+        # A p x p convolution of stride p is a dense layer on flattened patches.
         x = layers.space_to_depth(x, p).reshape(batch, rows * columns, -1)
         x = linear(self.width, name="x_embedder")(x)
         x = x + position_embedding(self.width, rows, columns).astype(self.dtype)
@@ -128,10 +124,10 @@ class DiT(Network):
         embedding = Linear(self.width, kernel_init=dense, name="t_embedder_2")(t)
         label = nn.Embed(self.num_classes + 1, self.width, embedding_init=table, name="y_embedder")
         embedding = self.with_optional_inputs(embedding + label(condition.label), condition)
-        embedding = nn.silu(embedding).astype(self.dtype)  # every use of it starts with this
+        embedding = nn.silu(embedding).astype(self.dtype)  # the first operation of each use
 
-        # Scanned or unrolled, the parameters carry a leading depth axis. Unrolled, XLA must be kept
-        # from merging the recomputation with the original; in a loop it cannot.
+        # The parameters have a leading depth axis, also if the blocks are unrolled. Then, unlike in
+        # a loop, XLA could merge the recomputation with the original: prevent_cse forbids it.
         blocks = nn.scan(
             nn.remat(Block, prevent_cse=not self.scan_blocks) if self.remat else Block,
             variable_axes={"params": 0, "intermediates": 0},

@@ -1,4 +1,4 @@
-"""What the networks share: fields, inputs, linear maps and convolutions, norm, attention."""
+"""Layers and the base class that the networks share."""
 
 import zlib
 from collections.abc import Sequence
@@ -12,30 +12,17 @@ import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.nn.initializers import Initializer, ones, variance_scaling, zeros
+from jax.nn.initializers import Initializer, ones, xavier_uniform, zeros
 
 from mclr_jax.types import Condition
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
-# EDM's names for its initialisers (`weight_init` in training/networks.py); `gain` multiplies the
-# weights, while variance_scaling takes the factor of their variance.
-
-
-def xavier_uniform(gain: float = 1.0) -> Initializer:
-    """Uniform with variance gain^2 * 2 / (fan_in + fan_out)."""
-    return variance_scaling(gain**2, "fan_avg", "uniform")
-
-
-def kaiming_uniform(gain: float = 1.0) -> Initializer:
-    """Uniform with variance gain^2 / fan_in."""
-    return variance_scaling(gain**2, "fan_in", "uniform")
-
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: Any = "SAME") -> jax.Array:
     """XLA's convolution of x (B, H, W, C) by kernel (kh, kw, C, D) of its dtype -> (B, H', W', D).
 
-    `padding` is as for `jax.lax.conv_general_dilated`.
+    `padding` is that of `jax.lax.conv_general_dilated`.
     """
     margins = tuple(size // 2 for size in kernel.shape[:2])
     odd = all(size % 2 for size in kernel.shape[:2])
@@ -44,11 +31,11 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: Any = "S
     return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=NHWC)
 
 
-# On the CPU XLA has fast kernels for NHWC, HWIO -> NHWC. It brings other convolutions, such as
-# those of gradients, into that form, but not inside loops, where a gradient then takes 50 times as
-# long. So there a convolution of stride 1, with `margins` zeros at each end of height and width, is
-# a primitive whose transposes are written in that form, with explicit transpositions. It is
-# bilinear: it can be differentiated any number of times.
+# XLA:CPU has fast kernels for the layout NHWC, HWIO -> NHWC alone. It rewrites the convolutions of
+# gradients to this layout, but not inside loops, where a gradient then takes 50 times as long. On
+# the CPU, a convolution of stride 1 with `margins` zeros at each end of height and width is
+# therefore a primitive, whose transposes are convolutions of this layout. The primitive is
+# bilinear, so that it has derivatives of any order.
 
 
 def _by_xla(x: jax.Array, kernel: jax.Array, *, margins: tuple[int, ...]) -> jax.Array:
@@ -63,21 +50,22 @@ def _transpose_x(g: jax.Array, x: Any, kernel: jax.Array, *, margins: tuple[int,
 
 
 def _transpose_kernel(g: jax.Array, x: jax.Array, kernel: Any, *, margins: tuple[int, ...]):
-    """Batch and channels change places: every channel of x is correlated with every one of g."""
+    """Batch and channels are swapped: each channel of x is correlated with each channel of g."""
     x, g = jnp.transpose(x, (3, 1, 2, 0)), jnp.transpose(g, (1, 2, 0, 3))
     return _convolution.bind(x, g, margins=margins).transpose(1, 2, 0, 3)
 
 
 def _batched(arguments, axes, *, margins: tuple[int, ...]):
-    size = next(v.shape[a] for v, a in zip(arguments, axes, strict=True) if a is not None)
-    x, kernel = (
-        jnp.broadcast_to(v, (size, *v.shape)) if a is None else jnp.moveaxis(v, a, 0)
-        for v, a in zip(arguments, axes, strict=True)
-    )
-    if axes[1] is None:  # one kernel for all: the mapped axis joins the batch
-        y = _convolution.bind(x.reshape(-1, *x.shape[2:]), arguments[1], margins=margins)
-        return y.reshape(size, -1, *y.shape[1:]), 0
-    return lax.map(lambda pair: _convolution.bind(*pair, margins=margins), (x, kernel)), 0
+    """Kernels are mapped one by one: XLA's own rule, grouped convolution, is slow on the CPU."""
+    (x, kernel), (x_axis, kernel_axis) = arguments, axes
+    convolution = partial(_convolution.bind, margins=margins)
+    if x_axis is None:
+        return lax.map(partial(convolution, x), jnp.moveaxis(kernel, kernel_axis, 0)), 0
+    x = jnp.moveaxis(x, x_axis, 0)
+    if kernel_axis is None:  # the mapped axis joins the batch
+        y = convolution(x.reshape(-1, *x.shape[2:]), kernel)
+        return y.reshape(*x.shape[:2], *y.shape[1:]), 0
+    return lax.map(lambda pair: convolution(*pair), (x, jnp.moveaxis(kernel, kernel_axis, 0))), 0
 
 
 _convolution = Primitive("convolution")
@@ -93,7 +81,7 @@ batching.primitive_batchers[_convolution] = _batched
 
 
 def check_sizes(x: jax.Array, patch_size: int, levels: int, field: str) -> None:
-    """ValueError unless patches, and levels of half the size each, divide x (B, H, W, C)."""
+    """Raises ValueError unless x (B, H, W, C) divides into patches and halves at each level."""
     divisor = patch_size * 2 ** (levels - 1)
     if any(size % divisor for size in x.shape[1:3]):
         raise ValueError(
@@ -103,27 +91,24 @@ def check_sizes(x: jax.Array, patch_size: int, levels: int, field: str) -> None:
 
 
 def space_to_depth(x: jax.Array, size: int) -> jax.Array:
-    """Patches of size x size become channels: (B, H, W, C) -> (B, H/size, W/size, size^2 C)."""
+    """Stacks patches as channels: (B, H, W, C) -> (B, H / size, W / size, size^2 C)."""
     batch, height, width, channels = x.shape
-    x = x.reshape(batch, height // size, size, width // size, size, channels).swapaxes(2, 3)
+    x = x.reshape(batch, height // size, size, width // size, size * channels).swapaxes(2, 3)
     return x.reshape(batch, height // size, width // size, size * size * channels)
 
 
 def depth_to_space(x: jax.Array, size: int) -> jax.Array:
     """The inverse of `space_to_depth`."""
     batch, height, width, features = x.shape
-    x = x.reshape(batch, height, width, size, size, features // size**2).swapaxes(2, 3)
+    x = x.reshape(batch, height, width, size, features // size).swapaxes(2, 3)
     return x.reshape(batch, height * size, width * size, features // size**2)
 
 
 class Linear(nn.Module):
-    """Dense layer on the last axis or, where `kernel_size` > 1, a convolution of NHWC images.
+    """Dense layer on the last axis, kernel (C, D), or convolution of NHWC images, (k, k, C, D).
 
-    A 1x1 convolution is the dense layer (kernel (C, D)); larger ones have kernel (k, k, C, D).
-
-    Attributes:
-      bias_scale: the bias starts uniform in +-bias_scale / sqrt(fan_in); PyTorch's own choice is 1.
-      dtype: compute dtype; parameters are float32.
+    A 1x1 convolution is the dense layer. The bias starts uniform in +-bias_scale / sqrt(fan_in);
+    PyTorch's default is `bias_scale` 1. `dtype` is that of the computation; parameters are float32.
     """
 
     features: int
@@ -143,7 +128,7 @@ class Linear(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
         if window:
             y = convolve(x, kernel, self.stride, self.padding)
-        else:  # one leading axis: XLA:CPU takes half the time for the gradient of the kernel
+        else:  # with one leading axis, XLA:CPU takes half the time for the kernel's gradient
             y = (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], self.features)
         if self.use_bias:
             bound = self.bias_scale / np.sqrt(np.prod(shape[:-1]))
@@ -161,28 +146,22 @@ def sinusoids(values: jax.Array, frequencies: np.ndarray | jax.Array) -> jax.Arr
 def positional_embedding(t: jax.Array, dim: int = 256, endpoint: bool = False) -> jax.Array:
     """cos and sin of t (B,) at dim/2 frequencies from 1 down to 1/10000 -> (B, dim).
 
-    `endpoint` includes the last frequency, as DDPM++ does; ADM and DiT do not.
+    `endpoint` includes the frequency 1/10000, as in DDPM++; ADM and DiT stop before it.
     """
     return sinusoids(t, 1e-4 ** (np.arange(dim // 2) / (dim // 2 - endpoint)))
 
 
-def strength_features(strength: jax.Array) -> jax.Array:
-    """Guidance strength (B,) as network input (B, 8): smooth functions that vanish at strength 0.
-
-    They are large, so that a few hundred steps of Adam make use of a kernel that starts at zero.
-    """
-    angles = jnp.log1p(strength)[:, None] * jnp.array([0.5, 1.0, 2.0, 4.0])
-    return 8 * jnp.concatenate([jnp.sin(angles), 1 - jnp.cos(angles)], axis=-1)
-
-
 class Network(nn.Module, kw_only=True):
-    """What all networks have, whose inputs are x (B, ...), c_noise (B,) and a `Condition`.
+    """Base of the networks, which are called with x (B, ...), c_noise (B,) and a `Condition`.
 
     Attributes:
       augment_dim: length of the augmentation vector, 0 for none.
       takes_strength: whether the guidance strength is an input.
-      dropout: rate in each block, where the condition has dropout keys.
+      dropout: rate in each block, used if the condition has dropout keys.
       dtype: compute dtype; parameters, norms, softmax and output are float32.
+
+    In subclasses, `out_channels` counts the channels of the raw output, the label `num_classes` is
+    the null label, and `remat` recomputes blocks in the backward pass to save memory.
     """
 
     augment_dim: int = 0
@@ -194,15 +173,18 @@ class Network(nn.Module, kw_only=True):
     def with_optional_inputs(self, embedding: jax.Array, condition: Condition) -> jax.Array:
         """The embedding (B, E) plus a linear map of each optional input that the network has.
 
-        Absent inputs count as zeros, so that `init` makes the kernels whatever it is given. Kernels
-        start at zero, also where EDM's `map_augment` does not (DDPM++, NCSN++): a run may then
-        start from weights that lack them, and is the same model.
+        Absent inputs are zeros, so `init` always makes the kernels. They start at zero (EDM's
+        `map_augment` does not), so that weights without them give the same model.
         """
         batch, width = embedding.shape
         linear = partial(Linear, width, use_bias=False, kernel_init=zeros, dtype=embedding.dtype)
         if self.takes_strength:
             strength = jnp.zeros(batch) if condition.strength is None else condition.strength
-            embedding = embedding + linear(name="map_strength")(strength_features(strength))
+            # Smooth features, zero at strength 0. The factor 8 makes the kernel, which starts at
+            # zero, have an effect after a few hundred Adam steps.
+            angles = jnp.log1p(strength)[:, None] * jnp.array([0.5, 1.0, 2.0, 4.0])
+            features = 8 * jnp.concatenate([jnp.sin(angles), 1 - jnp.cos(angles)], axis=-1)
+            embedding = embedding + linear(name="map_strength")(features)
         if self.augment_dim:
             none = jnp.zeros((batch, self.augment_dim))
             augment = none if condition.augment is None else condition.augment
@@ -211,10 +193,10 @@ class Network(nn.Module, kw_only=True):
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation with EDM's rule: 32 groups, but never under 4 channels each; at least 1.
+    """Group normalisation with EDM's rule: 32 groups, or fewer with at least 4 channels each.
 
-    Statistics are float32 whatever the input; the output is of `dtype`. Flax's own takes 2 to 3
-    times as long on the CPU, forward and backward (16x32x32x32: 0.85 against 0.39 ms).
+    Statistics are float32, the output has `dtype`. Flax's own takes 2 to 3 times as long on the
+    CPU, forward and backward (16x32x32x32: 0.85 against 0.39 ms).
     """
 
     epsilon: float = 1e-5
@@ -230,7 +212,7 @@ class GroupNorm(nn.Module):
         bias = self.param("bias", zeros, (channels,))
 
         def group_mean(y: jax.Array) -> jax.Array:
-            """Mean over space and over each group's channels: (B, H, W, C) -> (B, 1, 1, C)."""
+            """Mean over space and each group's channels: (B, H, W, C) -> (B, 1, 1, C)."""
             per_channel = y.mean(axis=(1, 2), keepdims=True)
             grouped = per_channel.reshape(len(y), 1, 1, groups, channels // groups)
             return jnp.repeat(grouped.mean(axis=-1), channels // groups, axis=-1)
@@ -242,11 +224,10 @@ class GroupNorm(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Dropout whose mask for one example depends on that example's key and on nothing else.
+    """Dropout of x (B, ...), where the mask of an example depends on that example's key alone.
 
-    Called with x (B, ...) and typed PRNG keys (B,), or None for no dropout. Layers differ by a hash
-    of their path; where one module runs several times (a scan over blocks) the caller folds the
-    iteration into the keys first.
+    `keys` are typed PRNG keys (B,), or None for no dropout. A hash of the layer's path makes layers
+    differ; if one module runs several times (a scan), the caller folds the iteration into the keys.
     """
 
     rate: float
@@ -271,7 +252,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 def blur(x: jax.Array, taps: Sequence[float], stride: int, pad: int) -> jax.Array:
     """Filter each channel of NHWC images by the separable `taps`, normalised to sum 1.
 
-    Written as sums of shifted slices, which XLA fuses; depthwise convolutions are slow on CPU.
+    Sums of shifted slices, which XLA fuses: depthwise convolutions are slow on the CPU.
     """
     weights = np.asarray(taps, np.float32) / sum(taps)
     for axis in (1, 2):
@@ -284,12 +265,12 @@ def blur(x: jax.Array, taps: Sequence[float], stride: int, pad: int) -> jax.Arra
 
 
 def downsample(x: jax.Array, taps: Sequence[float] = (1, 1)) -> jax.Array:
-    """Halve NHWC images by a filter of even length (EDM's `resample_filter`), zero-padded."""
+    """Halve zero-padded NHWC images by a filter of even length (EDM's `resample_filter`)."""
     return blur(x, taps, stride=2, pad=len(taps) // 2 - 1)
 
 
 def upsample(x: jax.Array, taps: Sequence[float] = (1, 1)) -> jax.Array:
-    """Double NHWC images: the transpose of `downsample` times 4, which keeps the mean."""
+    """Double NHWC images by the transpose of `downsample` times 4, which keeps the mean."""
     if tuple(taps) == (1, 1):
         return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
     gaps = [(0, 0, 0), (0, 0, 1), (0, 0, 1), (0, 0, 0)]  # one zero between neighbours

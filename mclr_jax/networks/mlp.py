@@ -16,13 +16,13 @@ from mclr_jax.types import Condition
 def noise_embedding(c_noise: jax.Array) -> jax.Array:
     """cos and sin of c_noise (...) at 16 frequencies -> (..., 32).
 
-    c_noise = ln(sigma)/4 spans about 3; the denoiser of a sharp mixture changes over 0.1.
+    c_noise = ln(sigma)/4 spans about 3; the denoiser of a sharp mixture changes within 0.1.
     """
     return sinusoids(c_noise, np.geomspace(0.5, 32, 16, dtype=np.float32))
 
 
 class Block(nn.Module):
-    """Residual layer whose hidden units are scaled and shifted by the embedding."""
+    """Residual layer with hidden units scaled and shifted by the embedding."""
 
     dropout: float
     dtype: Any
@@ -42,12 +42,9 @@ class MLP(Network):
     """Residual MLP for x (B, d) or a trajectory (B, F, d), conditioned on noise level and class.
 
     Attributes:
-      out_channels: length of the output vector, of each frame's where there are frames.
-      num_classes: classes; label == num_classes is the null label, the last row of a table.
       width: hidden units.
       depth: residual blocks of two linear maps each.
-      per_frame: x is a trajectory, of which each frame has its own noise level.
-      remat: recompute blocks in the backward pass to save memory.
+      per_frame: x is a trajectory with one noise level per frame.
     """
 
     out_channels: int = 2
@@ -61,10 +58,8 @@ class MLP(Network):
     def __call__(self, x: jax.Array, c_noise: jax.Array, condition: Condition) -> jax.Array:
         """x (B, d), c_noise (B,) -> raw output (B, out_channels).
 
-        With `per_frame` x (B, F, d), c_noise (B, F) -> (B, F, out_channels), of all frames at once.
-
-        Raises:
-          ValueError: x or c_noise have other shapes.
+        With `per_frame`: x (B, F, d), c_noise (B, F) -> (B, F, out_channels), frames jointly.
+        Other shapes raise ValueError.
         """
         if x.ndim != 2 + self.per_frame or c_noise.shape != x.shape[:-1]:
             expected = "x (B, F, d), c_noise (B, F)" if self.per_frame else "x (B, d), c_noise (B,)"
@@ -83,6 +78,5 @@ class MLP(Network):
         for index in range(self.depth):
             module = block(self.dropout, self.dtype, name=f"block{index}")
             h = module(h, embedding, condition.dropout_keys)
-        features = math.prod(x.shape[1:-1]) * self.out_channels
-        h = Linear(features, name="out_linear")(nn.silu(h))
-        return h.reshape(*x.shape[:-1], self.out_channels)
+        shape = (*x.shape[:-1], self.out_channels)
+        return Linear(math.prod(shape[1:]), name="out_linear")(nn.silu(h)).reshape(shape)

@@ -5,6 +5,7 @@ Sources: Karras et al. 2022 (arXiv:2206.00364), Table 7 and Appendix F.2; Song e
 Official weights load through `mclr_jax.pretrained.edm`.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.nn.initializers import normal, variance_scaling, zeros
 
 from mclr_jax.networks import layers
 from mclr_jax.networks.layers import Linear, Network, positional_embedding
@@ -23,15 +25,14 @@ ARCHITECTURES = ("ddpmpp", "ncsnpp", "adm")
 class Block(nn.Module):
     """Residual block, optionally with resampling before and self-attention after.
 
-    The ADM block modulates its second norm by scale and shift, and sums without rescaling; the
-    block of DDPM++/NCSN++ adds the embedding before that norm and divides each sum by sqrt(2).
-    `edm_init` is for EDM's initial values; else they are those of `Linear`.
+    The block of ADM scales and shifts its second norm and adds without rescaling; the block of
+    DDPM++ and NCSN++ adds the embedding before that norm and divides each sum by sqrt(2).
+    `edm_init` selects EDM's initial values instead of those of `Linear`.
     """
 
     features: int
     adm: bool
-    resample: str = ""  # "", "up" or "down"
-    resample_filter: tuple[float, ...] = (1, 1)
+    resample: Callable[[jax.Array], jax.Array] | None = None
     heads: int = 0
     dropout: float = 0.0
     dtype: Any = jnp.float32
@@ -40,24 +41,23 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, embedding: jax.Array, dropout_keys: jax.Array | None):
         """x (B, H, W, C), embedding (B, E), dropout_keys (B,) or None -> (B, H', W', features)."""
-        linear, init_zero, init_attention = _initialised(self.adm, self.dtype, self.edm_init)
+        linear, init_last, init_qkv = _initialised(self.adm, self.dtype, self.edm_init)
         norm = partial(layers.GroupNorm, 1e-5 if self.adm else 1e-6, self.dtype)
         rescale = 1.0 if self.adm else np.sqrt(0.5).item()
 
-        operations = {"up": layers.upsample, "down": layers.downsample, "": lambda x, taps: x}
-        resampled = partial(operations[self.resample], taps=self.resample_filter)
+        resampled = self.resample or (lambda x: x)
 
         h = nn.silu(norm(name="norm0")(x))
         h = linear(self.features, 3, name="conv0")(resampled(h))
-        modulation = linear(self.features * (1 + self.adm), name="affine")(embedding)
-        modulation = modulation[:, None, None, :]
+        affine = linear(self.features * (1 + self.adm), name="affine")
+        modulation = affine(embedding)[:, None, None, :]
         if self.adm:
             scale, shift = jnp.split(modulation, 2, axis=-1)
-            h = nn.silu(norm(name="norm1")(h) * (1 + scale) + shift)
+            h = norm(name="norm1")(h) * (1 + scale) + shift
         else:
-            h = nn.silu(norm(name="norm1")(h + modulation))
-        h = layers.Dropout(self.dropout, name="dropout")(h, dropout_keys)
-        h = linear(self.features, 3, name="conv1", **init_zero)(h)
+            h = norm(name="norm1")(h + modulation)
+        h = layers.Dropout(self.dropout, name="dropout")(nn.silu(h), dropout_keys)
+        h = linear(self.features, 3, name="conv1", **init_last)(h)
 
         skip = resampled(x)
         if self.features != x.shape[-1] or (self.resample and not self.adm):
@@ -65,48 +65,46 @@ class Block(nn.Module):
         x = (h + skip) * rescale
 
         if self.heads:
-            qkv = linear(3 * self.features, name="qkv", **init_attention)(norm(name="norm2")(x))
+            qkv = linear(3 * self.features, name="qkv", **init_qkv)(norm(name="norm2")(x))
             qkv = qkv.reshape(len(x), -1, self.heads, 3 * self.features // self.heads)
             h = layers.attention(*jnp.split(qkv, 3, axis=-1)).reshape(x.shape)
-            x = (x + linear(self.features, name="proj", **init_zero)(h)) * rescale
+            x = (x + linear(self.features, name="proj", **init_last)(h)) * rescale
         return x
 
 
 def _initialised(adm: bool, dtype: Any, edm_init: bool = True) -> tuple[partial, dict, dict]:
-    """The layer with its initial values, and what the last layers and attention have otherwise."""
+    """`Linear` with its initial values (EDM's `weight_init`), options of last layers and of qkv."""
     linear = partial(Linear, dtype=dtype)
     if not edm_init:
         return linear, {}, {}
     if adm:
-        linear = partial(linear, kernel_init=layers.kaiming_uniform(3**-0.5), bias_scale=1.0)
-        return linear, {"kernel_init": nn.initializers.zeros, "bias_scale": 0.0}, {}
-    last, attention = (layers.xavier_uniform(gain) for gain in (1e-5, 0.2**0.5))
-    return linear, {"kernel_init": last}, {"kernel_init": attention}
+        init = variance_scaling(1 / 3, "fan_in", "uniform")
+        linear = partial(linear, kernel_init=init, bias_scale=1.0)
+        return linear, {"kernel_init": zeros, "bias_scale": 0.0}, {}
+    last, qkv = (variance_scaling(variance, "fan_avg", "uniform") for variance in (1e-10, 0.2))
+    return linear, {"kernel_init": last}, {"kernel_init": qkv}
 
 
 def attention_heads(architecture: str, features: int) -> int:
-    """ADM has 64 channels per head, the others one head."""
+    """ADM has 64 channels per head, the other architectures have one head."""
     return max(1, features // 64) if architecture == "adm" else 1
 
 
 class UNet(Network):
-    """EDM's U-Net: 3 architectures that differ where `adm`, `ncsnpp` or `residual` is read below.
+    """EDM's U-Net, of the architecture "ddpmpp", "ncsnpp" or "adm".
 
-    Official settings: CIFAR-10 is the default here with dropout 0.13 and augment_dim 9; FFHQ and
-    AFHQ 64x64 have channel_mult (1, 2, 2, 2) and dropout 0.05 (0.25 for AFHQ); ImageNet 64x64 is
-    architecture "adm" with channels 192, channel_mult (1, 2, 3, 4), num_blocks 3,
-    attention_resolutions (32, 16, 8), dropout 0.1.
+    Official settings: for CIFAR-10 the defaults, dropout 0.13 and augment_dim 9; for FFHQ and AFHQ
+    64x64 channel_mult (1, 2, 2, 2), dropout 0.05 (AFHQ: 0.25); for ImageNet 64x64 architecture
+    "adm", channels 192, channel_mult (1, 2, 3, 4), num_blocks 3, attention_resolutions
+    (32, 16, 8), dropout 0.1.
 
     Attributes:
-      architecture: "ddpmpp", "ncsnpp" or "adm".
-      out_channels: channels of the output.
-      num_classes: classes; label == num_classes is the null label (a zero vector). 0 for none.
+      num_classes: 0 for a network without classes.
       channels: channels at full resolution, multiplied by `channel_mult` at each level.
       num_blocks: residual blocks per level of the encoder; the decoder has one more.
       attention_resolutions: image heights (in patches) at which blocks attend.
-      patch_size: pixels of a patch are stacked as channels before the first convolution, which
-        makes the network patch_size^2 times cheaper; not an option of EDM.
-      remat: recompute blocks in the backward pass to save memory.
+      patch_size: the pixels of a patch are stacked as channels of one pixel, which makes the
+        network patch_size^2 times cheaper; not an option of EDM.
     """
 
     architecture: str = "ddpmpp"
@@ -124,8 +122,7 @@ class UNet(Network):
     def __call__(self, x: jax.Array, c_noise: jax.Array, condition: Condition) -> jax.Array:
         """x (B, H, W, C), c_noise (B,) -> raw output (B, H, W, out_channels).
 
-        Raises:
-          ValueError: unknown architecture, or a size that the levels do not divide.
+        Raises ValueError for unknown architectures, and if the levels do not divide the image.
         """
         if self.architecture not in ARCHITECTURES:
             raise ValueError(f"architecture is {self.architecture!r}, expected {ARCHITECTURES}")
@@ -134,13 +131,14 @@ class UNet(Network):
         x = layers.space_to_depth(x, self.patch_size)
         adm, ncsnpp = self.architecture == "adm", self.architecture == "ncsnpp"
         taps = (1, 3, 3, 1) if ncsnpp else (1, 1)
-        linear, init_zero, _ = _initialised(adm, self.dtype)
+        up, down = partial(layers.upsample, taps=taps), partial(layers.downsample, taps=taps)
+        linear, init_last, _ = _initialised(adm, self.dtype)
         embedding = self._embedding(c_noise, condition).astype(self.dtype)
 
-        def block(name: str, h: jax.Array, features: int, attend=False, resample="") -> jax.Array:
+        def block(name: str, h: jax.Array, features: int, attend=False, resample=None) -> jax.Array:
             heads = attention_heads(self.architecture, features) if attend else 0
             cls = nn.remat(Block) if self.remat else Block
-            module = cls(features, adm, resample, taps, heads, self.dropout, self.dtype, name=name)
+            module = cls(features, adm, resample, heads, self.dropout, self.dtype, name=name)
             return module(h, embedding, condition.dropout_keys)
 
         # Encoder.
@@ -152,8 +150,8 @@ class UNet(Network):
         skips = [h]
         for level, (width, size) in enumerate(zip(widths, sizes, strict=True)):
             if level > 0:
-                h = block(f"enc_{size}_down", h, h.shape[-1], resample="down")
-                if ncsnpp:  # the image itself also goes down, and joins in at each level
+                h = block(f"enc_{size}_down", h, h.shape[-1], resample=down)
+                if ncsnpp:  # the downsampled image is added at each level
                     residual = layers.blur(residual, taps, stride=1, pad=len(taps) // 2)
                     name = f"enc_{size}_aux_residual"
                     residual = linear(h.shape[-1], 3, 2, "VALID", name=name)(residual)
@@ -170,7 +168,7 @@ class UNet(Network):
                 h = block(f"dec_{size}_in0", h, h.shape[-1], attend=True)
                 h = block(f"dec_{size}_in1", h, h.shape[-1])
             else:
-                h = block(f"dec_{size}_up", h, h.shape[-1], resample="up")
+                h = block(f"dec_{size}_up", h, h.shape[-1], resample=up)
             for index in range(self.num_blocks + 1):
                 attend = attends[level] and (adm or index == self.num_blocks)
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
@@ -179,19 +177,18 @@ class UNet(Network):
         prefix = "out" if adm else f"dec_{sizes[0]}_aux"
         h = layers.GroupNorm(1e-5 if adm else 1e-6, self.dtype, name=f"{prefix}_norm")(h)
         features = self.patch_size**2 * self.out_channels
-        h = linear(features, 3, name=f"{prefix}_conv", **init_zero)(nn.silu(h))
+        h = linear(features, 3, name=f"{prefix}_conv", **init_last)(nn.silu(h))
         return layers.depth_to_space(h, self.patch_size).astype(jnp.float32)
 
     def _embedding(self, c_noise: jax.Array, condition: Condition) -> jax.Array:
-        """Noise level (B,) and condition -> (B, 4 channels) float32."""
+        """Embedding of noise level (B,) and condition -> (B, 4 * channels) float32."""
         adm, ncsnpp = self.architecture == "adm", self.architecture == "ncsnpp"
         linear = _initialised(adm, jnp.float32)[0]
         one_hot = jax.nn.one_hot(condition.label, self.num_classes)  # the null label gives zeros
 
         noise_channels = self.channels * (2 if ncsnpp else 1)
         if ncsnpp:
-            normal = nn.initializers.normal(16.0)
-            frequencies = self.param("map_noise_freqs", normal, (noise_channels // 2,))
+            frequencies = self.param("map_noise_freqs", normal(16.0), (noise_channels // 2,))
             angles = 2 * np.pi * c_noise.astype(jnp.float32)
             embedding = layers.sinusoids(angles, jax.lax.stop_gradient(frequencies))
         else:
@@ -206,6 +203,6 @@ class UNet(Network):
         embedding = nn.silu(linear(4 * self.channels, name="map_layer0")(embedding))
         embedding = linear(4 * self.channels, name="map_layer1")(embedding)
         if self.num_classes and adm:
-            options = {"use_bias": False, "kernel_init": nn.initializers.normal(1.0)}
-            embedding = embedding + linear(4 * self.channels, name="map_label", **options)(one_hot)
+            options = {"use_bias": False, "kernel_init": normal(1.0), "name": "map_label"}
+            embedding = embedding + linear(4 * self.channels, **options)(one_hot)
         return nn.silu(embedding)

@@ -26,10 +26,9 @@ OFFICIAL = {
 def convert(state_dict: Mapping[str, np.ndarray], net: DiT) -> dict:
     """An official state dict -> params for `net.apply({"params": params}, ...)`.
 
-    Errors as in `official.convert`. `pos_embed`, a fixed table, is not needed. Official weights
-    want time_scale 1, and have no optional inputs.
+    `net` must have time_scale 1. Errors are those of `official.convert`.
     """
-    state = {name: value for name, value in state_dict.items() if name != "pos_embed"}
+    state = {k: v for k, v in state_dict.items() if k != "pos_embed"}  # a fixed table
     if (patches := "x_embedder.proj.weight") not in state:
         raise ValueError(f"parameter {patches!r} is missing: not weights of a DiT")
 

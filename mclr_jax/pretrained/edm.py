@@ -17,7 +17,7 @@ from mclr_jax.pretrained import official
 def convert(state_dict: Mapping[str, np.ndarray], net: UNet) -> dict:
     """An official state dict -> params for `net.apply({"params": params}, ...)`.
 
-    Errors as in `official.convert`. Names may have the prefix "model." of EDMPrecond.
+    Names may have the prefix "model." of EDMPrecond. Errors are those of `official.convert`.
     """
     state = {name.removeprefix("model."): value for name, value in state_dict.items()}
     taps = 4 if net.architecture == "ncsnpp" else 2

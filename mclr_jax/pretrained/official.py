@@ -1,4 +1,4 @@
-"""Official PyTorch weights -> Flax parameters: what the converters of all networks share."""
+"""Official PyTorch weights -> Flax parameters: the part that all networks share."""
 
 from collections.abc import Callable, Mapping
 
@@ -21,14 +21,9 @@ def convert(
 ) -> dict[Path, jax.Array]:
     """Parameters of `net` by path: kernels (..., in, out), and zeros for absent optional inputs.
 
-    Args:
-      state: official name -> array.
-      net: the network that the weights belong to; its fields say what is expected.
-      image: the shape (H, W, C) of its input.
-      official_name: of the parameter with a path; a list where several are stacked.
-
-    Raises:
-      ValueError: a parameter is missing, unexpected or misshapen; the first is named.
+    `state` maps official names to arrays, `image` is the shape (H, W, C) of the network's input,
+    `official_name` maps a path to its name, or to a list of names whose arrays are stacked. Raises
+    ValueError for the first parameter that is missing, unexpected or of another shape.
     """
     remaining = dict(state)
 
@@ -38,7 +33,7 @@ def convert(
         value = original = np.asarray(remaining.pop(name), np.float32)
         if is_kernel and value.ndim > 1:
             value = np.moveaxis(value, (0, 1), (-1, -2))
-            if len(expected) == 2:  # a dense layer: of patches, or in place of a 1x1 convolution
+            if len(expected) == 2:  # a dense layer of patches, or instead of a 1x1 convolution
                 value = value.reshape(-1, value.shape[-1])
         if value.shape != expected:
             raise ValueError(

@@ -1,6 +1,6 @@
 """Read PyTorch's weight files (torch.save, both formats) without PyTorch.
 
-Only tensors in plain containers are read: nothing that a file names is imported or run.
+Reads tensors in plain containers alone: no code that a file names is imported or run.
 """
 
 import collections
@@ -24,8 +24,7 @@ DTYPES = {
 def load(path: str | os.PathLike) -> Any:
     """The object in a file of torch.save, with NumPy arrays for its tensors; some share memory.
 
-    Raises:
-      ValueError: if it is no such file, or holds anything but tensors in plain containers.
+    Raises ValueError for other files and for objects other than tensors in plain containers.
     """
     try:
         if zipfile.is_zipfile(path):
@@ -33,13 +32,12 @@ def load(path: str | os.PathLike) -> Any:
         with open(path, "rb") as file:
             return _load_legacy(file)
     except (pickle.UnpicklingError, EOFError, LookupError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{os.fspath(path)} is not a file of tensors written by torch.save: {error}"
-        ) from error
+        message = f"{os.fspath(path)} is not a file of tensors written by torch.save: {error}"
+        raise ValueError(message) from error
 
 
 def _tensor(storage: np.ndarray, offset: int, shape: tuple, strides: tuple, *_: Any) -> np.ndarray:
-    """A strided view of a storage, from the arguments of `_rebuild_tensor_v2`."""
+    """A strided view of a storage; the arguments are those of `_rebuild_tensor_v2`."""
     last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
     if 0 not in shape and not 0 <= offset <= last < len(storage):
         raise KeyError(f"a tensor of shape {shape} reaches beyond its storage")
@@ -57,7 +55,7 @@ for _kind, _dtype in DTYPES.items():
 
 
 class _Unpickler(pickle.Unpickler):
-    """Asks storage(kind, dtype, key, location, count, ...) for the numbers of tensors."""
+    """Gets the values of tensors from storage(kind, dtype, key, location, count, ...)."""
 
     def __init__(self, file: BinaryIO, storage: Any = None):
         super().__init__(file)
@@ -66,7 +64,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in KNOWN:
             return KNOWN[module, name]
-        raise pickle.UnpicklingError(f"it holds a {module}.{name}, not tensors in containers alone")
+        raise pickle.UnpicklingError(f"it holds a {module}.{name}, not tensors in containers only")
 
     def persistent_load(self, identifier: tuple) -> np.ndarray:
         return self._storage(*identifier)
@@ -85,19 +83,19 @@ def _load_zip(path: str | os.PathLike) -> Any:
 
 
 def _load_legacy(file: io.BufferedReader) -> Any:
-    magic, *_ = [_Unpickler(file).load() for _ in range(3)]  # protocol version, sizes of C's types
+    magic, *_ = [_Unpickler(file).load() for _ in range(3)]  # then protocol, sizes of C's types
     if magic != MAGIC:
-        raise pickle.UnpicklingError("it does not begin as one")
+        raise pickle.UnpicklingError(f"it starts with {magic!r:.20}, expected {MAGIC}")
     storages: dict[str, np.ndarray] = {}
 
     def storage(kind: str, dtype: np.dtype, key: str, location: str, count: int, view: Any = None):
         if view is not None:
-            raise pickle.UnpicklingError("it holds a view of a storage, as PyTorch 0.3 wrote them")
-        return storages.setdefault(key, np.zeros(count, dtype))  # its numbers follow the tree
+            raise pickle.UnpicklingError("it holds a view of a storage, as in files of PyTorch 0.3")
+        return storages.setdefault(key, np.zeros(count, dtype))  # the values follow the tree
 
     tree = _Unpickler(file, storage).load()
     for key in _Unpickler(file).load():
         count, data = int.from_bytes(file.read(8), "little"), storages[key].view(np.uint8).data
         if count != len(storages[key]) or file.readinto(data) < len(data):
-            raise EOFError("it was cut short")
+            raise EOFError("it is truncated")
     return tree
