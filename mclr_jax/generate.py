@@ -32,7 +32,7 @@ def replicated(tree: Any) -> Any:
 
 def spread_size(batch_size: int, count: int) -> int:
     """The batch size for `count` examples: at most `count`, rounded up to a multiple of devices."""
-    batch_size = min(batch_size, count)
+    batch_size = min(batch_size, max(count, 1))
     return batch_size + -batch_size % jax.device_count()
 
 

@@ -36,6 +36,7 @@ def test_samples_are_those_of_the_sampler_called_directly(trained):
     x = np.float32(grid[0]) * normal_like(sample_keys(5, range(3)), jnp.zeros((3, 8, 8, 1)))
     expected = samplers.sample(denoise, x, jnp.asarray(labels), grid, "euler")
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+    assert generate.generate(model, params, np.array([]), EULER).shape == (0, 8, 8, 1)
 
 
 def test_autoguidance_puts_a_weaker_model_in_the_place_of_the_null_label(trained):

@@ -274,6 +274,10 @@ def test_zip_errors(tmp_path):
     broken = {"0.png": png(PIXELS[0]), "1.png": png(PIXELS[1])[:60]}
     with pytest.raises(ValueError, match=r"1\.png in .* cannot be decoded"):
         load(write_zip(tmp_path / "a.zip", broken, labels))
+    with pytest.raises(ValueError, match=r"corrupt at 0\.npy"):
+        load(write_zip(tmp_path / "a.zip", {"0.npy": b"no array"}, [["0.npy", 0]]))
+    with pytest.raises(ValueError, match=r"a\.zip has a broken dataset\.json"):
+        load(write_zip(tmp_path / "a.zip", {"0.png": b"", "dataset.json": b"{"}, ...))
     with pytest.raises(ValueError, match=r"no \.png or \.npy"):
         load(write_zip(tmp_path / "a.zip", {"a.txt": b""}, []))
     intact = tmp_path / "b.zip"

@@ -128,8 +128,9 @@ def _zip(
     if not files:
         raise ValueError(f"{path} has no .png or .npy files, so it is no EDM data set")
     described = "dataset.json" in archive.namelist()
-    pairs = json.loads(archive.read("dataset.json")).get("labels") if described else None
-    by_file = dict.fromkeys(files, 0) if pairs is None and unlabelled else dict(pairs or ())
+    with named(f"{path} has a broken dataset.json; get it again"):
+        pairs = json.loads(archive.read("dataset.json")).get("labels") if described else None
+        by_file = dict.fromkeys(files, 0) if pairs is None and unlabelled else dict(pairs or ())
     if missing := [file for file in files if file not in by_file]:
         raise ValueError(
             f"{path} has {len(files)} images of which {len(missing)} have no label in dataset.json,"
@@ -144,7 +145,8 @@ def _zip(
             content = archive.read(file)
         if file.lower().endswith(".png"):
             return _decode(content, f"{file} in {path}"), label
-        array = np.load(io.BytesIO(content))
+        with named(f"{path} is corrupt at {file}; get it again"):
+            array = np.load(io.BytesIO(content))
         return as_images(np.moveaxis(array, 0, -1), f"{file} in {path}"), label
 
     num_classes = num_classes or int(labels.max()) + 1

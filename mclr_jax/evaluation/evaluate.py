@@ -154,6 +154,8 @@ def evaluate(
     `runs.Run.weights` explains averages and interpolations, `generate.generate` the other options.
     """
     run, rows = runs.load(workdir), []
+    for name in names:  # before samples are drawn
+        look_up(METRICS, name, "metric")
     made_by = {**provenance(), "device": banner()}
     labels = np.resize(np.arange(run.model.null_label), num_samples)
     fixed: dict[str, Any] = {
