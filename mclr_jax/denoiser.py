@@ -114,13 +114,9 @@ class Epsilon(_Discrete):
     """The network gives the noise n, for betas that rise linearly (DDPM; the defaults are DiT's).
 
     Source: Ho et al. 2020 (arXiv 2006.11239). Natural weight 1 / sigma^2.
-
-    Attributes:
-      betas: beta of the first and of the last step.
-      steps: number of steps T.
     """
 
-    betas: tuple[float, float] = (1e-4, 0.02)
+    betas: tuple[float, float] = (1e-4, 0.02)  # of the first and of the last step
     steps: int = 1000
 
     @property
@@ -138,11 +134,8 @@ class V(_Discrete):
 
     Sources: Salimans and Ho 2022 (arXiv 2202.00512) for v; Jabri et al. 2022 (arXiv 2212.11972) for
     the schedule, as in diffusion forcing (Chen et al. 2024, arXiv 2407.01392). Natural weight
-    (1 + sigma^2) / sigma^2.
-
-    Attributes:
-      start, end, tau: ab(t) is sigmoid(-(start + (end - start) t) / tau), scaled to 1 .. 0.
-      steps: number of steps T.
+    (1 + sigma^2) / sigma^2. ab(t) is sigmoid(-(start + (end - start) t) / tau) for 0 <= t <= 1,
+    scaled to the range from 1 to 0.
     """
 
     start: float = -3.0

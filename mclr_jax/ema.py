@@ -29,11 +29,9 @@ def halflife(halflife_steps: float, ramp_up: float = 0.05) -> Decay:
 def power_exponent(std: float | np.ndarray) -> np.ndarray:
     """Exponents gamma of the profiles t^gamma of relative widths `std` (sigma_rel); float64.
 
-    The positive root of std^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3))
-    (Karras et al. 2024, arXiv 2312.02696, eq. 126).
-
-    Raises:
-      ValueError: unless 0 < std < 0.2886..., the width of the flat profile.
+    The positive root of std^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) (Karras et al. 2024,
+    arXiv 2312.02696, eq. 126). Raises ValueError unless 0 < std < 0.2886..., the width of the flat
+    profile.
     """
     std = np.asarray(std, np.float64)
     if not np.all((std > 0) & (std < 12**-0.5)):

@@ -58,12 +58,10 @@ def flat(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def provenance() -> dict[str, str]:
-    """The origin of a result, which is stored with the result.
+    """The command line of this process and the git revision of the package, to store with a result.
 
-    Returns:
-      command: the command line of this process.
-      revision: git revision of the package, ending in "-dirty" if files have changed since; outside
-        a git checkout the package's version.
+    The revision ends in "-dirty" if files have changed since. Outside a git checkout the revision
+    is the version of the package.
     """
     root, revision = pathlib.Path(__file__).resolve().parent.parent, ""
     if (root / ".git").exists():

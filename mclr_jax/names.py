@@ -29,9 +29,8 @@ def look_up(table: Mapping[str, T], name: str, what: str) -> T:
 def resolve(table: Mapping[str, Any], name: str, what: str) -> Any:
     """table[name], or the imported attribute for a name "package.module:Name".
 
-    Raises:
-      ValueError: with the nearest names, if there is no such entry, module or attribute. An error
-        inside the module, such as a dependency that is not installed, is not caught.
+    Raises ValueError with the nearest names if there is no such entry, module or attribute. Errors
+    inside the module, such as a missing dependency of the module, are not caught.
     """
     path, _, attribute = name.partition(":")
     if name in table or not all(map(str.isidentifier, (*path.split("."), attribute))):
@@ -61,16 +60,10 @@ def fields(factory: Any) -> dict[str, dataclasses.Field]:
 
 
 def make(table: Mapping[str, Any], config: Mapping[str, Any], what: str, **filled_in: Any) -> Any:
-    """Construct the dataclass named config["name"] from the other keys of the config.
+    """Construct the dataclass named config["name"] from the other keys of the section `what`.
 
-    Args:
-      table: known names; see `resolve` for others.
-      config: the section config.`what`.
-      what: name of the section, for errors.
-      **filled_in: further values, used for those fields that the dataclass has.
-
-    Raises:
-      ValueError: with the wrong key.
+    Names are looked up by `resolve`. Of the values in `filled_in`, those for fields of the
+    dataclass are used. Raises ValueError with the first wrong key.
     """
     factory = resolve(table, config["name"], what)
     known = fields(factory)
@@ -98,8 +91,7 @@ def options(
 ) -> dict[str, Any]:
     """The config section for `name`: the defaults of its fields, updated by `values`; see `make`.
 
-    Raises:
-      ValueError: on an unknown name or option, or if an option without a default has no value.
+    Raises ValueError on an unknown name or option, or if an option without a default has no value.
     """
     known = fields(resolve(table, name, "name"))
     section: dict[str, Any] = {k: field.default for k, field in known.items() if k not in left_out}

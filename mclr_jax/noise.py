@@ -47,10 +47,8 @@ def rho_grid(
     """Sampling grid (num_steps + 1,) float64 that falls from sigma_max to sigma_min, then to 0.
 
     sigma_i = (sigma_max^(1/rho) + i/(N-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho
-    (Karras et al. 2022, eq. 5). With one step the grid is (sigma_max, 0).
-
-    Raises:
-      ValueError: unless num_steps >= 1, 0 < sigma_min < sigma_max and rho > 0.
+    (Karras et al. 2022, eq. 5). With one step the grid is (sigma_max, 0). Raises ValueError unless
+    num_steps >= 1, 0 < sigma_min < sigma_max and rho > 0.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}; a sampling grid needs at least 1.")
@@ -59,9 +57,8 @@ def rho_grid(
             f"Got sigma_min={sigma_min}, sigma_max={sigma_max}, rho={rho}; "
             "expected 0 < sigma_min < sigma_max and rho > 0."
         )
-    ends = np.array([sigma_max, sigma_min], np.float64) ** (1 / rho)
-    ramp = np.linspace(0, 1, num_steps)
-    return np.append((ends[0] + ramp * (ends[1] - ends[0])) ** rho, 0.0)
+    roots = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), num_steps)
+    return np.append(roots**rho, 0.0)
 
 
 def sample_keys(seed, indices) -> jax.Array:

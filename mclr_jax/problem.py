@@ -25,41 +25,28 @@ class Answers(NamedTuple):
 
 
 class Models(NamedTuple):
-    """The functions that an objective may call.
+    """The functions that an objective may call: of the model in training and of frozen models.
 
-    Attributes:
-      denoise, logits: the model in training.
-      frozen: models by their names in `needs`, with no gradient, no dropout and strength 0.
-      posterior: log p(class | x_sigma), if "posterior" is in `needs`.
+    Frozen models, by their names in `needs`, have no gradient, no dropout and strength 0.
     """
 
     denoise: DenoiseFn
     logits: LogitsFn
     frozen: Mapping[str, Answers] = {}
-    posterior: PosteriorFn | None = None
+    posterior: PosteriorFn | None = None  # if "posterior" is in `needs`
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Properties of the data and choices of the config.
+    """Properties of the data and choices of the config."""
 
-    Attributes:
-      levels: distribution of the noise levels in training.
-      weight: sigma -> loss weight of the shape of sigma.
-      null_label: num_classes.
-      class_prior: share of each class in the data.
-      sigma_data: standard deviation of the data.
-      frames: shape of the noise levels of one example, () or (F,).
-      strength: range (low, high) of the strength input of the network, or () without that input.
-    """
-
-    levels: NoiseLevels
-    weight: Callable[[jax.Array], jax.Array]
-    null_label: int
-    class_prior: tuple[float, ...] = ()
-    sigma_data: float = 0.5
-    frames: tuple[int, ...] = ()
-    strength: tuple[float, ...] = ()
+    levels: NoiseLevels  # distribution of the noise levels in training
+    weight: Callable[[jax.Array], jax.Array]  # sigma -> loss weight of the shape of sigma
+    null_label: int  # num_classes
+    class_prior: tuple[float, ...] = ()  # share of each class in the data
+    sigma_data: float = 0.5  # standard deviation of the data
+    frames: tuple[int, ...] = ()  # shape of the noise levels of one example, () or (F,)
+    strength: tuple[float, ...] = ()  # (low, high) of the strength as an input, () without it
 
 
 class Batch(struct.PyTreeNode):

@@ -28,16 +28,14 @@ from mclr_jax.types import Condition, DenoiseFn, as_condition, expand
 class Churn(NamedTuple):
     """Stochastic churn of EDM (Karras et al. 2022, Algorithm 2); fields may be traced scalars.
 
-    Attributes:
-      amount: S_churn; raises the noise level by a factor 1 + min(S_churn / num_steps, sqrt(2) - 1).
-      sigma_min, sigma_max: S_min, S_max; the range of levels with churn.
-      noise_scale: S_noise; standard deviation of the fresh noise relative to the exact one.
+    In steps that start in [sigma_min, sigma_max] churn raises the noise level by a factor
+    1 + min(amount / num_steps, sqrt(2) - 1), with fresh noise.
     """
 
-    amount: float = 40.0
-    sigma_min: float = 0.05
-    sigma_max: float = 50.0
-    noise_scale: float = 1.003
+    amount: float = 40.0  # S_churn
+    sigma_min: float = 0.05  # S_min
+    sigma_max: float = 50.0  # S_max
+    noise_scale: float = 1.003  # S_noise: std of the fresh noise relative to the exact one
 
 
 class _Calls(NamedTuple):
