@@ -120,7 +120,7 @@ def from_denoiser(
         offsets = jax.vmap(lambda key: jax.random.uniform(key, (levels,)))(k_level)
         steps = (high - low) / levels
 
-        def stratum(total, j):
+        def stratum(j):
             tau = jnp.exp(low + (j + offsets[:, j]) * steps)
             noise = normal_like(jax.vmap(jax.random.fold_in, (0, None))(k_noise, j), x)
             level = jnp.sqrt(sigma**2 + tau**2)
@@ -133,10 +133,9 @@ def from_denoiser(
                 return jnp.sum(residual**2, axis=tuple(range(1, x.ndim))) / 2
 
             both = jax.lax.map(lambda c: square(1.0, c) + square(-1.0, c), classes.T)
-            return total - steps[:, None] * both.T, None
+            return -steps[:, None] * both.T
 
-        zeros = jnp.zeros(classes.shape, x.dtype)
-        return jax.lax.scan(stratum, zeros, jnp.arange(levels))[0]
+        return jax.lax.map(stratum, jnp.arange(levels)).sum(0)
 
     def log_posterior(x, sigma, condition, keys):
         label = condition.label[:, None]
