@@ -33,8 +33,7 @@ class Max(struct.PyTreeNode):
     parts: jax.Array
 
 
-Metric = Sums | Max
-Metrics = dict[str, Metric]
+Metrics = dict[str, Sums | Max]
 
 
 def _effective_share(total: Any, squares: Any, count: Any) -> Any:

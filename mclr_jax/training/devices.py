@@ -21,14 +21,12 @@ MODES = ("pmap", "data", "fsdp")
 class Devices:
     """All devices of all processes along one axis.
 
-    Attributes:
-      parallel: "pmap" (replicated state, explicit collectives), "data" (replicated state, jit over
-        a mesh) or "fsdp" (jit; parameters, averages and optimizer state sharded).
-      devices: None for all devices.
+    `parallel` is "pmap" (replicated state, explicit collectives), "data" (replicated state, jit
+    over a mesh) or "fsdp" (jit; parameters, averages and optimizer state sharded).
     """
 
     parallel: str = "pmap"
-    devices: tuple[jax.Device, ...] | None = None
+    devices: tuple[jax.Device, ...] | None = None  # None for all devices
 
     def __post_init__(self):
         if self.parallel not in MODES:
@@ -79,8 +77,7 @@ class Devices:
         """The result of `init`, placed by `state_shardings` and never whole on one device."""
         shardings = self.state_shardings(jax.eval_shape(init))
         # `init` runs once: on CPU XLA would take far longer to optimise than to run the program.
-        cpu = jax.default_backend() == "cpu"
-        options = {"xla_backend_optimization_level": 0} if cpu else None
+        options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         return jax.jit(init, out_shardings=shardings, compiler_options=options)()
 
     def put_state(self, state: Any) -> Any:

@@ -28,37 +28,22 @@ class NonFiniteError(FloatingPointError):
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
-    """The input of a hook.
+    """The input of a hook."""
 
-    Attributes:
-      step: number of updates done.
-      state: the state after that step, as arrays over all processes.
-      readings: results of the earlier hooks at this step, by name.
-      stopping: whether a signal ends training here.
-    """
-
-    step: int
-    state: TrainState
-    readings: Mapping[str, float]
-    stopping: bool
+    step: int  # number of updates done
+    state: TrainState  # after that step, as arrays over all processes
+    readings: Mapping[str, float]  # results of the earlier hooks at this step, by name
+    stopping: bool  # whether a signal ends training here
 
 
 @dataclasses.dataclass(frozen=True)
 class Hook:
-    """A function that the loop calls between updates.
+    """A function that the loop calls between updates; with a period also after the last step."""
 
-    Attributes:
-      every: steps between calls, or several such periods; 0 for none. A hook with a period is also
-        called after the last step.
-      run: Moment -> scalars by name, which are logged, or None.
-      at: further steps at which the hook is called.
-      when_stopped: whether the hook is also called when a signal ends training.
-    """
-
-    every: int | tuple[int, ...]
-    run: Callable[[Moment], Mapping[str, float] | None]
-    at: tuple[int, ...] = ()
-    when_stopped: bool = False
+    every: int | tuple[int, ...]  # steps between calls, or several such periods; 0 for none
+    run: Callable[[Moment], Mapping[str, float] | None]  # -> scalars by name, for the log
+    at: tuple[int, ...] = ()  # further steps with a call
+    when_stopped: bool = False  # whether to call the function when a signal ends training
 
     @property
     def periods(self) -> list[int]:
@@ -66,11 +51,8 @@ class Hook:
         return [n for n in (self.every if isinstance(self.every, tuple) else (self.every,)) if n]
 
     def is_due(self, step: int, last: bool, stopping: bool) -> bool:
-        return (
-            any(last or step % n == 0 for n in self.periods)
-            or step in self.at
-            or (stopping and self.when_stopped)
-        )
+        periodic = any(last or step % n == 0 for n in self.periods)
+        return periodic or step in self.at or (stopping and self.when_stopped)
 
 
 class Interrupt:
@@ -148,13 +130,9 @@ def run(
     """Train to num_steps, or until SIGTERM or SIGINT.
 
     Args:
-      task: model, objective and optimizer.
-      state: the state to start from, placed by `devices`.
-      frozen: parameters of task.frozen, placed by `devices`.
+      state, frozen: the initial state and the parameters of task.frozen, placed by `devices`.
       stream: batches, beginning with that of step state.step.
       hooks: called in this order.
-      writer: receives the metrics.
-      devices: device layout.
       num_steps: steps of the whole training.
       log_every: steps between two reports.
       steps_per_dispatch: steps in one call of the compiled program.
@@ -187,9 +165,9 @@ def run(
         while step < num_steps and not stopping:
             count = min(steps_per_dispatch, steps_to_next_event(step))
             batches = devices.put_batches(stack(stream, count, steps_per_dispatch))
-            number = devices.put_state(np.int32(count))
+            length = devices.put_state(np.int32(count))
             with jax.transfer_guard("disallow"):
-                state, metrics = update(state, frozen, batches, number)
+                state, metrics = update(state, frozen, batches, length)
             log.record(step, count, metrics)
             step, last = step + count, step + count == num_steps
             writer.progress(step)
@@ -203,10 +181,9 @@ def run(
             readings: dict[str, float] = {}
             for hook in due:
                 moment = Moment(step, devices.to_global(state), dict(readings), stopping)
-                found = hook.run(moment) or {}
-                if found:
+                if found := hook.run(moment):
                     writer.scalars(step, dict(found))
-                readings |= found
+                    readings |= found
         log.flush()
     if stopping:
         logging.warning("Stopped by a signal after step %d; run the same command to resume.", step)

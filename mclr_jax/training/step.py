@@ -81,20 +81,16 @@ def _gradients(task: Task, params, frozen, batch, keys) -> tuple[Any, Metrics]:
 def make_update(task: Task, axis_name: str | None = None) -> Callable:
     """update(state, frozen, batches, count) -> (state, metrics): `count` steps in one dispatch.
 
-    The arguments and results of update:
-      state: TrainState.
-      frozen: parameters of `task.frozen`.
-      batches: tree of (K, B, ...), of which the first count <= K are used. B counts the rows of
-        this shard if axis_name is given, else all rows.
-      count: () int32, traced: all dispatches run the same compiled steps, so that an interruption
-        changes no bit of the result. K = 1 needs no loop and implies count = 1.
-      metrics: parts of shape (K,), of which the first count are set.
+    `frozen` has the parameters of `task.frozen`. Of the batches, a tree of (K, B, ...), the first
+    count <= K are used; B counts the rows of this shard if axis_name is given, else all rows. The
+    parts of the metrics are (K,), of which the first `count` are set. `count` () int32 is traced:
+    all dispatches run the same compiled steps, so that an interruption changes no bit of the
+    result. K = 1 needs no loop and implies count = 1.
     """
     key = task.step_key
 
     def one_step(state: TrainState, frozen, batch):
-        average = {"average": task.default(state.params, state.ema)}
-        held = frozen | (average if "average" in task.needs else {})
+        held = frozen | {"average": task.default(state.params, state.ema)}
         keys = example_keys(key, state.step, batch["index"])
         gradients, metrics = _gradients(task, state.params, held, batch, keys)
         if axis_name is not None:
