@@ -150,7 +150,7 @@ class Bench(Files):
             start = time.perf_counter()
             for _ in range(dispatches):
                 batches = devices.put_batches(pipeline.stack(stream, length, length))
-                state, readings = update(state, {}, batches, devices.put_scalar(length))
+                state, readings = update(state, {}, batches, devices.put_state(np.int32(length)))
             jax.block_until_ready(readings)
             seconds["steps"].append(time.perf_counter() - start)
             start = time.perf_counter()

@@ -103,7 +103,7 @@ def our_training(model: str, loop: int):
     state = devices.put_state(jax.tree.map(filled, shapes))
     update = devices.compile(make_update(task, devices.axis_name))
     data = devices.put_batches({n: np.repeat(x, loop, axis=0) for n, x in batch.items()})
-    count = devices.put_scalar(loop)
+    count = devices.put_state(np.int32(loop))
     holder = [state]
 
     def run():

@@ -1,4 +1,4 @@
-"""What makes JAX fast on the CPU: memory that is kept, and a device for each core."""
+"""Settings that make JAX fast on the CPU: freed memory is kept, and each core is a device."""
 
 import contextlib
 import ctypes
@@ -9,11 +9,10 @@ import jax
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep the memory that it frees; True where that is possible.
+    """Make glibc keep the memory that this process frees; False without glibc on Linux.
 
-    XLA allocates the temporaries of a program anew at each call, and glibc returns large blocks to
-    the kernel at once: page faults then take a quarter to a third of a training step. Linux with
-    glibc only.
+    XLA allocates the temporaries of a program at each call, and glibc returns large blocks to the
+    kernel immediately: page faults then take a quarter to a third of a training step.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -28,20 +27,14 @@ def keep_freed_memory() -> bool:
 def one_device_per_core(batch_size: int | None = None) -> None:
     """Make every core that this process may use a JAX device; call it before JAX is used.
 
-    XLA:CPU runs a small convolution on one thread, so that several cores need a device each, with
-    its part of the batch; matrix products gain nothing. Nothing is done where JAX has been used,
-    the number of devices is set already or the cores cannot share the batch equally.
-
-    Args:
-      batch_size: of the program; None where batches are padded.
+    XLA:CPU runs a small convolution on one thread. With one device per core, each core computes its
+    part of the batch; matrix products gain nothing. Nothing changes if JAX was used before, the
+    number of devices is set, or the cores cannot share batch_size rows equally (None: they can).
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     given = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if (
-        given
-        or getattr(jax.config, "jax_num_cpu_devices", -1) > 0
-        or (batch_size or 0) % (cores or 1)
-    ):
+    given = given or getattr(jax.config, "jax_num_cpu_devices", -1) > 0
+    if given or (batch_size or 0) % (cores or 1):
         return
-    with contextlib.suppress(RuntimeError):  # its devices are made already
+    with contextlib.suppress(RuntimeError):  # JAX has created its devices
         jax.config.update("jax_num_cpu_devices", cores)

@@ -1,10 +1,10 @@
-"""Preconditioning: how a network's raw output becomes a denoiser, for every published convention.
+"""Preconditioning: turns the raw output of a network into a denoiser.
 
     D(x, sigma, condition) = c_skip x + c_out F(c_in x, c_noise, condition)
 
-Each convention is a frozen dataclass with `scales(sigma)`, which gives the four factors, and
-`levels`, the range of noise levels that sampling may use. Whoever has a `DenoiseFn` need not know
-which it was. The natural loss weight 1 / c_out^2 makes the loss |F - F_exact|^2, the network's own.
+Each published convention is a frozen dataclass with `scales(sigma)`, the four factors, and
+`levels`, the range of noise levels that sampling may use. Code that calls a `DenoiseFn` does not
+depend on the convention. With the natural loss weight 1 / c_out^2 the loss is |F - F_exact|^2.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ NetworkFn = Callable[[jax.Array, jax.Array, Condition], jax.Array]
 
 
 class Scales(NamedTuple):
-    """The factors of a preconditioning at noise levels sigma; each has the shape of sigma."""
+    """The factors of a preconditioning at noise levels sigma, each of the shape of sigma."""
 
     c_in: jax.Array
     c_skip: jax.Array
@@ -32,11 +32,11 @@ class Scales(NamedTuple):
 
 
 class Preconditioning(Protocol):
-    """What `denoiser` needs; frozen dataclasses, so that they compare and hash by value."""
+    """The interface of all conventions; frozen dataclasses, which compare and hash by value."""
 
     @property
     def levels(self) -> tuple[float, float]:
-        """Lowest and highest noise level that the network knows."""
+        """Lowest and highest noise level of the training."""
 
     def scales(self, sigma: jax.Array) -> Scales: ...
 
@@ -64,8 +64,8 @@ class EDM:
 class Velocity:
     """Linear flow matching, x_t = (1 - t) x0 + t n with sigma = t / (1 - t).
 
-    With data_at = 1 the network sees 1 - t and gives x0 - n (SiT, Ma et al. 2024, arXiv
-    2401.08740); with data_at = 0 it sees t and gives n - x0 (REPA, Yu et al. 2024, arXiv
+    With data_at = 1 the network gets 1 - t and gives x0 - n (SiT, Ma et al. 2024, arXiv
+    2401.08740); with data_at = 0 it gets t and gives n - x0 (REPA, Yu et al. 2024, arXiv
     2410.06940). Natural weight ((1 + sigma) / sigma)^2. Sampling starts at a finite level (1e4).
     """
 
@@ -83,59 +83,59 @@ class Velocity:
         return Scales(data, data, c_out, clock)
 
 
-# Variance-preserving processes in discrete steps: x_t = sqrt(ab) x0 + sqrt(1 - ab) n is c_in x for
-# sigma = sqrt(1 / ab - 1). `table` has the sigma of each step.
+class _Discrete:
+    """A variance-preserving process in discrete steps, with ab the product of the alphas so far.
 
-
-def _table(alpha_bar: np.ndarray) -> np.ndarray:
-    return np.sqrt(1 / alpha_bar - 1)
-
-
-def _clock(table: np.ndarray, sigma: jax.Array) -> jax.Array:
-    """The step, 0 .. T - 1, whose noise level is sigma; between steps by its logarithm."""
-    steps = jnp.arange(len(table), dtype=sigma.dtype)
-    return jnp.interp(jnp.log(sigma), jnp.asarray(np.log(table), sigma.dtype), steps)
-
-
-@dataclasses.dataclass(frozen=True)
-class Epsilon:
-    """The network gives the noise n, for betas that rise linearly (DDPM; DiT's, by default).
-
-    Source: Ho et al. 2020 (arXiv 2006.11239). Natural weight 1 / sigma^2.
-
-    Attributes:
-      betas: of the first and the last step.
-      steps: number of steps T.
+    c_in x is x_t = sqrt(ab) x0 + sqrt(1 - ab) n for sigma = sqrt(1 / ab - 1).
     """
 
-    betas: tuple[float, float] = (1e-4, 0.02)
-    steps: int = 1000
+    @property
+    def alphas(self) -> np.ndarray:
+        """1 - beta of each step, (steps,) float64."""
+        raise NotImplementedError
 
     @functools.cached_property
     def table(self) -> np.ndarray:
         """Noise level of each step, (steps,) float64."""
-        return _table(np.cumprod(1 - np.linspace(*self.betas, self.steps)))
+        return np.sqrt(1 / np.cumprod(self.alphas) - 1)
 
     @property
     def levels(self) -> tuple[float, float]:
         return float(self.table[0]), float(self.table[-1])
 
-    def scales(self, sigma: jax.Array) -> Scales:
-        c_in = 1 / jnp.sqrt(1 + sigma**2)
-        return Scales(c_in, jnp.ones_like(sigma), -sigma, _clock(self.table, sigma))
+    def _clock(self, sigma: jax.Array) -> jax.Array:
+        """The step, 0 .. T - 1, with noise level sigma; interpolated in log sigma."""
+        steps = jnp.arange(len(self.table), dtype=sigma.dtype)
+        return jnp.interp(jnp.log(sigma), jnp.asarray(np.log(self.table), sigma.dtype), steps)
 
 
 @dataclasses.dataclass(frozen=True)
-class V:
+class Epsilon(_Discrete):
+    """The network gives the noise n, for betas that rise linearly (DDPM; the defaults are DiT's).
+
+    Source: Ho et al. 2020 (arXiv 2006.11239). Natural weight 1 / sigma^2.
+    """
+
+    betas: tuple[float, float] = (1e-4, 0.02)  # of the first and of the last step
+    steps: int = 1000
+
+    @property
+    def alphas(self) -> np.ndarray:
+        return 1 - np.linspace(*self.betas, self.steps)
+
+    def scales(self, sigma: jax.Array) -> Scales:
+        c_in = 1 / jnp.sqrt(1 + sigma**2)
+        return Scales(c_in, jnp.ones_like(sigma), -sigma, self._clock(sigma))
+
+
+@dataclasses.dataclass(frozen=True)
+class V(_Discrete):
     """The network gives v = sqrt(ab) n - sqrt(1 - ab) x0, for the sigmoid schedule.
 
     Sources: Salimans and Ho 2022 (arXiv 2202.00512) for v; Jabri et al. 2022 (arXiv 2212.11972) for
-    the schedule, which diffusion forcing takes (Chen et al. 2024, arXiv 2407.01392). Natural weight
-    (1 + sigma^2) / sigma^2.
-
-    Attributes:
-      start, end, tau: ab(t) falls from 1 to 0 as sigmoid(-(start + (end - start) t) / tau) does.
-      steps: number of steps T.
+    the schedule, as in diffusion forcing (Chen et al. 2024, arXiv 2407.01392). Natural weight
+    (1 + sigma^2) / sigma^2. ab(t) is sigmoid(-(start + (end - start) t) / tau) for 0 <= t <= 1,
+    scaled to the range from 1 to 0.
     """
 
     start: float = -3.0
@@ -143,31 +143,22 @@ class V:
     tau: float = 1.0
     steps: int = 1000
 
-    @functools.cached_property
-    def table(self) -> np.ndarray:
-        """Noise level of each step, (steps,) float64; the last beta is at most 0.999."""
-        times = (
-            self.start + (self.end - self.start) * np.linspace(0, 1, self.steps + 1)
-        ) / self.tau
-        falling = 1 / (1 + np.exp(times))
-        alpha_bar = (falling - falling[-1]) / (falling[0] - falling[-1])
-        alphas = np.maximum(alpha_bar[1:] / alpha_bar[:-1], 0.001)
-        return _table(np.cumprod(alphas))
-
     @property
-    def levels(self) -> tuple[float, float]:
-        return float(self.table[0]), float(self.table[-1])
+    def alphas(self) -> np.ndarray:
+        falling = 1 / (1 + np.exp(np.linspace(self.start, self.end, self.steps + 1) / self.tau))
+        alpha_bar = (falling - falling[-1]) / (falling[0] - falling[-1])
+        return np.maximum(alpha_bar[1:] / alpha_bar[:-1], 0.001)  # the last beta is at most 0.999
 
     def scales(self, sigma: jax.Array) -> Scales:
         total = 1 + sigma**2
         c_in = 1 / jnp.sqrt(total)
-        return Scales(c_in, 1 / total, -sigma * c_in, _clock(self.table, sigma))
+        return Scales(c_in, 1 / total, -sigma * c_in, self._clock(sigma))
 
 
 def denoiser(preconditioning: Preconditioning, network: NetworkFn) -> DenoiseFn:
-    """The network as a `DenoiseFn`, computed in x's type.
+    """The network as a `DenoiseFn`, computed in the type of x.
 
-    Channels of the output beyond those of x (the variance of DiT) are left out.
+    Output channels beyond the number of channels of x (the variance of DiT) are dropped.
     """
 
     def denoise(x: jax.Array, sigma: jax.Array, condition: Any) -> jax.Array:
@@ -181,5 +172,5 @@ def denoiser(preconditioning: Preconditioning, network: NetworkFn) -> DenoiseFn:
 
 
 def natural_weight(preconditioning: Preconditioning, sigma: jax.Array) -> jax.Array:
-    """1 / c_out^2, the shape of sigma: the loss weight of the network's own square error."""
+    """1 / c_out^2, of the shape of sigma: with it the loss is the square error of the network."""
     return 1 / preconditioning.scales(sigma).c_out ** 2

@@ -1,6 +1,6 @@
-"""Exponential moving averages of weights: EDM's half-life, and EDM2's power functions.
+"""Exponential moving averages of weights: the half-life of EDM and the power functions of EDM2.
 
-Every track is a decay beta(step) and the update ema <- beta ema + (1 - beta) params.
+Each track has a decay beta(step) and the update ema <- beta ema + (1 - beta) params.
 """
 
 from collections.abc import Callable
@@ -8,15 +8,14 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
-Decay = Callable[[jnp.ndarray], jnp.ndarray]  # number of steps taken before this one, () -> ()
+Decay = Callable[[jnp.ndarray], jnp.ndarray]  # number of updates done () -> beta ()
 
 
 def halflife(halflife_steps: float, ramp_up: float = 0.05) -> Decay:
-    """Classic EMA whose memory halves every `halflife_steps`.
+    """EMA in which the weight of old parameters halves every `halflife_steps`.
 
-    Early on the half-life is at most `ramp_up` times the steps taken, so that the random
-    initialisation is forgotten at once (EDM's training loop; Karras et al. 2022, Table 7);
-    ramp_up = 0 switches that off.
+    With ramp_up > 0 the half-life is at most `ramp_up` times the number of updates, so that the
+    random initialisation loses its weight early (Karras et al. 2022, Table 7).
     """
 
     def decay(step):
@@ -28,13 +27,11 @@ def halflife(halflife_steps: float, ramp_up: float = 0.05) -> Decay:
 
 
 def power_exponent(std: float | np.ndarray) -> np.ndarray:
-    """Exponent gamma of the power-function profile t^gamma of relative width `std` (sigma_rel).
+    """Exponents gamma of the profiles t^gamma of relative widths `std` (sigma_rel); float64.
 
-    The positive root of std^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3))
-    (Karras et al. 2024, arXiv 2312.02696, eq. 126). Shape as `std`, float64.
-
-    Raises:
-      ValueError: unless 0 < std < 0.2886..., the width of the flat profile.
+    The positive root of std^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) (Karras et al. 2024,
+    arXiv 2312.02696, eq. 126). Raises ValueError unless 0 < std < 0.2886..., the width of the flat
+    profile.
     """
     std = np.asarray(std, np.float64)
     if not np.all((std > 0) & (std < 12**-0.5)):
@@ -44,7 +41,7 @@ def power_exponent(std: float | np.ndarray) -> np.ndarray:
 
 
 def power(std: float) -> Decay:
-    """Power-function EMA of relative width `std`: beta = (1 - 1/t)^(gamma + 1), t counts from 1.
+    """Power-function EMA of relative width `std`: beta = (1 - 1/t)^(gamma + 1), t = 1, 2, ...
 
     Source: Karras et al. 2024, arXiv 2312.02696, eq. 127.
     """
@@ -53,25 +50,21 @@ def power(std: float) -> Decay:
 
 
 def tracks(config) -> dict[str, Decay]:
-    """The tracks that `config.ema` asks for, by name: `halflife` first, then `power_STD`."""
-    result = {}
-    if config.halflife_steps:
-        result["halflife"] = halflife(config.halflife_steps, config.ramp_up)
-    return result | {f"power_{std}": power(std) for std in config.power_stds}
+    """The tracks of `config.ema` by name: `halflife`, if its steps are not 0, then `power_STD`."""
+    classic = {"halflife": halflife(config.halflife_steps, config.ramp_up)}
+    powers = {f"power_{std}": power(std) for std in config.power_stds}
+    return (classic if config.halflife_steps else {}) | powers
 
 
 def posthoc_coefficients(in_steps, in_stds, out_step: float, out_std: float) -> np.ndarray:
-    """Weights (n,) of stored averages that best make the average of another width.
+    """Weights (n,) float64 with which stored averages approximate an average of another width.
+
+    The weights sum to one and fit the profile by least squares (Karras et al. 2024, arXiv
+    2312.02696, Algorithm 3).
 
     Args:
-      in_steps: (n,) steps at which the averages were stored.
-      in_stds: (n,) their relative widths.
-      out_step: step at which the wanted profile ends.
-      out_std: its relative width.
-
-    Returns:
-      (n,) float64 weights that sum to one: the least-squares fit of the profile
-      (Karras et al. 2024, arXiv 2312.02696, Algorithm 3).
+      in_steps, in_stds: (n,) steps and relative widths of the stored averages.
+      out_step, out_std: last step and relative width of the wanted profile.
     """
     steps, exponents = np.asarray(in_steps, np.float64), power_exponent(in_stds)
 

@@ -1,6 +1,6 @@
-"""A config becomes a model and a task: this file only looks names up.
+"""Makes models and tasks from configs.
 
-A name in a config is an entry of the tables below, or `package.module:Name`, which is imported.
+A name in a config is a key of the tables below, or `package.module:Name`, which is imported.
 """
 
 import dataclasses
@@ -49,25 +49,19 @@ PRECONDITIONINGS: dict[str, Any] = {"edm": EDM, "velocity": Velocity, "epsilon":
 POSTERIORS: dict[str, Any] = {"exact": Exact, "classifier": Classifier, "denoiser": Denoiser}
 NOISE_LEVELS: dict[str, Any] = {"lognormal": LogNormal, "loguniform": LogUniform}
 DTYPES = ("float32", "bfloat16")
-# Fields that are no keys of a config: those filled in here, and Flax's own.
+# Fields that are not keys of a config: those set in this file, and those of Flax.
 MADE = ("num_classes", "out_channels", "augment_dim", "takes_strength", "sigma_data")
 FLAX = ("parent", "name")
 
 
 def options(name: str, **values: Any) -> dict[str, Any]:
-    """A section of a config: the options of an objective, network, posterior, ... by its name.
-
-    `values` are those that differ from the defaults of its dataclass; see `names.options`.
-    """
+    """A config section for an objective, network, posterior, ...: its defaults except `values`."""
     tables = OBJECTIVES | NETWORKS | POSTERIORS | PRECONDITIONINGS | NOISE_LEVELS
     return names.options(tables, name, values, MADE + FLAX)
 
 
-# ---- models --------------------------------------------------------------------------------------
-
-
 def make_model(config: Any, data: DataInfo) -> Model:
-    """The model that a config describes, for such data."""
+    """The model that a config describes, for this data set."""
     if (dtype := config.network.get("dtype", "float32")) not in DTYPES:
         raise ValueError(f"Unknown network.dtype {dtype!r}; expected one of {DTYPES}.")
     inputs = {
@@ -89,7 +83,7 @@ def make_model(config: Any, data: DataInfo) -> Model:
 
 
 def describe(model: Model) -> dict[str, Any]:
-    """Everything that the model is, as JSON; the inverse of `model_of`."""
+    """All values of the model, as JSON; the inverse of `model_of`."""
 
     def resolved(part: Any, table: Mapping[str, Any]) -> dict[str, Any]:
         cls = type(part)
@@ -107,20 +101,17 @@ def describe(model: Model) -> dict[str, Any]:
 
 
 def model_of(description: Mapping[str, Any]) -> Model:
-    """The model that `describe` has described; a network from outside the package is imported."""
-    data: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in description["data"].items()
-    }
+    """The model with this description; a network from outside the package is imported."""
     return Model(
         make(NETWORKS, description["network"], "network"),
         make(PRECONDITIONINGS, description["preconditioning"], "preconditioning"),
-        DataInfo(**data),
+        make({"data": DataInfo}, {"name": "data", **description["data"]}, "data"),
         tuple(description["strength"]),
     )
 
 
 def _plain(key: str, value: Any) -> Any:
-    """A field's value as JSON has it: lists, names of types, null for infinity."""
+    """The value of a field for JSON: lists, names of types, null for infinity."""
     if key == "dtype":
         return np.dtype(value).name
     if isinstance(value, tuple):
@@ -128,11 +119,8 @@ def _plain(key: str, value: Any) -> Any:
     return None if isinstance(value, float) and math.isinf(value) else value
 
 
-# ---- tasks ---------------------------------------------------------------------------------------
-
-
 def _objective(config: Any) -> tuple[Any, Any]:
-    """The objective and the posterior, None where config.posterior.name is empty."""
+    """The objective and the posterior, which is None if config.posterior.name is empty."""
     objective = make(OBJECTIVES, config.objective, "objective")
     if config.posterior.name:
         return objective, make(POSTERIORS, config.posterior, "posterior")
@@ -145,12 +133,12 @@ def _objective(config: Any) -> tuple[Any, Any]:
 
 
 def needs(config: Any) -> frozenset[str]:
-    """What the config's objective and its posterior need, see `objectives.base.Objective`."""
+    """The needs of the objective and its posterior, see `objectives.base.Objective`."""
     return needs_of(*_objective(config))
 
 
 def make_task(config: Any, data: DataInfo, companions: Mapping[str, Model]) -> Task:
-    """The training that a config describes; companions are the models that its objective reads."""
+    """The training that a config describes; its objective may call the companions."""
     model = make_model(config, data)
     objective, posterior = _objective(config)
     problem = Problem(
@@ -179,7 +167,7 @@ def make_task(config: Any, data: DataInfo, companions: Mapping[str, Model]) -> T
 
 
 def data_info(config: Any, source: Source) -> DataInfo:
-    """What the model must know of a data source; sigma_data is measured where the config has 0."""
+    """The `DataInfo` of a data source; sigma_data is measured if config.sigma_data is 0."""
     sigma_data = config.sigma_data or measured_sigma(source)
     if not 0 < sigma_data < np.inf:
         raise ValueError(
@@ -187,7 +175,7 @@ def data_info(config: Any, source: Source) -> DataInfo:
             "images of config.data, or set config.sigma_data."
         )
     prior: tuple[float, ...] = ()
-    if "class_prior" in needs(config):  # of a lazy source this reads all labels
+    if "class_prior" in needs(config):  # reads all labels of a lazy source
         counts = np.bincount(source.labels, minlength=source.num_classes)
         prior = tuple((counts / len(source)).tolist())
     return DataInfo(tuple(source.shape), source.num_classes, float(sigma_data), prior)

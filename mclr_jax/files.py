@@ -1,4 +1,4 @@
-"""Files that nobody ever sees half of: atomic writes, npz, JSON lines; and what made a result."""
+"""Atomic writes of text, JSON and npz; JSON lines; the provenance of a result."""
 
 import io
 import json
@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from flax import traverse_util
 
 from mclr_jax import __version__
 
 
 def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
-    """Write under a temporary name and rename; the folder is made if missing."""
+    """Write under a temporary name, then rename; a missing folder is created."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -37,9 +38,9 @@ def save_arrays(path: str | os.PathLike, **arrays: Any) -> None:
 
 
 def read_lines(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
-    """The records of a JSON-lines file that have a `step`; nothing where there is no file.
+    """The records of a JSON-lines file that have an integer `step`; none if the file is missing.
 
-    Lines that are no such record are left out: a killed process leaves its last line cut short.
+    Other lines are left out: a killed process can leave an incomplete last line.
     """
     path = pathlib.Path(path)
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
@@ -51,20 +52,16 @@ def read_lines(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
             yield record
 
 
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts -> one, its keys joined by dots."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {k: v for key in tree for k, v in flat(tree[key], f"{prefix}.{key}".strip(".")).items()}
+def flat(tree: dict[str, Any]) -> dict[str, Any]:
+    """Nested dicts as one dict, with keys joined by dots."""
+    return traverse_util.flatten_dict(tree, sep=".")
 
 
 def provenance() -> dict[str, str]:
-    """What makes a result, to be stored with it.
+    """The command line of this process and the git revision of the package, to store with a result.
 
-    Returns:
-      command: the command line of this process.
-      revision: git revision of the package, with "-dirty" behind it where files have changed since;
-        the package's version where it is no checkout.
+    The revision ends in "-dirty" if files have changed since. Outside a git checkout the revision
+    is the version of the package.
     """
     root, revision = pathlib.Path(__file__).resolve().parent.parent, ""
     if (root / ".git").exists():

@@ -1,8 +1,8 @@
 """Guidance: transforms DenoiseFn -> DenoiseFn, which compose.
 
-Convention: guided = weak + guidance_scale * (strong - weak); guidance_scale = 1 is none. Scales and
-intervals may be traced arrays: changing them does not recompile, and a scale of 1, or a noise level
-outside the interval, costs no call of the weak denoiser.
+Convention: guided = weak + guidance_scale * (strong - weak); guidance_scale = 1 is no guidance.
+Scales and intervals may be traced arrays, which change without recompilation. The weak denoiser is
+not called if no example is guided: at scale 1, or at noise levels outside the interval.
 """
 
 import jax
@@ -15,12 +15,11 @@ def autoguidance(denoise: DenoiseFn, weak: DenoiseFn, guidance_scale, interval=N
     """Extrapolate from a weak denoiser through `denoise` (Karras et al. 2024, arXiv 2406.02507).
 
     Args:
-      denoise: the model to be guided.
+      denoise: the model to guide.
       weak: a denoiser of the same data with worse conditioning, capacity or training.
       guidance_scale: () or (B,); 1 returns `denoise`, 0 returns `weak`.
-      interval: (low, high): guide only where low < sigma <= high (Kynkaanniemi et al. 2024,
-        arXiv 2404.07724), frame by frame where frames have levels of their own; None guides at
-        every noise level.
+      interval: (low, high): guide each example or frame only if low < sigma <= high (Kynkaanniemi
+        et al. 2024, arXiv 2404.07724); None for all noise levels.
     """
 
     def guided(x, sigma, condition):
@@ -29,11 +28,9 @@ def autoguidance(denoise: DenoiseFn, weak: DenoiseFn, guidance_scale, interval=N
         if interval is not None:
             low, high = interval
             scale = jnp.where((low < sigma) & (sigma <= high), expand(scale, sigma), 1)
-        # Under cond the weak call is skipped at run time wherever no example is guided.
-        weak_output = jax.lax.cond(
-            jnp.any(scale != 1), lambda: weak(x, sigma, condition), lambda: strong
-        )
-        # This form returns `strong` to the last bit where the scale is 1.
+        some = jnp.any(scale != 1)
+        weak_output = jax.lax.cond(some, lambda: weak(x, sigma, condition), lambda: strong)
+        # This form returns exactly `strong` at scale 1.
         return strong + (expand(scale, x) - 1) * (strong - weak_output)
 
     return guided
@@ -42,10 +39,9 @@ def autoguidance(denoise: DenoiseFn, weak: DenoiseFn, guidance_scale, interval=N
 def classifier_free(
     denoise: DenoiseFn, null_label: int, guidance_scale, interval=None
 ) -> DenoiseFn:
-    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): autoguidance whose weak
-    denoiser is the same model under the null label (= num_classes).
+    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598).
 
-    Arguments and convention as in `autoguidance`; gamma = guidance_scale - 1 elsewhere.
+    `autoguidance` whose weak denoiser is the same model with the null label (num_classes).
     """
 
     def unconditional(x, sigma, condition):

@@ -1,9 +1,10 @@
-"""Metrics that know how they are reduced: over rows, accumulated parts, devices and steps.
+"""Metrics with their own reduction: over rows, accumulated parts, devices and steps.
 
-They add up everywhere and are divided only when reported, so that it does not matter how a batch
-was split, and a subset without members is left out instead of being NaN.
+Parts of a metric are summed, and divided only in the report. The way in which a batch was split
+therefore changes nothing, and a subset without members is left out of the report instead of NaN.
 """
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,7 @@ class Sums(struct.PyTreeNode):
 
     Attributes:
       parts: arrays whose leading axis is summed over.
-      value: the parts' sums -> the number to report; NaN where there is nothing to report.
+      value: the sums -> the reported number. A metric whose last sum is 0 is not reported.
     """
 
     parts: tuple[jax.Array, ...]
@@ -32,8 +33,7 @@ class Max(struct.PyTreeNode):
     parts: jax.Array
 
 
-Metric = Sums | Max
-Metrics = dict[str, Metric]
+Metrics = dict[str, Sums | Max]
 
 
 def _effective_share(total: Any, squares: Any, count: Any) -> Any:
@@ -41,7 +41,7 @@ def _effective_share(total: Any, squares: Any, count: Any) -> Any:
 
 
 def mean(values: jax.Array, where: jax.Array | None = None) -> Sums:
-    """The mean of values (B,), over the rows `where` (B,) is true."""
+    """The mean of values (B,), over the rows for which `where` (B,) is true."""
     kept = jnp.ones_like(values) if where is None else where.astype(values.dtype)
     return Sums((jnp.where(kept > 0, values, 0), kept), operator.truediv)
 
@@ -52,57 +52,42 @@ def ratio(above: jax.Array, below: jax.Array) -> Sums:
 
 
 def effective_share(weights: jax.Array) -> Sums:
-    """Effective sample size of weights (B,) as a share of all: (sum w)^2 / (B sum w^2)."""
+    """Effective sample size of weights (B,), divided by B: (sum w)^2 / (B sum w^2)."""
     return Sums((weights, weights**2, jnp.ones_like(weights)), _effective_share)
 
 
 def maximum(values: jax.Array) -> Max:
-    """The largest of values (B,); what is not a number counts as infinite.
+    """The largest of values (B,); NaN counts as infinity.
 
-    XLA's maximum over devices may lose a NaN, and the run would go on.
+    XLA's maximum over devices can lose a NaN, which must stop the run.
     """
     return Max(jnp.where(jnp.isnan(values), jnp.inf, values))
 
 
-def _is_metric(tree: Any) -> bool:
-    return isinstance(tree, Sums | Max)
-
-
-def map_by_kind(sums: Callable, largest: Callable, *metrics: Metrics) -> Metrics:
-    """`sums` applied to the arrays of every Sums, `largest` to those of every Max."""
-
-    def one(first: Metric, *others: Metric) -> Metric:
-        return jax.tree.map(sums if isinstance(first, Sums) else largest, first, *others)
-
-    return jax.tree.map(one, *metrics, is_leaf=_is_metric)
+def _reduce(metrics: Metrics, add: Callable, largest: Callable) -> Metrics:
+    return {
+        name: jax.tree.map(add if isinstance(metric, Sums) else largest, metric)
+        for name, metric in metrics.items()
+    }
 
 
 def over_rows(metrics: Metrics) -> Metrics:
     """Reduce the leading axis of all parts."""
-    return map_by_kind(lambda x: x.sum(0), lambda x: x.max(0), metrics)
-
-
-def add(a: Metrics, b: Metrics) -> Metrics:
-    """Of two parts of a batch together."""
-    return map_by_kind(jnp.add, jnp.maximum, a, b)
+    return _reduce(metrics, lambda x: x.sum(0), lambda x: x.max(0))
 
 
 def over_devices(metrics: Metrics, axis_name: str) -> Metrics:
-    """Of all devices along a mapped axis together."""
-    return map_by_kind(
-        lambda x: jax.lax.psum(x, axis_name), lambda x: jax.lax.pmax(x, axis_name), metrics
-    )
+    """Reduce over all devices along a mapped axis."""
+    add, largest = (functools.partial(f, axis_name=axis_name) for f in (jax.lax.psum, jax.lax.pmax))
+    return _reduce(metrics, add, largest)
 
 
 def report(metrics: Metrics) -> dict[str, float]:
-    """Reduced metrics (on the host) as numbers; those without members are left out."""
-
-    def value(metric: Metric) -> float:
+    """Reduced metrics (on the host) as numbers; metrics without members are left out."""
+    values = {}
+    for name, metric in metrics.items():
         if isinstance(metric, Max):
-            return float(metric.parts)
-        return float(metric.value(*map(np.float64, metric.parts)))
-
-    def empty(metric: Metric) -> bool:
-        return isinstance(metric, Sums) and not metric.parts[-1]
-
-    return {name: value(metric) for name, metric in metrics.items() if not empty(metric)}
+            values[name] = float(metric.parts)
+        elif metric.parts[-1]:
+            values[name] = float(metric.value(*map(np.float64, metric.parts)))
+    return values

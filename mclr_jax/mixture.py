@@ -1,7 +1,7 @@
-"""The exact oracle: a class-conditional Gaussian mixture under noise, in closed form.
+"""A class-conditional Gaussian mixture, for which the exact denoiser is known in closed form.
 
-Class c has density sum_k weights[c, k] N(means[c, k], stds[c, k]^2 I); adding noise of level sigma
-only adds sigma^2 to every variance, so densities, posteriors and denoisers are exact at any sigma.
+Class c has density sum_k weights[c, k] N(means[c, k], stds[c, k]^2 I). Noise of level sigma adds
+sigma^2 to each variance, so densities, posteriors and denoisers are exact at every sigma.
 """
 
 import chex
@@ -17,11 +17,11 @@ from mclr_jax.types import Condition, expand, label_of
 class GaussianMixture:
     """K classes of C isotropic components in d dimensions. x is (B, d); sigma is () or (B,).
 
-    Its `denoise` is a `DenoiseFn`. Work in float64 (`jax.enable_x64`) where exactness matters.
+    `denoise` is a `DenoiseFn`. Use float64 (`jax.enable_x64`) for results without visible rounding.
 
     Attributes:
       means: (K, C, d).
-      stds: (K, C), positive; 0 puts all mass of a component in one point.
+      stds: (K, C), not negative; a component of std 0 is one point.
       weights: (K, C), each row sums to one.
       class_prior: (K,), sums to one.
     """
@@ -32,7 +32,7 @@ class GaussianMixture:
     class_prior: jax.Array
 
     def __post_init__(self):
-        if hasattr(self.means, "shape"):  # not while JAX rebuilds the tree around other leaves
+        if hasattr(self.means, "shape"):  # JAX also builds this tree with leaves of other types
             k, c = self.means.shape[:2]
             chex.assert_shape([self.stds, self.weights], (k, c))
             chex.assert_shape(self.class_prior, (k,))
@@ -50,7 +50,7 @@ class GaussianMixture:
         return jnp.log(self.weights) + log_normal
 
     def log_prob_given_label(self, x: jax.Array, sigma) -> jax.Array:
-        """log p_sigma(x | c) for every class, (B, K)."""
+        """log p_sigma(x | c) for all classes, (B, K)."""
         return logsumexp(self._log_components(x, sigma), axis=-1)
 
     def log_prob(self, x: jax.Array, sigma) -> jax.Array:
@@ -62,7 +62,7 @@ class GaussianMixture:
         return jax.nn.softmax(self.log_prob_given_label(x, sigma) + jnp.log(self.class_prior))
 
     def denoise(self, x: jax.Array, sigma, condition: Condition | jax.Array) -> jax.Array:
-        """E[x0 | x_sigma = x, label], (B, d); label == K (null) averages over the classes."""
+        """E[x0 | x_sigma = x, label], (B, d); the null label K averages over the classes."""
         label = label_of(condition)
         classes = jnp.arange(self.num_classes)
         allowed = (label[:, None] == classes) | (label[:, None] == self.num_classes)
@@ -85,9 +85,9 @@ class GaussianMixture:
 
 
 def toy() -> GaussianMixture:
-    """3 overlapping classes of 2 components on a ring in 2-D: the data of configs/mixture.py.
+    """The data of configs/mixture.py: 3 overlapping classes of 2 components on a ring in 2-D.
 
-    The components alternate around the ring, so that each class meets the others on both sides.
+    The classes alternate around the ring: each component has both other classes beside it.
     """
     angles = jnp.arange(6).reshape(2, 3).T * (2 * jnp.pi / 6)
     means = 1.55 * jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=-1)

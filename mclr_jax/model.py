@@ -1,6 +1,7 @@
-"""A model: network, preconditioning and the shape of the data, as pure functions of weights."""
+"""A model: network, preconditioning and the shape of the data, as pure functions of parameters."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,10 +17,10 @@ from mclr_jax.types import Condition, DenoiseFn, as_condition, expand
 
 @dataclasses.dataclass(frozen=True)
 class DataInfo:
-    """What a model must know of a data set, kept with a run so that sampling needs no data.
+    """Properties of a data set, stored with a run so that sampling needs no data.
 
     Attributes:
-      shape: of one example, (H, W, C), (d,) or, a trajectory, (F, ...).
+      shape: shape of one example: (H, W, C), (d,) or, for a trajectory, (F, ...).
       num_classes: labels are 0 .. num_classes - 1; num_classes is the null label.
       sigma_data: standard deviation of the scaled data.
       class_prior: share of each class in the training data.
@@ -35,16 +36,14 @@ class DataInfo:
 class Model:
     """Pure functions of parameters; compares and hashes by value.
 
-    A network is a Flax module called network(x, c_noise, condition). What it may declare, as
-    dataclass fields or class attributes, is read with `getattr`: `augment_dim`, `takes_strength`
-    (optional inputs), `dropout`, `per_frame` (c_noise is (B, F)), `gives` ("logits": a classifier)
-    and `optional_inputs` (top-level parameters that may be missing from weights to start from).
-
     Attributes:
-      network: the Flax module.
-      preconditioning: of its input and, for denoisers, its output.
-      data: what it is made for.
-      strength: (low, high) of the guidance strength that it takes as an input, or ().
+      network: a Flax module called with (x, c_noise, condition). Its optional fields or class
+        attributes are `augment_dim` and `takes_strength` (inputs), `dropout`, `per_frame` (c_noise
+        is (B, F)), `gives` ("logits" for a classifier) and `optional_inputs` (top-level parameters
+        that may be missing from the initial weights).
+      preconditioning: scales the input and, for a denoiser, the output of the network.
+      data: properties of the data.
+      strength: range (low, high) of the guidance strength as an input, or () without that input.
     """
 
     network: nn.Module
@@ -58,7 +57,7 @@ class Model:
 
     @property
     def frames(self) -> tuple[int, ...]:
-        """Shape of an example's noise levels: (F,) where each frame has its own, else ()."""
+        """Shape of the noise levels of one example: (F,) for a level per frame, else ()."""
         return self.data.shape[:1] if getattr(self.network, "per_frame", False) else ()
 
     @property
@@ -66,12 +65,12 @@ class Model:
         return getattr(self.network, "gives", "denoised") == "logits"
 
     def init(self, key: jax.Array) -> Any:
-        """Fresh parameters."""
+        """Random initial parameters."""
         x, c_noise = jnp.zeros((1, *self.data.shape)), jnp.zeros((1, *self.frames))
         return self.network.init(key, x, c_noise, self.complete(None, 1))["params"]
 
     def complete(self, condition: Condition | jax.Array | None, batch_size: int) -> Condition:
-        """The condition with what the network wants and it lacks: the null label, zeros."""
+        """The condition with absent inputs of the network set to zeros, the label to null."""
         if condition is None:
             condition = jnp.full(batch_size, self.null_label, jnp.int32)
         condition = as_condition(condition)
@@ -82,48 +81,36 @@ class Model:
             condition = condition.replace(strength=jnp.zeros(batch_size))
         return condition
 
-    def _network(self, params: Any, **options: Any) -> Callable:
-        """The network with its condition completed and a scalar noise level at all frames."""
-
-        def apply(x, c_noise, condition):
-            if c_noise.shape[1:] != self.frames:
-                if c_noise.ndim > 1:
-                    raise ValueError(
-                        f"Noise levels have shape {c_noise.shape}; {type(self.network).__name__} "
-                        f"takes {(len(x), *self.frames)}."
-                    )
-                c_noise = jnp.broadcast_to(c_noise[:, None], (len(x), *self.frames))
-            condition = self.complete(condition, len(x))
-            return self.network.apply({"params": params}, x, c_noise, condition, **options)
-
-        return apply
+    def _apply(self, params: Any, x: jax.Array, c_noise: jax.Array, condition: Any, **options: Any):
+        """The network with the condition completed and a level (B,) repeated for all frames."""
+        if c_noise.shape[1:] != self.frames:
+            if c_noise.ndim > 1:
+                raise ValueError(
+                    f"Noise levels have shape {c_noise.shape}; {type(self.network).__name__} "
+                    f"takes {(len(x), *self.frames)}."
+                )
+            c_noise = jnp.broadcast_to(c_noise[:, None], (len(x), *self.frames))
+        condition = self.complete(condition, len(x))
+        return self.network.apply({"params": params}, x, c_noise, condition, **options)
 
     def denoise(self, params: Any) -> DenoiseFn:
-        """The model with these parameters, as a `DenoiseFn` (condition None: the null label).
-
-        Raises:
-          ValueError: if the network gives logits.
-        """
+        """A `DenoiseFn` (condition None: the null label); raises ValueError for a classifier."""
         if self.is_classifier:
             raise ValueError(
                 f"{type(self.network).__name__} is a classifier: it gives logits and cannot "
                 "denoise. Expected a denoising network or its run."
             )
-        denoise = denoiser(self.preconditioning, self._network(params))
+        denoise = denoiser(self.preconditioning, functools.partial(self._apply, params))
         return lambda x, sigma, condition: denoise(x, sigma, self.complete(condition, len(x)))
 
     def _raw(self, params: Any, x: jax.Array, sigma: Any, condition: Any, **options: Any) -> Any:
-        """What the network itself returns for data with noise of level sigma."""
+        """The output of the network, without output preconditioning, for x at level sigma."""
         scales = self.preconditioning.scales(jnp.broadcast_to(sigma, jnp.shape(sigma) or len(x)))
-        inputs = (expand(scales.c_in, x) * x, scales.c_noise)
-        return self._network(params, **options)(*inputs, condition)
+        x = expand(scales.c_in, x) * x
+        return self._apply(params, x, scales.c_noise, condition, **options)
 
     def logits(self, params: Any) -> LogitsFn:
-        """The classifier with these parameters; only the input half of the preconditioning is used.
-
-        Raises:
-          ValueError: if the network does not give logits.
-        """
+        """The classifier, without output preconditioning; raises ValueError for other networks."""
         if not self.is_classifier:
             raise ValueError(
                 f"{type(self.network).__name__} is no classifier. Expected a network that gives "
@@ -132,27 +119,23 @@ class Model:
         return lambda x, sigma, condition: self._raw(params, x, sigma, condition)
 
     def answers(self, params: Any) -> Answers:
-        """Both ways to ask; the one that does not suit the network raises when it is called."""
+        """Both functions; the function that the network does not have raises when called."""
         return Answers(
             lambda *inputs: self.denoise(params)(*inputs),
             lambda *inputs: self.logits(params)(*inputs),
         )
 
     def features(self, params: Any, x: jax.Array, sigma: float = 0.01) -> tuple:
-        """What a classifier makes of images (B, ...) that have noise of level `sigma`.
-
-        Returns:
-          features (B, d), its last hidden layer, and logits (B, K).
-        """
+        """Last hidden layer (B, d) and logits (B, K) of a classifier, for x (B, ...) at `sigma`."""
         logits, state = self._raw(params, x, sigma, None, mutable=["intermediates"])
         return state["intermediates"]["features"][0], logits
 
     def block_features(self, params: Any) -> Callable[[jax.Array, Any], dict[str, jax.Array]]:
-        """(x (B, ...), sigma) -> features (B, d) float32 of every block, in the order of the calls.
+        """(x (B, ...), sigma) -> features (B, d) float32 of each block, in the order of the calls.
 
-        At the null label, averaged over positions. A block is a module whose class name ends in
-        Block; it is named by its path in the network (`dec_16x16_block1`); those of a scanned stack
-        are `blocks.0`, `blocks.1`, ...
+        The features are those at the null label, averaged over positions. A block is a module whose
+        class name ends in Block. Its name is its path in the network (`dec_16x16_block1`); the
+        blocks of a scanned stack have the names `blocks.0`, `blocks.1`, ...
         """
 
         def is_block(module: nn.Module, method: str) -> bool:
@@ -162,12 +145,11 @@ class Model:
             options = {"capture_intermediates": is_block, "mutable": ["intermediates"]}
             _, state = self._raw(params, x, sigma, None, **options)
             found: dict[str, jax.Array] = {}
-            for path, (output,) in traverse_util.flatten_dict(
-                state.get("intermediates", {})
-            ).items():
-                if path[-1] != "__call__":
+            captured = traverse_util.flatten_dict(state.get("intermediates", {}), sep="/")
+            for path, (output,) in captured.items():
+                name, _, method = path.rpartition("/")
+                if method != "__call__":
                     continue  # sown by the network for other purposes
-                name = "/".join(path[:-1])
                 if isinstance(output, tuple):  # scanned over depth: carry and output
                     found |= {f"{name}.{i}": carry for i, carry in enumerate(output[0])}
                 else:

@@ -1,4 +1,4 @@
-"""Looking things up by name, with errors that name the nearest valid one."""
+"""Look-up by name, with errors that list the nearest valid names."""
 
 import dataclasses
 import difflib
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """What to put behind an error about `name`: the nearest valid names, and all of them."""
+    """The end of an error about `name`: the nearest valid names, then all valid names."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
     guess = f"Did you mean {' or '.join(map(repr, close))}? " if close else ""
@@ -20,22 +20,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def look_up(table: Mapping[str, T], name: str, what: str) -> T:
-    """table[name].
-
-    Raises:
-      ValueError: naming the nearest entries, if there is none.
-    """
+    """table[name]; raises ValueError with the nearest names if the table lacks the name."""
     if name not in table:
         raise ValueError(f"Unknown {what} {name!r}. {nearest(name, table)}")
     return table[name]
 
 
 def resolve(table: Mapping[str, Any], name: str, what: str) -> Any:
-    """table[name], or what "package.module:Name" stands for, which is imported.
+    """table[name], or the imported attribute for a name "package.module:Name".
 
-    Raises:
-      ValueError: naming the nearest, if there is no such entry, module or attribute. An error
-        inside the module, such as a missing dependency of its own, is passed on as it is.
+    Raises ValueError with the nearest names if there is no such entry, module or attribute. Errors
+    inside the module, such as a missing dependency of the module, are not caught.
     """
     path, _, attribute = name.partition(":")
     if name in table or not all(map(str.isidentifier, (*path.split("."), attribute))):
@@ -43,7 +38,7 @@ def resolve(table: Mapping[str, Any], name: str, what: str) -> Any:
     try:
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:
-        if not f"{path}.".startswith(f"{error.name}."):  # it is something that the module imports
+        if not f"{path}.".startswith(f"{error.name}."):  # a module that `path` imports is missing
             raise
         raise ValueError(
             f"Unknown {what} {name!r}: no module {error.name!r} can be imported from where this "
@@ -58,68 +53,55 @@ def resolve(table: Mapping[str, Any], name: str, what: str) -> Any:
 
 
 def fields(factory: Any) -> dict[str, dataclasses.Field]:
-    """The fields of a dataclass by name.
-
-    Raises:
-      ValueError: if it is none.
-    """
+    """The init fields of a dataclass by name; raises ValueError on anything else."""
     if not dataclasses.is_dataclass(factory):
         raise ValueError(f"Got {factory!r}; expected a dataclass, whose fields are config keys.")
     return {field.name: field for field in dataclasses.fields(factory) if field.init}
 
 
 def make(table: Mapping[str, Any], config: Mapping[str, Any], what: str, **filled_in: Any) -> Any:
-    """The dataclass that config["name"] is, of the config's other keys.
+    """Construct the dataclass named config["name"] from the other keys of the section `what`.
 
-    Args:
-      table: of names; others are imported, see `resolve`.
-      config: the section config.`what`.
-      what: its name, for errors.
-      **filled_in: more values, for those fields that the dataclass has.
-
-    Raises:
-      ValueError: naming the key at fault.
+    Names are looked up by `resolve`. Of the values in `filled_in`, those for fields of the
+    dataclass are used. Raises ValueError with the first wrong key.
     """
     factory = resolve(table, config["name"], what)
     known = fields(factory)
-    values = {}
-    for key, value in config.items():
-        if key == "name":
-            continue
+    values = {key: _as_tuple(value) for key, value in config.items() if key != "name"}
+    for key in values:
         if key not in known:
             raise ValueError(
                 f"config.{what}.{key}: {config['name']!r} has no such option. "
                 f"{nearest(key, known.keys() - filled_in.keys() - {'parent', 'name'})} Each "
                 f"name has its own options: in a config file, base.options({config['name']!r})."
             )
-        values[key] = _as_tuple(value)
     if "dtype" in known and known["dtype"].default is not dataclasses.MISSING:
-        # By its name, as in a config: what is made compares by value.
+        # The type's name, as in a config, so that equal objects compare equal.
         values.setdefault("dtype", np.dtype(known["dtype"].default).name)
     return factory(**values, **{k: v for k, v in filled_in.items() if k in known})
 
 
 def _as_tuple(value: Any) -> Any:
-    """Lists, as JSON has them, within lists too, become tuples, which compare and hash."""
+    """The value with all lists, also nested ones, as tuples, which compare and hash by value."""
     return tuple(map(_as_tuple, value)) if isinstance(value, list | tuple) else value
 
 
 def options(
     table: Mapping[str, Any], name: str, values: Mapping[str, Any], left_out: Collection[str]
 ) -> dict[str, Any]:
-    """The section of a config for `name`: its fields' defaults, but for `values`; see `make`.
+    """The config section for `name`: the defaults of its fields, updated by `values`; see `make`.
 
-    Raises:
-      ValueError: if there is no such name or option, or one without a default is not given.
+    Raises ValueError on an unknown name or option, or if an option without a default has no value.
     """
-    known = {k: f for k, f in fields(resolve(table, name, "name")).items() if k not in left_out}
+    known = fields(resolve(table, name, "name"))
+    section: dict[str, Any] = {k: field.default for k, field in known.items() if k not in left_out}
     for key in values:
-        if key not in known:
-            raise ValueError(f"{name!r} has no option {key!r}. {nearest(key, known)}")
-    result: dict[str, Any] = {"name": name}
-    for key, field in known.items():
-        if key not in values and field.default is dataclasses.MISSING:
+        if key not in section:
+            raise ValueError(f"{name!r} has no option {key!r}. {nearest(key, section)}")
+    section |= values
+    for key, value in section.items():
+        if value is dataclasses.MISSING:
             raise ValueError(f"Option {key!r} of {name!r} has no default; give it a value.")
-        value = values.get(key, field.default)
-        result[key] = np.dtype(value).name if key == "dtype" else value
-    return result
+    if "dtype" in section:
+        section["dtype"] = np.dtype(section["dtype"]).name
+    return {"name": name} | section

@@ -1,4 +1,4 @@
-"""Noise levels: how training draws them, where sampling visits them; noise addressed by key.
+"""Training distributions and sampling grids of noise levels; noise from one key per example.
 
 `sigma` is a standard deviation in the unit of the data: x_sigma = x0 + sigma * n, n ~ N(0, I).
 """
@@ -15,7 +15,7 @@ class NoiseLevels(Protocol):
     """A training distribution of noise levels."""
 
     def sample(self, key: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
-        """Levels of one example from its key: shape () or, one for each frame, (F,)."""
+        """Independent levels of one example: shape (), or (F,) with one level for each frame."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,6 @@ class LogNormal:
     std: float = 1.2
 
     def sample(self, key: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
-        """Independent levels of this shape, from one key."""
         return jnp.exp(self.mean + self.std * jax.random.normal(key, shape))
 
 
@@ -38,7 +37,6 @@ class LogUniform:
     sigma_max: float = 80.0
 
     def sample(self, key: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
-        """Independent levels of this shape, from one key."""
         low, high = np.log(self.sigma_min), np.log(self.sigma_max)
         return jnp.exp(low + (high - low) * jax.random.uniform(key, shape))
 
@@ -46,13 +44,11 @@ class LogUniform:
 def rho_grid(
     num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
 ) -> np.ndarray:
-    """Sampling grid, (num_steps + 1,) float64, falling from sigma_max to sigma_min, then 0.
+    """Sampling grid (num_steps + 1,) float64 that falls from sigma_max to sigma_min, then to 0.
 
     sigma_i = (sigma_max^(1/rho) + i/(N-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho
-    (Karras et al. 2022, eq. 5). With one step the grid is (sigma_max, 0).
-
-    Raises:
-      ValueError: if num_steps < 1, or not 0 < sigma_min < sigma_max, or rho <= 0.
+    (Karras et al. 2022, eq. 5). With one step the grid is (sigma_max, 0). Raises ValueError unless
+    num_steps >= 1, 0 < sigma_min < sigma_max and rho > 0.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}; a sampling grid needs at least 1.")
@@ -61,21 +57,20 @@ def rho_grid(
             f"Got sigma_min={sigma_min}, sigma_max={sigma_max}, rho={rho}; "
             "expected 0 < sigma_min < sigma_max and rho > 0."
         )
-    ends = np.array([sigma_max, sigma_min], np.float64) ** (1 / rho)
-    ramp = np.linspace(0, 1, num_steps)
-    return np.append((ends[0] + ramp * (ends[1] - ends[0])) ** rho, 0.0)
+    roots = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), num_steps)
+    return np.append(roots**rho, 0.0)
 
 
 def sample_keys(seed, indices) -> jax.Array:
-    """Keys (n,) of the samples numbered `indices` (n,): sample i depends on (seed, i) alone."""
+    """Keys (n,) of the samples numbered `indices` (n,): sample i depends only on (seed, i)."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(indices))
 
 
 def split(keys: jax.Array, count: int) -> jax.Array:
-    """(B,) keys -> (count, B)."""
+    """`count` new keys from each of (B,) keys: (count, B)."""
     return jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys)
 
 
 def normal_like(keys: jax.Array, x: jax.Array) -> jax.Array:
-    """Standard normal noise of the shape and type of x (B, ...), example i from keys[i] alone."""
+    """Standard normal noise of the shape and type of x (B, ...); example i uses only keys[i]."""
     return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)

@@ -1,4 +1,4 @@
-"""The optax optimizer and the learning rate that a config describes."""
+"""The optax optimizer and the learning rate of a config."""
 
 from collections.abc import Callable
 
@@ -12,10 +12,8 @@ def learning_rate(config, num_steps: int) -> Callable:
     """Step () -> learning rate (): linear warm-up times a decay.
 
     `config.schedule` is "constant", "cosine" (to 0 at num_steps) or "inverse_sqrt"
-    (1 / sqrt(step / decay_steps) beyond decay_steps, as in Karras et al. 2024, arXiv 2312.02696).
-
-    Raises:
-      ValueError: on another schedule.
+    (1 / sqrt(step / decay_steps) beyond decay_steps, as in Karras et al. 2024, arXiv 2312.02696);
+    any other name raises ValueError.
     """
     decays = {
         "constant": lambda step: 1.0,
@@ -32,16 +30,8 @@ def learning_rate(config, num_steps: int) -> Callable:
 
 
 def optimizer(config, num_steps: int) -> optax.GradientTransformation:
-    """Adam, or AdamW where weight_decay is not 0, after clipping by the global norm.
-
-    `config` is `config.optimizer`; clip_norm = 0 does not clip.
-    """
-    adam = optax.adamw(
-        learning_rate(config, num_steps),
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-    )
+    """AdamW after clipping by the global norm, from config.optimizer; clip_norm = 0 for none."""
+    rate = learning_rate(config, num_steps)
+    adam = optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(clip, adam)

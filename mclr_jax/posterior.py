@@ -1,4 +1,8 @@
-"""p(class | x_sigma) in one interface: exact, from a classifier of noisy data, from a denoiser."""
+"""p(class | x_sigma): exact, from a classifier of noisy data, or from a conditional denoiser.
+
+The dataclasses, whose fields are the keys of config.posterior, apply the functions to the frozen
+models of a task.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -16,7 +20,7 @@ from mclr_jax.types import DenoiseFn, expand, with_label
 
 @dataclasses.dataclass(frozen=True)
 class Exact:
-    """The oracle's, for data.name "mixture"."""
+    """`exact` for the mixture of data.name "mixture"."""
 
     needs = frozenset[str]()
 
@@ -26,7 +30,7 @@ class Exact:
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """That of the run in config.companions.classifier; see `from_classifier`."""
+    """`from_classifier` with the run in config.companions.classifier."""
 
     needs = frozenset({"classifier"})
 
@@ -36,7 +40,7 @@ class Classifier:
 
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
-    """That which the model in config.init_from implies; see `from_denoiser`."""
+    """`from_denoiser` with the model in config.init_from."""
 
     levels: int = 8
     candidates: int = 0
@@ -44,17 +48,12 @@ class Denoiser:
     needs = frozenset({"reference", "class_prior"})
 
     def __call__(self, frozen: Mapping[str, Answers], problem: Problem) -> PosteriorFn:
-        return from_denoiser(
-            frozen["reference"].denoise,
-            problem.class_prior,
-            problem.sigma_data,
-            self.levels,
-            self.candidates,
-        )
+        denoise, options = frozen["reference"].denoise, dataclasses.asdict(self)
+        return from_denoiser(denoise, problem.class_prior, problem.sigma_data, **options)
 
 
 def exact(mixture: GaussianMixture) -> PosteriorFn:
-    """The posterior of the oracle; raises ValueError on data of another shape."""
+    """The posterior of a mixture, which raises ValueError on data of another shape."""
 
     def log_posterior(x, sigma, condition, keys):
         del condition, keys
@@ -71,10 +70,7 @@ def exact(mixture: GaussianMixture) -> PosteriorFn:
 
 
 def from_classifier(logits: LogitsFn, num_classes: int) -> PosteriorFn:
-    """The posterior of a trained classifier of noisy data; see `objectives.classify`.
-
-    It is that of the classes as frequent as in the classifier's training data.
-    """
+    """The posterior of a classifier trained by `objectives.classify`, with its class prior."""
 
     def log_posterior(x, sigma, condition, keys):
         del keys
@@ -90,16 +86,16 @@ def from_denoiser(
     levels: int = 8,
     candidates: int = 0,
 ) -> PosteriorFn:
-    """The posterior that a conditional denoiser implies: a diffusion classifier of noisy data.
+    """The posterior of a conditional denoiser: a diffusion classifier of noisy data.
 
-    x_sigma is taken as clean data to which noise of level tau is added. By the I-MMSE identity
+    With x_sigma as the clean data, to which noise of level tau is added, the I-MMSE identity is
 
         log p_sigma(x | c) = -int E |n + tau score_c(x + tau n, sqrt(sigma^2 + tau^2))|^2 dln(tau)
 
     up to a term that is the same for all classes, with score_c(y, s) = (D_c(y, s) - y) / s^2. The
     integral over tau in [sigma / 10, 20 sigma_data + 10 sigma] is a stratified sum, with +n and -n
-    for each stratum and the same numbers for all classes. The estimate of the integral is unbiased,
-    the posterior made from it is not; it costs 2 * levels * (candidates or K) calls.
+    in each stratum and the same n for all classes. The estimate of the integral is unbiased, but
+    not that of the posterior. The cost is 2 * levels * (candidates or K) calls.
 
     Source: Kong et al. 2023 (arXiv:2302.03792) for the identity, Li et al. 2023 (arXiv:2303.16203)
     for the classifier; the form with noisy data is derived in the tests.
@@ -108,10 +104,10 @@ def from_denoiser(
       denoise: the frozen model.
       class_prior: (K,) probabilities.
       sigma_data: standard deviation of the clean data.
-      levels: strata of the integral.
-      candidates: classes tried for each example: its label and others drawn evenly, which then
-        stand for those not drawn. 0 tries all. With the null label the classes not drawn count for
-        nothing.
+      levels: number of strata of the integral.
+      candidates: number of classes tried for each example, 0 for all: the label and randomly drawn
+        other classes, which also represent the classes not drawn. For the null label the classes
+        not drawn get probability 0.
     """
     log_prior, num_classes = jnp.log(jnp.asarray(class_prior)), len(class_prior)
     tried = candidates or num_classes
@@ -124,7 +120,7 @@ def from_denoiser(
         offsets = jax.vmap(lambda key: jax.random.uniform(key, (levels,)))(k_level)
         steps = (high - low) / levels
 
-        def stratum(total, j):
+        def stratum(j):
             tau = jnp.exp(low + (j + offsets[:, j]) * steps)
             noise = normal_like(jax.vmap(jax.random.fold_in, (0, None))(k_noise, j), x)
             level = jnp.sqrt(sigma**2 + tau**2)
@@ -137,27 +133,21 @@ def from_denoiser(
                 return jnp.sum(residual**2, axis=tuple(range(1, x.ndim))) / 2
 
             both = jax.lax.map(lambda c: square(1.0, c) + square(-1.0, c), classes.T)
-            return total - steps[:, None] * both.T, None
+            return -steps[:, None] * both.T
 
-        zeros = jnp.zeros(classes.shape, x.dtype)
-        return jax.lax.scan(stratum, zeros, jnp.arange(levels))[0]
+        return jax.lax.map(stratum, jnp.arange(levels)).sum(0)
 
     def log_posterior(x, sigma, condition, keys):
-        label = condition.label
+        label = condition.label[:, None]
         k_classes, k_integral = split(keys, 2)
-        if tried == num_classes:
-            classes = jnp.broadcast_to(jnp.arange(num_classes), (len(x), num_classes))
-            weight = log_prior[classes]
-        else:
-            order = jax.vmap(lambda key: jax.random.uniform(key, (num_classes,)))(k_classes)
-            order = jnp.where(jnp.arange(num_classes) == label[:, None], -1, order)
-            classes = jnp.argsort(order, axis=-1)[:, :tried]
-            # Each of the others stands for (K - 1) / (M - 1) classes, where `label` is given.
-            given = label[:, None] < num_classes
-            share = jnp.where(given, (num_classes - 1) / (tried - 1), 1.0)
-            own = classes == label[:, None]
-            weight = log_prior[classes] + jnp.where(own, 0.0, jnp.log(share))
-        log_joint = log_likelihoods(x, sigma, condition, k_integral, classes) + weight
+        order = jax.vmap(lambda key: jax.random.uniform(key, (num_classes,)))(k_classes)
+        order = jnp.where(jnp.arange(num_classes) == label, -1, order)  # the label is always tried
+        classes = jnp.sort(jnp.argsort(order, axis=-1)[:, :tried], axis=-1)
+        # Of M tried classes each one beside a label represents (K - 1) / (M - 1) classes.
+        others = (label < num_classes) & (classes != label)
+        weight = jnp.where(others, jnp.log((num_classes - 1) / (tried - 1)), 0)
+        log_joint = log_likelihoods(x, sigma, condition, k_integral, classes)
+        log_joint += log_prior[classes] + weight
         rows = jnp.arange(len(x))[:, None]
         full = jnp.full((len(x), num_classes), -jnp.inf, x.dtype).at[rows, classes].set(log_joint)
         return jax.nn.log_softmax(full)
@@ -168,17 +158,12 @@ def from_denoiser(
 def calibration_error(
     log_posterior: np.ndarray, label: np.ndarray, bins: int = 15
 ) -> dict[str, float]:
-    """How far a posterior's confidence in its first choice can be believed.
-
-    Args:
-      log_posterior: (n, K) log probabilities.
-      label: (n,) true classes.
-      bins: of equal width in the confidence.
+    """Calibration of log probabilities (n, K) against true labels (n,).
 
     Returns:
-      `expected_calibration_error`, sum over bins of (share of examples) |accuracy - confidence|
-      (Naeini et al. 2015; Guo et al. 2017, arXiv:1706.04599), `accuracy` and `cross_entropy`
-      (nats).
+      `expected_calibration_error`: sum over `bins` bins of equal width in the confidence of (share
+      of examples) |accuracy - confidence| (Naeini et al. 2015; Guo et al. 2017, arXiv:1706.04599);
+      `accuracy`; `cross_entropy` (nats).
     """
     log_posterior, label = np.asarray(log_posterior, np.float64), np.asarray(label)
     if log_posterior.ndim != 2 or label.shape != log_posterior.shape[:1] or not label.size:

@@ -1,4 +1,4 @@
-"""What objectives and posteriors are given: the problem, the models and a batch."""
+"""The inputs of objectives and posteriors: the problem, the models and a batch."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -12,54 +12,41 @@ from mclr_jax.types import Condition, DenoiseFn
 
 # (x (B, ...), sigma (B,) or (B, F), condition) -> log-odds of the classes (B, K)
 LogitsFn = Callable[[jax.Array, jax.Array, Any], jax.Array]
-# (x, sigma, condition, keys (B,)) -> log p(class | x_sigma = x), (B, K). A posterior that is
-# estimated by chance draws from `keys`; one that tries some classes only tries condition.label.
+# (x, sigma, condition, keys (B,)) -> log p(class | x_sigma = x), (B, K). Random estimates draw from
+# `keys`; an estimate that tries a subset of the classes includes condition.label.
 PosteriorFn = Callable[[jax.Array, jax.Array, Condition, jax.Array], jax.Array]
 
 
 class Answers(NamedTuple):
-    """The two ways to ask a network; which of them makes sense depends on the network."""
+    """The two functions of a network; only one of them is valid for a given network."""
 
     denoise: DenoiseFn
     logits: LogitsFn
 
 
 class Models(NamedTuple):
-    """What an objective may call.
+    """The functions that an objective may call: of the model in training and of frozen models.
 
-    Attributes:
-      denoise, logits: the model in training.
-      frozen: by the names in `needs`; no gradient, no dropout, strength 0.
-      posterior: p(class | x_sigma) if `needs` has "posterior".
+    Frozen models, by their names in `needs`, have no gradient, no dropout and strength 0.
     """
 
     denoise: DenoiseFn
     logits: LogitsFn
     frozen: Mapping[str, Answers] = {}
-    posterior: PosteriorFn | None = None
+    posterior: PosteriorFn | None = None  # if "posterior" is in `needs`
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What the data say and the config chose.
+    """Properties of the data and choices of the config."""
 
-    Attributes:
-      levels: distribution of the noise levels that training draws.
-      weight: sigma -> loss weight, the shape of sigma.
-      null_label: num_classes.
-      class_prior: share of each class in the data.
-      sigma_data: standard deviation of the data.
-      frames: shape of an example's noise levels, () or (F,).
-      strength: (low, high) of the strength that the network takes as an input, or ().
-    """
-
-    levels: NoiseLevels
-    weight: Callable[[jax.Array], jax.Array]
-    null_label: int
-    class_prior: tuple[float, ...] = ()
-    sigma_data: float = 0.5
-    frames: tuple[int, ...] = ()
-    strength: tuple[float, ...] = ()
+    levels: NoiseLevels  # distribution of the noise levels in training
+    weight: Callable[[jax.Array], jax.Array]  # sigma -> loss weight of the shape of sigma
+    null_label: int  # num_classes
+    class_prior: tuple[float, ...] = ()  # share of each class in the data
+    sigma_data: float = 0.5  # standard deviation of the data
+    frames: tuple[int, ...] = ()  # shape of the noise levels of one example, () or (F,)
+    strength: tuple[float, ...] = ()  # (low, high) of the strength as an input, () without it
 
 
 class Batch(struct.PyTreeNode):
@@ -67,9 +54,9 @@ class Batch(struct.PyTreeNode):
 
     Attributes:
       x0: (B, ...) clean data.
-      condition: labels, what augmentation did, dropout keys.
-      other: (B, ...) clean data of other examples, if `needs` has "other".
-      generated: samples (B, ...) of the frozen model and their labels (B,), if it has "generated".
+      condition: labels, augmentation parameters, dropout keys.
+      other: (B, ...) clean data of other examples, if "other" is in `needs`.
+      generated: samples (B, ...) of the frozen model and their labels (B,), if "generated" is.
     """
 
     x0: jax.Array

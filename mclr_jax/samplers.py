@@ -1,16 +1,16 @@
 """Samplers of the probability-flow ODE dx/dsigma = (x - D(x, sigma)) / sigma, each one `lax.scan`.
 
-Every method here is a linear recurrence over denoiser calls: with `base` the state at the start of
-a step, x where the denoiser is called, D its answer and D_prev the answer before,
+Every method is a linear recurrence over denoiser calls. With `base` the state at the start of a
+step, x the input of the call, D its output and D_prev the output of the call before,
 
-    new = from_base * base + from_x * x + from_d * D + from_prev * D_prev,
+    new = from_base * base + from_x * x + from_d * D + from_prev * D_prev.
 
-so a method is a table of coefficients with a row per call, computed from the grid. One network call
-is in the compiled program whatever the method, and the grid may be a traced array.
+A method is therefore a table of coefficients, computed from the grid, with one row per call. The
+compiled program contains one network call for all methods, and the grid may be a traced array.
 
 A grid of shape (num_steps + 1, F) gives each frame of a trajectory (B, F, ...) its own levels. A
-frame whose level does not change in a step is left alone, gets no fresh noise, and multistep
-methods are of first order after such a pause.
+step in which the level of a frame stays the same does not change the frame, and the next step of a
+multistep method is of first order for that frame.
 """
 
 import dataclasses
@@ -28,16 +28,14 @@ from mclr_jax.types import Condition, DenoiseFn, as_condition, expand
 class Churn(NamedTuple):
     """Stochastic churn of EDM (Karras et al. 2022, Algorithm 2); fields may be traced scalars.
 
-    Attributes:
-      amount: S_churn; noise is raised by a factor 1 + min(S_churn / num_steps, sqrt(2) - 1).
-      sigma_min, sigma_max: S_min, S_max; only steps that start within them are churned.
-      noise_scale: S_noise; standard deviation of the fresh noise relative to the exact one.
+    In steps that start in [sigma_min, sigma_max] churn raises the noise level by a factor
+    1 + min(amount / num_steps, sqrt(2) - 1), with fresh noise.
     """
 
-    amount: float = 40.0
-    sigma_min: float = 0.05
-    sigma_max: float = 50.0
-    noise_scale: float = 1.003
+    amount: float = 40.0  # S_churn
+    sigma_min: float = 0.05  # S_min
+    sigma_max: float = 50.0  # S_max
+    noise_scale: float = 1.003  # S_noise: std of the fresh noise relative to the exact one
 
 
 class _Calls(NamedTuple):
@@ -48,7 +46,7 @@ class _Calls(NamedTuple):
     from_x: jax.Array
     from_d: jax.Array
     from_prev: jax.Array
-    active: jax.Array  # bool: the call changes x; elsewhere the coefficients mean nothing
+    active: jax.Array  # bool: the call changes x; otherwise the coefficients are not used
     ends_step: np.ndarray  # bool (num_calls,): the result becomes the next `base`
 
 
@@ -59,15 +57,13 @@ def _euler(start: jax.Array, stop: jax.Array) -> _Calls:
 
 
 def _heun(start: jax.Array, stop: jax.Array) -> _Calls:
-    """EDM Algorithm 1: an Euler step, then the trapezoidal rule, but for a step to 0."""
+    """EDM Algorithm 1: an Euler step, then the trapezoidal rule, except in a step to 0."""
     predict = _euler(start, stop)
     active = (predict.active & (stop > 0))[:-1]
     a, b = (jnp.where(active, level[:-1], 1) for level in (start, stop))
-    half = (b - a) / 2
+    half, always = (b - a) / 2, np.ones(len(a), bool)
     # base + half * ((base - D_prev) / a + (x - D) / b)
-    correct = _Calls(
-        stop[:-1], 1 + half / a, half / b, -half / b, -half / a, active, np.ones(len(a), bool)
-    )
+    correct = _Calls(stop[:-1], 1 + half / a, half / b, -half / b, -half / a, active, always)
     ends_step = np.append(np.tile([False, True], len(a)), True)
 
     def alternate(p, c):
@@ -91,12 +87,7 @@ METHODS = {"euler": _euler, "heun": _heun, "dpmpp_2m": _dpmpp_2m}
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """How a run draws its samples: method and grid; the keys of config.sampler.
-
-    Attributes:
-      method: "euler", "heun" or "dpmpp_2m".
-      num_steps, sigma_min, sigma_max, rho: see `noise.rho_grid`.
-    """
+    """The keys of config.sampler: a method, see `sample`, and a grid, see `noise.rho_grid`."""
 
     method: str = "heun"
     num_steps: int = 18
@@ -105,28 +96,28 @@ class Sampler:
     rho: float = 7.0
 
     def grid(self, levels: tuple[float, float] = (0.0, np.inf)) -> np.ndarray:
-        """(num_steps + 1,) levels, kept within those that the model knows."""
+        """The grid (num_steps + 1,), within the `levels` of the model's preconditioning."""
         low, high = max(self.sigma_min, levels[0]), min(self.sigma_max, levels[1])
         return rho_grid(self.num_steps, low, high, self.rho)
 
 
 def call_levels(sigmas: np.ndarray, method: str = "heun") -> np.ndarray:
-    """The noise level of each denoiser call that `sample` makes on this grid: (num_calls, ...)."""
+    """The noise levels (num_calls, ...) of the denoiser calls of `sample` on this grid."""
     grid = jnp.asarray(sigmas)
     return np.asarray(look_up(METHODS, method, "sampler")(grid[:-1], grid[1:]).sigma)
 
 
 def stabilised(denoise: DenoiseFn, floor: float) -> DenoiseFn:
-    """The denoiser with noise levels below `floor` raised to it, x as it is.
+    """The denoiser with noise levels below `floor` replaced by `floor`; x does not change.
 
-    Networks do not know level 0, at which the finished frames of a trajectory are (Chen et al.
-    2024, arXiv 2407.01392, which calls this the stabilization level).
+    Networks are not trained at level 0, the level of the finished frames of a trajectory (the
+    stabilization level of Chen et al. 2024, arXiv 2407.01392).
     """
     return lambda x, sigma, condition: denoise(x, jnp.maximum(sigma, floor), condition)
 
 
 def _checked(sigmas: jax.Array) -> None:
-    """Raises ValueError on a grid that `sample` cannot follow; a traced one is believed."""
+    """Raise ValueError on an invalid grid; of a traced grid only the shape is checked."""
     if jnp.ndim(sigmas) not in (1, 2) or len(sigmas) < 2:
         raise ValueError(
             f"sigmas has shape {jnp.shape(sigmas)}; expected (num_steps + 1,) or "
@@ -135,9 +126,9 @@ def _checked(sigmas: jax.Array) -> None:
     if not isinstance(sigmas, jax.core.Tracer):
         grid = np.asarray(sigmas)
         fall = np.diff(grid, axis=0).reshape(len(grid) - 1, -1)
-        if np.any(grid[-1] != 0) or not (np.all(fall <= 0) and np.all(fall.min(1) < 0)):
+        if np.any(grid[-1] != 0) or np.any(fall > 0) or not np.all(fall.min(1) < 0):
             raise ValueError(
-                f"sigmas must fall and end in 0, in every step for some frame; got {grid}."
+                f"sigmas must fall in every step for some frame and end in 0; got {grid}."
             )
 
 
@@ -151,24 +142,21 @@ def sample(
     churn: Churn | None = None,
     keys: jax.Array | None = None,
 ) -> jax.Array:
-    """Integrate from sigmas[0] to 0.
+    """Integrate from sigmas[0] to 0: samples of the shape and type of x_init.
 
     Args:
-      denoise: the model, guided or not.
+      denoise: the model, with or without guidance.
       x_init: (B, ...) state at sigmas[0], usually sigmas[0] * standard normal noise.
-      condition: of the samples, or bare labels (B,) int32.
-      sigmas: (N + 1,) falling noise levels that end in 0, see `noise.rho_grid`; or (N + 1, F), of
-        which each column falls or stays, for trajectories (B, F, ...).
+      condition: a `Condition` or bare labels (B,) int32.
+      sigmas: (N + 1,) noise levels that fall to 0, see `noise.rho_grid`; or (N + 1, F) for
+        trajectories (B, F, ...), where no column rises.
       method: "euler" (N denoiser calls), "heun" (2N - 1) or "dpmpp_2m" (N).
-      churn: stochastic sampling for the single-step methods; None is deterministic.
-      keys: (B,) typed keys, needed with churn; example i uses keys[i] alone.
-
-    Returns:
-      (B, ...) samples, in the type of x_init.
+      churn: stochastic sampling with a single-step method; None for deterministic sampling.
+      keys: (B,) typed keys, needed with churn; example i uses only keys[i].
 
     Raises:
-      ValueError: on an unknown method, a grid that is not falling to 0, churn without keys or
-        with a multistep method.
+      ValueError: on an unknown method, an invalid grid, or churn without keys or with a multistep
+        method.
     """
     tabulate = look_up(METHODS, method, "sampler")
     condition = as_condition(condition)
@@ -195,7 +183,7 @@ def sample(
         base, x, prev = carry
         number, noise_std, c = row
         sigma = jnp.broadcast_to(c.sigma, (len(x), *c.sigma.shape))
-        # a row's entries, () or (F,), shaped to go with x
+        # the entries of the row, () or (F,), broadcast against x
         noise_std, c = jax.tree.map(lambda values: expand(values[None], x), (noise_std, c))
         if keys is not None and churn is not None:
             step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)

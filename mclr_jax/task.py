@@ -1,4 +1,4 @@
-"""A training task: a model, an objective and all that a step needs of them, as pure functions."""
+"""A training task: a model, an objective and all other parts of a step, as pure functions."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -17,12 +17,12 @@ from mclr_jax.objectives.base import Objective
 from mclr_jax.problem import Answers, Batch, Models, PosteriorFn, Problem
 from mclr_jax.types import Condition, as_condition
 
-# What an objective may need that is no other run.
+# Needs of an objective that no other run provides.
 MADE_HERE = frozenset({"self", "average", "posterior", "class_prior", "other", "generated"})
 
 
 class Posterior(Protocol):
-    """A frozen dataclass whose fields are the keys of config.posterior; see `posterior`."""
+    """The interface of the dataclasses in `posterior`; fields are the keys of config.posterior."""
 
     @property
     def needs(self) -> frozenset[str]: ...
@@ -32,44 +32,32 @@ class Posterior(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is trained and how; it holds no training state.
+    """The definition of a training, without training state.
 
-    Attributes:
-      model: in training.
-      objective: of the training.
-      problem: what the data say and the config chose.
-      optimizer: of the parameters.
-      learning_rate: step () -> rate (), to report.
-      averages: of the parameters, by name; the first is what sampling takes by default.
-      posterior: p(class | x_sigma) of objectives that need it.
-      companions: other models that the objective may read, by name.
-      flip: whether to flip images at random.
-      augment: probability of EDM's augmentations.
-      grad_accumulation: parts of a batch.
-      seed: of parameters and of training.
+    Companions are other models that the objective may call, by name.
     """
 
     model: Model
     objective: Objective
     problem: Problem
     optimizer: optax.GradientTransformation
-    learning_rate: Callable[[Any], Any]
-    averages: Mapping[str, Decay]
-    posterior: Posterior | None = None
+    learning_rate: Callable[[Any], Any]  # step () -> rate (), for the log
+    averages: Mapping[str, Decay]  # of the parameters; sampling uses the first by default
+    posterior: Posterior | None = None  # for objectives that need p(class | x_sigma)
     companions: Mapping[str, Model] = dataclasses.field(default_factory=dict)
-    flip: bool = False
-    augment: float = 0.0
-    grad_accumulation: int = 1
-    seed: int = 0
+    flip: bool = False  # whether to flip images at random
+    augment: float = 0.0  # probability of EDM's augmentations
+    grad_accumulation: int = 1  # number of parts of a batch
+    seed: int = 0  # of the initial parameters and of the training
 
     @property
     def needs(self) -> frozenset[str]:
-        """Of the objective and, where it needs one, of the posterior."""
+        """The needs of the objective and of the posterior, see `needs_of`."""
         return needs_of(self.objective, self.posterior)
 
     @property
     def frozen(self) -> dict[str, Model]:
-        """The companions that are needed: their parameters stand beside the state."""
+        """The needed companions, whose parameters are inputs of a step beside the state."""
         return {name: self.companions[name] for name in sorted(self.needs - MADE_HERE)}
 
     @property
@@ -78,20 +66,20 @@ class Task:
 
     @property
     def step_key(self) -> jax.Array:
-        """Root of the randomness of training steps."""
+        """Key of the training steps."""
         return self._keys[0]
 
     @property
     def eval_key(self) -> jax.Array:
-        """Root of the randomness of evaluation."""
+        """Key of the evaluation."""
         return self._keys[1]
 
     def init(self) -> Any:
-        """Fresh parameters; a function of the seed alone."""
+        """Initial parameters, which depend only on the seed."""
         return self.model.init(self._keys[2])
 
     def default(self, params: Any, averages: Mapping[str, Any]) -> Any:
-        """The parameters that sampling takes: the first average, or the raw ones without any."""
+        """The parameters for sampling: the first average or, without averages, `params`."""
         return averages[next(iter(self.averages))] if self.averages else params
 
     def loss(
@@ -100,14 +88,14 @@ class Task:
         """The objective on a batch of raw data.
 
         Args:
-          params: of the model.
-          frozen: parameters of `self.frozen` and, where it is needed, of the model's "average".
-          batch: image (B, ...), label (B,) int32 and companions, as `data.pipeline` gives them.
+          params: parameters of the model.
+          frozen: parameters of `self.frozen` and, if needed, of the "average" of the model.
+          batch: image (B, ...), label (B,) int32 and further arrays from `data.pipeline`.
           keys: (B,) typed keys of the examples.
-          train: whether to augment and to drop out.
+          train: whether to use augmentation and dropout.
 
         Returns:
-          loss (B,), and metrics whose parts have a leading axis of rows.
+          Loss (B,), and metrics whose parts have a leading axis of rows.
         """
         k_flip, k_augment, k_dropout, k_objective = split(keys, 4)
         x0, augment_label = to_float(batch["image"]), None
@@ -119,42 +107,33 @@ class Task:
         condition = Condition(
             batch["label"], augment=augment_label, dropout_keys=k_dropout if drops else None
         )
-        other = generated = None
-        if "other" in self.needs:
-            other = to_float(batch["other_image"])
+        other = to_float(batch["other_image"]) if "other" in self.needs else None
+        generated = None
         if "generated" in self.needs:
             generated = to_float(batch["generated_image"]), batch["generated_label"]
-        return self.objective(
-            self._models(params, frozen),
-            self.problem,
-            Batch(x0, condition, other, generated),
-            k_objective,
-        )
+        inputs = Batch(x0, condition, other, generated)
+        return self.objective(self._models(params, frozen), self.problem, inputs, k_objective)
 
     def _models(self, params: Any, frozen: Mapping[str, Any]) -> Models:
-        """The model, and beside it what is needed: without gradient, dropout and strength."""
-        own = {"self": params, "average": frozen.get("average")}
-        models = self.frozen | {name: self.model for name in own if name in self.needs}
-        weights = {**own, **frozen}
-        held = {
-            name: Answers(*map(_held, model.answers(weights[name])))
-            for name, model in models.items()
-        }
+        """The model in training, the needed frozen models and the posterior."""
+        weights = {"self": params, **frozen}
+        models = self.frozen | dict.fromkeys(self.needs & {"self", "average"}, self.model)
+        held = {n: Answers(*map(_held, m.answers(weights[n]))) for n, m in models.items()}
         posterior = None
-        if "posterior" in self.needs:
-            assert self.posterior is not None  # experiment.make_task checks it
+        if self.posterior is not None and "posterior" in self.needs:
             posterior = self.posterior(held, self.problem)
         return Models(*self.model.answers(params), held, posterior)
 
 
 def needs_of(objective: Objective, posterior: Posterior | None) -> frozenset[str]:
-    """What an objective needs and, where it needs a posterior, what that needs."""
-    asked = posterior is not None and "posterior" in objective.needs
-    return objective.needs | (posterior.needs if posterior and asked else frozenset())
+    """The needs of an objective and, if "posterior" is one of them, of the posterior."""
+    if posterior is None or "posterior" not in objective.needs:
+        return objective.needs
+    return objective.needs | posterior.needs
 
 
 def _held(answer: Callable) -> Callable:
-    """A frozen model's answer: no gradient, no dropout, strength 0, but the augmentation label."""
+    """The function without gradient, dropout or strength, but with the augmentation label."""
 
     def held(x, sigma, condition):
         condition = as_condition(condition).replace(strength=None, dropout_keys=None)

@@ -1,4 +1,4 @@
-"""The types that everything shares: what a denoiser is, and what it is told beside x and sigma."""
+"""Types that all modules share: a denoising function and its condition."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,15 +9,15 @@ from flax import struct
 
 
 class Condition(struct.PyTreeNode):
-    """What a model is told of each example beside its noisy sample and noise level.
+    """The inputs of a network beside the noisy sample and the noise level.
 
-    Every leaf has a leading axis B. None means absent: a `Model` fills in zeros where its network
-    wants the input, and a network ignores what it has no input for.
+    Every leaf has a leading axis B. None means absent: a `Model` replaces it by zeros if its
+    network has that input.
 
     Attributes:
       label: (B,) int32; num_classes is the null label, which means no class.
       strength: (B,) guidance strength (beta; guidance_scale - 1), 0 for none.
-      augment: (B, 9) what was done to the image, see `data.augment`; zeros for nothing.
+      augment: (B, 9) parameters of the augmentation, see `data.augment`; zeros for none.
       dropout_keys: (B,) typed PRNG keys; None for no dropout.
     """
 
@@ -28,13 +28,13 @@ class Condition(struct.PyTreeNode):
 
 
 # (x (B, ...), sigma (B,) or (B, F), condition) -> estimate of E[x0 | x, condition], the shape of x.
-# x = x0 + sigma n, n ~ N(0, I). sigma is (B, F) where x is a trajectory (B, F, ...) whose frames
-# have noise levels of their own.
+# x = x0 + sigma n, n ~ N(0, I). sigma is (B, F) if x is a trajectory (B, F, ...) whose frames have
+# their own noise levels.
 DenoiseFn = Callable[[jax.Array, jax.Array, Any], jax.Array]
 
 
 def as_condition(condition: Condition | jax.Array) -> Condition:
-    """A condition, also from bare labels (B,): what samplers and guidance accept from a user."""
+    """The condition itself, or a condition made from bare labels (B,)."""
     if isinstance(condition, Condition):
         return condition
     return Condition(jnp.asarray(condition, jnp.int32))
@@ -46,13 +46,12 @@ def label_of(condition: Condition | jax.Array) -> jax.Array:
 
 
 def with_label(condition: Condition | jax.Array, label: jax.Array | int) -> Condition:
-    """The same condition under other labels: (B,), or one number for all."""
+    """The condition with other labels: (B,), or one number for all examples."""
     condition = as_condition(condition)
-    label = jnp.asarray(label, condition.label.dtype)
-    return condition.replace(label=jnp.broadcast_to(label, condition.label.shape))
+    return condition.replace(label=jnp.full_like(condition.label, label))
 
 
 def expand(values: jax.Array, x: jax.Array) -> jax.Array:
-    """values (), (B,) or (B, F), with axes of length 1 behind, to be multiplied with x (B, ...)."""
+    """Append axes of length 1 to values (), (B,) or (B, F), to multiply them with x (B, ...)."""
     values = jnp.asarray(values)
     return values.reshape(values.shape + (1,) * (x.ndim - values.ndim))

@@ -38,7 +38,7 @@ def five_steps(task, parallel="data", device_count=1):
     update = devices.compile(step.make_update(task, devices.axis_name))
     numbers, gradients = [], None
     for _ in range(5):
-        state, found = update(state, frozen, batch, devices.put_scalar(1))
+        state, found = update(state, frozen, batch, devices.put_state(np.int32(1)))
         found = jax.tree.map(lambda x: x[0], jax.device_get(found))
         numbers.append(metrics.report(found))
         if gradients is None:  # momentum has seen nothing else yet
@@ -100,7 +100,7 @@ def train(parallel, device_count, steps=20):
     stream = pipeline.stream(source, config.batch_size, config.seed)
     data = devices.put_batches(pipeline.stack(stream, steps, steps))
     with jax.transfer_guard("disallow"):
-        state, found = update(state, {}, data, devices.put_scalar(steps))
+        state, found = update(state, {}, data, devices.put_state(np.int32(steps)))
     found = jax.device_get(found)
     rows = [metrics.report(jax.tree.map(lambda x: x[i], found)) for i in range(steps)]  # noqa: B023
     return rows, state
@@ -138,7 +138,7 @@ def test_the_old_state_is_donated():
         return jax.tree.map(lambda w: w * mean, state), {"n": count}
 
     data = devices.put_batches({"x": np.full((1, 16, 3), 2.0, np.float32)})
-    new, _ = devices.compile(update)(state, {}, data, devices.put_scalar(1))
+    new, _ = devices.compile(update)(state, {}, data, devices.put_state(np.int32(1)))
     np.testing.assert_allclose(new["w"], 2.0)
     assert new["w"].shape == (8, 8)
     assert state["w"].is_deleted()

@@ -1,6 +1,5 @@
 """Metrics reduced over rows, parts and devices are those of the whole, computed in NumPy."""
 
-import functools
 import itertools
 
 import jax
@@ -48,6 +47,11 @@ def rows(seed, count):
     return [np.float32(values), np.float32(weights), rng.uniform(size=count) < rng.uniform()]
 
 
+def together(*parts):
+    """The metrics of several parts of a batch, from those of each part."""
+    return metrics.over_rows(jax.tree.map(lambda *x: jnp.stack(x), *parts))
+
+
 def assert_same(found, expected):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -75,7 +79,7 @@ def test_any_split_into_parts_is_the_whole(seed, count, data):
         for a, b in itertools.pairwise(ends)
     ]
     order = data.draw(st.permutations(parts))
-    assert_same(metrics.report(functools.reduce(metrics.add, order)), by_hand(*everything))
+    assert_same(metrics.report(together(*order)), by_hand(*everything))
 
 
 @pytest.mark.parametrize("mapped", ["pmap", "vmap"])
@@ -102,11 +106,11 @@ def test_empty_subsets_are_left_out_and_add_nothing():
     values = jnp.array([jnp.nan, 5.0])  # where a row is not counted its value has no effect
     some = {"some": metrics.mean(values, where=jnp.array([False, True]))}
     assert metrics.report(metrics.over_rows(some)) == {"some": 5.0}
-    total = metrics.add(metrics.over_rows(some), {"some": nothing["some"]})
+    total = together(metrics.over_rows(some), {"some": nothing["some"]})
     assert metrics.report(total) == {"some": 5.0}
 
 
-@pytest.mark.parametrize("reduce", ["rows", "add", "pmap", "mesh"])
+@pytest.mark.parametrize("reduce", ["rows", "parts", "pmap", "mesh"])
 @pytest.mark.parametrize("first", [True, False])
 def test_what_is_not_a_number_is_reported(reduce, first):
     """A run must not go on over it, wherever it stands."""
@@ -125,8 +129,8 @@ def test_what_is_not_a_number_is_reported(reduce, first):
 
     if reduce == "rows":
         found = one(jnp.concatenate(pair))
-    elif reduce == "add":
-        found = metrics.add(one(pair[0]), one(pair[1]))
+    elif reduce == "parts":
+        found = together(one(pair[0]), one(pair[1]))
     elif reduce == "mesh":
         mesh = Mesh(np.array(jax.devices()[:2]), ("data",), axis_types=(AxisType.Auto,))
         sharding = NamedSharding(mesh, PartitionSpec("data"))
@@ -150,7 +154,7 @@ def test_a_negative_maximum_survives_parts_and_devices():
     alone = metrics.over_rows({"largest": metrics.maximum(values[0])})
     assert metrics.report(alone) == {"largest": -15.0}
     start = {"largest": metrics.Max(jnp.float32(-jnp.inf))}
-    assert metrics.report(metrics.add(start, alone)) == {"largest": -15.0}
+    assert metrics.report(together(start, alone)) == {"largest": -15.0}
 
     def device(values):
         return metrics.over_devices(metrics.over_rows({"largest": metrics.maximum(values)}), "data")
@@ -168,7 +172,7 @@ def test_metrics_pass_through_jit_and_loops():
     assert jax.tree.structure(found) == jax.tree.structure(of(*everything))
 
     def step(total, part):
-        return metrics.add(total, metrics.over_rows(of(*part))), None
+        return together(total, metrics.over_rows(of(*part))), None
 
     first, *pieces = [[values[i : i + 2] for values in everything] for i in (0, 2, 4, 6)]
     stacked = [jnp.stack(part) for part in zip(*pieces, strict=True)]

@@ -2,7 +2,6 @@
 operation looks across examples."""
 
 import dataclasses
-import functools
 import itertools
 from typing import Any, ClassVar
 
@@ -77,7 +76,7 @@ def test_the_loss_of_some_rows_is_that_of_the_rows_alone(name):
     parts = [jax.tree.map(lambda x, i=i: x[i : i + 4], (batch, keys)) for i in range(0, 16, 4)]
     losses, founds = zip(*(run(*part) for part in parts), strict=True)
     np.testing.assert_allclose(np.concatenate(losses), loss, rtol=1e-5, atol=1e-6)
-    total = functools.reduce(metrics.add, founds)
+    total = metrics.over_rows(jax.tree.map(lambda *x: jnp.stack(x), *founds))
     chex.assert_trees_all_close(total, found, rtol=1e-5, atol=1e-6)
     assert len(np.unique(loss)) == 16
     report = metrics.report(found)

@@ -1,4 +1,4 @@
-"""Classification of noisy data: trains p(class | x_sigma), the posterior that MCLR draws from."""
+"""Classification of noisy data: trains p(class | x_sigma), a posterior for MCLR."""
 
 import dataclasses
 
@@ -14,13 +14,13 @@ from mclr_jax.problem import Batch, Models, Problem
 class Classify(Objective):
     """Cross-entropy of the class given x0 + sigma n and sigma; its optimum is the exact posterior.
 
-    The classifier is always shown the null label.
+    The classifier gets only the null label.
     """
 
     def __call__(
         self, models: Models, problem: Problem, batch: Batch, keys: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """Metrics: `accuracy`."""
+        """Loss (B,), and the metric `accuracy`."""
         x, sigma, hidden, _ = perturb(problem, batch.x0, batch.condition, keys, label_dropout=1.0)
         log_probs = jax.nn.log_softmax(models.logits(x, sigma, hidden))
         label = batch.condition.label

@@ -1,4 +1,4 @@
-"""Denoising score matching, the objective of plain conditional training."""
+"""Denoising score matching (DSM), the objective of plain conditional training."""
 
 import dataclasses
 
@@ -13,22 +13,18 @@ from mclr_jax.problem import Batch, Models, Problem
 class DSM(Objective):
     """weight(sigma) * mean |D(x0 + sigma n, sigma, label) - x0|^2 for each example.
 
-    Source: Karras et al. 2022, eq. 2 and 8 (the mean over dimensions in place of the sum). With a
-    noise level for each frame it is diffusion forcing (Chen et al. 2024, arXiv 2407.01392).
-
-    Attributes:
-      label_dropout: probability that an example is shown with the null label.
+    Source: Karras et al. 2022, eq. 2 and 8 (with a mean over dimensions instead of the sum). With a
+    noise level for each frame DSM is diffusion forcing (Chen et al. 2024, arXiv 2407.01392).
     """
 
-    label_dropout: float = 0.1
+    label_dropout: float = 0.1  # probability that the null label replaces the label of an example
 
     def __call__(
         self, models: Models, problem: Problem, batch: Batch, keys: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """Metrics: `error`, the unweighted mean square error."""
-        x, sigma, condition, _ = perturb(
-            problem, batch.x0, batch.condition, keys, self.label_dropout
-        )
+        """Loss (B,), and the metric `error`, the unweighted mean square error."""
+        noisy = perturb(problem, batch.x0, batch.condition, keys, self.label_dropout)
+        x, sigma, condition, _ = noisy
         error = square_error(models.denoise(x, sigma, condition), batch.x0, sigma)
         loss = per_example(problem.weight(sigma) * error)
         return loss, {"error": mean(per_example(error))}

@@ -1,16 +1,16 @@
-"""MCLR: fine-tune so that the right class explains an image better than the wrong classes do.
+"""MCLR: fine-tuning in which the right class must explain an image better than wrong classes.
 
 With x_s = x + s n, D_c the exact denoiser of class c, D_0 that of all classes and
 rho_c(x_s) = p(c | x_s) / p(c), the objective of arXiv 2603.22364 in its denoising form is
 
     weight(s) [ (1 + beta) |D(x_s, c) - x|^2  -  beta omega |D(x_s, c~) - x|^2 ].
 
-Plain (omega = 1, c~ ~ p(c)): the pointwise optimum is D_c + gamma (D_c - D_0) with
-gamma = beta / ((1 + beta) rho_c - beta), and there is none where rho_c < beta / (1 + beta): the
-loss has no lower bound there. CFG-equivalent (omega = rho_c~, or c~ drawn from the posterior): the
-optimum is (1 + beta) D_c - beta D_0 everywhere, which is classifier-free guidance of
-guidance_scale 1 + beta. With an estimated posterior q the curvature is (1 + beta) p(c|x_s) - beta
-q(c|x_s): q may be too large by a factor of (1 + beta) / beta at most, or there is no minimum.
+Plain form (omega = 1, c~ ~ p(c)): the pointwise optimum is D_c + gamma (D_c - D_0) with
+gamma = beta / ((1 + beta) rho_c - beta). At x_s with rho_c < beta / (1 + beta) the loss has no
+lower bound. CFG-equivalent form (omega = rho_c~, or c~ drawn from the posterior): the optimum is
+(1 + beta) D_c - beta D_0 everywhere, which is classifier-free guidance with guidance_scale
+1 + beta. With an estimated posterior q the curvature is (1 + beta) p(c|x_s) - beta q(c|x_s): the
+loss has a minimum only if q is too large by a factor of less than (1 + beta) / beta.
 """
 
 import dataclasses
@@ -23,7 +23,6 @@ import jax.numpy as jnp
 from mclr_jax.metrics import Metrics, effective_share, maximum, mean
 from mclr_jax.noise import split
 from mclr_jax.objectives.base import (
-    Noisy,
     Objective,
     arcsine_law,
     draw_label,
@@ -50,29 +49,26 @@ WORDS = {
 class MCLR(Objective):
     """The MCLR loss of each example; see the formula above.
 
-    Examples whose label was dropped, and noise levels outside the interval, get plain DSM.
+    Examples with a dropped label or a noise level outside the interval get plain DSM.
 
     Attributes:
-      beta: strength of the contrast; the CFG-equivalent forms end at guidance_scale 1 + beta. A
-        network that takes the strength as an input (config.strength) is trained for a range.
+      beta: strength of the contrast; replaced by config.strength, if that range is set.
       label_dropout: as in `DSM`.
-      negatives: how c~ is drawn: "prior", "mismatched" (the prior without c) or "posterior"
-        (p(c~ | x_s) without c, and the contrast weighted by 1 - p(c | x_s): where c~ = c the two
-        terms are one, which is summed in closed form).
-      weighting: "none", or "cfg": prior and mismatched negatives weighted to the CFG-equivalent
-        form. Mismatched negatives then stand for c~ != c alone; c~ = c is summed in closed form.
-      negative_share: the contrast is computed for this share of the examples, 1, 0.5 or 0.25: for
-        every example, every second or every fourth, scaled up so that the mean stays the same.
-      bound: keeps the plain form bounded. "clip": the negative error counts up to clip_ratio times
-        the positive one. "logistic": 2 / a (log(1 + exp(a m)) - log 2), a = logistic_scale, in
-        place of m, which is weight beta (positive error - omega negative error) less the same of
-        the reference (Diffusion-DPO, arXiv 2311.12908, with a wrong label on the same image); the
-        two have the same gradient where the model is the reference.
-      reference_penalty: times weight(s) (|D - D_ref|^2 at c plus the same at c~).
-      target: what both labels are to explain: "data", x0 itself, or "reference", the frozen
-        model's D(x_s, c), which is the mean of x0 given x_s and c, but for the frozen model's
-        error, and so has the same optimum at far less variance.
-      sigma_interval: (low, high): contrast only where low < sigma <= high, in all frames.
+      negatives: distribution of c~: "prior", "mismatched" (the prior without c) or "posterior"
+        (p(c~ | x_s) without c; the weight 1 - p(c | x_s) of the contrast accounts for c~ = c).
+      weighting: "none", or "cfg", which weights prior and mismatched negatives to the
+        CFG-equivalent form (for mismatched negatives in closed form at c~ = c).
+      negative_share: share of the examples that have a contrast: 1, 0.5 or 0.25 for every example,
+        every second or every fourth. The contrast is scaled so that its mean stays the same.
+      bound: bounds the plain form. "clip": the negative error is at most clip_ratio times the
+        positive error. "logistic": 2 / a (log(1 + exp(a m)) - log 2), a = logistic_scale, replaces
+        m, which is weight beta (positive error - omega negative error) minus the same of the
+        reference (Diffusion-DPO, arXiv 2311.12908, with a wrong label on the same image). Both have
+        the same gradient if the model equals the reference.
+      reference_penalty: factor of weight(s) (|D - D_ref|^2 at c + |D - D_ref|^2 at c~).
+      target: the target of both errors: "data" (x0) or "reference" (D_ref(x_s, c), an estimate of
+        E[x0 | x_s, c], which has the same optimum with far less variance).
+      sigma_interval: (low, high): contrast only if low < sigma <= high, in all frames.
     """
 
     beta: float = 1.0
@@ -101,10 +97,9 @@ class MCLR(Objective):
 
     @property
     def needs(self) -> frozenset[str]:
-        needs = {"class_prior"} | ({"posterior"} if self._equivalent else set())
-        if self._held or self.target == "reference":
-            needs.add("reference")
-        return frozenset(needs)
+        reference = self._held or self.target == "reference"
+        needs = {"class_prior": True, "posterior": self._equivalent, "reference": reference}
+        return frozenset(name for name, needed in needs.items() if needed)
 
     @property
     def _equivalent(self) -> bool:
@@ -119,13 +114,12 @@ class MCLR(Objective):
     def __call__(
         self, models: Models, problem: Problem, batch: Batch, keys: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """Metrics: `error` and `negative_error` (unweighted), `margin` (their difference where
-        there is a contrast), `weight`, `weight_ess` (effective share) and `weight_max` of the
-        negative term, without beta; with a posterior `unbounded`: how often the plain objective has
-        no minimum at (x_s, c~).
+        """Loss (B,) and metrics; raises ValueError unless 1 / negative_share divides the rows.
 
-        Raises:
-          ValueError: if the rows are no multiple of 1 / negative_share.
+        Metrics: `error` and `negative_error` (unweighted), `margin` (their difference, for examples
+        with a contrast); `weight`, `weight_ess` (effective share) and `weight_max` of the negative
+        term, without beta; with a posterior `unbounded`, the share of examples for which the plain
+        objective has no minimum at (x_s, c~).
         """
         every = round(1 / self.negative_share)
         if len(batch.x0) % every:
@@ -135,49 +129,36 @@ class MCLR(Objective):
                 "Change config.batch_size or config.grad_accumulation."
             )
         noisy = perturb(problem, batch.x0, batch.condition, keys, self.label_dropout)
-        k_negative, k_posterior, k_strength = split(noisy.keys, 3)
-        beta, condition = draw_strength(
-            noisy.condition, k_strength, problem, self.beta, arcsine_law
-        )
+        k_negative, k_posterior, k_beta = split(noisy.keys, 3)
+        beta, condition = draw_strength(noisy.condition, k_beta, problem, self.beta, arcsine_law)
         noisy = noisy._replace(condition=condition)
-        contrast = self._contrast(problem, noisy, beta)
+        low, high = self.sigma_interval or (0.0, jnp.inf)
+        levels = noisy.sigma.reshape(len(noisy.x), -1)
+        inside = ((low < levels) & (levels <= high)).all(-1)
+        contrast = jnp.where(inside & (condition.label != problem.null_label), beta, 0.0)
         log_posterior = None
         if models.posterior is not None:
-            log_posterior = jax.lax.stop_gradient(
-                models.posterior(noisy.x, noisy.sigma, condition, k_posterior)
-            )
-        wrong, own_weight, omega = self._wrong_label(
-            problem, batch.condition.label, k_negative, log_posterior
-        )
+            log_posterior = models.posterior(noisy.x, noisy.sigma, condition, k_posterior)
+            log_posterior = jax.lax.stop_gradient(log_posterior)
+        own = batch.condition.label
+        wrong, own_weight, omega = self._wrong_label(problem, own, k_negative, log_posterior)
         some = functools.partial(jax.tree.map, lambda values: values[::every])
         loss, metrics = self._terms(
             models, problem, batch.x0, noisy, some,
             wrong, some(contrast > 0), some(contrast * own_weight), some(contrast * omega),
         )  # fmt: skip
-        metrics |= {
-            "weight": mean(omega),
-            "weight_ess": effective_share(omega),
-            "weight_max": maximum(omega),
-        }
+        metrics |= {"weight": mean(omega), "weight_ess": effective_share(omega)}
+        metrics["weight_max"] = maximum(omega)
         if log_posterior is not None:
             ratio = jnp.exp(_at(log_posterior, wrong) - log_prior(problem)[wrong])
             unbounded = ratio < contrast / (1 + contrast)
             metrics["unbounded"] = mean(unbounded.astype(loss.dtype))
         return loss, metrics
 
-    def _contrast(self, problem: Problem, noisy: Noisy, beta: Any) -> jax.Array:
-        """The strength (B,) with which each example is contrasted."""
-        inside = noisy.condition.label != problem.null_label
-        if self.sigma_interval:
-            low, high = self.sigma_interval
-            levels = noisy.sigma.reshape(len(inside), -1)
-            inside &= ((low < levels) & (levels <= high)).all(-1)
-        return jnp.where(inside, beta, 0.0)
-
     def _wrong_label(
         self, problem: Problem, own: jax.Array, keys: jax.Array, log_posterior: Any
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """c~ (B,), and the weights (B,), without beta, of the right and the wrong label's error."""
+        """c~ (B,), and weights (B,), without beta, of the errors of the right and wrong label."""
         ones = jnp.ones(len(own))
         if self.negatives == "posterior":
             wrong = draw_label(keys, log_posterior, other_than=own)
@@ -198,26 +179,26 @@ class MCLR(Objective):
     def _terms(self, models, problem, x0, noisy, some, wrong, held, own_weight, wrong_weight):
         """Loss (B,) and metrics, from one call of the network for both labels.
 
-        `some` takes the rows that have a contrast; of these are the weights, and `held`: whether
-        the reference penalty holds them.
+        `some` takes the rows that can have a contrast. The weights and `held`, whether a row has
+        the reference penalty, are for those rows.
         """
         x, sigma, condition, _ = noisy
         right = (x, sigma, condition)
         contrasted = some((x, sigma, with_label(condition, wrong)))
         denoised, at_wrong = in_one_call(models.denoise, right, contrasted)
-        frozen = frozen_wrong = None
+        explained = x0
         if "reference" in self.needs:
             reference = models.frozen["reference"].denoise
-            if not self._held:
-                frozen = reference(*right)
-            elif self.target == "reference":
-                frozen, frozen_wrong = in_one_call(reference, right, contrasted)
+            shown = right if self.target == "reference" else some(right)
+            if self._held:
+                frozen, frozen_wrong = in_one_call(reference, shown, contrasted)
             else:
-                frozen, frozen_wrong = in_one_call(reference, some(right), contrasted)
-        explained: Any = frozen if self.target == "reference" else x0
+                frozen = reference(*shown)
+            if self.target == "reference":
+                explained, frozen = frozen, some(frozen)
         weight = problem.weight(sigma)
 
-        def weighted(a, b):  # at the rows that have a contrast
+        def weighted(a, b):  # for the rows of `some`
             return per_example(some(weight) * square_error(a, b, some(sigma)))
 
         error = square_error(denoised, explained, sigma)
@@ -227,14 +208,12 @@ class MCLR(Objective):
             other = jnp.minimum(other, self.clip_ratio * jax.lax.stop_gradient(own))
         contrast = own_weight * own - wrong_weight * other
         if self._held:
-            held_right = frozen if self.target == "data" else some(frozen)
             if self.bound == "logistic":
-                then = own_weight * weighted(held_right, some(explained))
+                then = own_weight * weighted(frozen, some(explained))
                 then -= wrong_weight * weighted(frozen_wrong, some(explained))
                 margin = self.logistic_scale * (contrast - then)
                 contrast = 2 / self.logistic_scale * (jax.nn.softplus(margin) - jnp.log(2.0))
-            distance = weighted(some(denoised), held_right)
-            distance += weighted(at_wrong, frozen_wrong)
+            distance = weighted(some(denoised), frozen) + weighted(at_wrong, frozen_wrong)
             contrast += self.reference_penalty * jnp.where(held, distance, 0)
         every = len(x) // len(own)
         loss = plain.at[::every].add(every * contrast)
@@ -253,16 +232,16 @@ class MCLR(Objective):
         bound = self.beta / (1 + self.beta)
         if not self._equivalent and self.bound == "none" and self.reference_penalty < self.beta:
             return (
-                "The plain MCLR objective has no minimum: its loss falls without end wherever "
+                "The plain MCLR objective has no minimum: its loss has no lower bound if "
                 f"p(c|x_s) / p(c) < beta / (1 + beta) = {bound:.3g}. Use the CFG-equivalent form "
-                "(objective.negatives='posterior' or objective.weighting='cfg'), or bound it "
+                "(objective.negatives='posterior' or objective.weighting='cfg'), or bound the loss "
                 "(objective.bound='clip' or 'logistic', objective.reference_penalty >= beta)."
             )
         return (
-            f"A posterior that is more than (1 + beta) / beta = {1 / bound:.3g} times too large at "
-            "some (x_s, c~) takes the minimum away: improve it (for 'denoiser' more "
-            "posterior.levels), lower objective.beta, or set objective.bound='clip'. "
-            + super().advice()
+            "The loss has no minimum if the posterior is more than (1 + beta) / beta = "
+            f"{1 / bound:.3g} times too large at some (x_s, c~): improve the posterior (for "
+            "'denoiser' more posterior.levels), lower objective.beta, or set "
+            f"objective.bound='clip'. {super().advice()}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints by Orbax: asynchronous, the last n and the best, with a way back from broken ones."""
+"""Orbax checkpoints: saved in the background, the newest and the best kept, broken ones skipped."""
 
 import json
 import math
@@ -14,36 +14,33 @@ from mclr_jax.files import read_lines, write_atomically
 
 
 class MismatchError(ValueError):
-    """Stored parameters have other names or shapes than those asked for."""
+    """Stored parameters have other names or shapes than the expected parameters."""
 
 
 class Checkpoints:
     """The checkpoints of one run; a context manager that waits for the last save at the end.
 
-    A checkpoint holds a tree of arrays. Orbax writes under a temporary name and renames, so that a
-    killed run leaves no half-written step. The metrics that rank checkpoints stand in a file of
-    our own, `directory`/metrics.jsonl; a checkpoint whose line is missing or damaged has none.
+    A checkpoint holds a tree of arrays. Orbax writes under a temporary name and renames, so a
+    killed run leaves no incomplete step. `directory`/metrics.jsonl has the metrics that rank the
+    checkpoints. A checkpoint without a valid line in that file has no metrics.
 
     Args:
-      directory: where steps are kept; created if missing.
-      keep: how many of the newest to keep; the one with the lowest metric `loss` and the one with
-        the lowest `icr` are kept besides. None for all, and for who only reads.
+      directory: directory of the steps; created if missing.
+      keep: number of newest checkpoints to keep, beside those with the lowest metrics `loss` and
+        `icr`. None keeps all and is required for processes that only read.
     """
 
     def __init__(self, directory, keep: int | None = 2):
         self.directory, self._keep = pathlib.Path(directory).resolve(), keep
         self._file = self.directory / "metrics.jsonl"
-        # All processes read it before the manager brings them together; the first writes after.
+        # All processes read the file before the manager synchronises them; the first writes later.
         self._metrics = {record["step"]: record for record in read_lines(self._file)}
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            item_handlers={"state": ocp.PyTreeCheckpointHandler()},
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=self,
-                # Not by a reader: what is unfinished may be what a run is writing just now.
-                cleanup_tmp_directories=keep is not None,
-            ),
+        # A reader must not delete temporary files, which a training run may be writing.
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self, cleanup_tmp_directories=keep is not None
         )
+        items = {"state": ocp.PyTreeCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self.directory, item_handlers=items, options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -52,15 +49,15 @@ class Checkpoints:
         self._manager.close()
 
     def wait(self) -> None:
-        """Return once everything saved so far is on disk."""
+        """Return when all saved checkpoints are on disk."""
         self._manager.wait_until_finished()
 
     def steps(self) -> list[int]:
-        """The steps on disk, newest last."""
+        """The steps on disk, in rising order."""
         return sorted(self._manager.all_steps())
 
     def best_step(self) -> int | None:
-        """The step with the lowest metric `loss`, None if no checkpoint has one."""
+        """The step with the lowest finite metric `loss`; None if no checkpoint has that metric."""
         return self._lowest("loss", self.steps())
 
     def _lowest(self, name: str, steps: list[int]) -> int | None:
@@ -69,18 +66,18 @@ class Checkpoints:
         return min(fine, key=lambda step: fine[step], default=None)
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        """Which of Orbax's checkpoints stay: this object is its preservation policy."""
+        """Whether to keep each checkpoint: this object is the preservation policy of Orbax."""
         del context
         steps = [checkpoint.step for checkpoint in checkpoints]
         kept = {*steps[::-1][: self._keep], self._lowest("loss", steps), self._lowest("icr", steps)}
         return [step in kept for step in steps]
 
     def save(self, step: int, state: Any, metrics: dict[str, float] | None = None) -> None:
-        """Save in the background; nothing is done if this step is saved already."""
+        """Save in the background; do nothing if a checkpoint of this step exists."""
         held = self.steps()
         if step in held:
             return
-        # With those that this save retires: they go only once the new checkpoint is on disk.
+        # Includes the checkpoints that Orbax will delete when the new checkpoint is on disk.
         records = {s: record for s, record in self._metrics.items() if s in held}
         self._metrics = records | {step: {"step": step, **(metrics or {})}}
         if jax.process_index() == 0:
@@ -89,34 +86,31 @@ class Checkpoints:
         self._manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state)))
 
     def restore(self, like: Any, step: int | None = None) -> tuple[Any, int] | None:
-        """The newest checkpoint that can be read; None where there is no checkpoint at all.
+        """(state, step) of the newest readable checkpoint; None if there is no checkpoint.
+
+        A checkpoint that cannot be read is moved to the folder `broken` beside the directory, with
+        a warning, and the next older checkpoint is read.
 
         Args:
           like: tree of jax.ShapeDtypeStruct with shardings: the state, or some of its branches.
-          step: read this step and no other.
-
-        Returns:
-          (state, step). A newest checkpoint that cannot be read is moved beside the directory,
-          under `broken`, with a warning, and the one before is tried.
+          step: read only this step.
 
         Raises:
-          MismatchError: naming the first parameter whose stored name or shape differs from `like`.
-          RuntimeError: if there are checkpoints and none of them can be read.
+          MismatchError: names the first parameter whose stored name or shape differs from `like`.
+          RuntimeError: if no checkpoint can be read.
         """
-        held = self.steps()
-        if step is not None and step not in held:
-            raise RuntimeError(f"No checkpoint of step {step} in {self.directory}; only {held}.")
-        steps = held[::-1] if step is None else [step]
-        for candidate in steps:
+        steps = self.steps()
+        if step is not None and step not in steps:
+            raise RuntimeError(f"No checkpoint of step {step} in {self.directory}; only {steps}.")
+        for candidate in steps[::-1] if step is None else [step]:
             try:
                 return self._read(like, candidate), candidate
             except MismatchError:
                 raise
-            except Exception as error:  # whatever a damaged file makes the reader raise
+            except Exception as error:  # damaged files cause many types of errors
                 if step is not None:
                     raise RuntimeError(f"Cannot read checkpoint {step}: {error}") from error
                 self._set_aside(candidate, error)
-                self._manager.reload()
         if steps:
             raise RuntimeError(
                 f"None of the checkpoints {steps} could be read; they were moved to "
@@ -130,10 +124,8 @@ class Checkpoints:
             raise OSError("its description of the state is missing")
         check_same(like, stored.tree, f"checkpoint {step} of {self.directory}")
         restore_args = ocp.checkpoint_utils.construct_restore_args(like)
-        items = ocp.args.Composite(
-            state=ocp.args.PyTreeRestore(like, restore_args=restore_args, partial_restore=True)
-        )
-        return self._manager.restore(step, args=items)["state"]
+        item = ocp.args.PyTreeRestore(like, restore_args=restore_args, partial_restore=True)
+        return self._manager.restore(step, args=ocp.args.Composite(state=item))["state"]
 
     def _set_aside(self, step: int, error: Exception) -> None:
         target = self.directory.parent / "broken" / str(step)
@@ -146,10 +138,11 @@ class Checkpoints:
             (self.directory / str(step)).rename(target)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("checkpoint set aside")
+        self._manager.reload()
 
 
 def check_same(wanted: Any, stored: Any, source: str) -> None:
-    """Raises MismatchError at the first leaf of `wanted` that `stored` lacks or has differently."""
+    """Raise MismatchError if a leaf of `wanted` has another shape in `stored`, or is missing."""
 
     def leaves(tree):
         paths = jax.tree_util.tree_leaves_with_path(tree)

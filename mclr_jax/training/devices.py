@@ -1,7 +1,7 @@
-"""Many devices by one config value: pmap, or jit with data or fully sharded (FSDP) state.
+"""Device layouts: pmap, or jit with replicated or fully sharded (FSDP) state.
 
-A step is written once, for one shard, with an optional axis name; `Devices.compile` turns it into
-`jax.pmap` or `jax.jit`. In every mode the state keeps its plain shapes: no leading device axis.
+A step is written once, for one shard, with an optional axis name; `Devices.compile` applies
+`jax.pmap` or `jax.jit` to the step. In every layout the state has no leading device axis.
 """
 
 import dataclasses
@@ -21,14 +21,12 @@ MODES = ("pmap", "data", "fsdp")
 class Devices:
     """All devices of all processes along one axis.
 
-    Attributes:
-      parallel: "pmap" (replicated, the collectives written out by us), "data" (replicated, jit over
-        a mesh) or "fsdp" (jit, parameters, averages and optimizer state sharded).
-      devices: None means every device.
+    `parallel` is "pmap" (replicated state, explicit collectives), "data" (replicated state, jit
+    over a mesh) or "fsdp" (jit; parameters, averages and optimizer state sharded).
     """
 
     parallel: str = "pmap"
-    devices: tuple[jax.Device, ...] | None = None
+    devices: tuple[jax.Device, ...] | None = None  # None for all devices
 
     def __post_init__(self):
         if self.parallel not in MODES:
@@ -42,16 +40,16 @@ class Devices:
 
     @property
     def _state_mesh(self) -> Mesh:
-        """pmap keeps its state on the devices of this process, the other modes on all."""
+        """The devices that hold the state: for pmap those of this process, else all."""
         return self.mesh.local_mesh if self.parallel == "pmap" else self.mesh
 
     @property
     def axis_name(self) -> str | None:
-        """What the step passes to `jax.lax.pmean`; None where XLA inserts the collectives."""
+        """The axis name for `jax.lax.pmean` in the step; None if XLA inserts the collectives."""
         return AXIS if self.parallel == "pmap" else None
 
     def check_batch_size(self, batch_size: int) -> None:
-        """Raises ValueError unless the devices can share the batch equally."""
+        """Raise ValueError unless the devices can share the batch equally."""
         if batch_size % self.mesh.size:
             raise ValueError(
                 f"batch_size is {batch_size}, which {self.mesh.size} devices cannot share equally; "
@@ -61,7 +59,7 @@ class Devices:
     def state_shardings(self, state: Any) -> Any:
         """A NamedSharding for every leaf of a tree of arrays or shapes.
 
-        FSDP shards the largest axis that the devices divide; leaves without one are replicated.
+        FSDP shards the largest axis that the devices divide, and replicates leaves without one.
         """
 
         def sharding(leaf):
@@ -76,17 +74,16 @@ class Devices:
         return jax.tree.map(sharding, state)
 
     def initialise(self, init: Callable[[], Any]) -> Any:
-        """Run `init` with its result placed as this mode wants it, never whole on one device."""
+        """The result of `init`, placed by `state_shardings` and never whole on one device."""
         shardings = self.state_shardings(jax.eval_shape(init))
-        # It runs once: on CPU optimising it takes far longer than running it.
-        cpu = jax.default_backend() == "cpu"
-        options = {"xla_backend_optimization_level": 0} if cpu else None
+        # `init` runs once: on CPU XLA would take far longer to optimise than to run the program.
+        options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         return jax.jit(init, out_shardings=shardings, compiler_options=options)()
 
     def put_state(self, state: Any) -> Any:
-        """A tree of host or device arrays, placed as this mode wants its state."""
-        shardings = self.state_shardings(state)
-        return jax.tree.map(lambda x, s: jax.device_put(np.asarray(x), s), state, shardings)
+        """A tree of host or device arrays, placed by `state_shardings`."""
+        host = jax.tree.map(np.asarray, state)
+        return jax.device_put(host, self.state_shardings(host))
 
     def put_batches(self, batches: Any) -> Any:
         """Host arrays (K, rows of this process, ...) -> device arrays, rows spread over devices."""
@@ -100,21 +97,12 @@ class Devices:
 
         return jax.tree.map(put, batches)
 
-    def put_scalar(self, value: int) -> jax.Array:
-        """An int32 () on every device that the step runs on."""
-        replicated = NamedSharding(self._state_mesh, PartitionSpec())
-        return jax.device_put(np.int32(value), replicated)
-
     def compile(self, update: Callable) -> Callable:
         """(state, frozen, batches (K, B, ...), count ()) -> (state, metrics), the state donated."""
         if self.parallel == "pmap":
+            axes = (None, None, 1, None)
             return jax.pmap(
-                update,
-                axis_name=AXIS,
-                devices=self.devices,
-                in_axes=(None, None, 1, None),
-                out_axes=(None, None),
-                donate_argnums=(0,),
+                update, AXIS, in_axes=axes, out_axes=None, devices=self.devices, donate_argnums=0
             )
         replicated = NamedSharding(self.mesh, PartitionSpec())
 
@@ -123,27 +111,23 @@ class Devices:
             shardings = self.state_shardings(new_state)
             return jax.lax.with_sharding_constraint((new_state, metrics), (shardings, replicated))
 
-        return jax.jit(sharded, donate_argnums=(0,))
+        return jax.jit(sharded, donate_argnums=0)
 
     def to_global(self, state: Any) -> Any:
-        """The state as arrays over all processes, which checkpoints and sampling work with."""
-        if self.parallel == "pmap" and jax.process_count() > 1:
-            return multihost_utils.host_local_array_to_global_array(
-                state, self.mesh, PartitionSpec()
-            )
-        return state
+        """The state as arrays over all processes, as checkpoints and sampling need."""
+        return self._converted(multihost_utils.host_local_array_to_global_array, state)
 
     def from_global(self, state: Any) -> Any:
         """The inverse of `to_global`."""
-        if self.parallel == "pmap" and jax.process_count() > 1:
-            return multihost_utils.global_array_to_host_local_array(
-                state, self.mesh, PartitionSpec()
-            )
-        return state
+        return self._converted(multihost_utils.global_array_to_host_local_array, state)
+
+    def _converted(self, convert: Callable, state: Any) -> Any:
+        several = self.parallel == "pmap" and jax.process_count() > 1
+        return convert(state, self.mesh, PartitionSpec()) if several else state
 
 
 def banner() -> str:
-    """One line that says what this process runs on, so that a silent CPU fallback is seen."""
+    """One line with the devices of this process, which makes a silent CPU fallback visible."""
     kinds = sorted({device.device_kind for device in jax.devices()})
     return (
         f"jax {jax.__version__} on {jax.default_backend()}: {jax.device_count()} device(s) "
@@ -152,7 +136,7 @@ def banner() -> str:
 
 
 def require_accelerator() -> None:
-    """Raises RuntimeError on a machine whose default backend is the CPU."""
+    """Raise RuntimeError if the default backend is the CPU."""
     if jax.default_backend() == "cpu":
         raise RuntimeError(
             "config.require_accelerator is set, but JAX found no accelerator: "

@@ -1,4 +1,4 @@
-"""Where numbers go during training: a progress bar, JSON lines and TensorBoard."""
+"""The log of a training: a progress bar, JSON lines and TensorBoard."""
 
 import json
 import pathlib
@@ -13,17 +13,12 @@ from mclr_jax.files import read_lines, write_atomically
 
 
 class Writer:
-    """Writes scalars to `workdir`/metrics.jsonl and TensorBoard, and shows progress.
+    """Writes scalars to `workdir`/metrics.jsonl and TensorBoard; a context manager.
 
-    On a terminal a bar with steps/s and time left; elsewhere one plain line per report. Records
-    beyond `start_step`, left by a run that was killed after its last checkpoint, are removed, so
-    that every step stands once. A context manager.
-
-    Args:
-      workdir: directory of the run.
-      start_step: the step that training starts from.
-      num_steps: the step that it ends with.
-      enabled: False writes nothing, for all processes but the first.
+    Progress is shown as a bar on a terminal, elsewhere as one line per report. Records after
+    `start_step`, from a run that was killed after its last checkpoint, are removed, so that each
+    step has one record. With `enabled` false, as in all processes except the first, nothing is
+    written.
     """
 
     def __init__(self, workdir, start_step: int, num_steps: int, enabled: bool = True):
@@ -32,18 +27,14 @@ class Writer:
         self._num_steps = num_steps
         if not enabled:
             return
-        path = pathlib.Path(workdir) / "metrics.jsonl"
-        _drop_records_after(path, start_step)
+        path, events = (pathlib.Path(workdir) / name for name in ("metrics.jsonl", "tensorboard"))
+        kept = [record for record in read_lines(path) if record["step"] <= start_step]
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a")
-        self._tensorboard = tensorboardX.SummaryWriter(
-            str(pathlib.Path(workdir) / "tensorboard"), purge_step=start_step + 1
-        )
+        self._tensorboard = tensorboardX.SummaryWriter(str(events), purge_step=start_step + 1)
+        hidden = not sys.stderr.isatty()
         self._bar = tqdm.tqdm(
-            total=num_steps,
-            initial=start_step,
-            unit="it",
-            dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            total=num_steps, initial=start_step, unit="it", dynamic_ncols=True, disable=hidden
         )
 
     def __enter__(self) -> "Writer":
@@ -56,12 +47,12 @@ class Writer:
             self._tensorboard.close()
 
     def progress(self, step: int) -> None:
-        """Move the bar."""
+        """Move the bar to this step."""
         if self._enabled:
             self._bar.update(step - self._bar.n)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Write one record; a short form goes to the bar or, without a terminal, to a line."""
+        """Write one record, and a short form of it to the bar or, without a terminal, to a line."""
         if not self._enabled:
             return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
@@ -73,16 +64,10 @@ class Writer:
             self._bar.set_postfix_str(text)
             return
         speed = (step - self._start) / max(time.monotonic() - self._started, 1e-9)
-        left = time.gmtime((self._num_steps - step) / speed) if speed else time.gmtime(0)
-        eta = time.strftime("%H:%M:%S", left)
+        eta = tqdm.tqdm.format_interval((self._num_steps - step) / speed) if speed else "?"
         logging.info("step %d/%d (%.3g it/s, %s left): %s", step, self._num_steps, speed, eta, text)
 
     def image(self, step: int, name: str, array) -> None:
-        """An (H, W, 3) uint8 picture for TensorBoard."""
+        """Write an (H, W, 3) uint8 image to TensorBoard."""
         if self._enabled:
             self._tensorboard.add_image(name, array, step, dataformats="HWC")
-
-
-def _drop_records_after(path: pathlib.Path, step: int) -> None:
-    kept = [json.dumps(record) + "\n" for record in read_lines(path) if record["step"] <= step]
-    write_atomically(path, "".join(kept))

@@ -1,6 +1,7 @@
-"""The train loop: one for every task, network and device layout. It knows hooks, not features."""
+"""The train loop for all tasks, networks and device layouts; hooks add everything else."""
 
 import dataclasses
+import operator
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from mclr_jax.data.pipeline import stack
-from mclr_jax.metrics import Metrics, map_by_kind, over_rows, report
+from mclr_jax.metrics import Metrics, over_rows, report
 from mclr_jax.task import Task
 from mclr_jax.training.devices import Devices
 from mclr_jax.training.log import Writer
@@ -22,58 +23,40 @@ LOSS_LIMIT = 1e4  # the weighted loss of an untrained network is about 1
 
 
 class NonFiniteError(FloatingPointError):
-    """A metric is infinite or not a number, or the loss is beyond LOSS_LIMIT."""
+    """A metric is infinite or NaN, or the loss is at least LOSS_LIMIT."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
-    """What a hook sees.
+    """The input of a hook."""
 
-    Attributes:
-      step: updates done.
-      state: after that step, as arrays over all processes.
-      readings: what the hooks before this one have found at this step, by name.
-      stopping: whether training ends here because a signal asked for it.
-    """
-
-    step: int
-    state: TrainState
-    readings: Mapping[str, float]
-    stopping: bool
+    step: int  # number of updates done
+    state: TrainState  # after that step, as arrays over all processes
+    readings: Mapping[str, float]  # results of the earlier hooks at this step, by name
+    stopping: bool  # whether a signal ends training here
 
 
 @dataclasses.dataclass(frozen=True)
 class Hook:
-    """Something that happens beside the update.
+    """A function that the loop calls between updates; with a period also after the last step."""
 
-    Attributes:
-      every: steps between calls, or several such periods; 0 is never. A hook with a period is also
-        called after the last step.
-      run: Moment -> scalars by name, which are logged; or None.
-      at: further steps at which it is called.
-      when_stopped: whether it is called, too, when a signal ends training.
-    """
-
-    every: int | tuple[int, ...]
-    run: Callable[[Moment], Mapping[str, float] | None]
-    at: tuple[int, ...] = ()
-    when_stopped: bool = False
+    every: int | tuple[int, ...]  # steps between calls, or several such periods; 0 for none
+    run: Callable[[Moment], Mapping[str, float] | None]  # -> scalars by name, for the log
+    at: tuple[int, ...] = ()  # further steps with a call
+    when_stopped: bool = False  # whether to call the function when a signal ends training
 
     @property
     def periods(self) -> list[int]:
-        """Those that are not 0."""
+        """The periods that are not 0."""
         return [n for n in (self.every if isinstance(self.every, tuple) else (self.every,)) if n]
 
     def is_due(self, step: int, last: bool, stopping: bool) -> bool:
-        return (
-            any(last or step % n == 0 for n in self.periods)
-            or step in self.at
-            or (stopping and self.when_stopped)
-        )
+        periodic = any(last or step % n == 0 for n in self.periods)
+        return periodic or step in self.at or (stopping and self.when_stopped)
 
 
 class Interrupt:
-    """Turns SIGTERM and SIGINT into a request that the loop sees; a second signal kills."""
+    """Turns SIGTERM and SIGINT into a request to stop; a second signal ends the process."""
 
     def __enter__(self):
         self._requested, self._old = False, {}
@@ -92,22 +75,22 @@ class Interrupt:
         signal.signal(number, self._old[number])
 
     def requested(self, sync: bool) -> bool:
-        """Whether to stop. With several processes all must agree, which they do where `sync`."""
+        """Whether to stop; several processes agree on the answer, and only if `sync` is true."""
         if jax.process_count() == 1:
             return self._requested
         return sync and bool(multihost_utils.process_allgather(np.array(self._requested)).any())
 
 
 class _Log:
-    """Metrics on their way from the device: read one dispatch later, summed up, checked."""
+    """The metrics since the last report, each read from the device one dispatch later."""
 
     def __init__(self, diverged: Callable[[int, str], NonFiniteError]):
         self._diverged = diverged
-        self._pending: tuple[int, int, Metrics] | None = None  # the dispatch that may still run
-        self._sums: Metrics = {}
+        self._pending: tuple[int, int, Metrics] | None = None  # of a dispatch that may still run
+        self._rows: list[Metrics] = []
 
     def record(self, step: int, count: int, metrics: Metrics) -> None:
-        """Take over the metrics of a dispatch; those of the one before are read meanwhile."""
+        """Keep the metrics of a dispatch; read and check those of the dispatch before."""
         self.flush()
         self._pending = (step, count, metrics)
 
@@ -118,17 +101,16 @@ class _Log:
         (step, count, metrics), self._pending = self._pending, None
         rows = jax.tree.map(lambda x: np.asarray(x[:count], np.float64), jax.device_get(metrics))
         for row in range(count):
-            for name, value in report(jax.tree.map(lambda x: x[row], rows)).items():  # noqa: B023
+            for name, value in report(jax.tree.map(operator.itemgetter(row), rows)).items():
                 if not np.isfinite(value) or (name == "loss" and abs(value) >= LOSS_LIMIT):
                     raise self._diverged(step + row, f"{name} is {value:.3g}")
-        new = over_rows(rows)
-        self._sums = map_by_kind(np.add, np.maximum, self._sums, new) if self._sums else new
+        self._rows.append(rows)
 
     def report(self) -> dict[str, float]:
-        """The metrics of all steps since the last report; they start anew."""
+        """The metrics of all steps since the last report, reduced."""
         self.flush()
-        sums, self._sums = self._sums, {}
-        return report(sums)
+        rows, self._rows = self._rows, []
+        return report(over_rows(jax.tree.map(lambda *x: np.concatenate(x), *rows)))
 
 
 def run(
@@ -148,22 +130,19 @@ def run(
     """Train to num_steps, or until SIGTERM or SIGINT.
 
     Args:
-      task: what to train.
-      state: to start from, placed by `devices`.
-      frozen: parameters of task.frozen, placed likewise.
-      stream: batches from step state.step on.
-      hooks: called in their order.
-      writer: of metrics.
-      devices: layout.
-      num_steps: of the whole training, of which log_every lie between two reports.
+      state, frozen: the initial state and the parameters of task.frozen, placed by `devices`.
+      stream: batches, beginning with that of step state.step.
+      hooks: called in this order.
+      num_steps: steps of the whole training.
+      log_every: steps between two reports.
       steps_per_dispatch: steps in one call of the compiled program.
-      saved: the step of the last checkpoint, for the error below.
+      saved: () -> step of the last checkpoint or None, for the error.
 
     Returns:
-      the last state, and whether a signal has stopped training.
+      The last state, and whether a signal has stopped training.
 
     Raises:
-      NonFiniteError: when a metric is not finite; names it, its step and the last checkpoint.
+      NonFiniteError: if a metric is not finite; names the metric, step and last checkpoint.
     """
 
     def diverged(step: int, what: str) -> NonFiniteError:
@@ -176,7 +155,7 @@ def run(
     periods = [log_every, *(n for hook in hooks for n in hook.periods)]
     marks = [at for hook in hooks for at in hook.at]
 
-    def steps_to_next_event(step: int) -> int:  # a dispatch must not run past it
+    def steps_to_next_event(step: int) -> int:  # a dispatch must not pass the next event
         ends = [step + n - step % n for n in periods] + [at for at in marks if at > step]
         return min(*ends, num_steps) - step
 
@@ -186,9 +165,9 @@ def run(
         while step < num_steps and not stopping:
             count = min(steps_per_dispatch, steps_to_next_event(step))
             batches = devices.put_batches(stack(stream, count, steps_per_dispatch))
-            number = devices.put_scalar(count)
+            length = devices.put_state(np.int32(count))
             with jax.transfer_guard("disallow"):
-                state, metrics = update(state, frozen, batches, number)
+                state, metrics = update(state, frozen, batches, length)
             log.record(step, count, metrics)
             step, last = step + count, step + count == num_steps
             writer.progress(step)
@@ -198,15 +177,14 @@ def run(
                 writer.scalars(step, log.report() | rate)
             due = [hook for hook in hooks if hook.is_due(step, last, stopping)]
             if due:
-                log.flush()  # nothing that is not finite may be saved
+                log.flush()  # raises before a hook saves weights that are not finite
             readings: dict[str, float] = {}
             for hook in due:
                 moment = Moment(step, devices.to_global(state), dict(readings), stopping)
-                found = hook.run(moment) or {}
-                if found:
+                if found := hook.run(moment):
                     writer.scalars(step, dict(found))
-                readings |= found
+                    readings |= found
         log.flush()
     if stopping:
-        logging.warning("Stopped by a signal after step %d; run the same command to go on.", step)
+        logging.warning("Stopped by a signal after step %d; run the same command to resume.", step)
     return state, stopping

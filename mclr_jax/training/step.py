@@ -1,4 +1,4 @@
-"""The training state, and one update of it, written once for every device layout."""
+"""The training state and its update, written once for all device layouts."""
 
 import math
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from mclr_jax.metrics import Metrics, add, map_by_kind, mean, over_devices, over_rows
+from mclr_jax.metrics import Metrics, mean, over_devices, over_rows
 from mclr_jax.task import Task
 
 BLOCK = 4  # rows that accumulation keeps together, for losses of every second or fourth row
@@ -17,13 +17,13 @@ BLOCK = 4  # rows that accumulation keeps together, for losses of every second o
 
 @struct.dataclass
 class TrainState:
-    """All that training changes. Randomness is addressed by (seed, step), so no key is kept.
+    """Everything that training changes. Random keys follow from (seed, step) and are not stored.
 
     Attributes:
-      step: () int32, updates done.
-      params: the network's parameters.
+      step: () int32, number of updates done.
+      params: parameters of the network.
       opt_state: optax state.
-      ema: averages of params by track name, see `ema.tracks`.
+      ema: averages of params by the name of the track, see `ema.tracks`.
     """
 
     step: jax.Array
@@ -33,23 +33,19 @@ class TrainState:
 
 
 def init_state(task: Task) -> TrainState:
-    """The state before the first step; pure, so that it can be jitted with sharded results."""
+    """The state before the first step; pure, so that jit can shard the result."""
     params = task.init()
-    return TrainState(
-        step=jnp.int32(0),
-        params=params,
-        opt_state=task.optimizer.init(params),
-        ema={name: params for name in task.averages},
-    )
+    averages = {name: params for name in task.averages}
+    return TrainState(jnp.int32(0), params, task.optimizer.init(params), averages)
 
 
 def example_keys(key: jax.Array, step: jax.Array, index: jax.Array) -> jax.Array:
-    """Keys (B,) of the examples `index` (B,) of the batch of `step`, whatever holds them."""
+    """Keys (B,) of the examples numbered `index` (B,) in the batch of `step`, on any device."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), index)
 
 
 def _parts(tree: Any, parts: int) -> Any:
-    """(B, ...) -> (parts, B / parts, ...); every device keeps its own rows, blocks stay whole."""
+    """(B, ...) -> (parts, B / parts, ...) without moving rows between devices or cutting blocks."""
 
     def split(x):
         block = math.gcd(BLOCK, len(x) // parts)
@@ -73,43 +69,28 @@ def _gradients(task: Task, params, frozen, batch, keys) -> tuple[Any, Metrics]:
 
     def accumulate(total, part):
         gradients, metrics = gradient(params, *part)
-        return (jax.tree.map(jnp.add, total[0], gradients), add(total[1], metrics)), None
+        return jax.tree.map(jnp.add, total, gradients), metrics
 
-    pieces = _parts((batch, keys), parts)
-    shapes = jax.eval_shape(gradient, params, *jax.tree.map(lambda x: x[0], pieces))
-    nothing = (
-        jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[0]),
-        map_by_kind(
-            lambda s: jnp.zeros(s.shape, s.dtype),
-            lambda s: jnp.full(s.shape, -jnp.inf, s.dtype),
-            shapes[1],
-        ),
-    )
-    # In a loop XLA:CPU falls to naive code for the gradients of convolutions.
+    # Inside a loop XLA:CPU computes the gradients of convolutions with slow code.
     unroll = parts if jax.default_backend() == "cpu" else 1
-    (total, metrics), _ = jax.lax.scan(accumulate, nothing, pieces, unroll=unroll)
-    return jax.tree.map(lambda x: x / parts, total), metrics
+    zeros, pieces = jax.tree.map(jnp.zeros_like, params), _parts((batch, keys), parts)
+    total, metrics = jax.lax.scan(accumulate, zeros, pieces, unroll=unroll)
+    return jax.tree.map(lambda x: x / parts, total), over_rows(metrics)
 
 
 def make_update(task: Task, axis_name: str | None = None) -> Callable:
     """update(state, frozen, batches, count) -> (state, metrics): `count` steps in one dispatch.
 
-    Args of update:
-      state: TrainState.
-      frozen: parameters of `task.frozen`.
-      batches: tree of (K, B, ...), of which the first count <= K are used. B counts the rows of
-        this shard where axis_name is given, else all rows.
-      count: () int32. It is traced: dispatches of any length run the same compiled steps, so that
-        where a run was interrupted changes no bit of its result. With K = 1 there is no loop, and
-        count is 1.
-
-    Returns of update: the new state, and metrics whose parts are (K,), the first count of them set.
+    `frozen` has the parameters of `task.frozen`. Of the batches, a tree of (K, B, ...), the first
+    count <= K are used; B counts the rows of this shard if axis_name is given, else all rows. The
+    parts of the metrics are (K,), of which the first `count` are set. `count` () int32 is traced:
+    all dispatches run the same compiled steps, so that an interruption changes no bit of the
+    result. K = 1 needs no loop and implies count = 1.
     """
     key = task.step_key
 
     def one_step(state: TrainState, frozen, batch):
-        average = {"average": task.default(state.params, state.ema)}
-        held = frozen | (average if "average" in task.needs else {})
+        held = frozen | {"average": task.default(state.params, state.ema)}
         keys = example_keys(key, state.step, batch["index"])
         gradients, metrics = _gradients(task, state.params, held, batch, keys)
         if axis_name is not None:
@@ -145,20 +126,20 @@ def make_update(task: Task, axis_name: str | None = None) -> Callable:
 
 
 def make_evaluate(task: Task) -> Callable:
-    """evaluate(params, frozen, batches) -> reduced metrics, of all of batches (K, B, ...).
+    """evaluate(params, frozen, batches (K, B, ...)) -> metrics reduced over all batches.
 
-    Noise is that of a step that training never reaches: the same for every checkpoint, so that
-    their losses can be compared.
+    The noise is the same for every checkpoint, so that losses of checkpoints can be compared.
     """
 
     def evaluate(params, frozen, batches):
-        def one(number, batch):
+        def one(numbered):
+            number, batch = numbered
             keys = example_keys(task.eval_key, number, batch["index"])
             held = frozen | {"average": params}
             loss, metrics = task.loss(params, held, batch, keys, train=False)
             return over_rows({**metrics, "loss": mean(loss)})
 
         numbers = jnp.arange(len(batches["index"]))
-        return over_rows(jax.lax.map(lambda pair: one(*pair), (numbers, batches)))
+        return over_rows(jax.lax.map(one, (numbers, batches)))
 
     return evaluate
