@@ -214,7 +214,7 @@ def test_equal_levels_in_all_frames_are_one_level(method, churn):
         samplers.sample(exact, x, LABELS, levels, method, churn=churn, keys=keys)
         for levels in (grid, np.tile(grid[:, None], FRAMES))
     )
-    np.testing.assert_array_equal(one, each)
+    np.testing.assert_allclose(one, each, rtol=1e-5, atol=2e-6)  # up to rounding of fused code
 
 
 @pytest.mark.parametrize(
