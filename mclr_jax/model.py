@@ -17,39 +17,28 @@ from mclr_jax.types import Condition, DenoiseFn, as_condition, expand
 
 @dataclasses.dataclass(frozen=True)
 class DataInfo:
-    """Properties of a data set, stored with a run so that sampling needs no data.
+    """Properties of a data set, stored with a run so that sampling needs no data."""
 
-    Attributes:
-      shape: shape of one example: (H, W, C), (d,) or, for a trajectory, (F, ...).
-      num_classes: labels are 0 .. num_classes - 1; num_classes is the null label.
-      sigma_data: standard deviation of the scaled data.
-      class_prior: share of each class in the training data.
-    """
-
-    shape: tuple[int, ...]
-    num_classes: int
-    sigma_data: float
-    class_prior: tuple[float, ...] = ()
+    shape: tuple[int, ...]  # of one example: (H, W, C), (d,) or, for a trajectory, (F, ...)
+    num_classes: int  # labels are 0 .. num_classes - 1; num_classes is the null label
+    sigma_data: float  # standard deviation of the scaled data
+    class_prior: tuple[float, ...] = ()  # share of each class in the training data
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
     """Pure functions of parameters; compares and hashes by value.
 
-    Attributes:
-      network: a Flax module called with (x, c_noise, condition). Its optional fields or class
-        attributes are `augment_dim` and `takes_strength` (inputs), `dropout`, `per_frame` (c_noise
-        is (B, F)), `gives` ("logits" for a classifier) and `optional_inputs` (top-level parameters
-        that may be missing from the initial weights).
-      preconditioning: scales the input and, for a denoiser, the output of the network.
-      data: properties of the data.
-      strength: range (low, high) of the guidance strength as an input, or () without that input.
+    The network is a Flax module called with (x, c_noise, condition). Its optional fields or class
+    attributes are `augment_dim` and `takes_strength` (inputs), `dropout`, `per_frame` (c_noise is
+    (B, F)), `gives` ("logits" for a classifier) and `optional_inputs` (top-level parameters that
+    may be missing from the initial weights).
     """
 
     network: nn.Module
-    preconditioning: Preconditioning
+    preconditioning: Preconditioning  # of the input and, for a denoiser, the output of the network
     data: DataInfo
-    strength: tuple[float, ...] = ()
+    strength: tuple[float, ...] = ()  # (low, high) of the guidance strength; () if it is no input
 
     @property
     def null_label(self) -> int:

@@ -7,11 +7,14 @@ from typing import Any, NamedTuple
 import jax
 from flax import struct
 
+from mclr_jax.metrics import Metrics
 from mclr_jax.noise import NoiseLevels
 from mclr_jax.types import Condition, DenoiseFn
 
 # (x (B, ...), sigma (B,) or (B, F), condition) -> log-odds of the classes (B, K)
 LogitsFn = Callable[[jax.Array, jax.Array, Any], jax.Array]
+# The result of an objective: loss (B,), and metrics whose parts have a leading axis of rows.
+Loss = tuple[jax.Array, Metrics]
 # (x, sigma, condition, keys (B,)) -> log p(class | x_sigma = x), (B, K). Random estimates draw from
 # `keys`; an estimate that tries a subset of the classes includes condition.label.
 PosteriorFn = Callable[[jax.Array, jax.Array, Condition, jax.Array], jax.Array]

@@ -13,18 +13,12 @@ class Condition(struct.PyTreeNode):
 
     Every leaf has a leading axis B. None means absent: a `Model` replaces it by zeros if its
     network has that input.
-
-    Attributes:
-      label: (B,) int32; num_classes is the null label, which means no class.
-      strength: (B,) guidance strength (beta; guidance_scale - 1), 0 for none.
-      augment: (B, 9) parameters of the augmentation, see `data.augment`; zeros for none.
-      dropout_keys: (B,) typed PRNG keys; None for no dropout.
     """
 
-    label: jax.Array
-    strength: jax.Array | None = None
-    augment: jax.Array | None = None
-    dropout_keys: jax.Array | None = None
+    label: jax.Array  # (B,) int32; num_classes is the null label, which means no class
+    strength: jax.Array | None = None  # (B,) guidance strength: beta, guidance_scale - 1; 0 is none
+    augment: jax.Array | None = None  # (B, 9) parameters of `data.augment`; zeros for none
+    dropout_keys: jax.Array | None = None  # (B,) typed PRNG keys; None for no dropout
 
 
 # (x (B, ...), sigma (B,) or (B, F), condition) -> estimate of E[x0 | x, condition], the shape of x.

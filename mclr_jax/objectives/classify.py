@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mclr_jax.metrics import Metrics, mean
+from mclr_jax.metrics import mean
 from mclr_jax.objectives.base import Objective, perturb
-from mclr_jax.problem import Batch, Models, Problem
+from mclr_jax.problem import Batch, Loss, Models, Problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,9 +17,7 @@ class Classify(Objective):
     The classifier gets only the null label.
     """
 
-    def __call__(
-        self, models: Models, problem: Problem, batch: Batch, keys: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
+    def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
         """Loss (B,), and the metric `accuracy`."""
         x, sigma, hidden, _ = perturb(problem, batch.x0, batch.condition, keys, label_dropout=1.0)
         log_probs = jax.nn.log_softmax(models.logits(x, sigma, hidden))

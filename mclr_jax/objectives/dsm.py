@@ -4,9 +4,9 @@ import dataclasses
 
 import jax
 
-from mclr_jax.metrics import Metrics, mean
+from mclr_jax.metrics import mean
 from mclr_jax.objectives.base import Objective, per_example, perturb, square_error
-from mclr_jax.problem import Batch, Models, Problem
+from mclr_jax.problem import Batch, Loss, Models, Problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,9 +19,7 @@ class DSM(Objective):
 
     label_dropout: float = 0.1  # probability that the null label replaces the label of an example
 
-    def __call__(
-        self, models: Models, problem: Problem, batch: Batch, keys: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
+    def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
         """Loss (B,), and the metric `error`, the unweighted mean square error."""
         noisy = perturb(problem, batch.x0, batch.condition, keys, self.label_dropout)
         x, sigma, condition, _ = noisy

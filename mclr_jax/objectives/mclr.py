@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mclr_jax.metrics import Metrics, effective_share, maximum, mean
+from mclr_jax.metrics import effective_share, maximum, mean
 from mclr_jax.noise import split
 from mclr_jax.objectives.base import (
     Objective,
@@ -33,7 +33,7 @@ from mclr_jax.objectives.base import (
     perturb,
     square_error,
 )
-from mclr_jax.problem import Batch, Models, Problem
+from mclr_jax.problem import Batch, Loss, Models, Problem
 from mclr_jax.types import with_label
 
 WORDS = {
@@ -111,9 +111,7 @@ class MCLR(Objective):
         """Whether the loss compares the model with the reference at both labels."""
         return self.bound == "logistic" or self.reference_penalty > 0
 
-    def __call__(
-        self, models: Models, problem: Problem, batch: Batch, keys: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
+    def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
         """Loss (B,) and metrics; raises ValueError unless 1 / negative_share divides the rows.
 
         Metrics: `error` and `negative_error` (unweighted), `margin` (their difference, for examples

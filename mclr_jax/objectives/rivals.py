@@ -1,7 +1,7 @@
-"""MCLR's rivals: other ways to do without guidance when sampling, for the same train loop.
+"""MCLR's rivals: other methods that need no guidance at sampling time, for the same train loop.
 
-Each is at its paper's hyper-parameters unless its docstring says otherwise. Preference losses take
-`base.log_ratio` for a log likelihood ratio.
+The defaults are the hyper-parameters of the papers. Preference losses use `base.log_ratio` as the
+log likelihood ratio. `label_dropout` is that of `DSM`.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from mclr_jax.objectives.base import (
     perturb,
     square_error,
 )
-from mclr_jax.problem import Batch, Models, Problem
+from mclr_jax.problem import Batch, Loss, Models, Problem
 from mclr_jax.types import Condition, expand, with_label
 
 
@@ -36,27 +36,19 @@ class CCA(Objective):
     p_ref(x|c) [p(x|c) / (lambda p(x))]^(1/beta). An example with a dropped label is a positive of
     the null label and has no negative.
 
-    Differs from the official code: c~ is the label of a neighbour in the batch there, shown with
-    its own label dropout, and a c~ that is null or equal to c is a second positive of weight 1.
-    `second_positives` draws c~ independently by the same law.
-
-    Attributes:
-      beta: inverse temperature; a larger beta is a weaker contrast.
-      negative_weight: lambda.
-      label_dropout: as in `DSM`.
-      second_positives: the law of c~ of the official code, also for dropped labels.
+    Differs from the official code, where c~ is the label of a neighbour in the batch, dropped or
+    not, and a c~ that is null or equal to c is a second positive of weight 1. With
+    `second_positives` c~ is drawn by that law, independently, for dropped labels too.
     """
 
-    beta: float = 0.02
-    negative_weight: float = 1000.0
+    beta: float = 0.02  # inverse temperature; a larger beta is a weaker contrast
+    negative_weight: float = 1000.0  # lambda
     label_dropout: float = 0.1
     second_positives: bool = False
 
     needs = frozenset({"reference", "class_prior"})
 
-    def __call__(
-        self, models: Models, problem: Problem, batch: Batch, keys: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
+    def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
         """Metrics: `positive_ratio` and `negative_ratio`, r at c and at c~."""
         x0 = batch.x0
         noisy = perturb(problem, x0, batch.condition, keys, self.label_dropout)
@@ -95,24 +87,17 @@ class DPO(Objective):
 
     Differs from the official code: winner and loser are two images of one prompt there; here they
     are one image under its label and under a label c~ drawn from the prior of the other classes. An
-    example with a dropped label has no loser: it gets (beta / 4) e, whose gradient is that of the
-    loss by e(c) where model and reference agree.
-
-    Attributes:
-      beta: inverse temperature; a larger beta is a weaker contrast.
-      label_dropout: as in `DSM`.
+    example with a dropped label has no loser: its loss is (beta / 4) e, with the gradient that the
+    loss has by e(c) where model and reference agree.
     """
 
-    beta: float = 5000.0
+    beta: float = 5000.0  # inverse temperature; a larger beta is a weaker contrast
     label_dropout: float = 0.1
 
     needs = frozenset({"reference", "class_prior"})
 
-    def __call__(
-        self, models: Models, problem: Problem, batch: Batch, keys: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
-        """Metrics: `error`, `negative_error` (both unweighted) and `accuracy`, how often the right
-        label has gained more than the wrong one."""
+    def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
+        """Metrics: `error`, `negative_error` (unweighted), `accuracy`: share with m below 0."""
         noisy = perturb(problem, batch.x0, batch.condition, keys, self.label_dropout)
         sigma, shown = noisy.sigma, noisy.condition.label
         wrong = draw_label(noisy.keys, log_prior(problem), other_than=batch.condition.label)
@@ -145,22 +130,15 @@ class DDO(Objective):
 
     Differs from the official code: label dropout is an option; the samples, read from a file
     (config.data.generated), are in shuffled order.
-
-    Attributes:
-      beta: inverse temperature.
-      negative_weight: alpha.
-      label_dropout: as in `DSM`.
     """
 
-    beta: float = 0.05
-    negative_weight: float = 1.0
+    beta: float = 0.05  # inverse temperature
+    negative_weight: float = 1.0  # alpha
     label_dropout: float = 0.0
 
     needs = frozenset({"reference", "generated"})
 
-    def __call__(
-        self, models: Models, problem: Problem, batch: Batch, keys: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
+    def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
         """Metrics: `positive_ratio` and `negative_ratio`, r of data and of samples."""
         assert batch.generated is not None  # the Task gives it
         x_generated, label = batch.generated
@@ -193,13 +171,9 @@ class ContrastiveFlow(Objective):
 
     Differs from the official code: the other example is drawn from all data, with fresh noise;
     there it is another example of the batch with its noise.
-
-    Attributes:
-      contrast: lambda, in [0, 1), outside which the loss has no minimum.
-      label_dropout: as in `DSM`.
     """
 
-    contrast: float = 0.05
+    contrast: float = 0.05  # lambda, in [0, 1); for other values the loss has no minimum
     label_dropout: float = 0.1
 
     needs = frozenset({"other"})
@@ -210,9 +184,7 @@ class ContrastiveFlow(Objective):
                 f"objective.contrast is {self.contrast}; expected at least 0 and below 1."
             )
 
-    def __call__(
-        self, models: Models, problem: Problem, batch: Batch, keys: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
+    def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
         """Metrics: `error`, |D - x|^2, and `negative_error`, |v - v~|^2, unweighted."""
         x0, other = batch.x0, batch.other
         assert other is not None  # the Task gives it
@@ -248,20 +220,14 @@ class GFT(Objective):
     Differs from the official code: b is uniform on [1 / (1 + high), 1 / (1 + low)] of
     config.strength = (low, high), and on [0, 1] there: (0.0, 999.0) is nearly that. The network's
     input is the strength, of which b is a function.
-
-    Attributes:
-      beta: the strength of a network without this input.
-      label_dropout: as in `DSM`.
     """
 
-    beta: float = 1.0
+    beta: float = 1.0  # the strength, if it is no input of the network
     label_dropout: float = 0.1
 
     needs = frozenset({"self"})
 
-    def __call__(
-        self, models: Models, problem: Problem, batch: Batch, keys: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
+    def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
         """Metrics: `error` of the combination, unweighted."""
         x, sigma, shown, keys = perturb(
             problem, batch.x0, batch.condition, keys, self.label_dropout
@@ -289,15 +255,11 @@ class ModelGuidance(Objective):
 
     Differs from the official code: the target has the average of weights that `ema` keeps first,
     not one of decay 0.9999.
-
-    Attributes:
-      scale: w, in [0, 1), outside which there is no fixed point.
-      relative_interval: (low, high): guided targets where low < sigma / sigma_data <= high only.
-        The paper's t < 0.75 of flow matching is sigma / sigma_data = t / (1 - t) < 3.
-      label_dropout: as in `DSM`.
     """
 
-    scale: float = 0.45
+    scale: float = 0.45  # w, in [0, 1); for other values there is no fixed point
+    # (low, high): targets are guided where low < sigma / sigma_data <= high. The paper's t < 0.75
+    # of flow matching is sigma / sigma_data = t / (1 - t) < 3.
     relative_interval: tuple[float, float] = (0.0, 3.0)
     label_dropout: float = 0.1
 
@@ -307,9 +269,7 @@ class ModelGuidance(Objective):
         if not 0 <= self.scale < 1:
             raise ValueError(f"objective.scale is {self.scale}; expected at least 0 and below 1.")
 
-    def __call__(
-        self, models: Models, problem: Problem, batch: Batch, keys: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
+    def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
         """Metrics: `error`, |D - x|^2 unweighted."""
         noisy = perturb(problem, batch.x0, batch.condition, keys, self.label_dropout)
         x, sigma, shown, _ = noisy
