@@ -33,10 +33,10 @@ CONFIGS = sorted(
     if "def get_config" in path.read_text()
 )
 TOP_LEVEL = {"num_steps", "batch_size", "seed", "parallel", "checkpoint_every", "init_from"}
-# Smaller networks and data that is at hand; nothing else of a config is changed.
+# Smaller networks, and random data; nothing else of a config is changed.
 SHRUNK: dict[str, dict[str, Any]] = {
     "dit": {"width": 16, "depth": 1, "heads": 2},
-    "unet": {"channels": 8, "num_blocks": 1},
+    "unet": {"channels": 8, "num_blocks": 1, "channel_mult": (1, 1)},
     "mlp": {"width": 8},
     "mlp_classifier": {"width": 8, "depth": 1},
     "conv_classifier": {"channels": (8, 8)},

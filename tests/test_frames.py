@@ -288,7 +288,7 @@ def test_a_network_learns_the_denoiser_at_independent_levels_of_the_frames(tmp_p
     config = tiny.config("mixture", num_steps=400, batch_size=128, steps_per_dispatch=50)
     config.update_from_flattened_dict({
         "parallel": "data", "log_every": 400, "checkpoint_every": 400, "eval_examples": 0,
-        "ema.halflife_steps": 30.0, "ema.power_stds": (), "optimizer.learning_rate": 5e-3,
+        "ema.halflife_steps": 30.0, "optimizer.learning_rate": 5e-3,
         "sigma_data": 0.0, "data.name": f"{__name__}:trajectories",
     })  # fmt: skip
     config.network = base.options("mlp", width=64, depth=2, per_frame=True)

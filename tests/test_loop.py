@@ -193,7 +193,7 @@ def test_divergence_of_a_run_names_its_last_checkpoint(tmp_path):
 
 # ---- runs that are killed ------------------------------------------------------------------------
 
-KILLED = {"num_steps": 60, "checkpoint_every": 10, "log_every": 5}
+KILLED = {"num_steps": 60, "checkpoint_every": 10, "log_every": 5, **tiny.POWER}
 
 
 def train_killed(workdir):

@@ -84,7 +84,7 @@ def test_the_held_out_loss_is_that_of_the_average_on_the_test_split(tmp_path):
 def test_averages_of_any_width_are_reconstructed_from_snapshots(tmp_path):
     """The reconstruction at a width that was kept all along is that track, to rounding."""
     fast = {"optimizer.learning_rate": 0.03, "optimizer.schedule": "constant"}
-    main.train(tiny.config(num_steps=24, **fast), tmp_path)
+    main.train(tiny.config(num_steps=24, **fast, **tiny.POWER), tmp_path)
     kept, _ = load(tmp_path, average="power_0.1")
     rebuilt, step = load(tmp_path, average="0.1")
     assert step == 24

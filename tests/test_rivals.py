@@ -417,7 +417,7 @@ def test_the_reference_keeps_its_weights(case):
 
 def test_the_teacher_of_model_guidance_is_the_first_average():
     """One step of SGD, against the equation with the weights of the first track as the teacher."""
-    task = cases.task("model_guidance", **{"network.dropout": 0.0})
+    task = cases.task("model_guidance", **{"network.dropout": 0.0}, **tiny.POWER)
     task = dataclasses.replace(task, optimizer=optax.sgd(1.0))
     assert list(task.averages) == ["halflife", "power_0.05", "power_0.1"]
     params, batch = cases.params(task), cases.batch(task, 64)

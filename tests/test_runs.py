@@ -81,7 +81,7 @@ def with_weights(workdir, state, step=1):
 
 
 def test_weights_of_any_average_and_step(tmp_path):
-    _, model = describe(tmp_path)
+    _, model = describe(tmp_path, **tiny.POWER)
     trees = [model.init(jax.random.key(seed)) for seed in range(4)]
     for step, (params, average) in {1: trees[:2], 2: trees[2:]}.items():
         others = {"power_0.05": params, "power_0.1": params}
@@ -107,15 +107,14 @@ def test_weights_of_any_average_and_step(tmp_path):
 
 
 def test_a_run_without_averages_gives_its_parameters(tmp_path):
-    changes = {"ema.halflife_steps": 0.0, "ema.power_stds": (), "ema.snapshot_every": 0}
-    _, model = describe(tmp_path, **changes)
+    _, model = describe(tmp_path, **{"ema.halflife_steps": 0.0})
     params = model.init(jax.random.key(0))
     with_weights(tmp_path, {"params": params, "ema": {}})
     chex.assert_trees_all_equal(runs.load(tmp_path).weights()[0], params)
 
 
 def test_weights_lie_on_the_line_from_where_the_run_started(tmp_path):
-    _, model = describe(tmp_path / "start", **{"ema.halflife_steps": 0.0, "ema.power_stds": ()})
+    _, model = describe(tmp_path / "start", **{"ema.halflife_steps": 0.0})
     start, tuned = (model.init(jax.random.key(seed)) for seed in range(2))
     with_weights(tmp_path / "start", {"params": start, "ema": {}})
     describe(tmp_path / "run", init_from=str(tmp_path / "start"))

@@ -22,9 +22,8 @@ SMALL = {
     "eval_examples": 16,
     "sample_every": 0,
     "sampler.num_steps": 3,
-    "ema.power_stds": (0.05, 0.1),
-    "ema.snapshot_every": 6,
 }
+POWER = {"ema.power_stds": (0.05, 0.1), "ema.snapshot_every": 6}
 NETWORKS = {
     "mixture": {"network.width": 16, "network.depth": 1, "network.dropout": 0.1},
     "digits": {
