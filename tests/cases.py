@@ -18,6 +18,7 @@ from mclr_jax.mixture import toy
 from mclr_jax.model import DataInfo, Model
 from mclr_jax.problem import Answers, Models, Problem
 from mclr_jax.task import Task
+from mclr_jax.types import label_of
 
 # ---- objectives alone ----------------------------------------------------------------------------
 
@@ -48,6 +49,44 @@ def models(denoise, posterior=None, **frozen) -> Models:
 def no_answer(x, sigma, condition):
     """In place of the logits of a denoiser, or the other way round."""
     raise AssertionError("the network was asked for what it does not give")
+
+
+# ---- objectives observed, to evaluate the equations of their papers in NumPy -------------------
+
+
+def answer(scale, x, sigma, label, strength=0.0):
+    """A denoiser whose answer tells all of its inputs apart."""
+    return scale * x / (1 + sigma)[:, None] + (0.3 * label - 0.1 * strength * label)[:, None]
+
+
+class Observed:
+    """The denoiser `answer` of a scale, and the inputs of its calls as NumPy arrays.
+
+    A frozen one is told strength 0, as by the Task.
+    """
+
+    def __init__(self, scale, frozen):
+        self.scale, self.frozen, self.calls = scale, frozen, []
+
+    def __call__(self, x, sigma, condition):
+        strength = 0.0 if condition.strength is None or self.frozen else condition.strength
+        told = np.broadcast_to(strength, len(x)).astype(np.float64)
+        self.calls.append([np.asarray(a, np.float64) for a in (x, sigma, condition.label, told)])
+        return answer(self.scale, x, sigma, label_of(condition), strength)
+
+    def pairs(self):
+        """(x, sigma, label, strength) of the first and the second half of the only call."""
+        (call,) = self.calls
+        return zip(*(np.split(part, 2) for part in call), strict=True)
+
+
+def error(scale, x0, x, sigma, label, strength=0.0):
+    """Mean square error (B,) of `answer`."""
+    return ((answer(scale, x, sigma, label, strength) - x0) ** 2).mean(-1)
+
+
+def log_sigmoid(x):
+    return -np.logaddexp(0, -x)
 
 
 # ---- tasks ---------------------------------------------------------------------------------------

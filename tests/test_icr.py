@@ -35,6 +35,19 @@ def test_the_corrected_ratio_of_gaussian_features_is_the_populations(count, plai
     assert icr.two_view_icr(*h[0]) == pytest.approx(expected, rel=0.015)
 
 
+def test_the_correction_is_exact_for_few_images():
+    """12 images and d = 4, where n - d in place of n - d - 1 would be 17% too much."""
+    invariant, residual = np.array([3.0, 1.0, 2.0, 0.5]), np.array([1.0, 0.5, 2.0, 1.5])
+    ratios = [
+        icr.two_view_icr(*gaussian(seed, 12, invariant, residual), bias_corrected=True)
+        for seed in range(3000)
+    ]
+    traces = 4 / np.array(ratios) - 4  # the estimates of Tr(Sigma_xi^-1 Sigma_s)
+    error = traces.std() / np.sqrt(len(traces))
+    assert error < 0.03 * traces.mean()
+    assert abs(traces.mean() - np.sum(invariant / residual)) < 4 * error
+
+
 def test_the_plain_ratio_is_the_papers_formula():
     a, b = gaussian(0, 200, np.linspace(1, 3, 8), np.linspace(2, 0.5, 8))
     t, delta = np.cov(((a + b) / 2).T), np.cov((a - b).T)

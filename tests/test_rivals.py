@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from cases import Level
+from cases import Level, Observed, answer, error, log_sigmoid
 
 from configs import base
 from mclr_jax import guidance, main, noise, runs
@@ -168,37 +168,6 @@ def test_the_optimum_of_contrastive_flow_matching():
 NULL = 3
 
 
-def answer(scale, x, sigma, label, strength=0.0):
-    """A denoiser whose answer tells all of its inputs apart."""
-    return scale * x / (1 + sigma)[:, None] + (0.3 * label - 0.1 * strength * label)[:, None]
-
-
-class Observed:
-    """The denoiser `answer` of a scale, and the inputs of its calls as NumPy arrays.
-
-    A frozen one is told strength 0, as by the Task.
-    """
-
-    def __init__(self, scale, frozen):
-        self.scale, self.frozen, self.calls = scale, frozen, []
-
-    def __call__(self, x, sigma, condition):
-        strength = 0.0 if condition.strength is None or self.frozen else condition.strength
-        told = np.broadcast_to(strength, len(x)).astype(np.float64)
-        self.calls.append([np.asarray(a, np.float64) for a in (x, sigma, condition.label, told)])
-        return answer(self.scale, x, sigma, label_of(condition), strength)
-
-    def pairs(self):
-        """(x, sigma, label, strength) of the first and the second half of the only call."""
-        (call,) = self.calls
-        return zip(*(np.split(part, 2) for part in call), strict=True)
-
-
-def error(scale, x0, x, sigma, label, strength=0.0):
-    """Mean square error (B,) of `answer`."""
-    return ((answer(scale, x, sigma, label, strength) - x0) ** 2).mean(-1)
-
-
 def weight(sigma):
     return 2 + 1 / sigma**2
 
@@ -219,10 +188,6 @@ def observe(objective, dropout=0.4, n=400, strength=(), **frozen):
     batch = Batch(x0, Condition(label), generated[0][::-1], generated)
     loss, _ = objective(held, problem, batch, jax.random.split(jax.random.key(2), n))
     return np.asarray(loss), np.asarray(x0, np.float64), np.asarray(label), models
-
-
-def log_sigmoid(x):
-    return -np.logaddexp(0, -x)
 
 
 def check_draws(shown, label, dropout=0.4):
