@@ -85,7 +85,7 @@ class DiT(Network):
     # near 0.02, from which Adam needs thousands of steps to use the class.
     unit_condition: bool = False
     remat: bool = False
-    # Compile one block instead of each, with the same parameters. At depth 6 on the CPU, the network
+    # Compile one block instead of each, with the same parameters. At depth 6 on the CPU, this
     # compiles about 1.5x faster and runs 8% slower.
     scan_blocks: bool = False
 

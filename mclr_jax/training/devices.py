@@ -39,11 +39,6 @@ class Devices:
         return Mesh(devices, (AXIS,), axis_types=(AxisType.Auto,))
 
     @property
-    def _state_mesh(self) -> Mesh:
-        """The devices that hold the state: for pmap those of this process, else all."""
-        return self.mesh.local_mesh if self.parallel == "pmap" else self.mesh
-
-    @property
     def axis_name(self) -> str | None:
         """The axis name for `jax.lax.pmean` in the step; None if XLA inserts the collectives."""
         return AXIS if self.parallel == "pmap" else None
@@ -61,15 +56,16 @@ class Devices:
 
         FSDP shards the largest axis that the devices divide, and replicates leaves without one.
         """
+        mesh = self.mesh.local_mesh if self.parallel == "pmap" else self.mesh
 
         def sharding(leaf):
             spec: list[str | None] = []
             if self.parallel == "fsdp":
-                divisible = [n if n % self.mesh.size == 0 else 0 for n in leaf.shape]
+                divisible = [n if n % mesh.size == 0 else 0 for n in leaf.shape]
                 if max(divisible, default=0):
                     spec = [None] * len(leaf.shape)
                     spec[int(np.argmax(divisible))] = AXIS
-            return NamedSharding(self._state_mesh, PartitionSpec(*spec))
+            return NamedSharding(mesh, PartitionSpec(*spec))
 
         return jax.tree.map(sharding, state)
 
