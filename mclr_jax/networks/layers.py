@@ -21,10 +21,7 @@ attention = jax.nn.dot_product_attention  # q, k, v (B, N, heads, D) -> same; so
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: Any = "SAME") -> jax.Array:
-    """XLA's convolution of x (B, H, W, C) by kernel (kh, kw, C, D) of its dtype -> (B, H', W', D).
-
-    `padding` is that of `jax.lax.conv_general_dilated`.
-    """
+    """x (B, H, W, C), kernel (kh, kw, C, D) of its dtype -> (B, H', W', D); XLA's `padding`."""
     margins = tuple(size // 2 for size in kernel.shape[:2])
     odd = all(size % 2 for size in kernel.shape[:2])
     if jax.default_backend() == "cpu" and stride == 1 and padding == "SAME" and odd:

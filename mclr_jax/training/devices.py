@@ -19,12 +19,10 @@ MODES = ("pmap", "data", "fsdp")
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """All devices of all processes along one axis.
+    """All devices of all processes along one axis."""
 
-    `parallel` is "pmap" (replicated state, explicit collectives), "data" (replicated state, jit
-    over a mesh) or "fsdp" (jit; parameters, averages and optimizer state sharded).
-    """
-
+    # "pmap" (replicated state, explicit collectives), "data" (replicated state, jit over a mesh) or
+    # "fsdp" (jit; parameters, averages and optimizer state sharded).
     parallel: str = "pmap"
     devices: tuple[jax.Device, ...] | None = None  # None for all devices
 
