@@ -115,38 +115,25 @@ def _checked(model: Model, labels: np.ndarray, guidance_scale: float, weak: Any)
 
 def generate(
     model: Model,
-    params: Any,
-    labels: np.ndarray,
-    sampler: Sampler,
+    params: Any,  # of the network, on some or all devices of this process, or on all devices
+    labels: np.ndarray,  # (n,) classes
+    sampler: Sampler,  # method and grid, of which the model's range of noise levels is used
     *,
-    seed: int = 0,
-    guidance_scale: float = 1.0,
-    interval: tuple[float, float] | None = None,
-    weak: tuple[Model, Any] | None = None,
-    churn: samplers.Churn | None = None,
-    batch_size: int = 256,
-    progress: Callable[[int], Any] = lambda count: None,
+    seed: int = 0,  # sample i starts from the noise of key fold_in(seed, i)
+    guidance_scale: float = 1.0,  # of classifier-free guidance; 1 is none
+    interval: tuple[float, float] | None = None,  # (low, high] of sigma with guidance; None: all
+    weak: tuple[Model, Any] | None = None,  # (model, params) for autoguidance
+    churn: samplers.Churn | None = None,  # stochastic sampling; None is deterministic
+    batch_size: int = 256,  # rounded up to a multiple of the devices
+    progress: Callable[[int], Any] = lambda count: None,  # called with the number of new samples
 ) -> np.ndarray:
-    """Samples (n, ...) for classes `labels` (n,), float32 in the units of the scaled data.
+    """Samples (n, ...) of the classes, float32 in the units of the scaled data.
 
     Sample i depends on (seed, i, labels[i]) alone, not on batch size or devices. A change of grid,
-    guidance scale or interval does not recompile.
-
-    Args:
-      params: of the model's network, on some or all devices of this process, or on all devices.
-      sampler: method and grid, of which the model's range of noise levels is used.
-      seed: sample i starts from the noise of key fold_in(seed, i).
-      guidance_scale: of classifier-free guidance; 1 is none. A network with the strength as an
-        input receives guidance_scale - 1 instead.
-      interval: (low, high] of sigma with guidance; None for all.
-      weak: smaller or less trained (model, params), used in place of the null label for
-        autoguidance (arXiv:2406.02507).
-      churn: stochastic sampling; None is deterministic.
-      batch_size: rounded up to a multiple of the devices.
-      progress: called after each batch with the number of its samples.
-
-    Raises:
-      ValueError: a label is outside [0, num_classes], or the weak model has another data shape.
+    guidance scale or interval does not recompile. A network with the strength as an input receives
+    guidance_scale - 1 instead of guidance. Autoguidance (arXiv:2406.02507) uses a smaller or less
+    trained model in place of the null label. ValueError: a label is outside [0, num_classes], or
+    the weak model has another data shape.
     """
     labels = _checked(model, labels, guidance_scale, weak)
     guided = _guided(model, guidance_scale, weak)

@@ -29,11 +29,8 @@ def train(config: Any, workdir: str | pathlib.Path, more_hooks: Sequence[Hook] =
 
     Training starts from the newest checkpoint in `workdir`, if one exists. SIGTERM and SIGINT save
     a checkpoint and stop; the same call then continues to the same bits. `more_hooks` run before
-    the checkpoint is saved.
-
-    Raises:
-      NonFiniteError: a metric is not finite; names the metric, the step and the last checkpoint.
-      ValueError: the config is invalid.
+    the checkpoint is saved. ValueError: the config is invalid. NonFiniteError: a metric is not
+    finite; names the metric, the step and the last checkpoint.
     """
     # ---- set-up -------------------------------------------------------------------------------
     workdir = pathlib.Path(workdir)

@@ -64,20 +64,17 @@ class Run:
     def weights(
         self, average: str = "", step: int | None = None, interpolation: float = 1.0
     ) -> tuple[Any, int]:
-        """(parameters on the first device, step).
+        """(parameters on the first device, step), by default of the last step.
 
-        Args:
-          average: name of an EMA track; "none": the raw parameters; a number: the relative width of
-            a power-function EMA, reconstructed from the run's snapshots; "": the first track, or
-            the raw parameters of a run without tracks.
-          step: training step; None: the last.
-          interpolation: place on the line from the weights that a fine-tuned run started from (0)
-            to its own (1), or beyond. CFG is linear in gamma; likewise, for a model linear in its
-            weights, the line has the optimum of MCLR at each strength up to that of training.
+        `average` is the name of an EMA track; "none": the raw parameters; a number: the relative
+        width of a power-function EMA, reconstructed from the run's snapshots; "": the first track,
+        or the raw parameters of a run without tracks. `interpolation` is the place on the line from
+        the weights that a fine-tuned run started from (0) to its own (1), or beyond. CFG is linear
+        in gamma; likewise, for a model linear in its weights, the line has the optimum of MCLR at
+        each strength up to that of training.
 
-        Raises:
-          FileNotFoundError: the run has no checkpoint.
-          ValueError: no such average, or an interpolation other than 1 of a run without a start.
+        FileNotFoundError: the run has no checkpoint. ValueError: no such average, or an
+        interpolation other than 1 of a run without a start.
         """
         if interpolation != 1:
             tuned, step = self.weights(average, step)

@@ -37,28 +37,20 @@ def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
 
 def stream(
     source: Source,
-    batch_size: int,
-    seed: int,
+    batch_size: int,  # of the global batch, of which each process gets an equal share of the rows
+    seed: int,  # non-negative
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-    threads: int = 16,
-    extra: Mapping[str, Source] = {},
+    threads: int = 16,  # each reads a batch ahead
+    extra: Mapping[str, Source] = {},  # sources of companions by name
 ) -> Iterator[Batch]:
     """An endless stream of this process's rows of the global batches.
 
-    Args:
-      batch_size: size of the global batch; this process gets its rows [process_index,
-        process_index + 1) * batch_size / process_count.
-      seed: non-negative.
-      threads: number of threads, each of which reads a batch ahead.
-      extra: sources of companions by name. Each example has one of each, drawn with
-        seed + k * OTHER_SEED for the k-th name in alphabetical order, k = 1, 2, ...
-
-    Returns:
-      An iterator over dicts of image (b, *source.shape) uint8 or float32, label (b,) int32, and
-      index (b,) int32, the row in the global batch, from which the example's random key is derived;
-      and NAME_image and NAME_label for each name in `extra`.
+    A batch has image (b, *source.shape) uint8 or float32, label (b,) int32, and index (b,) int32,
+    the row in the global batch, from which the example's random key is derived; and NAME_image and
+    NAME_label for each name in `extra`. The k-th name in alphabetical order, k = 1, 2, ..., is
+    drawn with seed + k * OTHER_SEED.
 
     Raises ValueError if the processes do not divide the batch, or a source has no examples.
     """

@@ -53,15 +53,12 @@ class Arrays:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Lazy:
-    """A source that reads each example when it is indexed.
-
-    read(i) -> (image of `shape`, label) must be safe to call from several threads.
-    """
+    """A source that reads each example when it is indexed."""
 
     length: int
     shape: tuple[int, ...]
     num_classes: int
-    read: Callable[[int], tuple[np.ndarray, int]]
+    read: Callable[[int], tuple[np.ndarray, int]]  # index -> image, label; thread-safe
     read_labels: Callable[[], np.ndarray]
     in_memory: bool = False
 

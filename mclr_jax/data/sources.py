@@ -12,17 +12,12 @@ from mclr_jax.names import fields, look_up, nearest, resolve
 
 
 def load(name: str, split: str = "train", **options) -> Source:
-    """Opens a data set.
+    """The data set 'digits', 'fashion_mnist', 'mixture', 'tfds:NAME', 'zip:PATH' or 'npz:PATH'.
 
-    Args:
-      name: 'digits', 'fashion_mnist', 'mixture', 'tfds:NAME', 'zip:PATH' or 'npz:PATH'; or
-        'package.module:Name' for the user's own Source, Name(split=split, **options).
-      split: 'train' or 'test' ('digits' also has 'all').
-      options: keyword arguments of the format's function in `formats`, or of the user's own.
-
-    Raises:
-      ValueError, FileNotFoundError: an unknown name, split or option, a missing or corrupt file,
-        labels out of range, or unequal numbers of images and labels.
+    'package.module:Name' is the user's own Source, Name(split=split, **options). The split is
+    'train' or 'test' ('digits' also has 'all'); the options are keyword arguments of the format's
+    function in `formats`. ValueError, FileNotFoundError: an unknown name, split or option, a
+    missing or corrupt file, labels out of range, or unequal numbers of images and labels.
     """
     kind, _, argument = name.partition(":")
     if kind not in FORMATS and argument.isidentifier():

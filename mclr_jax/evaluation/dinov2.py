@@ -68,11 +68,8 @@ def _resized(positions: np.ndarray, antialias: bool) -> np.ndarray:
 
 
 def apply(weights: dict[str, Any], images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Images (B, H, W, 1 or 3) in [-1, 1] -> class token (B, D), and logits (B, 0) of no classes.
-
-    The images are resized to 224x224, as in EDM2.
-    """
-    x = convolutions.coloured(images, SIZE)
+    """Images (B, H, W, 1 or 3) in [-1, 1] -> class token (B, D), logits (B, 0) of no classes."""
+    x = convolutions.coloured(images, SIZE)  # resized as in EDM2
     x = space_to_depth((x / 2 + 0.5 - MEAN) / STD, PATCH).reshape(len(x), -1, 3 * PATCH**2)
     x = x @ weights["patch"] + weights["patch.bias"] + weights["positions"]
     tokens = jnp.broadcast_to(weights["tokens"], (len(x), *weights["tokens"].shape))

@@ -37,10 +37,7 @@ def load_weights() -> convolutions.Weights:
 
 
 def apply(weights: convolutions.Weights, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Images (B, H, W, 1 or 3) in [-1, 1] -> pooled features (B, 1280), ImageNet logits (B, 1000).
-
-    The images are resized to 224x224.
-    """
+    """Images (B, H, W, 1 or 3) in [-1, 1] -> pooled features (B, 1280), logits (B, 1000)."""
     x = (convolutions.coloured(images, 224).clip(-1, 1) * 127.5 + 127.5 - 127) / 128
     relu6, conv = jax.nn.relu6, functools.partial(convolutions.conv, weights)
     x = relu6(conv(x, "_conv_stem", 2))

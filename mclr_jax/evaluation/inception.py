@@ -44,10 +44,7 @@ def resize(images: jax.Array, size: int = 299) -> jax.Array:
 
 
 def apply(weights: convolutions.Weights, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Images (B, H, W, 1 or 3) in [-1, 1] -> pool3 features (B, 2048) and logits (B, 1008).
-
-    The logits exclude the bias, as in the inception score.
-    """
+    """Images (B, H, W, 1 or 3) in [-1, 1] -> pool3 features (B, 2048) and logits (B, 1008)."""
     join = partial(jnp.concatenate, axis=-1)
     average = partial(nn.avg_pool, window_shape=(3, 3), padding="SAME", count_include_pad=False)
     maximum = partial(nn.max_pool, window_shape=(3, 3), padding="SAME")
@@ -87,4 +84,4 @@ def apply(weights: convolutions.Weights, images: jax.Array) -> tuple[jax.Array, 
         single, double = "branch3x3 1 2", "branch3x3dbl 1 2 3"
         x = mixed(x, block, f"{single}a", f"{single}b", f"{double}a", f"{double}b", pool=pool)
     features = x.mean((1, 2))
-    return features, features @ weights["fc"]
+    return features, features @ weights["fc"]  # without bias, as in the inception score

@@ -11,8 +11,8 @@ def log_likelihood(
     denoise: DenoiseFn,
     x: jax.Array,
     condition: Condition | jax.Array,  # or bare labels (B,) int32
-    sigmas: jax.Array,
-    keys: jax.Array | None = None,
+    sigmas: jax.Array,  # (N + 1,) rising noise levels above 0, as noise.rho_grid(...)[-2::-1]
+    keys: jax.Array | None = None,  # (B,) typed keys
     *,
     sigma_data: float = 0.5,
     probes: int = 1,
@@ -21,14 +21,12 @@ def log_likelihood(
 
     Integrates dx/dsigma = (x - D) / sigma upwards, and its divergence, by Heun's method; at the top
     x is normal with variance sigmas[-1]^2 + sigma_data^2. Source: Chen et al. 2018 (arXiv
-    1806.07366), Song et al. 2021 (arXiv 2011.13456, section 4.3).
+    1806.07366), Song et al. 2021 (arXiv 2011.13456, section 4.3). sigmas[0] must be small relative
+    to the structure of the data, but about the rounding step of 8-bit images, which have no density
+    without noise. ValueError: other sigmas.
 
-    Args:
-      sigmas: (N + 1,) rising noise levels above 0, such as noise.rho_grid(...)[-2::-1]; ValueError
-        on others. The first must be small relative to the structure of the data, but about the
-        rounding step of 8-bit images, which have no density without noise.
-      keys: (B,) typed keys for Hutchinson's estimate of the divergence from `probes` random sign
-        vectors, the same at all noise levels; None: exact, one transposed call per dimension.
+    `keys` give Hutchinson's estimate of the divergence from `probes` random sign vectors, the same
+    at all noise levels; without keys, it is exact, with one transposed call per dimension.
     """
     if not isinstance(sigmas, jax.core.Tracer):
         grid = np.asarray(sigmas)

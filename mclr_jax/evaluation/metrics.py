@@ -19,14 +19,11 @@ BLOCK_BYTES = 16 * 2**20  # of one block of pairwise values; memory holds up to 
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Mean (d,) and covariance (d, d), with ddof = 1 as in FID, of `count` feature vectors.
+    """Moments of features; batch by batch: `functools.reduce(Moments.merge, map(moments, ...))`."""
 
-    Example, batch by batch: `functools.reduce(Moments.merge, map(moments, batches))`.
-    """
-
-    count: int
-    mean: np.ndarray
-    cov: np.ndarray
+    count: int  # of feature vectors
+    mean: np.ndarray  # (d,)
+    cov: np.ndarray  # (d, d), with ddof = 1 as in FID
 
     def merge(self, other: "Moments") -> "Moments":
         """Moments of the union, without cancellation (Chan, Golub and LeVeque 1979)."""
@@ -94,10 +91,7 @@ def inter_class_frechet(features: np.ndarray, labels: np.ndarray) -> float:
 
 
 def inception_score(probs: np.ndarray) -> float:
-    """exp(E_x KL(p(y|x) || p(y))) of class probabilities (n, K), in [1, K], over one split.
-
-    Source: Salimans et al. 2016, arXiv 1606.03498.
-    """
+    """exp(E_x KL(p(y|x) || p(y))) of probs (n, K), in [1, K], over one split (arXiv 1606.03498)."""
     probs = _as_features(probs, "probs")
     off = np.abs(probs.sum(1) - 1).max()
     if probs.min() < 0 or off > 1e-3:

@@ -37,16 +37,11 @@ class MLPClassifier(Network):
 
 
 class ConvClassifier(Network):
-    """A small residual network for images (B, H, W, C), with the block of ADM.
-
-    Attributes:
-      channels: channels of each level; a level halves the size and has one residual block.
-      patch_size: the pixels of a patch are stacked as channels of one pixel.
-    """
+    """A small residual network for images (B, H, W, C), with the block of ADM."""
 
     num_classes: int = 10
-    channels: tuple[int, ...] = (32, 64)
-    patch_size: int = 2
+    channels: tuple[int, ...] = (32, 64)  # of the levels, which halve the size
+    patch_size: int = 2  # the pixels of a patch are stacked as channels of one pixel
     gives: ClassVar[str] = "logits"
     cpu_device_per_core: ClassVar[bool] = True  # XLA:CPU runs a small convolution on one thread
 

@@ -17,13 +17,11 @@ from jax.nn.initializers import Initializer, ones, xavier_uniform, zeros
 from mclr_jax.types import Condition
 
 NHWC = ("NHWC", "HWIO", "NHWC")
+attention = jax.nn.dot_product_attention  # q, k, v (B, N, heads, D) -> same; softmax in float32
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: Any = "SAME") -> jax.Array:
-    """XLA's convolution of x (B, H, W, C) by kernel (kh, kw, C, D) of its dtype -> (B, H', W', D).
-
-    `padding` is that of `jax.lax.conv_general_dilated`.
-    """
+    """x (B, H, W, C), kernel (kh, kw, C, D) of its dtype -> (B, H', W', D); XLA's `padding`."""
     margins = tuple(size // 2 for size in kernel.shape[:2])
     odd = all(size % 2 for size in kernel.shape[:2])
     if jax.default_backend() == "cpu" and stride == 1 and padding == "SAME" and odd:
@@ -154,20 +152,14 @@ def positional_embedding(t: jax.Array, dim: int = 256, endpoint: bool = False) -
 class Network(nn.Module, kw_only=True):
     """Base of the networks, which are called with x (B, ...), c_noise (B,) and a `Condition`.
 
-    Attributes:
-      augment_dim: length of the augmentation vector, 0 for none.
-      takes_strength: whether the guidance strength is an input.
-      dropout: rate in each block, used if the condition has dropout keys.
-      dtype: compute dtype; parameters, norms, softmax and output are float32.
-
     In subclasses, `out_channels` counts the channels of the raw output, the label `num_classes` is
     the null label, and `remat` recomputes blocks in the backward pass to save memory.
     """
 
-    augment_dim: int = 0
-    takes_strength: bool = False
-    dropout: float = 0.0
-    dtype: Any = jnp.float32
+    augment_dim: int = 0  # length of the augmentation vector, 0 for none
+    takes_strength: bool = False  # whether the guidance strength is an input
+    dropout: float = 0.0  # rate in each block, used if the condition has dropout keys
+    dtype: Any = jnp.float32  # of the computation; parameters, norms, softmax, output are float32
     optional_inputs: ClassVar[tuple[str, ...]] = ("map_strength", "map_augment")
 
     def with_optional_inputs(self, embedding: jax.Array, condition: Condition) -> jax.Array:
@@ -242,11 +234,6 @@ class Dropout(nn.Module):
             return jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - self.rate, x.shape[1:])
 
         return jnp.where(jax.vmap(mask)(keys), x / (1 - self.rate), 0).astype(x.dtype)
-
-
-def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Softmax attention, q, k, v (B, N, heads, D) -> (B, N, heads, D); the softmax is float32."""
-    return jax.nn.dot_product_attention(q, k, v)
 
 
 def blur(x: jax.Array, taps: Sequence[float], stride: int, pad: int) -> jax.Array:

@@ -39,19 +39,13 @@ class Block(nn.Module):
 
 
 class MLP(Network):
-    """Residual MLP for x (B, d) or a trajectory (B, F, d), conditioned on noise level and class.
-
-    Attributes:
-      width: hidden units.
-      depth: residual blocks of two linear maps each.
-      per_frame: x is a trajectory with one noise level per frame.
-    """
+    """Residual MLP for x (B, d) or a trajectory (B, F, d), conditioned on noise level and class."""
 
     out_channels: int = 2
     num_classes: int = 10
-    width: int = 128
-    depth: int = 4
-    per_frame: bool = False
+    width: int = 128  # hidden units
+    depth: int = 4  # residual blocks of two linear maps each
+    per_frame: bool = False  # x is a trajectory with one noise level per frame
     remat: bool = False
 
     @nn.compact

@@ -44,7 +44,6 @@ class Block(nn.Module):
         linear, init_last, init_qkv = _initialised(self.adm, self.dtype, self.edm_init)
         norm = partial(layers.GroupNorm, 1e-5 if self.adm else 1e-6, self.dtype)
         rescale = 1.0 if self.adm else np.sqrt(0.5).item()
-
         resampled = self.resample or (lambda x: x)
 
         h = nn.silu(norm(name="norm0")(x))
@@ -78,9 +77,8 @@ def _initialised(adm: bool, dtype: Any, edm_init: bool = True) -> tuple[partial,
     if not edm_init:
         return linear, {}, {}
     if adm:
-        init = variance_scaling(1 / 3, "fan_in", "uniform")
-        linear = partial(linear, kernel_init=init, bias_scale=1.0)
-        return linear, {"kernel_init": zeros, "bias_scale": 0.0}, {}
+        init = {"kernel_init": variance_scaling(1 / 3, "fan_in", "uniform"), "bias_scale": 1.0}
+        return partial(linear, **init), {"kernel_init": zeros, "bias_scale": 0.0}, {}
     last, qkv = (variance_scaling(variance, "fan_avg", "uniform") for variance in (1e-10, 0.2))
     return linear, {"kernel_init": last}, {"kernel_init": qkv}
 
@@ -97,23 +95,16 @@ class UNet(Network):
     64x64 channel_mult (1, 2, 2, 2), dropout 0.05 (AFHQ: 0.25); for ImageNet 64x64 architecture
     "adm", channels 192, channel_mult (1, 2, 3, 4), num_blocks 3, attention_resolutions
     (32, 16, 8), dropout 0.1.
-
-    Attributes:
-      num_classes: 0 for a network without classes.
-      channels: channels at full resolution, multiplied by `channel_mult` at each level.
-      num_blocks: residual blocks per level of the encoder; the decoder has one more.
-      attention_resolutions: image heights (in patches) at which blocks attend.
-      patch_size: the pixels of a patch are stacked as channels of one pixel, which makes the
-        network patch_size^2 times cheaper; not an option of EDM.
     """
 
     architecture: str = "ddpmpp"
     out_channels: int = 3
-    num_classes: int = 10
-    channels: int = 128
-    channel_mult: tuple[int, ...] = (2, 2, 2)
-    num_blocks: int = 4
-    attention_resolutions: tuple[int, ...] = (16,)
+    num_classes: int = 10  # 0 for a network without classes
+    channels: int = 128  # at full resolution
+    channel_mult: tuple[int, ...] = (2, 2, 2)  # factors of `channels`, by level
+    num_blocks: int = 4  # residual blocks per level of the encoder; the decoder has one more
+    attention_resolutions: tuple[int, ...] = (16,)  # image heights (in patches) with attention
+    # The pixels of a patch become channels of one pixel: patch_size^2 times cheaper; not in EDM.
     patch_size: int = 1
     remat: bool = False
     cpu_device_per_core: ClassVar[bool] = True  # XLA:CPU runs a small convolution on one thread

@@ -23,11 +23,8 @@ NONE = Augmentation(crop=0.0, jitter=0.0)
 
 
 def view(images: jax.Array, sigma: jax.Array, keys: jax.Array, change: Augmentation) -> jax.Array:
-    """Images in [-1, 1] or vectors (B, ...), perturbed, with noise of level sigma () or (B,).
-
-    Example i depends on keys[i] alone; keys (B,).
-    """
-    k_crop, k_flip, k_jitter, k_noise = split(keys, 4)
+    """Images in [-1, 1] or vectors (B, ...), changed by keys (B,), with noise sigma () or (B,)."""
+    k_crop, k_flip, k_jitter, k_noise = split(keys, 4)  # an example depends on its key alone
     x, change = images, change if images.ndim == 4 else NONE
     if change.crop:
         x = _crop(x, k_crop, change.crop)

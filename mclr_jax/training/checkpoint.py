@@ -21,13 +21,10 @@ class Checkpoints:
     """The checkpoints of one run; a context manager that waits for the last save at the end.
 
     A checkpoint holds a tree of arrays. Orbax writes under a temporary name and renames, so a
-    killed run leaves no incomplete step. `directory`/metrics.jsonl has the metrics that rank the
-    checkpoints. A checkpoint without a valid line in that file has no metrics.
-
-    Args:
-      directory: directory of the steps; created if missing.
-      keep: number of newest checkpoints to keep, beside those with the lowest metrics `loss` and
-        `icr`. None keeps all and is required for processes that only read.
+    killed run leaves no incomplete step. `directory`, created if missing, has the steps and
+    metrics.jsonl, the metrics that rank the checkpoints. A checkpoint without a valid line in that
+    file has no metrics. Beside the `keep` newest checkpoints, those with the lowest metrics `loss`
+    and `icr` are kept. `keep` None keeps all and is required for processes that only read.
     """
 
     def __init__(self, directory, keep: int | None = 2):
@@ -86,18 +83,14 @@ class Checkpoints:
         self._manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state)))
 
     def restore(self, like: Any, step: int | None = None) -> tuple[Any, int] | None:
-        """(state, step) of the newest readable checkpoint; None if there is no checkpoint.
+        """(state, step) of the newest readable checkpoint, or of `step`; None: no checkpoint.
 
+        `like` is a tree of jax.ShapeDtypeStruct with shardings: the state, or some of its branches.
         A checkpoint that cannot be read is moved to the folder `broken` beside the directory, with
         a warning, and the next older checkpoint is read.
 
-        Args:
-          like: tree of jax.ShapeDtypeStruct with shardings: the state, or some of its branches.
-          step: read only this step.
-
-        Raises:
-          MismatchError: names the first parameter whose stored name or shape differs from `like`.
-          RuntimeError: if no checkpoint can be read.
+        MismatchError: names the first parameter whose stored name or shape differs from `like`.
+        RuntimeError: no checkpoint can be read.
         """
         steps = self.steps()
         if step is not None and step not in steps:

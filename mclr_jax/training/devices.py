@@ -19,12 +19,10 @@ MODES = ("pmap", "data", "fsdp")
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """All devices of all processes along one axis.
+    """All devices of all processes along one axis."""
 
-    `parallel` is "pmap" (replicated state, explicit collectives), "data" (replicated state, jit
-    over a mesh) or "fsdp" (jit; parameters, averages and optimizer state sharded).
-    """
-
+    # "pmap" (replicated state, explicit collectives), "data" (replicated state, jit over a mesh) or
+    # "fsdp" (jit; parameters, averages and optimizer state sharded).
     parallel: str = "pmap"
     devices: tuple[jax.Device, ...] | None = None  # None for all devices
 
@@ -37,11 +35,6 @@ class Devices:
         """One axis over all devices of all processes."""
         devices = np.array(self.devices or jax.devices())
         return Mesh(devices, (AXIS,), axis_types=(AxisType.Auto,))
-
-    @property
-    def _state_mesh(self) -> Mesh:
-        """The devices that hold the state: for pmap those of this process, else all."""
-        return self.mesh.local_mesh if self.parallel == "pmap" else self.mesh
 
     @property
     def axis_name(self) -> str | None:
@@ -61,15 +54,16 @@ class Devices:
 
         FSDP shards the largest axis that the devices divide, and replicates leaves without one.
         """
+        mesh = self.mesh.local_mesh if self.parallel == "pmap" else self.mesh
 
         def sharding(leaf):
             spec: list[str | None] = []
             if self.parallel == "fsdp":
-                divisible = [n if n % self.mesh.size == 0 else 0 for n in leaf.shape]
+                divisible = [n if n % mesh.size == 0 else 0 for n in leaf.shape]
                 if max(divisible, default=0):
                     spec = [None] * len(leaf.shape)
                     spec[int(np.argmax(divisible))] = AXIS
-            return NamedSharding(self._state_mesh, PartitionSpec(*spec))
+            return NamedSharding(mesh, PartitionSpec(*spec))
 
         return jax.tree.map(sharding, state)
 

@@ -22,9 +22,8 @@ class Writer:
     """
 
     def __init__(self, workdir, start_step: int, num_steps: int, enabled: bool = True):
-        self._enabled = enabled
+        self._enabled, self._num_steps = enabled, num_steps
         self._start, self._started = start_step, time.monotonic()
-        self._num_steps = num_steps
         if not enabled:
             return
         path, events = (pathlib.Path(workdir) / name for name in ("metrics.jsonl", "tensorboard"))
@@ -32,10 +31,8 @@ class Writer:
         write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a")
         self._tensorboard = tensorboardX.SummaryWriter(str(events), purge_step=start_step + 1)
-        hidden = not sys.stderr.isatty()
-        self._bar = tqdm.tqdm(
-            total=num_steps, initial=start_step, unit="it", dynamic_ncols=True, disable=hidden
-        )
+        bar = {"unit": "it", "dynamic_ncols": True, "disable": not sys.stderr.isatty()}
+        self._bar = tqdm.tqdm(total=num_steps, initial=start_step, **bar)
 
     def __enter__(self) -> "Writer":
         return self

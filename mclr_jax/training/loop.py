@@ -115,34 +115,21 @@ class _Log:
 
 def run(
     task: Task,
-    state: TrainState,
-    frozen: Mapping[str, Any],
-    stream: Iterator[dict],
-    hooks: Sequence[Hook],
+    state: TrainState,  # the initial state, placed by `devices`
+    frozen: Mapping[str, Any],  # the parameters of task.frozen, placed by `devices`
+    stream: Iterator[dict],  # batches, beginning with that of step state.step
+    hooks: Sequence[Hook],  # called in this order
     writer: Writer,
     *,
     devices: Devices,
-    num_steps: int,
-    log_every: int,
-    steps_per_dispatch: int,
-    saved: Callable[[], Any] = lambda: None,
+    num_steps: int,  # of the whole training
+    log_every: int,  # steps between two reports
+    steps_per_dispatch: int,  # steps in one call of the compiled program
+    saved: Callable[[], Any] = lambda: None,  # step of the last checkpoint or None
 ) -> tuple[TrainState, bool]:
-    """Train to num_steps, or until SIGTERM or SIGINT.
+    """Train to num_steps, or until SIGTERM or SIGINT; the last state, and whether a signal came.
 
-    Args:
-      state, frozen: the initial state and the parameters of task.frozen, placed by `devices`.
-      stream: batches, beginning with that of step state.step.
-      hooks: called in this order.
-      num_steps: steps of the whole training.
-      log_every: steps between two reports.
-      steps_per_dispatch: steps in one call of the compiled program.
-      saved: () -> step of the last checkpoint or None, for the error.
-
-    Returns:
-      The last state, and whether a signal has stopped training.
-
-    Raises:
-      NonFiniteError: if a metric is not finite; names the metric, step and last checkpoint.
+    NonFiniteError: a metric is not finite; names the metric, step and last checkpoint.
     """
 
     def diverged(step: int, what: str) -> NonFiniteError:

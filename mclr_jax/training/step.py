@@ -17,19 +17,12 @@ BLOCK = 4  # rows that accumulation keeps together, for losses of every second o
 
 @struct.dataclass
 class TrainState:
-    """Everything that training changes. Random keys follow from (seed, step) and are not stored.
+    """Everything that training changes. Random keys follow from (seed, step) and are not stored."""
 
-    Attributes:
-      step: () int32, number of updates done.
-      params: parameters of the network.
-      opt_state: optax state.
-      ema: averages of params by the name of the track, see `ema.tracks`.
-    """
-
-    step: jax.Array
-    params: Any
-    opt_state: Any
-    ema: dict[str, Any]
+    step: jax.Array  # () int32, number of updates done
+    params: Any  # parameters of the network
+    opt_state: Any  # optax state
+    ema: dict[str, Any]  # averages of params by the name of the track, see `ema.tracks`
 
 
 def init_state(task: Task) -> TrainState:
