@@ -59,3 +59,21 @@ def test_a_changed_number_is_found():
 
 def test_the_front_door_is_short():
     assert len(PAGES["README.md"].splitlines()) <= 160
+
+
+# Idioms that a reader with English as a second language may not know, and their plain words.
+IDIOMS = {"stands for": "means", "goes on": "continues", "to be had": "available",
+          "what there is": "the ...", "as it is": "unchanged", "has gone": "moved by",
+          "at hand": "available", "takes turns": "alternates", "makes of": "computes from",
+          "read elsewhere": "read by ..."}  # fmt: skip
+
+
+def test_the_english_is_plain():
+    places = ("mclr_jax", "launch", "configs", "docs", "notebooks", "benchmarks")
+    files = [path for place in places for path in (ROOT / place).rglob("*.*")]
+    files = [path for path in files if path.suffix in (".py", ".md", ".ipynb")]
+    assert len(files) > 90
+    for path in [ROOT / "README.md", *files]:
+        words = " ".join(path.read_text().lower().split())
+        found = [idiom for idiom in IDIOMS if re.search(rf"\b{idiom}\b", words)]
+        assert not found, f"{path.relative_to(ROOT)} says {found}"

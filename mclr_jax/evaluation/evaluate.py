@@ -1,6 +1,6 @@
 """Measure a run: its samples, at each guidance scale and average of the weights, and real data.
 
-Each row is stored in the run's directory as soon as it is complete, under a hash of its settings: a
+Each row is stored in the run's directory when it is complete, under a hash of its settings: a
 repeated call reads the stored rows and computes the others.
 """
 

@@ -25,8 +25,8 @@ def make(
     """A function (step, params) -> a reading, with the options of config.icr.
 
     A reading has icr (bias-corrected), icr_NAME for `icr.traces` and, if config.icr.samples > 0,
-    icr_memorized: the share of so many unguided samples that copy a training image. It is empty if
-    the features do not vary in some direction, as in some untrained networks. All readings use the
+    icr_memorized: the share of copies among that number of unguided samples. It is empty if the
+    features do not vary in some direction, as in some untrained networks. All readings use the
     same images and perturbations. One warning is logged when the readings, with those in `workdir`
     up to step `start`, have `turned`. ValueError: no such layer, or too few images for it.
     """
