@@ -3,7 +3,7 @@
   python benchmarks/guidance_free.py --data=fashion_mnist
   python benchmarks/guidance_free.py --data=digits
 
-Goes on from benchmarks/mclr_images.py with the same --data: the base, its control, MCLR's
+Needs the runs of benchmarks/mclr_images.py with the same --data: the base, its control, MCLR's
 fine-tunings, the judges and their samples are those of that script, and every rival is fine-tuned
 from the same base for as many steps as MCLR. Writes benchmarks/results/guidance_free_DATA.json and
 docs/guidance_free_DATA.png.
