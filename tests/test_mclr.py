@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Level, Observed, answer
+from cases import Level
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -460,82 +460,6 @@ def test_metrics_say_what_the_weights_and_the_bound_are():
     low = (post / mixture.class_prior < BETA / (1 + BETA)) * mixture.class_prior
     np.testing.assert_allclose(report["unbounded"], low.sum(-1).mean(), rtol=0.02)
     assert report["margin"] > 0.01
-
-
-EQUATIONS = [
-    ({"target": "reference"}, "reference"),
-    ({"negative_share": 0.5, "bound": "clip", "clip_ratio": 1.5}, "clip"),
-    ({"negatives": "prior", "weighting": "cfg", "negative_share": 0.25}, "prior"),
-    ({"negatives": "mismatched", "weighting": "cfg", "reference_penalty": 0.4}, "penalty"),
-    ({"negatives": "prior", "bound": "logistic", "target": "reference"}, "logistic"),
-    ({"bound": "logistic", "negative_share": 0.5, "reference_penalty": 0.4}, "both"),
-    ({"sigma_interval": (0.3, 1.0)}, "interval"),
-]
-
-
-@pytest.mark.parametrize("options", [o for o, _ in EQUATIONS], ids=[name for _, name in EQUATIONS])
-def test_the_loss_is_its_equation(options):
-    """Against NumPy, from what the networks were shown; labels dropped, answers by label."""
-    (x0, label, keys), n, exact = draw_toy(400), 400, toy()
-    model, reference = Observed(0.8, False), Observed(0.5, True)
-    objective = MCLR(0.7, 0.4, **options)
-    problem = cases.problem(
-        noise.LogNormal(), weight=lambda s: 2 + 1 / s**2, class_prior=(0.5, 0.3, 0.2)
-    )
-    models = cases.models(model, posterior.exact(exact), reference=reference)
-    loss, _ = objective(models, problem, Batch(x0, Condition(label)), keys)
-
-    ((x, sigma, shown, _),) = model.calls
-    every, own, wrong = round(1 / objective.negative_share), shown[:n].astype(int), shown[n:]
-    rows, wrong = np.arange(0, n, every), wrong.astype(int)
-    assert len(wrong) == len(rows)
-    np.testing.assert_array_equal(x[n:], x[:n][rows])
-    np.testing.assert_array_equal(sigma[n:], sigma[:n][rows])
-    x, sigma, true = x[:n], sigma[:n], np.asarray(label)
-    dropped = own == 3
-    assert abs(dropped.mean() - 0.4) < 0.1
-    weight, to_reference = 2 + 1 / sigma**2, options.get("target") == "reference"
-    target = answer(0.5, x, sigma, own) if to_reference else np.asarray(x0)
-
-    def error(scale, labels, rows):
-        given = answer(scale, x[rows], sigma[rows], labels)
-        return weight[rows] * ((given - target[rows]) ** 2).mean(-1)
-
-    prior, every_row = np.array([0.5, 0.3, 0.2]), np.arange(n)
-    chance = np.asarray(exact.posterior(jnp.asarray(x), jnp.asarray(sigma)))
-    right, left = chance[every_row, true], chance[rows, wrong]
-    right_weight, wrong_weight = np.ones(len(rows)), np.ones(len(rows))
-    if objective.negatives == "posterior":
-        right_weight = wrong_weight = 1 - right[rows]
-    elif objective.weighting == "cfg":
-        wrong_weight = left / prior[wrong]
-        if objective.negatives == "mismatched":
-            right_weight, wrong_weight = 1 - right[rows], wrong_weight * (1 - prior[true[rows]])
-    assert objective.negatives == "prior" or not (wrong == true[rows]).any()
-    low, high = options.get("sigma_interval", (0, np.inf))
-    beta = np.where(dropped | (sigma <= low) | (sigma > high), 0, 0.7)[rows]
-    positive, negative = error(0.8, own[rows], rows), error(0.8, wrong, rows)
-    if objective.bound == "clip":
-        assert (negative > 1.5 * positive).any()
-        negative = np.minimum(negative, 1.5 * positive)
-    contrast = beta * (right_weight * positive - wrong_weight * negative)
-    if objective.bound == "logistic":
-        then = right_weight * error(0.5, own[rows], rows) - wrong_weight * error(0.5, wrong, rows)
-        contrast = 2 / 10 * (np.logaddexp(0, 10 * (contrast - beta * then)) - np.log(2))
-    if objective.reference_penalty:
-        apart = sum(
-            ((answer(0.8, x[rows], sigma[rows], at) - answer(0.5, x[rows], sigma[rows], at)) ** 2)
-            for at in (own[rows], wrong)
-        ).mean(-1)
-        contrast += 0.4 * np.where(beta > 0, weight[rows] * apart, 0)
-    expected = error(0.8, own, every_row)
-    expected[rows] += every * contrast
-    np.testing.assert_allclose(loss, expected, rtol=2e-3, atol=1e-4)
-
-
-def draw_toy(n):
-    """Data of the toy in 2-D, labels and keys."""
-    return *toy().sample(jax.random.key(4), n), jax.random.split(jax.random.key(5), n)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.25])

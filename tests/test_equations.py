@@ -1,0 +1,247 @@
+"""The losses of MCLR and its rivals against the papers' equations, evaluated in NumPy.
+
+An objective is observed: the equation is evaluated at the inputs that it showed to the networks.
+Labels are dropped, and all answers depend on label, strength and noise level.
+"""
+
+import dataclasses
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import Observed, answer, error, log_sigmoid
+
+from mclr_jax import noise, posterior
+from mclr_jax.mixture import toy
+from mclr_jax.noise import normal_like
+from mclr_jax.objectives.mclr import MCLR
+from mclr_jax.objectives.rivals import CCA, DDO, DPO, GFT, ContrastiveFlow, ModelGuidance
+from mclr_jax.problem import Batch
+from mclr_jax.types import Condition
+
+NULL = 3
+
+
+def weight(sigma):
+    return 2 + 1 / sigma**2
+
+
+def observe(objective, dropout=0.4, n=400, strength=(), **frozen):
+    """Loss (n,), data, true labels and the observed models of one evaluation of an objective."""
+    exact = toy()
+    x0, label = exact.sample(jax.random.key(0), n)
+    generated = exact.sample(jax.random.key(1), n)
+    scales = {"model": 0.8, **frozen}
+    models = {name: Observed(scale, name != "model") for name, scale in scales.items()}
+    problem = cases.problem(
+        noise.LogNormal(), weight=weight, class_prior=(0.5, 0.3, 0.2), strength=strength,
+        sigma_data=0.6,
+    )  # fmt: skip
+    held = cases.models(models["model"], **{name: models[name] for name in frozen})
+    objective = dataclasses.replace(objective, label_dropout=dropout)
+    batch = Batch(x0, Condition(label), generated[0][::-1], generated)
+    loss, _ = objective(held, problem, batch, jax.random.split(jax.random.key(2), n))
+    return np.asarray(loss), np.asarray(x0, np.float64), np.asarray(label), models
+
+
+def check_draws(shown, label, dropout=0.4):
+    """Labels are shown or dropped, at the given rate."""
+    dropped = shown == NULL
+    assert abs(dropped.mean() - dropout) < 4 * np.sqrt(0.25 / len(label))
+    np.testing.assert_array_equal(shown[~dropped], label[~dropped])
+    return dropped
+
+
+@pytest.mark.parametrize("second_positives", [False, True])
+def test_cca_is_the_papers_equation(second_positives):
+    objective = CCA(0.7, 3.0, second_positives=second_positives)
+    loss, x0, label, models = observe(objective, reference=0.5)
+    right, wrong = models["model"].pairs()
+    for a, b in zip((right, wrong), models["reference"].pairs(), strict=True):
+        for ours, theirs in zip(a, b, strict=True):  # the reference sees the same, wrong label too
+            np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(wrong[0], right[0])
+
+    def ratio(x, sigma, label, strength):
+        gain = error(0.5, x0, x, sigma, label) - error(0.8, x0, x, sigma, label)
+        return weight(sigma) * 2 * gain
+
+    dropped, negative = check_draws(right[2], label), wrong[2]
+    positive_term = -log_sigmoid(0.7 * ratio(*right))
+    negative_term = -3.0 * log_sigmoid(-0.7 * ratio(*wrong))
+    if second_positives:
+        assert abs((negative == NULL).mean() - 0.4) < 0.1
+        second = (negative == NULL) | (negative == right[2])
+        negative_term = np.where(second, -log_sigmoid(0.7 * ratio(*wrong)), negative_term)
+    else:
+        assert not (negative == NULL).any()
+        negative_term = np.where(dropped, 0, negative_term)
+    assert (negative[~dropped] == label[~dropped]).any()  # the prior may give the right label
+    np.testing.assert_allclose(loss, (positive_term + negative_term) / 3.0, rtol=1e-4, atol=1e-6)
+
+
+def test_dpo_is_the_papers_equation_in_the_error_of_the_noise():
+    loss, x0, label, models = observe(DPO(0.5), reference=0.5)
+    right, wrong = models["model"].pairs()
+    for a, b in zip((right, wrong), models["reference"].pairs(), strict=True):
+        for ours, theirs in zip(a, b, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+    def noise_error(scale, x, sigma, label, strength):
+        n = (x - x0) / sigma[:, None]
+        predicted = (x - answer(scale, x, sigma, label)) / sigma[:, None]
+        return ((predicted - n) ** 2).mean(-1)
+
+    dropped = check_draws(right[2], label)
+    assert (wrong[2] != label).all()
+    model, reference = (noise_error(s, *right) - noise_error(s, *wrong) for s in (0.8, 0.5))
+    expected = -log_sigmoid(-0.25 * (model - reference))
+    expected = np.where(dropped, 0.125 * noise_error(0.8, *right), expected)
+    np.testing.assert_allclose(loss, expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("strength", [(), (0.25, 4.0)])
+def test_gft_is_the_papers_equation(strength):
+    loss, x0, label, models = observe(GFT(1.5), strength=strength, self=0.5)
+    (shown,), (null,) = models["model"].calls, models["self"].calls
+    dropped = check_draws(shown[2], label)
+    np.testing.assert_array_equal(null[0], shown[0])
+    np.testing.assert_array_equal(null[2:], [np.full(400, NULL), np.zeros(400)])
+    drawn = np.full(400, 1.5)
+    if strength:  # without dropout the network is shown every drawn strength
+        drawn = observe(GFT(), 0.0, strength=strength, self=0.5)[3]["model"].calls[0][3]
+        np.testing.assert_array_equal(shown[3], np.where(dropped, 0, drawn))
+        share = np.sort(1 / (1 + drawn))  # uniform between 1 / 5 and 1 / 1.25
+        assert np.abs(share - np.linspace(0.2, 0.8, 400)).max() < 0.6 * 1.95 / np.sqrt(400)
+    b = 1 / (1 + drawn)[:, None]
+    combined = b * answer(0.8, *shown) + (1 - b) * answer(0.5, *null)
+    expected = weight(shown[1]) * ((combined - x0) ** 2).mean(-1)
+    np.testing.assert_allclose(loss, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_model_guidance_is_the_papers_equation():
+    loss, x0, label, models = observe(ModelGuidance(0.4), average=0.5)
+    (shown,), (right, null) = models["model"].calls, models["average"].pairs()
+    check_draws(shown[2], label)
+    np.testing.assert_array_equal(right[2], shown[2])
+    assert (null[2] == NULL).all()
+    x, sigma = shown[:2]
+    time = sigma / (sigma + 0.6)  # of flow matching, for data scaled to unit variance
+    scale = np.where(time < 0.75, 0.4, 0)[:, None]
+    assert 20 < (scale == 0).sum() < 380
+    # in the paper's terms: the target of the noise moves by scale times the teacher's difference
+    n, s = (x - x0) / sigma[:, None], sigma[:, None]
+    noise_of = lambda values: (x - values) / s  # noqa: E731
+    target = n + scale * (noise_of(answer(0.5, *right)) - noise_of(answer(0.5, *null)))
+    difference = ((noise_of(answer(0.8, *shown)) - target) ** 2).mean(-1)
+    np.testing.assert_allclose(loss, weight(sigma) * sigma**2 * difference, rtol=1e-3, atol=1e-6)
+
+
+def test_ddo_is_the_papers_equation():
+    loss, x0, label, models = observe(DDO(0.7, 1.5), dropout=0.4, reference=0.5)
+    data, generated = models["model"].calls
+    for call, frozen in zip((data, generated), models["reference"].calls, strict=True):
+        for ours, theirs in zip(call, frozen, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    samples, sample_label = (np.asarray(a) for a in toy().sample(jax.random.key(1), 400))
+    check_draws(data[2], label)
+    check_draws(generated[2], sample_label)  # samples have their own labels
+
+    def ratio(x0, x, sigma, label, strength):
+        gain = error(0.5, x0, x, sigma, label) - error(0.8, x0, x, sigma, label)
+        return weight(sigma) * 2 * gain
+
+    expected = -log_sigmoid(0.7 * ratio(x0, *data))
+    expected -= 1.5 * log_sigmoid(-0.7 * ratio(samples, *generated))  # log(1 - s(r))
+    np.testing.assert_allclose(loss, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_contrastive_flow_is_the_papers_equation():
+    loss, x0, label, models = observe(ContrastiveFlow(0.3))
+    (shown,) = models["model"].calls
+    check_draws(shown[2], label)
+    x, sigma, s = *shown[:2], shown[1][:, None]
+    velocity = x / s - (1 + 1 / s) * answer(0.8, *shown)
+    right = (x - x0) / s - x0  # n - x
+    keys = noise.split(jax.random.split(jax.random.key(2), 400), 4)[3]
+    other = np.asarray(toy().sample(jax.random.key(1), 400)[0])[::-1]
+    wrong = np.asarray(normal_like(keys, jnp.zeros((400, 2)))) - other
+    terms = (((velocity - v) ** 2).mean(-1) for v in (right, wrong))
+    expected = weight(sigma) / (1 + 1 / sigma) ** 2 * (next(terms) - 0.3 * next(terms))
+    np.testing.assert_allclose(loss, expected, rtol=1e-3, atol=1e-3)
+
+
+EQUATIONS = [
+    ({"target": "reference"}, "reference"),
+    ({"negative_share": 0.5, "bound": "clip", "clip_ratio": 1.5}, "clip"),
+    ({"negatives": "prior", "weighting": "cfg", "negative_share": 0.25}, "prior"),
+    ({"negatives": "mismatched", "weighting": "cfg", "reference_penalty": 0.4}, "penalty"),
+    ({"negatives": "prior", "bound": "logistic", "target": "reference"}, "logistic"),
+    ({"bound": "logistic", "negative_share": 0.5, "reference_penalty": 0.4}, "both"),
+    ({"sigma_interval": (0.3, 1.0)}, "interval"),
+]
+
+
+@pytest.mark.parametrize("options", [o for o, _ in EQUATIONS], ids=[name for _, name in EQUATIONS])
+def test_mclr_is_its_equation(options):
+    n, exact = 400, toy()
+    x0, label = exact.sample(jax.random.key(4), n)
+    keys = jax.random.split(jax.random.key(5), n)
+    model, reference = Observed(0.8, False), Observed(0.5, True)
+    objective = MCLR(0.7, 0.4, **options)
+    problem = cases.problem(
+        noise.LogNormal(), weight=lambda s: 2 + 1 / s**2, class_prior=(0.5, 0.3, 0.2)
+    )
+    models = cases.models(model, posterior.exact(exact), reference=reference)
+    loss, _ = objective(models, problem, Batch(x0, Condition(label)), keys)
+
+    ((x, sigma, shown, _),) = model.calls
+    every, own, wrong = round(1 / objective.negative_share), shown[:n].astype(int), shown[n:]
+    rows, wrong = np.arange(0, n, every), wrong.astype(int)
+    assert len(wrong) == len(rows)
+    np.testing.assert_array_equal(x[n:], x[:n][rows])
+    np.testing.assert_array_equal(sigma[n:], sigma[:n][rows])
+    x, sigma, true = x[:n], sigma[:n], np.asarray(label)
+    dropped = own == 3
+    assert abs(dropped.mean() - 0.4) < 0.1
+    weight, to_reference = 2 + 1 / sigma**2, options.get("target") == "reference"
+    target = answer(0.5, x, sigma, own) if to_reference else np.asarray(x0)
+
+    def weighted(scale, labels, rows):
+        given = answer(scale, x[rows], sigma[rows], labels)
+        return weight[rows] * ((given - target[rows]) ** 2).mean(-1)
+
+    prior, every_row = np.array([0.5, 0.3, 0.2]), np.arange(n)
+    chance = np.asarray(exact.posterior(jnp.asarray(x), jnp.asarray(sigma)))
+    right, left = chance[every_row, true], chance[rows, wrong]
+    right_weight, wrong_weight = np.ones(len(rows)), np.ones(len(rows))
+    if objective.negatives == "posterior":
+        right_weight = wrong_weight = 1 - right[rows]
+    elif objective.weighting == "cfg":
+        wrong_weight = left / prior[wrong]
+        if objective.negatives == "mismatched":
+            right_weight, wrong_weight = 1 - right[rows], wrong_weight * (1 - prior[true[rows]])
+    assert objective.negatives == "prior" or not (wrong == true[rows]).any()
+    low, high = options.get("sigma_interval", (0, np.inf))
+    beta = np.where(dropped | (sigma <= low) | (sigma > high), 0, 0.7)[rows]
+    positive, negative = weighted(0.8, own[rows], rows), weighted(0.8, wrong, rows)
+    if objective.bound == "clip":
+        assert (negative > 1.5 * positive).any()
+        negative = np.minimum(negative, 1.5 * positive)
+    contrast = beta * (right_weight * positive - wrong_weight * negative)
+    if objective.bound == "logistic":
+        then = right_weight * weighted(0.5, own[rows], rows) - wrong_weight * weighted(
+            0.5, wrong, rows
+        )
+        contrast = 2 / 10 * (np.logaddexp(0, 10 * (contrast - beta * then)) - np.log(2))
+    if objective.reference_penalty:
+        apart = sum(
+            ((answer(0.8, x[rows], sigma[rows], at) - answer(0.5, x[rows], sigma[rows], at)) ** 2)
+            for at in (own[rows], wrong)
+        ).mean(-1)
+        contrast += 0.4 * np.where(beta > 0, weight[rows] * apart, 0)
+    expected = weighted(0.8, own, every_row)
+    expected[rows] += every * contrast
+    np.testing.assert_allclose(loss, expected, rtol=2e-3, atol=1e-4)
