@@ -33,7 +33,7 @@ def report(reduced, row):
 
 def test_an_update_is_the_optimizer_on_the_mean_gradient():
     """Two steps against optax, jax.grad and the EMA formula used directly."""
-    task, source, state = setup()
+    task, source, state = setup(**tiny.POWER)
     data = batches(source, 2)
     got, found = jax.jit(step.make_update(task))(state, {}, data, 2)
 
