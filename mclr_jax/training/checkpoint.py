@@ -113,8 +113,8 @@ class Checkpoints:
                     raise RuntimeError(f"Cannot read checkpoint {step}: {error}") from error
                 broken[candidate] = error
             else:
-                for number, error in broken.items():
-                    self._set_aside(number, error)
+                for number, reason in broken.items():
+                    self._set_aside(number, reason)
                 return state, candidate
         if broken:
             reasons = "; ".join(f"{n}: {str(e).splitlines()[0][:200]}" for n, e in broken.items())
