@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import operator
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from jax.experimental import multihost_utils
 from mclr_jax import experiment, generate, images, runs
 from mclr_jax.data import pipeline, sources
 from mclr_jax.metrics import report
+from mclr_jax.names import in_range
 from mclr_jax.representation import monitor
 from mclr_jax.samplers import Sampler
 from mclr_jax.task import Task
@@ -24,6 +26,12 @@ from mclr_jax.training.devices import Devices, banner, require_accelerator
 from mclr_jax.training.log import Writer
 from mclr_jax.training.loop import Hook, Moment
 from mclr_jax.training.step import TrainState, init_state, make_evaluate
+
+# The least values of keys that only the train loop reads.
+AT_LEAST = {"seed": 0, "num_steps": 1, "batch_size": 1, "steps_per_dispatch": 0,
+            "grad_accumulation": 1, "log_every": 1, "checkpoint_every": 0, "keep_checkpoints": 1,
+            "eval_examples": 0, "sample_every": 0, "icr.every_steps": 0, "ema.snapshot_every": 0,
+            "data.augment": 0.0, "data.limit": 0, "sigma_data": 0.0}  # fmt: skip
 
 
 def train(
@@ -44,6 +52,8 @@ def train(
       RuntimeError: another process trains in `workdir`, or no checkpoint there can be read.
       ValueError: the config is invalid, or `workdir` has a run of another model or of other data.
     """
+    for key, low in AT_LEAST.items():
+        in_range(f"config.{key}", operator.attrgetter(key)(config), low)
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     logging.info(banner())
@@ -72,7 +82,7 @@ def _train(
     data = experiment.data_info(config, source)
     companions = runs.companions(config, data, workdir)
     task = experiment.make_task(config, data, companions)
-    extra = extra_sources(config, task, source)
+    extra, sampler = extra_sources(config, task, source), Sampler(**config.sampler)
     first_process = jax.process_index() == 0
     description = runs.describe(config, task.model, companions)
     changes = runs.changes(workdir, description)
@@ -100,7 +110,7 @@ def _train(
         ]
         # ---- train ----------------------------------------------------------------------------
         with Writer(workdir, start, config.num_steps, first_process) as writer:
-            samples = _samples(config, task, workdir, writer)
+            samples = _samples(config.sample_every, sampler, task, workdir, writer)
             hooks += [samples, *more_hooks, _checkpoint(config, checkpoints)]
             return loop.run(
                 task, state, frozen, stream, hooks, writer,
@@ -186,7 +196,8 @@ def _checkpoint(config: Any, checkpoints: Checkpoints) -> Hook:
         metrics = {k: moment.readings[n] for k, n in found.items() if n in moment.readings}
         checkpoints.save(moment.step, moment.state, metrics)
 
-    return Hook((config.checkpoint_every, config.icr.every_steps), save, when_stopped=True)
+    periods = config.checkpoint_every or config.num_steps, config.icr.every_steps
+    return Hook(periods, save, when_stopped=True)
 
 
 def _snapshots(config: Any, snapshots: Checkpoints) -> Hook:
@@ -238,9 +249,11 @@ def _icr(config: Any, task: Task, source: Any, workdir: pathlib.Path, start: int
     return [Hook(config.icr.every_steps, measure)]
 
 
-def _samples(config: Any, task: Task, workdir: pathlib.Path, writer: Writer) -> Hook:
+def _samples(
+    every: int, sampler: Sampler, task: Task, workdir: pathlib.Path, writer: Writer
+) -> Hook:
     """8 images, or 500 points, of each of the first 10 classes, from the same seeds."""
-    model, sampler = task.model, Sampler(**config.sampler)
+    model = task.model
     number = 8 if len(model.data.shape) == 3 else 500
     labels = np.repeat(np.arange(min(model.null_label, 10)), number)
 
@@ -252,7 +265,7 @@ def _samples(config: Any, task: Task, workdir: pathlib.Path, writer: Writer) -> 
             images.save(workdir / "samples" / f"{moment.step:08d}.png", grid)
             writer.image(moment.step, "samples", grid)
 
-    return Hook(config.sample_every, draw)
+    return Hook(every, draw)
 
 
 def _profile(config: Any, workdir: pathlib.Path) -> list[Hook]:

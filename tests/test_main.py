@@ -134,6 +134,58 @@ def test_an_interrupted_run_stops_its_caller_and_says_so_where_it_is_a_base(tmp_
     assert start == {"run": str(tmp_path / "base"), "step": 4}
 
 
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(("key", "value", "expected"), [
+    ("seed", -1, "of at least 0"),
+    ("num_steps", 0, "an integer of at least 1"),
+    ("log_every", 0, "of at least 1"),
+    ("grad_accumulation", 0, "of at least 1"),
+    ("steps_per_dispatch", -1, "of at least 0"),
+    ("checkpoint_every", -5, "of at least 0"),
+    ("sigma_data", -0.5, "of at least 0"),
+    ("strength", (2.0, 0.0), r"strength\[1\] is 0.0; expected a number of at least 2"),
+    ("strength", (1.0,), r"expected \(\) or \(low, high\)"),
+    ("strength", (0.0, NAN), r"strength\[1\] is nan"),
+    ("noise.std", -1.0, "of at least 0"),
+    ("noise.mean", NAN, "nan"),
+    ("objective.label_dropout", 1.5, "of at least 0 and at most 1"),
+    ("objective.label_dropout", NAN, "nan"),
+    ("network.dropout", 1.0, "of at least 0 and below 1"),
+    ("network.width", -16, "of at least 1"),
+    ("network.depth", 0, "of at least 1"),
+    ("optimizer.learning_rate", -1e-3, "of at least 0"),
+    ("optimizer.learning_rate", INF, "inf"),
+    ("optimizer.weight_decay", -0.1, "of at least 0"),
+    ("optimizer.clip_norm", -1.0, "of at least 0"),
+    ("optimizer.eps", 0.0, "above 0"),
+    ("optimizer.b1", 1.0, "of at least 0 and below 1"),
+    ("optimizer.b2", 1.5, "of at least 0 and below 1"),
+    ("optimizer.warmup_steps", -1, "of at least 0"),
+    ("ema.halflife_steps", NAN, "nan"),
+    ("ema.halflife_steps", -1.0, "of at least 0"),
+    ("ema.ramp_up", NAN, "nan"),
+    ("sampler.num_steps", 0, "of at least 1"),
+    ("sampler.rho", NAN, "rho=nan"),
+    ("sampler.sigma_max", INF, "sigma_max=inf"),
+    ("sampler.method", "huen", "Did you mean 'heun'"),
+])  # fmt: skip
+def test_values_that_spoil_a_run_are_refused_before_it_is_written(tmp_path, key, value, expected):
+    config = tiny.config(sample_every=6)
+    with config.ignore_type():
+        config.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=expected) as error:
+        main.train(config, tmp_path / "run")
+    assert key.rpartition(".")[2].partition("[")[0].replace("method", "sampler") in str(error.value)
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_the_last_step_is_always_saved(tmp_path):
+    main.train(tiny.config(checkpoint_every=0), tmp_path)
+    assert load(tmp_path)[1] == 12
+
+
 def test_damaged_checkpoints_stop_each_call_until_a_restart_is_asked_for(tmp_path):
     main.train(tiny.config(), tmp_path)
     for folder in (tmp_path / "checkpoints").glob("[0-9]*"):
