@@ -78,8 +78,6 @@ class Files:
             if not may_diverge or not found:
                 raise
             step, ended = int(found[1]), {"diverged": str(error)}
-        if step < config.num_steps and not ended:
-            sys.exit(f"{name} was stopped after step {step}; the same command continues.")
         count = parameters(runs.load(self.root / name).model)
         how = {"config": f"configs/{file}.py", "changes": differences(config, file)}
         self.write(f"{name}/done", {**how, "steps": step, "parameters": count, **ended})

@@ -6,7 +6,7 @@ Every key of the config is also a flag: --config.batch_size=64 --config.data.lim
 configs/base.py explains all keys. The same command resumes a run that was killed, bit for bit; to
 train longer, raise --config.num_steps. The work directory gets run.json (what was run),
 metrics.jsonl and tensorboard/ (curves), samples/ (pictures) and checkpoints/. Sample from it with
-launch.sample.
+launch.sample. A run that Ctrl-C or SIGTERM has stopped exits with status 130 or 143.
 
 On several hosts run the same command on each: with --coordinator=auto on TPU pods and Slurm, else
 with --coordinator=HOST:PORT --num_processes=N --process_id=I.
@@ -28,6 +28,7 @@ COORDINATOR = flags.DEFINE_string(
 )
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several hosts: how many processes.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several hosts: number of this process.")
+RESTART = flags.DEFINE_bool("restart", False, "Move the run to WORKDIR/replaced, and begin anew.")
 
 
 def main() -> None:
@@ -37,7 +38,7 @@ def main() -> None:
         jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     config = CONFIG.value
     common.use_cores(resolve(NETWORKS, config.network.name, "network"), config.batch_size)
-    train(config, WORKDIR.value)
+    train(config, WORKDIR.value, restart=RESTART.value)
 
 
 if __name__ == "__main__":

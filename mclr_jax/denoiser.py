@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mclr_jax.names import in_range
 from mclr_jax.types import Condition, DenoiseFn, as_condition, expand
 
 # (x (B, ...), c_noise (B,) or (B, F), condition) -> raw output (B, ...)
@@ -49,6 +50,9 @@ class EDM:
     """
 
     sigma_data: float = 0.5
+
+    def __post_init__(self):
+        in_range("preconditioning.sigma_data", self.sigma_data, 0.0, open="(")
 
     levels = (0.0, float("inf"))
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
+from mclr_jax.names import in_range
+
 Decay = Callable[[jnp.ndarray], jnp.ndarray]  # number of updates done () -> beta ()
 
 
@@ -51,6 +53,8 @@ def power(std: float) -> Decay:
 
 def tracks(config) -> dict[str, Decay]:
     """The tracks of `config.ema` by name: `halflife`, if its steps are not 0, then `power_STD`."""
+    in_range("config.ema.halflife_steps", config.halflife_steps, 0.0)
+    in_range("config.ema.ramp_up", config.ramp_up, 0.0)
     classic = {"halflife": halflife(config.halflife_steps, config.ramp_up)}
     powers = {f"power_{std}": power(std) for std in config.power_stds}
     return (classic if config.halflife_steps else {}) | powers

@@ -1,6 +1,8 @@
 """Training from a config in a directory, with the hooks that the config enables."""
 
+import contextlib
 import functools
+import operator
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 
 from mclr_jax import experiment, generate, images, runs
 from mclr_jax.data import pipeline, sources
 from mclr_jax.metrics import report
+from mclr_jax.names import in_range
 from mclr_jax.representation import monitor
 from mclr_jax.samplers import Sampler
 from mclr_jax.task import Task
@@ -23,38 +27,74 @@ from mclr_jax.training.log import Writer
 from mclr_jax.training.loop import Hook, Moment
 from mclr_jax.training.step import TrainState, init_state, make_evaluate
 
+# The least values of keys that only the train loop reads.
+AT_LEAST = {"seed": 0, "num_steps": 1, "batch_size": 1, "steps_per_dispatch": 0,
+            "grad_accumulation": 1, "log_every": 1, "checkpoint_every": 0, "keep_checkpoints": 1,
+            "eval_examples": 0, "sample_every": 0, "icr.every_steps": 0, "ema.snapshot_every": 0,
+            "data.augment": 0.0, "data.limit": 0, "sigma_data": 0.0}  # fmt: skip
 
-def train(config: Any, workdir: str | pathlib.Path, more_hooks: Sequence[Hook] = ()) -> TrainState:
+
+def train(
+    config: Any,
+    workdir: str | pathlib.Path,
+    more_hooks: Sequence[Hook] = (),
+    restart: bool = False,
+) -> TrainState:
     """Train to config.num_steps (see configs/base.py), and return the last state.
 
     Training starts from the newest checkpoint in `workdir`, if one exists. SIGTERM and SIGINT save
     a checkpoint and stop; the same call then continues to the same bits. `more_hooks` run before
-    the checkpoint is saved. ValueError: the config is invalid. NonFiniteError: a metric is not
-    finite; names the metric, the step and the last checkpoint.
+    the checkpoint is saved. `restart` moves an existing run to workdir/replaced and begins anew.
+
+    Raises:
+      Interrupted: a signal stopped the training; a SystemExit, so that callers stop too.
+      NonFiniteError: a metric is not finite; names the metric, the step and the last checkpoint.
+      RuntimeError: another process trains in `workdir`, or no checkpoint there can be read.
+      ValueError: the config is invalid, or `workdir` has a run of another model or of other data.
     """
-    # ---- set-up -------------------------------------------------------------------------------
+    for key, low in AT_LEAST.items():
+        in_range(f"config.{key}", operator.attrgetter(key)(config), low)
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     logging.info(banner())
     if config.require_accelerator:
         require_accelerator()
+    first_process = jax.process_index() == 0
+    with runs.locked(workdir) if first_process else contextlib.nullcontext():
+        if restart and first_process:
+            runs.set_aside(workdir)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("work directory")
+        state, stopped_by = _train(config, workdir, more_hooks)
+    if stopped_by:
+        raise loop.Interrupted(stopped_by, int(state.step))
+    return state
+
+
+def _train(
+    config: Any, workdir: pathlib.Path, more_hooks: Sequence[Hook]
+) -> tuple[TrainState, int]:
+    """The last state, and the number of the signal that stopped the training, or 0."""
+    # ---- set-up -------------------------------------------------------------------------------
     devices = Devices(config.parallel)
     devices.check_batch_size(config.batch_size)
     source = sources.from_config(config.data, "train", config.seed)
     data = experiment.data_info(config, source)
     companions = runs.companions(config, data, workdir)
     task = experiment.make_task(config, data, companions)
-    extra = extra_sources(config, task, source)
+    extra, sampler = extra_sources(config, task, source), Sampler(**config.sampler)
     first_process = jax.process_index() == 0
-    if first_process:
-        runs.describe(workdir, config, task.model, companions)
+    description = runs.describe(config, task.model, companions)
+    changes = runs.changes(workdir, description)
     with (
         Checkpoints(workdir / "checkpoints", config.keep_checkpoints) as checkpoints,
         Checkpoints(workdir / "snapshots", keep=None) as snapshots,
     ):
         # ---- start or resume ------------------------------------------------------------------
-        state, start = _start(config, task, devices, checkpoints)
+        state, start, origin = _start(config, task, devices, checkpoints)
         frozen = _frozen(config, task, devices, workdir)
+        if first_process:  # all that has been read fits together
+            runs.record(workdir, description, changes, start, origin)
         shard = jax.process_index(), jax.process_count()
         stream = pipeline.stream(source, config.batch_size, config.seed, start, *shard, extra=extra)
         parameters = sum(x.size for x in jax.tree.leaves(state.params))
@@ -70,14 +110,13 @@ def train(config: Any, workdir: str | pathlib.Path, more_hooks: Sequence[Hook] =
         ]
         # ---- train ----------------------------------------------------------------------------
         with Writer(workdir, start, config.num_steps, first_process) as writer:
-            samples = _samples(config, task, workdir, writer)
+            samples = _samples(config.sample_every, sampler, task, workdir, writer)
             hooks += [samples, *more_hooks, _checkpoint(config, checkpoints)]
-            state, _ = loop.run(
+            return loop.run(
                 task, state, frozen, stream, hooks, writer,
                 devices=devices, num_steps=config.num_steps, log_every=config.log_every,
                 steps_per_dispatch=steps_per_dispatch(config), saved=lambda: _last(checkpoints),
             )  # fmt: skip
-    return state
 
 
 def steps_per_dispatch(config: Any) -> int:
@@ -112,19 +151,22 @@ def _restore(checkpoints: Checkpoints, devices: Devices, shapes: Any) -> tuple[A
     return (devices.from_global(restored[0]), restored[1]) if restored else None
 
 
-def _start(config: Any, task: Task, devices: Devices, checkpoints: Checkpoints) -> tuple[Any, int]:
-    """State and step of the newest checkpoint, or of a new run."""
+def _start(
+    config: Any, task: Task, devices: Devices, checkpoints: Checkpoints
+) -> tuple[TrainState, int, dict[str, Any] | None]:
+    """State and step of the newest checkpoint, or of a new run and the origin of its weights."""
     init = functools.partial(init_state, task)
     restored = _restore(checkpoints, devices, jax.eval_shape(init))
     if restored is not None:
         logging.info("Resumed from the checkpoint of step %d.", restored[-1])
-        return restored
-    state = devices.initialise(init)
+        return *restored, None
+    state, origin = devices.initialise(init), None
     if config.init_from:
-        params = devices.put_state(runs.start_weights(config.init_from, task.model))
+        weights, step = runs.start_weights(config.init_from, task.model)
+        origin, params = {"run": config.init_from, "step": step}, devices.put_state(weights)
         copies = {name: jax.tree.map(jnp.copy, params) for name in state.ema}
         state = state.replace(params=params, ema=copies)
-    return state, 0
+    return state, 0, origin
 
 
 def _frozen(config: Any, task: Task, devices: Devices, workdir: pathlib.Path) -> dict[str, Any]:
@@ -154,7 +196,8 @@ def _checkpoint(config: Any, checkpoints: Checkpoints) -> Hook:
         metrics = {k: moment.readings[n] for k, n in found.items() if n in moment.readings}
         checkpoints.save(moment.step, moment.state, metrics)
 
-    return Hook((config.checkpoint_every, config.icr.every_steps), save, when_stopped=True)
+    periods = config.checkpoint_every or config.num_steps, config.icr.every_steps
+    return Hook(periods, save, when_stopped=True)
 
 
 def _snapshots(config: Any, snapshots: Checkpoints) -> Hook:
@@ -206,9 +249,11 @@ def _icr(config: Any, task: Task, source: Any, workdir: pathlib.Path, start: int
     return [Hook(config.icr.every_steps, measure)]
 
 
-def _samples(config: Any, task: Task, workdir: pathlib.Path, writer: Writer) -> Hook:
+def _samples(
+    every: int, sampler: Sampler, task: Task, workdir: pathlib.Path, writer: Writer
+) -> Hook:
     """8 images, or 500 points, of each of the first 10 classes, from the same seeds."""
-    model, sampler = task.model, Sampler(**config.sampler)
+    model = task.model
     number = 8 if len(model.data.shape) == 3 else 500
     labels = np.repeat(np.arange(min(model.null_label, 10)), number)
 
@@ -220,7 +265,7 @@ def _samples(config: Any, task: Task, workdir: pathlib.Path, writer: Writer) -> 
             images.save(workdir / "samples" / f"{moment.step:08d}.png", grid)
             writer.image(moment.step, "samples", grid)
 
-    return Hook(config.sample_every, draw)
+    return Hook(every, draw)
 
 
 def _profile(config: Any, workdir: pathlib.Path) -> list[Hook]:

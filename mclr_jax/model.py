@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from mclr_jax.denoiser import Preconditioning, denoiser
+from mclr_jax.names import in_range
 from mclr_jax.problem import Answers, LogitsFn
 from mclr_jax.types import Condition, DenoiseFn, as_condition, expand
 
@@ -39,6 +40,13 @@ class Model:
     preconditioning: Preconditioning  # of the input and, for a denoiser, the output of the network
     data: DataInfo
     strength: tuple[float, ...] = ()  # (low, high) of the guidance strength; () if it is no input
+
+    def __post_init__(self):
+        if self.strength:
+            if len(self.strength) != 2:
+                raise ValueError(f"strength is {self.strength}; expected () or (low, high).")
+            in_range("strength[0]", self.strength[0], 0.0)
+            in_range("strength[1]", self.strength[1], float(self.strength[0]))
 
     @property
     def null_label(self) -> int:

@@ -1,8 +1,9 @@
-"""Look-up by name, with errors that list the nearest valid names."""
+"""Look-up by name, with errors that list the nearest valid names; values checked by range."""
 
 import dataclasses
 import difflib
 import importlib
+import math
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -17,6 +18,24 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
     guess = f"Did you mean {' or '.join(map(repr, close))}? " if close else ""
     return f"{guess}Known: {', '.join(known) or 'none'}."
+
+
+def in_range(key: str, value: Any, low: float, high: float = math.inf, open: str = "") -> None:
+    """Raise ValueError with key, value and range unless low <= value <= high, and value is finite.
+
+    `open` names the ends that are excluded: "(" the lower one, ")" the upper one, "()" both. A low
+    end of type int requires an integer value.
+    """
+    above = low < value if "(" in open else low <= value
+    below = value < high if ")" in open else value <= high
+    whole = isinstance(low, int)
+    if above and below and math.isfinite(value) and (not whole or value == int(value)):
+        return
+    kind = "an integer" if whole else "a number"
+    lower = f"above {low:g}" if "(" in open else f"of at least {low:g}"
+    upper = f"below {high:g}" if ")" in open else f"at most {high:g}"
+    limits = lower if high == math.inf else f"{lower} and {upper}"
+    raise ValueError(f"{key} is {value!r}; expected {kind} {limits}.")
 
 
 def look_up(table: Mapping[str, T], name: str, what: str) -> T:

@@ -4,11 +4,14 @@
 """
 
 import dataclasses
+import math
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from mclr_jax.names import in_range
 
 
 class NoiseLevels(Protocol):
@@ -25,6 +28,10 @@ class LogNormal:
     mean: float = -1.2
     std: float = 1.2
 
+    def __post_init__(self):
+        in_range("noise.mean", self.mean, -math.inf)
+        in_range("noise.std", self.std, 0.0)
+
     def sample(self, key: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
         return jnp.exp(self.mean + self.std * jax.random.normal(key, shape))
 
@@ -35,6 +42,10 @@ class LogUniform:
 
     sigma_min: float = 0.002
     sigma_max: float = 80.0
+
+    def __post_init__(self):
+        in_range("noise.sigma_min", self.sigma_min, 0.0, open="(")
+        in_range("noise.sigma_max", self.sigma_max, self.sigma_min, open="(")
 
     def sample(self, key: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
         low, high = np.log(self.sigma_min), np.log(self.sigma_max)
@@ -52,10 +63,10 @@ def rho_grid(
     """
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}; a sampling grid needs at least 1.")
-    if not 0 < sigma_min < sigma_max or rho <= 0:
+    if not 0 < sigma_min < sigma_max < np.inf or not 0 < rho < np.inf:
         raise ValueError(
             f"Got sigma_min={sigma_min}, sigma_max={sigma_max}, rho={rho}; "
-            "expected 0 < sigma_min < sigma_max and rho > 0."
+            "expected 0 < sigma_min < sigma_max and rho > 0, all finite."
         )
     roots = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), num_steps)
     return np.append(roots**rho, 0.0)

@@ -3,9 +3,15 @@
 from collections.abc import Callable
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from mclr_jax.names import look_up
+from mclr_jax.names import in_range, look_up
+
+LIMITS = {"learning_rate": (0.0, np.inf, ""), "warmup_steps": (0, np.inf, ""),
+          "decay_steps": (1, np.inf, ""), "b1": (0.0, 1.0, ")"), "b2": (0.0, 1.0, ")"),
+          "eps": (0.0, np.inf, "("), "weight_decay": (0.0, np.inf, ""),
+          "clip_norm": (0.0, np.inf, "")}  # fmt: skip
 
 
 def learning_rate(config, num_steps: int) -> Callable:
@@ -31,6 +37,8 @@ def learning_rate(config, num_steps: int) -> Callable:
 
 def optimizer(config, num_steps: int) -> optax.GradientTransformation:
     """AdamW after clipping by the global norm, from config.optimizer; clip_norm = 0 for none."""
+    for key, (low, high, ends) in LIMITS.items():
+        in_range(f"config.optimizer.{key}", config[key], low, high, ends)
     rate = learning_rate(config, num_steps)
     adam = optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()

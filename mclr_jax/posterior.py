@@ -13,6 +13,7 @@ import numpy as np
 
 from mclr_jax import mixture
 from mclr_jax.mixture import GaussianMixture
+from mclr_jax.names import in_range
 from mclr_jax.noise import normal_like, split
 from mclr_jax.problem import Answers, LogitsFn, PosteriorFn, Problem
 from mclr_jax.types import DenoiseFn, expand, with_label
@@ -111,6 +112,7 @@ def from_denoiser(
     """
     log_prior, num_classes = jnp.log(jnp.asarray(class_prior)), len(class_prior)
     tried = candidates or num_classes
+    in_range("posterior.levels", levels, 1)
     if not 2 <= tried <= num_classes:
         raise ValueError(f"candidates is {candidates}; expected 0, or 2 to {num_classes} classes.")
 

@@ -5,12 +5,16 @@ the training state; `snapshots/` averages of earlier steps for post-hoc EMA; `fr
 of the companions, so that the run needs no other directory.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
+import os
 import pathlib
-from collections.abc import Mapping
+import socket
+import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -19,32 +23,127 @@ import ml_collections
 from absl import logging
 from flax import traverse_util
 
-from mclr_jax import ema, experiment
-from mclr_jax.files import flat, write_json
+from mclr_jax import __version__, ema, experiment
+from mclr_jax.files import flat, provenance, write_json
 from mclr_jax.model import DataInfo, Model
 from mclr_jax.samplers import Sampler
 from mclr_jax.task import MADE_HERE
 from mclr_jax.training.checkpoint import Checkpoints, check_same
+from mclr_jax.training.devices import banner
+
+# Values of run.json that a run with checkpoints cannot change: they decide what its weights mean.
+FIXED = ("model.", "companions.", "config.data.name", "config.data.path", "config.data.limit",
+         "config.data.resolution", "config.data.num_classes")  # fmt: skip
 
 
-def describe(
-    workdir: pathlib.Path, config: Any, model: Model, companions: Mapping[str, Model]
-) -> None:
-    """Write run.json; warn of each value that differs from those of an existing run.json."""
+def describe(config: Any, model: Model, companions: Mapping[str, Model]) -> dict[str, Any]:
+    """The description of a run, without its history, as JSON."""
+    others = {name: experiment.describe(other) for name, other in companions.items()}
+    parts = {"config": config.to_dict(), "model": experiment.describe(model), "companions": others}
+    return json.loads(json.dumps(parts))
+
+
+def changes(workdir: pathlib.Path, description: Mapping[str, Any]) -> dict[str, list]:
+    """key: [old, new] of the values that differ from those in run.json; warns of each.
+
+    Raises ValueError if the directory has checkpoints, which these values do not describe.
+    """
     path = workdir / "run.json"
-    description = {
-        "config": config.to_dict(),
-        "model": experiment.describe(model),
-        "companions": {name: experiment.describe(other) for name, other in companions.items()},
-    }
-    if path.exists():
-        texts = path.read_text(), json.dumps(description)
-        before, now = (flat(json.loads(text)) for text in texts)
-        for name in sorted(before.keys() | now.keys()):
-            old, new = (json.dumps(tree.get(name)) for tree in (before, now))
-            if old != new:
-                logging.warning("%s is now %s; this run was started with %s.", name, new, old)
-    write_json(path, description)
+    if not path.exists():
+        return {}
+    before, now = flat(_read(path)), flat(dict(description))
+    keys = [k for k in before.keys() | now.keys() if not k.startswith(("history", "start"))]
+    found = {k: [before.get(k), now.get(k)] for k in sorted(keys) if before.get(k) != now.get(k)}
+    texts = {key: "is now {1}; it was {0}".format(*map(json.dumps, v)) for key, v in found.items()}
+    fixed = [f"{key} {text}" for key, text in texts.items() if key.startswith(FIXED)]
+    if fixed and any((workdir / "checkpoints").glob("[0-9]*")):
+        raise ValueError(
+            f"{workdir} has checkpoints of another model or other data: {'; '.join(fixed)}. Use "
+            "another --workdir, the old values, or --restart to begin again in this one."
+        )
+    for key, text in texts.items():
+        logging.warning("%s %s, when this run was started.", key, text)
+    return found
+
+
+def record(
+    workdir: pathlib.Path, description: Mapping[str, Any], changed: Mapping[str, list],
+    step: int, start: Any = None,
+) -> None:  # fmt: skip
+    """Write run.json: the description, its history, and `start`, the origin of the weights."""
+    path = workdir / "run.json"
+    old = _read(path) if path.exists() else {}
+    made_by = {**provenance(), "version": __version__, "device": banner()}
+    entry = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step, **made_by}
+    history = [*old.get("history", []), {**entry, "changes": dict(changed)}]
+    origin = {"start": found} if (found := start or old.get("start")) else {}
+    write_json(path, {**description, **origin, "history": history})
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        description = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); restore it from a copy.") from error
+    if not isinstance(description, dict) or "model" not in description:
+        raise ValueError(f"{path} was written by an older version; train that run again.")
+    return description
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Hold the lock of a directory, so that only one process trains in it.
+
+    Raises RuntimeError if another process holds the lock, unless that process of this host has
+    ended.
+    """
+    path, own = workdir / "lock", workdir / f"lock.{os.getpid()}"
+    mine = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.ctime()}
+    write_json(own, {**mine, "born": _born(os.getpid())})
+    try:
+        while True:
+            try:
+                os.link(own, path)  # with its content, or not at all
+                break
+            except FileExistsError:
+                with contextlib.suppress(FileNotFoundError):  # released meanwhile
+                    holder = json.loads(path.read_text())
+                    if holder["host"] == mine["host"] and _born(holder["pid"]) != holder["born"]:
+                        path.unlink()
+                        continue
+                    raise RuntimeError(
+                        f"Process {holder['pid']} on {holder['host']} has trained in {workdir} "
+                        f"since {holder['since']}; wait for its end, or use another --workdir. If "
+                        f"that host no longer runs it, delete {path}."
+                    ) from None
+    finally:
+        own.unlink()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _born(pid: int) -> str | None:
+    """What tells a running process from later ones with its number; None if there is none."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:  # of another user
+        pass
+    stat = pathlib.Path(f"/proc/{pid}/stat")
+    return stat.read_text().rpartition(")")[2].split()[19] if stat.exists() else ""
+
+
+def set_aside(workdir: pathlib.Path) -> None:
+    """Move a run, except pictures and evaluations, to the folder `replaced` of its directory."""
+    target = workdir / "replaced" / time.strftime("%Y%m%d-%H%M%S")
+    names = ("run.json", "metrics.jsonl", "checkpoints", "snapshots", "frozen", "tensorboard")
+    for path in (workdir / name for name in names):
+        if path.exists():
+            target.mkdir(parents=True, exist_ok=True)
+            path.rename(target / path.name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +203,7 @@ class Run:
                 restored = store.restore({"reference": _like(self.companions["reference"])})
             if restored is not None:
                 return fitted(restored[0]["reference"], self.model, f"{self.workdir}/frozen")
-        return start_weights(self.config.init_from, self.model)
+        return start_weights(self.config.init_from, self.model)[0]
 
     def _reconstruct(self, like: Any, average: str, names: list[str], step: int | None):
         """Post-hoc EMA: a weighted sum of the snapshots up to `step`, read one at a time."""
@@ -138,9 +237,7 @@ def load(workdir: str | pathlib.Path) -> Run:
         raise FileNotFoundError(
             f"{workdir} is not the directory of a run: no run.json. Pass the --workdir of training."
         )
-    description = json.loads(path.read_text())
-    if "model" not in description:
-        raise ValueError(f"{path} was written by an older version; train that run again.")
+    description = _read(path)
     config = ml_collections.FrozenConfigDict(description["config"])
     others = {name: experiment.model_of(d) for name, d in description["companions"].items()}
     return Run(path.parent, config, experiment.model_of(description["model"]), others)
@@ -189,11 +286,13 @@ def fitted(weights: Any, model: Model, source: str) -> Any:
     return tree
 
 
-def start_weights(path: str, model: Model) -> Any:
-    """The default weights of the run in `path`, `fitted` to a model."""
-    weights, step = load(path).weights()
-    logging.info("Weights from step %d of %s.", step, path)
-    return fitted(weights, model, path)
+def start_weights(path: str, model: Model) -> tuple[Any, int]:
+    """The default weights of the run in `path`, `fitted` to a model, and their step."""
+    run = load(path)
+    weights, step = run.weights()
+    log = logging.warning if step < run.config.num_steps else logging.info
+    log("Weights from step %d of %d of %s.", step, run.config.num_steps, path)
+    return fitted(weights, model, path), step
 
 
 def companion_paths(config: Any) -> dict[str, str]:
@@ -215,7 +314,9 @@ def companions(config: Any, data: DataInfo, workdir: pathlib.Path) -> dict[str, 
     ValueError: a model is missing, of the wrong kind, or for other data.
     """
     paths, found = companion_paths(config), {}
-    held = load(workdir).companions if (workdir / "frozen").exists() else {}
+    held: Mapping[str, Model] = {}
+    if (workdir / "frozen").exists() and (workdir / "run.json").exists():
+        held = load(workdir).companions
     for name, path in paths.items():
         model = held[name] if name in held else load(path).model
         kind = "a classifier" if model.is_classifier else "a denoiser"

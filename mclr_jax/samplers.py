@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mclr_jax.names import look_up
+from mclr_jax.names import in_range, look_up
 from mclr_jax.noise import normal_like, rho_grid
 from mclr_jax.types import Condition, DenoiseFn, as_condition, expand
 
@@ -94,6 +94,11 @@ class Sampler:
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     rho: float = 7.0
+
+    def __post_init__(self):
+        look_up(METHODS, self.method, "sampler")
+        in_range("sampler.num_steps", self.num_steps, 1)
+        self.grid()
 
     def grid(self, levels: tuple[float, float] = (0.0, np.inf)) -> np.ndarray:
         """The grid (num_steps + 1,), within the `levels` of the model's preconditioning."""

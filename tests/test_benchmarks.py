@@ -112,8 +112,8 @@ def test_only_a_training_that_came_to_an_end_is_marked(tmp_path, monkeypatch):
     config, bench = small("mixture"), mixture_mclr.Bench(tmp_path)
     config.optimizer.learning_rate = 1e8
     with monkeypatch.context() as signalled:
-        signalled.setattr(loop.Interrupt, "requested", lambda self, sync: True)
-        with pytest.raises(SystemExit, match="run was stopped after step 1"):
+        signalled.setattr(loop.Interrupt, "requested", lambda self, sync: 15)
+        with pytest.raises(loop.Interrupted, match="143"):
             bench.train("run", "mixture", config)
     assert not (tmp_path / "run" / "done.json").exists()
     with pytest.raises(loop.NonFiniteError):

@@ -10,7 +10,7 @@ from flax import struct
 from jax.sharding import SingleDeviceSharding
 
 from mclr_jax.files import read_lines
-from mclr_jax.training.checkpoint import Checkpoints, MismatchError
+from mclr_jax.training.checkpoint import Checkpoints, MismatchError, digests
 
 
 @struct.dataclass
@@ -192,12 +192,83 @@ def test_a_reader_leaves_alone_what_is_being_written(tmp_path):
         chex.assert_trees_all_equal(checkpoints.restore(like(state_at(0)), 15), (state_at(15), 15))
 
 
-def test_all_broken_is_an_error_and_not_a_new_start(tmp_path):
+def test_all_broken_is_an_error_each_time_and_nothing_is_moved(tmp_path):
     write(tmp_path / "c", [10, 20])
     for step in ("10", "20"):
         shutil.rmtree(tmp_path / "c" / step / "state")
-    with Checkpoints(tmp_path / "c") as checkpoints, pytest.raises(RuntimeError, match="broken"):
-        checkpoints.restore(like(state_at(0)))
+    for _ in range(2):
+        with (
+            Checkpoints(tmp_path / "c") as checkpoints,
+            pytest.raises(RuntimeError, match=r"None of the checkpoints \[20, 10\].*--restart"),
+        ):
+            checkpoints.restore(like(state_at(0)))
+        assert not (tmp_path / "broken").exists()
+
+
+def flip_a_bit(directory, step, seed):
+    """One bit of the arrays of a checkpoint, in the file that has most of them."""
+    file = max((directory / str(step)).rglob("d/*"), key=lambda path: path.stat().st_size)
+    content, rng = bytearray(file.read_bytes()), np.random.default_rng(seed)
+    content[rng.integers(len(content) // 4, 3 * len(content) // 4)] ^= 1 << rng.integers(8)
+    file.write_bytes(content)
+
+
+def noise_at(step):
+    """A state of numbers that do not compress, most of its bytes on disk."""
+    x = jax.random.normal(jax.random.key(step), (64, 64))
+    return State(jnp.int32(step), {"a": x}, {"halflife": {"a": -x}})
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_read(tmp_path, caplog, seed):
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        for step in (10, 20):
+            checkpoints.save(step, noise_at(step))
+    flip_a_bit(tmp_path / "c", 20, seed)
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        state, step = checkpoints.restore(like(noise_at(0)))
+    assert step == 10
+    assert "20 cannot be read" in caplog.text
+    chex.assert_trees_all_equal(state, noise_at(10))
+
+
+def test_a_branch_is_checked_by_its_own_digests(tmp_path):
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(10, noise_at(10))
+    with Checkpoints(tmp_path / "c", keep=None) as checkpoints:
+        branch = {"ema": {"halflife": like(noise_at(0).params)}}
+        found, _ = checkpoints.restore(branch)
+        chex.assert_trees_all_equal(found["ema"]["halflife"], noise_at(10).ema["halflife"])
+
+
+def test_a_checkpoint_under_another_step_is_refused(tmp_path):
+    write(tmp_path / "c", [10])
+    shutil.copytree(tmp_path / "c" / "10", tmp_path / "c" / "30")
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        with pytest.raises(RuntimeError, match="checkpoint 30: it is a copy of checkpoint 10"):
+            checkpoints.restore(like(state_at(0)), 30)
+        assert checkpoints.restore(like(state_at(0)))[1] == 10
+
+
+def test_a_reader_moves_nothing(tmp_path):
+    write(tmp_path / "c", [10, 20])
+    shutil.rmtree(tmp_path / "c" / "20" / "state")
+    with Checkpoints(tmp_path / "c", keep=None) as checkpoints:
+        assert checkpoints.restore(like(state_at(0)))[1] == 10
+    assert (tmp_path / "c" / "20").exists()
+
+
+def test_the_digest_tells_every_bit_place_and_type():
+    x = jax.random.normal(jax.random.key(0), (3, 5))
+    first = digests({"a": x})["a"]
+    bits = np.array(x).view(np.uint32)
+    for place, bit in np.ndindex(15, 32):
+        changed = bits.copy()
+        changed.flat[place] ^= np.uint32(1 << bit)
+        assert digests({"a": jnp.asarray(changed.view(np.float32))})["a"] != first
+    others = [x.T, x[::-1], x.reshape(5, 3), x.astype(jnp.bfloat16), jnp.zeros((3, 5))]
+    assert len({first, *(digests({"a": other})["a"] for other in others)}) == 6
+    assert digests({"b": {"c": x, "d": jnp.int32(3)}}).keys() == {"b/c", "b/d"}
 
 
 def test_another_architecture_names_the_first_differing_parameter(tmp_path):

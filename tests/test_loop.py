@@ -229,7 +229,7 @@ def test_a_run_that_is_killed_and_stopped_ends_with_the_same_bits(tmp_path):
         wait_for_step(process, workdir, step)
         os.kill(process.pid, number)
         process.join(60)
-        assert process.exitcode == (-number if number == signal.SIGKILL else 0)
+        assert process.exitcode == (-number if number == signal.SIGKILL else 143)
     assert "Stopped by a signal" in pathlib.Path(f"{workdir}.log").read_text()
     with Checkpoints(workdir / "checkpoints", None) as checkpoints:
         assert 35 <= checkpoints.steps()[-1] < 60

@@ -1,7 +1,10 @@
 """Training as a user starts it: hooks that a config asks for, where runs start, what they take."""
 
 import json
+import logging
+import os
 import shutil
+import signal
 
 import chex
 import jax
@@ -12,6 +15,7 @@ import tiny
 from configs import base as configs_base
 from mclr_jax import experiment, main, metrics, runs
 from mclr_jax.data import sources
+from mclr_jax.training import loop
 from mclr_jax.training.checkpoint import Checkpoints, MismatchError
 from mclr_jax.training.loop import Hook, NonFiniteError
 from mclr_jax.training.step import make_evaluate
@@ -94,6 +98,113 @@ def test_averages_of_any_width_are_reconstructed_from_snapshots(tmp_path):
     assert max(jax.tree.leaves(difference)) > 1e-4
     with pytest.raises(ValueError, match=r"No EMA 'pwer'.*halflife"):
         load(tmp_path, average="pwer")
+
+
+# ---- nothing is lost -----------------------------------------------------------------------------
+
+
+def test_a_wrong_config_leaves_a_finished_run_readable(tmp_path):
+    main.train(tiny.config(), tmp_path)
+    before = (tmp_path / "run.json").read_text()
+    for changes in ({"optimizer.clip_norm": 1.0, "ema.halflife_steps": 0.0}, {"network.width": 24}):
+        with pytest.raises(ValueError, match=r"expected shape|has checkpoints of another model"):
+            main.train(tiny.config(num_steps=24, **changes, **tiny.POWER), tmp_path)
+        assert (tmp_path / "run.json").read_text() == before
+    assert load(tmp_path)[1] == 12
+    main.train(tiny.config(num_steps=14), tmp_path)
+    history = json.loads((tmp_path / "run.json").read_text())["history"]
+    assert [entry["step"] for entry in history] == [0, 12]
+    assert history[1]["changes"] == {"config.num_steps": [12, 14]}
+
+
+def test_an_interrupted_run_stops_its_caller_and_says_so_where_it_is_a_base(tmp_path, caplog):
+    def interrupt(moment):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    config = tiny.config(steps_per_dispatch=1)
+    with pytest.raises(loop.Interrupted) as stopped:
+        main.train(config, tmp_path / "base", [Hook(0, interrupt, at=(3,))])
+    assert (stopped.value.code, stopped.value.step) == (143, 4)
+    assert not (tmp_path / "base" / "lock").exists()
+    tuned = tiny.config(num_steps=2, init_from=str(tmp_path / "base"))
+    with caplog.at_level(logging.WARNING):
+        main.train(tuned, tmp_path / "run")
+    assert f"Weights from step 4 of 12 of {tmp_path / 'base'}" in caplog.text
+    start = json.loads((tmp_path / "run" / "run.json").read_text())["start"]
+    assert start == {"run": str(tmp_path / "base"), "step": 4}
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(("key", "value", "expected"), [
+    ("seed", -1, "of at least 0"),
+    ("num_steps", 0, "an integer of at least 1"),
+    ("log_every", 0, "of at least 1"),
+    ("grad_accumulation", 0, "of at least 1"),
+    ("steps_per_dispatch", -1, "of at least 0"),
+    ("checkpoint_every", -5, "of at least 0"),
+    ("sigma_data", -0.5, "of at least 0"),
+    ("strength", (2.0, 0.0), r"strength\[1\] is 0.0; expected a number of at least 2"),
+    ("strength", (1.0,), r"expected \(\) or \(low, high\)"),
+    ("strength", (0.0, NAN), r"strength\[1\] is nan"),
+    ("noise.std", -1.0, "of at least 0"),
+    ("noise.mean", NAN, "nan"),
+    ("objective.label_dropout", 1.5, "of at least 0 and at most 1"),
+    ("objective.label_dropout", NAN, "nan"),
+    ("network.dropout", 1.0, "of at least 0 and below 1"),
+    ("network.width", -16, "of at least 1"),
+    ("network.depth", 0, "of at least 1"),
+    ("optimizer.learning_rate", -1e-3, "of at least 0"),
+    ("optimizer.learning_rate", INF, "inf"),
+    ("optimizer.weight_decay", -0.1, "of at least 0"),
+    ("optimizer.clip_norm", -1.0, "of at least 0"),
+    ("optimizer.eps", 0.0, "above 0"),
+    ("optimizer.b1", 1.0, "of at least 0 and below 1"),
+    ("optimizer.b2", 1.5, "of at least 0 and below 1"),
+    ("optimizer.warmup_steps", -1, "of at least 0"),
+    ("ema.halflife_steps", NAN, "nan"),
+    ("ema.halflife_steps", -1.0, "of at least 0"),
+    ("ema.ramp_up", NAN, "nan"),
+    ("sampler.num_steps", 0, "of at least 1"),
+    ("sampler.rho", NAN, "rho=nan"),
+    ("sampler.sigma_max", INF, "sigma_max=inf"),
+    ("sampler.method", "huen", "Did you mean 'heun'"),
+])  # fmt: skip
+def test_values_that_spoil_a_run_are_refused_before_it_is_written(tmp_path, key, value, expected):
+    config = tiny.config(sample_every=6)
+    with config.ignore_type():
+        config.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=expected) as error:
+        main.train(config, tmp_path / "run")
+    assert key.rpartition(".")[2].partition("[")[0].replace("method", "sampler") in str(error.value)
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_the_last_step_is_always_saved(tmp_path):
+    main.train(tiny.config(checkpoint_every=0), tmp_path)
+    assert load(tmp_path)[1] == 12
+
+
+def test_damaged_checkpoints_stop_each_call_until_a_restart_is_asked_for(tmp_path):
+    main.train(tiny.config(), tmp_path)
+    for folder in (tmp_path / "checkpoints").glob("[0-9]*"):
+        shutil.rmtree(folder / "state")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"None of the checkpoints .*--restart"):
+            main.train(tiny.config(), tmp_path)
+    state = main.train(tiny.config(num_steps=3), tmp_path, restart=True)
+    assert int(state.step) == 3
+    assert len(list((tmp_path / "replaced").iterdir())) == 1
+
+
+def test_damaged_companions_are_not_replaced_by_what_their_run_holds_now(base, tmp_path):
+    config = mclr(base, **{"objective.target": "reference"})
+    main.train(config, tmp_path)
+    shutil.rmtree(tmp_path / "frozen" / "0" / "state")
+    config.num_steps += 2
+    with pytest.raises(RuntimeError, match=r"None of the checkpoints .*frozen"):
+        main.train(config, tmp_path)
 
 
 # ---- what is refused before training -------------------------------------------------------------

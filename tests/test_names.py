@@ -1,6 +1,9 @@
+import math
+import re
+
 import pytest
 
-from mclr_jax.names import look_up, nearest, resolve
+from mclr_jax.names import in_range, look_up, nearest, resolve
 
 
 def test_found_or_an_error_with_the_nearest():
@@ -69,3 +72,25 @@ def test_what_cannot_be_imported_is_named(name, message):
 def test_what_a_module_lacks_itself_is_not_taken_for_the_module(name, missing):
     with pytest.raises(ImportError, match=missing):
         resolve({}, f"guest.{name}:Sampler", "sampler")
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "ends", "message"),
+    [
+        (0, 1, math.inf, "", "x is 0; expected an integer of at least 1."),
+        (1.5, 1, 3, "", "x is 1.5; expected an integer of at least 1 and at most 3."),
+        (0.0, 0.0, 1.0, "(", "x is 0.0; expected a number above 0 and at most 1."),
+        (1.0, 0.0, 1.0, ")", "x is 1.0; expected a number of at least 0 and below 1."),
+        (math.nan, 0.0, 1.0, "", "x is nan; expected a number of at least 0 and at most 1."),
+        (math.inf, 0.0, math.inf, "", "x is inf; expected a number of at least 0."),
+    ],
+)
+def test_a_value_outside_its_range_is_named(value, low, high, ends, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        in_range("x", value, low, high, ends)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
+def test_a_value_inside_its_range_passes(value):
+    in_range("x", value, 0.0, 1.0)
+    in_range("x", 3, 1)

@@ -338,10 +338,10 @@ def test_ddo_without_samples_is_refused(started, tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ModelGuidance(1.0), "scale is 1.0; expected at least 0 and below 1"),
-        (lambda: ModelGuidance(-0.1), "scale is -0.1; expected at least 0 and below 1"),
-        (lambda: ContrastiveFlow(1.0), "contrast is 1.0; expected at least 0"),
-        (lambda: ContrastiveFlow(-0.1), "contrast is -0.1; expected at least 0"),
+        (lambda: ModelGuidance(1.0), "scale is 1.0; expected a number of at least 0 and below 1"),
+        (lambda: ModelGuidance(-0.1), "scale is -0.1; expected a number of at least 0 and below 1"),
+        (lambda: ContrastiveFlow(1.0), "contrast is 1.0; expected a number of at least 0"),
+        (lambda: ContrastiveFlow(-0.1), "contrast is -0.1; expected a number of at least 0"),
     ],
 )
 def test_strengths_without_an_optimum_are_refused(make, message):

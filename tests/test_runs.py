@@ -1,6 +1,10 @@
 import dataclasses
 import json
 import logging
+import multiprocessing
+import os
+import pathlib
+import socket
 
 import chex
 import jax
@@ -24,7 +28,8 @@ def model_of(config):
 def describe(workdir, companions=(), **changes):
     config = tiny.config(**changes)
     model = model_of(config)
-    runs.describe(workdir, config, model, dict(companions))
+    description = runs.describe(config, model, dict(companions))
+    runs.record(workdir, description, runs.changes(workdir, description), 0)
     return config, model
 
 
@@ -51,10 +56,90 @@ def test_changed_values_are_named(tmp_path, caplog):
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
         describe(tmp_path, num_steps=24, **{"optimizer.learning_rate": 0.5, "network.width": 24})
-    assert "config.num_steps is now 24; this run was started with 12" in caplog.text
+    assert "config.num_steps is now 24; it was 12, when this run was started" in caplog.text
     assert "config.optimizer.learning_rate is now 0.5" in caplog.text
-    assert "model.network.width is now 24; this run was started with 16" in caplog.text
+    assert "model.network.width is now 24; it was 16" in caplog.text
     assert len(caplog.records) == 4  # config.network.width, too
+
+
+def test_harmless_changes_are_history_and_others_are_refused_where_weights_are(tmp_path):
+    _, model = describe(tmp_path)
+    with_weights(tmp_path, {"params": model.init(jax.random.key(0))})
+    describe(tmp_path, num_steps=24)
+    before = (tmp_path / "run.json").read_text()
+    first, second = json.loads(before)["history"]
+    assert first["changes"] == {}
+    assert second["changes"] == {"config.num_steps": [12, 24]}
+    assert second.keys() >= {"time", "step", "command", "version", "revision", "device"}
+    for changes, message in [
+        ({"network.width": 24}, "model.network.width is now 24; it was 16"),
+        ({"strength": (0.0, 2.0)}, "model.strength"),
+        ({"data.limit": 100}, "config.data.limit is now 100; it was 0"),
+        ({"sigma_data": 0.7}, "model.data.sigma_data is now 0.7"),
+    ]:
+        with pytest.raises(ValueError, match=f"has checkpoints of another model.*{message}"):
+            describe(tmp_path, **changes)
+        assert (tmp_path / "run.json").read_text() == before
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"config": ', "[3]"])
+def test_a_broken_description_is_named(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=r"run\.json (is no JSON|was written by an older)"):
+        runs.load(tmp_path)
+
+
+# ---- one trainer ---------------------------------------------------------------------------------
+
+
+def hold(workdir, held, done):
+    with runs.locked(pathlib.Path(workdir)):
+        held.set()
+        done.wait(60)
+
+
+def test_a_second_trainer_is_refused_and_a_dead_ones_lock_is_taken_over(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    held, done = context.Event(), context.Event()
+    process = context.Process(target=hold, args=(str(tmp_path), held, done))
+    process.start()
+    assert held.wait(60)
+    where = f"Process {process.pid} on {socket.gethostname()} has trained in .* since"
+    with pytest.raises(RuntimeError, match=where), runs.locked(tmp_path):
+        pass
+    process.kill()
+    process.join()
+    assert (tmp_path / "lock").exists()
+    with runs.locked(tmp_path), pytest.raises(RuntimeError, match=f"Process {os.getpid()} "):
+        with runs.locked(tmp_path):
+            pass
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_lock_of_another_host_is_respected(tmp_path):
+    holder = {"host": "elsewhere", "pid": 1, "since": "today", "born": "7"}
+    (tmp_path / "lock").write_text(json.dumps(holder))
+    with pytest.raises(RuntimeError, match=r"on elsewhere .*delete .*lock"), runs.locked(tmp_path):
+        pass
+    assert json.loads((tmp_path / "lock").read_text()) == holder
+
+
+def test_a_number_that_another_process_has_got_is_no_holder(tmp_path):
+    holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": "then", "born": "7"}
+    (tmp_path / "lock").write_text(json.dumps(holder))
+    with runs.locked(tmp_path):
+        assert json.loads((tmp_path / "lock").read_text())["born"] != "7"
+
+
+def test_a_run_is_set_aside_whole(tmp_path):
+    _, model = describe(tmp_path)
+    with_weights(tmp_path, {"params": model.init(jax.random.key(0))})
+    (tmp_path / "samples").mkdir()
+    runs.set_aside(tmp_path)
+    (moved,) = (tmp_path / "replaced").iterdir()
+    assert {path.name for path in moved.iterdir()} == {"run.json", "checkpoints"}
+    assert {path.name for path in tmp_path.iterdir()} == {"replaced", "samples"}
+    assert runs.load(moved).weights("none")[1] == 1
 
 
 def test_what_is_missing_is_said(tmp_path):
@@ -171,7 +256,8 @@ def others(tmp_path):
     """Directories of a denoiser and of a classifier for the mixture, without weights."""
     describe(tmp_path / "denoiser")
     config = tiny.classifier()
-    runs.describe(tmp_path / "classifier", config, model_of(config), {})
+    description = runs.describe(config, model_of(config), {})
+    runs.record(tmp_path / "classifier", description, {}, 0)
     return tmp_path
 
 
@@ -238,7 +324,8 @@ def test_an_objective_of_ones_own_names_its_companions(others, tmp_path):
 def test_a_run_that_holds_its_companions_needs_their_directories_no_more(others, tmp_path):
     config = mclr(**{"init_from": "gone", "companions.classifier": "gone too"})
     model, judge = model_of(tiny.config()), model_of(tiny.classifier())
-    runs.describe(tmp_path / "run", config, model, {"reference": model, "classifier": judge})
+    description = runs.describe(config, model, {"reference": model, "classifier": judge})
+    runs.record(tmp_path / "run", description, {}, 0)
     (tmp_path / "run" / "frozen").mkdir()
     found = runs.companions(config, model.data, tmp_path / "run")
     assert found == {"reference": model, "classifier": judge}

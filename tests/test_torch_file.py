@@ -4,9 +4,11 @@ import collections
 import pathlib
 import pickle
 
+import hypothesis
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from mclr_jax.pretrained import torch_file
 
@@ -39,6 +41,32 @@ def test_code_is_neither_imported_nor_run(tmp_path):
     harmful.write_bytes(pickle.dumps(collections.deque))
     with pytest.raises(ValueError, match=r"holds a collections.deque, not tensors"):
         torch_file.load(harmful)
+
+
+@hypothesis.given(
+    offset=st.integers(-3, 12),
+    shape=st.lists(st.integers(-2, 4), max_size=3).map(tuple),
+    strides=st.lists(st.integers(-4, 6), max_size=3).map(tuple),
+)
+@hypothesis.example(offset=0, shape=(2, 2), strides=(-6, 6))  # first and last element are inside
+@hypothesis.example(offset=11, shape=(3, 2), strides=(-5, 0))
+@hypothesis.example(offset=0, shape=(), strides=())
+def test_a_view_has_elements_of_its_storage_alone(offset, shape, strides):
+    """Against the place of every element; what is not inside is refused."""
+    storage = np.arange(10.0)
+    places = [
+        offset + sum(i * s for i, s in zip(index, strides, strict=False))
+        for index in (np.ndindex(*shape) if min(shape, default=0) >= 0 else [])
+    ]
+    fine = len(shape) == len(strides) and min((offset, *shape, *strides)) >= 0
+    if fine and all(0 <= place < 10 for place in places) and offset <= 10:
+        found = torch_file.KNOWN["torch._utils", "_rebuild_tensor_v2"](
+            storage, offset, shape, strides
+        )
+        np.testing.assert_array_equal(found.reshape(-1), places)
+    else:
+        with pytest.raises(KeyError, match="a tensor of shape"):
+            torch_file.KNOWN["torch._utils", "_rebuild_tensor_v2"](storage, offset, shape, strides)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a pickle", pickle.dumps(5)])

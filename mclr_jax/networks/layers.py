@@ -14,6 +14,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.nn.initializers import Initializer, ones, xavier_uniform, zeros
 
+from mclr_jax.names import in_range
 from mclr_jax.types import Condition
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -161,6 +162,13 @@ class Network(nn.Module, kw_only=True):
     dropout: float = 0.0  # rate in each block, used if the condition has dropout keys
     dtype: Any = jnp.float32  # of the computation; parameters, norms, softmax, output are float32
     optional_inputs: ClassVar[tuple[str, ...]] = ("map_strength", "map_augment")
+
+    def __post_init__(self):
+        in_range("network.dropout", self.dropout, 0.0, 1.0, ")")
+        for name in ("width", "depth", "heads", "patch_size", "channels", "num_blocks"):
+            for value in np.atleast_1d(getattr(self, name, 1)):
+                in_range(f"network.{name}", value.item(), 1)
+        super().__post_init__()
 
     def with_optional_inputs(self, embedding: jax.Array, condition: Condition) -> jax.Array:
         """The embedding (B, E) plus a linear map of each optional input that the network has.

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from mclr_jax.names import in_range
 from mclr_jax.noise import normal_like, split
 from mclr_jax.problem import Batch, Loss, Models, Problem
 from mclr_jax.types import Condition, DenoiseFn, expand, with_label
@@ -17,6 +18,9 @@ class Objective(Protocol):
 
     The loss of an example may not depend on other examples: devices and accumulation split batches.
     """
+
+    def __post_init__(self):
+        in_range("objective.label_dropout", getattr(self, "label_dropout", 0), 0.0, 1.0)
 
     @property
     def needs(self) -> frozenset[str]:

@@ -84,6 +84,7 @@ class MCLR(Objective):
     sigma_interval: tuple[float, ...] = ()
 
     def __post_init__(self):
+        super().__post_init__()
         for name, words in WORDS.items():
             if getattr(self, name) not in words:
                 raise ValueError(

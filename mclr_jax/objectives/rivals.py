@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mclr_jax.metrics import Metrics, mean
+from mclr_jax.names import in_range
 from mclr_jax.noise import normal_like, split
 from mclr_jax.objectives.base import (
     Objective,
@@ -179,10 +180,8 @@ class ContrastiveFlow(Objective):
     needs = frozenset({"other"})
 
     def __post_init__(self):
-        if not 0 <= self.contrast < 1:
-            raise ValueError(
-                f"objective.contrast is {self.contrast}; expected at least 0 and below 1."
-            )
+        super().__post_init__()
+        in_range("objective.contrast", self.contrast, 0.0, 1.0, ")")
 
     def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
         """Metrics: `error`, |D - x|^2, and `negative_error`, |v - v~|^2, unweighted."""
@@ -266,8 +265,8 @@ class ModelGuidance(Objective):
     needs = frozenset({"average"})
 
     def __post_init__(self):
-        if not 0 <= self.scale < 1:
-            raise ValueError(f"objective.scale is {self.scale}; expected at least 0 and below 1.")
+        super().__post_init__()
+        in_range("objective.scale", self.scale, 0.0, 1.0, ")")
 
     def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
         """Metrics: `error`, |D - x|^2 unweighted."""

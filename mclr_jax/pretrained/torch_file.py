@@ -38,9 +38,15 @@ def load(path: str | os.PathLike) -> Any:
 
 def _tensor(storage: np.ndarray, offset: int, shape: tuple, strides: tuple, *_: Any) -> np.ndarray:
     """A strided view of a storage; the arguments are those of `_rebuild_tensor_v2`."""
-    last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-    if 0 not in shape and not 0 <= offset <= last < len(storage):
-        raise KeyError(f"a tensor of shape {shape} reaches beyond its storage")
+    inside = len(shape) == len(strides) and min((offset, *shape, *strides)) >= 0
+    if inside and 0 not in shape:  # nothing is negative: the last element is the farthest
+        last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+        inside = last < len(storage)
+    if not inside or offset > len(storage):
+        raise KeyError(
+            f"a tensor of shape {shape}, strides {strides} and offset {offset} is not inside its "
+            f"storage of {len(storage)} numbers"
+        )
     steps = [stride * storage.itemsize for stride in strides]
     return np.lib.stride_tricks.as_strided(storage[offset:], shape, steps)
 

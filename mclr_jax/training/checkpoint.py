@@ -3,9 +3,12 @@
 import json
 import math
 import pathlib
+import zlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
@@ -25,6 +28,8 @@ class Checkpoints:
     metrics.jsonl, the metrics that rank the checkpoints. A checkpoint without a valid line in that
     file has no metrics. Beside the `keep` newest checkpoints, those with the lowest metrics `loss`
     and `icr` are kept. `keep` None keeps all and is required for processes that only read.
+
+    A checkpoint has its step and a digest of each array, which `restore` compares.
     """
 
     def __init__(self, directory, keep: int | None = 2):
@@ -36,7 +41,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self, cleanup_tmp_directories=keep is not None
         )
-        items = {"state": ocp.PyTreeCheckpointHandler()}
+        items = {"state": ocp.PyTreeCheckpointHandler(), "digest": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.directory, item_handlers=items, options=options)
 
     def __enter__(self) -> "Checkpoints":
@@ -80,34 +85,42 @@ class Checkpoints:
         if jax.process_index() == 0:
             lines = (json.dumps(record) + "\n" for record in self._metrics.values())
             write_atomically(self._file, "".join(lines))
-        self._manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state)))
+        digest = ocp.args.JsonSave({"step": step, "arrays": digests(state)})
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), digest=digest)
+        self._manager.save(step, args=items)
 
     def restore(self, like: Any, step: int | None = None) -> tuple[Any, int] | None:
         """(state, step) of the newest readable checkpoint, or of `step`; None: no checkpoint.
 
         `like` is a tree of jax.ShapeDtypeStruct with shardings: the state, or some of its branches.
-        A checkpoint that cannot be read is moved to the folder `broken` beside the directory, with
-        a warning, and the next older checkpoint is read.
+        If a checkpoint cannot be read, or differs from its digest, the next older one is read, with
+        a warning; all but readers move the former to the folder `broken` beside the directory.
 
         MismatchError: names the first parameter whose stored name or shape differs from `like`.
-        RuntimeError: no checkpoint can be read.
+        RuntimeError: no checkpoint can be read; nothing is moved.
         """
         steps = self.steps()
         if step is not None and step not in steps:
             raise RuntimeError(f"No checkpoint of step {step} in {self.directory}; only {steps}.")
+        broken: dict[int, Exception] = {}
         for candidate in steps[::-1] if step is None else [step]:
             try:
-                return self._read(like, candidate), candidate
+                state = self._read(like, candidate)
             except MismatchError:
                 raise
             except Exception as error:  # damaged files cause many types of errors
                 if step is not None:
                     raise RuntimeError(f"Cannot read checkpoint {step}: {error}") from error
-                self._set_aside(candidate, error)
-        if steps:
+                broken[candidate] = error
+            else:
+                for number, reason in broken.items():
+                    self._set_aside(number, reason)
+                return state, candidate
+        if broken:
+            reasons = "; ".join(f"{n}: {str(e).splitlines()[0][:200]}" for n, e in broken.items())
             raise RuntimeError(
-                f"None of the checkpoints {steps} could be read; they were moved to "
-                f"{self.directory.parent / 'broken'}. Start again with another --workdir."
+                f"None of the checkpoints {list(broken)} in {self.directory} could be read "
+                f"({reasons}). Restore them from a copy, or train from the start with --restart."
             )
         return None
 
@@ -118,12 +131,22 @@ class Checkpoints:
         check_same(like, stored.tree, f"checkpoint {step} of {self.directory}")
         restore_args = ocp.checkpoint_utils.construct_restore_args(like)
         item = ocp.args.PyTreeRestore(like, restore_args=restore_args, partial_restore=True)
-        return self._manager.restore(step, args=ocp.args.Composite(state=item))["state"]
+        items = ocp.args.Composite(state=item, digest=ocp.args.JsonRestore())
+        found = self._manager.restore(step, args=items)
+        if (saved := found["digest"]["step"]) != step:
+            raise OSError(f"it is a copy of checkpoint {saved}")
+        for name, digest in digests(found["state"]).items():
+            if digest != found["digest"]["arrays"][name]:
+                raise OSError(f"{name} is damaged: its digest is not that of the saved array")
+        return found["state"]
 
     def _set_aside(self, step: int, error: Exception) -> None:
         target = self.directory.parent / "broken" / str(step)
-        reason = str(error).splitlines()[0][:200]
-        logging.warning("Checkpoint %s cannot be read (%s); moved to %s.", step, reason, target)
+        reason, moves = str(error).splitlines()[0][:200], self._keep is not None
+        moved = f"; moved to {target}" if moves else ""
+        logging.warning("Checkpoint %s cannot be read (%s)%s.", step, reason, moved)
+        if not moves:
+            return
         if jax.process_index() == 0:
             target.parent.mkdir(exist_ok=True)
             while target.exists():
@@ -134,15 +157,42 @@ class Checkpoints:
         self._manager.reload()
 
 
+def digests(tree: Any) -> dict[str, int]:
+    """A 32-bit digest of each array by its path; any change of one number changes it.
+
+    The digest is the sum of all numbers' bits, each times an odd hash of its place, modulo 2^32. It
+    is computed where the arrays are, on all devices.
+    """
+    values = jax.device_get(_sums(_leaves(tree)))
+    return {name: int(value) for name, value in values.items()}
+
+
+@jax.jit
+def _sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def digest(x):
+        size = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+        kind = zlib.crc32(f"{x.shape}{x.dtype}".encode())
+        x = x.astype(jnp.uint8) if x.dtype == bool else x
+        bits = jax.lax.bitcast_convert_type(x, size).astype(jnp.uint32)  # 8 bytes become a pair
+        place = sum(
+            jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * np.uint32(math.prod(rest))
+            for axis, rest in ((a, bits.shape[a + 1 :]) for a in range(bits.ndim))
+        )
+        odd = 2 * ((place + np.uint32(1)) * np.uint32(2654435761)) + np.uint32(1)
+        return jnp.sum(bits * odd, dtype=jnp.uint32) + np.uint32(kind)
+
+    return {name: digest(x) for name, x in arrays.items()}
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in paths}
+
+
 def check_same(wanted: Any, stored: Any, source: str) -> None:
     """Raise MismatchError if a leaf of `wanted` has another shape in `stored`, or is missing."""
-
-    def leaves(tree):
-        paths = jax.tree_util.tree_leaves_with_path(tree)
-        return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in paths}
-
-    available = leaves(stored)
-    for name, leaf in leaves(wanted).items():
+    available = _leaves(stored)
+    for name, leaf in _leaves(wanted).items():
         shape = getattr(available.get(name), "shape", None)
         if shape != leaf.shape:
             found = "no such parameter" if shape is None else f"shape {shape}"

@@ -22,6 +22,14 @@ from mclr_jax.training.step import TrainState, make_update
 LOSS_LIMIT = 1e4  # the weighted loss of an untrained network is about 1
 
 
+class Interrupted(SystemExit):
+    """A signal stopped a training after a checkpoint; the exit status is 128 + its number."""
+
+    def __init__(self, number: int, step: int):
+        super().__init__(128 + number)
+        self.step = step
+
+
 class NonFiniteError(FloatingPointError):
     """A metric is infinite or NaN, or the loss is at least LOSS_LIMIT."""
 
@@ -59,7 +67,7 @@ class Interrupt:
     """Turns SIGTERM and SIGINT into a request to stop; a second signal ends the process."""
 
     def __enter__(self):
-        self._requested, self._old = False, {}
+        self._requested, self._old = 0, {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._old[number] = signal.signal(number, self._handle)
@@ -71,14 +79,16 @@ class Interrupt:
 
     def _handle(self, number, frame):
         del frame
-        self._requested = True
+        self._requested = number
         signal.signal(number, self._old[number])
 
-    def requested(self, sync: bool) -> bool:
-        """Whether to stop; several processes agree on the answer, and only if `sync` is true."""
+    def requested(self, sync: bool) -> int:
+        """The signal that asks to stop, or 0; several processes agree, and only if `sync`."""
         if jax.process_count() == 1:
             return self._requested
-        return sync and bool(multihost_utils.process_allgather(np.array(self._requested)).any())
+        if not sync:
+            return 0
+        return int(multihost_utils.process_allgather(np.array(self._requested)).max())
 
 
 class _Log:
@@ -126,8 +136,8 @@ def run(
     log_every: int,  # steps between two reports
     steps_per_dispatch: int,  # steps in one call of the compiled program
     saved: Callable[[], Any] = lambda: None,  # step of the last checkpoint or None
-) -> tuple[TrainState, bool]:
-    """Train to num_steps, or until SIGTERM or SIGINT; the last state, and whether a signal came.
+) -> tuple[TrainState, int]:
+    """Train to num_steps, or until SIGTERM or SIGINT; the last state, and that signal or 0.
 
     NonFiniteError: a metric is not finite; names the metric, step and last checkpoint.
     """
@@ -147,7 +157,7 @@ def run(
         return min(*ends, num_steps) - step
 
     update = devices.compile(make_update(task, devices.axis_name))
-    step, stopping, log = int(state.step), False, _Log(diverged)
+    step, stopping, log = int(state.step), 0, _Log(diverged)
     with Interrupt() as interrupt:
         while step < num_steps and not stopping:
             count = min(steps_per_dispatch, steps_to_next_event(step))
@@ -158,16 +168,16 @@ def run(
             log.record(step, count, metrics)
             step, last = step + count, step + count == num_steps
             writer.progress(step)
-            stopping = interrupt.requested(sync=step % log_every == 0) and not last
+            stopping = 0 if last else interrupt.requested(sync=step % log_every == 0)
             if step % log_every == 0 or last or stopping:
                 rate = {"learning_rate": float(task.learning_rate(step))}
                 writer.scalars(step, log.report() | rate)
-            due = [hook for hook in hooks if hook.is_due(step, last, stopping)]
+            due = [hook for hook in hooks if hook.is_due(step, last, bool(stopping))]
             if due:
                 log.flush()  # raises before a hook saves weights that are not finite
             readings: dict[str, float] = {}
             for hook in due:
-                moment = Moment(step, devices.to_global(state), dict(readings), stopping)
+                moment = Moment(step, devices.to_global(state), dict(readings), bool(stopping))
                 if found := hook.run(moment):
                     writer.scalars(step, dict(found))
                     readings |= found
