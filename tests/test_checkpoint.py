@@ -250,6 +250,14 @@ def test_a_checkpoint_under_another_step_is_refused(tmp_path):
         assert checkpoints.restore(like(state_at(0)))[1] == 10
 
 
+def test_a_checkpoint_of_an_older_version_is_read_with_a_warning(tmp_path, caplog):
+    write(tmp_path / "c", [10])
+    shutil.rmtree(tmp_path / "c" / "10" / "digest")
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        chex.assert_trees_all_equal(checkpoints.restore(like(state_at(0))), (state_at(10), 10))
+    assert "10 has no digest" in caplog.text
+
+
 def test_a_reader_moves_nothing(tmp_path):
     write(tmp_path / "c", [10, 20])
     shutil.rmtree(tmp_path / "c" / "20" / "state")

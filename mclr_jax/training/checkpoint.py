@@ -131,6 +131,9 @@ class Checkpoints:
         check_same(like, stored.tree, f"checkpoint {step} of {self.directory}")
         restore_args = ocp.checkpoint_utils.construct_restore_args(like)
         item = ocp.args.PyTreeRestore(like, restore_args=restore_args, partial_restore=True)
+        if not (self.directory / str(step) / "digest").exists():  # of an older version
+            logging.warning("Checkpoint %s has no digest: its numbers are not verified.", step)
+            return self._manager.restore(step, args=ocp.args.Composite(state=item))["state"]
         items = ocp.args.Composite(state=item, digest=ocp.args.JsonRestore())
         found = self._manager.restore(step, args=items)
         if (saved := found["digest"]["step"]) != step:
