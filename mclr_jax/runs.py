@@ -24,7 +24,7 @@ from absl import logging
 from flax import traverse_util
 
 from mclr_jax import __version__, ema, experiment
-from mclr_jax.files import flat, provenance, write_json
+from mclr_jax.files import flat, provenance, write_atomically, write_json
 from mclr_jax.model import DataInfo, Model
 from mclr_jax.samplers import Sampler
 from mclr_jax.task import MADE_HERE
@@ -97,31 +97,46 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     Raises RuntimeError if another process holds the lock, unless that process of this host has
     ended.
     """
-    path, own = workdir / "lock", workdir / f"lock.{os.getpid()}"
-    mine = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.ctime()}
-    write_json(own, {**mine, "born": _born(os.getpid())})
-    try:
-        while True:
+    path, host = workdir / "lock", socket.gethostname()
+    born = _born(os.getpid())
+    mine = {"host": host, "pid": os.getpid(), "since": time.ctime(), "born": born}
+    while not _create(path, json.dumps(mine)):
+        with contextlib.suppress(FileNotFoundError):  # the lock was released in between
             try:
-                os.link(own, path)  # with its content, or not at all
-                break
-            except FileExistsError:
-                with contextlib.suppress(FileNotFoundError):  # released meanwhile
-                    holder = json.loads(path.read_text())
-                    if holder["host"] == mine["host"] and _born(holder["pid"]) != holder["born"]:
-                        path.unlink()
-                        continue
-                    raise RuntimeError(
-                        f"Process {holder['pid']} on {holder['host']} has trained in {workdir} "
-                        f"since {holder['since']}; wait for its end, or use another --workdir. If "
-                        f"that host no longer runs it, delete {path}."
-                    ) from None
-    finally:
-        own.unlink()
+                holder = json.loads(path.read_text())
+                ended = holder["host"] == host and _born(holder["pid"]) != holder["born"]
+            except (ValueError, KeyError, TypeError):
+                holder, ended = dict.fromkeys(mine, "unknown"), False
+            if not ended:
+                raise RuntimeError(
+                    f"Process {holder['pid']} on {holder['host']} has trained in {workdir} since "
+                    f"{holder['since']}; wait for its end, or use another --workdir. If that host "
+                    f"no longer runs it, delete {path}."
+                )
+            path.unlink()
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
+
+
+def _create(path: pathlib.Path, text: str) -> bool:
+    """Make a file with this text at once; False if the file exists."""
+    own = path.with_name(f"{path.name}.{os.getpid()}")
+    write_atomically(own, text)
+    try:
+        os.link(own, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        try:
+            with path.open("x") as file:
+                file.write(text)
+        except FileExistsError:
+            return False
+    finally:
+        own.unlink()
+    return True
 
 
 def _born(pid: int) -> str | None:

@@ -124,6 +124,25 @@ def test_a_lock_of_another_host_is_respected(tmp_path):
     assert json.loads((tmp_path / "lock").read_text()) == holder
 
 
+@pytest.mark.parametrize("content", ["", "{", "[3]", "{}"])
+def test_a_lock_that_nobody_can_read_is_respected(tmp_path, content):
+    (tmp_path / "lock").write_text(content)
+    with pytest.raises(RuntimeError, match=r"unknown .*delete .*lock"), runs.locked(tmp_path):
+        pass
+    assert (tmp_path / "lock").read_text() == content
+
+
+def test_a_lock_needs_no_hard_links(tmp_path, monkeypatch):
+    def no_links(*_):
+        raise OSError("Operation not supported")
+
+    monkeypatch.setattr(os, "link", no_links)
+    with runs.locked(tmp_path), pytest.raises(RuntimeError, match=f"Process {os.getpid()} "):
+        with runs.locked(tmp_path):
+            pass
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_number_that_another_process_has_got_is_no_holder(tmp_path):
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": "then", "born": "7"}
     (tmp_path / "lock").write_text(json.dumps(holder))
