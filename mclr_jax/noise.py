@@ -45,7 +45,7 @@ class LogUniform:
 
     def __post_init__(self):
         in_range("noise.sigma_min", self.sigma_min, 0.0, open="(")
-        in_range("noise.sigma_max", self.sigma_max, self.sigma_min, open="(")
+        in_range("noise.sigma_max", self.sigma_max, float(self.sigma_min))
 
     def sample(self, key: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
         low, high = np.log(self.sigma_min), np.log(self.sigma_max)
