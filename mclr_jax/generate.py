@@ -1,6 +1,9 @@
 """Samples from a trained model, in batches, on all devices."""
 
 import functools
+import math
+import mmap
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mclr_jax import guidance, samplers
 from mclr_jax.model import Model
+from mclr_jax.names import in_range
 from mclr_jax.noise import normal_like, sample_keys
 from mclr_jax.samplers import Sampler
 from mclr_jax.training.devices import AXIS, Devices
@@ -91,8 +95,27 @@ def network_calls(
     return len(levels) + int(second.sum())
 
 
-def _checked(model: Model, labels: np.ndarray, guidance_scale: float, weak: Any) -> np.ndarray:
-    labels = np.asarray(labels, np.int32)
+def _checked(
+    model: Model, labels: np.ndarray, guidance_scale: float, weak: Any, interval: Any, churn: Any,
+    seed: int,
+) -> np.ndarray:  # fmt: skip
+    """Labels as int32; ValueError on arguments of `generate` without a meaning."""
+    labels = np.asarray(labels)
+    if labels.size and labels.dtype.kind not in "iu":
+        raise ValueError(f"Got labels of {labels.dtype}; expected integers.")
+    in_range("guidance_scale", guidance_scale, -np.inf)
+    in_range("seed", seed, 0, 2**32 - 1)
+    if interval is not None and not 0 <= interval[0] < interval[1]:
+        raise ValueError(f"The guidance interval is {tuple(interval)}; expected 0 <= low < high.")
+    for name, value in (churn._asdict() if churn else {}).items():
+        in_range(f"churn.{name}", value, 0.0)
+    needed = labels.size * math.prod(model.data.shape) * 4
+    pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else np.inf
+    if needed > (memory := pages * mmap.PAGESIZE):
+        raise ValueError(
+            f"{labels.size} samples of shape {model.data.shape} need {needed / 1e9:.3g} GB; this "
+            f"machine has {memory / 1e9:.3g} GB. Draw them in several calls."
+        )
     if labels.size and not 0 <= labels.min() <= labels.max() <= model.null_label:
         raise ValueError(
             f"Labels must lie in 0..{model.null_label} ({model.null_label} is the null label); got "
@@ -110,7 +133,7 @@ def _checked(model: Model, labels: np.ndarray, guidance_scale: float, weak: Any)
                 f"guidance_scale {guidance_scale:g} is strength {guidance_scale - 1:g}, outside "
                 f"the range {model.strength} that this network was trained with."
             )
-    return labels
+    return labels.astype(np.int32)
 
 
 def generate(
@@ -135,7 +158,7 @@ def generate(
     trained model in place of the null label. ValueError: a label is outside [0, num_classes], or
     the weak model has another data shape.
     """
-    labels = _checked(model, labels, guidance_scale, weak)
+    labels = _checked(model, labels, guidance_scale, weak, interval, churn, seed)
     guided = _guided(model, guidance_scale, weak)
     weak_model, weak_params = weak or (None, {})
     run = compiled(model, sampler.method, guided, churn is not None, weak_model)
@@ -151,6 +174,13 @@ def generate(
         # The last batch is padded to the same size, so that one program runs all batches.
         padded = np.arange(start, start + batch_size), np.resize(here, batch_size)
         samples = run(both, np.uint32(seed), *jax.device_put(padded, rows), *scalars)
-        out[start : start + batch_size] = np.asarray(samples)[: len(here)]
+        out[start : start + batch_size] = here_out = np.asarray(samples)[: len(here)]
+        finite = np.isfinite(here_out).reshape(len(here), -1).all(1)
+        if not finite.all():
+            raise FloatingPointError(
+                f"{(~finite).sum()} samples are not finite, the first is sample "
+                f"{start + finite.argmin()}, with guidance_scale={guidance_scale:g}, {sampler} and "
+                f"churn={churn}. Lower the guidance scale, or check the weights."
+            )
         progress(len(here))
     return out

@@ -259,7 +259,11 @@ def _samples(
 
     def draw(moment: Moment) -> None:
         params = task.default(moment.state.params, moment.state.ema)
-        samples = generate.generate(model, params, labels, sampler)
+        try:
+            samples = generate.generate(model, params, labels, sampler)
+        except FloatingPointError as error:  # a picture is no reason to stop a run
+            logging.warning("No picture at step %d: %s", moment.step, error)
+            return
         if jax.process_index() == 0:
             grid = images.picture(samples, labels)
             images.save(workdir / "samples" / f"{moment.step:08d}.png", grid)

@@ -112,6 +112,35 @@ def test_null_labels_are_allowed_and_others_refused(trained):
         generate.generate(model, params, np.array([0, 11]), SAMPLER)
 
 
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"guidance_scale": NAN}, "guidance_scale is nan"),
+    ({"guidance_scale": INF}, "guidance_scale is inf"),
+    ({"interval": (5.0, 1.0)}, r"interval is \(5.0, 1.0\); expected 0 <= low < high"),
+    ({"interval": (NAN, 1.0)}, "interval is"),
+    ({"churn": samplers.Churn(NAN)}, "churn.amount is nan"),
+    ({"churn": samplers.Churn(noise_scale=-1.0)}, "churn.noise_scale is -1.0"),
+    ({"seed": -1}, "seed is -1; expected an integer of at least 0 and at most 4.29497e"),
+    ({"seed": 2**32}, "seed is 4294967296"),
+    ({"labels": np.array([2**32])}, "must lie in 0..10"),
+    ({"labels": np.array([0.5])}, "labels of float64; expected integers"),
+    ({"labels": np.broadcast_to(np.int8(0), 10**13)}, r"0 samples .* need 2.56e\+06 GB"),
+])  # fmt: skip
+def test_values_that_spoil_samples_are_refused(trained, changes, message):
+    model, params = trained
+    options = {"labels": np.array([3])} | changes
+    with pytest.raises(ValueError, match=message):
+        generate.generate(model, params, options.pop("labels"), SAMPLER, **options)
+
+
+def test_samples_that_are_not_finite_are_an_error(trained):
+    model, params = trained
+    with pytest.raises(FloatingPointError, match=r"sample 0, .*guidance_scale=1e\+38"):
+        generate.generate(model, params, np.arange(3), SAMPLER, guidance_scale=1e38)
+
+
 def test_progress_counts_samples_and_not_padding(trained):
     model, params = trained
     seen = []
