@@ -215,7 +215,12 @@ def _held_out(config: Any, task: Task, frozen: Mapping[str, Any], extra: dict) -
     """Loss and metrics on held-out examples at each checkpoint, always with the same noise."""
     if not config.eval_examples:
         return []
-    source = sources.from_config(config.data, "test", config.seed)
+    source, data = sources.from_config(config.data, "test", config.seed), task.model.data
+    if tuple(source.shape) != data.shape or source.num_classes > data.num_classes:
+        raise ValueError(
+            f"The held-out set has examples of shape {tuple(source.shape)} in {source.num_classes} "
+            f"classes, the training set {data.shape} in {data.num_classes}: change data.test."
+        )
     size = config.batch_size
     count = -(-min(config.eval_examples, len(source)) // size)
     rows = np.resize(np.arange(len(source)), (count, size))

@@ -181,6 +181,14 @@ def test_values_that_spoil_a_run_are_refused_before_it_is_written(tmp_path, key,
     assert not (tmp_path / "run" / "run.json").exists()
 
 
+def test_a_held_out_set_of_other_classes_or_shape_is_refused(tmp_path):
+    for name, shape, count in (("classes", (20, 2), 5), ("shape", (20, 3), 3)):
+        path = tmp_path / f"{name}.npz"
+        np.savez(path, images=np.ones(shape, np.float32), labels=np.arange(20) % count)
+        with pytest.raises(ValueError, match=r"The held-out set .* the training set \(2,\) in 3"):
+            main.train(tiny.config(**{"data.test": f"npz:{path}"}), tmp_path / name)
+
+
 def test_the_last_step_is_always_saved(tmp_path):
     main.train(tiny.config(checkpoint_every=0), tmp_path)
     assert load(tmp_path)[1] == 12

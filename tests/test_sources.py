@@ -318,6 +318,47 @@ def test_npz(tmp_path, shape):
     np.testing.assert_array_equal(labels, [2, 2, 0])
 
 
+@pytest.mark.parametrize(("images", "message"), [
+    (np.full((3, 4, 4, 1), np.nan), "3 images that are not finite, 0 first"),
+    (np.array([0.5, np.inf])[:, None], "1 images that are not finite, 1 first"),
+    (np.linspace(0, 255, 48).reshape(1, 4, 4, 3), r"from 0 to 255; expected \[-1, 1\], or uint8"),
+    (np.zeros((2, 3, 8, 8)), r"shape \(3, 8, 8\), which seem to be \(C, H, W\)"),
+    (np.zeros((2, 1, 8, 8), np.uint8), r"shape \(1, 8, 8\), which seem"),
+])  # fmt: skip
+def test_images_that_are_not_what_they_should_be_are_refused(tmp_path, images, message):
+    np.savez(tmp_path / "a.npz", images=images, labels=np.zeros(len(images), np.int64))
+    with pytest.raises(ValueError, match=message):
+        load(f"npz:{tmp_path / 'a.npz'}")
+
+
+def test_what_may_be_meant_is_warned_of(tmp_path, caplog):
+    path = tmp_path / "a.npz"
+    np.savez(path, images=np.linspace(0, 1, 48).reshape(1, 4, 4, 3), labels=[0])
+    load(f"npz:{path}")
+    assert "float images from 0 to 1; expected [-1, 1]" in caplog.text
+    caplog.clear()
+    np.savez(path, images=PIXELS[:3], labels=[0, 10, 20])
+    assert load(f"npz:{path}").num_classes == 21
+    assert "18 of 21 classes have no example" in caplog.text
+    caplog.clear()
+    np.savez(path, images=RNG.normal(size=(3, 4, 4, 8)), labels=[0, 1, 2])  # latents
+    load(f"npz:{path}")
+    assert not caplog.text
+
+
+def test_labels_beyond_32_bits_do_not_wrap(tmp_path):
+    np.savez(tmp_path / "a.npz", images=PIXELS[:2], labels=[0, 2**32 + 1])
+    with pytest.raises(ValueError, match="labels from 0 to 4294967297, expected 0 to 2147483647"):
+        load(f"npz:{tmp_path / 'a.npz'}")
+
+
+def test_images_of_16_bits_are_refused(tmp_path):
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((4, 4), 40000, np.uint16)).save(buffer, "PNG")
+    with pytest.raises(ValueError, match=r"cannot be decoded.*mode I.*expected 8 bits"):
+        load(write_zip(tmp_path / "a.zip", {"0.png": buffer.getvalue()}, [["0.png", 0]]))
+
+
 def test_npz_errors(tmp_path):
     path = tmp_path / "a.npz"
     for labels, message in [

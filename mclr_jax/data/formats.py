@@ -19,7 +19,16 @@ import numpy as np
 from PIL import Image
 
 from mclr_jax import mixture
-from mclr_jax.data.protocol import Arrays, Lazy, Source, as_images, as_labels, limit
+from mclr_jax.data.protocol import (
+    Arrays,
+    Lazy,
+    Source,
+    as_images,
+    as_labels,
+    check_values,
+    count_classes,
+    limit,
+)
 
 IN_MEMORY_BYTES = 2**30
 FASHION_MNIST_PATH = "/usr/share/datasets/fashion-mnist"
@@ -149,7 +158,7 @@ def _zip(
             array = np.load(io.BytesIO(content))
         return as_images(np.moveaxis(array, 0, -1), f"{file} in {path}"), label
 
-    num_classes = num_classes or int(labels.max()) + 1
+    num_classes = num_classes or count_classes(labels, path)
     return _source(len(files), num_classes, read, lambda: labels, in_memory)
 
 
@@ -166,8 +175,9 @@ def _npz(path: str, split: str, *, num_classes: int = 0) -> Arrays:
     with named(f"{path} is corrupt; write it again"):
         images, labels = (archive[name] for name in names)
     images = as_images(images[..., None] if images.ndim == 3 else images, path)
+    check_values(images, path)
     labels = as_labels(labels, len(images), path)
-    return Arrays(images, labels, num_classes or int(labels.max(initial=0)) + 1)
+    return Arrays(images, labels, num_classes or count_classes(labels, path))
 
 
 def _mixture(_: str, split: str) -> Arrays:
@@ -201,6 +211,8 @@ def _decode(data: bytes | np.ndarray, what: str, mode: str = "", resolution: int
     with named(f"{what} cannot be decoded; get it again"):
         if isinstance(data, bytes):
             image: Image.Image = Image.open(io.BytesIO(data))
+            if image.mode[0] in "IF":
+                raise ValueError(f"it has mode {image.mode}; expected 8 bits a channel")
         else:
             image = Image.fromarray(data[..., 0] if data.shape[-1] == 1 else data)
         image = image.convert(mode or ("L" if image.mode == "L" else "RGB"))

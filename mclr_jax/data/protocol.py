@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
+from absl import logging
 
 
 class Source(Protocol):
@@ -132,6 +133,42 @@ def as_images(images: np.ndarray, what: str) -> np.ndarray:
     return images if images.dtype == np.uint8 else images.astype(np.float32)
 
 
+def check_values(images: np.ndarray, what: str) -> None:
+    """Raise ValueError on images (n, ...) that are not finite or, in grey or colour, not [-1, 1].
+
+    Floats in [0, 1] may be meant; they cause a warning.
+    """
+    if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] not in (1, 2, 3, 4):
+        raise ValueError(
+            f"{what} has images of shape {images.shape[1:]}, which seem to be (C, H, W); expected "
+            "(H, W, C): transpose them"
+        )
+    if images.dtype == np.uint8 or not images.size:
+        return
+    if not np.isfinite(images).all():
+        bad = np.flatnonzero(~np.isfinite(images).reshape(len(images), -1).all(1))
+        raise ValueError(f"{what} has {len(bad)} images that are not finite, {bad[0]} first")
+    low, high = images.min(), images.max()
+    if images.ndim == 4 and images.shape[3] in (1, 3) and high > 10:
+        raise ValueError(
+            f"{what} has float images from {low:g} to {high:g}; expected [-1, 1], or uint8: store "
+            "them as uint8, or as x / 127.5 - 1"
+        )
+    if images.ndim == 4 and images.shape[3] in (1, 3) and low >= 0 and 0 < high <= 1:
+        logging.warning("%s has float images from %g to %g; expected [-1, 1].", what, low, high)
+
+
+def count_classes(labels: np.ndarray, what: str) -> int:
+    """The largest of the labels plus 1; warns if a smaller label has no example."""
+    classes = int(labels.max(initial=0)) + 1
+    if absent := classes - len(np.unique(labels)):
+        logging.warning(
+            "%s: %d of %d classes have no example; renumber the labels from 0 without gaps, or "
+            "give num_classes.", what, absent, classes,
+        )  # fmt: skip
+    return classes
+
+
 def as_labels(labels: np.ndarray, count: int, what: str, num_classes: float = np.inf) -> np.ndarray:
     """int32; raises ValueError unless `labels` are `count` integers in [0, num_classes)."""
     if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
@@ -139,6 +176,7 @@ def as_labels(labels: np.ndarray, count: int, what: str, num_classes: float = np
             f"{what} has labels of shape {labels.shape} and {labels.dtype}, expected one integer "
             f"for each of {count} images"
         )
+    num_classes = min(num_classes, 2**31)  # int32
     if count and not 0 <= labels.min() <= labels.max() < num_classes:
         raise ValueError(
             f"{what} has labels from {labels.min()} to {labels.max()}, expected 0 to "

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mclr_jax.data.formats import FORMATS, named
-from mclr_jax.data.protocol import Source, as_images, as_labels, limit
+from mclr_jax.data.protocol import Source, as_images, as_labels, check_values, limit
 from mclr_jax.names import fields, look_up, nearest, resolve
 
 
@@ -73,7 +73,7 @@ def _checked(source: Any, what: str) -> Source:
         images, labels = map(np.asarray, source[ends])
     if images.shape != (2, *shape):
         raise ValueError(f"{what}: got images of shape {images.shape}, expected {(2, *shape)}")
-    as_images(images, what)
+    check_values(as_images(images, what), what)
     as_labels(labels, 2, what, num_classes)
     if source.in_memory:
         as_labels(np.asarray(source.labels), count, what, num_classes)
