@@ -1,6 +1,7 @@
 import dataclasses
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -173,7 +174,7 @@ def test_two_processes_train_as_one_and_their_checkpoint_serves_one(parallel, tm
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    flags = re.sub(r"(device_count)=\d+", r"\1=2", os.environ["XLA_FLAGS"])
     environment = os.environ | {"XLA_FLAGS": flags}
     arguments = [str(ROOT), port], [parallel, str(tmp_path / "two")]
     workers = [
