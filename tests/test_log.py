@@ -1,6 +1,12 @@
 import json
 import logging
+import os
+import pty
+import sys
 
+import pytest
+
+from mclr_jax.training import log
 from mclr_jax.training.log import Writer
 
 
@@ -25,10 +31,40 @@ def test_records_are_json_lines_and_each_step_stands_once(tmp_path):
 
 def test_without_a_terminal_each_report_is_a_plain_line(tmp_path, caplog):
     with caplog.at_level(logging.INFO), Writer(tmp_path, 0, 100) as writer:
+        assert "Compiling" in caplog.text
+        writer.progress(1)
+        assert "Compiled in" in caplog.text
         writer.scalars(50, {"loss": 0.25})
     assert "step 50/100" in caplog.text
     assert "loss 0.25" in caplog.text
     assert "left" in caplog.text
+
+
+def test_a_long_silence_is_broken_and_the_rate_leaves_compilation_out(
+    tmp_path, caplog, monkeypatch
+):
+    now = [1000.0]
+    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
+    with caplog.at_level(logging.INFO), Writer(tmp_path, 20, 100) as writer:
+        now[0] += 60
+        writer.progress(21)
+        assert "Compiled in 60.0 s" in caplog.text
+        for step in range(22, 41):  # a second each
+            now[0] += 1
+            writer.progress(step)
+    (line,) = [record.getMessage() for record in caplog.records if "step" in record.getMessage()
+               and "/" in record.getMessage()]  # fmt: skip
+    assert line == "step 36/100 (1 it/s, 01:04 left)"
+
+
+@pytest.mark.parametrize(("columns", "expected"), [(0, False), (80, True)])
+def test_a_terminal_without_width_gets_lines(monkeypatch, columns, expected):
+    outer, inner = pty.openpty()
+    with os.fdopen(outer, "rb"), os.fdopen(inner, "w") as terminal:
+        size = os.terminal_size((columns, 24))
+        monkeypatch.setattr(sys, "stderr", terminal)
+        monkeypatch.setattr(os, "get_terminal_size", lambda number: size)
+        assert log._on_a_terminal() == expected
 
 
 def test_other_processes_write_nothing(tmp_path):
