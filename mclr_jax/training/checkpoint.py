@@ -177,10 +177,10 @@ def _sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
         kind = zlib.crc32(f"{x.shape}{x.dtype}".encode())
         x = x.astype(jnp.uint8) if x.dtype == bool else x
         bits = jax.lax.bitcast_convert_type(x, size).astype(jnp.uint32)  # 8 bytes become a pair
-        place = sum(
-            jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * np.uint32(math.prod(rest))
-            for axis, rest in ((a, bits.shape[a + 1 :]) for a in range(bits.ndim))
-        )
+        place = jnp.zeros((), jnp.uint32)
+        for axis in range(bits.ndim):
+            stride = np.uint32(math.prod(bits.shape[axis + 1 :]) % 2**32)
+            place = place + stride * jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
         odd = 2 * ((place + np.uint32(1)) * np.uint32(2654435761)) + np.uint32(1)
         return jnp.sum(bits * odd, dtype=jnp.uint32) + np.uint32(kind)
 
