@@ -7,6 +7,7 @@ Each published convention is a frozen dataclass with `scales(sigma)`, the four f
 depend on the convention. With the natural loss weight 1 / c_out^2 the loss is |F - F_exact|^2.
 """
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -87,16 +88,16 @@ class Velocity:
         return Scales(data, data, c_out, clock)
 
 
-class _Discrete:
+class _Discrete(abc.ABC):
     """A variance-preserving process in discrete steps, with ab the product of the alphas so far.
 
     c_in x is x_t = sqrt(ab) x0 + sqrt(1 - ab) n for sigma = sqrt(1 / ab - 1).
     """
 
     @property
+    @abc.abstractmethod
     def alphas(self) -> np.ndarray:
         """1 - beta of each step, (steps,) float64."""
-        raise NotImplementedError
 
     @functools.cached_property
     def table(self) -> np.ndarray:

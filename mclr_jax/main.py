@@ -188,6 +188,11 @@ def _last(checkpoints: Checkpoints) -> int | None:
     return max(checkpoints.steps(), default=None)
 
 
+def _save_periods(config: Any) -> tuple[int, int]:
+    """The periods of checkpoints and their measurements; the last step always has both."""
+    return config.checkpoint_every or config.num_steps, config.icr.every_steps
+
+
 def _checkpoint(config: Any, checkpoints: Checkpoints) -> Hook:
     """Also saves at each reading of ICR, so that the checkpoint with the lowest is kept."""
 
@@ -196,8 +201,7 @@ def _checkpoint(config: Any, checkpoints: Checkpoints) -> Hook:
         metrics = {k: moment.readings[n] for k, n in found.items() if n in moment.readings}
         checkpoints.save(moment.step, moment.state, metrics)
 
-    periods = config.checkpoint_every or config.num_steps, config.icr.every_steps
-    return Hook(periods, save, when_stopped=True)
+    return Hook(_save_periods(config), save, when_stopped=True)
 
 
 def _snapshots(config: Any, snapshots: Checkpoints) -> Hook:
@@ -239,7 +243,7 @@ def _held_out(config: Any, task: Task, frozen: Mapping[str, Any], extra: dict) -
         found = jax.device_get(evaluate(params, frozen, put(batches)))
         return {f"eval_{name}": value for name, value in report(found).items()}
 
-    return [Hook((config.checkpoint_every, config.icr.every_steps), measure, when_stopped=True)]
+    return [Hook(_save_periods(config), measure, when_stopped=True)]
 
 
 def _icr(config: Any, task: Task, source: Any, workdir: pathlib.Path, start: int) -> list[Hook]:

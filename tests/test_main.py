@@ -192,6 +192,7 @@ def test_a_held_out_set_of_other_classes_or_shape_is_refused(tmp_path):
 def test_the_last_step_is_always_saved(tmp_path):
     main.train(tiny.config(checkpoint_every=0), tmp_path)
     assert load(tmp_path)[1] == 12
+    assert "eval_loss" in records(tmp_path)[-1]  # and measured
 
 
 def test_damaged_checkpoints_stop_each_call_until_a_restart_is_asked_for(tmp_path):
