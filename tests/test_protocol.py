@@ -1,0 +1,50 @@
+"""What all data sets share: their standard deviation, subsets, and labels that are read late."""
+
+import numpy as np
+import pytest
+
+from mclr_jax.data.protocol import Arrays, Lazy, limit, sigma_data
+
+
+def test_sigma_data():
+    images = np.repeat(np.array([0, 255], np.uint8), 5000)[:, None]
+    labels = np.zeros(10_000, np.int32)
+    assert sigma_data(Arrays(images, labels, 1)) == pytest.approx(1.0)  # half at -1, half at 1
+    floats = np.linspace(-3, 3, 10_000, dtype=np.float32)[:, None]
+    assert sigma_data(Arrays(floats, labels, 1)) == pytest.approx(3 / 3**0.5, rel=1e-3)
+    read = []
+    lazy = Lazy(9999, (1,), 1, lambda i: (read.append(i), (floats[i], 0))[1], lambda: labels)
+    sigma_data(lazy)
+    assert (len(read), read[0], read[-1]) == (4096, 0, 9998)
+
+
+def test_limit_is_balanced_nested_and_seeded():
+    labels = np.repeat(np.arange(4), [2, 50, 70, 30]).astype(np.int32)
+    source = Arrays(np.arange(152, dtype=np.float32)[:, None], labels, 4)
+    small, large, other = limit(source, 41, 0), limit(source, 120, 0), limit(source, 41, 1)
+    images, got = small[np.arange(len(small))]
+    np.testing.assert_array_equal(labels[images[:, 0].astype(int)], got)
+    np.testing.assert_array_equal(np.bincount(got), [2, 13, 13, 13])
+    np.testing.assert_array_equal(np.bincount(large.labels), [2, 44, 44, 30])
+    assert set(small.indices) < set(large.indices)
+    assert set(small.indices) != set(other.indices)
+    assert len(np.unique(large.indices)) == 120
+    assert (small.shape, small.num_classes, small.in_memory, len(small)) == ((1,), 4, True, 41)
+    np.testing.assert_array_equal(limit(source, 41, 0).indices, small.indices)
+    for n in (0, 153):
+        with pytest.raises(ValueError, match="expected 1 to 152"):
+            limit(source, n, 0)
+
+
+def test_lazy_reads_labels_once_and_checks_them():
+    reads = []
+
+    def read_labels():
+        reads.append(1)
+        return np.array([0, 1], np.int32)
+
+    lazy = Lazy(2, (1,), 2, lambda i: (np.zeros(1, np.float32), 2 * i), read_labels)
+    np.testing.assert_array_equal(lazy.labels, lazy.labels)
+    assert reads == [1]
+    with pytest.raises(ValueError, match="labels from 0 to 2, expected 0 to 1"):
+        lazy[np.arange(len(lazy))]
