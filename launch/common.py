@@ -5,12 +5,14 @@ import logging as python_logging
 import os
 import pathlib
 import re
+import runpy
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
+from ml_collections import ConfigDict
 
 from mclr_jax import cpu
 from mclr_jax.names import nearest
@@ -51,17 +53,24 @@ def numbers(flag, kind: type, count: int | None = None) -> list | None:
 
 
 def _parse(arguments: bool, argv: list[str]) -> list[str]:
-    for argument in argv:
-        if argument.startswith("--config="):
-            _check_config_exists(argument.removeprefix("--config=").split(":")[0])
+    names = [argument.lstrip("-").partition("=")[0] for argument in argv[1:] if argument[0] == "-"]
+    keys = [name.removeprefix("config.") for name in names if name.startswith("config.")]
+    if keys and "config" not in names:
+        stop(f"--config.{keys[0]} needs --config=configs/NAME.py, the config that it changes.")
+    path = next((a.removeprefix("--config=") for a in argv if a.startswith("--config=")), None)
+    if path is not None:
+        _check_config_exists(path.split(":")[0])
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
-        stop(f"{error} (--help lists all flags.)")
+        text = re.sub(r"invalid literal for int\(\).*", "expected an integer.", str(error))
+        text = re.sub(
+            r"Failed to parse .* as a ConfigDict.*", "it is a section; set its keys.", text
+        )
+        stop(f"{text} (--help lists all flags.)")
     except (AttributeError, KeyError, TypeError) as error:  # by config_flags, of a key's name
-        hint = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', str(error))
-        what = f"{hint[2]!r}. Did you mean {hint[1]!r}?" if hint else str(error)
-        stop(f"--config has no key {what} (configs/base.py explains all keys.)")
+        _check_keys(path or "", keys)
+        stop(f"--config: {error}")
     if len(rest) > 1 and not arguments:
         stop(f"Unexpected argument {rest[1]!r}: options are written --name=value.")
     return rest
@@ -69,9 +78,24 @@ def _parse(arguments: bool, argv: list[str]) -> list[str]:
 
 def _check_config_exists(name: str) -> None:
     path = pathlib.Path(name)
-    if not path.exists():
-        siblings = path.parent.glob("*.py") if path.parent.is_dir() else []
-        stop(f"--config: no file {name}. {nearest(name, map(str, siblings))}")
+    if path.suffix != ".py" or not path.is_file():
+        folder = path.parent if path.parent.name and path.parent.is_dir() else "configs"
+        known = [str(file) for file in pathlib.Path(folder).glob("[!_]*.py")]
+        stop(f"--config: no config file {name!r}. {nearest(name, known)}")
+
+
+def _check_keys(path: str, keys: list[str]) -> None:
+    """Stop with the first of the keys, as a.b, that the config in a file does not have."""
+    get_config = runpy.run_path(path.split(":")[0]).get("get_config")
+    config = get_config(*path.split(":")[1:]) if get_config else ConfigDict()
+    for key in keys:
+        section, so_far = config, "config"
+        for name in key.split("."):
+            known = section.keys() if isinstance(section, ConfigDict) else ()
+            if name not in known:
+                what = f"--config.{key}: {so_far} has no key {name!r}."
+                stop(f"{what} {nearest(name, known)} configs/base.py explains all keys.")
+            section, so_far = section[name], f"{so_far}.{name}"
 
 
 def use_cores(network: Any, batch_size: int | None = None) -> None:

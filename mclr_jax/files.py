@@ -17,12 +17,18 @@ from mclr_jax import __version__
 
 
 def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
-    """Write under a temporary name, then rename; a missing folder is created."""
+    """Write under a temporary name, then rename; a missing folder is created.
+
+    An error, such as a full disk, leaves the old file, and no temporary one.
+    """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
