@@ -28,7 +28,6 @@ from absl import flags
 
 from launch import common
 from mclr_jax import runs
-from mclr_jax.data import sources
 from mclr_jax.evaluation import evaluate, features
 from mclr_jax.files import write_json
 
@@ -56,6 +55,8 @@ INTERPOLATIONS = flags.DEFINE_list(
     "interpolations", ["1"], "Of a fine-tuned run, as --interpolation of launch.sample: 0,0.5,1."
 )
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Samples at a time.", lower_bound=1)
+INIT_FROM = flags.DEFINE_string("init_from", "", common.INIT_FROM)
+DATA = flags.DEFINE_string("data", "", common.DATA)
 CACHE = flags.DEFINE_string(
     "cache", "~/.cache/mclr_jax/references", "Folder of the real data's statistics."
 )
@@ -68,13 +69,12 @@ def main() -> None:
     out = pathlib.Path(OUT.value)
     if out.suffix != ".json":
         common.stop(f"--out is {OUT.value!r}; expected a name that ends in .json.")
-    run = runs.load(WORKDIR.value)
+    run = runs.load(WORKDIR.value, INIT_FROM.value, DATA.value)
     common.use_cores(run.model.network)
-    config = run.config
     weak = runs.load_model(AUTOGUIDANCE.value) if AUTOGUIDANCE.value else None
     extractor = features.load(FEATURES.value)
     judge = features.load(JUDGE.value) if JUDGE.value else None
-    train, test = (sources.from_config(config.data, s, config.seed) for s in ("train", "test"))
+    train, test = run.source("train"), run.source("test")
     cache = pathlib.Path(CACHE.value).expanduser()
     with tqdm.tqdm(total=len(train), unit="image", desc="real", disable=None) as bar:
         real = evaluate.reference(extractor, train, cache, bar.update)
@@ -87,7 +87,7 @@ def main() -> None:
     total = NUM_SAMPLES.value * len(scales) * len(EMAS.value) * len(places)
     with tqdm.tqdm(total=total, unit="sample", disable=None) as bar:
         rows = evaluate.evaluate(
-            WORKDIR.value,
+            run,
             extractor,
             real,
             names=METRICS.value,

@@ -42,6 +42,7 @@ INTERPOLATION = flags.DEFINE_float(
     "interpolation", 1.0, "Of a fine-tuned run: 0 for the weights that it started from, 1 for its "
     "own, 0.5 for the weights half-way between."
 )  # fmt: skip
+INIT_FROM = flags.DEFINE_string("init_from", "", common.INIT_FROM)
 CHURN = flags.DEFINE_float("churn", 0.0, "S_churn of EDM's stochastic sampler; 0: deterministic.")
 EMA = flags.DEFINE_string(
     "ema", "", "Average of the weights: a track's name, none, or a relative width such as 0.075."
@@ -51,7 +52,7 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Samples at a time.", lower
 
 
 def main() -> None:
-    run = runs.load(WORKDIR.value)
+    run = runs.load(WORKDIR.value, INIT_FROM.value)
     common.use_cores(run.model.network)
     given = {
         "method": SAMPLER.value,

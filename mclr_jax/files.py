@@ -1,5 +1,6 @@
-"""Atomic writes of text, JSON and npz; JSON lines; the provenance of a result."""
+"""Atomic writes of text, JSON and npz; JSON lines; digests; the provenance of a result."""
 
+import hashlib
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 from flax import traverse_util
 
@@ -56,6 +58,16 @@ def read_lines(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             yield record
+
+
+def digest(tree: Any) -> str:
+    """The first 16 hex digits of the SHA-256 of a tree: paths, shapes, types and values."""
+    total = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(jax.device_get(tree)):
+        array = np.ascontiguousarray(leaf)
+        total.update(f"{jax.tree_util.keystr(path)}{array.shape}{array.dtype}".encode())
+        total.update(array.tobytes())
+    return total.hexdigest()[:16]
 
 
 def flat(tree: dict[str, Any]) -> dict[str, Any]:

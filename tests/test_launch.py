@@ -69,8 +69,12 @@ CONFIG = "--config=configs/digits.py"
     ("module", "arguments", "message"),
     [
         ("train", [CONFIG, "--config.num_stpes=3"], "Did you mean 'num_steps'?"),
-        ("train", [CONFIG, "--config.data.nmae=x"], "Did you mean 'name'?"),
-        ("train", [CONFIG, "--config.optimizer.lr=1"], "config.optimizer has no key 'lr'. Known: b1"),
+        ("train", [CONFIG, "--config.data.nmae=x"], "Did you mean 'name'"),
+        (
+            "train",
+            [CONFIG, "--config.optimizer.lr=1"],
+            "config.optimizer has no key 'lr'. Known: b1",
+        ),
         ("train", [CONFIG, "--config.seed.x=1"], "--config.seed.x: config.seed has no key 'x'"),
         ("train", [CONFIG, "--config.num_steps=1e3"], "num_steps=1e3: expected an integer."),
         ("train", [CONFIG, "--config.objective=mclr"], "objective=mclr: it is a section; set its"),
