@@ -23,13 +23,13 @@ third of the distance to the second nearest image.
 import pathlib
 
 import numpy as np
-import tqdm
 from absl import flags
 
 from launch import common
 from mclr_jax import runs
 from mclr_jax.evaluation import evaluate, features
 from mclr_jax.files import write_json
+from mclr_jax.training.log import Progress
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of launch.train.")
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.json.")
@@ -76,8 +76,8 @@ def main() -> None:
     judge = features.load(JUDGE.value) if JUDGE.value else None
     train, test = run.source("train"), run.source("test")
     cache = pathlib.Path(CACHE.value).expanduser()
-    with tqdm.tqdm(total=len(train), unit="image", desc="real", disable=None) as bar:
-        real = evaluate.reference(extractor, train, cache, bar.update)
+    with Progress(len(train), "real image") as progress:
+        real = evaluate.reference(extractor, train, cache, progress.update)
     held_out, labels = test[np.arange(min(NUM_SAMPLES.value, len(test)))]
     judged = judge(held_out, labels) if judge else None
     measured = evaluate.measure(extractor(held_out, labels), real, METRICS.value, judged)
@@ -85,7 +85,7 @@ def main() -> None:
     if MEMORIZED.value:
         floor["memorized"] = evaluate.memorized(held_out, train)
     total = NUM_SAMPLES.value * len(scales) * len(EMAS.value) * len(places)
-    with tqdm.tqdm(total=total, unit="sample", disable=None) as bar:
+    with Progress(total, "sample") as progress:
         rows = evaluate.evaluate(
             run,
             extractor,
@@ -101,7 +101,7 @@ def main() -> None:
             weak=weak,
             training=train if MEMORIZED.value else None,
             batch_size=BATCH_SIZE.value,
-            progress=bar.update,
+            progress=progress.update,
         )
     write_json(out, {"floor": floor, "rows": rows})
     columns = [*(key for key in floor if key != "samples"), "network_calls"]

@@ -14,7 +14,6 @@ samples. Prints a table, writes it as JSON with its provenance, and writes a fig
 
 import pathlib
 
-import tqdm
 from absl import flags
 
 from launch import common
@@ -23,6 +22,7 @@ from mclr_jax.data.protocol import evenly
 from mclr_jax.files import digest, provenance, write_atomically, write_json
 from mclr_jax.representation import blocks, perturb, sweep
 from mclr_jax.training.devices import banner
+from mclr_jax.training.log import Progress
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of launch.train.")
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.json; NAME.png goes beside it.")
@@ -51,7 +51,7 @@ def main() -> None:
     params, step = run.weights(EMA.value, CHECKPOINT.value)
     data, train = run.config.data, run.source("train")
     test = run.source("test") if PROBE.value else None
-    with tqdm.tqdm(unit="image", disable=None) as bar:
+    with Progress(None, "image") as progress:
         rows = sweep.sweep(
             run.model,
             params,
@@ -63,7 +63,7 @@ def main() -> None:
             num_images=NUM_IMAGES.value,
             seed=SEED.value,
             batch_size=BATCH_SIZE.value,
-            progress=bar.update,
+            progress=progress.update,
         )
     settings = {
         "workdir": WORKDIR.value,

@@ -12,12 +12,12 @@ import dataclasses
 import pathlib
 
 import numpy as np
-import tqdm
 from absl import flags
 
 from launch import common
 from mclr_jax import generate, images, runs, samplers
 from mclr_jax.files import save_arrays
+from mclr_jax.training.log import Progress
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of launch.train.")
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.npz; NAME.png goes beside it.")
@@ -71,7 +71,7 @@ def main() -> None:
 
     params, _ = run.weights(EMA.value, CHECKPOINT.value, INTERPOLATION.value)
     weak = runs.load_model(AUTOGUIDANCE.value) if AUTOGUIDANCE.value else None
-    with tqdm.tqdm(total=len(labels), unit="sample", disable=None) as bar:
+    with Progress(len(labels), "sample") as progress:
         samples = generate.generate(
             run.model,
             params,
@@ -83,7 +83,7 @@ def main() -> None:
             weak=weak,
             churn=samplers.Churn(CHURN.value) if CHURN.value else None,
             batch_size=BATCH_SIZE.value,
-            progress=bar.update,
+            progress=progress.update,
         )
     samples = images.clip(samples)
     save_arrays(out, images=samples, labels=labels)

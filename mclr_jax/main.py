@@ -22,7 +22,7 @@ from mclr_jax.representation import monitor
 from mclr_jax.samplers import Sampler
 from mclr_jax.task import Task
 from mclr_jax.training import loop
-from mclr_jax.training.checkpoint import Checkpoints, digests
+from mclr_jax.training.checkpoint import Checkpoints, digests, not_finite
 from mclr_jax.training.devices import Devices, banner, require_accelerator
 from mclr_jax.training.log import Writer
 from mclr_jax.training.loop import Hook, Moment
@@ -225,6 +225,11 @@ def _checkpoint(config: Any, checkpoints: Checkpoints) -> Hook:
     def save(moment: Moment) -> None:
         found = {"loss": "eval_loss", "icr": "icr"}
         metrics = {k: moment.readings[n] for k, n in found.items() if n in moment.readings}
+        if bad := not_finite(moment.state):
+            raise loop.NonFiniteError(
+                f"{bad[0]} is not finite after step {moment.step}, which is not saved. The last "
+                f"good checkpoint is of step {_last(checkpoints)}."
+            )
         checkpoints.save(moment.step, moment.state, metrics)
 
     return Hook(_save_periods(config), save, when_stopped=True)

@@ -187,6 +187,17 @@ def _sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {name: digest(x) for name, x in arrays.items()}
 
 
+def not_finite(tree: Any) -> list[str]:
+    """The paths of the arrays that have an infinity or NaN; computed where the arrays are."""
+    finite = jax.device_get(_finite(_leaves(tree)))
+    return [name for name, fine in finite.items() if not fine]
+
+
+@jax.jit
+def _finite(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: jnp.isfinite(x).all() for name, x in arrays.items()}
+
+
 def _leaves(tree: Any) -> dict[str, Any]:
     paths = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in paths}
