@@ -122,7 +122,8 @@ def _guarded(main: Callable[[], None]) -> None:
     logging.use_absl_handler()
     handler = logging.get_absl_handler()
     handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    handler.addFilter(lambda record: record.levelno > python_logging.WARNING or _ours(record))
+    handler.addFilter(_shown)
+    sys.excepthook = _report
     logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
     keep_compiled()
     cpu.keep_freed_memory()
@@ -134,6 +135,18 @@ def _guarded(main: Callable[[], None]) -> None:
         stop(f"{type(error).__name__}: {error} (MCLR_TRACEBACK=1 shows where.)", status=1)
 
 
-def _ours(record: python_logging.LogRecord) -> bool:
-    """Whether a log record was written by this project; Orbax alone writes dozens a checkpoint."""
-    return "mclr_jax" in record.pathname or "launch" in record.pathname
+def _shown(record: python_logging.LogRecord) -> bool:
+    """Whether to show a log record: those of this project, and errors of others in one line.
+
+    Orbax writes dozens of records a checkpoint.
+    """
+    if "mclr_jax" in record.pathname or "launch" in record.pathname:
+        return True
+    record.exc_info = record.exc_text = None
+    return record.levelno > python_logging.WARNING
+
+
+def _report(kind: type, error: BaseException, trace: Any) -> None:
+    """Print an error, except the one of Orbax's threads after each file that cannot be used."""
+    if str(error) != "Event loop is closed":
+        sys.__excepthook__(kind, error, trace)

@@ -18,7 +18,6 @@ from mclr_jax.data import pipeline, sources
 from mclr_jax.files import digest
 from mclr_jax.metrics import report
 from mclr_jax.names import in_range
-from mclr_jax.representation import monitor
 from mclr_jax.samplers import Sampler
 from mclr_jax.task import Task
 from mclr_jax.training import loop
@@ -94,6 +93,7 @@ def _train(
     ):
         # ---- start or resume ------------------------------------------------------------------
         state, start, origin = _start(config, task, devices, checkpoints)
+        checkpoints.require_space(devices.to_global(state))
         frozen, content = _frozen(config, task, devices, workdir)
         description |= {"frozen": content} if frozen else {}
         if first_process:  # all that has been read fits together
@@ -281,6 +281,8 @@ def _icr(config: Any, task: Task, source: Any, workdir: pathlib.Path, start: int
     """The Invariant Contamination Ratio along the run."""
     if not config.icr.every_steps:
         return []
+    from mclr_jax.representation import monitor  # with scikit-learn, which takes a second
+
     read = monitor.make(config, task.model, source, workdir, start)
 
     def measure(moment: Moment) -> dict[str, float]:

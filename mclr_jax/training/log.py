@@ -1,10 +1,12 @@
 """The log of a training: progress as a bar or as lines, JSON lines and TensorBoard."""
 
+import functools
 import json
 import os
 import pathlib
 import sys
 import time
+from typing import Any
 
 import tqdm
 
@@ -87,13 +89,17 @@ class Writer:
         self._progress = Progress(num_steps, "step", start_step, quiet=not enabled)
         if not enabled:
             return
-        from tensorboardX import SummaryWriter
-
-        path, events = (pathlib.Path(workdir) / name for name in ("metrics.jsonl", "tensorboard"))
+        path, self._events = (pathlib.Path(workdir) / n for n in ("metrics.jsonl", "tensorboard"))
         kept = [record for record in read_lines(path) if record["step"] <= start_step]
         write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a")
-        self._tensorboard = SummaryWriter(str(events), purge_step=start_step + 1)
+        self._purged = start_step + 1
+
+    @functools.cached_property
+    def _tensorboard(self) -> Any:
+        from tensorboardX import SummaryWriter  # which imports PyTorch where it is installed
+
+        return SummaryWriter(str(self._events), purge_step=self._purged)
 
     def __enter__(self) -> "Writer":
         if self._enabled:
@@ -104,7 +110,8 @@ class Writer:
         if self._enabled:
             self._progress.__exit__()
             self._file.close()
-            self._tensorboard.close()
+            if "_tensorboard" in vars(self):
+                self._tensorboard.close()
 
     def progress(self, step: int) -> None:
         """Show this step, if it is time to; the first call ends the compilation."""
