@@ -223,6 +223,26 @@ class GroupNorm(nn.Module):
         return (centred * gain + bias).astype(self.dtype)
 
 
+class RelativeBias(nn.Module):
+    """What is added to attention logits: a learned number for each head and distance of tokens.
+
+    It is -inf beyond `window` tokens and, if `causal`, for later tokens.
+    """
+
+    heads: int
+    window: int
+    causal: bool
+
+    @nn.compact
+    def __call__(self, tokens: int) -> jax.Array:
+        """(1, heads, queries, keys) for so many tokens."""
+        table = self.param("bias", zeros, (self.heads, 2 * self.window + 1))
+        distance = np.arange(tokens) - np.arange(tokens)[:, None]  # of the key after the query
+        seen = (np.abs(distance) <= self.window) & ((distance <= 0) | (not self.causal))
+        index = np.clip(distance, -self.window, self.window) + self.window
+        return jnp.where(seen, table[None, :, index], -jnp.inf)
+
+
 class Dropout(nn.Module):
     """Dropout of x (B, ...), where the mask of an example depends on that example's key alone.
 
