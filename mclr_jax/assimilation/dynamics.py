@@ -39,9 +39,9 @@ class Dynamics:
     def step(self, key: jax.Array, state: jax.Array) -> jax.Array:
         """The next state (..., *shape); the noise of all its numbers comes from one key."""
         new = self.advance(state)
-        return (
-            new + self.noise * jax.random.normal(key, new.shape, new.dtype) if self.noise else new
-        )
+        if not self.noise:
+            return new
+        return new + self.noise * jax.random.normal(key, new.shape, new.dtype)
 
     def spin_up(self, key: jax.Array) -> jax.Array:
         """A random state (*shape) on the attractor."""
@@ -122,9 +122,9 @@ class ExponentialStep:
         e = np.exp(z)
 
         def mean(values: np.ndarray) -> np.ndarray:
-            return np.float32(h * values.mean(-1).real)
+            return (h * values.mean(-1).real).astype(np.float32)
 
-        self.whole, self.half = np.float32(np.exp(h * linear)), np.float32(np.exp(h * linear / 2))
+        self.whole, self.half = (np.exp(s * linear).astype(np.float32) for s in (h, h / 2))
         self.q = mean((np.exp(z / 2) - 1) / z)
         self.f1 = mean((-4 - z + e * (4 - 3 * z + z**2)) / z**3)
         self.f2 = mean((2 + z + e * (-2 + z)) / z**3)
@@ -153,12 +153,15 @@ class KuramotoSivashinsky(Dynamics):
     @functools.cached_property
     def _parts(self) -> tuple[np.ndarray, ExponentialStep]:
         k = np.arange(65) / 16
-        return np.complex64(-0.5j * k), ExponentialStep(k**2 - k**4, self.time_step)
+        return (-0.5j * k).astype(np.complex64), ExponentialStep(k**2 - k**4, self.time_step)
 
     def advance(self, state: jax.Array) -> jax.Array:
         slope, step = self._parts
-        new = step(jnp.fft.rfft(state), lambda u: slope * jnp.fft.rfft(jnp.fft.irfft(u) ** 2))
-        return jnp.fft.irfft(new).astype(state.dtype)
+
+        def nonlinear(u: jax.Array) -> jax.Array:
+            return jnp.fft.rfft(jnp.fft.irfft(u) ** 2) * slope
+
+        return jnp.fft.irfft(step(jnp.fft.rfft(state), nonlinear)).astype(state.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

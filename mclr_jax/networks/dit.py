@@ -71,7 +71,7 @@ def self_attention(
     if window is not None:
         bias = RelativeBias(heads, window, causal, name=f"{prefix}distance")(tokens).astype(dtype)
     qkv = linear(3 * width, name=f"{prefix}qkv")(x).reshape(*x.shape[:2], 3, heads, -1)
-    h = layers.attention(*jnp.moveaxis(qkv, 2, 0), bias=bias).reshape(x.shape)
+    h = layers.attention(*jnp.moveaxis(qkv, 2, 0), bias).reshape(x.shape)
     return linear(width, name=f"{prefix}proj")(h)
 
 

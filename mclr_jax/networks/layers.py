@@ -1,7 +1,7 @@
 """Layers and the base class that the networks share."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from typing import Any, ClassVar
 
@@ -18,7 +18,8 @@ from mclr_jax.names import in_range
 from mclr_jax.types import Condition
 
 NHWC = ("NHWC", "HWIO", "NHWC")
-attention = jax.nn.dot_product_attention  # q, k, v (B, N, heads, D) -> same; softmax in float32
+# q, k, v (B, N, heads, D) and a bias (1, heads, N, N) or None -> as q; softmax in float32
+attention: Callable[..., jax.Array] = jax.nn.dot_product_attention
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: Any = "SAME") -> jax.Array:
