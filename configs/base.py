@@ -52,6 +52,7 @@ def base() -> ConfigDict:
 
     config.noise = ConfigDict({"name": "lognormal", "mean": -1.2, "std": 1.2})
     config.preconditioning = ConfigDict({"name": "edm"})  # or velocity, epsilon, v
+    config.weight = "natural"  # 1 / c_out^2; or "fused_snr", with a noise level for each frame
     config.strength = ()  # (low, high) of the guidance strength, if it is an input of the network
     config.objective = options("dsm")
     config.posterior = ConfigDict(

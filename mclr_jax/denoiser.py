@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mclr_jax.names import in_range
-from mclr_jax.types import Condition, DenoiseFn, as_condition, expand
+from mclr_jax.types import Condition, DenoiseFn, MomentsFn, as_condition, expand
 
 # (x (B, ...), c_noise (B,) or (B, F), condition) -> raw output (B, ...)
 NetworkFn = Callable[[jax.Array, jax.Array, Condition], jax.Array]
@@ -166,16 +166,56 @@ def denoiser(preconditioning: Preconditioning, network: NetworkFn) -> DenoiseFn:
     Output channels beyond the number of channels of x (the variance of DiT) are dropped.
     """
 
-    def denoise(x: jax.Array, sigma: jax.Array, condition: Any) -> jax.Array:
-        sigma = jnp.broadcast_to(jnp.asarray(sigma, x.dtype), jnp.shape(sigma) or x.shape[:1])
-        scales = preconditioning.scales(sigma)
-        raw = network(expand(scales.c_in, x) * x, scales.c_noise, as_condition(condition))
-        raw = raw[..., : x.shape[-1]].astype(x.dtype)
-        return expand(scales.c_skip, x) * x + expand(scales.c_out, x) * raw
+    mean_and_variance = moments(preconditioning, network, learned=False)
+    return lambda x, sigma, condition: mean_and_variance(x, sigma, condition)[0]
 
-    return denoise
+
+def moments(preconditioning: Preconditioning, network: NetworkFn, learned: bool) -> MomentsFn:
+    """The network as a `MomentsFn`, computed in the type of x: mean and variance of x0 given x.
+
+    The variance is c_out^2 e^s for each coordinate. If it is `learned`, s is the second half of the
+    output's channels, otherwise 0: the square error of a network that gives 0.
+    """
+
+    def mean_and_variance(x: jax.Array, sigma: jax.Array, condition: Any):
+        sigma = jnp.broadcast_to(jnp.asarray(sigma, x.dtype), jnp.shape(sigma) or x.shape[:1])
+        scales, channels = preconditioning.scales(sigma), x.shape[-1]
+        raw = network(expand(scales.c_in, x) * x, scales.c_noise, as_condition(condition))
+        first = raw[..., :channels].astype(x.dtype)
+        s = raw[..., channels : 2 * channels].astype(x.dtype) if learned else jnp.zeros_like(x)
+        mean = expand(scales.c_skip, x) * x + expand(scales.c_out, x) * first
+        return mean, expand(scales.c_out, x) ** 2 * jnp.exp(s)
+
+    return mean_and_variance
 
 
 def natural_weight(preconditioning: Preconditioning, sigma: jax.Array) -> jax.Array:
     """1 / c_out^2, of the shape of sigma: with it the loss is the square error of the network."""
     return 1 / preconditioning.scales(sigma).c_out ** 2
+
+
+def fused_snr_weight(
+    preconditioning: Preconditioning, sigma: jax.Array, clip: float = 5.0, decay: float = 0.96
+) -> jax.Array:
+    """The natural weight times the fused signal-to-noise weight of the levels sigma (B, F).
+
+    With R = sigma^-2 / clip, S = min(R, 1) and c the average of S over earlier frames,
+    c' = decay c + (1 - decay) S, the factor is clip F / (clip G + 1) for F = 1 - (1 - decay c)
+    (1 - S) and G = 1 - (1 - decay c)(1 - R). The average starts as S of frame 0, where it is 0.
+
+    Source: Chen et al. 2024 (arXiv 2407.01392), for v-prediction with frames in their order.
+    Raises ValueError on one level for each example, which has no frames to look along.
+    """
+    if sigma.ndim < 2:
+        raise ValueError(
+            f"Noise levels have shape {sigma.shape}; weight 'fused_snr' needs a level for each "
+            "frame, (B, F): use a network with per_frame, or config.weight = 'natural'."
+        )
+    ratio = 1 / (clip * sigma**2)
+    clipped, frames = jnp.minimum(ratio, 1), np.arange(sigma.shape[-1])
+    age = frames - 1 - frames[:, None]  # of frame j in the average that frame k uses: k - 1 - j
+    share = np.where(age >= 0, decay ** np.maximum(age, 0), 0)
+    share[1:] *= 1 - decay
+    rest = 1 - decay * (clipped @ jnp.asarray(share, sigma.dtype))
+    fused = clip * (1 - rest * (1 - clipped)) / (clip * (1 - rest * (1 - ratio)) + 1)
+    return natural_weight(preconditioning, sigma) * fused

@@ -15,14 +15,15 @@ from mclr_jax import ema, names
 from mclr_jax.data.augment import LABEL_SIZE
 from mclr_jax.data.protocol import Source
 from mclr_jax.data.protocol import sigma_data as measured_sigma
-from mclr_jax.denoiser import EDM, Epsilon, V, Velocity, natural_weight
+from mclr_jax.denoiser import EDM, Epsilon, V, Velocity, fused_snr_weight, natural_weight
 from mclr_jax.model import DataInfo, Model
-from mclr_jax.names import make
+from mclr_jax.names import look_up, make
 from mclr_jax.networks.classifier import ConvClassifier, MLPClassifier
 from mclr_jax.networks.dit import DiT
 from mclr_jax.networks.mlp import MLP
+from mclr_jax.networks.trajectory import FrameDiT, Trajectory
 from mclr_jax.networks.unet import UNet
-from mclr_jax.noise import LogNormal, LogUniform
+from mclr_jax.noise import CausalForcing, Forcing, LogNormal, LogUniform
 from mclr_jax.objectives.classify import Classify
 from mclr_jax.objectives.dsm import DSM
 from mclr_jax.objectives.mclr import MCLR
@@ -33,7 +34,8 @@ from mclr_jax.problem import Problem
 from mclr_jax.task import Task, needs_of
 
 CLASSIFIERS: dict[str, Any] = {"mlp_classifier": MLPClassifier, "conv_classifier": ConvClassifier}
-NETWORKS: dict[str, Any] = {"mlp": MLP, "unet": UNet, "dit": DiT, **CLASSIFIERS}
+TRAJECTORY: dict[str, Any] = {"trajectory": Trajectory, "frame_dit": FrameDiT}
+NETWORKS: dict[str, Any] = {"mlp": MLP, "unet": UNet, "dit": DiT, **TRAJECTORY, **CLASSIFIERS}
 OBJECTIVES: dict[str, Any] = {
     "dsm": DSM,
     "mclr": MCLR,
@@ -47,7 +49,14 @@ OBJECTIVES: dict[str, Any] = {
 }
 PRECONDITIONINGS: dict[str, Any] = {"edm": EDM, "velocity": Velocity, "epsilon": Epsilon, "v": V}
 POSTERIORS: dict[str, Any] = {"exact": Exact, "classifier": Classifier, "denoiser": Denoiser}
-NOISE_LEVELS: dict[str, Any] = {"lognormal": LogNormal, "loguniform": LogUniform}
+NOISE_LEVELS: dict[str, Any] = {
+    "lognormal": LogNormal,
+    "loguniform": LogUniform,
+    "forcing": Forcing,
+    "causal_forcing": CausalForcing,
+}
+WEIGHTS: dict[str, Any] = {"natural": natural_weight, "fused_snr": fused_snr_weight}
+UNITS = ("offset", "scale", "time_step")  # of the data; optional attributes of a source
 DTYPES = ("float32", "bfloat16")
 # Fields that are not keys of a config: those set in this file, and those of Flax.
 MADE = ("num_classes", "out_channels", "augment_dim", "takes_strength", "sigma_data")
@@ -95,7 +104,11 @@ def describe(model: Model) -> dict[str, Any]:
     return {
         "network": resolved(model.network, NETWORKS),
         "preconditioning": resolved(model.preconditioning, PRECONDITIONINGS),
-        "data": {key: _plain(key, value) for key, value in dataclasses.asdict(model.data).items()},
+        "data": {
+            key: _plain(key, value)
+            for key, value in dataclasses.asdict(model.data).items()
+            if value or key not in UNITS  # as in descriptions of earlier versions
+        },
         "strength": list(model.strength),
     }
 
@@ -141,9 +154,10 @@ def make_task(config: Any, data: DataInfo, companions: Mapping[str, Model]) -> T
     """The training that a config describes; its objective may call the companions."""
     model = make_model(config, data)
     objective, posterior = _objective(config)
+    weight = look_up(WEIGHTS, config.weight, "config.weight")
     problem = Problem(
         levels=make(NOISE_LEVELS, config.noise, "noise"),
-        weight=functools.partial(natural_weight, model.preconditioning),
+        weight=functools.partial(weight, model.preconditioning),
         null_label=model.null_label,
         class_prior=data.class_prior,
         sigma_data=data.sigma_data,
@@ -178,4 +192,5 @@ def data_info(config: Any, source: Source) -> DataInfo:
     if "class_prior" in needs(config):  # reads all labels of a lazy source
         counts = np.bincount(source.labels, minlength=source.num_classes)
         prior = tuple((counts / len(source)).tolist())
-    return DataInfo(tuple(source.shape), source.num_classes, float(sigma_data), prior)
+    units = {name: getattr(source, name) for name in UNITS if hasattr(source, name)}
+    return DataInfo(tuple(source.shape), source.num_classes, float(sigma_data), prior, **units)

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from mclr_jax.denoiser import Preconditioning, denoiser
+from mclr_jax.denoiser import NetworkFn, Preconditioning, denoiser, moments
 from mclr_jax.names import in_range
 from mclr_jax.problem import Answers, LogitsFn
-from mclr_jax.types import Condition, DenoiseFn, as_condition, expand
+from mclr_jax.types import Condition, DenoiseFn, MomentsFn, as_condition, expand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,10 @@ class DataInfo:
     num_classes: int  # labels are 0 .. num_classes - 1; num_classes is the null label
     sigma_data: float  # standard deviation of the scaled data
     class_prior: tuple[float, ...] = ()  # share of each class in the training data
+    # Physical units are offset + scale * x, with a number for each coordinate of the last axis.
+    offset: tuple[float, ...] = ()  # () for data without units
+    scale: tuple[float, ...] = ()
+    time_step: float = 0.0  # between two frames of a trajectory; 0 for none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +36,9 @@ class Model:
 
     The network is a Flax module called with (x, c_noise, condition). Its optional fields or class
     attributes are `augment_dim` and `takes_strength` (inputs), `dropout`, `per_frame` (c_noise is
-    (B, F)), `gives` ("logits" for a classifier) and `optional_inputs` (top-level parameters that
-    may be missing from the initial weights).
+    (B, F)), `variance` (the second half of the output's channels is the logarithm of a variance),
+    `gives` ("logits" for a classifier) and `optional_inputs` (top-level parameters that may be
+    missing from the initial weights).
     """
 
     network: nn.Module
@@ -58,6 +63,10 @@ class Model:
         return self.data.shape[:1] if getattr(self.network, "per_frame", False) else ()
 
     @property
+    def has_variance(self) -> bool:
+        return getattr(self.network, "variance", False)
+
+    @property
     def is_classifier(self) -> bool:
         return getattr(self.network, "gives", "denoised") == "logits"
 
@@ -79,26 +88,44 @@ class Model:
         return condition
 
     def _apply(self, params: Any, x: jax.Array, c_noise: jax.Array, condition: Any, **options: Any):
-        """The network with the condition completed and a level (B,) repeated for all frames."""
-        if c_noise.shape[1:] != self.frames:
+        """The network with the condition completed and a level (B,) repeated for all frames.
+
+        The frames are those of x: a network may take more of them than it was trained on.
+        """
+        levels = x.shape[: 1 + len(self.frames)]
+        if c_noise.shape != levels:
             if c_noise.ndim > 1:
                 raise ValueError(
                     f"Noise levels have shape {c_noise.shape}; {type(self.network).__name__} "
-                    f"takes {(len(x), *self.frames)}."
+                    f"takes {levels}."
                 )
-            c_noise = jnp.broadcast_to(c_noise[:, None], (len(x), *self.frames))
+            c_noise = jnp.broadcast_to(c_noise[:, None], levels)
         condition = self.complete(condition, len(x))
         return self.network.apply({"params": params}, x, c_noise, condition, **options)
 
-    def denoise(self, params: Any) -> DenoiseFn:
-        """A `DenoiseFn` (condition None: the null label); raises ValueError for a classifier."""
+    def _denoising(self, params: Any) -> NetworkFn:
+        """The network with parameters; raises ValueError for a classifier."""
         if self.is_classifier:
             raise ValueError(
                 f"{type(self.network).__name__} is a classifier: it gives logits and cannot "
                 "denoise. Expected a denoising network or its run."
             )
-        denoise = denoiser(self.preconditioning, functools.partial(self._apply, params))
+        return functools.partial(self._apply, params)
+
+    def denoise(self, params: Any) -> DenoiseFn:
+        """A `DenoiseFn` (condition None: the null label); raises ValueError for a classifier."""
+        denoise = denoiser(self.preconditioning, self._denoising(params))
         return lambda x, sigma, condition: denoise(x, sigma, self.complete(condition, len(x)))
+
+    def moments(self, params: Any) -> MomentsFn:
+        """A `MomentsFn`: the denoiser's answer, and the variance of x0 given x, both of x's shape.
+
+        The variance is c_out^2 e^s, with s learned by a network with `variance`, and 0 otherwise.
+        For data of unit variance and the preconditioning `edm`, c_out^2 = sigma^2 / (1 + sigma^2).
+        Raises ValueError for a classifier.
+        """
+        found = moments(self.preconditioning, self._denoising(params), self.has_variance)
+        return lambda x, sigma, condition: found(x, sigma, self.complete(condition, len(x)))
 
     def _raw(self, params: Any, x: jax.Array, sigma: Any, condition: Any, **options: Any) -> Any:
         """The output of the network, without output preconditioning, for x at level sigma."""

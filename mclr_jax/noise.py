@@ -10,7 +10,9 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.special import ndtri
 
+from mclr_jax.denoiser import V
 from mclr_jax.names import in_range
 
 
@@ -18,7 +20,7 @@ class NoiseLevels(Protocol):
     """A training distribution of noise levels."""
 
     def sample(self, key: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
-        """Independent levels of one example: shape (), or (F,) with one level for each frame."""
+        """The levels of one example: shape (), or (F,) with one level for each frame."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,114 @@ class LogUniform:
     def sample(self, key: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
         low, high = np.log(self.sigma_min), np.log(self.sigma_max)
         return jnp.exp(low + (high - low) * jax.random.uniform(key, shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class Forcing:
+    """Levels of the frames of a trajectory in the patterns of sampling, each with its share.
+
+    `shared`: one level for all frames, as in joint denoising. `independent`: one for each frame.
+    `prefix`: the frames up to a random one have a lower level, which is sigma_min for half of the
+    examples; the others have one level, or levels that rise with the frame. `segments`: three parts
+    of random lengths, each with one level.
+
+    A level is a quantile of one distribution on [sigma_min, sigma_max]: log-uniform for std = 0,
+    else log-normal. Quantiles are uniform, and rise linearly where levels rise.
+    """
+
+    shared: float = 0.35
+    independent: float = 0.15
+    prefix: float = 0.25
+    segments: float = 0.25
+    sigma_min: float = 0.004
+    sigma_max: float = 20.0
+    mean: float = -1.0
+    std: float = 0.0
+
+    def __post_init__(self):
+        LogUniform(self.sigma_min, self.sigma_max)  # checks the range
+        LogNormal(self.mean, self.std)
+        names = ("shared", "independent", "prefix", "segments")
+        for name in names:
+            in_range(f"noise.{name}", getattr(self, name), 0.0, 1.0)
+        if abs(excess := sum(getattr(self, name) for name in names) - 1) > 1e-6:
+            raise ValueError(
+                f"The sum of noise.{' + '.join(names)} is {1 + excess:g}; expected 1: they are the "
+                "shares of the patterns."
+            )
+
+    def quantile(self, u: jax.Array) -> jax.Array:
+        """The noise level (...) below which the share u (...) of the distribution lies."""
+        low, high = np.log(self.sigma_min), np.log(self.sigma_max)
+        if not self.std:
+            return jnp.exp(low + (high - low) * u)
+        scores = ((end - self.mean) / self.std for end in (low, high))
+        below, above = ((1 + math.erf(score / 2**0.5)) / 2 for score in scores)
+        return jnp.exp(self.mean + self.std * ndtri(below + (above - below) * u))
+
+    def sample(self, key: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
+        k_kind, k_own, k_place, k_options = jax.random.split(key, 4)
+        own = jax.random.uniform(k_own, shape)
+        if not shape:
+            return self.quantile(own)
+        (frames,) = shape
+        first, second, third = jax.random.uniform(k_options, (3,))
+        # first frames of the parts
+        places = jax.random.randint(k_place, (2,), 1, max(frames, 2))
+        frame = jnp.arange(frames)
+
+        low, high = jnp.minimum(first, second), jnp.maximum(first, second)
+        start, rises = places[0], own[0] < 0.5
+        tail = low + (high - low) * (frame - start) / jnp.maximum(frames - 1 - start, 1)
+        before = jnp.where(own[-1] < 0.5, 0, third * jnp.where(rises, low, high))
+        prefix = jnp.where(frame < start, before, jnp.where(rises, tail, high))
+
+        parts = (frame[:, None] >= places).sum(-1)
+        segments = jnp.stack([first, second, third])[parts]
+
+        shares = np.cumsum([self.shared, self.independent, self.prefix])
+        kind = (jax.random.uniform(k_kind) >= shares).sum()
+        patterns = jnp.stack([jnp.full(shape, first), own, prefix, segments])
+        return self.quantile(patterns[kind])
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalForcing:
+    """Causality-aware levels of diffusion forcing for data assimilation (arXiv 2605.14285).
+
+    Levels are those of the preconditioning `v` at its steps. With probability 1 - rho the steps of
+    all frames are independent and uniform. Otherwise those of the first n ~ U{1, ..., context}
+    frames are, and frame j = 0, 1, ... of the others has the level clip(stages + j - m, 0, stages)
+    of a pyramid with m ~ U{0, ..., stages + frames - n - 1}. Level k is step k steps / stages - 1,
+    and level 0, clean data, the lowest step: the loss has no finite weight for data without noise.
+    """
+
+    rho: float = 0.25
+    stages: int = 100
+    context: int = 0  # at most frames - 1; 0 for frames - 1
+
+    def __post_init__(self):
+        in_range("noise.rho", self.rho, 0.0, 1.0)
+        in_range("noise.stages", self.stages, 1)
+        in_range("noise.context", self.context, 0)
+
+    def steps(self, key: jax.Array, frames: int) -> jax.Array:
+        """The steps (frames,) of one example, -1 for clean data."""
+        k_kind, k_own, k_context, k_stage = jax.random.split(key, 4)
+        count = len(V().table)
+        own = jax.random.randint(k_own, (frames,), 0, count)
+        context = jax.random.randint(k_context, (), 1, 1 + (self.context or max(frames - 1, 1)))
+        moved = jax.random.randint(k_stage, (), 0, self.stages + frames - context)
+        frame = jnp.arange(frames) - context
+        level = jnp.clip(self.stages + frame - moved, 0, self.stages)
+        pyramid = jnp.round(level * (count / self.stages)).astype(own.dtype) - 1
+        is_pyramid = jax.random.uniform(k_kind) < self.rho
+        return jnp.where(is_pyramid & (frame >= 0), pyramid, own)
+
+    def sample(self, key: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
+        (frames,) = shape or (1,)
+        steps = jnp.maximum(self.steps(key, frames), 0)
+        return jnp.asarray(V().table, jnp.float32)[steps].reshape(shape)
 
 
 def rho_grid(

@@ -9,7 +9,7 @@ from flax import struct
 
 from mclr_jax.metrics import Metrics
 from mclr_jax.noise import NoiseLevels
-from mclr_jax.types import Condition, DenoiseFn
+from mclr_jax.types import Condition, DenoiseFn, MomentsFn
 
 # (x (B, ...), sigma (B,) or (B, F), condition) -> log-odds of the classes (B, K)
 LogitsFn = Callable[[jax.Array, jax.Array, Any], jax.Array]
@@ -37,6 +37,7 @@ class Models(NamedTuple):
     logits: LogitsFn
     frozen: Mapping[str, Answers] = {}
     posterior: PosteriorFn | None = None  # if "posterior" is in `needs`
+    moments: MomentsFn | None = None  # of the model in training, if its network has a variance
 
 
 @dataclasses.dataclass(frozen=True)

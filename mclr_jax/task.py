@@ -122,7 +122,8 @@ class Task:
         posterior = None
         if self.posterior is not None and "posterior" in self.needs:
             posterior = self.posterior(held, self.problem)
-        return Models(*self.model.answers(params), held, posterior)
+        moments = self.model.moments(params) if self.model.has_variance else None
+        return Models(*self.model.answers(params), held, posterior, moments)
 
 
 def needs_of(objective: Objective, posterior: Posterior | None) -> frozenset[str]:

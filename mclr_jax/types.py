@@ -25,6 +25,8 @@ class Condition(struct.PyTreeNode):
 # x = x0 + sigma n, n ~ N(0, I). sigma is (B, F) if x is a trajectory (B, F, ...) whose frames have
 # their own noise levels.
 DenoiseFn = Callable[[jax.Array, jax.Array, Any], jax.Array]
+# The same inputs -> the estimate and the variance of each coordinate of x0 given x, as x.
+MomentsFn = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array]]
 
 
 def as_condition(condition: Condition | jax.Array) -> Condition:

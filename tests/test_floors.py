@@ -13,7 +13,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 # but not in a circle. A name with a slash at its end is a folder.
 FLOORS = [
     ["names", "types", "files", "metrics", "cpu"],
-    ["noise", "denoiser", "ema", "optimizer"],
+    ["denoiser", "ema", "optimizer"],
+    ["noise"],
     ["guidance", "samplers", "mixture", "problem"],
     ["posterior", "networks/", "data/", "objectives/"],
     ["model"],
@@ -21,7 +22,7 @@ FLOORS = [
     ["experiment"],
     ["training/"],
     ["runs", "generate", "images"],
-    ["pretrained/"],
+    ["pretrained/", "assimilation/"],
     ["evaluation/"],
     ["representation/"],
     ["main"],

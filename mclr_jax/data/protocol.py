@@ -89,6 +89,9 @@ class Subset:
         self.source, self.indices = source, indices
         self.shape, self.num_classes = source.shape, source.num_classes
         self.in_memory = source.in_memory
+        for name in ("offset", "scale", "time_step"):  # optional
+            if hasattr(source, name):
+                setattr(self, name, getattr(source, name))
 
     @property
     def labels(self) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 from jax.nn.initializers import lecun_normal, normal, zeros
 
 from mclr_jax.networks import layers
-from mclr_jax.networks.layers import Dropout, Linear, Network
+from mclr_jax.networks.layers import Dropout, Linear, Network, RelativeBias
 from mclr_jax.networks.layers import positional_embedding as timestep_embedding
 from mclr_jax.types import Condition
 
@@ -26,33 +26,59 @@ class Block(nn.Module):
     mlp_ratio: float
     dropout: float
     dtype: Any
+    window: int | None = None  # see `self_attention`
+    causal: bool = False
 
     @nn.compact
     def __call__(
         self, x: jax.Array, index: jax.Array, embedding: jax.Array, dropout_keys: jax.Array | None
     ) -> tuple[jax.Array, None]:
-        """x (B, N, D), index () of this block, embedding (B, D) -> x and no scan output."""
-        width = x.shape[-1]
+        """x (B, N, D), index () of this block, embedding (B[, N], E) -> x and no scan output."""
         linear = partial(Linear, dtype=self.dtype)
         if dropout_keys is not None:  # scanned blocks share one path, so `Dropout` needs the index
             dropout_keys = jax.vmap(jax.random.fold_in, (0, None))(dropout_keys, index)
         dropout = partial(Dropout, self.dropout)
 
-        modulation = linear(6 * width, kernel_init=zeros, name="adaLN_modulation")
-        parts = jnp.split(modulation(embedding)[:, None, :], 6, axis=-1)
+        modulation = linear(6 * x.shape[-1], kernel_init=zeros, name="adaLN_modulation")
+        parts = modulated(modulation(embedding), x, 6)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
 
         h = layer_norm(x, self.dtype) * (1 + scale_a) + shift_a
-        qkv = linear(3 * width, name="qkv")(h).reshape(*x.shape[:2], 3, self.heads, -1)
-        h = layers.attention(*jnp.moveaxis(qkv, 2, 0)).reshape(x.shape)
-        h = linear(width, name="proj")(h)
+        h = self_attention(h, self.heads, self.dtype, self.window, self.causal)
         x = x + gate_a * dropout(name="dropout_attention")(h, dropout_keys)
 
         h = layer_norm(x, self.dtype) * (1 + scale_m) + shift_m
-        h = nn.gelu(linear(int(width * self.mlp_ratio), name="fc1")(h), approximate=True)
-        h = linear(width, name="fc2")(h)
+        h = feed_forward(h, self.mlp_ratio, self.dtype)
         x = x + gate_m * dropout(name="dropout_mlp")(h, dropout_keys)
         return x, None
+
+
+def modulated(modulation: jax.Array, x: jax.Array, count: int) -> list[jax.Array]:
+    """`count` equal parts of modulation (B, ..., count D), to combine with x (B, ..., N, D)."""
+    missing = tuple(range(modulation.ndim - 1, x.ndim - 1))
+    return jnp.split(jnp.expand_dims(modulation, missing), count, axis=-1)
+
+
+def self_attention(
+    x: jax.Array, heads: int, dtype: Any, window: int | None = None, causal: bool = False,
+    prefix: str = "",
+) -> jax.Array:  # fmt: skip
+    """Self-attention of x (B, N, D), to be called in a module, with its linear maps.
+
+    A `window` limits and weighs what a token sees, see `RelativeBias`.
+    """
+    (_, tokens, width), linear, bias = x.shape, partial(Linear, dtype=dtype), None
+    if window is not None:
+        bias = RelativeBias(heads, window, causal, name=f"{prefix}distance")(tokens).astype(dtype)
+    qkv = linear(3 * width, name=f"{prefix}qkv")(x).reshape(*x.shape[:2], 3, heads, -1)
+    h = layers.attention(*jnp.moveaxis(qkv, 2, 0), bias).reshape(x.shape)
+    return linear(width, name=f"{prefix}proj")(h)
+
+
+def feed_forward(x: jax.Array, ratio: float, dtype: Any) -> jax.Array:
+    """Two linear maps with a GELU between them, to be called in a module."""
+    hidden = Linear(int(x.shape[-1] * ratio), dtype=dtype, name="fc1")(x)
+    return Linear(x.shape[-1], dtype=dtype, name="fc2")(nn.gelu(hidden, approximate=True))
 
 
 def layer_norm(x: jax.Array, dtype: Any) -> jax.Array:

@@ -1,7 +1,7 @@
 """Layers and the base class that the networks share."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from typing import Any, ClassVar
 
@@ -18,7 +18,8 @@ from mclr_jax.names import in_range
 from mclr_jax.types import Condition
 
 NHWC = ("NHWC", "HWIO", "NHWC")
-attention = jax.nn.dot_product_attention  # q, k, v (B, N, heads, D) -> same; softmax in float32
+# q, k, v (B, N, heads, D) and a bias (1, heads, N, N) or None -> as q; softmax in float32
+attention: Callable[..., jax.Array] = jax.nn.dot_product_attention
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: Any = "SAME") -> jax.Array:
@@ -221,6 +222,26 @@ class GroupNorm(nn.Module):
         centred = x - group_mean(x)
         gain = scale * lax.rsqrt(group_mean(jnp.square(centred)) + self.epsilon)
         return (centred * gain + bias).astype(self.dtype)
+
+
+class RelativeBias(nn.Module):
+    """What is added to attention logits: a learned number for each head and distance of tokens.
+
+    It is -inf beyond `window` tokens and, if `causal`, for later tokens.
+    """
+
+    heads: int
+    window: int
+    causal: bool
+
+    @nn.compact
+    def __call__(self, tokens: int) -> jax.Array:
+        """(1, heads, queries, keys) for so many tokens."""
+        table = self.param("bias", zeros, (self.heads, 2 * self.window + 1))
+        distance = np.arange(tokens) - np.arange(tokens)[:, None]  # of the key after the query
+        seen = (np.abs(distance) <= self.window) & ((distance <= 0) | (not self.causal))
+        index = np.clip(distance, -self.window, self.window) + self.window
+        return jnp.where(seen, table[None, :, index], -jnp.inf)
 
 
 class Dropout(nn.Module):

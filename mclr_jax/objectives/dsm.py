@@ -3,10 +3,13 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 from mclr_jax.metrics import mean
+from mclr_jax.names import in_range
 from mclr_jax.objectives.base import Objective, per_example, perturb, square_error
 from mclr_jax.problem import Batch, Loss, Models, Problem
+from mclr_jax.types import expand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,14 +18,33 @@ class DSM(Objective):
 
     Source: Karras et al. 2022, eq. 2 and 8 (with a mean over dimensions instead of the sum). With a
     noise level for each frame DSM is diffusion forcing (Chen et al. 2024, arXiv 2407.01392).
+
+    A network with a variance v has the negative log-likelihood of each coordinate times a power
+    of its value: with r^2 and u, the square error and v times the weight,
+    (r^2 / u + ln u) / 2 * u^variance_power, without gradient through the power (Seitzer et al.
+    2022, arXiv 2203.09168). Power 1 trains the mean like the square error, power 0 by likelihood.
     """
 
     label_dropout: float = 0.1  # probability that the null label replaces the label of an example
+    variance_power: float = 0.5  # 0 to 1, if the network has a variance
+
+    def __post_init__(self):
+        super().__post_init__()
+        in_range("objective.variance_power", self.variance_power, 0.0, 1.0)
 
     def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
-        """Loss (B,), and the metric `error`, the unweighted mean square error."""
+        """Loss (B,); `error`, the unweighted mean square error; with a variance `error_ratio`, the
+        mean of the square error over the variance, which is 1 for the true variance."""
         noisy = perturb(problem, batch.x0, batch.condition, keys, self.label_dropout)
         x, sigma, condition, _ = noisy
-        error = square_error(models.denoise(x, sigma, condition), batch.x0, sigma)
-        loss = per_example(problem.weight(sigma) * error)
-        return loss, {"error": mean(per_example(error))}
+        if models.moments is None:
+            error = square_error(models.denoise(x, sigma, condition), batch.x0, sigma)
+            loss = per_example(problem.weight(sigma) * error)
+            return loss, {"error": mean(per_example(error))}
+        estimate, variance = models.moments(x, sigma, condition)
+        square = (estimate - batch.x0) ** 2
+        unit = variance * expand(problem.weight(sigma), x)
+        scale = jax.lax.stop_gradient(unit**self.variance_power)
+        loss = per_example((square / variance + jnp.log(unit)) / 2 * scale)
+        ratio = per_example(square / variance)
+        return loss, {"error": mean(per_example(square)), "error_ratio": mean(ratio)}

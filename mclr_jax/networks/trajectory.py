@@ -1,0 +1,188 @@
+"""Transformers for trajectories whose frames have their own noise levels.
+
+`Trajectory` is for states of few coordinates, `FrameDiT` for fields. Positions in time are relative
+and attention in time has a window: both run on more frames than they were trained on.
+"""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import normal, zeros
+
+from mclr_jax.names import in_range
+from mclr_jax.networks.dit import Block, feed_forward, layer_norm, modulated, self_attention
+from mclr_jax.networks.layers import Dropout, Linear, Network, depth_to_space, space_to_depth
+from mclr_jax.networks.mlp import noise_embedding
+from mclr_jax.types import Condition
+
+
+class _TrajectoryNetwork(Network):
+    """What both networks share: the embedding of the condition, the stack of blocks, the output."""
+
+    per_frame = True
+
+    def _embedding(self, c_noise: jax.Array, condition: Condition, width: int) -> jax.Array:
+        """Noise levels (B, N, p) of N tokens of p frames -> embedding (B, N, width)."""
+        linear = partial(Linear, width, dtype=self.dtype)
+        features = noise_embedding(c_noise).reshape(*c_noise.shape[:2], -1)
+        table = nn.Embed(self.num_classes + 1, width, dtype=self.dtype, name="map_label")
+        label = self.with_optional_inputs(table(condition.label), condition)
+        embedding = linear(name="map_noise")(features) + label[:, None]
+        return nn.silu(linear(name="map_layer")(nn.silu(embedding)))
+
+    def _output(self, x: jax.Array, embedding: jax.Array, features: int) -> jax.Array:
+        """Tokens (B, N, D) or (B, N, P, D) -> float32 (..., features), zero at the start."""
+        modulation = Linear(2 * x.shape[-1], kernel_init=zeros, dtype=self.dtype, name="out_adaLN")
+        shift, scale = modulated(modulation(embedding), x, 2)
+        x = layer_norm(x, self.dtype) * (1 + scale) + shift
+        x = Linear(features, kernel_init=zeros, dtype=self.dtype, name="out_linear")(x)
+        return x.astype(jnp.float32)
+
+    def _check(self, x: jax.Array, c_noise: jax.Array, axes: int) -> None:
+        in_range("network.window", self.window, 0)
+        if x.ndim != axes or c_noise.shape != x.shape[:2]:
+            expected = "(B, F, d)" if axes == 3 else "(B, F, H, W, C)"
+            raise ValueError(
+                f"x has shape {x.shape} and c_noise {c_noise.shape}; "
+                f"{type(self).__name__} expects x {expected} and c_noise (B, F)"
+            )
+        if self.width % self.heads:
+            raise ValueError(
+                f"width is {self.width}; {self.heads} heads need a multiple of {self.heads}"
+            )
+
+
+class Trajectory(_TrajectoryNetwork):
+    """A transformer over the frames of x (B, F, d); a token is `frames_per_token` frames.
+
+    A token sees itself and `window` tokens before it and, unless `causal`, after it. The frames of
+    one token see each other: causality of single frames needs frames_per_token = 1.
+    """
+
+    out_channels: int = 3
+    num_classes: int = 1
+    frames_per_token: int = 4
+    width: int = 128
+    depth: int = 4
+    heads: int = 4
+    window: int = 4  # tokens
+    causal: bool = False
+    embedding_width: int = 64  # of noise levels and label
+    mlp_ratio: float = 4.0
+    variance: bool = False  # the output has the logarithm of a variance for each coordinate
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, c_noise: jax.Array, condition: Condition) -> jax.Array:
+        """x (B, F, d), c_noise (B, F) -> raw output (B, F, out_channels [* 2 with `variance`]).
+
+        Raises ValueError on other shapes, and if tokens do not divide the frames.
+        """
+        self._check(x, c_noise, axes=3)
+        (batch, frames, _), p = x.shape, self.frames_per_token
+        if frames % p:
+            raise ValueError(
+                f"x has {frames} frames, not divisible by frames_per_token {p}: add "
+                f"{-frames % p} frames of pure noise at the highest level"
+            )
+        channels = self.out_channels * (1 + self.variance)
+        levels = c_noise.reshape(batch, frames // p, p)
+        embedding = self._embedding(levels, condition, self.embedding_width)
+        linear = Linear(self.width, dtype=self.dtype, name="in_linear")
+        h = linear(x.reshape(batch, frames // p, -1))
+        make = nn.remat(Block) if self.remat else Block
+        for index in range(self.depth):
+            block = make(
+                self.heads, self.mlp_ratio, self.dropout, self.dtype, self.window, self.causal,
+                name=f"block{index}",
+            )  # fmt: skip
+            h, _ = block(h, jnp.int32(index), embedding, condition.dropout_keys)
+        return self._output(h, embedding, p * channels).reshape(batch, frames, channels)
+
+
+class FrameBlock(nn.Module):
+    """Attention within a frame, attention in time, and an MLP, with adaLN-Zero of each frame."""
+
+    heads: int
+    mlp_ratio: float
+    dropout: float
+    dtype: Any
+    window: int
+    causal: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, embedding: jax.Array, dropout_keys: Any) -> jax.Array:
+        """x (B, F, P, D) of P patches, embedding (B, F, E), dropout_keys (B,) or None -> x."""
+        linear = partial(Linear, dtype=self.dtype)
+        modulation = linear(9 * x.shape[-1], kernel_init=zeros, name="adaLN_modulation")
+        parts = modulated(modulation(embedding), x, 9)
+
+        def in_space(h):
+            flat = h.reshape(-1, *h.shape[2:])
+            h_out = self_attention(flat, self.heads, self.dtype, prefix="space_")
+            return h_out.reshape(h.shape)
+
+        def in_time(h):
+            h = h.swapaxes(1, 2)
+            options = self.heads, self.dtype, self.window, self.causal, "time_"
+            h_out = self_attention(h.reshape(-1, *h.shape[2:]), *options)
+            return h_out.reshape(h.shape).swapaxes(1, 2)
+
+        def in_channels(h):
+            return feed_forward(h, self.mlp_ratio, self.dtype)
+
+        for number, change in enumerate([in_space, in_time, in_channels]):
+            shift, scale, gate = parts[3 * number : 3 * number + 3]
+            h = change(layer_norm(x, self.dtype) * (1 + scale) + shift)
+            x = x + gate * Dropout(self.dropout, name=f"dropout{number}")(h, dropout_keys)
+        return x
+
+
+class FrameDiT(_TrajectoryNetwork):
+    """A DiT for fields (B, F, H, W, C), whose patches see their frame and their place in time.
+
+    As in Jia et al. 2026 (arXiv 2605.14285), except for relative positions and a window in time: a
+    frame sees `window` frames before it and, unless `causal`, after it.
+    """
+
+    out_channels: int = 1
+    num_classes: int = 1
+    patch_size: int = 4
+    width: int = 128
+    depth: int = 4
+    heads: int = 4
+    window: int = 16  # frames
+    causal: bool = True
+    mlp_ratio: float = 4.0
+    variance: bool = False  # the output has the logarithm of a variance for each value
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, c_noise: jax.Array, condition: Condition) -> jax.Array:
+        """x (B, F, H, W, C), c_noise (B, F) -> raw output (B, F, H, W, out_channels [* 2]).
+
+        Raises ValueError on other shapes, and if patches do not divide the field.
+        """
+        self._check(x, c_noise, axes=5)
+        (batch, frames, height, width, _), p = x.shape, self.patch_size
+        if height % p or width % p:
+            raise ValueError(f"fields are {height}x{width}, not divisible by patch_size {p}")
+        rows, columns = height // p, width // p
+        embedding = self._embedding(c_noise[..., None], condition, self.width)
+        h = space_to_depth(x.reshape(-1, *x.shape[2:]), p)
+        h = Linear(self.width, dtype=self.dtype, name="in_linear")(h)
+        place = self.param("place", normal(0.02), (rows, columns, self.width))
+        h = (h + place.astype(self.dtype)).reshape(batch, frames, rows * columns, self.width)
+        make = nn.remat(FrameBlock) if self.remat else FrameBlock
+        for index in range(self.depth):
+            block = make(
+                self.heads, self.mlp_ratio, self.dropout, self.dtype, self.window, self.causal,
+                name=f"block{index}",
+            )  # fmt: skip
+            h = block(h, embedding, condition.dropout_keys)
+        h = self._output(h, embedding, p * p * self.out_channels * (1 + self.variance))
+        h = depth_to_space(h.reshape(-1, rows, columns, h.shape[-1]), p)
+        return h.reshape(batch, frames, *h.shape[1:])
