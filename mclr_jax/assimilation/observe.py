@@ -11,6 +11,7 @@ import math
 import os
 import pathlib
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,7 +35,7 @@ _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(9)
 _WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
 
 
-# ---- linear maps: (x (B, F, *state), power) -> (B, F, m), with the weights raised to `power` ------
+# ---- linear maps: (x (B, F, *state), power) -> (B, F, m), their weights raised to `power` --------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,9 @@ class Random:
     def __call__(self, x: jax.Array, power: int = 1) -> jax.Array:
         size = math.prod(x.shape[2:])
         order = np.random.default_rng(self.seed).permutation(size)
-        return x.reshape(*x.shape[:2], size)[..., np.sort(order[: max(1, round(self.share * size))])]
+        return x.reshape(*x.shape[:2], size)[
+            ..., np.sort(order[: max(1, round(self.share * size))])
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +180,9 @@ def operator_of(description: Mapping[str, Any]) -> Operator:
     shared = {"function", "offset", "scale"}
     values = {key: _as_tuple(value) for key, value in description.items() if key != "name"}
     for key in values.keys() - own - shared:
-        raise ValueError(f"Operator {description['name']!r} has no {key!r}. {nearest(key, own | shared)}")
+        raise ValueError(
+            f"Operator {description['name']!r} has no {key!r}. {nearest(key, own | shared)}"
+        )
     try:
         linear = kind(**{key: values[key] for key in own & values.keys()})
         return Operator(linear, **{key: values[key] for key in shared & values.keys()})
@@ -236,10 +241,14 @@ class Observations:
                 f"The operator gives {got[2]} values of a state of shape {shape}; the observations "
                 f"have {m} for each frame."
             )
-        if self.time_step and time_step and not math.isclose(self.time_step, time_step, rel_tol=1e-3):
+        if (
+            self.time_step
+            and time_step
+            and not math.isclose(self.time_step, time_step, rel_tol=1e-3)
+        ):
             raise ValueError(
-                f"The observations have a time step of {self.time_step:g}, the model {time_step:g}; "
-                "write a row of NaN for each frame of the model without an observation."
+                f"The observations have a time step of {self.time_step:g}, the model "
+                f"{time_step:g}; write a row of NaN for each frame without an observation."
             )
         if self.initial is None:
             return self
@@ -262,19 +271,25 @@ def write(path: str | os.PathLike, observations: Observations, **more: Any) -> N
     save_arrays(path, **arrays, **more)
 
 
+def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The arrays of an npz file; FileNotFoundError, or ValueError if it is none."""
+    if not pathlib.Path(path).exists():
+        raise FileNotFoundError(f"There is no file {path}.")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {key: np.asarray(file[key]) for key in file.files}
+    except (ValueError, OSError, EOFError, KeyError, AttributeError, TypeError, MemoryError,
+            zlib.error, zipfile.BadZipFile) as error:  # fmt: skip
+        raise ValueError(f"{path} is no readable npz file of arrays ({error}).") from error
+
+
 def read(path: str | os.PathLike) -> Observations:
     """The observations of an npz file; ValueError: what is wrong with it, and what is expected.
 
     Arrays: `values`, `std`, `operator_json` (a JSON text) or the matrix `H` (m, d), and if known
     `initial` and `time_step`.
     """
-    if not pathlib.Path(path).exists():
-        raise FileNotFoundError(f"No file {path} of observations.")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: np.asarray(file[key]) for key in file.files}
-    except (ValueError, OSError, EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no readable npz file of arrays ({error}).") from error
+    arrays = load(path)
     for key in ("values", "std"):
         if key not in arrays:
             raise ValueError(f"{path} has no array {key!r}. {nearest(key, arrays)}")
@@ -286,7 +301,9 @@ def read(path: str | os.PathLike) -> Observations:
     try:
         if "H" in arrays:
             if arrays["H"].ndim != 2 or not np.isfinite(arrays["H"]).all():
-                raise ValueError(f"H has shape {arrays['H'].shape}; expected finite numbers (m, d).")
+                raise ValueError(
+                    f"H has shape {arrays['H'].shape}; expected finite numbers (m, d)."
+                )
             operator = Operator(Matrix(_as_tuple(arrays["H"].tolist())))
         else:
             operator = operator_of(json.loads(str(arrays["operator_json"])))
