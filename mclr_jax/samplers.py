@@ -107,7 +107,7 @@ def _dpmpp_2m(start: jax.Array, stop: jax.Array, eta: Any = 0.0) -> _Calls:
     return calls._replace(from_d=calls.from_d * (1 + extra), from_prev=-calls.from_d * extra)
 
 
-METHODS = {
+METHODS: dict[str, Callable[..., _Calls]] = {
     "euler": _euler,
     "heun": _heun,
     "dpmpp_2m": _dpmpp_2m,
@@ -248,7 +248,7 @@ def sample(
             x = x + noise_std * normal_like(step_keys, x)
             base = jnp.where(noise_std > 0, x, base)
         if correct is None:
-            d, shift = denoise(x, level.sigma, condition).astype(x.dtype), 0.0
+            d, shift = denoise(x, level.sigma, condition).astype(x.dtype), jnp.zeros((), x.dtype)
         else:
             d, shift = correct(denoise, x, level, condition)
         new = c.from_base * base + c.from_x * x + c.from_d * d + c.from_prev * prev

@@ -60,10 +60,9 @@ def systematic(log_weights: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def log_evidence(
-    operator: Operator, seen: guide.Seen, moments: tuple[jax.Array, jax.Array], where: jax.Array
+    operator: Operator, seen: guide.Seen, d: jax.Array, v: jax.Array, where: jax.Array
 ) -> jax.Array:
-    """log p(y | x) (B,) up to a constant, for y of the frames `where` (B, F), x0 ~ N(D, v)."""
-    d, v = moments
+    """log p(y | x) (B,) up to a constant, for y of the frames `where` (B, F), x0 ~ N(d, v)."""
     variance = jnp.broadcast_to(seen.scale**2 * v, d.shape)
     predicted, slope, rest = operator.predict(seen.offset + seen.scale * d, variance)
     total = slope**2 * operator.linear(variance, 2) + rest + seen.std**2
@@ -87,7 +86,8 @@ def _compiled(model: Any, obs: Observations, plan: Plan, ensemble: int) -> Calla
         sigma = jnp.broadcast_to(grid[0], x.shape[:2])
         x = x + expand(sigma, x) * normal_like(keys, x)
         if resampled:  # the past of each member, by the likelihood of the new observations
-            weights = log_evidence(obs.operator, seen, moments(x, sigma, label), sigma > 0)
+            d, v = moments(x, sigma, label)
+            weights = log_evidence(obs.operator, seen, d, v, sigma > 0)
             chosen = jax.vmap(systematic)(weights.reshape(-1, ensemble), fold(keys[::ensemble], 2))
             groups = x.reshape(-1, ensemble, *x.shape[1:])
             past = jax.vmap(lambda group, i: group[i])(groups, chosen).reshape(x.shape)
@@ -122,9 +122,15 @@ def _physical(model: Any, x: np.ndarray, ensemble: int, plan: Plan) -> np.ndarra
     return np.float32(model.data.offset or 0) + np.float32(model.data.scale or 1) * x
 
 
-def _initial(model: Any, obs: Observations) -> Any:
+def _initial(model: Any, initial: np.ndarray) -> np.ndarray:
     """The known first state (N, *state) in the model's units."""
-    return (obs.initial - np.float32(model.data.offset or 0)) / np.float32(model.data.scale or 1)
+    offset, scale = np.asarray(model.data.offset or 0), np.asarray(model.data.scale or 1)
+    return ((initial - offset) / scale).astype(np.float32)
+
+
+def _whole_tokens(model: Any, frames: int) -> int:
+    """The number of frames, rounded up to one that the network takes."""
+    return frames + -frames % getattr(getattr(model, "network", None), "frames_per_token", 1)
 
 
 # ---- the drivers ---------------------------------------------------------------------------------
@@ -149,6 +155,7 @@ def _course(
     shape, lags = tuple(model.data.shape[1:]), np.broadcast_to(lags, frames)
     whole = np.isinf(lags).all() and state is None
     window, before = plan.window or (frames + forecast if whole else model.data.shape[0]), 0
+    window = _whole_tokens(model, window)
     if state is not None:
         got = (*state.members.shape[:2], *state.members.shape[3:], state.values.shape[2])
         if got != (count, ensemble, *shape, m):
@@ -156,7 +163,11 @@ def _course(
                 f"The run to continue has (trajectories, members, *state, values) {got}; expected "
                 f"{(count, ensemble, *shape, m)}."
             )
-        window = min(window, state.members.shape[2])
+        if window > state.members.shape[2]:
+            raise ValueError(
+                f"The run to continue has a window of {state.members.shape[2]} frames; expected "
+                f"{window} or more: set plan.window."
+            )
         before = int(min(lags[0], window - 1, state.frames))
     numbers, ahead = np.arange(-before, frames), np.append(np.full(before, lags[0]), lags)
     until = np.minimum(numbers + ahead, frames - 1).astype(int)
@@ -177,7 +188,7 @@ def _course(
         path[:, :window] = state.members[:, :, -window:].reshape(-1, window, *shape)
         values[:, :window] = state.values[:, -window:]
     elif obs.initial is not None:
-        path[:, window] = _initial(model, obs).repeat(ensemble, 0)
+        path[:, window] = _initial(model, obs.initial).repeat(ensemble, 0)
     started = np.arange(total) < (window if state is not None else 0)
     return _Course(path, values, started, np.append(until, [frames] * forecast), order, window)
 
@@ -216,7 +227,8 @@ def assimilate(
             places = slice(end, end + window)
             old, informed = started[places].copy(), seen > last
             clean = old & (not plan.revise or not informed)
-            clean[: plan.context] |= old[: plan.context]
+            kept = old & (np.arange(end - window, end) + done >= 0)
+            clean[: plan.context] |= kept[: plan.context]
             if known_start and end <= window:
                 clean[window - end] = True
             steps = plan.steps if old.any() else plan.first_steps
@@ -258,15 +270,16 @@ def scheduled(
     count, frames, _ = obs.values.shape
     high = min(plan.sigma_max, model.preconditioning.levels[1])
     curve = levels(plan, np.ones(1, bool), np.zeros(1, bool), plan.steps, high)[:, 0]
-    grid = np.float32(curve[plan.steps - matrix(frames, plan.steps, u)])
-    x = np.zeros((count * ensemble, frames, *model.data.shape[1:]), np.float32)
+    first = _whole_tokens(model, frames) - frames  # unobserved frames before frame 0
+    grid = curve[plan.steps - matrix(first + frames, plan.steps, u)].astype(np.float32)
+    values = np.pad(obs.values, ((0, 0), (first, 0), (0, 0)), constant_values=np.nan)
+    x = np.zeros((count * ensemble, first + frames, *model.data.shape[1:]), np.float32)
     if obs.initial is not None:
-        grid[:, 0], x[:, 0] = 0, _initial(model, obs).repeat(ensemble, 0)
+        grid[:, first], x[:, first] = 0, _initial(model, obs.initial).repeat(ensemble, 0)
         grid = grid[np.append(True, (np.diff(grid, axis=0) != 0).any(1))]
     run = _compiled(model, obs, plan, ensemble)
     for rows, real in _chunks(len(x), batch_size):
         keys = member_keys(seed, rows, ensemble)
-        x[rows[:real]] = run(params, x[rows], obs.values[rows // ensemble], keys, grid, False)[
-            :real
-        ]
-    return Result(_physical(model, x, ensemble, plan), 0, None)
+        new = run(params, x[rows], values[rows // ensemble], keys, grid, False)
+        x[rows[:real]] = new[:real]
+    return Result(_physical(model, x[:, first:], ensemble, plan), 0, None)

@@ -23,8 +23,8 @@ class Plan:
     first_steps: int = 32  # of the first one, which starts from noise alone
     sigma_min: float = 0.006
     sigma_max: float = 20.0
-    restart: float = 3.0  # noise on the frames already estimated
-    context: int = 0  # frames at the start of the window that are not revised
+    restart: float = 5.0  # noise on the frames already estimated
+    context: int = 0  # observed frames at the start of the window that are not revised
     revise: bool = True  # False: no frame is revised, members are resampled by likelihood
     method: str = "ancestral_2m"
     c: float = 0.5  # see guide.posterior
@@ -95,8 +95,8 @@ def levels(plan: Plan, new: np.ndarray, clean: np.ndarray, steps: int, high: flo
 def matrix(frames: int, steps: int, u: float) -> np.ndarray:
     """The schedule of ForcingDAS, K[m, k] = clip(S + int(u k) - m, 0, S): steps left in row m.
 
-    u = S is filtering, one frame after the other, u = 0 batch smoothing. Between them frame k starts
-    when frame k - S / u ends: a pyramid. The shape is (S + int(u (F - 1)) + 1, F).
+    u = S is filtering, one frame after the other; u = 0 is batch smoothing; between them, frame k
+    starts when frame k - S / u ends: a pyramid. The shape is (S + int(u (F - 1)) + 1, F).
     """
     in_range("u", u, 0.0, float(steps))
     start = steps + (u * np.arange(frames)).astype(int)
