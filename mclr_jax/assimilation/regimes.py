@@ -227,8 +227,8 @@ def assimilate(
             places = slice(end, end + window)
             old, informed = started[places].copy(), seen > last
             clean = old & (not plan.revise or not informed)
-            kept = old & (np.arange(end - window, end) + done >= 0)
-            clean[: plan.context] |= kept[: plan.context]
+            since = np.arange(end - window, end) + done >= 0
+            clean[: plan.context] |= (old & since)[: plan.context]
             if known_start and end <= window:
                 clean[window - end] = True
             steps = plan.steps if old.any() else plan.first_steps
