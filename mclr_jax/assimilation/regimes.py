@@ -218,6 +218,7 @@ def assimilate(
     path, values, _, until, order, window = course
     before, done = len(until) - frames - forecast, 0 if state is None else state.frames
     known_start = obs.initial is not None and state is None
+    context = plan.context or (window // 4 if np.isinf(lags).any() else 0)
     out = np.full((len(path), len(until), *path.shape[2:]), np.nan, np.float32)
     run, high = _compiled(model, obs, plan, ensemble), model.preconditioning.levels[1]
     for rows, real in _chunks(len(path), max(1, batch_size // ensemble) * ensemble):
@@ -228,7 +229,7 @@ def assimilate(
             old, informed = started[places].copy(), seen > last
             clean = old & (not plan.revise or not informed)
             since = np.arange(end - window, end) + done >= 0
-            clean[: plan.context] |= (old & since)[: plan.context]
+            clean[:context] |= (old & since)[:context]
             if known_start and end <= window:
                 clean[window - end] = True
             steps = plan.steps if old.any() else plan.first_steps
@@ -245,7 +246,8 @@ def assimilate(
             progress(real)
         path[rows[:real]] = here[:real]
     members = _physical(model, out, ensemble, plan)
-    kept = slice(window + frames - int(started[: window + frames].sum()), window + frames)
+    size = min(window, int(started[: window + frames].sum()))
+    kept = slice(window + frames - size, window + frames)
     past = path[:, kept].reshape(-1, ensemble, *path[:, kept].shape[1:])
     return Result(members, done - before, State(past, values[:, kept], done + frames))
 

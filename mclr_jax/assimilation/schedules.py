@@ -24,7 +24,7 @@ class Plan:
     sigma_min: float = 0.006
     sigma_max: float = 20.0
     restart: float = 5.0  # noise on the frames already estimated
-    context: int = 0  # observed frames at the start of the window that are not revised
+    context: int = 0  # first frames of a window that are not revised; in blocks 0 is a quarter
     revise: bool = True  # False: no frame is revised, members are resampled by likelihood
     method: str = "ancestral_2m"
     c: float = 0.5  # see guide.posterior
@@ -74,14 +74,17 @@ def updates(
     half, found = max(1, window // 2), []
     end, room = (0, half) if started else (0, window)
     for seen in map(int, np.unique(wanted)):
-        target = max(seen, int(np.flatnonzero(wanted == seen).max()) - before) + 1
-        target += forecast if seen == wanted[-1] else 0
-        while target - end > room:
-            end, room = end + room, half
-            found.append(Update(end, min(end - 1, seen)))
-        if target > end:
-            end, room = target, half
-            found.append(Update(end, seen))
+        first, last = (int(k) - before for k in np.flatnonzero(wanted == seen)[[0, -1]])
+        target = max(seen, last) + 1 + (forecast if seen == wanted[-1] else 0)
+        # the first frame that waits for this observation is still in the window, if it can be
+        crowded = target - first > window >= seen + 1 - first
+        for goal in (seen + 1, target) if crowded else (target,):
+            while goal - end > room:
+                end, room = end + room, half
+                found.append(Update(end, int(latest[min(end - 1, seen)]) if seen >= 0 else -1))
+            if goal > end:
+                end, room = goal, half
+                found.append(Update(end, seen))
     return found
 
 
