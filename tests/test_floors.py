@@ -21,7 +21,7 @@ FLOORS = [
     ["experiment"],
     ["training/"],
     ["runs", "generate", "images"],
-    ["pretrained/"],
+    ["pretrained/", "assimilation/"],
     ["evaluation/"],
     ["representation/"],
     ["main"],
