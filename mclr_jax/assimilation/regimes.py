@@ -218,15 +218,19 @@ def assimilate(
     path, values, _, until, order, window = course
     before, done = len(until) - frames - forecast, 0 if state is None else state.frames
     known_start = obs.initial is not None and state is None
-    context = plan.context or (window // 4 if np.isinf(lags).any() else 0)
+    blocks = np.isinf(lags).any() and window < frames
+    context = plan.context or (window // 4 if blocks else 0)
     out = np.full((len(path), len(until), *path.shape[2:]), np.nan, np.float32)
     run, high = _compiled(model, obs, plan, ensemble), model.preconditioning.levels[1]
     for rows, real in _chunks(len(path), max(1, batch_size // ensemble) * ensemble):
         keys, here = member_keys(seed, rows, ensemble), path[rows]
-        started, last = course.started.copy(), -1
-        for end, seen in order:
+        started, last, informed = course.started.copy(), Update(-window, -1), False
+        for number, (end, seen) in enumerate(np.repeat(order, plan.passes, 0).tolist()):
             places = slice(end, end + window)
-            old, informed = started[places].copy(), seen > last
+            old, informed = (
+                started[places].copy(),
+                informed if end == last.end else seen > last.seen,
+            )
             clean = old & (not plan.revise or not informed)
             since = np.arange(end - window, end) + done >= 0
             clean[:context] |= (old & since)[:context]
@@ -237,9 +241,11 @@ def assimilate(
             hidden = np.arange(end - window, end) > seen
             shown = np.where(hidden[:, None], np.nan, values[rows // ensemble, places])
             numbered = jax.vmap(jax.random.fold_in, (0, None))(keys, done + end)
+            if number % plan.passes:
+                numbered = jax.vmap(jax.random.fold_in, (0, None))(numbered, number % plan.passes)
             resampled = bool(informed and not plan.revise and old.any())
             new = run(params, here[:, places], shown, numbered, np.float32(grid), resampled)
-            here[:, places], started[places], last = new, True, seen
+            here[:, places], started[places], last = new, True, Update(end, seen)
             k = np.arange(max(-before, end - window), end)
             k = k[until[k + before] >= seen]
             out[rows[:real, None], k + before] = here[:real, window + k]

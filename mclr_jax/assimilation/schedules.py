@@ -24,6 +24,7 @@ class Plan:
     sigma_min: float = 0.006
     sigma_max: float = 20.0
     restart: float = 5.0  # noise on the frames already estimated
+    passes: int = 1  # how often each update is made, the later times from `restart`
     context: int = 0  # first frames of a window that are not revised; in blocks 0 is a quarter
     revise: bool = True  # False: no frame is revised, members are resampled by likelihood
     method: str = "ancestral_2m"
@@ -34,9 +35,13 @@ class Plan:
 
     def __post_init__(self):
         look_up(METHODS, self.method, "sampler")
-        for key, low in {"window": 0, "context": 0, "steps": 1, "first_steps": 1, "iterations": 1,
-                         "c": 0.0, "g": 0.0}.items():  # fmt: skip
+        for key, low in {"window": 0, "context": 0, "steps": 1, "first_steps": 1, "passes": 1,
+                         "iterations": 1, "c": 0.0, "g": 0.0}.items():  # fmt: skip
             in_range(f"plan.{key}", getattr(self, key), low)
+        if self.passes > 1 and not self.revise:
+            raise ValueError(
+                f"plan.passes is {self.passes}, but without revise only 1 is possible."
+            )
         in_range("plan.sigma_min", self.sigma_min, 0.0, open="(")
         in_range("plan.restart", self.restart, self.sigma_min, self.sigma_max, open="(")
 
