@@ -3,10 +3,11 @@
 Every method is a linear recurrence over denoiser calls. With `base` the state at the start of a
 step, x the input of the call, D its output and D_prev the output of the call before,
 
-    new = from_base * base + from_x * x + from_d * D + from_prev * D_prev.
+    new = from_base * base + from_x * x + from_d * D + from_prev * D_prev + fresh * noise.
 
 A method is therefore a table of coefficients, computed from the grid, with one row per call. The
 compiled program contains one network call for all methods, and the grid may be a traced array.
+Ancestral methods have fresh noise: they sample the reverse stochastic differential equation.
 
 A grid of shape (num_steps + 1, F) gives each frame of a trajectory (B, F, ...) its own levels. A
 step in which the level of a frame stays the same does not change the frame, and the next step of a
@@ -14,7 +15,9 @@ multistep method is of first order for that frame.
 """
 
 import dataclasses
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,22 +41,40 @@ class Churn(NamedTuple):
     noise_scale: float = 1.003  # S_noise: std of the fresh noise relative to the exact one
 
 
+class Level(NamedTuple):
+    """The noise levels of a denoiser call, each (B,) or (B, F), for a function `correct`."""
+
+    sigma: jax.Array  # of x
+    stop: jax.Array  # at the end of the step
+    active: jax.Array  # bool: the call changes the frame, which is neither finished nor waiting
+
+
+# (denoise, x, level, condition) -> (denoised, shift), both of the shape of x
+CorrectFn = Callable[[Any, jax.Array, Level, Condition], tuple[jax.Array, jax.Array]]
+
+
 class _Calls(NamedTuple):
     """One row per denoiser call; the arrays are (num_calls,) or (num_calls, F)."""
 
     sigma: jax.Array  # noise level of the call
+    stop: jax.Array  # noise level at the end of its step
     from_base: jax.Array
     from_x: jax.Array
     from_d: jax.Array
     from_prev: jax.Array
+    fresh: jax.Array  # std of the noise at the end of the step
     active: jax.Array  # bool: the call changes x; otherwise the coefficients are not used
     ends_step: np.ndarray  # bool (num_calls,): the result becomes the next `base`
 
 
-def _euler(start: jax.Array, stop: jax.Array) -> _Calls:
+def _euler(start: jax.Array, stop: jax.Array, eta: Any = 0.0) -> _Calls:
+    """Euler's method, or with fresh noise DDIM (Song et al. 2020, arXiv 2010.02502, eq. 16)."""
     moves, zero = stop != start, jnp.zeros_like(start)
     ratio = jnp.where(moves, stop / jnp.where(moves, start, 1), 1)
-    return _Calls(start, zero, ratio, 1 - ratio, zero, moves, np.ones(len(start), bool))
+    fresh = eta * stop * jnp.sqrt(1 - ratio**2)
+    keep = ratio * jnp.sqrt(1 - eta**2 * (1 - ratio**2))
+    ends_step = np.ones(len(start), bool)
+    return _Calls(start, stop, zero, keep, 1 - keep, zero, fresh, moves, ends_step)
 
 
 def _heun(start: jax.Array, stop: jax.Array) -> _Calls:
@@ -63,7 +84,8 @@ def _heun(start: jax.Array, stop: jax.Array) -> _Calls:
     a, b = (jnp.where(active, level[:-1], 1) for level in (start, stop))
     half, always = (b - a) / 2, np.ones(len(a), bool)
     # base + half * ((base - D_prev) / a + (x - D) / b)
-    correct = _Calls(stop[:-1], 1 + half / a, half / b, -half / b, -half / a, active, always)
+    end, zero = stop[:-1], jnp.zeros_like(half)
+    correct = _Calls(end, end, 1 + half / a, half / b, -half / b, -half / a, zero, active, always)
     ends_step = np.append(np.tile([False, True], len(a)), True)
 
     def alternate(p, c):
@@ -72,9 +94,12 @@ def _heun(start: jax.Array, stop: jax.Array) -> _Calls:
     return jax.tree.map(alternate, predict, correct)._replace(ends_step=ends_step)
 
 
-def _dpmpp_2m(start: jax.Array, stop: jax.Array) -> _Calls:
-    """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, Algorithm 2) in the variable sigma."""
-    calls = _euler(start, stop)
+def _dpmpp_2m(start: jax.Array, stop: jax.Array, eta: Any = 0.0) -> _Calls:
+    """DPM-Solver++(2M), or with eta = 1 SDE-DPM-Solver++(2M), in the variable sigma.
+
+    Source: Lu et al. 2022, arXiv 2211.01095, Algorithm 2 and Appendix B.
+    """
+    calls = _euler(start, stop, eta)
     smooth = calls.active & (stop > 0)
     h = jnp.log(jnp.where(smooth, start, jnp.e) / jnp.where(smooth, stop, 1))  # 1 where not smooth
     second = smooth[1:] & smooth[:-1]
@@ -82,7 +107,13 @@ def _dpmpp_2m(start: jax.Array, stop: jax.Array) -> _Calls:
     return calls._replace(from_d=calls.from_d * (1 + extra), from_prev=-calls.from_d * extra)
 
 
-METHODS = {"euler": _euler, "heun": _heun, "dpmpp_2m": _dpmpp_2m}
+METHODS: dict[str, Callable[..., _Calls]] = {
+    "euler": _euler,
+    "heun": _heun,
+    "dpmpp_2m": _dpmpp_2m,
+    "ancestral": functools.partial(_euler, eta=1.0),
+    "ancestral_2m": functools.partial(_dpmpp_2m, eta=1.0),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +168,23 @@ def _checked(sigmas: jax.Array) -> None:
             )
 
 
+def _has_noise(method: str, churn: Churn | None, keys: jax.Array | None, eta: Any) -> bool:
+    """Whether there is fresh noise; raises ValueError if the arguments do not fit together."""
+    ancestral = method.startswith("ancestral") or eta is not None
+    if churn is not None and (keys is None or ancestral or method == "dpmpp_2m"):
+        raise ValueError(
+            f"Churn needs per-sample keys (got {'none' if keys is None else 'some'}) and a "
+            f"single-step method without fresh noise of its own, euler or heun (got {method!r}, "
+            f"eta {eta})."
+        )
+    if ancestral and (keys is None or method == "heun"):
+        raise ValueError(
+            f"Fresh noise (method {method!r}, eta {eta}) needs per-sample keys (got "
+            f"{'none' if keys is None else 'some'}) and a method other than heun."
+        )
+    return ancestral or churn is not None
+
+
 def sample(
     denoise: DenoiseFn,
     x_init: jax.Array,
@@ -146,6 +194,8 @@ def sample(
     *,
     churn: Churn | None = None,
     keys: jax.Array | None = None,
+    eta: Any = None,
+    correct: CorrectFn | None = None,
 ) -> jax.Array:
     """Integrate from sigmas[0] to 0: samples of the shape and type of x_init.
 
@@ -155,21 +205,21 @@ def sample(
       condition: a `Condition` or bare labels (B,) int32.
       sigmas: (N + 1,) noise levels that fall to 0, see `noise.rho_grid`; or (N + 1, F) for
         trajectories (B, F, ...), where no column rises.
-      method: "euler" (N denoiser calls), "heun" (2N - 1) or "dpmpp_2m" (N).
-      churn: stochastic sampling with a single-step method; None for deterministic sampling.
-      keys: (B,) typed keys, needed with churn; example i uses only keys[i].
+      method: "euler" (N denoiser calls), "heun" (2N - 1) or "dpmpp_2m" (N); with fresh noise in
+        each step "ancestral" (N, first order) or "ancestral_2m" (N, second order).
+      churn: stochastic sampling with euler or heun; None for none.
+      keys: (B,) typed keys, needed with fresh noise; example i uses only keys[i].
+      eta: share of fresh noise of all methods but heun (DDIM's eta, 0 to 1); None: the method's.
+      correct: replaces the call of the denoiser: it gets `denoise`, x, a `Level` and the condition,
+        and gives the estimate and a shift that is added to active frames at the end of the step.
 
     Raises:
-      ValueError: on an unknown method, an invalid grid, or churn without keys or with a multistep
-        method.
+      ValueError: on an unknown method, an invalid grid, fresh noise without keys, or churn or eta
+        with a method that has none.
     """
     tabulate = look_up(METHODS, method, "sampler")
     condition = as_condition(condition)
-    if churn is not None and (keys is None or method == "dpmpp_2m"):
-        raise ValueError(
-            f"Churn needs per-sample keys (got {'none' if keys is None else 'some'}) and a "
-            f"single-step method, euler or heun (got {method!r})."
-        )
+    noisy = _has_noise(method, churn, keys, eta)
     _checked(sigmas)
     sigmas = jnp.asarray(sigmas, x_init.dtype)
     start, stop, fresh_noise = sigmas[:-1], sigmas[1:], None
@@ -179,26 +229,32 @@ def sample(
         # sqrt(raised^2 - start^2), in a form that rounding cannot make negative
         fresh_noise = start * jnp.sqrt(rise * (2 + rise)) * churn.noise_scale
         start = start * (1 + rise)
-    calls = tabulate(start, stop)
+    calls = tabulate(start, stop) if eta is None else tabulate(start, stop, eta=eta)
+    noise_std = jnp.roll(calls.fresh, 1, axis=0)  # before the next call; the last one, at 0, is 0
     if fresh_noise is not None:  # added before the first call of each step
         begins_step = np.append(True, calls.ends_step[:-1])
-        fresh_noise = jnp.zeros_like(calls.sigma).at[np.flatnonzero(begins_step)].set(fresh_noise)
+        noise_std = noise_std.at[np.flatnonzero(begins_step)].set(fresh_noise)
 
     def call(carry, row):
         base, x, prev = carry
         number, noise_std, c = row
-        sigma = jnp.broadcast_to(c.sigma, (len(x), *c.sigma.shape))
+        level = Level(
+            *(jnp.broadcast_to(a, (len(x), *a.shape)) for a in (c.sigma, c.stop, c.active))
+        )
         # the entries of the row, () or (F,), broadcast against x
         noise_std, c = jax.tree.map(lambda values: expand(values[None], x), (noise_std, c))
-        if keys is not None and churn is not None:
+        if keys is not None and noisy:
             step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
             x = x + noise_std * normal_like(step_keys, x)
             base = jnp.where(noise_std > 0, x, base)
-        d = denoise(x, sigma, condition).astype(x.dtype)
+        if correct is None:
+            d, shift = denoise(x, level.sigma, condition).astype(x.dtype), jnp.zeros((), x.dtype)
+        else:
+            d, shift = correct(denoise, x, level, condition)
         new = c.from_base * base + c.from_x * x + c.from_d * d + c.from_prev * prev
-        new = jnp.where(c.active, new, x)
+        new = jnp.where(c.active, new + jnp.where(c.ends_step, shift, 0), x)
         return (jnp.where(c.ends_step, new, base), new, d), None
 
-    rows = (jnp.arange(len(calls.sigma)), fresh_noise, calls)
+    rows = (jnp.arange(len(calls.sigma)), noise_std, calls)
     (x, _, _), _ = jax.lax.scan(call, (x_init, x_init, jnp.zeros_like(x_init)), rows)
     return x

@@ -122,7 +122,8 @@ GRID = np.array([
 ])  # fmt: skip
 CHURN = samplers.Churn(amount=2.0, sigma_min=0.0, sigma_max=20.0, noise_scale=1.01)
 LABELS = jnp.zeros(3, jnp.int32)
-CASES = [("euler", None), ("heun", None), ("dpmpp_2m", None), ("euler", CHURN), ("heun", CHURN)]
+CASES = [("euler", None), ("heun", None), ("dpmpp_2m", None), ("euler", CHURN), ("heun", CHURN),
+         ("ancestral", None), ("ancestral_2m", None)]  # fmt: skip
 
 
 def start():
@@ -149,11 +150,16 @@ def by_hand(x, grid, method, churn, keys):
             slope = (x[:, f] - denoised[:, f]) / raised[f]
             new = new.at[:, f].add((stop[f] - raised[f]) * slope)
             h[f] = np.log(raised[f] / stop[f]) if stop[f] else 0
-            if method == "dpmpp_2m" and h[f] and h_before[f]:
+            d, ratio = denoised[:, f], stop[f] / start[f]
+            if method.endswith("2m") and h[f] and h_before[f]:
                 r = h_before[f] / h[f]
                 d = (1 + 1 / (2 * r)) * denoised[:, f] - 1 / (2 * r) * d_before[:, f]
-                ratio = stop[f] / start[f]
                 new = new.at[:, f].set(ratio * x[:, f] + (1 - ratio) * d)
+            if method.startswith("ancestral"):  # the posterior of x at stop given x and x0 = d
+                noise = normal_like(jax.vmap(jax.random.fold_in, (0, None))(keys, call + 1), x)
+                std = stop[f] * np.sqrt(start[f] ** 2 - stop[f] ** 2) / start[f]
+                drawn = d + ratio**2 * (x[:, f] - d) + std * noise[:, f]
+                new = new.at[:, f].set(drawn)
         call += 1
         if method == "heun" and (stop > 0).any():
             again, call = exact(new, jnp.tile(stop, (len(x), 1)), None), call + 1
@@ -200,7 +206,7 @@ def test_a_frame_at_rest_keeps_its_bits(method, churn):
     rests = np.append(np.diff(GRID, axis=0) == 0, np.ones((1, FRAMES), bool), axis=0)
     for k, (before, after) in enumerate(itertools.pairwise(states)):
         still = rests[steps[k]]
-        if churn is not None:  # what is seen in the next step has its fresh noise already
+        if churn is not None:  # what is seen in the next step has its noise already
             still = still & rests[steps[k + 1]]
         assert still.any()
         np.testing.assert_array_equal(after[:, still], before[:, still])
@@ -215,6 +221,34 @@ def test_equal_levels_in_all_frames_are_one_level(method, churn):
         for levels in (grid, np.tile(grid[:, None], FRAMES))
     )
     np.testing.assert_allclose(one, each, rtol=1e-5, atol=2e-6)  # up to rounding of fused code
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_correction_is_told_the_levels_and_shifts_active_frames_at_the_end_of_a_step(method):
+    seen = []
+
+    def correct(denoise, x, level, condition):
+        jax.debug.callback(lambda *call: seen.append(call), *level, ordered=True)
+        return denoise(x, level.sigma, condition), jnp.full_like(x, 0.5)
+
+    _, x = start()
+    end = samplers.sample(exact, x, LABELS, GRID, method, correct=correct)
+    jax.effects_barrier()
+    np.testing.assert_array_equal(end[:, 3], x[:, 3])
+    sigma, stop, active = (np.array(part)[:, 0] for part in zip(*seen, strict=True))
+    np.testing.assert_array_equal(sigma, np.float32(samplers.call_levels(GRID, method)))
+    steps = np.arange(len(seen)) // 2 if method == "heun" else np.arange(len(seen))
+    np.testing.assert_array_equal(stop, np.float32(GRID[1:][steps]))
+    moves = (GRID[1:] < GRID[:-1])[steps]
+    second = (np.arange(len(seen)) % 2 == 1)[:, None] & (method == "heun")
+    np.testing.assert_array_equal(active, moves & ~(second & (stop == 0)))
+    if method == "euler":  # each frame's own steps, and 0.5 after each
+        y = x
+        for a, b in itertools.pairwise(GRID):
+            d = exact(y, jnp.tile(a, (3, 1)), None)
+            for f in np.flatnonzero(b < a):
+                y = y.at[:, f].set(d[:, f] + b[f] / a[f] * (y[:, f] - d[:, f]) + 0.5)
+        np.testing.assert_allclose(end, y, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

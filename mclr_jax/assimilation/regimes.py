@@ -1,0 +1,293 @@
+"""Data assimilation with one trajectory model: filter, fixed lag and batch.
+
+`assimilate` keeps a window of frames that ends at the newest observation:
+
+        frames already estimated          new
+    | restart restart ... restart | max ... max |   noise levels at the start of an update
+            denoise all of them together, under all observations of the window
+    |    0       0    ...    0    |  0  ...  0  |   the next window starts later
+
+Each update revises the window, and frame k is read from the last update that has seen no later
+observation than its lag allows. Before the first frame the window holds unobserved frames. With
+`Plan.revise` False each update draws the new frames given the past of each member, after the
+members were resampled by the likelihood of the new observations. `scheduled` has the schedules of
+the ForcingDAS paper (Jia et al. 2026, arXiv 2605.14285), in one call of the sampler.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mclr_jax import samplers
+from mclr_jax.assimilation import guide
+from mclr_jax.assimilation.observe import Observations, Operator
+from mclr_jax.assimilation.schedules import Plan, Update, levels, matrix, updates
+from mclr_jax.noise import normal_like
+from mclr_jax.types import expand
+
+
+class State(NamedTuple):
+    """What a later run of `assimilate` continues from: the last window, in the model's units."""
+
+    members: np.ndarray  # (N, E, W, *state)
+    values: np.ndarray  # (N, W, m) observations of these frames
+    frames: int  # observed so far
+
+
+class Result(NamedTuple):
+    members: np.ndarray  # (N, E, frames, *state) in physical units
+    first: int  # number of the first of these frames; a continued run continues the numbers
+    state: State | None
+
+
+# ---- one update ----------------------------------------------------------------------------------
+
+
+def member_keys(seed: int, rows: np.ndarray, ensemble: int) -> jax.Array:
+    """Keys of the rows n * ensemble + i: member i of trajectory n depends on (seed, n, i) alone."""
+    base = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows // ensemble)
+    return jax.vmap(jax.random.fold_in)(base, rows % ensemble)
+
+
+def systematic(log_weights: jax.Array, key: jax.Array) -> jax.Array:
+    """Systematic resampling: indices (E,) of members with these log weights (E,)."""
+    cumulative, size = jnp.cumsum(jax.nn.softmax(log_weights)), len(log_weights)
+    places = (jnp.arange(size) + jax.random.uniform(key)) / size
+    return jnp.minimum(jnp.searchsorted(cumulative, places), size - 1)
+
+
+def log_evidence(
+    operator: Operator, seen: guide.Seen, d: jax.Array, v: jax.Array, where: jax.Array
+) -> jax.Array:
+    """log p(y | x) (B,) up to a constant, for y of the frames `where` (B, F), x0 ~ N(d, v)."""
+    variance = jnp.broadcast_to(seen.scale**2 * v, d.shape)
+    predicted, slope, rest = operator.predict(seen.offset + seen.scale * d, variance)
+    total = slope**2 * operator.linear(variance, 2) + rest + seen.std**2
+    known = jnp.isfinite(seen.values) & where[..., None]
+    error = jnp.where(known, seen.values - predicted, 0)
+    return -jnp.where(known, error**2 / total + jnp.log(total), 0).sum((1, 2)) / 2
+
+
+def _compiled(model: Any, obs: Observations, plan: Plan, ensemble: int) -> Callable:
+    """(params, x, values, keys, grid (N + 1, F), resampled) -> x, of rows of F frames.
+
+    Frames start as x plus noise of the first level of the grid; x is 0 for new frames.
+    """
+    offset, scale = np.float32(model.data.offset or 0), np.float32(model.data.scale or 1)
+    fold = jax.vmap(jax.random.fold_in, (0, None))
+
+    def run(params, x, values, keys, grid, resampled):
+        moments = samplers.stabilised(model.moments(params), plan.sigma_min)
+        label = jnp.full(len(x), model.null_label, jnp.int32)
+        seen = guide.Seen(values, jnp.asarray(obs.std), offset, scale)
+        sigma = jnp.broadcast_to(grid[0], x.shape[:2])
+        x = x + expand(sigma, x) * normal_like(keys, x)
+        if resampled:  # the past of each member, by the likelihood of the new observations
+            d, v = moments(x, sigma, label)
+            weights = log_evidence(obs.operator, seen, d, v, sigma > 0)
+            chosen = jax.vmap(systematic)(weights.reshape(-1, ensemble), fold(keys[::ensemble], 2))
+            groups = x.reshape(-1, ensemble, *x.shape[1:])
+            past = jax.vmap(lambda group, i: group[i])(groups, chosen).reshape(x.shape)
+            x = jnp.where(expand(sigma, x) > 0, x, past)
+        if plan.zeta is None:
+            correct = guide.posterior(obs.operator, seen, c=plan.c, iterations=plan.iterations)
+        else:
+            correct = guide.norm(obs.operator, seen, zeta=plan.zeta, g=plan.g)
+        return samplers.sample(
+            moments, x, label, grid, plan.method, keys=fold(keys, 1), correct=correct
+        )
+
+    return jax.jit(run, static_argnums=5)
+
+
+def _chunks(count: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Rows of each batch, padded to one size, and how many of them are no padding."""
+    size = min(size, count)
+    for start in range(0, count, size):
+        rows = np.arange(start, min(start + size, count))
+        yield np.resize(rows, size), len(rows)
+
+
+def _physical(model: Any, x: np.ndarray, ensemble: int, plan: Plan) -> np.ndarray:
+    """Rows x in physical units (N, E, ...); FloatingPointError: some are not finite."""
+    if not np.isfinite(x).all():
+        raise FloatingPointError(
+            f"{(~np.isfinite(x)).reshape(len(x), -1).any(1).sum()} of {len(x)} members are not "
+            f"finite with {plan}. Take more steps, or check the weights and the observations."
+        )
+    x = x.reshape(-1, ensemble, *x.shape[1:])
+    return np.float32(model.data.offset or 0) + np.float32(model.data.scale or 1) * x
+
+
+def _initial(model: Any, initial: np.ndarray) -> np.ndarray:
+    """The known first state (N, *state) in the model's units."""
+    offset, scale = np.asarray(model.data.offset or 0), np.asarray(model.data.scale or 1)
+    return ((initial - offset) / scale).astype(np.float32)
+
+
+def _whole_tokens(model: Any, frames: int) -> int:
+    """The number of frames, rounded up to one that the network takes."""
+    return frames + -frames % getattr(getattr(model, "network", None), "frames_per_token", 1)
+
+
+# ---- the drivers ---------------------------------------------------------------------------------
+
+
+class _Course(NamedTuple):
+    """All frames of all rows, frame k at place window + k, and what happens to them."""
+
+    path: np.ndarray  # (N E, window + frames + forecast, *state) in the model's units
+    values: np.ndarray  # (N, window + frames + forecast, m)
+    started: np.ndarray  # (window + frames + forecast,) bool: path has an estimate
+    until: np.ndarray  # (before + frames + forecast,) last frame to see, from frame -before on
+    updates: list[Update]
+    window: int
+
+
+def _course(
+    model: Any, obs: Observations, plan: Plan, lags: np.ndarray, ensemble: int, forecast: int,
+    state: State | None,
+) -> _Course:  # fmt: skip
+    count, frames, m = obs.values.shape
+    shape, lags = tuple(model.data.shape[1:]), np.broadcast_to(lags, frames)
+    whole = np.isinf(lags).all() and state is None
+    window, before = plan.window or (frames + forecast if whole else model.data.shape[0]), 0
+    window = _whole_tokens(model, window)
+    if state is not None:
+        got = (*state.members.shape[:2], *state.members.shape[3:], state.values.shape[2])
+        if got != (count, ensemble, *shape, m):
+            raise ValueError(
+                f"The run to continue has (trajectories, members, *state, values) {got}; expected "
+                f"{(count, ensemble, *shape, m)}."
+            )
+        if window > state.members.shape[2]:
+            raise ValueError(
+                f"The run to continue has a window of {state.members.shape[2]} frames; expected "
+                f"{window} or more: set plan.window."
+            )
+        before = int(min(lags[0], window - 1, state.frames))
+    numbers, ahead = np.arange(-before, frames), np.append(np.full(before, lags[0]), lags)
+    until = np.minimum(numbers + ahead, frames - 1).astype(int)
+    longest = (until - numbers)[np.isfinite(ahead)].max(initial=0)
+    if longest >= window:
+        raise ValueError(
+            f"A lag of {longest} frames needs a window of more frames; it has {window}. Set "
+            "plan.window, or use the batch regime."
+        )
+    observed = np.isfinite(obs.values).any((0, 2))
+    order = updates(observed, until, window, forecast, state is not None)
+
+    total = window + frames + forecast
+    path = np.zeros((count * ensemble, total, *shape), np.float32)
+    values = np.full((count, total, m), np.nan, np.float32)
+    values[:, window : window + frames] = obs.values
+    if state is not None:
+        path[:, :window] = state.members[:, :, -window:].reshape(-1, window, *shape)
+        values[:, :window] = state.values[:, -window:]
+    elif obs.initial is not None:
+        path[:, window] = _initial(model, obs.initial).repeat(ensemble, 0)
+    started = np.arange(total) < (window if state is not None else 0)
+    return _Course(path, values, started, np.append(until, [frames] * forecast), order, window)
+
+
+def assimilate(
+    model: Any,  # with moments(params), data, null_label and preconditioning.levels
+    params: Any,
+    observations: Observations,
+    plan: Plan,
+    lags: np.ndarray,  # (T,) see schedules.lags
+    *,
+    ensemble: int = 16,
+    seed: int = 0,
+    forecast: int = 0,  # frames after the last one
+    state: State | None = None,  # of an earlier run; frame 0 of these observations comes next
+    batch_size: int = 256,  # members at a time
+    progress: Callable[[int], Any] = lambda count: None,  # called with the members of each update
+) -> Result:
+    """Members of each trajectory, given its observations.
+
+    Without resampling, member i of trajectory n depends on (seed, n, i) alone. A continued run
+    begins with the frames of the run before that may now see more; an `initial` state is not used.
+    ValueError: observations, lags or state that do not fit the model, or each other.
+    """
+    obs = observations.for_states(tuple(model.data.shape[1:]), model.data.time_step)
+    course, frames = _course(model, obs, plan, lags, ensemble, forecast, state), obs.values.shape[1]
+    path, values, _, until, order, window = course
+    before, done = len(until) - frames - forecast, 0 if state is None else state.frames
+    known_start = obs.initial is not None and state is None
+    blocks = np.isinf(lags).any() and window < frames
+    context = plan.context or (window // 4 if blocks else 0)
+    out = np.full((len(path), len(until), *path.shape[2:]), np.nan, np.float32)
+    run, high = _compiled(model, obs, plan, ensemble), model.preconditioning.levels[1]
+    for rows, real in _chunks(len(path), max(1, batch_size // ensemble) * ensemble):
+        keys, here = member_keys(seed, rows, ensemble), path[rows]
+        started, last, informed = course.started.copy(), Update(-window, -1), False
+        for number, (end, seen) in enumerate(np.repeat(order, plan.passes, 0).tolist()):
+            places = slice(end, end + window)
+            old, informed = (
+                started[places].copy(),
+                informed if end == last.end else seen > last.seen,
+            )
+            clean = old & (not plan.revise or not informed)
+            since = np.arange(end - window, end) + done >= 0
+            clean[:context] |= (old & since)[:context]
+            if known_start and end <= window:
+                clean[window - end] = True
+            steps = plan.steps if old.any() else plan.first_steps
+            grid = levels(plan, ~old, clean, steps, min(plan.sigma_max, high))
+            hidden = np.arange(end - window, end) > seen
+            shown = np.where(hidden[:, None], np.nan, values[rows // ensemble, places])
+            numbered = jax.vmap(jax.random.fold_in, (0, None))(keys, done + end)
+            if number % plan.passes:
+                numbered = jax.vmap(jax.random.fold_in, (0, None))(numbered, number % plan.passes)
+            resampled = bool(informed and not plan.revise and old.any())
+            new = run(params, here[:, places], shown, numbered, np.float32(grid), resampled)
+            here[:, places], started[places], last = new, True, Update(end, seen)
+            k = np.arange(max(-before, end - window), end)
+            k = k[until[k + before] >= seen]
+            out[rows[:real, None], k + before] = here[:real, window + k]
+            progress(real)
+        path[rows[:real]] = here[:real]
+    members = _physical(model, out, ensemble, plan)
+    size = min(window, int(started[: window + frames].sum()))
+    kept = slice(window + frames - size, window + frames)
+    past = path[:, kept].reshape(-1, ensemble, *path[:, kept].shape[1:])
+    return Result(members, done - before, State(past, values[:, kept], done + frames))
+
+
+def scheduled(
+    model: Any,
+    params: Any,
+    observations: Observations,
+    plan: Plan,
+    u: float,  # see schedules.matrix
+    *,
+    ensemble: int = 16,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> Result:
+    """Members of each trajectory by a schedule of the paper, of `plan.steps` steps for each frame.
+
+    Frames wait at sigma_max until they start, and see the observations of frames that move together
+    with them. All frames are given to the network at once.
+    """
+    obs = observations.for_states(tuple(model.data.shape[1:]), model.data.time_step)
+    count, frames, _ = obs.values.shape
+    high = min(plan.sigma_max, model.preconditioning.levels[1])
+    curve = levels(plan, np.ones(1, bool), np.zeros(1, bool), plan.steps, high)[:, 0]
+    first = _whole_tokens(model, frames) - frames  # unobserved frames before frame 0
+    grid = curve[plan.steps - matrix(first + frames, plan.steps, u)].astype(np.float32)
+    values = np.pad(obs.values, ((0, 0), (first, 0), (0, 0)), constant_values=np.nan)
+    x = np.zeros((count * ensemble, first + frames, *model.data.shape[1:]), np.float32)
+    if obs.initial is not None:
+        grid[:, first], x[:, first] = 0, _initial(model, obs.initial).repeat(ensemble, 0)
+        grid = grid[np.append(True, (np.diff(grid, axis=0) != 0).any(1))]
+    run = _compiled(model, obs, plan, ensemble)
+    for rows, real in _chunks(len(x), batch_size):
+        keys = member_keys(seed, rows, ensemble)
+        new = run(params, x[rows], values[rows // ensemble], keys, grid, False)
+        x[rows[:real]] = new[:real]
+    return Result(_physical(model, x[:, first:], ensemble, plan), 0, None)

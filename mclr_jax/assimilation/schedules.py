@@ -1,0 +1,111 @@
+"""Which frames are denoised when, and under which observations: values in NumPy, no model.
+
+A regime is a lag for each frame: how many frames after it may be seen in its estimate. 0 is the
+filter, infinity the batch smoother, and each frame may have its own.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from mclr_jax.names import in_range, look_up
+from mclr_jax.samplers import METHODS
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How `regimes` samples; the defaults suit states of standard deviation 1."""
+
+    window: int = 0  # frames; 0: those of the model's training, in the batch regime all frames
+    steps: int = 16  # of each update
+    first_steps: int = 32  # of the first one, which starts from noise alone
+    sigma_min: float = 0.006
+    sigma_max: float = 20.0
+    restart: float = 5.0  # noise on the frames already estimated
+    passes: int = 1  # how often each update is made, the later times from `restart`
+    context: int = 0  # first frames of a window that are not revised; in blocks 0 is a quarter
+    revise: bool = True  # False: no frame is revised, members are resampled by likelihood
+    method: str = "ancestral_2m"
+    c: float = 0.5  # see guide.posterior
+    iterations: int = 2
+    zeta: float | None = None  # of guide.norm, the paper's guidance; None: guide.posterior
+    g: float = 0.01
+
+    def __post_init__(self):
+        look_up(METHODS, self.method, "sampler")
+        for key, low in {"window": 0, "context": 0, "steps": 1, "first_steps": 1, "passes": 1,
+                         "iterations": 1, "c": 0.0, "g": 0.0}.items():  # fmt: skip
+            in_range(f"plan.{key}", getattr(self, key), low)
+        if self.passes > 1 and not self.revise:
+            raise ValueError(
+                f"plan.passes is {self.passes}, but without revise only 1 is possible."
+            )
+        in_range("plan.sigma_min", self.sigma_min, 0.0, open="(")
+        in_range("plan.restart", self.restart, self.sigma_min, self.sigma_max, open="(")
+
+
+def lags(regime: str, frames: int, lag: int = 0) -> np.ndarray:
+    """The lag of each frame, (frames,): filter 0, fixed_lag `lag`, batch infinity."""
+    in_range("lag", lag, 0)
+    table = {"filter": 0.0, "fixed_lag": lag, "batch": math.inf}
+    return np.full(frames, look_up(table, regime, "regime"))
+
+
+class Update(NamedTuple):
+    """One window: frames end - window .. end - 1, under the observations up to frame `seen`."""
+
+    end: int
+    seen: int
+
+
+def updates(
+    observed: np.ndarray, until: np.ndarray, window: int, forecast: int = 0, started: bool = False
+) -> list[Update]:
+    """The updates that show each frame all that it may see.
+
+    Args:
+      observed: (T,) bool, frames with an observation.
+      until: (before + T,) the last frame that a frame may see; `before` frames are of a run before.
+      window: frames of a window.
+      forecast: frames after the last one.
+      started: whether the window before frame 0 is known.
+
+    At most half a window is new in an update, if a window before it is known.
+    """
+    latest = np.maximum.accumulate(np.where(observed, np.arange(len(observed)), -1))
+    wanted, before = latest[until], len(until) - len(observed)
+    half, found = max(1, window // 2), []
+    end, room = (0, half) if started else (0, window)
+    for seen in map(int, np.unique(wanted)):
+        first, last = (int(k) - before for k in np.flatnonzero(wanted == seen)[[0, -1]])
+        target = max(seen, last) + 1 + (forecast if seen == wanted[-1] else 0)
+        # the first frame that waits for this observation is still in the window, if it can be
+        crowded = target - first > window >= seen + 1 - first
+        for goal in (seen + 1, target) if crowded else (target,):
+            while goal - end > room:
+                end, room = end + room, half
+                found.append(Update(end, int(latest[min(end - 1, seen)]) if seen >= 0 else -1))
+            if goal > end:
+                end, room = goal, half
+                found.append(Update(end, seen))
+    return found
+
+
+def levels(plan: Plan, new: np.ndarray, clean: np.ndarray, steps: int, high: float) -> np.ndarray:
+    """Noise levels (steps + 1, W) of an update, geometric to sigma_min, then 0; `clean`: 0."""
+    tops = np.log(np.where(new, high, plan.restart))
+    grid = np.exp(np.linspace(tops, math.log(plan.sigma_min), steps))
+    return np.append(grid, np.zeros((1, len(new))), 0) * ~clean
+
+
+def matrix(frames: int, steps: int, u: float) -> np.ndarray:
+    """The schedule of ForcingDAS, K[m, k] = clip(S + int(u k) - m, 0, S): steps left in row m.
+
+    u = S is filtering, one frame after the other; u = 0 is batch smoothing; between them, frame k
+    starts when frame k - S / u ends: a pyramid. The shape is (S + int(u (F - 1)) + 1, F).
+    """
+    in_range("u", u, 0.0, float(steps))
+    start = steps + (u * np.arange(frames)).astype(int)
+    return np.clip(start - np.arange(start[-1] + 1)[:, None], 0, steps)

@@ -1,0 +1,184 @@
+"""Observation operators against NumPy, and files that cannot be meant."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mclr_jax.assimilation import observe
+from mclr_jax.assimilation.observe import (
+    Downsample,
+    Identity,
+    Matrix,
+    Observations,
+    Operator,
+    Random,
+    Select,
+)
+
+H = ((1.0, 0.0, 2.0), (0.0, -1.0, 0.5))
+STATES = np.random.default_rng(0).normal(size=(2, 4, 3)).astype(np.float32)
+FIELDS = np.random.default_rng(1).normal(size=(2, 3, 8, 12, 2)).astype(np.float32)
+
+
+def test_linear_operators_are_those_of_numpy():
+    np.testing.assert_array_equal(Operator()(STATES), STATES)
+    np.testing.assert_array_equal(Operator(Select((2, 0)))(STATES), STATES[..., [2, 0]])
+    np.testing.assert_allclose(Operator(Matrix(H))(STATES), STATES @ np.array(H).T, rtol=1e-5)
+    some = Operator(Random(0.25, seed=3))(FIELDS)
+    assert some.shape == (2, 3, 48)
+    kept = np.isin(FIELDS[0, 0].ravel(), some[0, 0])
+    assert kept.sum() == 48
+    np.testing.assert_array_equal(some, FIELDS.reshape(2, 3, -1)[..., kept])
+    other = Operator(Random(0.25, seed=4))(FIELDS)
+    assert not np.array_equal(some, other)
+
+
+def test_downsampling_by_4_is_the_mean_of_the_4_middle_pixels():
+    """Bilinear interpolation at the centre of each block, as of half-pixel centres."""
+    small = Operator(Downsample(4))(FIELDS).reshape(2, 3, 2, 3, 2)
+    blocks = FIELDS.reshape(2, 3, 2, 4, 3, 4, 2)[:, :, :, 1:3, :, 1:3]
+    np.testing.assert_allclose(small, blocks.mean((3, 5)), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "linear", [Identity(), Select((1,)), Matrix(H), Random(0.5), Downsample(4)]
+)
+def test_variances_use_the_squared_weights(linear):
+    """The diagonal of L diag(v) L^T, with L from the map of unit vectors."""
+    shape = FIELDS.shape[2:] if isinstance(linear, Downsample) else (3,)
+    units = np.eye(np.prod(shape), dtype=np.float32).reshape(-1, 1, *shape)
+    matrix = np.asarray(linear(units))[:, 0].T
+    v = np.random.default_rng(2).uniform(0.1, 2, (1, 1, *shape)).astype(np.float32)
+    np.testing.assert_allclose(linear(v, 2)[0, 0], matrix**2 @ v.ravel(), rtol=1e-5)
+
+
+def test_prediction_under_a_normal_distribution():
+    """arctan against Monte Carlo, the square against its closed form, the identity exactly."""
+    mean, variance = np.array([[[0.4, -1.0, 3.0]]]), np.array([[[0.5, 2.0, 0.1]]])
+    square = Operator(Identity(), "square", offset=1.0, scale=2.0)
+    z, s = (mean - 1) / 2, variance / 4
+    predicted, slope, rest = square.predict(jnp.asarray(mean), jnp.asarray(variance))
+    np.testing.assert_allclose(predicted, z**2 + s, rtol=1e-4)
+    np.testing.assert_allclose(slope, 2 * z / 2, rtol=1e-4)
+    np.testing.assert_allclose(rest, 2 * s**2, rtol=1e-3)
+    arctan = Operator(Identity(), "arctan", scale=2.0)
+    x = mean + np.sqrt(variance) * np.random.default_rng(0).standard_normal((400_000, 1, 1, 3))
+    y = np.arctan(x / 2)
+    predicted, slope, rest = arctan.predict(jnp.asarray(mean), jnp.asarray(variance))
+    np.testing.assert_allclose(predicted, y.mean(0), atol=3e-3)
+    by_regression = ((y - y.mean(0)) * (x - mean)).mean(0) / variance
+    np.testing.assert_allclose(slope, by_regression, atol=3e-3)
+    left = ((y - y.mean(0) - by_regression * (x - mean)) ** 2).mean(0)
+    np.testing.assert_allclose(rest, left, atol=1e-3)
+    plain = Operator(Select((1,)), offset=0.5, scale=4.0)
+    predicted, slope, rest = plain.predict(jnp.asarray(mean), jnp.asarray(variance))
+    assert (predicted.item(), slope.item(), rest.item()) == (-0.375, 0.25, 0)
+
+
+def test_without_variance_the_slope_is_the_derivative():
+    x = jnp.array([[[0.3, -0.8, 1.5]]])
+    for name in ("arctan", "tanh", "square", "exp"):
+        operator = Operator(Identity(), name, offset=0.1, scale=1.7)
+        _, slope, rest = operator.predict(x, jnp.zeros_like(x))
+        derivative = jax.grad(lambda x, a=operator: a(x).sum())(x)
+        np.testing.assert_allclose(slope, derivative, rtol=2e-3)
+        assert float(rest.max()) < 1e-6
+
+
+def values(trajectories=2, m=1):
+    y = np.random.default_rng(5).normal(size=(trajectories, 6, m)).astype(np.float32)
+    y[:, 2] = np.nan
+    return y
+
+
+def test_a_file_gives_back_what_was_written(tmp_path):
+    for linear in (Identity(), Select((0,)), Matrix(((1.0, 0.0, -2.0),)), Random(0.3, 7)):
+        operator = Operator(linear, "arctan", 0.5, 8.0)
+        told = Observations(values(), operator, 0.25, np.ones(3), 0.025)
+        observe.write(tmp_path / "y.npz", told, truth=np.zeros(2))
+        got = observe.read(tmp_path / "y.npz")
+        np.testing.assert_array_equal(got.values, told.values)
+        np.testing.assert_array_equal(got.initial, told.initial)
+        assert (got.operator, got.std, got.time_step) == (operator, np.float32(0.25), 0.025)
+    np.savez(tmp_path / "h.npz", values=values(m=2)[0], H=np.array(H), std=[0.1, 0.2])
+    got = observe.read(tmp_path / "h.npz")
+    assert got.values.shape == (1, 6, 2)
+    assert got.operator == Operator(Matrix(H))
+
+
+SELECT = json.dumps({"name": "select", "indices": [0]})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"values": None}, "has no array 'values'"),
+        ({"std": None}, "has no array 'std'"),
+        ({"values": np.zeros(3)}, r"shape \(3,\); expected \(T, m\), or \(N, T, m\)"),
+        ({"values": np.full((3, 1), np.inf)}, "infinite"),
+        ({"values": np.array([["a"]])}, "values has type <U1; expected numbers"),
+        ({"values": np.array([[None]])}, "no readable npz"),
+        ({"std": 0.0}, "std is 0.0; expected one number above 0"),
+        ({"std": np.ones(2)}, r"std is \[1.0, 1.0\]; expected one number above 0, or 1"),
+        ({"std": np.nan}, "std is nan"),
+        ({"H": np.ones((1, 3))}, "must have one of H and operator_json"),
+        ({"operator_json": None}, "must have one of H and operator_json"),
+        ({"operator_json": None, "H": np.ones(3)}, r"H has shape \(3,\)"),
+        ({"operator_json": "{"}, "Expecting property name"),
+        ({"operator_json": "[]"}, r'expected {"name": NAME'),
+        ({"operator_json": '{"name": "slect"}'}, "Did you mean 'select'"),
+        ({"operator_json": '{"name": "select", "index": 0}'}, "Did you mean 'indices'"),
+        ({"operator_json": '{"name": "select"}'}, "missing 1 required"),
+        ({"operator_json": '{"name": "identity", "function": "atan"}'}, "Did you mean 'arctan'"),
+        ({"operator_json": '{"name": "random", "share": 0}'}, "operator.share is 0; expected"),
+        ({"operator_json": '{"name": "identity", "scale": 0}'}, "operator.scale is 0; expected"),
+        ({"initial": np.array([np.nan])}, "initial state has values that are not finite"),
+        ({"time_step": -1.0}, "time_step is -1.0; expected"),
+    ],
+)
+def test_files_that_cannot_be_meant_are_refused(tmp_path, changes, message):
+    arrays = {"values": values(), "std": 0.1, "operator_json": SELECT} | changes
+    path = tmp_path / "y.npz"
+    np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
+    with pytest.raises(ValueError, match=message):
+        observe.read(path)
+
+
+def test_damaged_and_missing_files_are_named(tmp_path):
+    path = tmp_path / "y.npz"
+    with pytest.raises(FileNotFoundError, match=r"no file .*y\.npz"):
+        observe.read(path)
+    observe.write(path, Observations(values(), Operator(Select((0,))), 0.1))
+    whole = path.read_bytes()
+    for damaged in (b"", b"text", whole[:100], whole[:-30]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="no readable npz"):
+            observe.read(path)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"operator": Operator()}, "gives 3 values .* have 1 for each frame"),
+        (
+            {"operator": Operator(Select((3,)))},
+            r"selects coordinates \(3,\); expected some of 0 .. 2",
+        ),
+        ({"operator": Operator(Matrix(((1.0, 2.0),)))}, r"H has shape \(1, 2\); expected \(m, 3\)"),
+        ({"operator": Operator(Downsample(2))}, r"needs fields \(H, W, C\)"),
+        ({"initial": np.zeros(2)}, r"shape \(2,\); expected \(3,\) or \(2, 3\)"),
+        ({"time_step": 0.1}, "time step of 0.1, the model 0.025"),
+    ],
+)
+def test_observations_of_other_states_are_refused(more, message):
+    given = {"operator": Operator(Select((0,)))} | more
+    with pytest.raises(ValueError, match=message):
+        Observations(values(), std=0.1, **given).for_states((3,), 0.025)
+
+
+def test_one_initial_state_is_that_of_all_trajectories():
+    told = Observations(values(), Operator(Select((0,))), 0.1, initial=np.arange(3))
+    np.testing.assert_array_equal(told.for_states((3,)).initial, [[0, 1, 2], [0, 1, 2]])

@@ -1,0 +1,100 @@
+"""Schedules entry by entry."""
+
+import numpy as np
+import pytest
+
+from mclr_jax.assimilation.schedules import Plan, Update, lags, levels, matrix, updates
+
+
+def test_the_matrix_of_the_paper_entry_by_entry():
+    np.testing.assert_array_equal(matrix(3, 2, 0), [[2, 2, 2], [1, 1, 1], [0, 0, 0]])
+    pyramid = [[2, 3, 4], [1, 2, 3], [0, 1, 2], [0, 0, 1], [0, 0, 0]]
+    np.testing.assert_array_equal(matrix(3, 2, 1), np.minimum(pyramid, 2))
+    one_by_one = [[2, 2], [1, 2], [0, 2], [0, 1], [0, 0]]
+    np.testing.assert_array_equal(matrix(2, 2, 2), one_by_one)
+    for frames, steps, u in [(7, 10, 2.5), (4, 3, 3), (5, 8, 0.4), (1, 4, 1)]:
+        k = matrix(frames, steps, u)
+        for m, f in np.ndindex(*k.shape):
+            assert k[m, f] == min(max(steps + int(u * f) - m, 0), steps)
+        assert k.shape == (steps + int(u * (frames - 1)) + 1, frames)
+        assert not k[-1].any()
+        assert k[-2].any()
+    with pytest.raises(ValueError, match="u is 5; expected"):
+        matrix(3, 4, 5)
+
+
+def until(lag, frames, before=0):
+    k = np.arange(-before, frames)
+    return np.minimum(k + lag, frames - 1).astype(int)
+
+
+def order(observed, lag, window, **options):
+    return [tuple(update) for update in updates(np.array(observed, bool), lag, window, **options)]
+
+
+def test_the_order_of_the_updates():
+    every = [1] * 5
+    assert order(every, until(0, 5), 4) == [(1, 0), (2, 1), (3, 2), (4, 3), (5, 4)]
+    assert order(every, until(2, 5), 4) == [(3, 2), (4, 3), (5, 4)]
+    assert order(every, until(np.inf, 5), 5) == [(5, 4)]
+    # Frames without an observation come with the observation before them.
+    assert order([1, 0, 0, 1, 0], until(0, 5), 8) == [(3, 0), (5, 3)]
+    assert order([0, 0, 1, 0, 0], until(0, 5), 8) == [(2, -1), (5, 2)]
+    # A forecast comes with the last observation; at most half a window is new.
+    assert order(every, until(0, 5), 4, forecast=2)[-2:] == [(6, 4), (7, 4)]
+    assert order([1, 1], until(np.inf, 2), 8, forecast=6) == [(8, 1)]
+    # Blocks of a long trajectory.
+    assert order([1] * 9, until(np.inf, 9), 4) == [(4, 3), (6, 5), (8, 7), (9, 8)]
+    # A continued run, with two frames before it that may see more now.
+    assert order([1] * 3, until(2, 3, before=2), 8, started=True) == [(1, 0), (2, 1), (3, 2)]
+    assert order([0, 1], until(0, 2), 8, started=True) == [(1, -1), (2, 1)]
+
+
+def test_updates_never_show_more_than_allowed_and_end_with_all():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        frames, window = rng.integers(1, 12), rng.integers(2, 9)
+        observed, lag = rng.random(frames) < 0.6, rng.integers(0, window, frames)
+        allowed = np.minimum(np.arange(frames) + lag, frames - 1)
+        found, best = updates(observed, allowed, window), np.full(frames, -2)
+        ends = [0, *(update.end for update in found)]
+        assert np.all(np.diff(ends[1:]) > 0)
+        for end, seen in found:
+            k = np.arange(max(0, end - window), min(end, frames))
+            k = k[allowed[k] >= seen]
+            best[k] = seen
+        for f in range(frames):
+            past = np.flatnonzero(observed[: allowed[f] + 1])
+            assert best[f] == (past.max() if len(past) else -1), (observed, lag, window, found)
+
+
+def test_levels_of_an_update():
+    plan = Plan(sigma_min=0.01, restart=1.0)
+    new, clean = np.array([False, False, True]), np.array([True, False, False])
+    grid = levels(plan, new, clean, 3, 100.0)
+    np.testing.assert_allclose(grid, [[0, 1, 100], [0, 0.1, 1], [0, 0.01, 0.01], [0, 0, 0]])
+
+
+def test_a_regime_is_a_lag():
+    np.testing.assert_array_equal(lags("filter", 2, 3), [0, 0])
+    np.testing.assert_array_equal(lags("fixed_lag", 2, 3), [3, 3])
+    np.testing.assert_array_equal(lags("batch", 2), [np.inf, np.inf])
+    assert Update(3, 2).seen == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": 0}, "plan.steps is 0"),
+        ({"window": -1}, "plan.window is -1"),
+        ({"restart": 30.0}, "plan.restart is 30.0; expected a number above 0.006 and at most 20"),
+        ({"sigma_min": 0.0}, "plan.sigma_min is 0.0"),
+        ({"method": "ancestor"}, "Did you mean 'ancestral'"),
+        ({"c": -1.0}, "plan.c is -1.0"),
+    ],
+)
+def test_plans_without_a_meaning_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        Plan(**values)
+    with pytest.raises(ValueError, match="Did you mean 'filter'"):
+        lags("filtre", 3)
