@@ -70,7 +70,6 @@ PUBLISHED = {
     }),
 }  # fmt: skip
 INFLATION = (1.0, 1.02, 1.05, 1.1, 1.2)
-LARGE = (1.05, 1.1, 1.2, 1.3, 1.5)  # of iEnKS where the system has noise
 # regime -> method with {} for the inflation, the inflations; lags in frames
 LORENZ63 = {
     "filter": ("EnKF('Sqrt', N=100, infl={})", "EnKF('PertObs', N=100, infl={})",
@@ -219,7 +218,7 @@ def compare(case: Case, table: dict, data: dict, likelihood, tune: int) -> list[
     for regime, several in table.items():
         for words in several:
             tried = {}
-            for value in LARGE if case.noise and words.startswith("iEnKS") else INFLATION:
+            for value in INFLATION:
                 try:
                     tried[value] = case.row(words.format(value), regime, few, likelihood)["rmse"]
                 except (np.linalg.LinAlgError, ValueError, FloatingPointError) as error:

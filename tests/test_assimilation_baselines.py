@@ -143,6 +143,10 @@ def test_scores_have_their_closed_forms():
     assert row["spread_skill"] == pytest.approx(1, rel=0.03)
     want = stats.norm.logpdf(truth[..., :1], 0, ERROR).sum((1, 2)).mean()
     assert row["log_likelihood"] == pytest.approx(want, rel=1e-5)
+    few = members[:2, :5]
+    apart = [np.abs(few[:, i] - few[:, j]) for i in range(5) for j in range(5)]
+    want = np.abs(few - truth[:2, None]).mean(1) - np.sum(apart, 0) / (2 * 5 * 4)
+    np.testing.assert_allclose(baselines.crps(few, truth[:2]), want, atol=1e-6)
     (first, second), want = np.split(members[:3], 2, 1), []
     for n in range(3):
         for at in np.ndindex(6, 2):
