@@ -81,16 +81,15 @@ LORENZ63 = {
 }  # fmt: skip
 FIELDS = {
     "lorenz96": {
-        "filter": ("EnKF('Sqrt', N=40, infl={}, rot=True)",
-                   "LETKF(N=20, infl={}, rot=True, loc_rad=4)"),
-        "lag8": ("EnKS('Sqrt', N=40, Lag=8, infl={}, rot=False)",
-                 "iEnKS('Sqrt', N=40, Lag=8, nIter=3, infl={}, rot=True)"),
+        "filter": ("EnKF('Sqrt', N=100, infl={})", "EnKF('PertObs', N=100, infl={})",
+                   "LETKF(N=40, infl={}, loc_rad=4)"),
+        "lag8": ("EnKS('PertObs', N=100, Lag=8, infl={})",
+                 "iEnKS('Sqrt', N=40, Lag=8, nIter=3, MDA=True, infl={})"),
     },
     "ks": {
-        "filter": ("EnKF('Sqrt', N=40, infl={}, rot=True)",
-                   "LETKF(N=16, infl={}, rot=True, loc_rad=51/1.82)"),
-        "lag8": ("EnKS('Sqrt', N=40, Lag=8, infl={})",
-                 "iEnKS('Sqrt', N=40, Lag=2, nIter=2, infl={}, rot=True)"),
+        "filter": ("EnKF('Sqrt', N=100, infl={})", "LETKF(N=16, infl={}, rot=True, loc_rad=28)"),
+        "lag8": ("EnKS('Sqrt', N=100, Lag=8, infl={})",
+                 "iEnKS('Sqrt', N=40, Lag=8, nIter=1, MDA=True, infl={})"),
     },
 }  # fmt: skip
 
@@ -263,6 +262,7 @@ def fields(name: str, folder: pathlib.Path) -> list[dict]:
     for _ in range(spin_up):
         pool = step(pool, np.nan, time_step)
     pool, first = pool[:1024], pool[1024:]
+    tune = 4 if model else 16
     observed = np.arange(0, size, 1 if model else 2)
     offset, scale = np.full(size, pool.mean()), np.full(size, pool.std())
     case = Case(step, time_step, pool, observed, 1.0, scale, stride=stride)
@@ -281,7 +281,7 @@ def fields(name: str, folder: pathlib.Path) -> list[dict]:
         }  # fmt: skip
     # scores only asks for densities that are not kept here
     likelihood = assimilation.System(lambda x: x, 1.0, lambda x: x[..., observed], 1.0)
-    rows = compare(case, FIELDS[name], data, likelihood, 4)
+    rows = compare(case, FIELDS[name], data, likelihood, tune)
     for which in data:
         for regime in FIELDS[name]:
             some = [row for row in rows if (row["set"], row["regime"]) == (which, regime)]
