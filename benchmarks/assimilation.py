@@ -103,7 +103,7 @@ class Protocol:
 
 
 FIRST = {"H": np.eye(3)[:1]}
-ARCTAN = {"name": "arctan", "coordinates": [0], "offset": [0.0], "scale": [8.0]}
+ARCTAN = {"name": "select", "indices": [0], "function": "arctan", "offset": 0.0, "scale": 8.0}
 PROTOCOLS = {
     "flowdas": Protocol(
         System(observe=lambda x: jnp.arctan(x[..., :1] / 8), observation_std=0.25),
