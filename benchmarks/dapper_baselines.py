@@ -1,0 +1,310 @@
+"""Ensemble Kalman filters and smoothers of dapper 1.7.1, on its experiments and on others.
+
+  python benchmarks/dapper_baselines.py --part published                     # 2 minutes
+  python benchmarks/dapper_baselines.py --part lo|hi|flowdas --folder DIR    # Lorenz-63
+  python benchmarks/dapper_baselines.py --part lorenz96|ks --folder DIR
+
+It needs dapper (pip install --no-deps dapper==1.7.1 struct-tools==0.2.5 mpl-tools==0.4.1, then
+tabulate ipython matplotlib scipy tqdm dill pyyaml colorama threadpoolctl patlib pathos) beside jax
+and flax. Each part is a key, dapper_PART, of benchmarks/results/assimilation_baselines.json.
+
+published      experiments whose time-mean RMSE of the analysis dapper's source states; 1,000
+               cycles (KS: 2,000 of 20,000), one seed
+lo hi flowdas  the files of assimilation_baselines.py in DIR; of each method's settings (inflation,
+               members, lag) the best RMSE on "validation" is chosen, and also run on "test"
+lorenz96       40 coordinates, forcing 8, dt = .05, no process noise; every second coordinate at
+               each of 100 frames, std 1; 16 trajectories a set; writes DIR/lorenz96_SET.npz
+ks             Kuramoto-Sivashinsky, 128 points, length 32 pi, dt = .5, a frame every 2 steps, all
+               points at each of 100 frames, std 1; 16 trajectories a set; writes DIR/ks_SET.npz
+
+Numbers of a row as in assimilation_baselines.py; rmse_second_half is over the second half of the
+frames, when the ensemble has forgotten its start. Ensembles start from independent states of the
+attractor, one period of observation before the first frame, since dapper never observes its first
+state. iEnKS of dapper has no process noise: only inflation replaces it. EnKS and iEnKS of lag L
+use the observations up to L frames ahead, as the regime lagL. LETKF on Lorenz-63 is not localized.
+"""
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+import time
+from unittest import mock
+
+import assimilation
+import dapper
+import dapper.da_methods as methods
+import dapper.mods as modelling
+import dapper.tools.progressbar
+import jax
+import numpy as np
+from assimilation_baselines import scores, update
+from dapper.mods import KS, Lorenz63, Lorenz96
+from dapper.mods.KS.bocquet2019 import HMM as KS_EXPERIMENT
+from dapper.mods.Lorenz63.sakov2012 import HMM as LORENZ63_EXPERIMENT
+from dapper.mods.Lorenz96.sakov2008 import HMM as LORENZ96_EXPERIMENT
+from dapper.stats import Stats
+from dapper.tools.localization import nd_Id_localization
+
+# methods as in dapper's source, and what it states
+PUBLISHED = {
+    "Lorenz-63": (LORENZ63_EXPERIMENT, 1000, {
+        "Climatology()": 7.6,
+        "OptInterp()": 1.25,
+        "EnKF('Sqrt', N=10, infl=1.02, rot=True)": 0.60,
+        "EnKF('PertObs', N=100, infl=1.01)": 0.56,
+        "iEnKS('Sqrt', N=10, infl=1.02, rot=True)": 0.31,
+        "PartFilt(N=800, reg=0.9, NER=0.2)": 0.28,
+    }),
+    "Lorenz-96": (LORENZ96_EXPERIMENT, 1000, {
+        "Climatology()": 3.6,
+        "OptInterp()": 0.95,
+        "Var3D(xB=0.02)": 0.41,
+        "EnKF('PertObs', N=40, infl=1.06)": 0.22,
+        "LETKF(N=7, rot=True, infl=1.04, loc_rad=4)": 0.22,
+    }),
+    "KS": (KS_EXPERIMENT, 2000, {
+        "Climatology()": 1.3,
+        "OptInterp()": 0.5,
+        "LETKF(N=16, loc_rad=51/1.82, infl=1.02, rot=True, taper='GC')": 0.11,
+    }),
+}  # fmt: skip
+INFLATION = (1.0, 1.02, 1.05, 1.1, 1.2)
+# regime -> method with {} for the inflation, the inflations; lags in frames
+LORENZ63 = {
+    "filter": ("EnKF('Sqrt', N=100, infl={})", "EnKF('PertObs', N=100, infl={})",
+               "LETKF(N=100, infl={}, loc_rad=1e6)"),
+    "lag8": ("EnKS('Sqrt', N=100, Lag=8, infl={})", "iEnKS('Sqrt', N=24, Lag=8, nIter=5, infl={})",
+             "iEnKS('Sqrt', N=24, Lag=8, nIter=5, MDA=True, infl={})"),
+    "lag16": ("EnKS('Sqrt', N=100, Lag=16, infl={})",),
+    "batch": ("EnKS('Sqrt', N=100, Lag=64, infl={})", "EnRTS('Sqrt', N=100, DeCorr=1, infl={})"),
+}  # fmt: skip
+FIELDS = {
+    "lorenz96": {
+        "filter": ("EnKF('Sqrt', N=100, infl={})", "EnKF('PertObs', N=100, infl={})",
+                   "LETKF(N=40, infl={}, loc_rad=4)"),
+        "lag8": ("EnKS('PertObs', N=100, Lag=8, infl={})",
+                 "iEnKS('Sqrt', N=40, Lag=8, nIter=3, MDA=True, infl={})"),
+    },
+    "ks": {
+        "filter": ("EnKF('Sqrt', N=100, infl={})", "LETKF(N=16, infl={}, rot=True, loc_rad=28)"),
+        "lag8": ("EnKS('Sqrt', N=100, Lag=8, infl={})",
+                 "iEnKS('Sqrt', N=40, Lag=8, nIter=1, MDA=True, infl={})"),
+    },
+}  # fmt: skip
+
+
+def method(words: str, every: int = 1):
+    """An experiment from its words; dapper counts lags in observations, `every` frames apart."""
+    experiment = eval(words, vars(methods))
+    if hasattr(experiment, "Lag"):
+        experiment.Lag = -(-experiment.Lag // every)
+    return experiment
+
+
+def published() -> list[dict]:
+    rows = []
+    for name, (system, cycles, table) in PUBLISHED.items():
+        system = system.copy()
+        if name == "KS":
+            system.tseq.BurnIn = cycles / 10
+        system.tseq.Ko = cycles
+        dapper.set_seed(3000)
+        truth, values = system.simulate()
+        for words, stated in table.items():
+            experiment, start = method(words), time.time()
+            dapper.set_seed(3000)
+            experiment.assimilate(system, truth, values)
+            experiment.stats.average_in_time()
+            error = experiment.avrgs.err.rms.a
+            rows.append({
+                "system": name, "cycles": cycles, "method": words, "stated": stated,
+                "rmse": float(error.val), "rmse_error": float(error.prec),
+                "seconds": round(time.time() - start, 1),
+            })  # fmt: skip
+            print(rows[-1], flush=True)
+    return rows
+
+
+# ---- other protocols -----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model of dapper, observed at every `every`-th frame of `stride` steps each.
+
+    pool (n, d) are states of the attractor; scale (d,) standardises; noise is a variance per time.
+    """
+
+    step: object
+    time_step: float
+    pool: np.ndarray
+    observed: np.ndarray
+    std: float
+    scale: np.ndarray
+    noise: float = 0.0
+    every: int = 1
+    stride: int = 1
+    arctan: bool = False
+
+    def system(self, frames: int, initial: np.ndarray | None, noise: bool):
+        """For one trajectory, and the step of its first frame."""
+        size, period = len(self.scale), self.every * self.stride
+        dynamics = {"M": size, "model": self.step, "noise": self.noise if noise else 0}
+        observation = modelling.partial_Id_Obs(size, self.observed)
+        if self.arctan:
+            observation["model"] = lambda x: np.arctan(x[..., self.observed] / self.scale[0])
+        observation["noise"] = self.std**2
+        whole = (size,) if size == 3 else (2,)
+        observation["localizer"] = nd_Id_localization((size,), whole, self.observed)
+        start = 0 if initial is not None else period
+        last = start + (frames - 1) * self.stride
+        times = modelling.Chronology(self.time_step, dko=period, Ko=last // period - 1)
+
+        def first(n):
+            if initial is not None:
+                return np.tile(initial, (n, 1))
+            return self.pool[dapper.rng.choice(len(self.pool), n, replace=False)]
+
+        states = modelling.RV(size, func=first)
+        return modelling.HiddenMarkovModel(dynamics, observation, times, states), start
+
+    def members(self, words: str, values: np.ndarray, initial=None) -> np.ndarray:
+        """One trajectory's ensemble (N, T, d), from observations (T, m)."""
+        experiment = method(words, self.every)
+        system, start = self.system(len(values), initial, not words.startswith("iEnKS"))
+        found = {}
+
+        def keep(stats, k, ko=None, faus=None, E=None, **_):
+            if "u" in (faus or "u"):
+                found[k] = E.copy()
+
+        seen = values[:: self.every] if initial is None else values[1:]
+        truth = np.zeros((system.tseq.K + 1, len(self.scale)))  # for dapper's statistics
+        with mock.patch.object(Stats, "assess", keep):
+            experiment.assimilate(system, truth, np.asarray(seen, np.float64))
+        frames = [start + self.stride * frame for frame in range(len(values))]
+        found.setdefault(0, system.X0.sample(experiment.N))
+        return np.stack([found[k] for k in frames], 1)
+
+    def row(self, words: str, regime: str, data: dict, likelihood) -> dict:
+        """Numbers of all trajectories of a set, whose file is `data`."""
+        start, members = time.time(), []
+        for n, values in enumerate(data["values"]):
+            dapper.set_seed(n + 1)
+            initial = data["initial"][n] if "initial" in data else None
+            with np.errstate(all="ignore"):
+                members.append(self.members(words, values, initial))
+        members = np.stack(members)
+        mean, std = members.mean(1), members.std(1, ddof=1)
+        numbers = scores(likelihood, data["truth"], data["values"], mean, std, members,
+                         scale=self.scale)  # fmt: skip
+        wanted = ("rmse", "rmse_error", "rmse_standardised", "spread_skill", "crps")
+        late = slice(data["truth"].shape[1] // 2, None)
+        square = (mean - data["truth"])[:, late] ** 2
+        return {
+            "regime": regime, "method": words, **{key: numbers[key] for key in wanted},
+            "rmse_second_half": float(np.sqrt(square.mean())),
+            "seconds": round(time.time() - start, 1), "mean": mean, "std": std,
+        }  # fmt: skip
+
+
+def compare(case: Case, table: dict, data: dict, likelihood, tune: int) -> list[dict]:
+    """The best inflation of each method on `tune` trajectories, then all of both sets."""
+    rows = []
+    few = {key: value[:tune] if np.ndim(value) and key in ("truth", "values", "initial") else value
+           for key, value in data["validation"].items()}  # fmt: skip
+    for regime, several in table.items():
+        for words in several:
+            tried = {}
+            for value in INFLATION:
+                try:
+                    tried[value] = case.row(words.format(value), regime, few, likelihood)["rmse"]
+                except (np.linalg.LinAlgError, ValueError, FloatingPointError) as error:
+                    print(words.format(value), type(error).__name__, error)
+            tried = {value: rmse for value, rmse in tried.items() if np.isfinite(rmse)}
+            best = min(tried, key=tried.get)
+            for which in data:
+                row = case.row(words.format(best), regime, data[which], likelihood)
+                rows.append({"set": which, **row, "rmse_by_inflation": tried})
+                print({k: v for k, v in rows[-1].items() if np.ndim(v) == 0}, flush=True)
+    return rows
+
+
+def lorenz63(name: str, folder: pathlib.Path) -> list[dict]:
+    """The files of a protocol of assimilation.py."""
+    protocol = assimilation.PROTOCOLS[name]
+    pool = np.asarray(assimilation.attractor(jax.random.key(77), 4096), np.float64)
+    step = np.asarray(assimilation.rk4(pool))
+    np.testing.assert_allclose(step, Lorenz63.step(pool, 0, assimilation.TIME_STEP), atol=1e-3)
+    case = Case(
+        Lorenz63.step, assimilation.TIME_STEP, pool, np.array([0]),
+        protocol.system.observation_std, assimilation.STD,
+        noise=protocol.system.process_std**2 / assimilation.TIME_STEP,
+        every=protocol.every, arctan=protocol.known,
+    )  # fmt: skip
+    data = {which: dict(np.load(folder / f"{name}_{which}.npz")) for which in assimilation.SETS}
+    table = LORENZ63
+    if protocol.known:  # an ensemble without spread and noise stays one point
+        table = {key: tuple(w for w in words if "iEnKS" not in w) for key, words in table.items()}
+    rows = compare(case, table, data, protocol.system, 64)
+    return [{k: v for k, v in row.items() if k not in ("mean", "std")} for row in rows]
+
+
+def fields(name: str, folder: pathlib.Path) -> list[dict]:
+    """Draw both sets, run the methods, write the files with the posterior of the best ones."""
+    model = KS.Model(dt=0.5) if name == "ks" else None
+    size, time_step, stride, spin_up = (128, 0.5, 2, 600) if model else (40, 0.05, 1, 600)
+    step = model.step if model else Lorenz96.step
+    start = model.x0 if model else Lorenz96.x0(size)
+    dapper.set_seed(5000)
+    pool = start + dapper.rng.standard_normal((1024 + 32, size))
+    for _ in range(spin_up):
+        pool = step(pool, np.nan, time_step)
+    pool, first = pool[:1024], pool[1024:]
+    tune = 4 if model else 16
+    observed = np.arange(0, size, 1 if model else 2)
+    offset, scale = np.full(size, pool.mean()), np.full(size, pool.std())
+    case = Case(step, time_step, pool, observed, 1.0, scale, stride=stride)
+    data = {}
+    for which, x in zip(assimilation.SETS, np.split(first, 2), strict=True):
+        truth = []
+        for _ in range(100):
+            truth.append(x)
+            for _ in range(stride):
+                x = step(x, np.nan, time_step)
+        truth = np.stack(truth, 1)
+        values = truth[..., observed] + dapper.rng.standard_normal((16, 100, len(observed)))
+        data[which] = {
+            "truth": truth, "values": values, "H": np.eye(size)[observed], "std": 1.0,
+            "time_step": time_step * stride, "offset": offset, "scale": scale,
+        }  # fmt: skip
+    # scores only asks for densities that are not kept here
+    likelihood = assimilation.System(lambda x: x, 1.0, lambda x: x[..., observed], 1.0)
+    rows = compare(case, FIELDS[name], data, likelihood, tune)
+    for which in data:
+        for regime in FIELDS[name]:
+            some = [row for row in rows if (row["set"], row["regime"]) == (which, regime)]
+            best = min(some, key=lambda row: row["rmse"])
+            data[which] |= {f"{regime}_{key}": best[key] for key in ("mean", "std")}
+        path = folder / f"{name}_{which}.npz"
+        np.savez_compressed(path, **{k: np.asarray(v, np.float32) for k, v in data[which].items()})
+    return [{k: v for k, v in row.items() if k not in ("mean", "std")} for row in rows]
+
+
+def main() -> None:
+    parts = {"published": lambda folder: published()}
+    parts |= {name: functools.partial(lorenz63, name) for name in assimilation.PROTOCOLS}
+    parts |= {name: functools.partial(fields, name) for name in FIELDS}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", choices=parts, required=True)
+    parser.add_argument("--folder", type=pathlib.Path)
+    flags = parser.parse_args()
+    dapper.rc.liveplotting = False
+    dapper.tools.progressbar.disable_progbar = True
+    rows = parts[flags.part](flags.folder)
+    update(f"dapper_{flags.part}", rows, dapper=dapper.__version__)
+
+
+if __name__ == "__main__":
+    main()
