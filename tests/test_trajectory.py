@@ -181,10 +181,8 @@ def test_a_trajectory_may_be_longer_and_begin_anywhere(kind):
 # ---- beginnings and mistakes ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variance", [False, True])
-def test_fresh_networks_give_zero(variance):
-    for network, x in [(STATES, X), (FIELDS, W)]:
-        network = network.clone(variance=variance)
+def test_fresh_networks_give_zero_and_a_variance_doubles_the_channels():
+    for network, x in [(STATES, X), (FIELDS, W), (FIELDS.clone(variance=True), W)]:
 
         @jax.jit
         def run(network=network, x=x):
@@ -192,7 +190,7 @@ def test_fresh_networks_give_zero(variance):
             return network.apply(fresh, x, jnp.ones(x.shape[:2]), NONE)
 
         out = run()
-        assert out.shape == (*x.shape[:-1], network.out_channels * (1 + variance))
+        assert out.shape == (*x.shape[:-1], network.out_channels * (1 + network.variance))
         assert not np.asarray(out).any()
 
 
