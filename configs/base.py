@@ -36,7 +36,8 @@ def base() -> ConfigDict:
     })  # fmt: skip
     config.profile = ConfigDict({"start": 0, "num_steps": 0})  # trace some steps; 0 for none
 
-    # digits, fashion_mnist, mixture, tfds:NAME, zip:PATH, npz:PATH, or package.module:Name
+    # digits, fashion_mnist, mixture, tfds:NAME, zip:PATH, npz:PATH, or package.module:Name, such as
+    # mclr_jax.assimilation.trajectories:Trajectories
     config.data = ConfigDict({
         "name": "digits",
         "path": "",  # folder of the files (fashion_mnist, tfds); "" for the default
@@ -50,6 +51,7 @@ def base() -> ConfigDict:
     })  # fmt: skip
     config.sigma_data = 0.0  # standard deviation of the data; 0 measures it
 
+    # or loguniform; with a noise level for each frame also forcing and causal_forcing
     config.noise = ConfigDict({"name": "lognormal", "mean": -1.2, "std": 1.2})
     config.preconditioning = ConfigDict({"name": "edm"})  # or velocity, epsilon, v
     config.weight = "natural"  # 1 / c_out^2; or "fused_snr", with a noise level for each frame

@@ -13,6 +13,8 @@ def get_config() -> ConfigDict:
     config.data.name = "mclr_jax.assimilation.trajectories:Trajectories"
     config.data.system = "lorenz63"
     config.data.frames = 32
+    config.data.trajectories = 1024
+    config.data.length = 1024
     config.sigma_data = 1.0
     config.noise = options("forcing", shared=0.5, independent=0.1, prefix=0.2, segments=0.2)
     config.network = options("trajectory", variance=True)

@@ -114,6 +114,9 @@ MCLR = (
 )
 
 
+TRAJECTORIES = DataInfo((8, 2), 3, 1.0)  # for the networks with frames
+
+
 def _case(objective: str, posterior: str = "", strength: tuple = (), **options: Any) -> dict:
     """Changes of `tiny.config`; options of the posterior begin with posterior_."""
     changes = {"objective.name": objective, "strength": strength}
@@ -127,6 +130,12 @@ def _case(objective: str, posterior: str = "", strength: tuple = (), **options: 
     return changes
 
 
+def _trajectories(noise: str, **changes: Any) -> dict:
+    """Plain training of a trajectory network; its tokens are of 2 frames."""
+    network = {"network.name": "trajectory", "network.frames_per_token": 2, "network.heads": 2}
+    return _case("dsm") | network | {"noise.name": noise} | changes
+
+
 def _mclr(row: tuple) -> dict:
     *options, strength = row
     return _case("mclr", "exact", strength, **dict(zip(OPTIONS, options, strict=False)))
@@ -134,6 +143,9 @@ def _mclr(row: tuple) -> dict:
 
 CASES: dict[str, dict] = {
     "dsm": _case("dsm"),
+    "dsm levels by frame": _trajectories("forcing"),
+    "dsm variance": _trajectories("forcing", **{"network.variance": True}),
+    "dsm fused weight": _trajectories("causal_forcing", weight="fused_snr"),
     "classify": _case("classify") | {"network.name": "mlp_classifier"},
     "cca": _case("cca"),
     "cca second positives": _case("cca", second_positives=True),
@@ -164,7 +176,9 @@ def task(case: str, **changes: Any) -> Task:
         "reference": experiment.make_model(base, DATA),
         "classifier": experiment.make_model(judge, DATA),
     }
-    return experiment.make_task(config(case, **changes), DATA, companions)
+    made = config(case, **changes)
+    data = TRAJECTORIES if "frames_per_token" in made.network else DATA
+    return experiment.make_task(made, data, companions)
 
 
 def moved(tree: Any, seed: int, size: float = 0.1) -> Any:
@@ -190,6 +204,9 @@ def frozen(task: Task) -> dict[str, Any]:
 def batch(task: Task, size: int = 16) -> dict[str, jax.Array]:
     """Rows (size, ...) of all that a batch may hold, as `data.pipeline` names it."""
     image, label = toy().sample(jax.random.key(3), size)
+    if frames := task.model.frames:
+        image, _ = toy().sample(jax.random.key(3), size * frames[0])
+        image = image.reshape(size, *task.model.data.shape)
     rows = {"index": jnp.arange(size, dtype=jnp.int32), "image": image, "label": label}
     for seed, name in enumerate(sorted(task.needs & {"other", "generated"})):
         extra = toy().sample(jax.random.key(4 + seed), size)

@@ -15,7 +15,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mclr_jax.denoiser import EDM, Epsilon, V, Velocity, denoiser, natural_weight
+from mclr_jax.denoiser import (
+    EDM,
+    Epsilon,
+    V,
+    Velocity,
+    denoiser,
+    fused_snr_weight,
+    moments,
+    natural_weight,
+)
 from mclr_jax.types import Condition
 
 M, S = 0.7, 1.3
@@ -312,3 +321,51 @@ def test_channels_that_are_no_answer_are_left_out():
     got = denoiser(Epsilon(), network)(x, jnp.ones(2), jnp.zeros(2, int))
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, np.full(x.shape, 1 - 0.5**0.5), rtol=1e-2)
+
+
+# ---- variances and weights of frames -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preconditioning", [EDM(0.7), V(), Velocity()])
+def test_moments_are_the_denoiser_and_a_variance(preconditioning):
+    """v = c_out^2 e^s: for EDM sigma^2 S^2 / (sigma^2 + S^2) e^s, with s behind the answer."""
+    x = jax.random.normal(jax.random.key(0), (3, 4, 2))
+    sigma = jnp.exp(jax.random.normal(jax.random.key(1), (3, 4)))
+
+    def network(x, clock, condition):
+        s = jnp.stack([0.001 * clock, 0.1 * x[..., 1]], axis=-1)
+        return jnp.concatenate([jnp.sin(x), s, 9 * x], axis=-1)  # and channels without a meaning
+
+    mean, variance = moments(preconditioning, network, True)(x, sigma, jnp.zeros(3, int))
+    scales = preconditioning.scales(sigma)
+    expected = denoiser(preconditioning, network)(x, sigma, jnp.zeros(3, int))
+    np.testing.assert_array_equal(mean, expected)
+    c_out = sigma * 0.7 / np.sqrt(sigma**2 + 0.49) if isinstance(preconditioning, EDM) else None
+    c_out = scales.c_out if c_out is None else c_out
+    s = np.stack([0.001 * scales.c_noise, 0.1 * scales.c_in * x[..., 1]], axis=-1)
+    np.testing.assert_allclose(variance, c_out[..., None] ** 2 * np.exp(s), rtol=1e-5)
+    _, plain = moments(preconditioning, network, False)(x, sigma, jnp.zeros(3, int))
+    np.testing.assert_allclose(plain, np.tile(c_out[..., None] ** 2, 2), rtol=1e-5)
+
+
+def test_the_fused_weight_is_its_recursion():
+    """Frame by frame, in plain Python, with the average of the frames before."""
+    sigma = np.exp(np.random.default_rng(0).normal(size=(4, 7)))
+    sigma[0] = [0.1, 0.2, 5.0, 0.3, 9.0, 0.447, 0.448]  # the signal-to-noise ratio 5 among them
+    for preconditioning, own in [(EDM(1.0), 1 + sigma**-2), (EDM(0.5), 4 + sigma**-2)]:
+        found = fused_snr_weight(preconditioning, jnp.asarray(sigma, jnp.float32))
+        for row in range(4):
+            average = before = 0.0
+            for k in range(7):
+                ratio = sigma[row, k] ** -2
+                s, r = min(ratio, 5) / 5, ratio / 5
+                f = 1 - (1 - 0.96 * before) * (1 - s)
+                g = 1 - (1 - 0.96 * before) * (1 - r)
+                expected = own[row, k] * 5 * f / (5 * g + 1)
+                np.testing.assert_allclose(found[row, k], expected, rtol=1e-4)
+                average = s if k == 0 else 0.96 * average + 0.04 * s
+                before = average
+    with pytest.raises(
+        ValueError, match=r"shape \(4,\); weight 'fused_snr' needs a level for each"
+    ):
+        fused_snr_weight(EDM(), jnp.ones(4))

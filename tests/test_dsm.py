@@ -79,6 +79,88 @@ def test_the_exact_denoiser_is_the_minimum(direction):
     np.testing.assert_allclose(worse.mean() - exact.mean(), expected, rtol=0.05)
 
 
+# ---- learned variances ---------------------------------------------------------------------------
+
+
+def with_moments(moments, x0, power=0.5, weight=WEIGHT, seed=0, levels=LEVELS):
+    """The loss (B,) and metrics of DSM for x0 (B, F, d), whose network gives `moments`."""
+    frames = x0.shape[1:2]
+    problem = cases.problem(levels, weight=weight, frames=frames)
+    models = cases.models(lambda *inputs: moments(*inputs)[0])._replace(moments=moments)
+    batch = Batch(x0, Condition(jnp.zeros(len(x0), int)))
+    keys = jax.random.split(jax.random.key(seed), len(x0))
+    return DSM(0.0, power)(models, problem, batch, keys)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_the_loss_with_a_variance_is_its_formula(power):
+    """(r^2 e^-s + s) / 2 e^(power s) for each coordinate, r and e^s in units of c_out."""
+    x0 = jax.random.normal(jax.random.key(0), (50, 3, 2))
+    seen = []
+
+    def moments(x, sigma, condition):
+        seen.append((x, sigma))
+        c_out = (sigma / jnp.sqrt(1 + sigma**2))[..., None]
+        return 0.5 * x, c_out**2 * jnp.exp(jnp.sin(x))
+
+    loss, metrics = with_moments(moments, x0, power)
+    ((x, sigma),) = seen
+    c_out = (sigma / np.sqrt(1 + sigma**2))[..., None]
+    r, s = (0.5 * x - x0) / c_out, np.sin(x)
+    expected = (r**2 * np.exp(-s) + s) / 2 * np.exp(power * s)
+    np.testing.assert_allclose(loss, expected.mean((1, 2)), rtol=1e-4, atol=1e-5)
+    found = {name: sums.parts[0] for name, sums in metrics.items()}
+    np.testing.assert_allclose(found["error"], ((0.5 * x - x0) ** 2).mean((1, 2)), rtol=1e-5)
+    ratio = (r**2 * np.exp(-s)).mean((1, 2))
+    np.testing.assert_allclose(found["error_ratio"], ratio, rtol=1e-4)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_the_exact_moments_are_the_minimum(power):
+    """x0 ~ N(0, 0.5^2): no gradient at the exact mean and variance, and a positive one above."""
+    x0 = 0.5 * jax.random.normal(jax.random.key(0), (40_000, 2, 1))
+
+    def loss(mean, log_variance):
+        def moments(x, sigma, condition):
+            gain = (0.25 / (0.25 + sigma**2))[..., None]
+            v = gain * sigma[..., None] ** 2 * jnp.exp(log_variance)
+            return (gain + mean) * x, jnp.broadcast_to(v, x.shape)
+
+        return with_moments(moments, x0, power)[0].mean()
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    assert np.abs(gradient(0.0, 0.0)).max() < 0.02
+    for step in (-0.2, 0.2):
+        assert np.sign(step) * gradient(step / 2, 0.0)[0] > 0.05
+        assert np.sign(step) * gradient(0.0, step)[1] > 0.05
+
+
+def test_power_1_trains_the_mean_like_the_square_error():
+    """And with another weight, which enters by the same power."""
+    x0 = jax.random.normal(jax.random.key(0), (50, 3, 2))
+
+    def gradient(power, weight):
+        def mean_loss(a):
+            moments = lambda x, sigma, condition: (a * x, jnp.exp(x))  # noqa: E731
+            return with_moments(moments, x0, power, weight)[0].mean()
+
+        return jax.grad(mean_loss)(0.3)
+
+    def plain(a):
+        denoise = lambda x, sigma, condition: a * x  # noqa: E731
+        keys = jax.random.split(jax.random.key(0), 50)
+        return run(denoise, x0, jnp.zeros(50, int), keys, frames=(3,))[0].mean()
+
+    np.testing.assert_allclose(2 * gradient(1.0, WEIGHT), jax.grad(plain)(0.3), rtol=1e-4)
+    four = lambda sigma: 4 * WEIGHT(sigma)  # noqa: E731
+    for power in (0.0, 0.5, 1.0):
+        np.testing.assert_allclose(
+            gradient(power, four), 4**power * gradient(power, WEIGHT), rtol=1e-4
+        )
+    with pytest.raises(ValueError, match=r"objective\.variance_power is 2\.0"):
+        DSM(variance_power=2.0)
+
+
 def test_label_dropout_shows_the_null_label_at_its_rate():
     seen = []
 

@@ -38,6 +38,7 @@ SHRUNK: dict[str, dict[str, Any]] = {
     "dit": {"width": 16, "depth": 1, "heads": 2},
     "unet": {"channels": 8, "num_blocks": 1, "channel_mult": (1, 1)},
     "mlp": {"width": 8},
+    "trajectory": {"width": 16, "depth": 1, "heads": 2},
     "mlp_classifier": {"width": 8, "depth": 1},
     "conv_classifier": {"channels": (8, 8)},
 }
@@ -68,7 +69,10 @@ def shrunk(name):
 def built(request, tmp_path_factory):
     """(config, source, task) of one of the project's configs; companions by their own configs."""
     name, config = request.param, shrunk(request.param)
-    if config.data.name != "mixture":
+    if "trajectories" in config.data:
+        config.data.trajectories, config.data.length = 8, 40
+        config.data.path = str(tmp_path_factory.mktemp("data"))
+    elif config.data.name != "mixture":
         shape = (32, 32, 3) if name.startswith("cifar10") else (28, 28, 1)
         images = np.random.default_rng(0).normal(size=(8, *shape)) / 2
         path = tmp_path_factory.mktemp("data") / "data.npz"
@@ -316,6 +320,29 @@ def test_a_task_has_what_the_config_says():
     assert (task.seed, task.grad_accumulation, next(iter(task.averages))) == (3, 2, "halflife")
     assert task.frozen == {"reference": companion}
     assert task.model.network.takes_strength
+
+
+def test_the_weight_is_the_natural_one_or_that_of_fused_ratios():
+    config = tiny.config("mixture", **{"network.per_frame": True})
+    sigma = np.float32([[0.1, 1.0, 3.0]])
+    for name, share in [("natural", 1), ("fused_snr", 5 / 101)]:  # of frame 0: min(R, 5) / (R + 1)
+        config.weight = name
+        weight = experiment.make_task(config, DataInfo((3, 2), 3, 1.0), {}).problem.weight(sigma)
+        np.testing.assert_allclose(weight[0, 0], 101 * share, rtol=1e-5)
+    config.weight = "fused"
+    with pytest.raises(ValueError, match=r"config\.weight 'fused'.*Did you mean 'fused_snr'"):
+        experiment.make_task(config, DataInfo((3, 2), 3, 1.0), {})
+
+
+def test_descriptions_have_units_where_the_data_have_them():
+    """And no others, as in the descriptions of runs before there were units."""
+    network, units = MLP(2, 3, dtype="float32"), ((0.0, 25.0), (8.0, 9.0), 0.025)
+    plain = experiment.describe(Model(network, EDM(), DataInfo((2,), 3, 1.0)))
+    assert plain["data"].keys() == {"shape", "num_classes", "sigma_data", "class_prior"}
+    model = Model(network, EDM(), DataInfo((2,), 3, 1.0, (), *units))
+    found = json.loads(json.dumps(experiment.describe(model)))
+    assert found["data"]["offset"] == [0, 25]
+    assert experiment.model_of(found) == model
 
 
 def test_levels_are_one_for_each_frame_of_a_network_that_takes_them():

@@ -123,6 +123,43 @@ def test_a_scalar_level_is_repeated_over_frames():
     np.testing.assert_allclose(got.clock, np.log(one_by_one) / 4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("levels", [(2,), (2, 6)])
+def test_a_network_may_run_on_more_frames_than_the_data_have(levels):
+    model = Model(Spy(per_frame=True), EDM(0.7), TRAJECTORIES)
+    x = jax.random.normal(jax.random.key(0), (2, 6, 2))
+    got = call(model, "denoise", x, jnp.full(levels, 0.4), jnp.array([0, 1]))
+    assert got.clock.shape == (2, 6)
+    assert got.answer.shape == x.shape
+
+
+def test_moments_are_the_answer_and_a_variance_where_the_network_has_one():
+    """Spy's channels behind the answer are all alike: s = 3 c_in x + label."""
+    plain = Model(Spy("logits"), EDM(0.7), TRAJECTORIES)
+    with pytest.raises(ValueError, match="is a classifier"):
+        plain.moments({})
+    x, sigma = jax.random.normal(jax.random.key(0), (2, 5, 1)), jnp.array([0.4, 3.0])
+    data = DataInfo((5, 1), 3, 0.7)
+
+    class Tripled(Spy):
+        variance: bool = True
+
+        @nn.compact
+        def __call__(self, x, c_noise, condition):
+            return jnp.tile(Spy(per_frame=True)(x, c_noise, condition), 3)
+
+    for variance in (True, False):
+        model = Model(Tripled(per_frame=True, variance=variance), EDM(0.7), data)
+        assert model.has_variance == variance
+        params = model.init(jax.random.key(0))
+        mean, v = model.moments(params)(x, sigma, None)
+        np.testing.assert_allclose(mean, model.denoise(params)(x, sigma, None), rtol=1e-6)
+        total = (np.asarray(sigma) ** 2 + 0.49)[:, None, None]
+        s = 3 * x / np.sqrt(total) + 3 if variance else 0 * x
+        expected = np.asarray(sigma)[:, None, None] ** 2 * 0.49 / total * np.exp(s)
+        np.testing.assert_allclose(v, expected, rtol=1e-4)
+        assert mean.shape == v.shape == x.shape
+
+
 def test_levels_by_frame_are_refused_by_a_network_that_takes_one():
     model = Model(Spy(), EDM(), TRAJECTORIES)
     assert model.frames == ()

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mclr_jax import noise
+from mclr_jax.denoiser import V
 
 
 def test_rho_grid_is_edm_equation_5():
@@ -56,6 +57,131 @@ def test_training_distributions_have_their_moments(shape):
     if shape:  # the levels of frames are independent
         for values in (normal, uniform):
             np.testing.assert_allclose(np.corrcoef(values.T), np.eye(3), atol=0.015)
+
+
+# ---- levels by frame -----------------------------------------------------------------------------
+
+FRAMES = 12
+LOW, HIGH = np.log(0.004), np.log(20.0)
+
+
+def quantiles(count=4000, **shares):
+    """Quantiles (count, FRAMES) of levels by `Forcing`, with these shares and no others."""
+    none = {"shared": 0.0, "independent": 0.0, "prefix": 0.0, "segments": 0.0}
+    levels = noise.Forcing(**none | shares)
+    keys = jax.random.split(jax.random.key(0), count)
+    sigma = jax.jit(jax.vmap(lambda key: levels.sample(key, (FRAMES,))))(keys)
+    return (np.log(np.asarray(sigma, np.float64)) - LOW) / (HIGH - LOW)
+
+
+def test_patterns_of_forcing_have_their_shapes():
+    """Joint, independent, a lower past, and three parts; quantiles of single levels are uniform."""
+    shared = quantiles(shared=1.0)
+    assert np.ptp(shared, axis=1).max() < 1e-6
+    np.testing.assert_allclose(np.histogram(shared[:, 0], 4, (0, 1))[0] / 4000, 0.25, atol=0.03)
+    independent = quantiles(independent=1.0)
+    np.testing.assert_allclose(np.corrcoef(independent.T), np.eye(FRAMES), atol=0.06)
+    np.testing.assert_allclose(independent.mean(0), np.full(FRAMES, 0.5), atol=0.02)
+
+    segments = quantiles(segments=1.0)
+    ends = (np.abs(np.diff(segments)) > 1e-6).sum(1)
+    assert set(ends) <= {0, 1, 2}
+    assert (ends == 2).mean() > 0.8  # cuts fall together in one of 11 cases
+    np.testing.assert_allclose(segments.mean(0), np.full(FRAMES, 0.5), atol=0.02)
+
+    prefix = quantiles(prefix=1.0)
+    assert np.diff(prefix).min() > -1e-5  # levels never fall with the frame
+    assert abs((prefix[:, 0] < 1e-6).mean() - 0.5) < 0.03
+    flat = np.abs(prefix[:, -1] - prefix[:, -2]) < 1e-6
+    last = np.abs(np.diff(prefix)[:, -1]) > 1e-6
+    assert 0.4 < (last & ~flat).mean() < 0.65  # rising, or a past of all but one frame
+    rising = prefix[(np.abs(np.diff(prefix)) > 1e-6).sum(1) > 3]
+    second = np.diff(rising, 2)[:, -1]
+    assert np.median(np.abs(second)) < 1e-5  # linearly
+
+
+def test_patterns_of_forcing_have_their_shares():
+    found = quantiles(shared=0.4, independent=0.3, segments=0.3)
+    changes = (np.abs(np.diff(found)) > 1e-6).sum(1)
+    assert abs((changes == 0).mean() - 0.4) < 0.035
+    assert abs((changes > 2).mean() - 0.3) < 0.025
+
+
+def test_levels_of_forcing_may_be_lognormal_within_their_range():
+    """Against rejection from the normal distribution."""
+    levels = noise.Forcing(sigma_min=0.02, sigma_max=3.0, mean=-1.0, std=1.5)
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    log_sigma = np.log(jax.vmap(lambda key: levels.sample(key))(keys))
+    draws = -1.0 + 1.5 * np.random.default_rng(0).normal(size=60_000)
+    kept = draws[(draws > np.log(0.02)) & (draws < np.log(3.0))]
+    probes = np.linspace(0.05, 0.95, 10)
+    np.testing.assert_allclose(np.quantile(log_sigma, probes), np.quantile(kept, probes), atol=0.05)
+    assert log_sigma.min() > np.log(0.02) - 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shared": 0.5}, r"shared \+ independent \+ prefix \+ segments is 1\.15; expected 1"),
+        ({"shared": 1.1, "prefix": -0.5}, r"noise\.shared is 1\.1"),
+        ({"sigma_max": 0.001}, r"noise\.sigma_max is 0\.001"),
+    ],
+)
+def test_forcing_refuses_wrong_shares_and_ranges(options, message):
+    with pytest.raises(ValueError, match=message):
+        noise.Forcing(**options)
+
+
+def causal(rho, count, frames, **options):
+    levels = noise.CausalForcing(rho, **options)
+    keys = jax.random.split(jax.random.key(1), count)
+    return np.asarray(jax.jit(jax.vmap(lambda key: levels.steps(key, frames)))(keys)), keys
+
+
+def test_causal_levels_are_the_columns_of_the_pyramid():
+    """Every row after its context is clip(S + j - m, 0, S), mapped linearly onto -1 .. 999."""
+    steps, _ = causal(1.0, 3000, 4, stages=10, context=1)
+    pyramids = {
+        tuple(-1 + 100 * min(max(10 + j - m, 0), 10) for j in range(3)) for m in range(10 + 3)
+    }
+    assert {tuple(row) for row in steps[:, 1:].tolist()} == pyramids
+    assert min(min(p) for p in pyramids) == -1
+    assert max(max(p) for p in pyramids) == 999
+    # each m as often as the others: m = 0, 1 and 2 begin at the top, m = 10, ... at the bottom
+    for level, m in [(999, 1), (-1, 3), (499, 1)]:
+        assert abs((steps[:, 1] == level).mean() - m / 13) < 0.025
+    own = np.sort(steps[:, 0])
+    np.testing.assert_allclose(own[[750, 1500, 2250]], [250, 500, 750], atol=35)
+
+
+def test_causal_contexts_and_shares():
+    steps, _ = causal(1.0, 4000, 5, stages=2000)
+    # with this many stages consecutive frames of a pyramid differ by one half step
+    follows = np.abs(np.diff(steps)) <= 1
+    start = [(follows[:, k:].all(1) & ~follows[:, :k].any(1)).mean() for k in range(1, 4)]
+    np.testing.assert_allclose(start, np.full(3, 0.25), atol=0.03)  # n ~ U{1, ..., 4}
+    assert steps.min() >= -1
+    assert steps.max() == 999
+    some, _ = causal(0.25, 4000, 40, context=4)
+    pyramid = (np.abs(np.diff(some[:, 4:])) <= 10).all(1)
+    assert abs(pyramid.mean() - 0.25) < 0.025
+    rest = some[~pyramid]
+    assert rest.min() == 0
+    np.testing.assert_allclose(rest.mean(), 499.5, atol=5)
+
+
+def test_causal_levels_are_those_of_the_table():
+    levels = noise.CausalForcing(1.0, context=1)
+    steps, keys = causal(1.0, 50, 6, context=1)
+    sigma = jax.vmap(lambda key: levels.sample(key, (6,)))(keys)
+    falling = 1 / (1 + np.exp(np.linspace(-3, 3, 1001)))  # sigmoid(3 .. -3)
+    alpha_bar = (falling - falling[-1]) / (falling[0] - falling[-1])
+    table = np.sqrt(1 / alpha_bar[1:-1] - 1)  # the last of the table is bounded
+    inner = (steps >= 0) & (steps < 999)
+    np.testing.assert_allclose(sigma[inner], table[steps[inner]], rtol=1e-4)
+    assert inner.sum() > 50
+    np.testing.assert_allclose(sigma[steps == -1], V().levels[0], rtol=1e-5)
+    np.testing.assert_allclose(sigma[steps == 999], V().levels[1], rtol=1e-5)
 
 
 def test_distributions_compare_by_value():

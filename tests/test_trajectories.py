@@ -87,4 +87,3 @@ def test_a_config_names_it_and_the_run_gets_its_units(tmp_path):
 def test_mistakes_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         len(Trajectories(**SMALL | options)[np.array([0])])
-

@@ -8,6 +8,7 @@ from configs import base
 from mclr_jax import experiment
 
 SECTIONS = {
+    "network": experiment.NETWORKS,
     "objective": experiment.OBJECTIVES,
     "posterior": experiment.POSTERIORS,
     "preconditioning": experiment.PRECONDITIONINGS,

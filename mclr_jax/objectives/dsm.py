@@ -22,7 +22,7 @@ class DSM(Objective):
     A network with a variance v has the negative log-likelihood of each coordinate times a power
     of its value: with r^2 and u, the square error and v times the weight,
     (r^2 / u + ln u) / 2 * u^variance_power, without gradient through the power (Seitzer et al.
-    2022, arXiv 2203.09168). Power 1 trains the mean like the square error, power 0 by likelihood.
+    2022, arXiv 2203.09168). Power 1 trains the mean by half the square error.
     """
 
     label_dropout: float = 0.1  # probability that the null label replaces the label of an example

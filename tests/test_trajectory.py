@@ -1,0 +1,232 @@
+"""Trajectory networks: against the definition in NumPy, what a frame sees, and what they learn."""
+
+import math
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mclr_jax.networks.trajectory import FrameDiT, Trajectory
+from mclr_jax.types import Condition
+
+B, F, D = 2, 8, 3
+STATES = Trajectory(
+    width=8, depth=2, heads=2, frames_per_token=2, window=1, embedding_width=6, variance=True
+)
+FIELDS = FrameDiT(width=8, depth=2, heads=2, patch_size=2, window=1, causal=False)
+X = jax.random.normal(jax.random.key(0), (B, F, D))
+LEVELS = jax.random.normal(jax.random.key(1), (B, F))
+NONE = Condition(jnp.zeros(B, jnp.int32))
+W = jax.random.normal(jax.random.key(2), (B, 5, 4, 6, 1))
+
+
+def parameters(network, x):
+    """Random ones, none of which is zero."""
+    made = jax.jit(network.init)(jax.random.key(0), x, jnp.zeros(x.shape[:2]), NONE)
+    return cases.moved(made, 1, 0.3)
+
+
+PARAMS = parameters(STATES, X)
+FIELD_PARAMS = parameters(FIELDS, W)
+
+
+# ---- the definition ------------------------------------------------------------------------------
+
+
+def norm(x):
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def gelu(x):
+    return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def dense(p, x):
+    return x @ p["kernel"] + p["bias"]
+
+
+def attended(p, x, heads, window, prefix="", causal=False):
+    """Query by query and head by head, for x (N, D)."""
+    count, width = x.shape
+    q, k, v = np.split(dense(p[f"{prefix}qkv"], x), 3, axis=-1)
+    size, out = width // heads, np.zeros_like(x)
+    for h in range(heads):
+        part = slice(h * size, (h + 1) * size)
+        for i in range(count):
+            seen = [j for j in range(count) if window is None or abs(j - i) <= window]
+            seen = [j for j in seen if j <= i or not causal]
+            logits = np.array([q[i, part] @ k[j, part] / math.sqrt(size) for j in seen])
+            if window is not None:
+                table = p[f"{prefix}distance"]["bias"]
+                logits += [table[h, j - i + window] for j in seen]
+            weights = np.exp(logits - logits.max())
+            out[i, part] = weights / weights.sum() @ v[seen][:, part]
+    return dense(p[f"{prefix}proj"], out)
+
+
+def embedded(p, levels, label):
+    """Levels (N, p) of the frames of each token -> (N, E)."""
+    frequencies = np.geomspace(0.5, 32, 16)
+    angles = levels[..., None] * frequencies
+    features = np.concatenate([np.cos(angles), np.sin(angles)], -1).reshape(len(levels), -1)
+    told = dense(p["map_noise"], features) + p["map_label"]["embedding"][label]
+    return silu(dense(p["map_layer"], silu(told)))
+
+
+def mlp(p, h):
+    return dense(p["fc2"], gelu(dense(p["fc1"], h)))
+
+
+def last(p, h, embedding):
+    shift, scale = np.split(dense(p["out_adaLN"], embedding), 2, -1)
+    expand = (...,) if h.ndim == 2 else (slice(None), None)
+    return dense(p["out_linear"], norm(h) * (1 + scale[expand]) + shift[expand])
+
+
+def test_a_trajectory_network_is_its_definition():
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), PARAMS["params"])
+    got = jax.jit(STATES.apply)(PARAMS, X, LEVELS, NONE)
+    for row in range(B):
+        embedding = embedded(p, np.asarray(LEVELS[row], np.float64).reshape(-1, 2), 0)
+        h = dense(p["in_linear"], np.asarray(X[row], np.float64).reshape(F // 2, 2 * D))
+        for name in ("block0", "block1"):
+            q = p[name]
+            parts = np.split(dense(q["adaLN_modulation"], embedding), 6, -1)
+            h_in = norm(h) * (1 + parts[1]) + parts[0]
+            h = h + parts[2] * attended(q, h_in, 2, 1)
+            h = h + parts[5] * mlp(q, norm(h) * (1 + parts[4]) + parts[3])
+        expected = last(p, h, embedding).reshape(F, 2 * D)
+        np.testing.assert_allclose(got[row], expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_frame_dit_is_its_definition(causal):
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), FIELD_PARAMS["params"])
+    levels = LEVELS[:, :5]
+    got = jax.jit(FIELDS.clone(causal=causal).apply)(FIELD_PARAMS, W, levels, NONE)
+    patches = np.asarray(W, np.float64)[0].reshape(5, 2, 2, 3, 2).swapaxes(2, 3).reshape(5, 6, 4)
+    embedding = embedded(p, np.asarray(levels[0], np.float64)[:, None], 0)
+    h = dense(p["in_linear"], patches) + p["place"].reshape(6, 8)
+    for name in ("block0", "block1"):
+        q = p[name]
+        parts = np.split(dense(q["adaLN_modulation"], embedding)[:, None], 9, -1)
+        for n in range(3):
+            h_in = norm(h) * (1 + parts[3 * n + 1]) + parts[3 * n]
+            if n == 0:
+                new = np.stack([attended(q, frame, 2, None, "space_") for frame in h_in])
+            elif n == 1:
+                columns = [attended(q, h_in[:, i], 2, 1, "time_", causal) for i in range(6)]
+                new = np.stack(columns, axis=1)
+            else:
+                new = mlp(q, h_in)
+            h = h + parts[3 * n + 2] * new
+    expected = last(p, h, embedding).reshape(5, 2, 3, 2, 2).swapaxes(2, 3).reshape(5, 4, 6, 1)
+    np.testing.assert_allclose(got[0], expected, rtol=1e-3, atol=1e-3)
+
+
+# ---- what a frame sees ---------------------------------------------------------------------------
+
+
+def sees(network, params, x, of):
+    """bool (F, F): whether the output of a frame depends on the input (or level) of another."""
+    frames, condition = x.shape[1], Condition(jnp.zeros(1, jnp.int32))
+    levels = jnp.zeros((1, frames))
+
+    def run(change):
+        changed = x + change.reshape(-1, *[1] * (x.ndim - 2)) if of == "x" else x
+        out = network.apply(params, changed, levels + (change if of == "levels" else 0), condition)
+        return out.reshape(frames, -1)
+
+    return np.abs(jax.jit(jax.jacfwd(run))(jnp.zeros(frames))).max(1) > 0
+
+
+@pytest.mark.parametrize("of", ["x", "levels"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kind", ["states", "fields"])
+def test_a_frame_sees_its_window_and_a_causal_one_no_future(kind, causal, of):
+    """Two layers of windows of one token each reach two tokens."""
+    network, params, x, p = {
+        "states": (STATES, PARAMS, jnp.tile(X[:1], (1, 2, 1)), 2),
+        "fields": (FIELDS, FIELD_PARAMS, jnp.tile(W[:1], (1, 2, 1, 1, 1)), 1),
+    }[kind]
+    found = sees(network.clone(causal=causal), params, x, of)
+    token = np.arange(x.shape[1]) // p
+    distance = token - token[:, None]  # of what is seen after the frame itself
+    expected = (np.abs(distance) <= 2) & ((distance <= 0) | (not causal))
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["states", "fields"])
+def test_a_trajectory_may_be_longer_and_begin_anywhere(kind):
+    """Frames whose window is inside give the same, wherever they are."""
+    network, params, x = {
+        "states": (STATES, PARAMS, jax.random.normal(jax.random.key(5), (B, 20, D))),
+        "fields": (FIELDS, FIELD_PARAMS, jax.random.normal(jax.random.key(5), (B, 12, 4, 6, 1))),
+    }[kind]
+    levels = jax.random.normal(jax.random.key(6), x.shape[:2])
+    run = jax.jit(network.apply)
+    whole = run(params, x, levels, NONE)
+    start, margin = (6, 4) if kind == "states" else (3, 2)
+    part = run(params, x[:, start:], levels[:, start:], NONE)
+    np.testing.assert_allclose(part[:, margin:], whole[:, start + margin :], rtol=1e-4, atol=1e-4)
+    assert np.abs(part[:, 0] - whole[:, start]).max() > 1e-3
+
+
+# ---- beginnings and mistakes ---------------------------------------------------------------------
+
+
+def test_fresh_networks_give_zero_and_a_variance_doubles_the_channels():
+    for network, x in [(STATES, X), (FIELDS, W), (FIELDS.clone(variance=True), W)]:
+
+        @jax.jit
+        def run(network=network, x=x):
+            fresh = network.init(jax.random.key(0), x, jnp.zeros(x.shape[:2]), NONE)
+            return network.apply(fresh, x, jnp.ones(x.shape[:2]), NONE)
+
+        out = run()
+        assert out.shape == (*x.shape[:-1], network.out_channels * (1 + network.variance))
+        assert not np.asarray(out).any()
+
+
+CASES = [(STATES, PARAMS, X), (FIELDS, FIELD_PARAMS, W)]
+
+
+@pytest.mark.parametrize(("network", "params", "x"), CASES)
+def test_options_change_what_they_should(network, params, x):
+    """bfloat16 the rounding, dropout with keys the output, recomputation nothing."""
+    levels = LEVELS[:, : x.shape[1]]
+
+    def run(keys=None, **options):
+        made, condition = network.clone(**options), NONE.replace(dropout_keys=keys)
+        return np.asarray(jax.jit(made.apply)(params, x, levels, condition))
+
+    plain, half = run(), run(dtype=jnp.bfloat16)
+    assert half.dtype == np.float32
+    assert 0 < np.abs(half - plain).max() < 0.1 * np.abs(plain).max()
+    keys = jax.random.split(jax.random.key(3), B)
+    assert np.abs(run(keys, dropout=0.5) - plain).max() > 1e-3
+    np.testing.assert_allclose(run(remat=True), plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("network", "shape", "message"),
+    [
+        (STATES, (B, 7, D), r"7 frames, not divisible by frames_per_token 2: add 1 frames of pure"),
+        (STATES, (B, D), r"Trajectory expects x \(B, F, d\) and c_noise \(B, F\)"),
+        (FIELDS, (B, F, D), r"FrameDiT expects x \(B, F, H, W, C\)"),
+        (FIELDS, (B, 2, 5, 4, 1), "fields are 5x4, not divisible by patch_size 2"),
+        (STATES.clone(heads=3), (B, F, D), "width is 8; 3 heads need a multiple of 3"),
+        (STATES.clone(window=-1), (B, F, D), r"network\.window is -1"),
+    ],
+)
+def test_wrong_shapes_are_refused(network, shape, message):
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(
+            network.init, jax.random.key(0), jnp.zeros(shape), LEVELS[:, : shape[1]], NONE
+        )
