@@ -24,7 +24,7 @@ import numpy as np
 from mclr_jax import samplers
 from mclr_jax.assimilation import guide
 from mclr_jax.assimilation.observe import Observations, Operator
-from mclr_jax.assimilation.schedules import Plan, Update, levels, matrix, updates
+from mclr_jax.assimilation.schedules import GUIDANCE, Plan, Update, levels, matrix, updates
 from mclr_jax.noise import normal_like
 from mclr_jax.types import expand
 
@@ -92,10 +92,8 @@ def _compiled(model: Any, obs: Observations, plan: Plan, ensemble: int) -> Calla
             groups = x.reshape(-1, ensemble, *x.shape[1:])
             past = jax.vmap(lambda group, i: group[i])(groups, chosen).reshape(x.shape)
             x = jnp.where(expand(sigma, x) > 0, x, past)
-        if plan.zeta is None:
-            correct = guide.posterior(obs.operator, seen, c=plan.c, iterations=plan.iterations)
-        else:
-            correct = guide.norm(obs.operator, seen, zeta=plan.zeta, g=plan.g)
+        options = {key: getattr(plan, key) for key in GUIDANCE[plan.guidance]}
+        correct = getattr(guide, plan.guidance)(obs.operator, seen, **options)
         return samplers.sample(
             moments, x, label, grid, plan.method, keys=fold(keys, 1), correct=correct
         )
