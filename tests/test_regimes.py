@@ -64,6 +64,16 @@ def test_the_filter_frame_by_frame_is_kalmans_filter_with_resampling():
     assert biased > 0.15  # guidance alone cannot revise the past
 
 
+def test_the_guidance_for_networks_is_nearly_exact():
+    """One step along the gradient: the mean within .15 of a standard deviation, the spread 3%."""
+    wrong, ratio = errors(run(Plan(), np.inf), np.inf)
+    assert wrong < 0.15
+    assert abs(ratio - 1) < 0.03
+    wrong, ratio = errors(run(Plan()), 0)
+    assert wrong < 0.15
+    assert abs(ratio - 1) < 0.06
+
+
 def test_guidance_of_the_paper_is_biased():
     """Its mean and spread at the zeta that is best here, and at the paper's."""
 

@@ -39,7 +39,6 @@ class _Linear(NamedTuple):
     residual: jax.Array  # y - A D (B, F, m), 0 where not known
     noise: jax.Array  # R and the variance of what is not linear in A
     spread: jax.Array  # diagonal of A' v A'^T
-    known: jax.Array  # bool
     gain: Any  # (p (B, F, m)) -> V A'^T p, the shape of x
     project: Any  # A' of a state, 0 where not known
 
@@ -62,7 +61,6 @@ def _linearised(
         jnp.where(known, seen.values - predicted, 0),
         seen.std**2 + rest,
         slope**2 * operator.linear(variance, 2),
-        known,
         lambda p: jnp.where(sigma > 0, sigma**2 * pull(back(p)[0])[0], 0),
         lambda state: jnp.where(known, project(state), 0),
     )

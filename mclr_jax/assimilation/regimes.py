@@ -222,13 +222,10 @@ def assimilate(
     run, high = _compiled(model, obs, plan, ensemble), model.preconditioning.levels[1]
     for rows, real in _chunks(len(path), max(1, batch_size // ensemble) * ensemble):
         keys, here = member_keys(seed, rows, ensemble), path[rows]
-        started, last, informed = course.started.copy(), Update(-window, -1), False
-        for number, (end, seen) in enumerate(np.repeat(order, plan.passes, 0).tolist()):
+        started, last = course.started.copy(), -1
+        for end, seen in order:
             places = slice(end, end + window)
-            old, informed = (
-                started[places].copy(),
-                informed if end == last.end else seen > last.seen,
-            )
+            old, informed = started[places].copy(), seen > last
             clean = old & (not plan.revise or not informed)
             since = np.arange(end - window, end) + done >= 0
             clean[:context] |= (old & since)[:context]
@@ -239,11 +236,9 @@ def assimilate(
             hidden = np.arange(end - window, end) > seen
             shown = np.where(hidden[:, None], np.nan, values[rows // ensemble, places])
             numbered = jax.vmap(jax.random.fold_in, (0, None))(keys, done + end)
-            if number % plan.passes:
-                numbered = jax.vmap(jax.random.fold_in, (0, None))(numbered, number % plan.passes)
             resampled = bool(informed and not plan.revise and old.any())
             new = run(params, here[:, places], shown, numbered, np.float32(grid), resampled)
-            here[:, places], started[places], last = new, True, Update(end, seen)
+            here[:, places], started[places], last = new, True, seen
             k = np.arange(max(-before, end - window), end)
             k = k[until[k + before] >= seen]
             out[rows[:real, None], k + before] = here[:real, window + k]

@@ -27,7 +27,6 @@ class Plan:
     sigma_min: float = 0.006
     sigma_max: float = 20.0
     restart: float = 5.0  # noise on the frames already estimated
-    passes: int = 1  # how often each update is made, the later times from `restart`
     context: int = 0  # first frames of a window that are not revised; in blocks 0 is a quarter
     revise: bool = True  # False: no frame is revised, members are resampled by likelihood
     method: str = "ancestral_2m"
@@ -42,14 +41,10 @@ class Plan:
     def __post_init__(self):
         look_up(METHODS, self.method, "sampler")
         look_up(GUIDANCE, self.guidance, "guidance")
-        counts = ("steps", "first_steps", "passes", "iterations")
+        counts = ("steps", "first_steps", "iterations")
         lowest = dict.fromkeys(counts, 1) | dict.fromkeys(("window", "context"), 0)
         for key, low in (lowest | dict.fromkeys(("c", "overlap", "zeta", "g"), 0.0)).items():
             in_range(f"plan.{key}", getattr(self, key), low)
-        if self.passes > 1 and not self.revise:
-            raise ValueError(
-                f"plan.passes is {self.passes}, but without revise only 1 is possible."
-            )
         in_range("plan.sigma_min", self.sigma_min, 0.0, open="(")
         in_range("plan.reach", self.reach, 0.0, open="(")
         in_range("plan.restart", self.restart, self.sigma_min, self.sigma_max, open="(")
