@@ -14,6 +14,7 @@ PROCESS, FRAMES = Process(), 5
 LEVELS = np.array([0.0, 0.3, 1.0, 4.0, 9.0], np.float32)
 OPERATOR = Operator(Matrix(((1.0, 0.0), (0.5, -2.0))))
 STD = np.array([0.2, 0.5], np.float32)
+FORMS = ["posterior", "conjugate", "norm"]
 
 
 def case(seed=0):
@@ -55,7 +56,7 @@ def test_enough_iterations_give_the_exact_posterior_mean():
         expected = exact(np.asarray(x), y, range(1, FRAMES))
         wrong = []
         for iterations in (1, 2, 4, 8):
-            correct = guide.posterior(OPERATOR, seen, c=0.0, iterations=iterations)
+            correct = guide.conjugate(OPERATOR, seen, iterations=iterations)
             got, shift = correct(PROCESS.moments(None), x, here, None)
             wrong.append(np.abs(got - expected)[:, 1:].max())
             assert not shift.any()
@@ -66,15 +67,15 @@ def test_enough_iterations_give_the_exact_posterior_mean():
     assert np.all(np.diff(wrong) < 0)
 
 
-def test_one_observation_needs_one_iteration():
+@pytest.mark.parametrize("form", ["posterior", "conjugate"])
+def test_one_observation_needs_one_step(form):
     """D + v / (v + R) (y - D) for the coordinate itself."""
     x, _ = case()
     y = np.full((3, FRAMES, 1), np.nan, np.float32)
     y[:, 2] = 1.5
     seen = guide.Seen(jnp.asarray(y), jnp.float32(0.3))
-    got, _ = guide.posterior(Operator(Select((1,))), seen, iterations=1)(
-        PROCESS.moments(None), x, level(), None
-    )
+    correct = getattr(guide, form)(Operator(Select((1,))), seen)
+    got, _ = correct(PROCESS.moments(None), x, level(), None)
     d, v = PROCESS.moments(None)(x, level().sigma, None)
     expected = d[:, 2, 1] + v[:, 2, 1] / (v[:, 2, 1] + 0.09) * (1.5 - d[:, 2, 1])
     np.testing.assert_allclose(got[:, 2, 1], expected, rtol=1e-4)
@@ -82,10 +83,10 @@ def test_one_observation_needs_one_iteration():
 
 def forms(y, std=STD, operator=OPERATOR, **units):
     seen = guide.Seen(jnp.asarray(y), jnp.asarray(std), **units)
-    return {"posterior": guide.posterior(operator, seen), "norm": guide.norm(operator, seen)}
+    return {form: getattr(guide, form)(operator, seen) for form in FORMS}
 
 
-@pytest.mark.parametrize("form", ["posterior", "norm"])
+@pytest.mark.parametrize("form", FORMS)
 def test_frames_at_rest_are_not_changed_and_their_observations_not_seen(form):
     x, y = case()
     here = level((False, True, True, False, False))
@@ -139,7 +140,7 @@ def test_the_norm_form_is_the_papers_step_of_its_own_variable():
     np.testing.assert_allclose(d, PROCESS.moments(None)(x, here.sigma, None)[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("form", ["posterior", "norm"])
+@pytest.mark.parametrize("form", FORMS)
 def test_units_change_nothing_but_the_numbers(form):
     """The state in other units, observed with noise in those units."""
     offset, scale = np.array([3.0, -2.0], np.float32), np.array([8.0, 0.5], np.float32)
@@ -168,19 +169,48 @@ def test_one_level_for_all_frames_is_that_level_in_each():
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_a_wrong_jacobian_makes_no_step_longer_than_the_variance_allows():
-    """A denoiser whose derivative has the wrong sign, and one of 40 times the size."""
-    x = jnp.ones((1, 1, 1))
-    y, here = jnp.full((1, 1, 1), 3.0), Level(*(jnp.full((1, 1), a) for a in (1.0, 0.5, True)))
-    seen = guide.Seen(y, jnp.float32(0.1))
-    for slope, expected in [
-        (-0.5, -0.5 / (0.01 + 0.5 * 0.5)),
-        (20.0, 20 / (0.01 + 20)),
-        (0.5, 0.5 / 0.51),
-    ]:
+def one_step(moments, frames, reach=1e9, std=0.5, overlap=1.0):
+    """The correction of x = 0 by y = 1 in each frame, at level 1: (F,)."""
+    seen = guide.Seen(jnp.ones((1, frames, 1)), jnp.float32(std))
+    here = Level(*(jnp.full((1, frames), a) for a in (1.0, 0.5, True)))
+    correct = guide.posterior(Operator(), seen, overlap=overlap, reach=reach)
+    return np.asarray(correct(moments, jnp.zeros((1, frames, 1)), here, None)[0])[0, :, 0]
 
-        def moments(x, sigma, condition, slope=slope):
-            return slope * (x - 1), jnp.full_like(x, 0.5)
 
-        got, _ = guide.posterior(Operator(), seen, c=0.5, iterations=1)(moments, x, here, None)
-        np.testing.assert_allclose(got.item(), 3 * expected, rtol=1e-5)
+def of_matrix(v, inflated=0.0):
+    """Moments with D = V x and the variance diag(V); the Jacobian's diagonal may be too large."""
+    jacobian = jnp.asarray(v + inflated * np.diag(np.diag(v)), jnp.float32)
+
+    def moments(x, sigma, condition):
+        return jnp.einsum("fg,bgc->bfc", jacobian, x), jnp.diag(v)[None, :, None] * jnp.ones_like(x)
+
+    return moments
+
+
+def test_frames_that_say_the_same_are_not_counted_twice():
+    """Of one value seen 64 times the exact answer is F v / (R + F v); the steps add up to more."""
+    frames, v = 64, 0.5
+    exact = frames * v / (0.25 + frames * v)
+    got = one_step(of_matrix(np.full((frames, frames), v)), frames)
+    np.testing.assert_allclose(got, exact, rtol=0.1)
+    twice = one_step(of_matrix(np.full((frames, frames), v)), frames, overlap=0.0)
+    np.testing.assert_allclose(twice, frames * v / (0.25 + v), rtol=1e-4)
+    independent = one_step(of_matrix(v * np.eye(frames)), frames)
+    np.testing.assert_allclose(independent, v / (0.25 + v), rtol=1e-4)
+
+
+def test_a_diagonal_that_is_too_large_does_not_shorten_the_step():
+    """Neighbours move by V A^T (y - A D) / (R + v), whatever the network's own derivative is."""
+    v = 0.5 * np.eye(6) + 0.2 * np.eye(6, k=1) @ np.diag([0, 1, 0, 0, 0, 0])
+    plain, inflated = (one_step(of_matrix(v, by), 6, overlap=1.0) for by in (0.0, 4.0))
+    np.testing.assert_allclose(inflated[3:], 5 * plain[3:], rtol=1e-3)
+    np.testing.assert_allclose(plain[3:], 0.5 / 0.75, rtol=1e-3)
+
+
+def test_the_step_is_shortened_near_the_frames_that_overlap():
+    v = np.zeros((40, 40))
+    v[:8, :8] = 0.5
+    v[range(8, 40), range(8, 40)] = 0.5
+    got = one_step(of_matrix(v), 40, reach=2.0)
+    np.testing.assert_allclose(got[:4], 8 * 0.5 / (0.25 + 8 * 0.5), rtol=0.35)
+    np.testing.assert_allclose(got[24:], 0.5 / 0.75, rtol=0.02)

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mclr_jax.assimilation.observe import Operator
 from mclr_jax.samplers import CorrectFn, Level
+from mclr_jax.types import expand
 
 
 class Seen(NamedTuple):
@@ -30,54 +32,95 @@ def _full(level: Level, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return sigma.reshape(*sigma.shape, *ones), stop.reshape(*stop.shape, *ones), active
 
 
-def posterior(operator: Operator, seen: Seen, *, c: float = 0.5, iterations: int = 2) -> CorrectFn:
-    """E[x0 | x, y] = D + V A'^T (A' V A'^T + R)^-1 (y - A D), with V = sigma^2 J^T and J = dD/dx.
+class _Linear(NamedTuple):
+    """The observations as linear functions of x0 around the estimate D, under N(D, V)."""
 
-    V is the covariance of x0 given x, of all frames together, by Tweedie's formula. The system is
-    solved by conjugate gradients with the preconditioner R + A' v A'^T, which is diagonal; each
-    iteration is one vector-Jacobian product through the network. One iteration is a step along the
-    guidance D + sigma^2 J^T A'^T (y - A D) / (R + v), with the length that is best for V: where
-    many frames say the same, the step is shorter than for independent frames.
+    d: jax.Array
+    residual: jax.Array  # y - A D (B, F, m), 0 where not known
+    noise: jax.Array  # R and the variance of what is not linear in A
+    spread: jax.Array  # diagonal of A' v A'^T
+    gain: Any  # (p (B, F, m)) -> V A'^T p, the shape of x
+    project: Any  # A' of a state, 0 where not known
 
-    `c` bounds the length of the steps: the curvature p^T A' V A'^T p, which a network knows less
-    well than v, counts as at least c p^T A' v A'^T p. With c = 1 no step is longer than for
-    independent values. A nonlinear operator is linearised under N(D, v).
 
-    The first iteration is about as expensive as a denoiser call with its gradient.
+def _linearised(
+    operator: Operator, seen: Seen, moments: Any, x, level: Level, condition
+) -> _Linear:
+    sigma, _, active = _full(level, x)
+    d, pull, v = jax.vjp(lambda x: moments(x, level.sigma, condition), x, has_aux=True)
+    variance = jnp.broadcast_to(seen.scale**2 * v, x.shape)
+    predicted, slope, rest = operator.predict(seen.offset + seen.scale * d, variance)
+    known = jnp.isfinite(seen.values) & active[..., None]
+
+    def project(state):  # of the model's units
+        return slope * operator.linear(seen.scale * state)
+
+    back = jax.linear_transpose(project, d)
+    return _Linear(
+        d,
+        jnp.where(known, seen.values - predicted, 0),
+        seen.std**2 + rest,
+        slope**2 * operator.linear(variance, 2),
+        lambda p: jnp.where(sigma > 0, sigma**2 * pull(back(p)[0])[0], 0),
+        lambda state: jnp.where(known, project(state), 0),
+    )
+
+
+def posterior(
+    operator: Operator, seen: Seen, *, c: float = 1.0, overlap: float = 0.5, reach: float = 4.0
+) -> CorrectFn:
+    """D + a V A'^T p with p = (y - A D) / (R + c v): the posterior mean where the V is a network's.
+
+    V = sigma^2 J^T with J = dD/dx is the covariance of x0 given x by Tweedie's formula. A network
+    knows the variance v that it has learned better than the diagonal of V, and that better than
+    nothing off the diagonal. For independent values the length a is 1. Where the values of several
+    frames say the same, all of them together would move the estimate too far, and the length is
+
+        a = p (y - A D) / (p (R + c v) p + overlap max(0, p (A' V A'^T - its diagonal) p)),
+
+    with sums over the values around a frame, weighted by exp(-distance / reach). The diagonal is
+    estimated with fixed random signs (Hutchinson). A nonlinear operator is linearised under
+    N(D, v). Costs two vector-Jacobian products.
     """
 
     def correct(moments: Any, x: jax.Array, level: Level, condition: Any):
-        sigma, _, active = _full(level, x)
-        d, pull, v = jax.vjp(lambda x: moments(x, level.sigma, condition), x, has_aux=True)
-        variance = jnp.broadcast_to(seen.scale**2 * v, x.shape)
-        predicted, slope, rest = operator.predict(seen.offset + seen.scale * d, variance)
+        here = _linearised(operator, seen, moments, x, level, condition)
+        distance = np.abs(np.subtract.outer(np.arange(x.shape[1]), np.arange(x.shape[1])))
+        near = jnp.asarray(np.exp(-distance / reach), x.dtype)
+        total = here.noise + c * here.spread
+        p = here.residual / total
+        signs = np.random.default_rng(0).choice([-1.0, 1.0], p.shape[1:]).astype(x.dtype)
+        gain = here.gain(p)
+        among = p * here.project(gain) - signs * p * here.project(here.gain(signs * p))
+        size, among = (near @ a.sum(2, keepdims=True) for a in (p * here.residual, among))
+        length = size / jnp.maximum(size + overlap * jnp.maximum(among, 0), 1e-30)
+        return here.d + expand(length[..., 0], x) * gain, jnp.zeros_like(x)
 
-        def project(state):  # A' of the model's units
-            return slope * operator.linear(seen.scale * state)
+    return correct
 
-        back = jax.linear_transpose(project, d)
-        known = jnp.isfinite(seen.values) & active[..., None]
-        noise, spread = seen.std**2 + rest, slope**2 * operator.linear(variance, 2)
 
+def conjugate(operator: Operator, seen: Seen, *, iterations: int = 5) -> CorrectFn:
+    """E[x0 | x, y] = D + V A'^T (A' V A'^T + R)^-1 (y - A D), where V is exact.
+
+    Conjugate gradients with the preconditioner R + v; each iteration is a vector-Jacobian product.
+    The Jacobian of a network is not symmetric, so that iterations after the first can diverge.
+    """
+
+    def correct(moments: Any, x: jax.Array, level: Level, condition: Any):
         def dot(a, b):
             return (a * b).sum((1, 2), keepdims=True)
 
-        residual = jnp.where(known, seen.values - predicted, 0)
-        ready = residual / (noise + spread)
-        direction, size = ready, dot(residual, ready)
-        for i in range(iterations):
-            (gain,) = pull(back(direction)[0])
-            gain = sigma**2 * jnp.where(sigma > 0, gain, 0)
-            effect = jnp.where(known, project(gain), 0)
-            curvature = jnp.maximum(dot(direction, effect), c * dot(direction, spread * direction))
-            curvature = curvature + dot(direction, noise * direction)
-            length = size / jnp.maximum(curvature, 1e-30)
-            d = d + jnp.where(sigma > 0, length.reshape(-1, *(1,) * (x.ndim - 1)) * gain, 0)
-            if i + 1 < iterations:
-                residual = residual - length * (effect + noise * direction)
-                ready = residual / (noise + spread)
-                before, size = size, dot(residual, ready)
-                direction = ready + size / jnp.maximum(before, 1e-30) * direction
+        here = _linearised(operator, seen, moments, x, level, condition)
+        d, residual, total = here.d, here.residual, here.noise + here.spread
+        p = residual / total
+        size = dot(residual, p)
+        for _ in range(iterations):
+            gain = here.gain(p)
+            effect = here.project(gain) + here.noise * p
+            length = size / jnp.maximum(dot(p, effect), 1e-30)
+            d, residual = d + expand(length[:, 0, 0], x) * gain, residual - length * effect
+            before, size = size, dot(residual, residual / total)
+            p = residual / total + size / jnp.maximum(before, 1e-30) * p
         return d, jnp.zeros_like(d)
 
     return correct

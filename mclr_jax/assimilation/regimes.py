@@ -24,7 +24,7 @@ import numpy as np
 from mclr_jax import samplers
 from mclr_jax.assimilation import guide
 from mclr_jax.assimilation.observe import Observations, Operator
-from mclr_jax.assimilation.schedules import Plan, Update, levels, matrix, updates
+from mclr_jax.assimilation.schedules import GUIDANCE, Plan, Update, levels, matrix, updates
 from mclr_jax.noise import normal_like
 from mclr_jax.types import expand
 
@@ -92,10 +92,8 @@ def _compiled(model: Any, obs: Observations, plan: Plan, ensemble: int) -> Calla
             groups = x.reshape(-1, ensemble, *x.shape[1:])
             past = jax.vmap(lambda group, i: group[i])(groups, chosen).reshape(x.shape)
             x = jnp.where(expand(sigma, x) > 0, x, past)
-        if plan.zeta is None:
-            correct = guide.posterior(obs.operator, seen, c=plan.c, iterations=plan.iterations)
-        else:
-            correct = guide.norm(obs.operator, seen, zeta=plan.zeta, g=plan.g)
+        options = {key: getattr(plan, key) for key in GUIDANCE[plan.guidance]}
+        correct = getattr(guide, plan.guidance)(obs.operator, seen, **options)
         return samplers.sample(
             moments, x, label, grid, plan.method, keys=fold(keys, 1), correct=correct
         )
@@ -224,13 +222,10 @@ def assimilate(
     run, high = _compiled(model, obs, plan, ensemble), model.preconditioning.levels[1]
     for rows, real in _chunks(len(path), max(1, batch_size // ensemble) * ensemble):
         keys, here = member_keys(seed, rows, ensemble), path[rows]
-        started, last, informed = course.started.copy(), Update(-window, -1), False
-        for number, (end, seen) in enumerate(np.repeat(order, plan.passes, 0).tolist()):
+        started, last = course.started.copy(), -1
+        for end, seen in order:
             places = slice(end, end + window)
-            old, informed = (
-                started[places].copy(),
-                informed if end == last.end else seen > last.seen,
-            )
+            old, informed = started[places].copy(), seen > last
             clean = old & (not plan.revise or not informed)
             since = np.arange(end - window, end) + done >= 0
             clean[:context] |= (old & since)[:context]
@@ -241,11 +236,9 @@ def assimilate(
             hidden = np.arange(end - window, end) > seen
             shown = np.where(hidden[:, None], np.nan, values[rows // ensemble, places])
             numbered = jax.vmap(jax.random.fold_in, (0, None))(keys, done + end)
-            if number % plan.passes:
-                numbered = jax.vmap(jax.random.fold_in, (0, None))(numbered, number % plan.passes)
             resampled = bool(informed and not plan.revise and old.any())
             new = run(params, here[:, places], shown, numbered, np.float32(grid), resampled)
-            here[:, places], started[places], last = new, True, Update(end, seen)
+            here[:, places], started[places], last = new, True, seen
             k = np.arange(max(-before, end - window), end)
             k = k[until[k + before] >= seen]
             out[rows[:real, None], k + before] = here[:real, window + k]

@@ -13,6 +13,9 @@ import numpy as np
 from mclr_jax.names import in_range, look_up
 from mclr_jax.samplers import METHODS
 
+GUIDANCE = {"posterior": ("c", "overlap", "reach"), "conjugate": ("iterations",),
+            "norm": ("zeta", "g")}  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -24,25 +27,26 @@ class Plan:
     sigma_min: float = 0.006
     sigma_max: float = 20.0
     restart: float = 5.0  # noise on the frames already estimated
-    passes: int = 1  # how often each update is made, the later times from `restart`
     context: int = 0  # first frames of a window that are not revised; in blocks 0 is a quarter
     revise: bool = True  # False: no frame is revised, members are resampled by likelihood
     method: str = "ancestral_2m"
-    c: float = 0.5  # see guide.posterior
-    iterations: int = 2
-    zeta: float | None = None  # of guide.norm, the paper's guidance; None: guide.posterior
+    guidance: str = "posterior"  # or conjugate, norm: the functions of guide.py
+    c: float = 1.0  # of posterior
+    overlap: float = 0.5
+    reach: float = 4.0
+    iterations: int = 5  # of conjugate
+    zeta: float = 2.0  # of norm
     g: float = 0.01
 
     def __post_init__(self):
         look_up(METHODS, self.method, "sampler")
-        for key, low in {"window": 0, "context": 0, "steps": 1, "first_steps": 1, "passes": 1,
-                         "iterations": 1, "c": 0.0, "g": 0.0}.items():  # fmt: skip
+        look_up(GUIDANCE, self.guidance, "guidance")
+        counts = ("steps", "first_steps", "iterations")
+        lowest = dict.fromkeys(counts, 1) | dict.fromkeys(("window", "context"), 0)
+        for key, low in (lowest | dict.fromkeys(("c", "overlap", "zeta", "g"), 0.0)).items():
             in_range(f"plan.{key}", getattr(self, key), low)
-        if self.passes > 1 and not self.revise:
-            raise ValueError(
-                f"plan.passes is {self.passes}, but without revise only 1 is possible."
-            )
         in_range("plan.sigma_min", self.sigma_min, 0.0, open="(")
+        in_range("plan.reach", self.reach, 0.0, open="(")
         in_range("plan.restart", self.restart, self.sigma_min, self.sigma_max, open="(")
 
 
