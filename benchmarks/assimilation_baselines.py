@@ -15,7 +15,9 @@ Numbers of a row, in units of the state x; a mean is over trajectories, frames a
   rmse, rmse_standardised   sqrt(mean (posterior mean - truth)^2) of x, of z
   rmse_error                standard error of rmse, from the differences between trajectories
   rmse_flowdas              mean over members and trajectories of sqrt(sum (z of member - z of
-                            truth)^2 / frames), as the code published with FlowDAS computes it
+                            truth)^2 / frames), as the code published with FlowDAS computes it;
+                            members that are drawn frame by frame (all but batch) have about a
+                            tenth more than trajectories would
   spread_skill              sqrt(mean posterior variance) / rmse
   crps                      mean(E|X - truth| - E|X - X'| / 2), unbiased, X and X' members
   w1_to_truth               mean E|X - truth|: W1 of the members to the point of the truth
