@@ -15,6 +15,7 @@ DATA = {
     "digits": ((8, 8, 1), 10),
     "fashion_mnist": ((28, 28, 1), 10),
     "tfds:cifar10": ((32, 32, 3), 10),
+    "mclr_jax.assimilation.trajectories:Trajectories": ((32, 3), 1),
 }
 
 

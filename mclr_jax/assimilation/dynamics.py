@@ -183,7 +183,7 @@ class NavierStokes(Dynamics):
     substeps: int = 20
 
     noise = float("nan")  # the forcing acts within the step
-    offset, scale = (0.0,), (2.5,)
+    offset, scale = (0.0,), (2.25,)
     spin_up_steps = 100
 
     @property

@@ -87,7 +87,7 @@ class Trajectories:
         return max(PART // (self.length * math.prod(self.dynamics.shape)), 1)
 
     def __getitem__(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        which, starts = np.divmod(np.asarray(indices), self.length - self.frames + 1)
+        starts, which = np.divmod(np.asarray(indices), self.count)  # the first are of all of them
         windows = [
             self._files[i // self.part][i % self.part, start : start + self.frames]
             for i, start in zip(which.tolist(), starts.tolist(), strict=True)
