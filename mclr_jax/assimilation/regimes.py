@@ -235,10 +235,8 @@ def assimilate(
             grid = levels(plan, ~old, clean, steps, min(plan.sigma_max, high))
             numbered = jax.vmap(jax.random.fold_in, (0, None))(keys, done + end)
             resampled = bool(informed and not plan.revise and old.any())
-            new = run(
-                params, here[:, places], values[rows // ensemble, places], numbered, np.float32(grid),
-                resampled,
-            )  # fmt: skip
+            inputs = here[:, places], values[rows // ensemble, places], numbered
+            new = run(params, *inputs, np.float32(grid), resampled)
             here[:, places], started[places], last = new, True, seen
             k = np.arange(max(-before, end - window), end)
             k = k[until[k + before] >= seen]
