@@ -252,7 +252,8 @@ def sample(
         else:
             d, shift = correct(denoise, x, level, condition)
         new = c.from_base * base + c.from_x * x + c.from_d * d + c.from_prev * prev
-        new = jnp.where(c.active, new + jnp.where(c.ends_step, shift, 0), x)
+        last = c.ends_step | (c.stop == 0)  # Heun's method ends with its first call there
+        new = jnp.where(c.active, new + jnp.where(last, shift, 0), x)
         return (jnp.where(c.ends_step, new, base), new, d), None
 
     rows = (jnp.arange(len(calls.sigma)), noise_std, calls)

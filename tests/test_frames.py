@@ -242,13 +242,21 @@ def test_a_correction_is_told_the_levels_and_shifts_active_frames_at_the_end_of_
     moves = (GRID[1:] < GRID[:-1])[steps]
     second = (np.arange(len(seen)) % 2 == 1)[:, None] & (method == "heun")
     np.testing.assert_array_equal(active, moves & ~(second & (stop == 0)))
-    if method == "euler":  # each frame's own steps, and 0.5 after each
-        y = x
-        for a, b in itertools.pairwise(GRID):
-            d = exact(y, jnp.tile(a, (3, 1)), None)
-            for f in np.flatnonzero(b < a):
-                y = y.at[:, f].set(d[:, f] + b[f] / a[f] * (y[:, f] - d[:, f]) + 0.5)
-        np.testing.assert_allclose(end, y, rtol=1e-4, atol=1e-4)
+    together = np.tile([[10.0], [5.0], [2.0], [0.5], [0.0]], FRAMES)
+    for grid in {"euler": [GRID, together], "heun": [together], "dpmpp_2m": []}[method]:
+        _, x = start()  # each frame's own steps, and 0.5 after each
+        end = samplers.sample(exact, x, LABELS, grid, method, correct=correct)
+        for a, b in itertools.pairwise(grid):
+            x = by_hand(x, np.array([a, b]), method, None, None) + 0.5 * (b < a)[:, None]
+        np.testing.assert_allclose(end, x, rtol=1e-4, atol=1e-4)
+    # also the step that ends a frame before the others
+    plain = samplers.sample(
+        exact, x, LABELS, GRID, method, correct=lambda f, x, c, k: (0 * x, 0 * x)
+    )
+    moved = samplers.sample(
+        exact, x, LABELS, GRID, method, correct=lambda f, x, c, k: (0 * x, 0 * x + 1)
+    )
+    np.testing.assert_allclose((moved - plain)[:, :3], 1, atol=1e-4)
 
 
 @pytest.mark.parametrize(

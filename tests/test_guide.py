@@ -194,7 +194,7 @@ def test_frames_that_say_the_same_are_not_counted_twice():
     got = one_step(of_matrix(np.full((frames, frames), v)), frames)
     np.testing.assert_allclose(got, exact, rtol=0.1)
     twice = one_step(of_matrix(np.full((frames, frames), v)), frames, overlap=0.0)
-    np.testing.assert_allclose(twice, frames * v / (0.25 + v), rtol=1e-4)
+    np.testing.assert_allclose(twice, np.sqrt(v * (1 + frames / 0.75)), rtol=1e-4)  # the bound
     independent = one_step(of_matrix(v * np.eye(frames)), frames)
     np.testing.assert_allclose(independent, v / (0.25 + v), rtol=1e-4)
 
@@ -202,8 +202,8 @@ def test_frames_that_say_the_same_are_not_counted_twice():
 def test_a_diagonal_that_is_too_large_does_not_shorten_the_step():
     """Neighbours move by V A^T (y - A D) / (R + v), whatever the network's own derivative is."""
     v = 0.5 * np.eye(6) + 0.2 * np.eye(6, k=1) @ np.diag([0, 1, 0, 0, 0, 0])
-    plain, inflated = (one_step(of_matrix(v, by), 6, overlap=1.0) for by in (0.0, 4.0))
-    np.testing.assert_allclose(inflated[3:], 5 * plain[3:], rtol=1e-3)
+    plain, inflated = (one_step(of_matrix(v, by), 6, overlap=1.0) for by in (0.0, 0.5))
+    np.testing.assert_allclose(inflated[3:], 1.5 * plain[3:], rtol=1e-3)
     np.testing.assert_allclose(plain[3:], 0.5 / 0.75, rtol=1e-3)
 
 
@@ -214,3 +214,9 @@ def test_the_step_is_shortened_near_the_frames_that_overlap():
     got = one_step(of_matrix(v), 40, reach=2.0)
     np.testing.assert_allclose(got[:4], 8 * 0.5 / (0.25 + 8 * 0.5), rtol=0.35)
     np.testing.assert_allclose(got[24:], 0.5 / 0.75, rtol=0.02)
+
+
+def test_no_coordinate_moves_further_than_its_variance_allows():
+    """A derivative of 400 times the size: the step ends at sqrt(v (1 + r^2 / (R + v)))."""
+    moments = of_matrix(0.5 * np.eye(1), inflated=400.0)
+    np.testing.assert_allclose(one_step(moments, 1), np.sqrt(0.5 * (1 + 1 / 0.75)), rtol=1e-4)

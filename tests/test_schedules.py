@@ -60,6 +60,7 @@ def test_updates_never_show_more_than_allowed_and_end_with_all():
         ends = [0, *(update.end for update in found)]
         assert np.all(np.diff(ends[1:]) > 0)
         for end, seen in found:
+            assert not observed[seen + 1 : end].any()  # the window shows no other observation
             k = np.arange(max(0, end - window), min(end, frames))
             k = k[allowed[k] >= seen]
             best[k] = seen

@@ -36,6 +36,7 @@ class _Linear(NamedTuple):
     """The observations as linear functions of x0 around the estimate D, under N(D, V)."""
 
     d: jax.Array
+    v: jax.Array
     residual: jax.Array  # y - A D (B, F, m), 0 where not known
     noise: jax.Array  # R and the variance of what is not linear in A
     spread: jax.Array  # diagonal of A' v A'^T
@@ -58,6 +59,7 @@ def _linearised(
     back = jax.linear_transpose(project, d)
     return _Linear(
         d,
+        v,
         jnp.where(known, seen.values - predicted, 0),
         seen.std**2 + rest,
         slope**2 * operator.linear(variance, 2),
@@ -79,8 +81,10 @@ def posterior(
         a = p (y - A D) / (p (R + c v) p + overlap max(0, p (A' V A'^T - its diagonal) p)),
 
     with sums over the values around a frame, weighted by exp(-distance / reach). The diagonal is
-    estimated with fixed random signs (Hutchinson). A nonlinear operator is linearised under
-    N(D, v). Costs two vector-Jacobian products.
+    estimated with fixed random signs (Hutchinson). No coordinate moves by more than
+    sqrt(v (1 + p (y - A D))): Cauchy and Schwarz's bound of the exact answer, and 1 for the
+    approximation. A nonlinear operator is linearised under N(D, v). Costs two vector-Jacobian
+    products.
     """
 
     def correct(moments: Any, x: jax.Array, level: Level, condition: Any):
@@ -94,7 +98,8 @@ def posterior(
         among = p * here.project(gain) - signs * p * here.project(here.gain(signs * p))
         size, among = (near @ a.sum(2, keepdims=True) for a in (p * here.residual, among))
         length = size / jnp.maximum(size + overlap * jnp.maximum(among, 0), 1e-30)
-        return here.d + expand(length[..., 0], x) * gain, jnp.zeros_like(x)
+        bound = expand(jnp.sqrt(1 + size[..., 0]), x) * jnp.sqrt(here.v)
+        return here.d + (expand(length[..., 0], x) * gain).clip(-bound, bound), jnp.zeros_like(x)
 
     return correct
 

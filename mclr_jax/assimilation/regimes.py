@@ -233,11 +233,10 @@ def assimilate(
                 clean[window - end] = True
             steps = plan.steps if old.any() else plan.first_steps
             grid = levels(plan, ~old, clean, steps, min(plan.sigma_max, high))
-            hidden = np.arange(end - window, end) > seen
-            shown = np.where(hidden[:, None], np.nan, values[rows // ensemble, places])
             numbered = jax.vmap(jax.random.fold_in, (0, None))(keys, done + end)
             resampled = bool(informed and not plan.revise and old.any())
-            new = run(params, here[:, places], shown, numbered, np.float32(grid), resampled)
+            inputs = here[:, places], values[rows // ensemble, places], numbered
+            new = run(params, *inputs, np.float32(grid), resampled)
             here[:, places], started[places], last = new, True, seen
             k = np.arange(max(-before, end - window), end)
             k = k[until[k + before] >= seen]

@@ -58,7 +58,7 @@ def lags(regime: str, frames: int, lag: int = 0) -> np.ndarray:
 
 
 class Update(NamedTuple):
-    """One window: frames end - window .. end - 1, under the observations up to frame `seen`."""
+    """Frames end - window .. end - 1, the last observation of which is that of frame `seen`."""
 
     end: int
     seen: int
