@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 os.environ["PYTHONPATH"] = ":".join(str(ROOT / name) for name in ("", "benchmarks", "tests"))
 import commands  # noqa: E402
 
+SECOND = "the same command, with space"
 SECONDS = 60  # of a command, at most
 WORDS = ("1e3", "abc", "", "nan", "inf", "-inf", "-1", "0", "1", "1e30", "1e-30", "None", "True",
          "(1,2)", "[1]", "0x10", "1_000", "1,2", "'x'", "é", "x" * 300, "../..", "0.5", "-0.5",
@@ -237,6 +238,7 @@ def mounted(options: str, disk: str, *argv: str) -> None:
             observe("train", *argv)
             os._exit(0)
         statuses.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        print(SECOND, flush=True)
         left += [str(p) for p in pathlib.Path(disk).rglob("*.tmp*")]
         if options == "ro":
             mount(disk, None, 0x1000 | 0x20, None)
@@ -281,13 +283,14 @@ def processes(seed: int, count: int, folder: pathlib.Path) -> Iterator[Case]:
         disk.mkdir()
         call(options, disk, *flags, f"--workdir={disk}/run", log=log, target=mounted)
         output, what = log.read_text(errors="replace"), f"a file system with {options}"
+        output, _, later = output.partition(SECOND)
         if not (told := pathlib.Path(f"{disk}.json")).exists():
             yield Case(what, FOREIGN, output[-300:])
             continue
         told = json.loads(told.read_text())
         case = judge(what, told["statuses"][0], output)
         if told["statuses"][1] or (wrong := difference(whole, folder / "disk.after" / "run")):
-            wrong = output.splitlines()[-1] if told["statuses"][1] else wrong
+            wrong = later.splitlines()[-1] if told["statuses"][1] else wrong
             case = Case(what, LOST, f"the same command later, with space: {wrong}")
         elif told["left"]:
             case = Case(what, FOREIGN, f"left {told['left'][:3]}: {case.detail}")
