@@ -5,17 +5,23 @@ import logging as python_logging
 import os
 import pathlib
 import re
+import runpy
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
+from ml_collections import ConfigDict
 
 from mclr_jax import cpu
 from mclr_jax.names import nearest
 
 # Errors of the library on bad input or a broken run; other errors are bugs, shown in full.
+# Help of flags that several commands have.
+DATA = "Where the data of the run are now: as config.data.name, or the folder config.data.path."
+INIT_FROM = "Where the run is now that this one was started from, for --interpolation."
+
 USER_ERRORS = (ValueError, OSError, RuntimeError, FloatingPointError)
 
 
@@ -51,17 +57,24 @@ def numbers(flag, kind: type, count: int | None = None) -> list | None:
 
 
 def _parse(arguments: bool, argv: list[str]) -> list[str]:
-    for argument in argv:
-        if argument.startswith("--config="):
-            _check_config_exists(argument.removeprefix("--config=").split(":")[0])
+    names = [argument.lstrip("-").partition("=")[0] for argument in argv[1:] if argument[0] == "-"]
+    keys = [name.removeprefix("config.") for name in names if name.startswith("config.")]
+    if keys and "config" not in names:
+        stop(f"--config.{keys[0]} needs --config=configs/NAME.py, the config that it changes.")
+    path = next((a.removeprefix("--config=") for a in argv if a.startswith("--config=")), None)
+    if path is not None:
+        _check_config_exists(path.split(":")[0])
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
-        stop(f"{error} (--help lists all flags.)")
+        text = re.sub(r"invalid literal for int\(\).*", "expected an integer.", str(error))
+        text = re.sub(
+            r"Failed to parse .* as a ConfigDict.*", "it is a section; set its keys.", text
+        )
+        stop(f"{text} (--help lists all flags.)")
     except (AttributeError, KeyError, TypeError) as error:  # by config_flags, of a key's name
-        hint = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', str(error))
-        what = f"{hint[2]!r}. Did you mean {hint[1]!r}?" if hint else str(error)
-        stop(f"--config has no key {what} (configs/base.py explains all keys.)")
+        _check_keys(path or "", keys)
+        stop(f"--config: {error}")
     if len(rest) > 1 and not arguments:
         stop(f"Unexpected argument {rest[1]!r}: options are written --name=value.")
     return rest
@@ -69,9 +82,24 @@ def _parse(arguments: bool, argv: list[str]) -> list[str]:
 
 def _check_config_exists(name: str) -> None:
     path = pathlib.Path(name)
-    if not path.exists():
-        siblings = path.parent.glob("*.py") if path.parent.is_dir() else []
-        stop(f"--config: no file {name}. {nearest(name, map(str, siblings))}")
+    if path.suffix != ".py" or not path.is_file():
+        folder = path.parent if path.parent.name and path.parent.is_dir() else "configs"
+        known = [str(file) for file in pathlib.Path(folder).glob("[!_]*.py")]
+        stop(f"--config: no config file {name!r}. {nearest(name, known)}")
+
+
+def _check_keys(path: str, keys: list[str]) -> None:
+    """Stop with the first of the keys, as a.b, that the config in a file does not have."""
+    get_config = runpy.run_path(path.split(":")[0]).get("get_config")
+    config = get_config(*path.split(":")[1:]) if get_config else ConfigDict()
+    for key in keys:
+        section, so_far = config, "config"
+        for name in key.split("."):
+            known = section.keys() if isinstance(section, ConfigDict) else ()
+            if name not in known:
+                what = f"--config.{key}: {so_far} has no key {name!r}."
+                stop(f"{what} {nearest(name, known)} configs/base.py explains all keys.")
+            section, so_far = section[name], f"{so_far}.{name}"
 
 
 def use_cores(network: Any, batch_size: int | None = None) -> None:
@@ -94,7 +122,8 @@ def _guarded(main: Callable[[], None]) -> None:
     logging.use_absl_handler()
     handler = logging.get_absl_handler()
     handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    handler.addFilter(lambda record: record.levelno > python_logging.WARNING or _ours(record))
+    handler.addFilter(_shown)
+    sys.excepthook = _report
     logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
     keep_compiled()
     cpu.keep_freed_memory()
@@ -106,6 +135,18 @@ def _guarded(main: Callable[[], None]) -> None:
         stop(f"{type(error).__name__}: {error} (MCLR_TRACEBACK=1 shows where.)", status=1)
 
 
-def _ours(record: python_logging.LogRecord) -> bool:
-    """Whether a log record was written by this project; Orbax alone writes dozens a checkpoint."""
-    return "mclr_jax" in record.pathname or "launch" in record.pathname
+def _shown(record: python_logging.LogRecord) -> bool:
+    """Whether to show a log record: those of this project, and errors of others in one line.
+
+    Orbax writes dozens of records a checkpoint.
+    """
+    if "mclr_jax" in record.pathname or "launch" in record.pathname:
+        return True
+    record.exc_info = record.exc_text = None
+    return record.levelno > python_logging.WARNING
+
+
+def _report(kind: type, error: BaseException, trace: Any) -> None:
+    """Print an error, except the one of Orbax's threads after each file that cannot be used."""
+    if str(error) != "Event loop is closed":
+        sys.__excepthook__(kind, error, trace)

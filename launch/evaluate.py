@@ -23,14 +23,13 @@ third of the distance to the second nearest image.
 import pathlib
 
 import numpy as np
-import tqdm
 from absl import flags
 
 from launch import common
 from mclr_jax import runs
-from mclr_jax.data import sources
 from mclr_jax.evaluation import evaluate, features
 from mclr_jax.files import write_json
+from mclr_jax.training.log import Progress
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of launch.train.")
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.json.")
@@ -56,6 +55,8 @@ INTERPOLATIONS = flags.DEFINE_list(
     "interpolations", ["1"], "Of a fine-tuned run, as --interpolation of launch.sample: 0,0.5,1."
 )
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Samples at a time.", lower_bound=1)
+INIT_FROM = flags.DEFINE_string("init_from", "", common.INIT_FROM)
+DATA = flags.DEFINE_string("data", "", common.DATA)
 CACHE = flags.DEFINE_string(
     "cache", "~/.cache/mclr_jax/references", "Folder of the real data's statistics."
 )
@@ -68,16 +69,15 @@ def main() -> None:
     out = pathlib.Path(OUT.value)
     if out.suffix != ".json":
         common.stop(f"--out is {OUT.value!r}; expected a name that ends in .json.")
-    run = runs.load(WORKDIR.value)
+    run = runs.load(WORKDIR.value, INIT_FROM.value, DATA.value)
     common.use_cores(run.model.network)
-    config = run.config
     weak = runs.load_model(AUTOGUIDANCE.value) if AUTOGUIDANCE.value else None
     extractor = features.load(FEATURES.value)
     judge = features.load(JUDGE.value) if JUDGE.value else None
-    train, test = (sources.from_config(config.data, s, config.seed) for s in ("train", "test"))
+    train, test = run.source("train"), run.source("test")
     cache = pathlib.Path(CACHE.value).expanduser()
-    with tqdm.tqdm(total=len(train), unit="image", desc="real", disable=None) as bar:
-        real = evaluate.reference(extractor, train, cache, bar.update)
+    with Progress(len(train), "real image") as progress:
+        real = evaluate.reference(extractor, train, cache, progress.update)
     held_out, labels = test[np.arange(min(NUM_SAMPLES.value, len(test)))]
     judged = judge(held_out, labels) if judge else None
     measured = evaluate.measure(extractor(held_out, labels), real, METRICS.value, judged)
@@ -85,9 +85,9 @@ def main() -> None:
     if MEMORIZED.value:
         floor["memorized"] = evaluate.memorized(held_out, train)
     total = NUM_SAMPLES.value * len(scales) * len(EMAS.value) * len(places)
-    with tqdm.tqdm(total=total, unit="sample", disable=None) as bar:
+    with Progress(total, "sample") as progress:
         rows = evaluate.evaluate(
-            WORKDIR.value,
+            run,
             extractor,
             real,
             names=METRICS.value,
@@ -101,7 +101,7 @@ def main() -> None:
             weak=weak,
             training=train if MEMORIZED.value else None,
             batch_size=BATCH_SIZE.value,
-            progress=bar.update,
+            progress=progress.update,
         )
     write_json(out, {"floor": floor, "rows": rows})
     columns = [*(key for key in floor if key != "samples"), "network_calls"]

@@ -14,17 +14,15 @@ samples. Prints a table, writes it as JSON with its provenance, and writes a fig
 
 import pathlib
 
-import tqdm
 from absl import flags
 
 from launch import common
 from mclr_jax import runs
-from mclr_jax.data import sources
 from mclr_jax.data.protocol import evenly
-from mclr_jax.evaluation.features import digest
-from mclr_jax.files import provenance, write_atomically, write_json
+from mclr_jax.files import digest, provenance, write_atomically, write_json
 from mclr_jax.representation import blocks, perturb, sweep
 from mclr_jax.training.devices import banner
+from mclr_jax.training.log import Progress
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of launch.train.")
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.json; NAME.png goes beside it.")
@@ -37,6 +35,7 @@ PROBE = flags.DEFINE_bool("probe", True, "Fit a linear probe too.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the perturbations.", lower_bound=0)
 EMA = flags.DEFINE_string("ema", "", "Average of the weights, as --ema of launch.sample.")
 CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "Training step; default: the last.")
+DATA = flags.DEFINE_string("data", "", common.DATA)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", blocks.BATCH, "Images at a time.", lower_bound=1)
 
 
@@ -45,15 +44,14 @@ def main() -> None:
     out = pathlib.Path(OUT.value)
     if out.suffix != ".json":
         common.stop(f"--out is {OUT.value!r}; expected a name that ends in .json.")
-    run = runs.load(WORKDIR.value)
+    run = runs.load(WORKDIR.value, data=DATA.value)
     common.use_cores(run.model.network)
     layers = list(blocks.sizes(run.model)) if LAYERS.value == ["all"] else LAYERS.value
     layers = blocks.choose(run.model, layers)
     params, step = run.weights(EMA.value, CHECKPOINT.value)
-    data = run.config.data
-    train = sources.from_config(data, "train", run.config.seed)
-    test = sources.from_config(data, "test", run.config.seed) if PROBE.value else None
-    with tqdm.tqdm(unit="image", disable=None) as bar:
+    data, train = run.config.data, run.source("train")
+    test = run.source("test") if PROBE.value else None
+    with Progress(None, "image") as progress:
         rows = sweep.sweep(
             run.model,
             params,
@@ -65,7 +63,7 @@ def main() -> None:
             num_images=NUM_IMAGES.value,
             seed=SEED.value,
             batch_size=BATCH_SIZE.value,
-            progress=bar.update,
+            progress=progress.update,
         )
     settings = {
         "workdir": WORKDIR.value,

@@ -8,13 +8,13 @@ slider selects the guidance scale. The metrics are the rows that launch.evaluate
 
 import pathlib
 
-import tqdm
 from absl import flags
 
 from launch import common
 from mclr_jax import runs
 from mclr_jax.evaluation import report
 from mclr_jax.files import write_atomically
+from mclr_jax.training.log import Progress
 
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.html.")
 GUIDANCE_SCALES = flags.DEFINE_list("guidance_scales", ["1", "1.5", "2"], "Scales to sample at.")
@@ -32,10 +32,8 @@ def main(workdirs: list[str]) -> None:
     models = [runs.load(workdir).model for workdir in workdirs]
     common.use_cores(models[0].network)
     classes = sum(model.null_label for model in models if not model.is_classifier)
-    with tqdm.tqdm(
-        total=classes * len(scales) * PER_CLASS.value, unit="sample", disable=None
-    ) as bar:
-        options = {"seed": SEED.value, "progress": bar.update}
+    with Progress(classes * len(scales) * PER_CLASS.value, "sample") as progress:
+        options = {"seed": SEED.value, "progress": progress.update}
         pages = [report.read(w, scales, PER_CLASS.value, **options) for w in workdirs]
     write_atomically(out, report.page(pages))
     print(f"Wrote {out}.")

@@ -12,12 +12,12 @@ import dataclasses
 import pathlib
 
 import numpy as np
-import tqdm
 from absl import flags
 
 from launch import common
 from mclr_jax import generate, images, runs, samplers
 from mclr_jax.files import save_arrays
+from mclr_jax.training.log import Progress
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of launch.train.")
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.npz; NAME.png goes beside it.")
@@ -42,6 +42,7 @@ INTERPOLATION = flags.DEFINE_float(
     "interpolation", 1.0, "Of a fine-tuned run: 0 for the weights that it started from, 1 for its "
     "own, 0.5 for the weights half-way between."
 )  # fmt: skip
+INIT_FROM = flags.DEFINE_string("init_from", "", common.INIT_FROM)
 CHURN = flags.DEFINE_float("churn", 0.0, "S_churn of EDM's stochastic sampler; 0: deterministic.")
 EMA = flags.DEFINE_string(
     "ema", "", "Average of the weights: a track's name, none, or a relative width such as 0.075."
@@ -51,7 +52,7 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Samples at a time.", lower
 
 
 def main() -> None:
-    run = runs.load(WORKDIR.value)
+    run = runs.load(WORKDIR.value, INIT_FROM.value)
     common.use_cores(run.model.network)
     given = {
         "method": SAMPLER.value,
@@ -70,7 +71,7 @@ def main() -> None:
 
     params, _ = run.weights(EMA.value, CHECKPOINT.value, INTERPOLATION.value)
     weak = runs.load_model(AUTOGUIDANCE.value) if AUTOGUIDANCE.value else None
-    with tqdm.tqdm(total=len(labels), unit="sample", disable=None) as bar:
+    with Progress(len(labels), "sample") as progress:
         samples = generate.generate(
             run.model,
             params,
@@ -82,7 +83,7 @@ def main() -> None:
             weak=weak,
             churn=samplers.Churn(CHURN.value) if CHURN.value else None,
             batch_size=BATCH_SIZE.value,
-            progress=bar.update,
+            progress=progress.update,
         )
     samples = images.clip(samples)
     save_arrays(out, images=samples, labels=labels)

@@ -1,5 +1,6 @@
-"""Atomic writes of text, JSON and npz; JSON lines; the provenance of a result."""
+"""Atomic writes of text, JSON and npz; JSON lines; digests; the provenance of a result."""
 
+import hashlib
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 from flax import traverse_util
 
@@ -17,12 +19,18 @@ from mclr_jax import __version__
 
 
 def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
-    """Write under a temporary name, then rename; a missing folder is created."""
+    """Write under a temporary name, then rename; a missing folder is created.
+
+    An error, such as a full disk, leaves the old file, and no temporary one.
+    """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
@@ -50,6 +58,16 @@ def read_lines(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             yield record
+
+
+def digest(tree: Any) -> str:
+    """The first 16 hex digits of the SHA-256 of a tree: paths, shapes, types and values."""
+    total = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(jax.device_get(tree)):
+        array = np.ascontiguousarray(leaf)
+        total.update(f"{jax.tree_util.keystr(path)}{array.shape}{array.dtype}".encode())
+        total.update(array.tobytes())
+    return total.hexdigest()[:16]
 
 
 def flat(tree: dict[str, Any]) -> dict[str, Any]:

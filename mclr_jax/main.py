@@ -15,13 +15,13 @@ from jax.experimental import multihost_utils
 
 from mclr_jax import experiment, generate, images, runs
 from mclr_jax.data import pipeline, sources
+from mclr_jax.files import digest
 from mclr_jax.metrics import report
 from mclr_jax.names import in_range
-from mclr_jax.representation import monitor
 from mclr_jax.samplers import Sampler
 from mclr_jax.task import Task
 from mclr_jax.training import loop
-from mclr_jax.training.checkpoint import Checkpoints
+from mclr_jax.training.checkpoint import Checkpoints, digests, not_finite
 from mclr_jax.training.devices import Devices, banner, require_accelerator
 from mclr_jax.training.log import Writer
 from mclr_jax.training.loop import Hook, Moment
@@ -61,10 +61,8 @@ def train(
         require_accelerator()
     first_process = jax.process_index() == 0
     with runs.locked(workdir) if first_process else contextlib.nullcontext():
-        if restart and first_process:
-            runs.set_aside(workdir)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("work directory")
+        if restart:
+            _begin_anew(workdir)
         state, stopped_by = _train(config, workdir, more_hooks)
     if stopped_by:
         raise loop.Interrupted(stopped_by, int(state.step))
@@ -84,15 +82,20 @@ def _train(
     task = experiment.make_task(config, data, companions)
     extra, sampler = extra_sources(config, task, source), Sampler(**config.sampler)
     first_process = jax.process_index() == 0
-    description = runs.describe(config, task.model, companions)
+    description = runs.describe(config, task.model, companions, source)
     changes = runs.changes(workdir, description)
+    if changes and not runs.has_checkpoints(workdir):
+        _begin_anew(workdir)  # its frozen weights and snapshots are those of the other config
+        changes = {}
     with (
         Checkpoints(workdir / "checkpoints", config.keep_checkpoints) as checkpoints,
         Checkpoints(workdir / "snapshots", keep=None) as snapshots,
     ):
         # ---- start or resume ------------------------------------------------------------------
         state, start, origin = _start(config, task, devices, checkpoints)
-        frozen = _frozen(config, task, devices, workdir)
+        checkpoints.require_space(devices.to_global(state))
+        frozen, content = _frozen(config, task, devices, workdir)
+        description |= {"frozen": content} if frozen else {}
         if first_process:  # all that has been read fits together
             runs.record(workdir, description, changes, start, origin)
         shard = jax.process_index(), jax.process_count()
@@ -169,18 +172,41 @@ def _start(
     return state, 0, origin
 
 
-def _frozen(config: Any, task: Task, devices: Devices, workdir: pathlib.Path) -> dict[str, Any]:
-    """The companions' weights; `workdir` gets a copy, so that the run needs no other directory."""
+def _begin_anew(workdir: pathlib.Path) -> None:
+    if jax.process_index() == 0:
+        runs.set_aside(workdir)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("work directory")
+
+
+def _frozen(
+    config: Any, task: Task, devices: Devices, workdir: pathlib.Path
+) -> tuple[dict[str, Any], str]:
+    """The companions' weights and their digest.
+
+    `workdir` gets a copy of the weights, so that the run needs no other directory. ValueError: the
+    copy is missing, and the companions have other weights than those that the run was started with.
+    """
     shapes = {name: runs.shapes(model) for name, model in task.frozen.items()}
     if not shapes:
-        return {}
+        return {}, ""
     with Checkpoints(workdir / "frozen", keep=None) as store:
         if restored := _restore(store, devices, shapes):
-            return restored[0]
-        paths = runs.companion_paths(config)
-        frozen = {name: devices.put_state(runs.load(paths[name]).weights()[0]) for name in shapes}
-        store.save(0, devices.to_global(frozen))
-    return frozen
+            frozen = restored[0]
+        else:
+            paths = runs.companion_paths(config)
+            weights = {name: runs.load(paths[name]).weights()[0] for name in shapes}
+            frozen = {name: devices.put_state(x) for name, x in weights.items()}
+        content = digest(digests(devices.to_global(frozen)))
+        if content != (known := runs.read(workdir).get("frozen", content)):
+            raise ValueError(
+                f"The frozen weights of {', '.join(shapes)} have digest {content}; this run was "
+                f"started with {known}. Restore {workdir}/frozen and the runs of config.init_from "
+                "and config.companions from a copy, or begin again by --restart."
+            )
+        if not restored:
+            store.save(0, devices.to_global(frozen))
+    return frozen, content
 
 
 def _last(checkpoints: Checkpoints) -> int | None:
@@ -199,6 +225,11 @@ def _checkpoint(config: Any, checkpoints: Checkpoints) -> Hook:
     def save(moment: Moment) -> None:
         found = {"loss": "eval_loss", "icr": "icr"}
         metrics = {k: moment.readings[n] for k, n in found.items() if n in moment.readings}
+        if bad := not_finite(moment.state):
+            raise loop.NonFiniteError(
+                f"{bad[0]} is not finite after step {moment.step}, which is not saved. The last "
+                f"good checkpoint is of step {_last(checkpoints)}."
+            )
         checkpoints.save(moment.step, moment.state, metrics)
 
     return Hook(_save_periods(config), save, when_stopped=True)
@@ -250,6 +281,8 @@ def _icr(config: Any, task: Task, source: Any, workdir: pathlib.Path, start: int
     """The Invariant Contamination Ratio along the run."""
     if not config.icr.every_steps:
         return []
+    from mclr_jax.representation import monitor  # with scikit-learn, which takes a second
+
     read = monitor.make(config, task.model, source, workdir, start)
 
     def measure(moment: Moment) -> dict[str, float]:

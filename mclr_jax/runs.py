@@ -24,7 +24,10 @@ from absl import logging
 from flax import traverse_util
 
 from mclr_jax import __version__, ema, experiment
-from mclr_jax.files import flat, provenance, write_atomically, write_json
+from mclr_jax.data import sources
+from mclr_jax.data.formats import FORMATS
+from mclr_jax.data.protocol import Source, evenly
+from mclr_jax.files import digest, flat, provenance, write_atomically, write_json
 from mclr_jax.model import DataInfo, Model
 from mclr_jax.samplers import Sampler
 from mclr_jax.task import MADE_HERE
@@ -32,15 +35,33 @@ from mclr_jax.training.checkpoint import Checkpoints, check_same
 from mclr_jax.training.devices import banner
 
 # Values of run.json that a run with checkpoints cannot change: they decide what its weights mean.
-FIXED = ("model.", "companions.", "config.data.name", "config.data.path", "config.data.limit",
-         "config.data.resolution", "config.data.num_classes")  # fmt: skip
+FIXED = ("model.", "companions.", "data.")
+APART = (
+    "history",
+    "start",
+    "paths",
+    "frozen",
+)  # parts of run.json that may differ without a warning
 
 
-def describe(config: Any, model: Model, companions: Mapping[str, Model]) -> dict[str, Any]:
+def describe(
+    config: Any, model: Model, companions: Mapping[str, Model], source: Source
+) -> dict[str, Any]:
     """The description of a run, without its history, as JSON."""
     others = {name: experiment.describe(other) for name, other in companions.items()}
-    parts = {"config": config.to_dict(), "model": experiment.describe(model), "companions": others}
-    return json.loads(json.dumps(parts))
+    examples = {"number": len(source), "digest": digest(source[evenly(source, 64)])}
+    parts = {"config": config.to_dict(), "model": experiment.describe(model), "data": examples}
+    return json.loads(json.dumps({**parts, "companions": others}))
+
+
+def _paths(config: Mapping[str, Any]) -> dict[str, str]:
+    """The files and directories that a config names, by key."""
+    values = {"init_from": config["init_from"], "data.path": config["data"]["path"]}
+    values |= {f"companions.{name}": path for name, path in config["companions"].items()}
+    for key in ("name", "test", "generated"):
+        kind, _, path = config["data"][key].partition(":")
+        values[f"data.{key}"] = path if kind in ("npz", "zip") else ""
+    return {key: path for key, path in values.items() if path}
 
 
 def changes(workdir: pathlib.Path, description: Mapping[str, Any]) -> dict[str, list]:
@@ -48,15 +69,15 @@ def changes(workdir: pathlib.Path, description: Mapping[str, Any]) -> dict[str, 
 
     Raises ValueError if the directory has checkpoints, which these values do not describe.
     """
-    path = workdir / "run.json"
-    if not path.exists():
+    before, now = flat(read(workdir)), flat(dict(description))
+    if not before:
         return {}
-    before, now = flat(_read(path)), flat(dict(description))
-    keys = [k for k in before.keys() | now.keys() if not k.startswith(("history", "start"))]
+    keys = [k for k in before.keys() | now.keys() if not k.startswith(APART)]
+    keys = [k for k in keys if k in before or not k.startswith("data.")]  # of an older version
     found = {k: [before.get(k), now.get(k)] for k in sorted(keys) if before.get(k) != now.get(k)}
     texts = {key: "is now {1}; it was {0}".format(*map(json.dumps, v)) for key, v in found.items()}
     fixed = [f"{key} {text}" for key, text in texts.items() if key.startswith(FIXED)]
-    if fixed and any((workdir / "checkpoints").glob("[0-9]*")):
+    if fixed and has_checkpoints(workdir):
         raise ValueError(
             f"{workdir} has checkpoints of another model or other data: {'; '.join(fixed)}. Use "
             "another --workdir, the old values, or --restart to begin again in this one."
@@ -70,17 +91,35 @@ def record(
     workdir: pathlib.Path, description: Mapping[str, Any], changed: Mapping[str, list],
     step: int, start: Any = None,
 ) -> None:  # fmt: skip
-    """Write run.json: the description, its history, and `start`, the origin of the weights."""
-    path = workdir / "run.json"
-    old = _read(path) if path.exists() else {}
+    """Write run.json: the description, its history, and `start`, the origin of the weights.
+
+    Paths are also stored in absolute form and relative to `workdir`, so that `load` finds the files
+    from another current directory, and in a run that was moved together with them.
+    """
+    old = read(workdir)
     made_by = {**provenance(), "version": __version__, "device": banner()}
     entry = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step, **made_by}
     history = [*old.get("history", []), {**entry, "changes": dict(changed)}]
     origin = {"start": found} if (found := start or old.get("start")) else {}
-    write_json(path, {**description, **origin, "history": history})
+    absolute = {key: os.path.abspath(name) for key, name in _paths(description["config"]).items()}
+    here = os.path.realpath(workdir)
+    paths = {
+        k: [name, os.path.relpath(os.path.realpath(name), here)] for k, name in absolute.items()
+    }
+    parts = {**description, **origin, "paths": paths, "history": history}
+    write_json(workdir / "run.json", parts)
 
 
-def _read(path: pathlib.Path) -> dict[str, Any]:
+def has_checkpoints(workdir: pathlib.Path) -> bool:
+    """Whether a directory has checkpoints of a training, readable or not."""
+    return any((workdir / "checkpoints").glob("[0-9]*"))
+
+
+def read(workdir: pathlib.Path) -> dict[str, Any]:
+    """The content of run.json; empty without the file; ValueError: it is damaged or old."""
+    path = workdir / "run.json"
+    if not path.exists():
+        return {}
     try:
         description = json.loads(path.read_text())
     except ValueError as error:
@@ -170,6 +209,14 @@ class Run:
     model: Model
     companions: Mapping[str, Model]
 
+    def source(self, split: str) -> Source:
+        """The data of training, or the held-out data for split "test"."""
+        try:
+            return sources.from_config(self.config.data, split, self.config.seed)
+        except FileNotFoundError as error:
+            origin = f"{self.workdir} was trained on {self.config.data.name}"
+            raise FileNotFoundError(f"{error}. {origin}; give its new place by --data.") from error
+
     @property
     def sampler(self) -> Sampler:
         """config.sampler as a Sampler."""
@@ -218,7 +265,13 @@ class Run:
                 restored = store.restore({"reference": _like(self.companions["reference"])})
             if restored is not None:
                 return fitted(restored[0]["reference"], self.model, f"{self.workdir}/frozen")
-        return start_weights(self.config.init_from, self.model)[0]
+        try:
+            return start_weights(self.config.init_from, self.model)[0]
+        except FileNotFoundError as error:
+            origin = f"{self.workdir} was started from {self.config.init_from}"
+            raise FileNotFoundError(
+                f"{error} {origin}; give its new place by --init_from."
+            ) from error
 
     def _reconstruct(self, like: Any, average: str, names: list[str], step: int | None):
         """Post-hoc EMA: a weighted sum of the snapshots up to `step`, read one at a time."""
@@ -245,17 +298,34 @@ class Run:
             ) from error
 
 
-def load(workdir: str | pathlib.Path) -> Run:
-    """The run in a directory; FileNotFoundError: no run.json; ValueError: an old run.json."""
-    path = pathlib.Path(workdir) / "run.json"
-    if not path.exists():
+def load(workdir: str | pathlib.Path, init_from: str = "", data: str = "") -> Run:
+    """The run in a directory; FileNotFoundError: no run.json; ValueError: an old run.json.
+
+    Files and runs that its config names are looked for at their absolute path, and then relative to
+    `workdir`. `init_from` and `data` (a source, see `sources.load`, or the folder
+    config.data.path) are new places that replace those of the config.
+    """
+    workdir = pathlib.Path(workdir)
+    if not (description := read(workdir)):
         raise FileNotFoundError(
             f"{workdir} is not the directory of a run: no run.json. Pass the --workdir of training."
         )
-    description = _read(path)
-    config = ml_collections.FrozenConfigDict(description["config"])
+    config = ml_collections.ConfigDict(description["config"])
+    for key, name in _paths(description["config"]).items():
+        absolute, relative = description.get("paths", {}).get(key, [name, name])
+        places = [pathlib.Path(absolute), workdir / relative]
+        place = str(next((place for place in places if place.exists()), absolute))
+        written = flat(description["config"])[key]
+        config.update_from_flattened_dict({key: written.removesuffix(name) + place})
+    if init_from:
+        config.init_from = init_from
+    if data and (":" in data or data in FORMATS):
+        config.data.update({"name": data, "path": ""})
+    elif data:
+        config.data.path = data
     others = {name: experiment.model_of(d) for name, d in description["companions"].items()}
-    return Run(path.parent, config, experiment.model_of(description["model"]), others)
+    config = ml_collections.FrozenConfigDict(config)
+    return Run(workdir, config, experiment.model_of(description["model"]), others)
 
 
 def load_model(workdir: str | pathlib.Path, interpolation: float = 1.0) -> tuple[Model, Any]:
@@ -324,13 +394,13 @@ def companion_paths(config: Any) -> dict[str, str]:
 
 
 def companions(config: Any, data: DataInfo, workdir: pathlib.Path) -> dict[str, Model]:
-    """The models that the objective reads, by name; from run.json if `workdir` has their weights.
+    """The models that the objective reads, by name; from run.json if `workdir` has checkpoints.
 
     ValueError: a model is missing, of the wrong kind, or for other data.
     """
     paths, found = companion_paths(config), {}
     held: Mapping[str, Model] = {}
-    if (workdir / "frozen").exists() and (workdir / "run.json").exists():
+    if has_checkpoints(workdir):
         held = load(workdir).companions
     for name, path in paths.items():
         model = held[name] if name in held else load(path).model

@@ -1,5 +1,6 @@
 import pathlib
 import shutil
+import types
 
 import chex
 import jax
@@ -10,6 +11,7 @@ from flax import struct
 from jax.sharding import SingleDeviceSharding
 
 from mclr_jax.files import read_lines
+from mclr_jax.training import checkpoint
 from mclr_jax.training.checkpoint import Checkpoints, MismatchError, digests
 
 
@@ -230,6 +232,22 @@ def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_read(tmp_path, capl
     assert step == 10
     assert "20 cannot be read" in caplog.text
     chex.assert_trees_all_equal(state, noise_at(10))
+
+
+def test_a_checkpoint_that_does_not_fit_is_not_begun(tmp_path, monkeypatch):
+    """16,000 bytes on a disk with that many free, and with one less."""
+    state, free = {"a": jnp.ones((4000,))}, [16_000]
+    usage = lambda path: types.SimpleNamespace(free=free[0])  # noqa: E731
+    monkeypatch.setattr(checkpoint, "disk_usage", usage)
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(1, state)
+        checkpoints.wait()
+        before = (tmp_path / "c" / "metrics.jsonl").read_bytes()
+        free[0] -= 1
+        with pytest.raises(OSError, match=r"needs 0\.0 MB; the disk of .*/c has 0\.0 MB free"):
+            checkpoints.save(2, state)
+    assert (tmp_path / "c" / "metrics.jsonl").read_bytes() == before
+    assert not list((tmp_path / "c").glob("2*"))
 
 
 def test_a_branch_is_checked_by_its_own_digests(tmp_path):

@@ -65,7 +65,9 @@ def test_a_row_is_what_the_metrics_say_of_the_samples_and_is_made_once(made):
     folder, extractor, real = made
     seen = []
     arguments = {"names": NAMES, "num_samples": COUNT, "guidance_scales": (1.0, 2.0)}
-    rows = evaluate.evaluate(folder / "base", extractor, real, **arguments, progress=seen.append)
+    rows = evaluate.evaluate(
+        runs.load(folder / "base"), extractor, real, **arguments, progress=seen.append
+    )
     assert [row["guidance_scale"] for row in rows] == [1.0, 2.0]
     assert [row["network_calls"] for row in rows] == [5, 10]  # Heun with 3 steps
     assert sum(seen) == 2 * COUNT
@@ -91,7 +93,7 @@ def test_a_row_is_what_the_metrics_say_of_the_samples_and_is_made_once(made):
         assert row["step"] == step
         assert row["sampler"] == dataclasses.asdict(run.sampler)
     stored = {path: path.stat().st_mtime_ns for path in (folder / "base/evaluation").iterdir()}
-    assert evaluate.evaluate(folder / "base", extractor, real, **arguments) == rows
+    assert evaluate.evaluate(runs.load(folder / "base"), extractor, real, **arguments) == rows
     assert stored == {p: p.stat().st_mtime_ns for p in (folder / "base/evaluation").iterdir()}
 
 
@@ -104,7 +106,7 @@ def test_autoguidance_and_copies_are_rows_of_their_own(made):
     arguments = {"names": ["fd"], "num_samples": COUNT, "guidance_scales": [2.0]}
 
     def row(**more):
-        (row,) = evaluate.evaluate(folder / "base", extractor, real, **arguments, **more)
+        (row,) = evaluate.evaluate(runs.load(folder / "base"), extractor, real, **arguments, **more)
         return row
 
     plain, auto, copies = row(), row(weak=weak), row(training=training)
@@ -113,7 +115,7 @@ def test_autoguidance_and_copies_are_rows_of_their_own(made):
         row(interpolations=[0.5])
     assert set(copies) - set(plain) == {"memorized", "memorized_from"}
     assert auto["network_calls"] == plain["network_calls"] == 10
-    assert auto["autoguidance"] == features.digest(weak[1])
+    assert auto["autoguidance"] == files.digest(weak[1])
     assert row(weak=weak) == auto  # stored
     samples = images.as_8_bits(generate.generate(
         run.model, params, np.arange(COUNT) % 10, run.sampler, guidance_scale=2.0, weak=weak
@@ -132,9 +134,9 @@ def test_interpolation_0_is_the_run_that_was_started_from(made):
     folder, extractor, real = made
     train(tiny.config("digits", init_from=str(folder / "base"), num_steps=6), folder / "tuned")
     arguments = {"names": ["fd"], "num_samples": COUNT}
-    (base,) = evaluate.evaluate(folder / "base", extractor, real, **arguments)
+    (base,) = evaluate.evaluate(runs.load(folder / "base"), extractor, real, **arguments)
     start, own = evaluate.evaluate(
-        folder / "tuned", extractor, real, **arguments, interpolations=[0.0, 1.0]
+        runs.load(folder / "tuned"), extractor, real, **arguments, interpolations=[0.0, 1.0]
     )
     assert start["interpolation"] == 0
     assert "interpolation" not in own
@@ -155,7 +157,7 @@ def test_one_device_evaluates_as_eight_do(made, monkeypatch, tmp_path):
             patch.setattr(jax, "device_count", lambda count=count: count)
             extractor = features.load(f"classifier:{folder / 'classifier'}")
             rows += evaluate.evaluate(
-                workdir, extractor, evaluate.reference(extractor, training), names=NAMES,
+                runs.load(workdir), extractor, evaluate.reference(extractor, training), names=NAMES,
                 num_samples=COUNT, guidance_scales=[2.0], training=training,
             )  # fmt: skip
     generate.compiled.cache_clear()
@@ -186,7 +188,7 @@ def test_errors_say_what_to_do(made):
         features.load(f"classifier:{folder / 'base'}")
     with pytest.raises(ValueError, match=r"metric .*Did you mean"):
         evaluate.evaluate(
-            folder / "base", extractor, real, names=("fd", "fid"), num_samples=20,
+            runs.load(folder / "base"), extractor, real, names=("fd", "fid"), num_samples=20,
             progress=lambda count: pytest.fail("samples were drawn"),
         )  # fmt: skip
 

@@ -18,6 +18,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         files.write_atomically(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"]
 
 
 def test_the_folder_is_made_and_nothing_else_is_left(tmp_path):

@@ -95,6 +95,15 @@ print(*{{name.split(".")[0] for name in sys.modules}} - before - sys.stdlib_modu
     assert set(result.stdout.split()) == {"mclr_jax"}
 
 
+def test_training_imports_what_it_uses():
+    """Each of these takes a second or more, and few runs use it."""
+    heavy = {"sklearn", "scipy.stats", "tensorboardX", "matplotlib", "tensorflow_datasets", "torch"}
+    program = f"import sys, launch.train; print(*{heavy} & sys.modules.keys())"
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == []
+
+
 def test_only_the_table_of_objectives_knows_their_names():
     for module, tree in trees().items():
         if unit(module) in ("objectives/", "experiment", "launch/"):

@@ -1,13 +1,13 @@
 import json
-import logging
 import os
 import pty
+import re
 import sys
 
 import pytest
 
 from mclr_jax.training import log
-from mclr_jax.training.log import Writer
+from mclr_jax.training.log import Progress, Writer
 
 
 def records(path):
@@ -29,32 +29,42 @@ def test_records_are_json_lines_and_each_step_stands_once(tmp_path):
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
-def test_without_a_terminal_each_report_is_a_plain_line(tmp_path, caplog):
-    with caplog.at_level(logging.INFO), Writer(tmp_path, 0, 100) as writer:
-        assert "Compiling" in caplog.text
+def test_without_a_terminal_each_report_is_a_plain_line(tmp_path, capsys):
+    with Writer(tmp_path, 0, 100) as writer:
+        assert "Compiling" in capsys.readouterr().err
         writer.progress(1)
-        assert "Compiled in" in caplog.text
+        assert "Compiled in" in capsys.readouterr().err
+        writer.progress(50)
         writer.scalars(50, {"loss": 0.25})
-    assert "step 50/100" in caplog.text
-    assert "loss 0.25" in caplog.text
-    assert "left" in caplog.text
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"\d\d:\d\d:\d\d step 50/100 \(.* it/s, 00:00 left\): loss 0.25", line)
 
 
 def test_a_long_silence_is_broken_and_the_rate_leaves_compilation_out(
-    tmp_path, caplog, monkeypatch
+    tmp_path, capsys, monkeypatch
 ):
     now = [1000.0]
     monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
-    with caplog.at_level(logging.INFO), Writer(tmp_path, 20, 100) as writer:
+    with Writer(tmp_path, 20, 100) as writer:
         now[0] += 60
         writer.progress(21)
-        assert "Compiled in 60.0 s" in caplog.text
+        assert "Compiled in 60.0 s" in capsys.readouterr().err
         for step in range(22, 41):  # a second each
             now[0] += 1
             writer.progress(step)
-    (line,) = [record.getMessage() for record in caplog.records if "step" in record.getMessage()
-               and "/" in record.getMessage()]  # fmt: skip
-    assert line == "step 36/100 (1 it/s, 01:04 left)"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(" step 36/100 (1 it/s, 01:04 left)")
+
+
+def test_progress_without_a_total(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
+    with Progress(None, "image") as progress:
+        for _ in range(4):
+            now[0] += 10
+            progress.update(20)
+    lines = [line.partition(" ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert lines == ["image 40 (2 it/s)", "image 80 (2 it/s)"]
 
 
 @pytest.mark.parametrize(("columns", "expected"), [(0, False), (80, True)])
@@ -67,8 +77,9 @@ def test_a_terminal_without_width_gets_lines(monkeypatch, columns, expected):
         assert log._on_a_terminal() == expected
 
 
-def test_other_processes_write_nothing(tmp_path):
+def test_other_processes_write_nothing(tmp_path, capsys):
     with Writer(tmp_path, 0, 100, enabled=False) as writer:
         writer.progress(10)
         writer.scalars(10, {"loss": 1.0})
     assert not list(tmp_path.iterdir())
+    assert capsys.readouterr().err == ""

@@ -8,6 +8,7 @@ import signal
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -214,6 +215,67 @@ def test_damaged_companions_are_not_replaced_by_what_their_run_holds_now(base, t
     config.num_steps += 2
     with pytest.raises(RuntimeError, match=r"None of the checkpoints .*frozen"):
         main.train(config, tmp_path)
+
+
+def test_deleted_companions_come_back_from_the_same_weights_only(base, tmp_path):
+    """The run knows the digest of the weights that it was started with."""
+    copy = shutil.copytree(base, tmp_path / "base")
+    config = mclr(copy, **{"objective.target": "reference"})
+    main.train(config, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "frozen")
+    config.num_steps += 2
+    main.train(config, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "frozen")
+    config.num_steps += 2
+    main.train(tiny.config("mixture", num_steps=14), copy)
+    with pytest.raises(
+        ValueError, match=r"frozen weights of reference have digest .* started with"
+    ):
+        main.train(config, tmp_path / "run")
+    assert runs.load(tmp_path / "run").weights()[1] == 14
+
+
+def test_a_start_without_checkpoints_leaves_nothing_to_another_config(base, tmp_path):
+    """Its copy of the frozen weights would be another reference than the start of the training."""
+    other = tmp_path / "other"
+    main.train(tiny.config("mixture", seed=1), other)
+    config = mclr(base, **{"objective.target": "reference"})
+    with pytest.raises(RuntimeError, match="stopped here"):
+        main.train(config, tmp_path / "run", [Hook(1, _raise)])
+    config = mclr(other, **{"objective.target": "reference"})
+    main.train(config, tmp_path / "run")
+    assert (tmp_path / "run" / "frozen").exists()
+    chex.assert_trees_all_equal(load(tmp_path / "run", interpolation=0.0), (load(other)[0], 12))
+    (entry,) = runs.read(tmp_path / "run")["history"]
+    assert entry["changes"] == {}
+    assert len(list((tmp_path / "run" / "replaced").iterdir())) == 1
+
+
+def _raise(moment):
+    raise RuntimeError("stopped here")
+
+
+# ---- numbers that are not finite -----------------------------------------------------------------
+
+
+def test_a_held_out_metric_that_is_not_finite_stops_the_run(tmp_path):
+    bad = Hook(6, lambda moment: {"eval_mine": float("nan") if moment.step == 12 else 1.0})
+    with pytest.raises(
+        NonFiniteError, match=r"eval_mine is nan in step 12.*checkpoint is of step 6"
+    ):
+        main.train(tiny.config(), tmp_path, [bad])
+    assert runs.load(tmp_path).weights()[1] == 6
+
+
+def test_an_average_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
+    decay = lambda step: jnp.where(step < 8, 0.5, jnp.nan)  # noqa: E731
+    monkeypatch.setattr(experiment.ema, "tracks", lambda config: {"mine": decay})
+    config = tiny.config(eval_examples=0)
+    with pytest.raises(
+        NonFiniteError, match=r"ema/mine/.* is not finite after step 12.* of step 6"
+    ):
+        main.train(config, tmp_path)
+    assert runs.load(tmp_path).weights("none")[1] == 6
 
 
 # ---- what is refused before training -------------------------------------------------------------

@@ -182,6 +182,16 @@ def test_stream_refuses_what_cannot_work():
         pipeline.stream(source(False), 8, seed=0, extra={"other": empty})
 
 
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_an_image_that_is_not_finite_is_named(value):
+    images = np.zeros((9, 4), np.float32)
+    images[5, 3] = value
+    bad = Lazy(9, (4,), 1, lambda index: (images[index], 0), lambda: np.zeros(9, np.int32))
+    batches = pipeline.stream(bad, 3, 0)
+    with pytest.raises(ValueError, match="image 5 of the data is not finite"):
+        take(batches, 3)
+
+
 def test_reading_error_reaches_the_caller():
     def read(index):
         if index == 20:

@@ -129,8 +129,9 @@ def test_runs_of_one_name_are_told_apart_and_empty_ones_say_so():
 
 def described(config, workdir):
     """The directory of a run that has not begun."""
-    data = experiment.data_info(config, sources.load("digits"))
-    runs.record(workdir, runs.describe(config, experiment.make_model(config, data), {}), {}, 0)
+    source = sources.load("digits")
+    model = experiment.make_model(config, experiment.data_info(config, source))
+    runs.record(workdir, runs.describe(config, model, {}, source), {}, 0)
 
 
 def test_a_damaged_log_is_read_as_far_as_it_goes(tmp_path):

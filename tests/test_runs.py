@@ -20,15 +20,18 @@ from mclr_jax.samplers import Sampler
 from mclr_jax.training.checkpoint import Checkpoints, MismatchError
 
 
+def source_of(config):
+    return sources.from_config(config.data, "train", config.seed)
+
+
 def model_of(config):
-    source = sources.from_config(config.data, "train", config.seed)
-    return experiment.make_model(config, experiment.data_info(config, source))
+    return experiment.make_model(config, experiment.data_info(config, source_of(config)))
 
 
 def describe(workdir, companions=(), **changes):
     config = tiny.config(**changes)
     model = model_of(config)
-    description = runs.describe(config, model, dict(companions))
+    description = runs.describe(config, model, dict(companions), source_of(config))
     runs.record(workdir, description, runs.changes(workdir, description), 0)
     return config, model
 
@@ -74,12 +77,73 @@ def test_harmless_changes_are_history_and_others_are_refused_where_weights_are(t
     for changes, message in [
         ({"network.width": 24}, "model.network.width is now 24; it was 16"),
         ({"strength": (0.0, 2.0)}, "model.strength"),
-        ({"data.limit": 100}, "config.data.limit is now 100; it was 0"),
+        ({"data.limit": 100}, "data.number is now 100; it was 65536"),
         ({"sigma_data": 0.7}, "model.data.sigma_data is now 0.7"),
     ]:
         with pytest.raises(ValueError, match=f"has checkpoints of another model.*{message}"):
             describe(tmp_path, **changes)
         assert (tmp_path / "run.json").read_text() == before
+
+
+def test_data_are_told_by_their_content_not_by_their_place(tmp_path, caplog):
+    """A renamed copy of a data set is the same data; another set of that name is not."""
+    points, labels = sources.load("mixture")[np.arange(64)]
+    np.savez(tmp_path / "a.npz", images=points, labels=labels)
+    np.savez(tmp_path / "b.npz", images=points, labels=labels)
+    changes = {"sigma_data": 1.0, "data.name": f"npz:{tmp_path}/a.npz"}
+    _, model = describe(tmp_path / "run", **changes)
+    with_weights(tmp_path / "run", {"params": model.init(jax.random.key(0))})
+    describe(tmp_path / "run", **changes | {"data.name": f"npz:{tmp_path}/b.npz"})
+    assert "config.data.name is now" in caplog.text
+    points[63] += 0.01
+    np.savez(tmp_path / "a.npz", images=points, labels=labels)
+    with pytest.raises(ValueError, match=r"other data: data\.digest is now"):
+        describe(tmp_path / "run", **changes)
+
+
+def test_a_run_and_its_data_are_found_where_they_were_moved(tmp_path, monkeypatch):
+    """Runs and data named relative to one directory, read from another, moved, and moved apart."""
+    monkeypatch.chdir(tmp_path)
+    points, labels = sources.load("mixture")[np.arange(64)]
+    (tmp_path / "old").mkdir()
+    np.savez("old/data.npz", images=points, labels=labels)
+    describe(pathlib.Path("old/base"))
+    names = {
+        "data.name": "npz:old/data.npz",
+        "init_from": "old/base",
+        "data.generated": "zip:g.zip",
+    }
+    describe(pathlib.Path("old/tuned"), **names)
+    with_weights(
+        pathlib.Path("old/tuned"), {"params": model_of(tiny.config()).init(jax.random.key(0))}
+    )
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run = runs.load("../old/tuned")
+    assert run.config.data.name == f"npz:{tmp_path}/old/data.npz"
+    assert run.config.init_from == f"{tmp_path}/old/base"
+    assert run.config.data.generated == f"zip:{tmp_path}/g.zip"  # nowhere
+    np.testing.assert_array_equal(run.source("train")[np.arange(64)][0], points)
+
+    (tmp_path / "old").rename(tmp_path / "new")
+    run = runs.load(tmp_path / "new" / "tuned")
+    np.testing.assert_array_equal(run.source("train")[np.arange(64)][0], points)
+    assert runs.load(run.config.init_from).model == run.model
+
+    (tmp_path / "new" / "tuned").rename(tmp_path / "elsewhere" / "tuned")
+    run = runs.load("tuned")
+    with pytest.raises(
+        FileNotFoundError, match=r"trained on npz:/.*/old/data\.npz; give .* --data"
+    ):
+        run.source("train")
+    with pytest.raises(FileNotFoundError, match=r"started from /.*/old/base; give .* --init_from"):
+        run.weights("none", interpolation=0.0)
+    moved = runs.load("tuned", init_from=str(tmp_path / "new/base"), data="npz:../new/data.npz")
+    np.testing.assert_array_equal(moved.source("train")[np.arange(64)][0], points)
+    with pytest.raises(FileNotFoundError, match="new/base has no checkpoint yet"):
+        moved.weights("none", interpolation=0.0)
+    assert runs.load("tuned", data="mixture").source("test").shape == (2,)
+    assert runs.load("tuned", data="folder").config.data.path == "folder"
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"config": ', "[3]"])
@@ -275,7 +339,7 @@ def others(tmp_path):
     """Directories of a denoiser and of a classifier for the mixture, without weights."""
     describe(tmp_path / "denoiser")
     config = tiny.classifier()
-    description = runs.describe(config, model_of(config), {})
+    description = runs.describe(config, model_of(config), {}, source_of(config))
     runs.record(tmp_path / "classifier", description, {}, 0)
     return tmp_path
 
@@ -343,8 +407,8 @@ def test_an_objective_of_ones_own_names_its_companions(others, tmp_path):
 def test_a_run_that_holds_its_companions_needs_their_directories_no_more(others, tmp_path):
     config = mclr(**{"init_from": "gone", "companions.classifier": "gone too"})
     model, judge = model_of(tiny.config()), model_of(tiny.classifier())
-    description = runs.describe(config, model, {"reference": model, "classifier": judge})
-    runs.record(tmp_path / "run", description, {}, 0)
-    (tmp_path / "run" / "frozen").mkdir()
+    held = {"reference": model, "classifier": judge}
+    runs.record(tmp_path / "run", runs.describe(config, model, held, source_of(config)), {}, 0)
+    (tmp_path / "run" / "checkpoints" / "3").mkdir(parents=True)
     found = runs.companions(config, model.data, tmp_path / "run")
     assert found == {"reference": model, "classifier": judge}

@@ -3,6 +3,7 @@
 import collections
 import pathlib
 import pickle
+import zipfile
 
 import hypothesis
 import ml_dtypes
@@ -75,6 +76,13 @@ def test_other_files_are_refused(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"x.pt is not a file of tensors"):
         torch_file.load(path)
+
+
+def test_a_zip_without_one_data_pkl_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("archive/version", "3")
+    with pytest.raises(ValueError, match=r"x\.pt is not a file of tensors.* 0 files data\.pkl"):
+        torch_file.load(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("name", ["tensors.pt", "tensors_legacy.pt"])

@@ -10,7 +10,6 @@ import json
 import pathlib
 import threading
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,8 +31,6 @@ from mclr_jax.data.protocol import (
 
 IN_MEMORY_BYTES = 2**30
 FASHION_MNIST_PATH = "/usr/share/datasets/fashion-mnist"
-# Exceptions that libraries raise for broken files.
-BROKEN = (OSError, EOFError, ValueError, TypeError, SyntaxError, zlib.error, zipfile.BadZipFile)
 
 
 def _digits(_: str, split: str) -> Arrays:
@@ -61,7 +58,7 @@ def _read_idx(name: str, dimensions: int) -> np.ndarray:
     if not file.is_file():
         raise FileNotFoundError(
             f"found no {name}[.gz]; on Debian `apt-get install dataset-fashion-mnist` writes it to "
-            f"{FASHION_MNIST_PATH}; give another folder by option `path`"
+            f"{FASHION_MNIST_PATH}; give another folder by config.data.path"
         )
     with named(f"{file} is no intact IDX file; get it again"):
         content = file.read_bytes()
@@ -82,13 +79,13 @@ def _tfds(
     """
     import tensorflow_datasets as tfds
 
-    with named(f"TFDS has no {name!r}; check name and option `path`"):
+    with named(f"TFDS has no {name!r}; check the name and config.data.path"):
         builder = tfds.builder(name, data_dir=path or None)
     if not builder.is_prepared() or builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
         raise FileNotFoundError(
             f"TFDS set {name!r} is not prepared as array_record in {builder.data_path}; run "
             f"`tfds build {name} --file_format=array_record --data_dir=DIR` (in an environment "
-            "that has TensorFlow) and give DIR by option `path`"
+            "that has TensorFlow) and give DIR by config.data.path"
         )
     features, splits = builder.info.features, builder.info.splits
     if not {"image", "label"} <= set(features) or not hasattr(features["label"], "num_classes"):
@@ -101,7 +98,7 @@ def _tfds(
     shape, num_classes = features["image"].shape, features["label"].num_classes
     if None in shape and not resolution:
         raise ValueError(
-            f"TFDS set {name!r} has images of unequal size; give option `resolution`, the size to "
+            f"TFDS set {name!r} has images of unequal size; set config.data.resolution, to "
             "which they are center-cropped and resized"
         )
     mode = "L" if shape[-1] == 1 else "RGB"
@@ -130,7 +127,7 @@ def _zip(
     """
     if split != "train":
         raise ValueError(
-            f"a zip file has no {split!r} split; give the zip of the test set with split='train'"
+            f"a zip file has no {split!r} split; set config.data.test to the zip of the test set"
         )
     archive, lock = _open(path, zipfile.ZipFile), threading.Lock()
     files = sorted(n for n in archive.namelist() if n.lower().endswith((".png", ".npy")))
@@ -140,12 +137,13 @@ def _zip(
     with named(f"{path} has a broken dataset.json; get it again"):
         pairs = json.loads(archive.read("dataset.json")).get("labels") if described else None
         by_file = dict.fromkeys(files, 0) if pairs is None and unlabelled else dict(pairs or ())
+        found = np.array([by_file[file] for file in files if file in by_file])
     if missing := [file for file in files if file not in by_file]:
         raise ValueError(
             f"{path} has {len(files)} images of which {len(missing)} have no label in dataset.json,"
-            f" such as {missing[0]}; add labels, or if there are none, give option unlabelled=True"
+            f" such as {missing[0]}; add labels, or for a set without labels put data.unlabelled = "
+            "True in the config file"
         )
-    found = np.array([by_file[file] for file in files])
     labels = as_labels(found, len(files), path, num_classes or np.inf)
 
     def read(index: int) -> tuple[np.ndarray, int]:
@@ -166,6 +164,8 @@ def _npz(path: str, split: str, *, num_classes: int = 0) -> Arrays:
     """Arrays `images` (N, H, W, C), (N, H, W) or (N, d), and `labels` (N,), as in this project's
     sample files; `test_images` and `test_labels` are the test split."""
     archive = _open(path, np.load)
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+        raise ValueError(f"{path} holds one array; expected an npz file with `images` and `labels`")
     names = [{"train": "", "test": "test_"}[split] + name for name in ("images", "labels")]
     if absent := [name for name in names if name not in archive]:
         raise ValueError(
@@ -236,9 +236,9 @@ def _open(path: str, opener: Callable) -> Any:
 
 @contextlib.contextmanager
 def named(what: str) -> Iterator[None]:
-    """Turns a library's error into a ValueError of `what` and the error's first line."""
+    """Turns any error of a library into a ValueError of `what` and the error's first line."""
     try:
         yield
-    except BROKEN as error:
-        first = str(error).partition("\n")[0]
+    except Exception as error:  # damaged files cause many types of errors
+        first = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{what} ({first})") from error

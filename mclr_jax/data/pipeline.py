@@ -52,7 +52,8 @@ def stream(
     NAME_label for each name in `extra`. The k-th name in alphabetical order, k = 1, 2, ..., is
     drawn with seed + k * OTHER_SEED.
 
-    Raises ValueError if the processes do not divide the batch, or a source has no examples.
+    Raises ValueError if the processes do not divide the batch, a source has no examples, or a float
+    image has an infinity or NaN.
     """
     if batch_size < 1 or batch_size % process_count:
         raise ValueError(
@@ -70,7 +71,12 @@ def stream(
         result = {"index": rows.copy()}
         for k, (prefix, examples) in enumerate(sources.items()):
             chosen = step_indices(seed + k * OTHER_SEED, step, batch_size, len(examples))[rows]
-            result[f"{prefix}image"], result[f"{prefix}label"] = examples[chosen]
+            images, result[f"{prefix}label"] = examples[chosen]
+            if images.dtype != np.uint8 and not np.isfinite(images).all():
+                fine = np.isfinite(images).reshape(len(images), -1).all(1)
+                number = chosen[fine.argmin()]
+                raise ValueError(f"image {number} of the data is not finite; remove or mend it")
+            result[f"{prefix}image"] = images
         return result
 
     if all(examples.in_memory for examples in sources.values()):

@@ -76,7 +76,7 @@ class Lazy:
             if image.shape != self.shape:
                 raise ValueError(
                     f"got image {index} of shape {image.shape}, expected {self.shape} as of the "
-                    "first; resize the images, or use a source with option `resolution`"
+                    "first; resize the images, or use a source with config.data.resolution"
                 )
         labels = as_labels(np.array(values), len(images), "the source", self.num_classes)
         return np.stack(images), labels
@@ -180,6 +180,6 @@ def as_labels(labels: np.ndarray, count: int, what: str, num_classes: float = np
     if count and not 0 <= labels.min() <= labels.max() < num_classes:
         raise ValueError(
             f"{what} has labels from {labels.min()} to {labels.max()}, expected 0 to "
-            f"{num_classes - 1}; correct the labels or option `num_classes`"
+            f"{num_classes - 1}; correct the labels or config.data.num_classes"
         )
     return labels.astype(np.int32)

@@ -21,8 +21,8 @@ from mclr_jax import generate, images, runs
 from mclr_jax.data.pixels import to_float
 from mclr_jax.data.protocol import Source, evenly
 from mclr_jax.evaluation import metrics
-from mclr_jax.evaluation.features import BATCH, Extractor, Features, digest
-from mclr_jax.files import provenance, save_arrays, write_json
+from mclr_jax.evaluation.features import BATCH, Extractor, Features
+from mclr_jax.files import digest, provenance, save_arrays, write_json
 from mclr_jax.model import Model
 from mclr_jax.names import look_up
 from mclr_jax.training.devices import banner
@@ -131,7 +131,7 @@ def _hash(text: str) -> str:
 
 
 def evaluate(
-    workdir: str | pathlib.Path,
+    run: runs.Run,
     extractor: Extractor,
     real: Reference,  # of the same extractor
     *,
@@ -150,10 +150,10 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """A row, with its settings, for each average of the weights, interpolation and guidance scale.
 
-    Images are rounded to 8 bits. Rows stored in workdir/evaluation are read, not computed again.
+    Images are rounded to 8 bits. Rows stored in the run's directory are read, not computed again.
     `runs.Run.weights` explains averages and interpolations, `generate.generate` the other options.
     """
-    run, rows = runs.load(workdir), []
+    rows: list[dict[str, Any]] = []
     for name in names:  # before samples are drawn
         look_up(METRICS, name, "metric")
     made_by = {**provenance(), "device": banner()}

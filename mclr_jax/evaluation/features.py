@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ import scipy.special
 from mclr_jax import generate, runs
 from mclr_jax.data.pixels import to_float
 from mclr_jax.evaluation import dinov2, efficientnet, inception
+from mclr_jax.files import digest
 from mclr_jax.names import look_up
 from mclr_jax.pretrained import torch_file
 
@@ -98,13 +98,3 @@ _LOADERS: dict[str, Callable[[str], tuple[Any, Apply]]] = {
     "inception": lambda path: (inception.convert(torch_file.load(path)), inception.apply),
     "dinov2": lambda path: (dinov2.convert(torch_file.load(path)), dinov2.apply),
 }
-
-
-def digest(tree: Any) -> str:
-    """The first 16 hex digits of the SHA-256 of a tree: paths, shapes, types and values."""
-    total = hashlib.sha256()
-    for path, leaf in jax.tree.leaves_with_path(jax.device_get(tree)):
-        array = np.ascontiguousarray(leaf)
-        total.update(f"{jax.tree_util.keystr(path)}{array.shape}{array.dtype}".encode())
-        total.update(array.tobytes())
-    return total.hexdigest()[:16]

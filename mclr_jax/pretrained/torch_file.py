@@ -31,7 +31,9 @@ def load(path: str | os.PathLike) -> Any:
             return _load_zip(path)
         with open(path, "rb") as file:
             return _load_legacy(file)
-    except (pickle.UnpicklingError, EOFError, LookupError, AttributeError, ValueError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # damaged files cause many types of errors
         message = f"{os.fspath(path)} is not a file of tensors written by torch.save: {error}"
         raise ValueError(message) from error
 
@@ -78,7 +80,10 @@ class _Unpickler(pickle.Unpickler):
 
 def _load_zip(path: str | os.PathLike) -> Any:
     with zipfile.ZipFile(path) as archive:
-        (name,) = (n for n in archive.namelist() if n.endswith("/data.pkl"))
+        names = [n for n in archive.namelist() if n.endswith("/data.pkl")]
+        if len(names) != 1:
+            raise pickle.UnpicklingError(f"it holds {len(names)} files data.pkl, expected one")
+        name = names[0]
 
         @functools.cache
         def storage(kind: str, dtype: np.dtype, key: str, *_: Any) -> np.ndarray:

@@ -4,6 +4,7 @@ import json
 import math
 import pathlib
 import zlib
+from shutil import disk_usage
 from typing import Any
 
 import jax
@@ -74,11 +75,24 @@ class Checkpoints:
         kept = {*steps[::-1][: self._keep], self._lowest("loss", steps), self._lowest("icr", steps)}
         return [step in kept for step in steps]
 
+    def require_space(self, state: Any) -> None:
+        """Raise OSError if the disk has too little free space for a checkpoint of the state."""
+        needed = sum(x.nbytes for x in jax.tree.leaves(state))
+        if needed > (free := disk_usage(self.directory).free):
+            raise OSError(
+                f"A checkpoint needs {needed / 1e6:.1f} MB; the disk of {self.directory} has "
+                f"{free / 1e6:.1f} MB free. Make room, then run the same command again."
+            )
+
     def save(self, step: int, state: Any, metrics: dict[str, float] | None = None) -> None:
-        """Save in the background; do nothing if a checkpoint of this step exists."""
+        """Save in the background; do nothing if a checkpoint of this step exists.
+
+        OSError: see `require_space`; nothing is written.
+        """
         held = self.steps()
         if step in held:
             return
+        self.require_space(state)
         # Includes the checkpoints that Orbax will delete when the new checkpoint is on disk.
         records = {s: record for s, record in self._metrics.items() if s in held}
         self._metrics = records | {step: {"step": step, **(metrics or {})}}
@@ -185,6 +199,17 @@ def _sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return jnp.sum(bits * odd, dtype=jnp.uint32) + np.uint32(kind)
 
     return {name: digest(x) for name, x in arrays.items()}
+
+
+def not_finite(tree: Any) -> list[str]:
+    """The paths of the arrays that have an infinity or NaN; computed where the arrays are."""
+    finite = jax.device_get(_finite(_leaves(tree)))
+    return [name for name, fine in finite.items() if not fine]
+
+
+@jax.jit
+def _finite(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: jnp.isfinite(x).all() for name, x in arrays.items()}
 
 
 def _leaves(tree: Any) -> dict[str, Any]:

@@ -1,14 +1,14 @@
-"""The log of a training: a progress bar, JSON lines and TensorBoard."""
+"""The log of a training: progress as a bar or as lines, JSON lines and TensorBoard."""
 
+import functools
 import json
 import os
 import pathlib
 import sys
 import time
+from typing import Any
 
-import tensorboardX
 import tqdm
-from absl import logging
 
 from mclr_jax.files import read_lines, write_atomically
 
@@ -19,57 +19,110 @@ def _on_a_terminal() -> bool:
     """Whether a bar can be drawn: notebooks give commands a terminal of width 0."""
     try:
         return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
-    except OSError:
+    except (OSError, ValueError):  # a replaced or closed stderr
         return False
+
+
+def say(text: str) -> None:
+    """Print a line with the time of day to stderr, above a bar if there is one."""
+    tqdm.tqdm.write(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr)
+
+
+class Progress:
+    """A bar on a terminal, elsewhere a line at least every 15 seconds; a context manager."""
+
+    def __init__(self, total: int | None, unit: str, done: int = 0, quiet: bool = False):
+        self._total, self._unit, self._done, self._quiet = total, unit, done, quiet
+        self._bar = tqdm.tqdm(
+            total=total, initial=done, unit=unit, dynamic_ncols=True,
+            disable=quiet or not _on_a_terminal(),
+        )  # fmt: skip
+        self.restart()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()
+
+    def restart(self, count: int = 0) -> None:
+        """Add `count` done; the rate counts from here."""
+        self._done += count
+        self._first, self._began = self._done, time.monotonic()
+        self._shown = self._began
+        self._bar.initial = self._bar.n = self._done
+        self._bar.unpause()
+
+    def update(self, count: int) -> None:
+        """Add `count` done, and show it if it is time to."""
+        self._done += count
+        self._bar.update(count)
+        if self._bar.disable and time.monotonic() - self._shown >= SILENCE:
+            self.line()
+
+    def line(self, text: str = "") -> None:
+        """Show the progress and a text now."""
+        if not self._bar.disable:
+            self._bar.set_postfix_str(text)
+            return
+        self._shown = time.monotonic()
+        speed = (self._done - self._first) / max(self._shown - self._began, 1e-9)
+        left = ((self._total or 0) - self._done) / speed if speed > 0 and self._total else None
+        eta = "" if left is None else f", {tqdm.tqdm.format_interval(left)} left"
+        count = f"{self._done}/{self._total}" if self._total else self._done
+        if not self._quiet:
+            say(f"{self._unit} {count} ({speed:.3g} it/s{eta}){text and ': '}{text}")
 
 
 class Writer:
     """Writes scalars to `workdir`/metrics.jsonl and TensorBoard; a context manager.
 
-    Progress is shown as a bar on a terminal, elsewhere as a line for each report and at least every
-    15 seconds. Rates exclude the compilation, which is logged. Records after `start_step`, from a
-    run that was killed after its last checkpoint, are removed, so that each step has one record.
-    With `enabled` false, as in all processes except the first, nothing is written.
+    Progress is shown, see `Progress`, with a line for each report. Rates exclude the compilation,
+    which is announced. Records after `start_step`, from a run that was killed after its last
+    checkpoint, are removed, so that each step has one record. With `enabled` false, as in all
+    processes except the first, nothing is written.
     """
 
     def __init__(self, workdir, start_step: int, num_steps: int, enabled: bool = True):
-        self._enabled, self._num_steps = enabled, num_steps
-        self._start, self._started = start_step, 0.0  # of the steps that the rate counts
-        self._made = self._shown = time.monotonic()
+        self._enabled, self._compiled, self._step = enabled, False, start_step
+        self._made = time.monotonic()
+        self._progress = Progress(num_steps, "step", start_step, quiet=not enabled)
         if not enabled:
             return
-        path, events = (pathlib.Path(workdir) / name for name in ("metrics.jsonl", "tensorboard"))
+        path, self._events = (pathlib.Path(workdir) / n for n in ("metrics.jsonl", "tensorboard"))
         kept = [record for record in read_lines(path) if record["step"] <= start_step]
         write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a")
-        self._tensorboard = tensorboardX.SummaryWriter(str(events), purge_step=start_step + 1)
-        bar = {"unit": "it", "dynamic_ncols": True, "disable": not _on_a_terminal()}
-        self._bar = tqdm.tqdm(total=num_steps, initial=start_step, **bar)
+        self._purged = start_step + 1
+
+    @functools.cached_property
+    def _tensorboard(self) -> Any:
+        from tensorboardX import SummaryWriter  # which imports PyTorch where it is installed
+
+        return SummaryWriter(str(self._events), purge_step=self._purged)
 
     def __enter__(self) -> "Writer":
         if self._enabled:
-            logging.info("Compiling the training step ...")
+            say("Compiling the training step ...")
         return self
 
     def __exit__(self, *_) -> None:
         if self._enabled:
-            self._bar.close()
+            self._progress.__exit__()
             self._file.close()
-            self._tensorboard.close()
+            if "_tensorboard" in vars(self):
+                self._tensorboard.close()
 
     def progress(self, step: int) -> None:
         """Show this step, if it is time to; the first call ends the compilation."""
-        if not self._enabled:
+        count, self._step = step - self._step, step
+        if self._compiled:
+            self._progress.update(count)
             return
-        now = time.monotonic()
-        if not self._started:
-            logging.info("Compiled in %.1f s.", now - self._made)
-            self._start, self._started, self._shown = step, now, now
-            self._bar.initial = self._bar.n = step
-            self._bar.unpause()
-        self._bar.update(step - self._bar.n)
-        if self._bar.disable and now - self._shown >= SILENCE:
-            self._line(step, "")
+        self._compiled = True
+        self._progress.restart(count)
+        if self._enabled:
+            say(f"Compiled in {time.monotonic() - self._made:.1f} s.")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Write one record, and a short form of it to the bar or, without a terminal, to a line."""
@@ -79,17 +132,7 @@ class Writer:
         self._file.flush()
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
-        text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        if not self._bar.disable:
-            self._bar.set_postfix_str(text)
-            return
-        self._line(step, f": {text}")
-
-    def _line(self, step: int, text: str) -> None:
-        self._shown = time.monotonic()
-        speed = (step - self._start) / max(self._shown - self._started, 1e-9)
-        eta = tqdm.tqdm.format_interval((self._num_steps - step) / speed) if speed > 0 else "?"
-        logging.info("step %d/%d (%.3g it/s, %s left)%s", step, self._num_steps, speed, eta, text)
+        self._progress.line(", ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
     def image(self, step: int, name: str, array) -> None:
         """Write an (H, W, 3) uint8 image to TensorBoard."""

@@ -31,7 +31,7 @@ class Interrupted(SystemExit):
 
 
 class NonFiniteError(FloatingPointError):
-    """A metric is infinite or NaN, or the loss is at least LOSS_LIMIT."""
+    """A metric or a weight is infinite or NaN, or the loss is at least LOSS_LIMIT."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +179,9 @@ def run(
             for hook in due:
                 moment = Moment(step, devices.to_global(state), dict(readings), bool(stopping))
                 if found := hook.run(moment):
+                    for name, value in found.items():
+                        if not np.isfinite(value):
+                            raise diverged(step, f"{name} is {value:.3g}")
                     writer.scalars(step, dict(found))
                     readings |= found
         log.flush()
