@@ -74,7 +74,7 @@ def attempt(call: Callable[[], Any], seconds: float = 20) -> tuple[str, str, Any
     except TimeoutExpired:
         return FOREIGN, f"no end within {seconds} s", None
     except Exception as error:
-        first = f"{type(error).__name__}: {error}".partition("\n")[0][:300]
+        first = f"{type(error).__name__}: {error}".partition("\n")[0]
         if is_ours(error):
             return REFUSED, first, None
         *_, (frame, line) = traceback.walk_tb(error.__traceback__)

@@ -4,8 +4,8 @@ import pytest
 import reference
 from hypothesis import given
 from hypothesis import strategies as st
-from ml_collections import ConfigDict
 
+from configs.base import base
 from mclr_jax import ema
 
 REF = reference.load("edm2_heun_trajectory_and_phema")
@@ -71,7 +71,8 @@ def test_halflife_halves_and_ramps_up():
 
 
 def test_tracks_are_named_and_widths_checked():
-    config = ConfigDict({"halflife_steps": 10.0, "ramp_up": 0.05, "power_stds": (0.05, 0.1)})
+    config = base().ema
+    config.update({"halflife_steps": 10.0, "power_stds": (0.05, 0.1)})
     assert list(ema.tracks(config)) == ["halflife", "power_0.05", "power_0.1"]
     with pytest.raises(ValueError, match="expected 0 < std"):
         ema.power(0.3)
