@@ -21,12 +21,12 @@ from robustness_values import fits, small
 from tasks import ROOT, config_of
 
 from mclr_jax import main, runs
-from mclr_jax.files import flat
+from mclr_jax.files import flat, read_lines
 
 sys.path.insert(0, str(ROOT / "tests"))
 # The server imports what all commands need, from this checkout, and forks a process for each.
 os.environ["PYTHONPATH"] = ":".join(str(ROOT / name) for name in ("", "benchmarks", "tests"))
-import commands  # noqa: E402
+import commands
 
 SECOND = "the same command, with space"
 SECONDS = 60  # of a command, at most
@@ -314,7 +314,7 @@ def _stopped(
     for number, how_many in ((signal.SIGKILL, kills), (signal.SIGTERM, terms)):
         workdir, name = folder / number.name, number.name
         for _ in range(how_many):
-            if (workdir / "metrics.jsonl").exists() and _last(workdir) > 0.95 * _last(folder / "whole"):
+            if _last(workdir) > 0.95 * _last(folder / "whole"):
                 shutil.rmtree(workdir)
             log = folder / "log"
             log.unlink(missing_ok=True)
@@ -341,8 +341,7 @@ def _stopped(
 
 
 def _last(workdir: pathlib.Path) -> int:
-    lines = [line for line in (workdir / "metrics.jsonl").read_text().splitlines() if line[-1:] == "}"]
-    return json.loads(lines[-1])["step"] if lines else 0
+    return max((record["step"] for record in read_lines(workdir / "metrics.jsonl")), default=0)
 
 
 def _checkpoint(workdir: pathlib.Path) -> int:

@@ -135,7 +135,7 @@ def fits(key: str, value: Any, default: Any) -> bool:
         return type(value) is type(default)
     if isinstance(value, bool) or not isinstance(value, int | float | np.number):
         return False
-    if not math.isfinite(value) or (isinstance(default, int) and not isinstance(value, int | np.integer)):
+    if not math.isfinite(value) or (isinstance(default, int) and isinstance(value, float)):
         return False
     leaf = key.rpartition(".")[2]
     return (value >= 0 or key in SIGNED) and (value <= 1 or leaf not in AT_MOST_1)
@@ -164,7 +164,8 @@ def cases(seed: int, count: int, folder: pathlib.Path) -> Iterator[Case]:
             config = small(file, changes, folder)
             defaults = flat(config.to_dict())
             mutations = {}
-            known = sorted(defaults) + sorted({key.partition(".")[0] for key in defaults if "." in key})
+            sections = {key.partition(".")[0] for key in defaults if "." in key}
+            known = sorted(defaults) + sorted(sections)
             for key in sorted(rng.sample(known, rng.choice((1, 1, 1, 2))), key=known.index):
                 if rng.random() < 0.03:
                     mutations[key] = DELETED
@@ -175,7 +176,8 @@ def cases(seed: int, count: int, folder: pathlib.Path) -> Iterator[Case]:
                 numeric = isinstance(default, int | float) and not isinstance(default, bool)
                 value = rng.choice(NUMBERS if rng.random() < (0.7 if numeric else 0.3) else OTHERS)
                 if numeric and rng.random() < 0.4:  # not far from the default
-                    value = type(default)(default * rng.choice((0.5, 2, 3, 10)) + rng.choice((0, 0, 1)))
+                    value = default * rng.choice((0.5, 2, 3, 10)) + rng.choice((0, 0, 1))
+                    value = type(default)(value)
                 mutations[key] = value
             variant = " ".join([file, *(f"{k}={v}" for k, v in changes.items())])
             what = ", ".join(f"{key}={value!r:.60}" for key, value in mutations.items())
