@@ -1,5 +1,6 @@
 """Shared by the command lines: set-up, and one-line errors that name the nearest valid word."""
 
+import contextlib
 import functools
 import logging as python_logging
 import os
@@ -7,6 +8,7 @@ import pathlib
 import re
 import runpy
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -72,9 +74,13 @@ def _parse(arguments: bool, argv: list[str]) -> list[str]:
             r"Failed to parse .* as a ConfigDict.*", "it is a section; set its keys.", text
         )
         stop(f"{text} (--help lists all flags.)")
-    except (AttributeError, KeyError, TypeError) as error:  # by config_flags, of a key's name
-        _check_keys(path or "", keys)
-        stop(f"--config: {error}")
+    except Exception as error:  # of the config file, or by config_flags of a key's name
+        if os.environ.get("MCLR_TRACEBACK"):
+            raise
+        with contextlib.suppress(Exception):
+            _check_keys(path or "", keys)
+        what = f"{type(error).__name__}: {error} (MCLR_TRACEBACK=1 shows where.)"
+        stop(f"--config={path} cannot be loaded: {what}")
     if len(rest) > 1 and not arguments:
         stop(f"Unexpected argument {rest[1]!r}: options are written --name=value.")
     return rest
@@ -124,6 +130,7 @@ def _guarded(main: Callable[[], None]) -> None:
     handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     handler.addFilter(_shown)
     sys.excepthook = _report
+    threading.excepthook = _report_thread
     logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
     keep_compiled()
     cpu.keep_freed_memory()
@@ -150,3 +157,8 @@ def _report(kind: type, error: BaseException, trace: Any) -> None:
     """Print an error, except the one of Orbax's threads after each file that cannot be used."""
     if str(error) != "Event loop is closed":
         sys.__excepthook__(kind, error, trace)
+
+
+def _report_thread(failed: Any) -> None:
+    """Print in one line the error of a thread, such as those that write to a full disk."""
+    print(f"{failed.exc_type.__name__}: {failed.exc_value} (in a thread)", file=sys.stderr)

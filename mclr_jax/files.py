@@ -1,5 +1,6 @@
 """Atomic writes of text, JSON and npz; JSON lines; digests; the provenance of a result."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -29,8 +30,25 @@ def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
     try:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
         os.replace(temporary, path)
+    except OSError as error:  # of a full disk: names no file
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def named(what: str) -> Iterator[None]:
+    """Turns an error of a library into a ValueError of `what` and the error's first line.
+
+    Damaged files cause many types of errors. Missing and forbidden files have clear errors.
+    """
+    try:
+        yield
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
+        raise
+    except Exception as error:
+        first = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{what} ({first})") from error
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
@@ -54,7 +72,7 @@ def read_lines(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             yield record

@@ -313,22 +313,33 @@ def load(workdir: str | pathlib.Path, init_from: str = "", data: str = "") -> Ru
         raise FileNotFoundError(
             f"{workdir} is not the directory of a run: no run.json. Pass the --workdir of training."
         )
-    config = ml_collections.ConfigDict(description["config"])
-    for key, name in _paths(description["config"]).items():
-        absolute, relative = description.get("paths", {}).get(key, [name, name])
-        places = [pathlib.Path(absolute), workdir / relative]
-        place = str(next((place for place in places if place.exists()), absolute))
-        written = flat(description["config"])[key]
-        config.update_from_flattened_dict({key: written.removesuffix(name) + place})
+    try:
+        config = ml_collections.ConfigDict(description["config"])
+        config.update_from_flattened_dict(_found(description, workdir))
+        others = {name: experiment.model_of(d) for name, d in description["companions"].items()}
+        model = experiment.model_of(description["model"])
+        hash((model, *others.values()))  # fails for values of other types
+    except (KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{workdir}/run.json is damaged ({reason}); restore it.") from error
     if init_from:
         config.init_from = init_from
     if data and (":" in data or data in FORMATS):
         config.data.update({"name": data, "path": ""})
     elif data:
         config.data.path = data
-    others = {name: experiment.model_of(d) for name, d in description["companions"].items()}
-    config = ml_collections.FrozenConfigDict(config)
-    return Run(workdir, config, experiment.model_of(description["model"]), others)
+    return Run(workdir, ml_collections.FrozenConfigDict(config), model, others)
+
+
+def _found(description: Mapping[str, Any], workdir: pathlib.Path) -> dict[str, str]:
+    """The config's files and directories, by key, where they are now."""
+    found, written = {}, flat(description["config"])
+    for key, name in _paths(description["config"]).items():
+        absolute, relative = description.get("paths", {}).get(key, [name, name])
+        places = [pathlib.Path(absolute), workdir / relative]
+        place = str(next((place for place in places if place.exists()), absolute))
+        found[key] = written[key].removesuffix(name) + place
+    return found
 
 
 def load_model(workdir: str | pathlib.Path, interpolation: float = 1.0) -> tuple[Model, Any]:

@@ -1,4 +1,5 @@
 import pathlib
+import resource
 import shutil
 import types
 
@@ -232,6 +233,21 @@ def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_read(tmp_path, capl
     assert step == 10
     assert "20 cannot be read" in caplog.text
     chex.assert_trees_all_equal(state, noise_at(10))
+
+
+def test_a_checkpoint_that_cannot_be_written_is_named(tmp_path):
+    """Files of at most 4 kB, for this process, are like a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    state = {"a": jnp.asarray(np.random.default_rng(0).normal(size=100_000), jnp.float32)}
+    checkpoints = Checkpoints(tmp_path / "c")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        checkpoints.save(1, state)
+        with pytest.raises(OSError, match=r"could not be written to .*/c \(.*[Ff]ile too large"):
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list((tmp_path / "c").glob("1"))
 
 
 def test_a_checkpoint_that_does_not_fit_is_not_begun(tmp_path, monkeypatch):

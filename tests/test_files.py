@@ -15,7 +15,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match=r"disk full.*/a'"):
         files.write_atomically(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "old"
     assert list(tmp_path.iterdir()) == [tmp_path / "a"]
@@ -49,7 +49,7 @@ def test_lines_that_are_no_records_are_left_out(tmp_path):
     path = tmp_path / "a.jsonl"
     good = [b'{"step": 1, "loss": 0.5}', b'{"loss": 2.0, "step": 2}']
     bad = [b"3", b'"step"', b"[1]", b"null", b'{"a": 1}', b'{"step": "3"}', b'{"step": 1.5}', b"",
-           b"\xff\xfe\x00", b'{"step": 4, "lo']  # fmt: skip
+           b"\xff\xfe\x00", b"[" * 100_000, b'{"step": 4, "lo']  # fmt: skip
     path.write_bytes(b"\n".join([*bad[:5], good[0], *bad[5:], good[1], bad[-1]]))
     assert list(files.read_lines(path)) == [json.loads(line) for line in good]
 

@@ -272,11 +272,19 @@ def test_zip_errors(tmp_path):
     broken = {"0.png": png(PIXELS[0]), "1.png": png(PIXELS[1])[:60]}
     with pytest.raises(ValueError, match=r"1\.png in .* cannot be decoded"):
         load(write_zip(tmp_path / "a.zip", broken, labels))
-    with pytest.raises(ValueError, match=r"corrupt at 0\.npy"):
-        load(write_zip(tmp_path / "a.zip", {"0.npy": b"no array"}, [["0.npy", 0]]))
+    for content in (b"no array", npy(np.float32(3))):
+        with pytest.raises(ValueError, match=r"corrupt at 0\.npy"):
+            load(write_zip(tmp_path / "a.zip", {"0.npy": content}, [["0.npy", 0]]))
     with pytest.raises(ValueError, match=r"a\.zip has a broken dataset\.json"):
         load(write_zip(tmp_path / "a.zip", {"0.png": b"", "dataset.json": b"{"}, ...))
-    for text in (b"[]", b"3", b'{"labels": 3}', b'{"labels": [[["a"], 0]]}', b"\xff\xfe"):
+    for text in (
+        b"[]",
+        b"[" * 100_000,
+        b"3",
+        b'{"labels": 3}',
+        b'{"labels": [[["a"], 0]]}',
+        b"\xff\xfe",
+    ):
         with pytest.raises(ValueError, match=r"a\.zip has a broken dataset\.json"):
             load(write_zip(tmp_path / "a.zip", {"0.png": b"", "dataset.json": text}, ...))
     ragged = [["0.png", 0], ["1.png", [1, 2]]]
@@ -372,12 +380,16 @@ def test_npz_errors(tmp_path):
     path = tmp_path / "a.npz"
     with path.open("wb") as file:
         np.save(file, PIXELS)
+    np.savez(path.with_name("b.npz"), images=PIXELS[0, 0, 0, 0], labels=[0])
+    with pytest.raises(ValueError, match=r"`images` has shape \(\), expected an axis"):
+        load(f"npz:{path.with_name('b.npz')}")
     with pytest.raises(ValueError, match=r"a\.npz holds one array; expected an npz file"):
         load(f"npz:{path}")
     for labels, message in [
         ([0, 1], r"labels of shape \(2,\) .* each of 6 images"),
         ([0, 1, 2, 3, 4, -1], "labels from -1 to 4"),
         ([0.0] * 6, "float64, expected one integer"),
+        (0, r"shape \(\)"),
         (np.eye(6, dtype=np.int32), r"shape \(6, 6\)"),
     ]:
         np.savez(path, images=PIXELS, labels=labels)

@@ -1,6 +1,7 @@
 """The command lines, as a user types them."""
 
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -92,6 +93,15 @@ def test_a_mistake_stops_at_once_and_names_the_nearest(module, arguments, messag
     log = call(module, *arguments, expect=2)
     assert message in log
     assert "Traceback" not in log
+
+
+def test_a_config_file_that_fails_is_named_with_its_error(tmp_path):
+    path = tmp_path / "mine.py"
+    for text, message in {"x = (": "SyntaxError: .*line 1", "import nothing_here": "ModuleNot",
+                          "x = 1 / 0": "ZeroDivision", "x = 1": "get_config"}.items():  # fmt: skip
+        path.write_text(text)
+        log = call("train", f"--config={path}", f"--workdir={tmp_path}", expect=2)
+        assert re.fullmatch(rf"--config=.*mine\.py cannot be loaded: .*{message}.*\n", log)
 
 
 def test_values_that_make_no_sense_are_explained(workdir, tmp_path):

@@ -153,6 +153,27 @@ def test_a_broken_description_is_named(tmp_path, content):
         runs.load(tmp_path)
 
 
+@pytest.mark.parametrize(("keys", "value"), [
+    (["config"], None), (["config"], 3), (["companions"], None), (["companions"], [1]),
+    (["model"], {}), (["model"], 3), (["model", "network"], "x"), (["model", "strength"], True),
+    (["model", "data", "sigma_data"], {}), (["model", "data", "num_classes"], {"a": 1}),
+    (["config", "data"], 3), (["paths"], 3),
+])  # fmt: skip
+def test_a_description_with_values_of_other_types_is_named(tmp_path, keys, value):
+    describe(tmp_path, init_from="x")
+    content = json.loads((tmp_path / "run.json").read_text())
+    part = content
+    for key in keys[:-1]:
+        part = part[key]
+    if value is None:
+        del part[keys[-1]]
+    else:
+        part[keys[-1]] = value
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"run\.json is damaged|older version"):
+        runs.load(tmp_path)
+
+
 # ---- one trainer ---------------------------------------------------------------------------------
 
 

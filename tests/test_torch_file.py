@@ -78,6 +78,11 @@ def test_other_files_are_refused(tmp_path, content):
         torch_file.load(path)
 
 
+def test_a_storage_that_is_a_text_is_refused():
+    with pytest.raises(TypeError, match="storage is 'abc'"):
+        torch_file.KNOWN["torch._utils", "_rebuild_tensor_v2"]("abc", 0, (), ())
+
+
 def test_a_zip_without_one_data_pkl_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
         archive.writestr("archive/version", "3")

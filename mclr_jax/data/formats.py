@@ -3,14 +3,13 @@
 The keyword-only arguments of a function are the options of its format.
 """
 
-import contextlib
 import gzip
 import io
 import json
 import pathlib
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,6 +27,7 @@ from mclr_jax.data.protocol import (
     count_classes,
     limit,
 )
+from mclr_jax.files import named
 
 IN_MEMORY_BYTES = 2**30
 FASHION_MNIST_PATH = "/usr/share/datasets/fashion-mnist"
@@ -153,8 +153,8 @@ def _zip(
         if file.lower().endswith(".png"):
             return _decode(content, f"{file} in {path}"), label
         with named(f"{path} is corrupt at {file}; get it again"):
-            array = np.load(io.BytesIO(content))
-        return as_images(np.moveaxis(array, 0, -1), f"{file} in {path}"), label
+            array = np.moveaxis(np.load(io.BytesIO(content)), 0, -1)
+        return as_images(array, f"{file} in {path}"), label
 
     num_classes = num_classes or count_classes(labels, path)
     return _source(len(files), num_classes, read, lambda: labels, in_memory)
@@ -174,6 +174,8 @@ def _npz(path: str, split: str, *, num_classes: int = 0) -> Arrays:
         )
     with named(f"{path} is corrupt; write it again"):
         images, labels = (archive[name] for name in names)
+        if images.ndim < 2:
+            raise ValueError(f"`{names[0]}` has shape {images.shape}, expected an axis of examples")
     images = as_images(images[..., None] if images.ndim == 3 else images, path)
     check_values(images, path)
     labels = as_labels(labels, len(images), path)
@@ -232,13 +234,3 @@ def _open(path: str, opener: Callable) -> Any:
         raise FileNotFoundError(f"found no file {path}; check the path after the colon")
     with named(f"{path} is no intact file of its format; get it again"):
         return opener(path)
-
-
-@contextlib.contextmanager
-def named(what: str) -> Iterator[None]:
-    """Turns any error of a library into a ValueError of `what` and the error's first line."""
-    try:
-        yield
-    except Exception as error:  # damaged files cause many types of errors
-        first = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{what} ({first})") from error

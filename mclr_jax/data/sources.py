@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from mclr_jax.data.formats import FORMATS, named
+from mclr_jax.data.formats import FORMATS
 from mclr_jax.data.protocol import Source, as_images, as_labels, check_values, limit
+from mclr_jax.files import named
 from mclr_jax.names import fields, look_up, nearest, resolve
 
 

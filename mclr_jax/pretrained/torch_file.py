@@ -14,6 +14,8 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from mclr_jax.files import named
+
 MAGIC = 0x1950A86A20F9469CFC6C  # of the format before PyTorch 1.6
 DTYPES = {
     "Double": "<f8", "Float": "<f4", "Half": "<f2", "BFloat16": ml_dtypes.bfloat16, "Long": "<i8",
@@ -26,20 +28,17 @@ def load(path: str | os.PathLike) -> Any:
 
     Raises ValueError for other files and for objects other than tensors in plain containers.
     """
-    try:
+    with named(f"{os.fspath(path)} is not a file of tensors written by torch.save"):
         if zipfile.is_zipfile(path):
             return _load_zip(path)
         with open(path, "rb") as file:
             return _load_legacy(file)
-    except OSError:
-        raise
-    except Exception as error:  # damaged files cause many types of errors
-        message = f"{os.fspath(path)} is not a file of tensors written by torch.save: {error}"
-        raise ValueError(message) from error
 
 
 def _tensor(storage: np.ndarray, offset: int, shape: tuple, strides: tuple, *_: Any) -> np.ndarray:
     """A strided view of a storage; the arguments are those of `_rebuild_tensor_v2`."""
+    if not isinstance(storage, np.ndarray):
+        raise TypeError(f"a tensor's storage is {storage!r:.20}")
     inside = len(shape) == len(strides) and min((offset, *shape, *strides)) >= 0
     if inside and 0 not in shape:  # nothing is negative: the last element is the farthest
         last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))

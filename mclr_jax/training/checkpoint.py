@@ -1,9 +1,11 @@
 """Orbax checkpoints: saved in the background, the newest and the best kept, broken ones skipped."""
 
+import contextlib
 import json
 import math
 import pathlib
 import zlib
+from collections.abc import Iterator
 from shutil import disk_usage
 from typing import Any
 
@@ -49,11 +51,25 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_) -> None:
-        self._manager.close()
+        with self._written():
+            self._manager.close()
 
     def wait(self) -> None:
-        """Return when all saved checkpoints are on disk."""
-        self._manager.wait_until_finished()
+        """Return when all saved checkpoints are on disk; OSError: one could not be written."""
+        with self._written():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        """Turns an error of Orbax's background thread, which may come with any call, into ours."""
+        try:
+            yield
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            raise OSError(
+                f"A checkpoint could not be written to {self.directory} ({reason}). Make room or "
+                "repair the disk, then run the same command again."
+            ) from error
 
     def steps(self) -> list[int]:
         """The steps on disk, in rising order."""
@@ -101,7 +117,8 @@ class Checkpoints:
             write_atomically(self._file, "".join(lines))
         digest = ocp.args.JsonSave({"step": step, "arrays": digests(state)})
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), digest=digest)
-        self._manager.save(step, args=items)
+        with self._written():
+            self._manager.save(step, args=items)
 
     def restore(self, like: Any, step: int | None = None) -> tuple[Any, int] | None:
         """(state, step) of the newest readable checkpoint, or of `step`; None: no checkpoint.
