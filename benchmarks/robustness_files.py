@@ -299,28 +299,10 @@ def hostile_zips(rng: random.Random) -> list[tuple[str, str, bytes]]:
     names = [*images()]
     pairs = [[name, i % 3] for i, name in enumerate(names)]
     odd = ("a", 0.5, None, [1], -1, 10**20, True)
-    lists = [
-        None,
-        3,
-        [3],
-        [["0.png"]],
-        pairs[:3],
-        dict(pairs),
-        pairs * 2,
-        [[[n], 1] for n in names],
-    ]
+    lists = [None, 3, [3], [["0.png"]], pairs[:3], dict(pairs), pairs * 2, [[names, 1]]]
     lists += [[[name, value] for name in names] for value in odd]
-    texts = [
-        None,
-        b"",
-        b"x",
-        b"[]",
-        b"\xff",
-        b"[" * 10**5,
-        b"3",
-        {},
-        *({"labels": x} for x in lists),
-    ]
+    texts = [None, b"", b"x", b"[]", b"\xff", b"[" * 10**5, b"3", {}]
+    texts += [{"labels": labels} for labels in lists]
     for text in texts:
         found.append((f"dataset.json {text!s:.50}", "zip", archive(images(), text)))
     for what, value in (edited(rng, {"labels": pairs}) for _ in range(40)):
@@ -375,11 +357,8 @@ def hostile_weights() -> list[tuple[str, str, bytes]]:
         trees[name] = b"\x80\x02" + code
     made = {}
     for name, tree in trees.items():
-        made |= {
-            f"zip {name}": torch_zip(tree),
-            f"legacy {name}": tree,
-            f"late {name}": head + tree,
-        }
+        made |= {f"zip {name}": torch_zip(tree), f"legacy {name}": tree}
+        made[f"legacy, after its head: {name}"] = head + tree
     made |= {"two trees": archive({"a/data.pkl": evil, "b/data.pkl": evil}, None), "npz": npz(),
              "no tree": torch_zip(evil, "a/other.pkl"), "empty zip": archive({}, None),
              "text": b"hello\n", "safetensors": struct.pack("<Q", 2) + b"{}",
