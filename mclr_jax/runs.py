@@ -322,6 +322,8 @@ def load(workdir: str | pathlib.Path, init_from: str = "", data: str = "") -> Ru
     except (KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{workdir}/run.json is damaged ({reason}); restore it.") from error
+    except ValueError as error:
+        raise ValueError(f"{workdir}/run.json: {error}") from error
     if init_from:
         config.init_from = init_from
     if data and (":" in data or data in FORMATS):
