@@ -104,7 +104,8 @@ def small(file: str, changes: dict[str, Any], folder: pathlib.Path) -> Any:
     config.update_from_flattened_dict(SMALL | network | changes)
     base, judge = (str(folder / name) for name in ("mixture", "classifier"))
     if config.init_from:
-        config.init_from, config.companions.classifier = base, judge
+        used = judge if config.posterior.name == "classifier" else ""
+        config.init_from, config.companions.classifier = base, used
     return config
 
 
@@ -159,7 +160,9 @@ def cases(seed: int, count: int, folder: pathlib.Path) -> Iterator[Case]:
     rng = random.Random(seed)
     companions(folder)
     with traced_only():
-        for _ in range(count):
+        for number in range(count):
+            if number % 500 == 0:
+                jax.clear_caches()
             file, changes = rng.choice(VARIANTS)
             config = small(file, changes, folder)
             defaults = flat(config.to_dict())
