@@ -312,3 +312,19 @@ def test_channels_that_are_no_answer_are_left_out():
     got = denoiser(Epsilon(), network)(x, jnp.ones(2), jnp.zeros(2, int))
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, np.full(x.shape, 1 - 0.5**0.5), rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: EDM(0.0), r"sigma_data is 0.0; expected a number of at least 1e-09"),
+        (lambda: Epsilon(steps=1), r"steps is 1; expected an integer of at least 2"),
+        (lambda: Epsilon(betas=(0.02, 0.0001)), r"betas is .*0 <= low < high <= 1"),
+        (lambda: Epsilon(betas=(0.0, 0.02)), r"betas=\(0.0, 0.02\).*levels above 0 that rise"),
+        (lambda: V(tau=0.0), r"tau is 0.0; expected a number above 0"),
+        (lambda: V(start=1e30), r"start=1e\+30.*levels above 0 that rise"),
+    ],
+)
+def test_processes_without_rising_levels_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

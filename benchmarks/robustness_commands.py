@@ -1,0 +1,365 @@
+"""Odd command lines, and trainings that are killed, crowded, moved or out of disk space."""
+
+import ctypes
+import json
+import os
+import pathlib
+import random
+import re
+import runpy
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from outcomes import FOREIGN, LOST, REFUSED, SILENT, WORKS, Case, is_ours
+from robustness_values import fits, small
+from tasks import ROOT, config_of
+
+from mclr_jax import main, runs
+from mclr_jax.files import flat, read_lines
+
+sys.path.insert(0, str(ROOT / "tests"))
+# The server imports what all commands need, from this checkout, and forks a process for each.
+os.environ["PYTHONPATH"] = ":".join(str(ROOT / name) for name in ("", "benchmarks", "tests"))
+import commands
+
+SECOND = "the same command, with space"
+SECONDS = 60  # of a command, at most
+WORDS = ("1e3", "abc", "", "nan", "inf", "-inf", "-1", "0", "1", "1e30", "1e-30", "None", "True",
+         "(1,2)", "[1]", "0x10", "1_000", "1,2", "'x'", "é", "x" * 300, "../..", "0.5", "-0.5",
+         "99999999999999999999", "1 2", "{}", "%s", "\n")  # fmt: skip
+BAD_FLAGS = ("--nonsense", "--nonsense=1", "oops", "-x", "--", "--=", "--seed", "--help=3")
+CONFIGS = {
+    "digits": None, "configs": None, "nofile.py": None, "README.md": None, "": None, "/": None,
+    "configs/base.py": None, "configs/digits.py:x": None,
+    "syntax.py": "def get_config(:\n", "raises.py": "def get_config():\n    return 1 / 0\n",
+    "none.py": "def get_config():\n    return None\n", "empty.py": "",
+    "dict.py": "def get_config():\n    return {'num_steps': 1}\n",
+    "imports.py": "import no_such_module\n", "binary.py": "\0\1\2",
+    "sections.py": "from ml_collections import ConfigDict\ndef get_config():\n"
+    "    return ConfigDict({'num_steps': 1})\n",
+}  # fmt: skip
+PLACES = ("", "/proc/x/y", "/dev/null", "/dev/null/x", "FILE", "x" * 300, "/", "é\u2028/x")
+
+
+def observe(module: str, *argv: str) -> None:
+    """In a new process: a command that also says where the error was raised that ended it."""
+    from launch import common
+
+    stop = common.stop
+
+    def told(message: str, status: int = 2) -> None:
+        if (error := sys.exc_info()[1]) is not None and status == 1:
+            print(f"RAISED BY {'us' if is_ours(error) else 'others'}", file=sys.stderr)
+        stop(message, status)
+
+    common.stop = told
+    _run(module, argv)
+
+
+def _run(module: str, argv: Sequence[str]) -> None:
+    sys.argv, sys.orig_argv = [module, *argv], [sys.executable, "-m", module, *argv]
+    runpy.run_module(f"launch.{module}", run_name="__main__", alter_sys=True)
+
+
+def call(module: str, *argv: Any, log: pathlib.Path, target: Any = observe) -> tuple[Any, str]:
+    """Exit status (None: no end in time) and output of a command."""
+    log.unlink(missing_ok=True)
+    process = commands.start(target, [module, *map(str, argv)], log)
+    process.join(SECONDS)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        return None, log.read_text(errors="replace")
+    return process.exitcode, log.read_text(errors="replace")
+
+
+def judge(what: str, status: Any, output: str) -> Case:
+    """The outcome of a command by its exit status and its output."""
+    lines = [line for line in output.splitlines() if line.strip()]
+    last = next((line for line in lines[::-1] if not line.startswith("RAISED BY")), "")[:300]
+    if status is None:
+        return Case(what, FOREIGN, f"no end within {SECONDS} s: {last}")
+    if "Traceback" in output:
+        errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Warning)\b", line)]
+        last = (errors or [last])[-1][:300]
+    if "Traceback" in output or status not in (0, 1, 2) or (status and not last):
+        return Case(what, FOREIGN, f"exit status {status}: {last}")
+    if "RAISED BY others" in output:
+        return Case(what, FOREIGN, f"in the words of others: {last}")
+    return Case(what, REFUSED if status else WORKS, last if status else "")
+
+
+# ---- command lines -------------------------------------------------------------------------------
+
+
+def small_flags(config: Any) -> list[str]:
+    """The flags that change configs/digits.py to this config."""
+    before, now = flat(config_of("digits").to_dict()), flat(config.to_dict())
+    return [f"--config.{k}={v}" for k, v in now.items() if before[k] != v]
+
+
+def command(rng: random.Random, folder: pathlib.Path) -> tuple[str, list[str]]:
+    """A random command line with one or two mistakes, as module and arguments."""
+    run, out = folder / "run", folder / "out"
+    cheap = small("digits", {"num_steps": 1, "eval_examples": 0}, folder)
+    common_flags = {"ema": "halflife", "checkpoint": 3, "batch_size": 8, "seed": 1}
+    valid: dict[str, dict[str, Any]] = {
+        "train": {"config": ROOT / "configs/digits.py", "workdir": out / "w", "restart": False},
+        "sample": {"workdir": run, "out": out / "x.npz", "num_samples": 3, "labels": "0,1",
+                   "sampler": "euler", "steps": 2, "sigma_min": 0.1, "sigma_max": 9.0, "rho": 7.0,
+                   "guidance_scale": 1.0, "guidance_interval": "0.1,5", "churn": 0.0,
+                   "interpolation": 1.0, "autoguidance": run, **common_flags},
+        "evaluate": {"workdir": run, "out": out / "x.json", "num_samples": 30, "metrics": "fd,kid",
+                     "features": f"classifier:{folder / 'judge'}", "guidance_scales": "1",
+                     "guidance_interval": "0.1,5", "interpolations": "1", "emas": "", "seed": 0,
+                     "memorized": False, "batch_size": 32, "cache": folder / "cache",
+                     "judge": f"classifier:{folder / 'judge'}"},
+        "icr": {"workdir": run, "out": out / "x.json", "sigmas": "0.1", "num_images": 40,
+                "probe": False, "layers": "all", **common_flags},
+        "report": {"out": out / "x.html", "guidance_scales": "1", "per_class": 1, "seed": 0},
+        "demo": {"per_class": 0, "workdir": out / "d"},
+    }  # fmt: skip
+    module = rng.choices([*valid], (5, 4, 1.5, 1.5, 1, 0.3))[0]
+    flags = {name: str(value) for name, value in valid[module].items()}
+    kept = {"sample": 3, "evaluate": 11, "icr": 5}.get(module, 99)
+    extra: list[str] = small_flags(cheap) if module == "train" else []
+    extra += [str(run)] if module == "report" else []
+    keys = sorted(flat(cheap.to_dict()))
+    for _ in range(rng.choice((1, 1, 2))):
+        kind, name = rng.random(), rng.choice([*flags])
+        if kind < 0.12:
+            extra.append(rng.choice(BAD_FLAGS))
+        elif kind < 0.2:
+            flags.pop(name, None)
+        elif module == "train" and kind < 0.75:
+            key = rng.choice(keys)
+            extra.append(f"--config.{key[:-1] if kind < 0.25 else key}={rng.choice(WORDS)}")
+        elif name == "config":
+            config = rng.choice([*CONFIGS])
+            flags[name] = str(folder / config) if CONFIGS[config] is not None else config
+        elif name in ("workdir", "out", "features", "judge", "autoguidance", "cache"):
+            flags[name] = rng.choice((*WORDS, *PLACES)).replace("FILE", str(folder / "file"))
+            flags[name] = flags[name] if flags[name].startswith("/") else f"{out}/{flags[name]}"
+        else:
+            flags[name] = rng.choice(WORDS)
+            kept = len(flags)
+    chosen = [f"--{name}={value}" for name, value in [*flags.items()][: max(kept, 3)]]
+    return module, chosen + extra
+
+
+def finite(path: pathlib.Path) -> bool:
+    """Whether all numbers of an output are finite."""
+    if path.suffix == ".npz":
+        with np.load(path) as file:
+            return all(np.isfinite(file[name]).all() for name in file)
+    text = path.read_text(errors="replace")
+    return not re.search(r"\b(NaN|Infinity)\b", text) or path.suffix == ".html"
+
+
+def silent(module: str, folder: pathlib.Path) -> str:
+    """What is wrong with the outputs of a command that has succeeded, or nothing."""
+    bad = [p.name for p in folder.glob("x.*") if p.suffix in (".npz", ".json") and not finite(p)]
+    if module == "train" and (folder / "w" / "run.json").exists():
+        run, defaults = runs.load(folder / "w"), flat(config_of("digits").to_dict())
+        params, _ = run.weights()
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
+            bad.append("weights that are not finite")
+        for key, value in flat(run.config.to_dict()).items():
+            if key in defaults and value != defaults[key] and not fits(key, value, defaults[key]):
+                bad.append(f"{key}={value!r:.60}")
+    return ", ".join(bad)
+
+
+def prepare(folder: pathlib.Path) -> None:
+    """A run, a classifier and the files that command lines name."""
+    main.train(small("digits", {}, folder), folder / "run")
+    main.train(small("digits_classifier", {}, folder), folder / "judge")
+    (folder / "file").write_text("a file, no folder\n")
+    for name, text in CONFIGS.items():
+        if text is not None:
+            (folder / name).write_text(text)
+
+
+def cases(seed: int, count: int, folder: pathlib.Path) -> Iterator[Case]:
+    """`count` command lines with mistakes."""
+    rng = random.Random(seed)
+    prepare(folder)
+    for _ in range(count):
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        (folder / "out").mkdir()
+        module, arguments = command(rng, folder)
+        written = " ".join(arguments).replace(f"{folder}/", "")
+        status, output = call(module, *arguments, log=folder / "log")
+        case = judge(f"launch.{module} {written}", status, output)
+        if case.outcome == WORKS and (wrong := silent(module, folder / "out")):
+            case = case._replace(outcome=SILENT, detail=wrong)
+        yield case
+
+
+# ---- processes -----------------------------------------------------------------------------------
+
+
+def on_devices(count: str, *argv: str) -> None:
+    """In a new process: launch.train on a number of CPU devices."""
+    flags = re.sub(r"(device_count)=\d+", rf"\1={count}", os.environ["XLA_FLAGS"])
+    os.environ["XLA_FLAGS"] = flags
+    _run("train", argv)
+
+
+def mounted(options: str, disk: str, *argv: str) -> None:
+    """In a new process: launch.train on a file system of its own, then with that limit removed.
+
+    `options` are those of a tmpfs, or "ro" for the folder itself without write access. The folder
+    is copied to `disk`.after, with the exit status of both commands.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(0x00020000 | (0 if os.geteuid() == 0 else 0x10000000)):  # NEWNS, NEWUSER
+        raise OSError(ctypes.get_errno(), "unshare")
+
+    def mount(source: str, kind: Any, flags: int, data: Any) -> None:
+        if libc.mount(source.encode(), disk.encode(), kind, flags, data):
+            raise OSError(ctypes.get_errno(), "mount")
+
+    libc.mount(None, b"/", None, 0x4000 | 0x40000, None)  # REC, PRIVATE
+    if options == "ro":
+        mount(disk, None, 0x1000, None)  # BIND
+        mount(disk, None, 0x1000 | 0x20 | 1, None)  # REMOUNT, RDONLY
+    else:
+        mount("tmpfs", b"tmpfs", 0, options.encode())
+    statuses, left = [], []
+    for _ in range(2):
+        if not (pid := os.fork()):
+            observe("train", *argv)
+            os._exit(0)
+        statuses.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        print(SECOND, flush=True)
+        left += [str(p) for p in pathlib.Path(disk).rglob("*.tmp*")]
+        if options == "ro":
+            mount(disk, None, 0x1000 | 0x20, None)
+        else:
+            mount("tmpfs", None, 0x20, b"size=100m")
+    shutil.copytree(disk, f"{disk}.after")
+    pathlib.Path(f"{disk}.json").write_text(json.dumps({"statuses": statuses, "left": left}))
+
+
+def weights(workdir: pathlib.Path) -> list:
+    return jax.tree.leaves([runs.load(workdir).weights(name)[0] for name in ("none", "halflife")])
+
+
+def difference(a: pathlib.Path, b: pathlib.Path, tolerance: float = 0.0) -> str:
+    """How the last weights of two runs differ by more than the tolerance, or nothing."""
+    try:
+        pairs = list(zip(weights(a), weights(b), strict=True))
+    except Exception as error:
+        return f"cannot be read: {error}"
+    most = max(float(np.abs(np.asarray(x) - np.asarray(y)).max()) for x, y in pairs)
+    return f"weights differ by {most:.3g}" if not most <= tolerance else ""
+
+
+def processes(seed: int, count: int, folder: pathlib.Path) -> Iterator[Case]:
+    """`count` SIGKILLs, a third as many SIGTERMs and small disks, samplers, other devices."""
+    rng, third = random.Random(seed), max(count // 3, 1)
+    steps = 300 if count > 3 else 100
+    config = small("digits", {"num_steps": steps, "checkpoint_every": steps // 15, "log_every": 5,
+                              "optimizer.schedule": "constant",
+                              "network.dropout": 0.1, "eval_examples": 8}, folder)  # fmt: skip
+    flags = [f"--config={ROOT / 'configs/digits.py'}", *small_flags(config)]
+    whole, log = folder / "whole", folder / "log"
+    start = time.monotonic()
+    status, output = call("train", *flags, f"--workdir={whole}", log=log)
+    assert status == 0, output
+    seconds = time.monotonic() - start
+    yield from _stopped(rng, count, third, flags, folder, seconds)
+    yield from _crowded(flags, folder, 20 if count > 3 else 3)
+    sizes = [f"size={round(2 ** rng.uniform(5, 11))}k" for _ in range(third)]
+    for options in [*sizes, "ro"]:
+        disk = folder / "disk"
+        disk.mkdir()
+        call(options, disk, *flags, f"--workdir={disk}/run", log=log, target=mounted)
+        output, what = log.read_text(errors="replace"), f"a file system with {options}"
+        output, _, later = output.partition(SECOND)
+        if not (told := pathlib.Path(f"{disk}.json")).exists():
+            yield Case(what, FOREIGN, output[-300:])
+            continue
+        told = json.loads(told.read_text())
+        case = judge(what, told["statuses"][0], output)
+        if told["statuses"][1] or (wrong := difference(whole, folder / "disk.after" / "run")):
+            wrong = later.splitlines()[-1] if told["statuses"][1] else wrong
+            case = Case(what, LOST, f"the same command later, with space: {wrong}")
+        elif told["left"]:
+            case = Case(what, FOREIGN, f"left {told['left'][:3]}: {case.detail}")
+        yield case
+        for path in (disk, folder / "disk.after"):
+            shutil.rmtree(path)
+        pathlib.Path(f"{disk}.json").unlink()
+    for number in (1, 2, 4):
+        done = f"--config.num_steps={steps * (1 + number // 2) // 3}"
+        at = f"--workdir={folder / 'elastic'}"
+        status, output = call(str(number), *flags, at, done, log=log, target=on_devices)
+        yield judge(f"continued on {number} devices", status, output)
+    wrong = difference(whole, folder / "elastic", 1e-4)
+    yield Case("1, 2 and 4 devices in turn, compared to 1", LOST if wrong else WORKS, wrong)
+
+
+def _stopped(
+    rng: random.Random, kills: int, terms: int, flags: list[str], folder: pathlib.Path, full: float
+) -> Iterator[Case]:
+    """SIGKILL and SIGTERM at random moments, each of a training that is then continued."""
+    for number, how_many in ((signal.SIGKILL, kills), (signal.SIGTERM, terms)):
+        workdir, name = folder / number.name, number.name
+        for _ in range(how_many):
+            if _last(workdir) > 0.95 * _last(folder / "whole"):
+                shutil.rmtree(workdir)
+            log = folder / "log"
+            log.unlink(missing_ok=True)
+            arguments = ["train", *flags, f"--workdir={workdir}"]
+            process = commands.start(observe, arguments, log)
+            moment = rng.uniform(0.05, 1) * full
+            process.join(moment)
+            os.kill(process.pid, number) if process.exitcode is None else None
+            process.join()
+            what, status = f"{name} after {moment:.2f} s", process.exitcode
+            if status == -signal.SIGTERM:  # before the train loop
+                yield Case(what, WORKS, "before the loop")
+            elif status == 143:
+                step, last = _checkpoint(workdir), _last(workdir)
+                yield Case(what, WORKS if step == last else LOST, f"steps {step}, {last}")
+            elif status not in (0, -number):
+                yield Case(what, FOREIGN, f"{status}: {log.read_text(errors='replace')[-300:]}")
+            else:
+                yield Case(what, WORKS)
+        status, output = call("train", *flags, f"--workdir={workdir}", log=folder / "log")
+        case = judge(f"continued after {how_many} {name}", status, output)
+        wrong = difference(folder / "whole", workdir)
+        yield Case(case.what, LOST, wrong) if wrong else case
+
+
+def _last(workdir: pathlib.Path) -> int:
+    return max((record["step"] for record in read_lines(workdir / "metrics.jsonl")), default=0)
+
+
+def _checkpoint(workdir: pathlib.Path) -> int:
+    return max(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*"))
+
+
+def _crowded(flags: list[str], folder: pathlib.Path, samplers: int) -> Iterator[Case]:
+    """A trainer, and samplers that read its run meanwhile."""
+    workdir, log = folder / "crowded", folder / "trainer"
+    trainer = commands.start(observe, ["train", *flags, f"--workdir={workdir}"], log)
+    while trainer.exitcode is None and not any((workdir / "checkpoints").glob("[0-9]*")):
+        time.sleep(0.05)
+    for number in range(samplers):
+        out = folder / f"{number}.npz"
+        arguments = [f"--workdir={workdir}", f"--out={out}", "--num_samples=2", "--steps=2"]
+        status, output = call("sample", *arguments, log=folder / "log")
+        yield judge(f"sampler {number} beside a trainer", status, output)
+    trainer.join()
+    case = judge("a trainer beside samplers", trainer.exitcode, log.read_text())
+    wrong = difference(folder / "whole", workdir)
+    yield Case(case.what, LOST, wrong) if wrong else case
