@@ -44,7 +44,8 @@ CONFIGS = {
     "sections.py": "from ml_collections import ConfigDict\ndef get_config():\n"
     "    return ConfigDict({'num_steps': 1})\n",
 }  # fmt: skip
-PLACES = ("", "/proc/x/y", "/dev/null", "/dev/null/x", "FILE", "x" * 300, "/", "é\u2028/x")
+# Where no command can write, or in a folder that is removed: a command that works leaves files.
+PLACES = ("/proc/x/y", "/dev/null/x", "FILE", "x" * 300, "é\u2028/x", "../out/./y")
 
 
 def observe(module: str, *argv: str) -> None:
@@ -144,7 +145,8 @@ def command(rng: random.Random, folder: pathlib.Path) -> tuple[str, list[str]]:
             config = rng.choice([*CONFIGS])
             flags[name] = str(folder / config) if CONFIGS[config] is not None else config
         elif name in ("workdir", "out", "features", "judge", "autoguidance", "cache"):
-            flags[name] = rng.choice((*WORDS, *PLACES)).replace("FILE", str(folder / "file"))
+            words = [word for word in WORDS if ".." not in word]
+            flags[name] = rng.choice((*words, *PLACES)).replace("FILE", str(folder / "file"))
             flags[name] = flags[name] if flags[name].startswith("/") else f"{out}/{flags[name]}"
         else:
             flags[name] = rng.choice(WORDS)
