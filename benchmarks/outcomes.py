@@ -60,7 +60,7 @@ def warnings() -> Iterator[list[str]]:
         logger.removeHandler(handler)
 
 
-def attempt(call: Callable[[], Any], seconds: float = 20) -> tuple[str, str, Any]:
+def attempt(call: Callable[[], Any], seconds: float = 120) -> tuple[str, str, Any]:
     """(outcome, detail, result of `call` or None): WORKS, WARNED, REFUSED or FOREIGN."""
 
     def expire(*_: Any) -> None:
