@@ -114,7 +114,7 @@ def test_a_task_that_fails_or_makes_nothing_stops_all(schedule, name):
 
 def test_only_a_training_that_came_to_an_end_is_marked(tmp_path, monkeypatch):
     config, bench = small("mixture"), mixture_mclr.Bench(tmp_path)
-    config.optimizer.learning_rate = 1e8
+    config.optimizer.learning_rate = 1e6
     with monkeypatch.context() as signalled:
         signalled.setattr(loop.Interrupt, "requested", lambda self, sync: 15)
         with pytest.raises(loop.Interrupted, match="143"):

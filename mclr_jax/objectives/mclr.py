@@ -89,7 +89,7 @@ class MCLR(Objective):
         for name, ends in {"beta": "", "clip_ratio": "", "reference_penalty": "",
                            "logistic_scale": "("}.items():  # fmt: skip
             if not isinstance(value := getattr(self, name), jax.Array):  # which may be traced
-                in_range(f"objective.{name}", value, 0.0, 1e6, ends)
+                in_range(f"objective.{name}", value, 0.0, 1e12, ends)
         if self.sigma_interval:
             pair("objective.sigma_interval", self.sigma_interval, 0.0)
         for name, words in WORDS.items():
