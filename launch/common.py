@@ -9,6 +9,7 @@ import re
 import runpy
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -73,6 +74,8 @@ def _parse(arguments: bool, argv: list[str]) -> list[str]:
         text = re.sub(
             r"Failed to parse .* as a ConfigDict.*", "it is a section; set its keys.", text
         )
+        lines = text.strip().splitlines()  # of a config file: with a traceback, the error last
+        text = f"--config={path}: {lines[-1]}" if len(lines) > 2 else text
         stop(f"{text} (--help lists all flags.)")
     except Exception as error:  # of the config file, or by config_flags of a key's name
         if os.environ.get("MCLR_TRACEBACK"):
@@ -160,5 +163,10 @@ def _report(kind: type, error: BaseException, trace: Any) -> None:
 
 
 def _report_thread(failed: Any) -> None:
-    """Print in one line the error of a thread, such as those that write to a full disk."""
-    print(f"{failed.exc_type.__name__}: {failed.exc_value} (in a thread)", file=sys.stderr)
+    """Print in one line the error of a thread, such as those that write to a full disk.
+
+    Those of TensorBoard come after the error of the training's own log on that disk.
+    """
+    frames = traceback.extract_tb(failed.exc_traceback)
+    if not any("tensorboardX" in frame.filename for frame in frames):
+        print(f"{failed.exc_type.__name__}: {failed.exc_value} (in a thread)", file=sys.stderr)

@@ -21,6 +21,7 @@ from mclr_jax import generate, images, runs
 from mclr_jax.data import sources
 from mclr_jax.files import provenance, write_json
 from mclr_jax.main import train
+from mclr_jax.names import in_range
 from mclr_jax.training.devices import banner
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Directory of the runs; made if missing.")
@@ -31,6 +32,8 @@ PER_CLASS = flags.DEFINE_integer("per_class", 50, "Samples of each class.", lowe
 
 
 def main() -> None:
+    in_range("--guidance_scale", GUIDANCE_SCALE.value, 1.0, 1000.0)
+    in_range("--per_class", PER_CLASS.value, 1, 100_000)
     workdir = pathlib.Path(WORKDIR.value)
     train(digits.get_config(), workdir / "base")
     train(digits_classifier.get_config(), workdir / "classifier")

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mclr_jax.names import in_range
+from mclr_jax.names import in_range, pair
 from mclr_jax.types import Condition, DenoiseFn, MomentsFn, as_condition, expand
 
 # (x (B, ...), c_noise (B,) or (B, F), condition) -> raw output (B, ...)
@@ -53,7 +53,7 @@ class EDM:
     sigma_data: float = 0.5
 
     def __post_init__(self):
-        in_range("preconditioning.sigma_data", self.sigma_data, 0.0, open="(")
+        in_range("preconditioning.sigma_data", self.sigma_data, 1e-9, 1e9)
 
     levels = (0.0, float("inf"))
 
@@ -99,6 +99,18 @@ class _Discrete(abc.ABC):
     def alphas(self) -> np.ndarray:
         """1 - beta of each step, (steps,) float64."""
 
+    steps: int
+
+    def __post_init__(self):
+        in_range("preconditioning.steps", self.steps, 2, 1_000_000)
+        with np.errstate(all="ignore"):
+            levels = self.table
+        if not (np.isfinite(levels).all() and 0 < levels[0] and np.all(np.diff(levels) > 0)):
+            raise ValueError(
+                f"config.preconditioning: {self} has noise levels from {levels[0]:g} to "
+                f"{levels[-1]:g}; expected finite levels above 0 that rise in every step."
+            )
+
     @functools.cached_property
     def table(self) -> np.ndarray:
         """Noise level of each step, (steps,) float64."""
@@ -124,6 +136,10 @@ class Epsilon(_Discrete):
     betas: tuple[float, float] = (1e-4, 0.02)  # of the first and of the last step
     steps: int = 1000
 
+    def __post_init__(self):
+        pair("preconditioning.betas", self.betas, 0.0, 1.0)
+        super().__post_init__()
+
     @property
     def alphas(self) -> np.ndarray:
         return 1 - np.linspace(*self.betas, self.steps)
@@ -147,6 +163,10 @@ class V(_Discrete):
     end: float = 3.0
     tau: float = 1.0
     steps: int = 1000
+
+    def __post_init__(self):
+        in_range("preconditioning.tau", self.tau, 0.0, open="(")
+        super().__post_init__()
 
     @property
     def alphas(self) -> np.ndarray:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
-from mclr_jax.names import in_range
+from mclr_jax.names import check_keys, in_range, of_kind
 
 Decay = Callable[[jnp.ndarray], jnp.ndarray]  # number of updates done () -> beta ()
 
@@ -53,9 +53,15 @@ def power(std: float) -> Decay:
 
 def tracks(config) -> dict[str, Decay]:
     """The tracks of `config.ema` by name: `halflife`, if its steps are not 0, then `power_STD`."""
-    in_range("config.ema.halflife_steps", config.halflife_steps, 0.0)
-    in_range("config.ema.ramp_up", config.ramp_up, 0.0)
+    known = ("halflife_steps", "ramp_up", "power_stds", "snapshot_every")
+    check_keys("config.ema", config.keys(), known)
+    in_range("config.ema.halflife_steps", config.halflife_steps, 0.0, 1e9)
+    in_range("config.ema.ramp_up", config.ramp_up, 0.0, 1.0)
+    in_range("config.ema.snapshot_every", config.snapshot_every, 0)
+    of_kind("config.ema.power_stds", config.power_stds, tuple[float, ...])
     classic = {"halflife": halflife(config.halflife_steps, config.ramp_up)}
+    for index, std in enumerate(config.power_stds):
+        in_range(f"config.ema.power_stds[{index}]", std, 0.0, 12**-0.5, "()")
     powers = {f"power_{std}": power(std) for std in config.power_stds}
     return (classic if config.halflife_steps else {}) | powers
 

@@ -17,7 +17,7 @@ from mclr_jax.data.protocol import Source
 from mclr_jax.data.protocol import sigma_data as measured_sigma
 from mclr_jax.denoiser import EDM, Epsilon, V, Velocity, fused_snr_weight, natural_weight
 from mclr_jax.model import DataInfo, Model
-from mclr_jax.names import look_up, make
+from mclr_jax.names import check_keys, construct, look_up, make
 from mclr_jax.networks.classifier import ConvClassifier, MLPClassifier
 from mclr_jax.networks.dit import DiT
 from mclr_jax.networks.mlp import MLP
@@ -118,7 +118,7 @@ def model_of(description: Mapping[str, Any]) -> Model:
     return Model(
         make(NETWORKS, description["network"], "network"),
         make(PRECONDITIONINGS, description["preconditioning"], "preconditioning"),
-        make({"data": DataInfo}, {"name": "data", **description["data"]}, "data"),
+        construct(DataInfo, description["data"], "data"),
         tuple(description["strength"]),
     )
 
@@ -137,6 +137,7 @@ def _objective(config: Any) -> tuple[Any, Any]:
     objective = make(OBJECTIVES, config.objective, "objective")
     if config.posterior.name:
         return objective, make(POSTERIORS, config.posterior, "posterior")
+    check_keys("config.posterior without a name", config.posterior.keys(), ["name"])
     if "posterior" in objective.needs:
         raise ValueError(
             "This objective needs a posterior: set config.posterior.name to 'exact', 'classifier' "

@@ -36,6 +36,15 @@ def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def append(path: str | os.PathLike, text: str) -> None:
+    """Add text to the end of a file; OSError names the file."""
+    try:
+        with open(path, "a") as file:
+            file.write(text)
+    except OSError as error:  # of a full disk: names no file
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 @contextlib.contextmanager
 def named(what: str) -> Iterator[None]:
     """Turns an error of a library into a ValueError of `what` and the error's first line.

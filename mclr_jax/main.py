@@ -12,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
 
 from mclr_jax import experiment, generate, images, runs
 from mclr_jax.data import pipeline, sources
 from mclr_jax.files import digest
 from mclr_jax.metrics import report
-from mclr_jax.names import in_range
+from mclr_jax.names import check_keys, construct, in_range, of_kind
+from mclr_jax.noise import LEVELS
 from mclr_jax.samplers import Sampler
 from mclr_jax.task import Task
 from mclr_jax.training import loop
@@ -27,11 +29,45 @@ from mclr_jax.training.log import Writer
 from mclr_jax.training.loop import Hook, Moment
 from mclr_jax.training.step import TrainState, init_state, make_evaluate
 
-# The least values of keys that only the train loop reads.
-AT_LEAST = {"seed": 0, "num_steps": 1, "batch_size": 1, "steps_per_dispatch": 0,
-            "grad_accumulation": 1, "log_every": 1, "checkpoint_every": 0, "keep_checkpoints": 1,
-            "eval_examples": 0, "sample_every": 0, "icr.every_steps": 0, "ema.snapshot_every": 0,
-            "data.augment": 0.0, "data.limit": 0, "sigma_data": 0.0}  # fmt: skip
+# The keys that only this file reads: the range of a number (low, high), or another kind.
+KEYS: dict[str, Any] = {
+    "seed": (0,), "num_steps": (1,), "batch_size": (1,), "parallel": str, "init_from": str,
+    "require_accelerator": bool, "steps_per_dispatch": (0,), "grad_accumulation": (1,),
+    "log_every": (1,), "checkpoint_every": (0,), "keep_checkpoints": (1,), "eval_examples": (0,),
+    "sample_every": (0,), "sigma_data": (0.0, LEVELS[1]), "strength": tuple[float, ...],
+    "icr.every_steps": (0,), "icr.num_images": (2,), "icr.sigma": (0.0, LEVELS[1], "("),
+    "icr.layer": str, "icr.samples": (0,), "profile.start": (0,), "profile.num_steps": (0,),
+    "data.name": str, "data.path": str, "data.test": str, "data.generated": str,
+    "data.num_classes": (0,), "data.resolution": (0,), "data.limit": (0,), "data.flip": bool,
+    "data.augment": (0.0, 1.0), "posterior.name": str, "weight": str,
+}  # fmt: skip
+# Sections whose readers check the keys.
+SECTIONS = ("network", "noise", "preconditioning", "objective", "posterior", "companions",
+            "optimizer", "ema", "sampler")  # fmt: skip
+
+
+def check(config: Any) -> None:
+    """Raise ValueError with the first key that is unknown, missing or of a wrong kind or range."""
+    known: dict[str, set[str]] = {"": {*SECTIONS, "icr", "profile", "data"}}
+    for key in KEYS:
+        section, _, name = key.rpartition(".")
+        known.setdefault(section, set()).add(name)
+    check_keys("config", config.keys(), known[""])
+    for section in (*SECTIONS, "icr", "profile", "data"):
+        if not isinstance(given := config[section], ConfigDict):
+            raise ValueError(f"config.{section} is {given!r}; expected a section with keys.")
+    for section in ("icr", "profile", "data", "posterior"):
+        # The user's own source of data has options, and so has a posterior.
+        more = set(config[section]) if section in ("data", "posterior") else set()
+        check_keys(f"config.{section}", config[section].keys(), known[section] | more)
+    for key, limits in KEYS.items():
+        value = operator.attrgetter(key)(config)
+        if isinstance(limits, tuple):
+            in_range(f"config.{key}", value, *limits)
+        else:
+            of_kind(f"config.{key}", value, limits)
+    for name, path in config.companions.items():
+        of_kind(f"config.companions.{name}", path, str)
 
 
 def train(
@@ -52,8 +88,7 @@ def train(
       RuntimeError: another process trains in `workdir`, or no checkpoint there can be read.
       ValueError: the config is invalid, or `workdir` has a run of another model or of other data.
     """
-    for key, low in AT_LEAST.items():
-        in_range(f"config.{key}", operator.attrgetter(key)(config), low)
+    check(config)
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     logging.info(banner())
@@ -75,12 +110,13 @@ def _train(
     """The last state, and the number of the signal that stopped the training, or 0."""
     # ---- set-up -------------------------------------------------------------------------------
     devices = Devices(config.parallel)
-    devices.check_batch_size(config.batch_size)
+    devices.check_batch_size(config.batch_size, config.grad_accumulation)
     source = sources.from_config(config.data, "train", config.seed)
     data = experiment.data_info(config, source)
     companions = runs.companions(config, data, workdir)
     task = experiment.make_task(config, data, companions)
-    extra, sampler = extra_sources(config, task, source), Sampler(**config.sampler)
+    extra = extra_sources(config, task, source)
+    sampler = construct(Sampler, config.sampler, "sampler")
     first_process = jax.process_index() == 0
     description = runs.describe(config, task.model, companions, source)
     changes = runs.changes(workdir, description)

@@ -51,7 +51,7 @@ class Model:
             if len(self.strength) != 2:
                 raise ValueError(f"strength is {self.strength}; expected () or (low, high).")
             in_range("strength[0]", self.strength[0], 0.0)
-            in_range("strength[1]", self.strength[1], float(self.strength[0]))
+            in_range("strength[1]", self.strength[1], float(self.strength[0]), 1e6)
 
     @property
     def null_label(self) -> int:

@@ -15,6 +15,8 @@ from jax.scipy.special import ndtri
 from mclr_jax.denoiser import V
 from mclr_jax.names import in_range
 
+LEVELS = 1e-9, 1e9  # a float32 holds their squares
+
 
 class NoiseLevels(Protocol):
     """A training distribution of noise levels."""
@@ -31,8 +33,8 @@ class LogNormal:
     std: float = 1.2
 
     def __post_init__(self):
-        in_range("noise.mean", self.mean, -math.inf)
-        in_range("noise.std", self.std, 0.0)
+        in_range("noise.mean", self.mean, -20.0, 20.0)
+        in_range("noise.std", self.std, 0.0, 10.0)
 
     def sample(self, key: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
         return jnp.exp(self.mean + self.std * jax.random.normal(key, shape))
@@ -46,8 +48,8 @@ class LogUniform:
     sigma_max: float = 80.0
 
     def __post_init__(self):
-        in_range("noise.sigma_min", self.sigma_min, 0.0, open="(")
-        in_range("noise.sigma_max", self.sigma_max, float(self.sigma_min))
+        in_range("noise.sigma_min", self.sigma_min, *LEVELS)
+        in_range("noise.sigma_max", self.sigma_max, float(self.sigma_min), LEVELS[1])
 
     def sample(self, key: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
         low, high = np.log(self.sigma_min), np.log(self.sigma_max)

@@ -3,15 +3,14 @@
 from collections.abc import Callable
 
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from mclr_jax.names import in_range, look_up
+from mclr_jax.names import INT32, check_keys, in_range, look_up
 
-LIMITS = {"learning_rate": (0.0, np.inf, ""), "warmup_steps": (0, np.inf, ""),
-          "decay_steps": (1, np.inf, ""), "b1": (0.0, 1.0, ")"), "b2": (0.0, 1.0, ")"),
-          "eps": (0.0, np.inf, "("), "weight_decay": (0.0, np.inf, ""),
-          "clip_norm": (0.0, np.inf, "")}  # fmt: skip
+LIMITS = {"learning_rate": (0.0, 1e6, ""), "warmup_steps": (0, INT32, ""),
+          "decay_steps": (1, INT32, ""), "b1": (0.0, 1.0, ")"), "b2": (0.0, 1.0, ")"),
+          "eps": (0.0, 1e6, "("), "weight_decay": (0.0, 1e6, ""),
+          "clip_norm": (0.0, 1e9, "")}  # fmt: skip
 
 
 def learning_rate(config, num_steps: int) -> Callable:
@@ -37,6 +36,7 @@ def learning_rate(config, num_steps: int) -> Callable:
 
 def optimizer(config, num_steps: int) -> optax.GradientTransformation:
     """AdamW after clipping by the global norm, from config.optimizer; clip_norm = 0 for none."""
+    check_keys("config.optimizer", config.keys(), [*LIMITS, "schedule"])
     for key, (low, high, ends) in LIMITS.items():
         in_range(f"config.optimizer.{key}", config[key], low, high, ends)
     rate = learning_rate(config, num_steps)

@@ -48,6 +48,10 @@ class Denoiser:
 
     needs = frozenset({"reference", "class_prior"})
 
+    def __post_init__(self):
+        in_range("posterior.levels", self.levels, 1, 10_000)
+        in_range("posterior.candidates", self.candidates, 0)
+
     def __call__(self, frozen: Mapping[str, Answers], problem: Problem) -> PosteriorFn:
         denoise, options = frozen["reference"].denoise, dataclasses.asdict(self)
         return from_denoiser(denoise, problem.class_prior, problem.sigma_data, **options)

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import operator
 import os
 import pathlib
 import socket
@@ -29,6 +30,7 @@ from mclr_jax.data.formats import FORMATS
 from mclr_jax.data.protocol import Source, evenly
 from mclr_jax.files import digest, flat, provenance, write_atomically, write_json
 from mclr_jax.model import DataInfo, Model
+from mclr_jax.names import construct
 from mclr_jax.samplers import Sampler
 from mclr_jax.task import MADE_HERE
 from mclr_jax.training.checkpoint import Checkpoints, check_same
@@ -51,7 +53,8 @@ def describe(
     others = {name: experiment.describe(other) for name, other in companions.items()}
     examples = {"number": len(source), "digest": digest(source[evenly(source, 64)])}
     parts = {"config": config.to_dict(), "model": experiment.describe(model), "data": examples}
-    return json.loads(json.dumps({**parts, "companions": others}))
+    numbers = operator.methodcaller("item")  # NumPy's as Python's
+    return json.loads(json.dumps({**parts, "companions": others}, default=numbers))
 
 
 def _paths(config: Mapping[str, Any]) -> dict[str, str]:
@@ -220,7 +223,7 @@ class Run:
     @property
     def sampler(self) -> Sampler:
         """config.sampler as a Sampler."""
-        return Sampler(**self.config.sampler)
+        return construct(Sampler, self.config.sampler, "sampler")
 
     def weights(
         self, average: str = "", step: int | None = None, interpolation: float = 1.0
@@ -319,6 +322,8 @@ def load(workdir: str | pathlib.Path, init_from: str = "", data: str = "") -> Ru
     except (KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{workdir}/run.json is damaged ({reason}); restore it.") from error
+    except ValueError as error:
+        raise ValueError(f"{workdir}/run.json: {error}") from error
     if init_from:
         config.init_from = init_from
     if data and (":" in data or data in FORMATS):
@@ -413,6 +418,9 @@ def companions(config: Any, data: DataInfo, workdir: pathlib.Path) -> dict[str, 
     held: Mapping[str, Model] = {}
     if has_checkpoints(workdir):
         held = load(workdir).companions
+    for name in sorted(n for n, path in config.companions.items() if path and n not in paths):
+        logging.warning("config.companions.%s is not used: this objective reads %s.",
+                        name, ", ".join(paths) or "no companion")  # fmt: skip
     for name, path in paths.items():
         model = held[name] if name in held else load(path).model
         kind = "a classifier" if model.is_classifier else "a denoiser"

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mclr_jax.names import in_range, look_up
-from mclr_jax.noise import normal_like, rho_grid
+from mclr_jax.noise import LEVELS, normal_like, rho_grid
 from mclr_jax.types import Condition, DenoiseFn, as_condition, expand
 
 
@@ -128,7 +128,10 @@ class Sampler:
 
     def __post_init__(self):
         look_up(METHODS, self.method, "sampler")
-        in_range("sampler.num_steps", self.num_steps, 1)
+        in_range("sampler.num_steps", self.num_steps, 1, 100_000)
+        in_range("sampler.sigma_min", self.sigma_min, *LEVELS)
+        in_range("sampler.sigma_max", self.sigma_max, *LEVELS)
+        in_range("sampler.rho", self.rho, 0.1, 100.0)
         self.grid()
 
     def grid(self, levels: tuple[float, float] = (0.0, np.inf)) -> np.ndarray:

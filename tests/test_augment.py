@@ -157,3 +157,8 @@ def test_example_does_not_depend_on_its_batch():
 def test_one_pixel_is_refused():
     with pytest.raises(ValueError, match="at least 2"):
         augment_lib.warp(jnp.zeros((1, 4, 1)), jnp.asarray(IDENTITY))
+
+
+def test_vectors_are_refused():
+    with pytest.raises(ValueError, match=r"shape \(5, 2\), expected \(B, H, W, C\) to augment"):
+        augment(jnp.zeros((5, 2)), jax.random.split(jax.random.key(0), 5))

@@ -3,13 +3,15 @@
 import functools
 import json
 import pathlib
+import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 
-from mclr_jax import runs
+from mclr_jax import main, runs
 from mclr_jax.experiment import make_task
 from mclr_jax.model import DataInfo
 from mclr_jax.training import loop
@@ -23,7 +25,9 @@ import mclr_figures  # noqa: E402
 import mclr_images  # noqa: E402
 import mclr_probes  # noqa: E402
 import mixture_mclr  # noqa: E402
+import outcomes  # noqa: E402
 import parameters  # noqa: E402
+import robustness_values  # noqa: E402
 import tasks  # noqa: E402
 
 SMALL = {
@@ -110,7 +114,7 @@ def test_a_task_that_fails_or_makes_nothing_stops_all(schedule, name):
 
 def test_only_a_training_that_came_to_an_end_is_marked(tmp_path, monkeypatch):
     config, bench = small("mixture"), mixture_mclr.Bench(tmp_path)
-    config.optimizer.learning_rate = 1e8
+    config.optimizer.learning_rate = 1e6
     with monkeypatch.context() as signalled:
         signalled.setattr(loop.Interrupt, "requested", lambda self, sync: 15)
         with pytest.raises(loop.Interrupted, match="143"):
@@ -333,3 +337,55 @@ def test_icr_along_the_base_of_digits(digits, tmp_path, monkeypatch):
     assert len(result["claims"]) == 4
     outputs = {task.output for task in bench.tasks("abc")}
     assert {"images_256/done.json", "curves/images_256.json", "cost.json"} <= outputs
+
+
+# ---- robustness ----------------------------------------------------------------------------------
+
+
+def test_an_outcome_tells_whose_words_an_error_has():
+    def warns():
+        runs.logging.warning("odd")
+        return 3
+
+    outcome = {
+        "works": lambda: 3,
+        "refused": lambda: runs.load("nowhere"),
+        "FOREIGN": lambda: np.linspace(0, 1, 10**20),
+    }
+    assert {name: outcomes.attempt(call)[0] for name, call in outcome.items()} == {
+        name: name for name in outcome
+    }
+    assert outcomes.attempt(warns) == ("works", "", 3)  # a warning, but not of this project
+    assert outcomes.attempt(lambda: make_task(0, 0, 0))[0] == "FOREIGN"  # AttributeError of ours
+    assert outcomes.attempt(lambda: time.sleep(9), 0.01)[1] == "no end within 0.01 s"
+
+
+def test_a_config_value_that_is_accepted_wrongly_is_found(tmp_path, monkeypatch):
+    config = robustness_values.small("mixture", {}, tmp_path)
+    defaults = robustness_values.flat(config.to_dict())
+
+    def judged(**mutations):
+        own = {key.replace("__", "."): value for key, value in mutations.items()}
+        with robustness_values.traced_only():
+            return robustness_values.judge("", config.copy_and_resolve_references(), own, defaults)
+
+    assert judged(seed=1).outcome == "works"
+    assert judged(icr__layer=3).outcome == "refused"
+    monkeypatch.setattr(main, "check", lambda config: None)
+    assert judged(icr__layer=3)[1:] == ("SILENT", "icr.layer of kind '' accepts 3")
+    assert judged(icr__lyaer="")[1:] == ("SILENT", "icr.lyaer is no key, and is ignored")
+    assert judged(log_every="3").outcome == "FOREIGN"
+
+
+def test_robustness_counts_every_section(tmp_path):
+    out = tmp_path / "out.json"
+    command = [sys.executable, "benchmarks/robustness.py", "--quick", f"--out={out}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = json.loads(out.read_text())
+    assert list(result) == ["values", "commands", "runs", "files", "processes"], done.stderr[-2000:]
+    for part in result.values():
+        assert part["cases"] > 3
+        assert part.keys() >= MADE_BY
+        assert part["LOST"] == part["SILENT"] == 0, part["bad"]
+    assert [result[name]["bad"] for name in ("values", "commands", "runs", "files")] == [[]] * 4
+    assert done.returncode == any(part["bad"] for part in result.values())

@@ -369,3 +369,19 @@ def test_the_fused_weight_is_its_recursion():
         ValueError, match=r"shape \(4,\); weight 'fused_snr' needs a level for each"
     ):
         fused_snr_weight(EDM(), jnp.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: EDM(0.0), r"sigma_data is 0.0; expected a number of at least 1e-09"),
+        (lambda: Epsilon(steps=1), r"steps is 1; expected an integer of at least 2"),
+        (lambda: Epsilon(betas=(0.02, 0.0001)), r"betas is .*0 <= low < high <= 1"),
+        (lambda: Epsilon(betas=(0.0, 0.02)), r"betas=\(0.0, 0.02\).*levels above 0 that rise"),
+        (lambda: V(tau=0.0), r"tau is 0.0; expected a number above 0"),
+        (lambda: V(start=1e30), r"start=1e\+30.*levels above 0 that rise"),
+    ],
+)
+def test_processes_without_rising_levels_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -153,6 +153,10 @@ def test_bad_layouts_are_refused():
         Devices("pmpa")
     with pytest.raises(ValueError, match="multiple of 8"):
         Devices("pmap").check_batch_size(12)
+    with pytest.raises(ValueError, match=r"grad_accumulation is 3, .* the 2 rows .* divisor of 2"):
+        Devices("pmap").check_batch_size(16, 3)
+    Devices("pmap").check_batch_size(16, 2)
+    Devices("data").check_batch_size(24, 12)  # the parts are of the whole batch
     with pytest.raises(RuntimeError, match=r"no accelerator.*cpu"):
         require_accelerator()
 

@@ -171,3 +171,10 @@ def test_wrong_weights_are_named():
 def test_sizes_must_divide(change, message):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(NET.clone(**change).init, jax.random.key(0), *PLAIN)
+
+
+def test_a_feed_forward_layer_of_no_units_is_refused():
+    with pytest.raises(ValueError, match=r"mlp_ratio is 0\.05; expected a number of at least 0\.1"):
+        DiT(width=8, mlp_ratio=0.05)
+    with pytest.raises(ValueError, match=r"time_scale is -1\.0; expected a number of at least 0"):
+        DiT(time_scale=-1.0)

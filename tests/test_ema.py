@@ -4,8 +4,8 @@ import pytest
 import reference
 from hypothesis import given
 from hypothesis import strategies as st
-from ml_collections import ConfigDict
 
+from configs.base import base
 from mclr_jax import ema
 
 REF = reference.load("edm2_heun_trajectory_and_phema")
@@ -71,7 +71,28 @@ def test_halflife_halves_and_ramps_up():
 
 
 def test_tracks_are_named_and_widths_checked():
-    config = ConfigDict({"halflife_steps": 10.0, "ramp_up": 0.05, "power_stds": (0.05, 0.1)})
+    config = base().ema
+    config.update({"halflife_steps": 10.0, "power_stds": (0.05, 0.1)})
     assert list(ema.tracks(config)) == ["halflife", "power_0.05", "power_0.1"]
     with pytest.raises(ValueError, match="expected 0 < std"):
         ema.power(0.3)
+    for key, value, message in (
+        ("halflife", 3.0, "config.ema has no key 'halflife'. Did you mean 'halflife_steps'"),
+        ("power_stds", (0.5,), r"config.ema.power_stds\[0\] is 0.5; .*above 0 and below 0.2"),
+        ("power_stds", 0.1, "config.ema.power_stds is 0.1; expected any number of values"),
+        (
+            "ramp_up",
+            2.0,
+            "config.ema.ramp_up is 2.0; expected .* at least 0 and at most 1",
+        ),
+        (
+            "snapshot_every",
+            -1,
+            "config.ema.snapshot_every is -1; expected an integer",
+        ),
+    ):
+        wrong = base().ema
+        with wrong.ignore_type():
+            wrong[key] = value
+        with pytest.raises(ValueError, match=message):
+            ema.tracks(wrong)

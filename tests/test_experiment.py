@@ -285,6 +285,13 @@ def test_the_name_alone_keeps_the_options_of_another_which_is_explained(section,
     experiment.make_task(config, DATA, {})
 
 
+def test_options_of_a_posterior_without_a_name_are_refused():
+    config = tiny.config("digits")
+    config.posterior = ConfigDict({"name": "", "levels": 4})
+    with pytest.raises(ValueError, match=r"config\.posterior without a name has no key 'levels'"):
+        experiment.make_task(config, DATA, {})
+
+
 def test_a_network_without_the_inputs_that_a_config_asks_for_is_refused():
     for changes, field in [
         ({"strength": (0.0, 2.0)}, "takes_strength"),

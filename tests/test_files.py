@@ -21,6 +21,14 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [tmp_path / "a"]
 
 
+def test_what_cannot_be_added_names_the_file(tmp_path):
+    files.append(tmp_path / "a", "one\n")
+    files.append(str(tmp_path / "a"), "two\n")
+    assert (tmp_path / "a").read_text() == "one\ntwo\n"
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
+        files.append("/dev/full", "x" * 10_000)
+
+
 def test_the_folder_is_made_and_nothing_else_is_left(tmp_path):
     path = tmp_path / "b" / "c" / "a.bin"
     files.write_atomically(str(path), b"\x00\xff")

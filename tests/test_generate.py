@@ -122,7 +122,7 @@ NAN, INF = float("nan"), float("inf")
     ({"interval": (NAN, 1.0)}, "interval is"),
     ({"churn": samplers.Churn(NAN)}, "churn.amount is nan"),
     ({"churn": samplers.Churn(noise_scale=-1.0)}, "churn.noise_scale is -1.0"),
-    ({"seed": -1}, "seed is -1; expected an integer of at least 0 and at most 4.29497e"),
+    ({"seed": -1}, "seed is -1; expected an integer of at least 0 and at most 4294967295"),
     ({"seed": 2**32}, "seed is 4294967296"),
     ({"labels": np.array([2**32])}, "must lie in 0..10"),
     ({"labels": np.array([0.5])}, "labels of float64; expected integers"),

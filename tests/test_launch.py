@@ -81,6 +81,7 @@ CONFIG = "--config=configs/digits.py"
         ("train", [CONFIG, "--config.objective=mclr"], "objective=mclr: it is a section; set its"),
         ("train", ["--config.num_steps=3"], "--config.num_steps needs --config=configs/NAME.py"),
         ("train", ["--config=configs/digit.py"], "Did you mean 'configs/digits.py'"),
+        ("train", [CONFIG + ":x"], "configs/digits.py:x: TypeError: get_config() takes 0"),
         ("train", ["--config=digits"], "Did you mean 'configs/digits.py'"),
         ("train", [CONFIG, "--wrkdir=x"], "Did you mean: workdir"),
         ("train", [CONFIG], "--workdir"),

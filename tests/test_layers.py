@@ -13,6 +13,8 @@ from jax.nn.initializers import variance_scaling
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mclr_jax.networks import layers
+from mclr_jax.networks.mlp import MLP
+from mclr_jax.networks.unet import UNet
 
 RNG = np.random.default_rng(0)
 
@@ -328,3 +330,18 @@ def test_dropout():
     part, _ = TwoDropouts().apply({}, x[17:20], keys[17:20])
     np.testing.assert_array_equal(part, first[17:20])
     np.testing.assert_array_equal(TwoDropouts().apply({}, x, None)[0], x)
+
+
+@pytest.mark.parametrize(
+    ("network", "options", "message"),
+    [
+        (MLP, {"width": 2**31}, "network.width is 2147483648; expected .* at most 65536"),
+        (MLP, {"depth": 1.5}, "network.depth is 1.5; expected an integer"),
+        (UNet, {"channel_mult": (1, 0)}, "network.channel_mult is 0; expected an integer of at le"),
+        (UNet, {"channel_mult": ()}, r"network.channel_mult is \(\); expected a value for each"),
+    ],
+)
+def test_sizes_that_no_network_can_have_are_refused(network, options, message):
+    with pytest.raises(ValueError, match=message):
+        network(**options)
+    network(width=3) if network is MLP else network(channel_mult=(1, 2))

@@ -168,8 +168,29 @@ NAN, INF = float("nan"), float("inf")
     ("ema.halflife_steps", -1.0, "of at least 0"),
     ("ema.ramp_up", NAN, "nan"),
     ("sampler.num_steps", 0, "of at least 1"),
-    ("sampler.rho", NAN, "rho=nan"),
-    ("sampler.sigma_max", INF, "sigma_max=inf"),
+    ("sampler.rho", NAN, "rho is nan"),
+    ("sampler.sigma_max", INF, "sigma_max is inf"),
+    ("sampler.num_steps", 10**9, "at most 100000"),
+    ("num_steps", 1000.0, "an integer of at least 1"),
+    ("num_steps", 2**31, "at most 2147483647"),
+    ("batch_size", "16", "an integer of at least 1"),
+    ("batch_size", True, "an integer of at least 1"),
+    ("grad_accumulation", 3, "which does not divide the"),
+    ("require_accelerator", "no", "True or False"),
+    ("init_from", 3, "a text"),
+    ("data.name", ["digits"], "a text"),
+    ("data.flip", 1, "True or False"),
+    ("data.augment", 1.5, "at most 1"),
+    ("data.num_classes", -1, "of at least 0"),
+    ("icr.num_images", 1, "of at least 2"),
+    ("icr.sigma", 0.0, "above 0"),
+    ("icr.layer", None, "a text"),
+    ("profile.start", -1, "of at least 0"),
+    ("profile.num_steps", -1, "of at least 0"),
+    ("strength", 2.0, "any number of values"),
+    ("companions.weak", 3, "a text"),
+    ("posterior.name", [], "a text"),
+    ("optimizer", 3, "a section"),
     ("sampler.method", "huen", "Did you mean 'heun'"),
 ])  # fmt: skip
 def test_values_that_spoil_a_run_are_refused_before_it_is_written(tmp_path, key, value, expected):
@@ -180,6 +201,31 @@ def test_values_that_spoil_a_run_are_refused_before_it_is_written(tmp_path, key,
         main.train(config, tmp_path / "run")
     assert key.rpartition(".")[2].partition("[")[0].replace("method", "sampler") in str(error.value)
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [("", "num_stpes"), ("icr", "sigmas"), ("profile", "stop"), ("optimizer", "lr"),
+     ("ema", "halflife"), ("sampler", "steps")],
+)  # fmt: skip
+def test_keys_that_nothing_reads_are_refused_and_missing_ones_named(tmp_path, section, key):
+    """A config file that replaces a section can have any keys there."""
+    config = tiny.config()
+    part = config[section] if section else config
+    part[key] = 3
+    with pytest.raises(ValueError, match=rf"no (key|such option).*|{key}: ") as error:
+        main.train(config, tmp_path)
+    assert key in str(error.value)
+    del part[key]
+    if section == "sampler":  # all its keys have defaults
+        return
+    lost = {"": "batch_size", "ema": "ramp_up", "optimizer": "b1"}.get(
+        section, next(iter(part.keys()))
+    )
+    del part[lost]
+    with pytest.raises(ValueError, match=rf"config(\.{section})? lacks '{lost}'"):
+        main.train(config, tmp_path)
+    assert not (tmp_path / "run.json").exists()
 
 
 def test_a_held_out_set_of_other_classes_or_shape_is_refused(tmp_path):

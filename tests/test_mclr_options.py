@@ -31,6 +31,11 @@ def test_it_needs_a_posterior_and_a_reference_where_it_reads_them(options, needs
         ({"weighting": "all"}, "weighting is 'all'; expected one of .*cfg"),
         ({"bound": "tight"}, "bound is 'tight'; expected one of .*logistic"),
         ({"target": "truth"}, "target is 'truth'; expected one of .*reference"),
+        ({"beta": -0.5}, "beta is -0.5; expected a number of at least 0"),
+        ({"clip_ratio": float("nan")}, "clip_ratio is nan; expected a number"),
+        ({"logistic_scale": 0.0}, "logistic_scale is 0.0; expected a number above 0"),
+        ({"sigma_interval": (2.0, 1.0)}, r"sigma_interval is \(2.0, 1.0\); .*low < high"),
+        ({"sigma_interval": (2.0,)}, r"sigma_interval is \(2.0,\); expected \(low, high\)"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes, message):

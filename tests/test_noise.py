@@ -204,3 +204,21 @@ def test_noise_has_the_type_and_the_moments_that_it_should():
     n = noise.normal_like(noise.sample_keys(0, np.arange(2000)), x.astype(jnp.float32))
     assert abs(n.mean()) < 4 / np.sqrt(n.size)
     assert abs((n**2).mean() - 1) < 4 * np.sqrt(2 / n.size)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: noise.LogNormal(mean=21.0), "mean is 21.0; .*at least -20 and at most 20"),
+        (lambda: noise.LogNormal(std=11.0), "std is 11.0; .*at most 10"),
+        (lambda: noise.LogUniform(sigma_min=0.0), "sigma_min is 0.0; .*at least 1e-09"),
+        (lambda: noise.LogUniform(sigma_min=2.0, sigma_max=1.0), "sigma_max is 1.0; .*at least 2"),
+        (
+            lambda: noise.LogUniform(sigma_max=1e30),
+            "sigma_max is 1e.30; .*at most 1000000000",
+        ),
+    ],
+)
+def test_levels_whose_squares_a_float32_cannot_hold_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

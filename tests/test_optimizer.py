@@ -48,6 +48,15 @@ def test_adam_with_decay_and_clipping_matches_its_definition():
     np.testing.assert_allclose(run(settings, gradients), params, rtol=1e-5)
 
 
+def test_unknown_and_missing_keys_are_refused():
+    with pytest.raises(ValueError, match=r"config.optimizer has no key 'lr'"):
+        optimizer(config(lr=0.1), 10)
+    settings = config()
+    del settings.b1
+    with pytest.raises(ValueError, match=r"config.optimizer lacks 'b1'"):
+        optimizer(settings, 10)
+
+
 def test_unknown_schedules_are_refused():
     with pytest.raises(ValueError, match=r"schedule 'linear'. .*Known: constant"):
         learning_rate(config(schedule="linear"), 10)

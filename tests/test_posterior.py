@@ -404,3 +404,10 @@ def test_calibration_ignores_the_order_of_examples_and_of_classes(seed, n, class
 def test_calibration_refuses_shapes_that_do_not_fit(shape, labels, message):
     with pytest.raises(ValueError, match=message + r"; expected \(n, K\) and \(n,\)"):
         posterior.calibration_error(np.zeros(shape), np.zeros(labels, int))
+
+
+def test_options_out_of_range_are_refused_before_they_are_used():
+    with pytest.raises(ValueError, match="levels is 0; expected an integer of at least 1"):
+        posterior.Denoiser(levels=0)
+    with pytest.raises(ValueError, match="candidates is -1; expected an integer of at least 0"):
+        posterior.Denoiser(candidates=-1)

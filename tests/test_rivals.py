@@ -342,6 +342,12 @@ def test_ddo_without_samples_is_refused(started, tmp_path):
         (lambda: ModelGuidance(-0.1), "scale is -0.1; expected a number of at least 0 and below 1"),
         (lambda: ContrastiveFlow(1.0), "contrast is 1.0; expected a number of at least 0"),
         (lambda: ContrastiveFlow(-0.1), "contrast is -0.1; expected a number of at least 0"),
+        (lambda: CCA(beta=0.0), "beta is 0.0; expected a number above 0"),
+        (lambda: CCA(negative_weight=-1.0), "negative_weight is -1.0; expected a number of at l"),
+        (lambda: DPO(beta=-1.0), "beta is -1.0; expected a number above 0"),
+        (lambda: DDO(beta=0.0), "beta is 0.0; expected a number above 0"),
+        (lambda: GFT(beta=-1.0), "beta is -1.0; expected a number of at least 0"),
+        (lambda: ModelGuidance(relative_interval=(3.0, 1.0)), "relative_interval is .*low < high"),
     ],
 )
 def test_strengths_without_an_optimum_are_refused(make, message):

@@ -170,7 +170,7 @@ def test_a_description_with_values_of_other_types_is_named(tmp_path, keys, value
     else:
         part[keys[-1]] = value
     (tmp_path / "run.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"run\.json is damaged|older version"):
+    with pytest.raises(ValueError, match=r"run\.json(:| is damaged)|older version"):
         runs.load(tmp_path)
 
 
@@ -381,6 +381,23 @@ def test_companions_are_the_runs_that_the_objective_and_its_posterior_read(other
     found = runs.companions(config, data, others / "new")
     assert found == {name: runs.load(path).model for name, path in paths.items()}
     assert runs.companion_paths(tiny.config(init_from=paths["reference"])) == {}
+
+
+def test_a_companion_that_nothing_reads_is_told(others, caplog):
+    config = tiny.config(**{"companions.weak": str(others / "denoiser")})
+    assert runs.companions(config, model_of(config).data, others / "new") == {}
+    assert "config.companions.weak is not used: this objective reads no companion." in caplog.text
+
+
+def test_numbers_of_numpy_are_described_as_those_of_python():
+    config = tiny.config()
+    config.noise.std = np.float64(1.5)
+    with config.ignore_type():
+        config.num_steps, config.network.width = np.int64(7), np.int64(16)
+    source = sources.load("mixture")
+    found = runs.describe(config, model_of(config), {}, source)
+    assert (found["config"]["num_steps"], found["model"]["network"]["width"]) == (7, 16)
+    assert experiment.model_of(found["model"]) == model_of(tiny.config())
 
 
 def test_what_is_wrong_with_companions_is_said(others):

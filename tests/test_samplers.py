@@ -245,3 +245,18 @@ def test_fresh_noise_that_cannot_be_is_refused(arguments, message):
         samplers.sample(
             lambda x, s, c: x, jnp.ones((1, 1)), jnp.zeros(1, int), rho_grid(3), **arguments
         )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_steps": 10**20}, "num_steps is 1.*at most 100000"),
+        ({"sigma_min": 1e-30}, "sigma_min is 1e-30; expected a number of at least 1e-09"),
+        ({"sigma_max": "80"}, "sigma_max is '80'; expected a number"),
+        ({"rho": 1e-30}, "rho is 1e-30; expected a number of at least 0.1 and at most 100"),
+        ({"sigma_min": 5.0, "sigma_max": 2.0}, "expected 0 < sigma_min < sigma_max"),
+    ],
+)
+def test_grids_that_cannot_be_computed_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        samplers.Sampler(**options)

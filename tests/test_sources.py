@@ -46,6 +46,10 @@ def function(split, **options):
     return Arrays(images, np.arange(4, dtype=np.int32), options["num_classes"])
 
 
+def mistaken(split):
+    return len(3)
+
+
 class Wrapper:
     """Hands on whatever it does not have."""
 
@@ -94,6 +98,7 @@ def test_a_dataclass_of_ones_own():
         (f"{__name__}:Arrays", {"images": 0}, r"option 'split' for '.*:Arrays'"),
         (f"{__name__}:Wlaks", {}, r"no 'Wlaks'.*Did you mean 'Walks'"),
         ("tfd:mnist", {}, r"no module 'tfd'.*Did you mean 'tfds'"),
+        ("json:dumps", {}, r"'json:dumps' cannot be called with split \(.*missing.*keyword argum"),
         ("zpi:/data/a.zip", {}, r"Unknown data source 'zpi'.*Did you mean 'zip'"),
     ],
 )
@@ -106,6 +111,8 @@ def test_a_function_and_a_wrapper_of_ones_own():
     assert load(f"{__name__}:function", num_classes=5).num_classes == 5
     with pytest.raises(KeyError):  # a mistake of its own comes through as it is
         load(f"{__name__}:function")
+    with pytest.raises(TypeError, match="'int' has no len"):
+        load(f"{__name__}:mistaken")
     assert load(f"{__name__}:Wrapper").num_classes == 4
 
 

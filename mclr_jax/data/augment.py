@@ -37,8 +37,10 @@ def augment(
 
     `flip_probability` is that of a horizontal flip (1/2 in the paper), `probability` that of each
     other transform (A_prob: 0.12 for CIFAR-10, 0.15 for FFHQ and AFHQv2) and may be traced. Raises
-    ValueError if H or W is 1.
+    ValueError if H or W is 1, or on data of another shape.
     """
+    if images.ndim != 4:
+        raise ValueError(f"got images of shape {images.shape}, expected (B, H, W, C) to augment")
 
     def one(image, key):
         matrix, label = sample_transform(key, probability, flip_probability)

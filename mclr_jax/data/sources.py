@@ -25,7 +25,17 @@ def load(name: str, split: str = "train", **options) -> Source:
         make = resolve(FORMATS, name, "data source")
         if dataclasses.is_dataclass(make):
             _check_options(name, {"split": split, **options}, fields(make))
-        return _checked(make(split=split, **options), f"data source {name!r}")
+        try:
+            source = make(split=split, **options)
+        except TypeError as error:
+            if error.__traceback__ and error.__traceback__.tb_next:  # raised inside
+                raise
+            given = ", ".join(["split", *options])
+            raise ValueError(
+                f"data source {name!r} cannot be called with {given} ({error}); expected a class "
+                "or function with these keyword arguments"
+            ) from error
+        return _checked(source, f"data source {name!r}")
     loader, needs_argument = look_up(FORMATS, kind, "data source")
     if bool(needs_argument) != bool(argument):
         expected = f"{kind}:{needs_argument}".strip(":")

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.nn.initializers import lecun_normal, normal, zeros
 
+from mclr_jax.names import in_range
 from mclr_jax.networks import layers
 from mclr_jax.networks.layers import Dropout, Linear, Network, RelativeBias
 from mclr_jax.networks.layers import positional_embedding as timestep_embedding
@@ -114,6 +115,11 @@ class DiT(Network):
     # Compile one block instead of each, with the same parameters. At depth 6 on the CPU, this
     # compiles about 1.5x faster and runs 8% slower.
     scan_blocks: bool = False
+
+    def __post_init__(self):
+        in_range("network.mlp_ratio", self.mlp_ratio, 1 / self.width, 64.0)
+        in_range("network.time_scale", self.time_scale, 0.0, 1e6)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: jax.Array, c_noise: jax.Array, condition: Condition) -> jax.Array:

@@ -151,6 +151,11 @@ def positional_embedding(t: jax.Array, dim: int = 256, endpoint: bool = False) -
     return sinusoids(t, 1e-4 ** (np.arange(dim // 2) / (dim // 2 - endpoint)))
 
 
+# The largest sizes that a network may have: beyond them is a mistake that no machine can hold.
+SIZES = {"width": 2**16, "depth": 2**10, "heads": 2**10, "patch_size": 2**10, "channels": 2**16,
+         "num_blocks": 2**8, "channel_mult": 2**8}  # fmt: skip
+
+
 class Network(nn.Module, kw_only=True):
     """Base of the networks, which are called with x (B, ...), c_noise (B,) and a `Condition`.
 
@@ -166,9 +171,13 @@ class Network(nn.Module, kw_only=True):
 
     def __post_init__(self):
         in_range("network.dropout", self.dropout, 0.0, 1.0, ")")
-        for name in ("width", "depth", "heads", "patch_size", "channels", "num_blocks"):
-            for value in np.atleast_1d(getattr(self, name, 1)):
-                in_range(f"network.{name}", value.item(), 1)
+        for name, most in SIZES.items():
+            value = getattr(self, name, 1)
+            sizes = value if isinstance(value, tuple) else (value,)
+            for size in sizes:
+                in_range(f"network.{name}", size, 1, most)
+            if not sizes:
+                raise ValueError(f"network.{name} is (); expected a value for each level.")
         super().__post_init__()
 
     def with_optional_inputs(self, embedding: jax.Array, condition: Condition) -> jax.Array:

@@ -20,7 +20,7 @@ class Objective(Protocol):
     """
 
     def __post_init__(self):
-        in_range("objective.label_dropout", getattr(self, "label_dropout", 0), 0.0, 1.0)
+        in_range("objective.label_dropout", getattr(self, "label_dropout", 0.0), 0.0, 1.0)
 
     @property
     def needs(self) -> frozenset[str]:

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from mclr_jax.metrics import effective_share, maximum, mean
+from mclr_jax.names import in_range, pair
 from mclr_jax.noise import split
 from mclr_jax.objectives.base import (
     Objective,
@@ -85,6 +86,12 @@ class MCLR(Objective):
 
     def __post_init__(self):
         super().__post_init__()
+        for name, ends in {"beta": "", "clip_ratio": "", "reference_penalty": "",
+                           "logistic_scale": "("}.items():  # fmt: skip
+            if not isinstance(value := getattr(self, name), jax.Array):  # which may be traced
+                in_range(f"objective.{name}", value, 0.0, 1e12, ends)
+        if self.sigma_interval:
+            pair("objective.sigma_interval", self.sigma_interval, 0.0)
         for name, words in WORDS.items():
             if getattr(self, name) not in words:
                 raise ValueError(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mclr_jax.metrics import Metrics, mean
-from mclr_jax.names import in_range
+from mclr_jax.names import in_range, pair
 from mclr_jax.noise import normal_like, split
 from mclr_jax.objectives.base import (
     Objective,
@@ -48,6 +48,11 @@ class CCA(Objective):
     second_positives: bool = False
 
     needs = frozenset({"reference", "class_prior"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        in_range("objective.beta", self.beta, 0.0, 1e9, "(")
+        in_range("objective.negative_weight", self.negative_weight, 0.0, 1e9)
 
     def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
         """Metrics: `positive_ratio` and `negative_ratio`, r at c and at c~."""
@@ -97,6 +102,10 @@ class DPO(Objective):
 
     needs = frozenset({"reference", "class_prior"})
 
+    def __post_init__(self):
+        super().__post_init__()
+        in_range("objective.beta", self.beta, 0.0, 1e9, "(")
+
     def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
         """Metrics: `error`, `negative_error` (unweighted), `accuracy`: share with m below 0."""
         noisy = perturb(problem, batch.x0, batch.condition, keys, self.label_dropout)
@@ -138,6 +147,11 @@ class DDO(Objective):
     label_dropout: float = 0.0
 
     needs = frozenset({"reference", "generated"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        in_range("objective.beta", self.beta, 0.0, 1e9, "(")
+        in_range("objective.negative_weight", self.negative_weight, 0.0, 1e9)
 
     def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
         """Metrics: `positive_ratio` and `negative_ratio`, r of data and of samples."""
@@ -226,6 +240,10 @@ class GFT(Objective):
 
     needs = frozenset({"self"})
 
+    def __post_init__(self):
+        super().__post_init__()
+        in_range("objective.beta", self.beta, 0.0, 1e6)
+
     def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
         """Metrics: `error` of the combination, unweighted."""
         x, sigma, shown, keys = perturb(
@@ -267,6 +285,7 @@ class ModelGuidance(Objective):
     def __post_init__(self):
         super().__post_init__()
         in_range("objective.scale", self.scale, 0.0, 1.0, ")")
+        pair("objective.relative_interval", self.relative_interval, 0.0)
 
     def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
         """Metrics: `error`, |D - x|^2 unweighted."""

@@ -12,6 +12,7 @@ from mclr_jax.data.protocol import Source, evenly
 from mclr_jax.evaluation import evaluate
 from mclr_jax.files import read_lines
 from mclr_jax.model import Model
+from mclr_jax.names import construct
 from mclr_jax.representation import blocks, icr, perturb, sweep
 from mclr_jax.samplers import Sampler
 
@@ -30,7 +31,7 @@ def make(
     same images and perturbations. One warning is logged when the readings, with those in `workdir`
     up to step `start`, have `turned`. ValueError: no such layer, or too few images for it.
     """
-    options, sampler = config.icr, Sampler(**config.sampler)
+    options, sampler = config.icr, construct(Sampler, config.sampler, "sampler")
     (layer,) = blocks.choose(model, [options.layer] if options.layer else [])
     rows = evenly(source, options.num_images)
     icr.check_size(len(rows), blocks.sizes(model)[layer])

@@ -41,12 +41,18 @@ class Devices:
         """The axis name for `jax.lax.pmean` in the step; None if XLA inserts the collectives."""
         return AXIS if self.parallel == "pmap" else None
 
-    def check_batch_size(self, batch_size: int) -> None:
-        """Raise ValueError unless the devices can share the batch equally."""
+    def check_batch_size(self, batch_size: int, parts: int = 1) -> None:
+        """Raise ValueError unless devices and gradient accumulation divide the batch equally."""
         if batch_size % self.mesh.size:
             raise ValueError(
                 f"batch_size is {batch_size}, which {self.mesh.size} devices cannot share equally; "
                 f"use a multiple of {self.mesh.size}."
+            )
+        rows = batch_size // self.mesh.size if self.parallel == "pmap" else batch_size
+        if rows % parts:
+            raise ValueError(
+                f"grad_accumulation is {parts}, which does not divide the {rows} rows that a step "
+                f"computes at a time; use a divisor of {rows}, or another batch_size."
             )
 
     def state_shardings(self, state: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 import tqdm
 
-from mclr_jax.files import read_lines, write_atomically
+from mclr_jax.files import append, read_lines, write_atomically
 
 SILENCE = 15  # seconds without a line, at most
 
@@ -92,8 +92,7 @@ class Writer:
         path, self._events = (pathlib.Path(workdir) / n for n in ("metrics.jsonl", "tensorboard"))
         kept = [record for record in read_lines(path) if record["step"] <= start_step]
         write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = path.open("a")
-        self._purged = start_step + 1
+        self._path, self._purged = path, start_step + 1
 
     @functools.cached_property
     def _tensorboard(self) -> Any:
@@ -109,7 +108,6 @@ class Writer:
     def __exit__(self, *_) -> None:
         if self._enabled:
             self._progress.__exit__()
-            self._file.close()
             if "_tensorboard" in vars(self):
                 self._tensorboard.close()
 
@@ -128,8 +126,7 @@ class Writer:
         """Write one record, and a short form of it to the bar or, without a terminal, to a line."""
         if not self._enabled:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        append(self._path, json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
         self._progress.line(", ".join(f"{name} {value:.4g}" for name, value in values.items()))

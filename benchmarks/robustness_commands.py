@@ -1,0 +1,384 @@
+"""Odd command lines, and trainings that are killed, crowded, moved or out of disk space."""
+
+import ctypes
+import json
+import os
+import pathlib
+import random
+import re
+import runpy
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from outcomes import FOREIGN, LOST, REFUSED, SILENT, WORKS, Case, is_ours
+from robustness_values import fits, small
+from tasks import ROOT, config_of
+
+from mclr_jax import main, runs
+from mclr_jax.files import flat, read_lines
+
+sys.path.insert(0, str(ROOT / "tests"))
+# The server imports what all commands need, from this checkout, and forks a process for each.
+os.environ["PYTHONPATH"] = ":".join(str(ROOT / name) for name in ("", "benchmarks", "tests"))
+import commands
+
+SECOND = "the same command, with space"
+SECONDS = 60  # of a command, at most
+WORDS = ("1e3", "abc", "", "nan", "inf", "-inf", "-1", "0", "1", "1e30", "1e-30", "None", "True",
+         "(1,2)", "[1]", "0x10", "1_000", "1,2", "'x'", "é", "x" * 300, "../..", "0.5", "-0.5",
+         "99999999999999999999", "1 2", "{}", "%s", "\n")  # fmt: skip
+BAD_FLAGS = ("--nonsense", "--nonsense=1", "oops", "-x", "--", "--=", "--seed", "--help=3")
+CONFIGS = {
+    "digits": None, "configs": None, "nofile.py": None, "README.md": None, "": None, "/": None,
+    "configs/base.py": None, "configs/digits.py:x": None,
+    "syntax.py": "def get_config(:\n", "raises.py": "def get_config():\n    return 1 / 0\n",
+    "none.py": "def get_config():\n    return None\n", "empty.py": "",
+    "dict.py": "def get_config():\n    return {'num_steps': 1}\n",
+    "imports.py": "import no_such_module\n", "binary.py": "\0\1\2",
+    "sections.py": "from ml_collections import ConfigDict\ndef get_config():\n"
+    "    return ConfigDict({'num_steps': 1})\n",
+}  # fmt: skip
+# Where no command can write, or in a folder that is removed: a command that works leaves files.
+PLACES = ("/proc/x/y", "/dev/null/x", "FILE", "x" * 300, "é\u2028/x", "../out/./y")
+
+
+def observe(module: str, *argv: str) -> None:
+    """In a new process: a command that also says where the error was raised that ended it."""
+    from launch import common
+
+    stop = common.stop
+
+    def told(message: str, status: int = 2) -> None:
+        if (error := sys.exc_info()[1]) is not None and status == 1:
+            print(f"RAISED BY {'us' if is_ours(error) else 'others'}", file=sys.stderr)
+        stop(message, status)
+
+    common.stop = told
+    _run(module, argv)
+
+
+def _run(module: str, argv: Sequence[str]) -> None:
+    sys.argv, sys.orig_argv = [module, *argv], [sys.executable, "-m", module, *argv]
+    runpy.run_module(f"launch.{module}", run_name="__main__", alter_sys=True)
+
+
+def call(module: str, *argv: Any, log: pathlib.Path, target: Any = observe) -> tuple[Any, str]:
+    """Exit status (None: no end in time) and output of a command."""
+    log.unlink(missing_ok=True)
+    process = commands.start(target, [module, *map(str, argv)], log)
+    process.join(SECONDS)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        return None, log.read_text(errors="replace")
+    return process.exitcode, log.read_text(errors="replace")
+
+
+def judge(what: str, status: Any, output: str) -> Case:
+    """The outcome of a command by its exit status and its output."""
+    lines = [line for line in output.splitlines() if line.strip()]
+    last = next((line for line in lines[::-1] if not line.startswith("RAISED BY")), "")[:300]
+    if status is None:
+        return Case(what, FOREIGN, f"no end within {SECONDS} s: {last}")
+    if "Traceback" in output:
+        errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Warning)\b", line)]
+        last = (errors or [last])[-1][:300]
+    if "Traceback" in output or status not in (0, 1, 2) or (status and not last):
+        return Case(what, FOREIGN, f"exit status {status}: {last}")
+    if "RAISED BY others" in output:
+        return Case(what, FOREIGN, f"in the words of others: {last}")
+    return Case(what, REFUSED if status else WORKS, last if status else "")
+
+
+# ---- command lines -------------------------------------------------------------------------------
+
+
+def small_flags(config: Any) -> list[str]:
+    """The flags that change configs/digits.py to this config."""
+    before, now = flat(config_of("digits").to_dict()), flat(config.to_dict())
+    return [f"--config.{k}={v}" for k, v in now.items() if before[k] != v]
+
+
+def command(rng: random.Random, folder: pathlib.Path) -> tuple[str, list[str]]:
+    """A random command line with one or two mistakes, as module and arguments."""
+    run, out = folder / "run", folder / "out"
+    cheap = small("digits", {"num_steps": 1, "eval_examples": 0}, folder)
+    common_flags = {"ema": "halflife", "checkpoint": 3, "batch_size": 8, "seed": 1}
+    valid: dict[str, dict[str, Any]] = {
+        "train": {"config": "configs/digits.py", "workdir": out / "w", "restart": False},
+        "sample": {"workdir": run, "out": out / "x.npz", "num_samples": 3, "labels": "0,1",
+                   "sampler": "euler", "steps": 2, "sigma_min": 0.1, "sigma_max": 9.0, "rho": 7.0,
+                   "guidance_scale": 1.0, "guidance_interval": "0.1,5", "churn": 0.0,
+                   "interpolation": 1.0, "autoguidance": run, **common_flags},
+        "evaluate": {"workdir": run, "out": out / "x.json", "num_samples": 30, "metrics": "fd,kid",
+                     "features": f"classifier:{folder / 'judge'}", "guidance_scales": "1",
+                     "guidance_interval": "0.1,5", "interpolations": "1", "emas": "", "seed": 0,
+                     "memorized": False, "batch_size": 32, "cache": folder / "cache",
+                     "judge": f"classifier:{folder / 'judge'}"},
+        "icr": {"workdir": run, "out": out / "x.json", "sigmas": "0.1", "num_images": 40,
+                "probe": False, "layers": "all", **common_flags},
+        "report": {"out": out / "x.html", "guidance_scales": "1", "per_class": 1, "seed": 0},
+        "demo": {"per_class": 0, "workdir": out / "d"},
+    }  # fmt: skip
+    module = rng.choices([*valid], (5, 4, 1.5, 1.5, 1, 0.3))[0]
+    flags = {name: str(value) for name, value in valid[module].items()}
+    kept = {"sample": 3, "evaluate": 11, "icr": 5}.get(module, 99)
+    extra: list[str] = small_flags(cheap) if module == "train" else []
+    extra += [str(run)] if module == "report" else []
+    keys = sorted(flat(cheap.to_dict()))
+    for _ in range(rng.choice((1, 1, 2))):
+        kind, name = rng.random(), rng.choice([*flags])
+        if kind < 0.12:
+            extra.append(rng.choice(BAD_FLAGS))
+        elif kind < 0.2:
+            flags.pop(name, None)
+        elif module == "train" and kind < 0.75:
+            key = rng.choice(keys)
+            extra.append(f"--config.{key[:-1] if kind < 0.25 else key}={rng.choice(WORDS)}")
+        elif name == "config":
+            config = rng.choice([*CONFIGS])
+            flags[name] = str(folder / config) if CONFIGS[config] is not None else config
+        elif name in ("workdir", "out", "features", "judge", "autoguidance", "cache"):
+            words = [word for word in WORDS if ".." not in word]
+            flags[name] = rng.choice((*words, *PLACES)).replace("FILE", str(folder / "file"))
+            flags[name] = flags[name] if flags[name].startswith("/") else f"{out}/{flags[name]}"
+        else:
+            flags[name] = rng.choice(WORDS)
+            kept = len(flags)
+    chosen = [f"--{name}={value}" for name, value in [*flags.items()][: max(kept, 3)]]
+    return module, chosen + extra
+
+
+def finite(path: pathlib.Path) -> bool:
+    """Whether all numbers of an output are finite."""
+    if path.suffix == ".npz":
+        with np.load(path) as file:
+            return all(np.isfinite(file[name]).all() for name in file)
+    text = path.read_text(errors="replace")
+    return not re.search(r"\b(NaN|Infinity)\b", text) or path.suffix == ".html"
+
+
+def silent(module: str, folder: pathlib.Path) -> str:
+    """What is wrong with the outputs of a command that has succeeded, or nothing."""
+    bad = [p.name for p in folder.glob("x.*") if p.suffix in (".npz", ".json") and not finite(p)]
+    if module == "train" and (folder / "w" / "run.json").exists():
+        run, defaults = runs.load(folder / "w"), flat(config_of("digits").to_dict())
+        params, _ = run.weights()
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
+            bad.append("weights that are not finite")
+        for key, value in flat(run.config.to_dict()).items():
+            if key in defaults and value != defaults[key] and not fits(key, value, defaults[key]):
+                bad.append(f"{key}={value!r:.60}")
+    return ", ".join(bad)
+
+
+def prepare(folder: pathlib.Path) -> None:
+    """A run, a classifier and the files that command lines name."""
+    main.train(small("digits", {}, folder), folder / "run")
+    main.train(small("digits_classifier", {}, folder), folder / "judge")
+    (folder / "file").write_text("a file, no folder\n")
+    for name, text in CONFIGS.items():
+        if text is not None:
+            (folder / name).write_text(text)
+
+
+def cases(seed: int, count: int, folder: pathlib.Path) -> Iterator[Case]:
+    """`count` command lines with mistakes."""
+    rng = random.Random(seed)
+    prepare(folder)
+    for _ in range(count):
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        (folder / "out").mkdir()
+        module, arguments = command(rng, folder)
+        written = " ".join(arguments).replace(f"{folder}/", "")
+        status, output = call(module, *arguments, log=folder / "log")
+        case = judge(f"launch.{module} {written}", status, output)
+        if case.outcome == WORKS and (wrong := silent(module, folder / "out")):
+            case = case._replace(outcome=SILENT, detail=wrong)
+        yield case
+
+
+# ---- processes -----------------------------------------------------------------------------------
+
+
+def on_devices(count: str, *argv: str) -> None:
+    """In a new process: launch.train on a number of CPU devices."""
+    flags = re.sub(r"(device_count)=\d+", rf"\1={count}", os.environ["XLA_FLAGS"])
+    os.environ["XLA_FLAGS"] = flags
+    _run("train", argv)
+
+
+def mounted(options: str, disk: str, *argv: str) -> None:
+    """In a new process: launch.train on a file system of its own, then with that limit removed.
+
+    `options` are those of a tmpfs, or "ro" for the folder itself without write access. The folder
+    is copied to `disk`.after, with the exit status of both commands.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(0x00020000 | (0 if os.geteuid() == 0 else 0x10000000)):  # NEWNS, NEWUSER
+        raise OSError(ctypes.get_errno(), "unshare")
+
+    def mount(source: str, kind: Any, flags: int, data: Any) -> None:
+        if libc.mount(source.encode(), disk.encode(), kind, flags, data):
+            raise OSError(ctypes.get_errno(), "mount")
+
+    libc.mount(None, b"/", None, 0x4000 | 0x40000, None)  # REC, PRIVATE
+    if options == "ro":
+        mount(disk, None, 0x1000, None)  # BIND
+        mount(disk, None, 0x1000 | 0x20 | 1, None)  # REMOUNT, RDONLY
+    else:
+        mount("tmpfs", b"tmpfs", 0, options.encode())
+    statuses, left = [], []
+    for _ in range(2):
+        if not (pid := os.fork()):
+            observe("train", *argv)
+            os._exit(0)
+        statuses.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        print(SECOND, flush=True)
+        left += [str(p) for p in pathlib.Path(disk).rglob("*.tmp*")]
+        if options == "ro":
+            mount(disk, None, 0x1000 | 0x20, None)
+        else:
+            mount("tmpfs", None, 0x20, b"size=100m")
+    shutil.copytree(disk, f"{disk}.after")
+    pathlib.Path(f"{disk}.json").write_text(json.dumps({"statuses": statuses, "left": left}))
+
+
+def weights(workdir: pathlib.Path) -> list:
+    return jax.tree.leaves([runs.load(workdir).weights(name)[0] for name in ("none", "halflife")])
+
+
+def difference(a: pathlib.Path, b: pathlib.Path, tolerance: float = 0.0) -> str:
+    """How the last weights of two runs differ by more than the tolerance, or nothing."""
+    try:
+        pairs = list(zip(weights(a), weights(b), strict=True))
+    except Exception as error:
+        return f"cannot be read: {error}"
+    most = max(float(np.abs(np.asarray(x) - np.asarray(y)).max()) for x, y in pairs)
+    return f"weights differ by {most:.3g}" if not most <= tolerance else ""
+
+
+def processes(seed: int, count: int, folder: pathlib.Path) -> Iterator[Case]:
+    """`count` SIGKILLs, a third as many SIGTERMs and small disks, samplers, other devices.
+
+    Each training must end with the weights of one that ran undisturbed.
+    """
+    rng, third, few = random.Random(seed), max(count // 3, 1), count < 3
+    steps = 30 if few else 300
+    every = 10 if few else 20
+    config = small("digits", {"num_steps": steps, "checkpoint_every": every, "log_every": 5,
+                              "optimizer.schedule": "constant",
+                              "network.dropout": 0.1, "eval_examples": 0}, folder)  # fmt: skip
+    flags = ["--config=configs/digits.py", *small_flags(config)]
+    whole, log = folder / "whole", folder / "log"
+    start = time.monotonic()
+    status, output = call("train", *flags, f"--workdir={whole}", log=log)
+    assert status == 0, output
+    seconds = time.monotonic() - start
+    yield from _stopped(rng, count, third, flags, folder, seconds)
+    yield from _crowded(flags, folder, 1 if few else 20)
+    sizes = [f"size={round(2 ** rng.uniform(5, 11))}k" for _ in range(third)]
+    for options in sizes if few else [*sizes, "ro"]:
+        yield _on_disk(options, flags, folder)
+    if not few:
+        yield from _elastic(flags, folder)
+
+
+def _elastic(flags: list[str], folder: pathlib.Path) -> Iterator[Case]:
+    """A training continued on other numbers of devices.
+
+    It has 30 steps: the order of a sum over devices changes the last bits, and training enlarges
+    the difference, to about 1e-6 after 30 steps and 5e-4 after 60.
+    """
+    log, one, many = folder / "log", folder / "one", folder / "many"
+    call("train", *flags, "--config.num_steps=30", f"--workdir={one}", log=log)
+    for steps, number in ((10, 1), (20, 2), (30, 4)):
+        own = (f"--workdir={many}", f"--config.num_steps={steps}")
+        status, output = call(str(number), *flags, *own, log=log, target=on_devices)
+        yield judge(f"continued on {number} devices", status, output)
+    wrong = difference(one, many, 1e-4)
+    yield Case("1, 2 and 4 devices in turn, compared to 1", LOST if wrong else WORKS, wrong)
+
+
+def _on_disk(options: str, flags: list[str], folder: pathlib.Path) -> Case:
+    """A training on a small or read-only file system, and the same command later with space."""
+    disk, log, what = folder / "disk", folder / "log", f"a file system with {options}"
+    after, told = folder / "disk.after", folder / "disk.json"
+    for path in (disk, after):
+        shutil.rmtree(path, ignore_errors=True)
+    told.unlink(missing_ok=True)
+    disk.mkdir()
+    _, output = call(options, disk, *flags, f"--workdir={disk}/run", log=log, target=mounted)
+    output, _, later = output.partition(SECOND)
+    if not told.exists():
+        return Case(what, FOREIGN, output[-300:])
+    (first, second), left = json.loads(told.read_text()).values()
+    wrong = later.splitlines()[-1] if second else difference(folder / "whole", after / "run")
+    if wrong:
+        return Case(what, LOST, f"the same command later, with space: {wrong}")
+    case = judge(what, first, output)
+    return case._replace(outcome=FOREIGN, detail=f"left {left}: {case.detail}") if left else case
+
+
+def _stopped(
+    rng: random.Random, kills: int, terms: int, flags: list[str], folder: pathlib.Path, full: float
+) -> Iterator[Case]:
+    """SIGKILL and SIGTERM at random moments; the same command continues until the end."""
+    workdir, log = folder / "stopped", folder / "log"
+    signals: list[Any] = [signal.SIGKILL] * kills + [signal.SIGTERM] * terms
+    rng.shuffle(signals)
+    for number in [*signals, None]:
+        log.unlink(missing_ok=True)
+        process = commands.start(observe, ["train", *flags, f"--workdir={workdir}"], log)
+        moment = rng.uniform(0.1, 0.9) * full
+        process.join(moment if number else None)
+        if process.exitcode is None:
+            os.kill(process.pid, number)
+            process.join()
+        status, what = process.exitcode, f"{number.name if number else 'no signal'}"
+        if number and status == -number:  # SIGTERM before the train loop ends at once
+            yield Case(f"{what} after {moment:.2f} s", WORKS)
+        elif status == 143:
+            steps = _checkpoint(workdir), _last(workdir)
+            outcome = WORKS if steps[0] == steps[1] else LOST
+            yield Case(f"{what} after {moment:.2f} s", outcome, f"checkpoint, last step: {steps}")
+        else:
+            case = judge("continued to the end", status, log.read_text(errors="replace"))
+            wrong = difference(folder / "whole", workdir)
+            yield Case(case.what, LOST, wrong) if wrong else case
+            shutil.rmtree(workdir)
+
+
+def _last(workdir: pathlib.Path) -> int:
+    return max((record["step"] for record in read_lines(workdir / "metrics.jsonl")), default=0)
+
+
+def _checkpoint(workdir: pathlib.Path) -> int:
+    return max(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*"))
+
+
+def _crowded(flags: list[str], folder: pathlib.Path, samplers: int) -> Iterator[Case]:
+    """A trainer, and samplers that read its run meanwhile."""
+    workdir, log = folder / "crowded", folder / "trainer"
+    trainer = commands.start(observe, ["train", *flags, f"--workdir={workdir}"], log)
+    while trainer.exitcode is None and not any((workdir / "checkpoints").glob("[0-9]*")):
+        time.sleep(0.05)
+    logs = [folder / f"sampler{number}" for number in range(samplers)]
+    started = []
+    for own in logs:
+        arguments = [f"--workdir={workdir}", f"--out={own}.npz", "--num_samples=2", "--steps=2"]
+        started.append(commands.start(observe, ["sample", *arguments], own))
+        time.sleep(0.2)
+    for own, process in zip(logs, started, strict=True):
+        process.join()
+        yield judge("a sampler beside a trainer", process.exitcode, own.read_text())
+    trainer.join()
+    case = judge("a trainer beside samplers", trainer.exitcode, log.read_text())
+    wrong = difference(folder / "whole", workdir)
+    yield Case(case.what, LOST, wrong) if wrong else case
