@@ -154,7 +154,8 @@ def test_a_broken_description_is_named(tmp_path, content):
 
 
 @pytest.mark.parametrize(("keys", "value"), [
-    (["config"], None), (["config"], ()), (["config"], 3), (["companions"], None), (["companions"], [1]),
+    (["config"], None), (["config"], ()), (["config"], 3), (["companions"], None),
+    (["companions"], [1]),
     (["model"], {}), (["model"], 3), (["model", "network"], "x"), (["model", "strength"], True),
     (["model", "data", "sigma_data"], {}), (["model", "data", "num_classes"], {"a": 1}),
     (["config", "data"], 3), (["paths"], 3),
