@@ -129,6 +129,9 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no JSON ({error}); restore it from a copy.") from error
     if not isinstance(description, dict) or "model" not in description:
         raise ValueError(f"{path} was written by an older version; train that run again.")
+    for key in ("config", "model", "companions"):
+        if not isinstance(description.get(key), dict):
+            raise ValueError(f"{path} is damaged ({key!r} has no keys); restore it from a copy.")
     return description
 
 

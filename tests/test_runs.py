@@ -154,7 +154,8 @@ def test_a_broken_description_is_named(tmp_path, content):
 
 
 @pytest.mark.parametrize(("keys", "value"), [
-    (["config"], None), (["config"], 3), (["companions"], None), (["companions"], [1]),
+    (["config"], None), (["config"], ()), (["config"], 3), (["companions"], None),
+    (["companions"], [1]),
     (["model"], {}), (["model"], 3), (["model", "network"], "x"), (["model", "strength"], True),
     (["model", "data", "sigma_data"], {}), (["model", "data", "num_classes"], {"a": 1}),
     (["config", "data"], 3), (["paths"], 3),
@@ -165,7 +166,9 @@ def test_a_description_with_values_of_other_types_is_named(tmp_path, keys, value
     part = content
     for key in keys[:-1]:
         part = part[key]
-    if value is None:
+    if value == ():
+        part[keys[-1]] = None
+    elif value is None:
         del part[keys[-1]]
     else:
         part[keys[-1]] = value
