@@ -1,0 +1,123 @@
+"""One trajectory model on Lorenz-63 in all regimes, against a particle filter of 16,384 particles.
+
+  python -m launch.train --config=configs/lorenz63_forcing.py --workdir=DIR
+  python benchmarks/assimilation_baselines.py --folder=FOLDER
+  python benchmarks/lorenz63.py --workdir=DIR --folder=FOLDER
+
+Protocols and the numbers of a row are those of assimilation.py and assimilation_baselines.py; all
+regimes use the same weights. `c` of the guidance is chosen for each protocol and regime on the
+first trajectories of the validation set, by the RMSE; the rows of the set "test" are on other
+trajectories. `ratio` is the RMSE over that of the particle filter or smoother. Writes
+benchmarks/results/lorenz63.json, row by row; rows that are there are not made again.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import time
+
+import numpy as np
+from assimilation import PROTOCOLS
+from assimilation_baselines import scores
+from tasks import RESULTS
+
+from mclr_jax import runs
+from mclr_jax.assimilation import observe, regimes
+from mclr_jax.assimilation.schedules import Plan, lags
+from mclr_jax.files import digest, provenance, write_json
+from mclr_jax.training.devices import banner
+
+REGIMES = {"filter": ("filter", 0), "lag16": ("fixed_lag", 16), "batch": ("batch", 0)}
+FILE = RESULTS / "lorenz63.json"
+GRID = (0.25, 0.5, 1.0)
+CHOSEN_ON = 16  # trajectories
+
+
+def analyse(run, params, path: pathlib.Path, name: str, regime: str, plan: Plan, options) -> dict:
+    """One row: `regime` on the first trajectories of a file of assimilation_baselines.py."""
+    arrays = observe.load(str(path))
+    whole = observe.read(str(path))
+    some = slice(0, options["trajectories"])
+    initial = None if whole.initial is None else whole.initial[some]
+    seen = dataclasses.replace(whole, values=whole.values[some], initial=initial)
+    frames, kind = seen.values.shape[1], REGIMES[regime]
+    start, calls = time.monotonic(), []
+    found = regimes.assimilate(
+        run.model, params, seen, plan, lags(kind[0], frames, kind[1]), ensemble=options["ensemble"],
+        seed=0, batch_size=512, forecast=max(0, run.model.data.shape[0] - frames),
+        progress=calls.append,
+    )  # fmt: skip
+    x, truth = found.members[:, :, :frames], arrays["truth"][some]
+    row = scores(
+        PROTOCOLS[name].system, truth, np.asarray(seen.values), x.mean(1), x.std(1, ddof=1), x,
+        regime == "batch",
+    )  # fmt: skip
+    # the mean of E members has (E + 1) / E of the error of the exact mean, as the spread is judged
+    row["spread_skill"] *= (1 + 1 / x.shape[1]) ** 0.5
+    exact = np.sqrt(((arrays[f"{regime}_mean"][some] - truth) ** 2).mean())
+    return {
+        "protocol": name, "regime": regime, "ratio": float(row["rmse"] / exact), **row,
+        "particle_filter_rmse": float(exact), "members": x.shape[1], "trajectories": len(x),
+        "c": plan.c, "updates_of_members": int(sum(calls)), "seconds": time.monotonic() - start,
+    }  # fmt: skip
+
+
+def summary(rows: list[dict]) -> dict:
+    """The numbers on FlowDAS's protocol, test set, and those of the particle filter."""
+    baselines = json.loads((RESULTS / "assimilation_baselines.json").read_text())
+    exact = {
+        r["regime"]: r for r in baselines["particle_filter_flowdas"]["rows"] if r["set"] == "test"
+    }
+    keys = {"rmse": "rmse", "rmse_flowdas": "rmse_flowdas", "w1": "w1_to_truth", "w1_floor": "w1_floor",
+            "log_prior": "log_prior_members", "log_likelihood": "log_likelihood_members"}  # fmt: skip
+    short = lambda row: {key: row.get(name) for key, name in keys.items()}  # noqa: E731
+    ours = {r["regime"]: r for r in rows if (r["protocol"], r["set"]) == ("flowdas", "test")}
+    names = {"filter": "filter", "lag16": "fixed_lag", "batch": "batch"}
+    found = {names[regime]: short(row) for regime, row in ours.items()}
+    best = min(ours.values(), key=lambda row: row["rmse"], default=None)
+    found |= {"best": short(best) | {"regime": best["regime"]}} if best else {}
+    return found | {
+        "particle_filter": short(exact["filter"]),
+        "particle_smoother": short(exact["batch"]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", type=pathlib.Path, required=True)
+    parser.add_argument("--folder", type=pathlib.Path, required=True)
+    parser.add_argument("--ensemble", type=int, default=16)
+    parser.add_argument("--protocols", choices=PROTOCOLS, nargs="+", default=[*PROTOCOLS])
+    parser.add_argument("--regimes", choices=REGIMES, nargs="+", default=[*REGIMES])
+    flags = parser.parse_args()
+    run = runs.load(flags.workdir)
+    params, step = run.weights()
+    result = json.loads(FILE.read_text()) if FILE.exists() else {"rows": []}
+    weights = digest(params)
+    for name in flags.protocols:
+        for regime in flags.regimes:
+
+            def row(which: str, c: float, trajectories: int, name=name, regime=regime) -> dict:
+                asked = {"set": which, "protocol": name, "regime": regime, "c": c, "step": step,
+                         "weights": weights, "trajectories": trajectories,
+                         "members": flags.ensemble}  # fmt: skip
+                for old in result["rows"]:
+                    if asked.items() <= old.items():
+                        return old
+                path = flags.folder / f"{name}_{which}.npz"
+                options = {"trajectories": trajectories, "ensemble": flags.ensemble}
+                new = analyse(run, params, path, name, regime, Plan(c=c), options)
+                result["rows"].append({**asked, **new, **provenance(), "device": banner()})
+                write_json(FILE, {"rows": result["rows"], "summary": summary(result["rows"])})
+                print(
+                    {k: new[k] for k in ("protocol", "regime", "c", "ratio", "spread_skill")}, which
+                )
+                return result["rows"][-1]
+
+            tried = [row("validation", c, CHOSEN_ON) for c in GRID]
+            row("test", min(tried, key=lambda r: r["rmse"])["c"], 64)
+
+
+if __name__ == "__main__":
+    main()
