@@ -432,7 +432,8 @@ def companions(config: Any, data: DataInfo, workdir: pathlib.Path) -> dict[str, 
         if (kind, got) != (wanted, expected):
             raise ValueError(
                 f"Companion {name!r} in {path!r}: expected {wanted}, data shape and number of "
-                f"classes {expected}; it is {kind} of {got}."
+                f"classes {expected}, those of config.data.name={config.data.name!r}; it is {kind} "
+                f"of {got}."
             )
         found[name] = model
     return found

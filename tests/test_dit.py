@@ -176,5 +176,7 @@ def test_sizes_must_divide(change, message):
 def test_a_feed_forward_layer_of_no_units_is_refused():
     with pytest.raises(ValueError, match=r"mlp_ratio is 0\.05; expected a number of at least 0\.1"):
         DiT(width=8, mlp_ratio=0.05)
+    with pytest.raises(ValueError, match=r"width is 0; expected an integer of at least 1"):
+        DiT(out_channels=1, num_classes=1, width=0)
     with pytest.raises(ValueError, match=r"time_scale is -1\.0; expected a number of at least 0"):
         DiT(time_scale=-1.0)

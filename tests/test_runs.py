@@ -419,7 +419,9 @@ def test_what_is_wrong_with_companions_is_said(others):
     with pytest.raises(ValueError, match=r"'reference' in .*expected a denoiser.*is a classifier"):
         companions(**{"init_from": classifier, "companions.classifier": classifier})
     images = model_of(tiny.config("digits")).data
-    with pytest.raises(ValueError, match=r"\(\(8, 8, 1\), 10\); it is a classifier of \(\(2,\), 3"):
+    with pytest.raises(
+        ValueError, match=r"\(\(8, 8, 1\), 10\), those of .*; it is a classifier of \(\(2,\), 3"
+    ):
         companions(images, **{"init_from": denoiser, "companions.classifier": classifier})
     with pytest.raises(FileNotFoundError, match="not the directory of a run"):
         companions(**{"init_from": denoiser, "companions.classifier": str(others)})

@@ -136,6 +136,8 @@ def test_unknown_architecture_and_indivisible_size():
         initial(tiny("vit"))
     with pytest.raises(ValueError, match=r"images are 4x4; .* 4 levels .* divisible by 8"):
         initial(tiny("adm").clone(channel_mult=(1, 1, 1, 1)))
+    with pytest.raises(ValueError, match=r"channels is 5; expected an even number"):
+        initial(tiny("adm").clone(channels=5))
 
 
 def test_patches_are_stacked_as_channels_and_put_back():

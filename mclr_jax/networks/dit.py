@@ -117,7 +117,7 @@ class DiT(Network):
     scan_blocks: bool = False
 
     def __post_init__(self):
-        in_range("network.mlp_ratio", self.mlp_ratio, 1 / self.width, 64.0)
+        in_range("network.mlp_ratio", self.mlp_ratio, 1 / max(self.width, 1), 64.0)
         in_range("network.time_scale", self.time_scale, 0.0, 1e6)
         super().__post_init__()
 

@@ -117,6 +117,8 @@ class UNet(Network):
         """
         if self.architecture not in ARCHITECTURES:
             raise ValueError(f"architecture is {self.architecture!r}, expected {ARCHITECTURES}")
+        if self.channels % 2:
+            raise ValueError(f"network.channels is {self.channels}; expected an even number")
         levels = len(self.channel_mult)
         layers.check_sizes(x, self.patch_size, levels, "channel_mult")
         x = layers.space_to_depth(x, self.patch_size)
