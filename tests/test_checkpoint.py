@@ -251,8 +251,8 @@ def test_a_checkpoint_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_a_checkpoint_that_does_not_fit_is_not_begun(tmp_path, monkeypatch):
-    """16,000 bytes on a disk with that many free, and with one less."""
-    state, free = {"a": jnp.ones((4000,))}, [16_000]
+    """16,000 bytes and 1 MB on a disk with that many free, and with one less."""
+    state, free = {"a": jnp.ones((4000,))}, [16_000 + 2**20]
     usage = lambda path: types.SimpleNamespace(free=free[0])  # noqa: E731
     monkeypatch.setattr(checkpoint, "disk_usage", usage)
     with Checkpoints(tmp_path / "c") as checkpoints:
@@ -260,7 +260,7 @@ def test_a_checkpoint_that_does_not_fit_is_not_begun(tmp_path, monkeypatch):
         checkpoints.wait()
         before = (tmp_path / "c" / "metrics.jsonl").read_bytes()
         free[0] -= 1
-        with pytest.raises(OSError, match=r"needs 0\.0 MB; the disk of .*/c has 0\.0 MB free"):
+        with pytest.raises(OSError, match=r"needs 1\.1 MB; the disk of .*/c has 1\.1 MB free"):
             checkpoints.save(2, state)
     assert (tmp_path / "c" / "metrics.jsonl").read_bytes() == before
     assert not list((tmp_path / "c").glob("2*"))

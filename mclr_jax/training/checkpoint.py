@@ -19,6 +19,9 @@ from jax.experimental import multihost_utils
 from mclr_jax.files import read_lines, write_atomically
 
 
+OVERHEAD = 2**20  # bytes of a checkpoint beside its arrays, at most
+
+
 class MismatchError(ValueError):
     """Stored parameters have other names or shapes than the expected parameters."""
 
@@ -93,7 +96,7 @@ class Checkpoints:
 
     def require_space(self, state: Any) -> None:
         """Raise OSError if the disk has too little free space for a checkpoint of the state."""
-        needed = sum(x.nbytes for x in jax.tree.leaves(state))
+        needed = sum(x.nbytes for x in jax.tree.leaves(state)) + OVERHEAD
         if needed > (free := disk_usage(self.directory).free):
             raise OSError(
                 f"A checkpoint needs {needed / 1e6:.1f} MB; the disk of {self.directory} has "
