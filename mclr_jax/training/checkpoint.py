@@ -18,7 +18,6 @@ from jax.experimental import multihost_utils
 
 from mclr_jax.files import read_lines, write_atomically
 
-
 OVERHEAD = 2**20  # bytes of a checkpoint beside its arrays, at most
 
 
