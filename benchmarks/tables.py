@@ -209,6 +209,18 @@ def icr() -> str:
 # ---- speed ---------------------------------------------------------------------------------------
 
 
+def assimilation() -> str:
+    """The trajectory model and the particle filter on Lorenz-63, test trajectories."""
+    rows = [row for row in load("lorenz63")["rows"] if row["set"] == "test"]
+    names = {"filter": "filter", "lag16": "fixed lag 16", "batch": "batch"}
+    head = ["protocol", "regime", "RMSE", "particle filter", "ratio", "spread/skill", "CRPS"]
+    keys = ("rmse", "particle_filter_rmse", "ratio", "spread_skill", "crps")
+    return table(
+        head,
+        ([r["protocol"], names[r["regime"]], *(f"{r[key]:.2f}" for key in keys)] for r in rows),
+    )
+
+
 def throughput() -> str:
     cells: dict[tuple, str] = {}
     for row in load("throughput")["rows"]:

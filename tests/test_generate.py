@@ -82,7 +82,8 @@ def test_network_calls_are_those_that_the_sampler_makes(trained, method, scale, 
 
     guided = guidance.classifier_free(denoise, 10, scale, interval)
     x, label = jnp.ones((2, 3)), jnp.array([0, 1])
-    jax.block_until_ready(samplers.sample(guided, x, label, sampler.grid(), method))
+    keys = sample_keys(0, range(2))
+    jax.block_until_ready(samplers.sample(guided, x, label, sampler.grid(), method, keys=keys))
     jax.effects_barrier()
     arguments = {"guidance_scale": scale, "interval": interval}
     assert generate.network_calls(model, sampler, **arguments) == len(made)
