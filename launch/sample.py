@@ -63,7 +63,7 @@ def main() -> None:
     }
     sampler = dataclasses.replace(run.sampler, **{k: v for k, v in given.items() if v is not None})
     classes = common.numbers(LABELS, int) or range(run.model.null_label)
-    labels = np.resize(np.array(classes, np.int32), NUM_SAMPLES.value)
+    labels = np.resize(np.array(classes), NUM_SAMPLES.value)
     interval = common.numbers(GUIDANCE_INTERVAL, float, 2)
     out = pathlib.Path(OUT.value)
     if out.suffix != ".npz":
@@ -86,7 +86,7 @@ def main() -> None:
             progress=progress.update,
         )
     samples = images.clip(samples)
-    save_arrays(out, images=samples, labels=labels)
+    save_arrays(out, images=samples, labels=labels.astype(np.int32))
     images.save(out.with_suffix(".png"), images.picture(samples, labels))
     print(f"Wrote {out} and {out.with_suffix('.png')}.")
 

@@ -115,6 +115,8 @@ def test_values_that_make_no_sense_are_explained(workdir, tmp_path):
     assert "not the directory of a run" in log
     log = call("sample", f"--workdir={workdir}", "--out=x.npz", "--labels=0,11", expect=1)
     assert "Labels must lie in 0..10" in log
+    log = call("sample", f"--workdir={workdir}", "--out=x.npz", f"--labels={10**20}", expect=1)
+    assert "Got labels of object; expected integers" in log
     log = call("sample", f"--workdir={workdir}", "--out=x.npz", "--guidance_interval=1", expect=2)
     assert "--guidance_interval is '1'; expected 2 numbers" in log
     assert not (ROOT / "x.npz").exists()
