@@ -36,8 +36,8 @@ CHOSEN_ON = 16  # trajectories
 
 def analyse(run, params, path: pathlib.Path, name: str, regime: str, plan: Plan, options) -> dict:
     """One row: `regime` on the first trajectories of a file of assimilation_baselines.py."""
-    arrays = observe.load(str(path))
-    whole = observe.read(str(path))
+    arrays = observe.load(path)
+    whole = observe.parse(arrays, path)
     some = slice(0, options["trajectories"])
     initial = None if whole.initial is None else whole.initial[some]
     seen = dataclasses.replace(whole, values=whole.values[some], initial=initial)

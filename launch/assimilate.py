@@ -17,7 +17,6 @@ import dataclasses
 import json
 import pathlib
 
-import tqdm
 from absl import flags
 
 from launch import common
@@ -27,6 +26,7 @@ from mclr_jax.assimilation.schedules import Plan, lags
 from mclr_jax.files import provenance, save_arrays, write_atomically
 from mclr_jax.names import nearest
 from mclr_jax.training.devices import banner
+from mclr_jax.training.log import Progress
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of launch.train.")
 OBSERVATIONS = flags.DEFINE_string("observations", None, "File to read, NAME.npz.")
@@ -55,7 +55,7 @@ def plan() -> Plan:
         key, _, value = text.partition("=")
         if key not in known:
             common.stop(f"--plan has no setting {key!r}. {nearest(key, known)}")
-        kind = float if known[key] is None else type(known[key])
+        kind = type(known[key])
         try:
             values[key] = value.lower() == "true" if kind is bool else kind(value)
         except ValueError:
@@ -78,14 +78,14 @@ def main() -> None:
         common.stop(f"--out is {OUT.value!r}; expected a name that ends in .npz.")
     if LAG.value and REGIME.value != "fixed_lag":
         common.stop(f"--lag={LAG.value} has no meaning for --regime={REGIME.value}.")
-    observations = observe.read(OBSERVATIONS.value)
-    truth = observe.load(OBSERVATIONS.value).get("truth")
+    arrays = observe.load(OBSERVATIONS.value)
+    observations, truth = observe.parse(arrays, OBSERVATIONS.value), arrays.get("truth")
     state = earlier(CONTINUE.value) if CONTINUE.value else None
     run = runs.load(WORKDIR.value)
     common.use_cores(run.model.network)
     params, step = run.weights(EMA.value)
     frames = observations.values.shape[1]
-    with tqdm.tqdm(unit="update", disable=None) as bar:
+    with Progress(None, "member") as shown:
         result = regimes.assimilate(
             run.model,
             params,
@@ -97,7 +97,7 @@ def main() -> None:
             forecast=FORECAST.value,
             state=state,
             batch_size=BATCH_SIZE.value,
-            progress=bar.update,
+            progress=shown.update,
         )
     members = result.members
     mean, std = members.mean(1), members.std(1)

@@ -20,11 +20,11 @@ from ml_collections import ConfigDict
 from mclr_jax import cpu
 from mclr_jax.names import nearest
 
-# Errors of the library on bad input or a broken run; other errors are bugs, shown in full.
 # Help of flags that several commands have.
 DATA = "Where the data of the run are now: as config.data.name, or the folder config.data.path."
 INIT_FROM = "Where the run is now that this one was started from, for --interpolation."
 
+# Errors of the library on bad input or a broken run; other errors are bugs, shown in full.
 USER_ERRORS = (ValueError, OSError, RuntimeError, FloatingPointError)
 
 

@@ -34,8 +34,8 @@ from mclr_jax.problem import Problem
 from mclr_jax.task import Task, needs_of
 
 CLASSIFIERS: dict[str, Any] = {"mlp_classifier": MLPClassifier, "conv_classifier": ConvClassifier}
-TRAJECTORY: dict[str, Any] = {"trajectory": Trajectory, "frame_dit": FrameDiT}
-NETWORKS: dict[str, Any] = {"mlp": MLP, "unet": UNet, "dit": DiT, **TRAJECTORY, **CLASSIFIERS}
+NETWORKS: dict[str, Any] = {"mlp": MLP, "unet": UNet, "dit": DiT, "trajectory": Trajectory,
+                            "frame_dit": FrameDiT, **CLASSIFIERS}  # fmt: skip
 OBJECTIVES: dict[str, Any] = {
     "dsm": DSM,
     "mclr": MCLR,

@@ -28,21 +28,26 @@ def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-        os.replace(temporary, path)
-    except OSError as error:  # of a full disk: names no file
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        with _naming(path):
+            temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def append(path: str | os.PathLike, text: str) -> None:
     """Add text to the end of a file; OSError names the file."""
+    with _naming(path), open(path, "a") as file:
+        file.write(text)
+
+
+@contextlib.contextmanager
+def _naming(path: str | os.PathLike) -> Iterator[None]:
+    """Adds the file to an OSError: that of a full disk names none."""
     try:
-        with open(path, "a") as file:
-            file.write(text)
-    except OSError as error:  # of a full disk: names no file
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 @contextlib.contextmanager

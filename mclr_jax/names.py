@@ -152,7 +152,7 @@ def construct(
 ) -> Any:
     """Construct a dataclass from the section `what`, which has `name`, as `make` does."""
     known = fields(factory)
-    values = {key: _as_tuple(value) for key, value in config.items()}
+    values = {key: as_tuple(value) for key, value in config.items()}
     for key, value in values.items():
         if key not in known:
             hint = f" Each name has its own options: in a config file, base.options({name!r})."
@@ -173,9 +173,9 @@ def construct(
     return factory(**values)
 
 
-def _as_tuple(value: Any) -> Any:
+def as_tuple(value: Any) -> Any:
     """The value with all lists, also nested ones, as tuples, which compare and hash by value."""
-    return tuple(map(_as_tuple, value)) if isinstance(value, list | tuple) else value
+    return tuple(map(as_tuple, value)) if isinstance(value, list | tuple) else value
 
 
 def options(

@@ -38,12 +38,8 @@ from mclr_jax.training.devices import banner
 
 # Values of run.json that a run with checkpoints cannot change: they decide what its weights mean.
 FIXED = ("model.", "companions.", "data.")
-APART = (
-    "history",
-    "start",
-    "paths",
-    "frozen",
-)  # parts of run.json that may differ without a warning
+# Parts of run.json that may differ without a warning.
+APART = ("history", "start", "paths", "frozen")
 
 
 def describe(

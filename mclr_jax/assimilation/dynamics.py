@@ -4,6 +4,7 @@ A system is a frozen dataclass. Its states (..., *shape) are in its own units; a
 (state - offset) / scale, which has about zero mean and unit variance.
 """
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-class Dynamics:
+class Dynamics(abc.ABC):
     """x' = advance(x) + noise * n, n ~ N(0, I): the step from one frame to the next.
 
     Subclasses have these attributes and `advance`. `offset` and `scale` are of the last axis.
@@ -27,9 +28,9 @@ class Dynamics:
     scale: tuple[float, ...]
     spin_up_steps = 1000  # from `start` to the attractor
 
+    @abc.abstractmethod
     def advance(self, state: jax.Array) -> jax.Array:
         """The mean of the next state (..., *shape)."""
-        raise NotImplementedError
 
     def start(self, key: jax.Array) -> jax.Array:
         """A random state (*shape) from which the attractor is reached."""

@@ -44,14 +44,27 @@ class _Linear(NamedTuple):
     project: Any  # A' of a state, 0 where not known
 
 
+def innovation(
+    operator: Operator, seen: Seen, d: jax.Array, v: jax.Array, where: jax.Array
+) -> tuple[jax.Array, ...]:
+    """What the observations add to x0 ~ N(d, diag(v)); each part is (B, F, m).
+
+    Which values are known, of the frames `where` (B, F); y - A x0, 0 where unknown; the variance of
+    the noise, with what is not linear in A; the variance of A x0 by v; the slope of A.
+    """
+    variance = jnp.broadcast_to(seen.scale**2 * v, d.shape)
+    predicted, slope, rest = operator.predict(seen.offset + seen.scale * d, variance)
+    known = jnp.isfinite(seen.values) & where[..., None]
+    residual = jnp.where(known, seen.values - predicted, 0)
+    return known, residual, seen.std**2 + rest, slope**2 * operator.linear(variance, 2), slope
+
+
 def _linearised(
     operator: Operator, seen: Seen, moments: Any, x, level: Level, condition
 ) -> _Linear:
     sigma, _, active = _full(level, x)
     d, pull, v = jax.vjp(lambda x: moments(x, level.sigma, condition), x, has_aux=True)
-    variance = jnp.broadcast_to(seen.scale**2 * v, x.shape)
-    predicted, slope, rest = operator.predict(seen.offset + seen.scale * d, variance)
-    known = jnp.isfinite(seen.values) & active[..., None]
+    known, residual, noise, spread, slope = innovation(operator, seen, d, v, active)
 
     def project(state):  # of the model's units
         return slope * operator.linear(seen.scale * state)
@@ -60,9 +73,9 @@ def _linearised(
     return _Linear(
         d,
         v,
-        jnp.where(known, seen.values - predicted, 0),
-        seen.std**2 + rest,
-        slope**2 * operator.linear(variance, 2),
+        residual,
+        noise,
+        spread,
         lambda p: jnp.where(sigma > 0, sigma**2 * pull(back(p)[0])[0], 0),
         lambda state: jnp.where(known, project(state), 0),
     )

@@ -10,8 +10,6 @@ import json
 import math
 import os
 import pathlib
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mclr_jax.files import save_arrays
-from mclr_jax.names import in_range, look_up, nearest
+from mclr_jax.files import named, save_arrays
+from mclr_jax.names import as_tuple, in_range, look_up, nearest
 
 FUNCTIONS: dict[str, Callable] = {
     "identity": lambda z: z,
@@ -178,7 +176,7 @@ def operator_of(description: Mapping[str, Any]) -> Operator:
     kind = look_up(LINEAR, description["name"], "operator")
     own = {field.name for field in dataclasses.fields(kind)}
     shared = {"function", "offset", "scale"}
-    values = {key: _as_tuple(value) for key, value in description.items() if key != "name"}
+    values = {key: as_tuple(value) for key, value in description.items() if key != "name"}
     for key in values.keys() - own - shared:
         raise ValueError(
             f"Operator {description['name']!r} has no {key!r}. {nearest(key, own | shared)}"
@@ -188,10 +186,6 @@ def operator_of(description: Mapping[str, Any]) -> Operator:
         return Operator(linear, **{key: values[key] for key in shared & values.keys()})
     except TypeError as error:
         raise ValueError(f"Operator {dict(description)}: {error}.") from error
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
 
 
 # ---- observations --------------------------------------------------------------------------------
@@ -275,21 +269,21 @@ def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The arrays of an npz file; FileNotFoundError, or ValueError if it is none."""
     if not pathlib.Path(path).exists():
         raise FileNotFoundError(f"There is no file {path}.")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {key: np.asarray(file[key]) for key in file.files}
-    except (ValueError, OSError, EOFError, KeyError, AttributeError, TypeError, MemoryError,
-            zlib.error, zipfile.BadZipFile) as error:  # fmt: skip
-        raise ValueError(f"{path} is no readable npz file of arrays ({error}).") from error
+    with named(f"{path} is no readable npz file of arrays"), np.load(path) as file:
+        return {key: np.asarray(file[key]) for key in file.files}
 
 
 def read(path: str | os.PathLike) -> Observations:
-    """The observations of an npz file; ValueError: what is wrong with it, and what is expected.
+    """The observations of an npz file, see `parse`."""
+    return parse(load(path), path)
+
+
+def parse(arrays: Mapping[str, np.ndarray], path: str | os.PathLike) -> Observations:
+    """The observations in the arrays of a file; ValueError: what is wrong, what is expected.
 
     Arrays: `values`, `std`, `operator_json` (a JSON text) or the matrix `H` (m, d), and if known
     `initial` and `time_step`.
     """
-    arrays = load(path)
     for key in ("values", "std"):
         if key not in arrays:
             raise ValueError(f"{path} has no array {key!r}. {nearest(key, arrays)}")
@@ -304,7 +298,7 @@ def read(path: str | os.PathLike) -> Observations:
                 raise ValueError(
                     f"H has shape {arrays['H'].shape}; expected finite numbers (m, d)."
                 )
-            operator = Operator(Matrix(_as_tuple(arrays["H"].tolist())))
+            operator = Operator(Matrix(as_tuple(arrays["H"].tolist())))
         else:
             operator = operator_of(json.loads(str(arrays["operator_json"])))
         known = {key: arrays[key] for key in ("initial",) if key in arrays}

@@ -25,7 +25,7 @@ from mclr_jax import samplers
 from mclr_jax.assimilation import guide
 from mclr_jax.assimilation.observe import Observations, Operator
 from mclr_jax.assimilation.schedules import GUIDANCE, Plan, Update, levels, matrix, updates
-from mclr_jax.noise import normal_like
+from mclr_jax.noise import normal_like, sample_keys
 from mclr_jax.types import expand
 
 
@@ -48,8 +48,7 @@ class Result(NamedTuple):
 
 def member_keys(seed: int, rows: np.ndarray, ensemble: int) -> jax.Array:
     """Keys of the rows n * ensemble + i: member i of trajectory n depends on (seed, n, i) alone."""
-    base = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows // ensemble)
-    return jax.vmap(jax.random.fold_in)(base, rows % ensemble)
+    return jax.vmap(jax.random.fold_in)(sample_keys(seed, rows // ensemble), rows % ensemble)
 
 
 def systematic(log_weights: jax.Array, key: jax.Array) -> jax.Array:
@@ -63,11 +62,8 @@ def log_evidence(
     operator: Operator, seen: guide.Seen, d: jax.Array, v: jax.Array, where: jax.Array
 ) -> jax.Array:
     """log p(y | x) (B,) up to a constant, for y of the frames `where` (B, F), x0 ~ N(d, v)."""
-    variance = jnp.broadcast_to(seen.scale**2 * v, d.shape)
-    predicted, slope, rest = operator.predict(seen.offset + seen.scale * d, variance)
-    total = slope**2 * operator.linear(variance, 2) + rest + seen.std**2
-    known = jnp.isfinite(seen.values) & where[..., None]
-    error = jnp.where(known, seen.values - predicted, 0)
+    known, error, noise, spread, _ = guide.innovation(operator, seen, d, v, where)
+    total = noise + spread
     return -jnp.where(known, error**2 / total + jnp.log(total), 0).sum((1, 2)) / 2
 
 

@@ -22,7 +22,20 @@ from mclr_jax.types import Condition
 class _TrajectoryNetwork(Network):
     """What both networks share: the embedding of the condition, the stack of blocks, the output."""
 
+    num_classes: int = 1
+    width: int = 128
+    depth: int = 4
+    heads: int = 4
+    mlp_ratio: float = 4.0
+    variance: bool = False  # the output has the logarithm of a variance for each value
+    remat: bool = False
+
     per_frame = True
+
+    def _block(self, kind: type[nn.Module], index: int) -> nn.Module:
+        make = nn.remat(kind) if self.remat else kind
+        options = self.heads, self.mlp_ratio, self.dropout, self.dtype, self.window, self.causal
+        return make(*options, name=f"block{index}")
 
     def _embedding(self, c_noise: jax.Array, condition: Condition, width: int) -> jax.Array:
         """Noise levels (B, N, p) of N tokens of p frames -> embedding (B, N, width)."""
@@ -63,17 +76,10 @@ class Trajectory(_TrajectoryNetwork):
     """
 
     out_channels: int = 3
-    num_classes: int = 1
     frames_per_token: int = 4
-    width: int = 128
-    depth: int = 4
-    heads: int = 4
     window: int = 4  # tokens
     causal: bool = False
     embedding_width: int = 64  # of noise levels and label
-    mlp_ratio: float = 4.0
-    variance: bool = False  # the output has the logarithm of a variance for each coordinate
-    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, c_noise: jax.Array, condition: Condition) -> jax.Array:
@@ -93,12 +99,8 @@ class Trajectory(_TrajectoryNetwork):
         embedding = self._embedding(levels, condition, self.embedding_width)
         linear = Linear(self.width, dtype=self.dtype, name="in_linear")
         h = linear(x.reshape(batch, frames // p, -1))
-        make = nn.remat(Block) if self.remat else Block
         for index in range(self.depth):
-            block = make(
-                self.heads, self.mlp_ratio, self.dropout, self.dtype, self.window, self.causal,
-                name=f"block{index}",
-            )  # fmt: skip
+            block = self._block(Block, index)
             h, _ = block(h, jnp.int32(index), embedding, condition.dropout_keys)
         return self._output(h, embedding, p * channels).reshape(batch, frames, channels)
 
@@ -149,16 +151,9 @@ class FrameDiT(_TrajectoryNetwork):
     """
 
     out_channels: int = 1
-    num_classes: int = 1
     patch_size: int = 4
-    width: int = 128
-    depth: int = 4
-    heads: int = 4
     window: int = 16  # frames
     causal: bool = True
-    mlp_ratio: float = 4.0
-    variance: bool = False  # the output has the logarithm of a variance for each value
-    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, c_noise: jax.Array, condition: Condition) -> jax.Array:
@@ -176,13 +171,8 @@ class FrameDiT(_TrajectoryNetwork):
         h = Linear(self.width, dtype=self.dtype, name="in_linear")(h)
         place = self.param("place", normal(0.02), (rows, columns, self.width))
         h = (h + place.astype(self.dtype)).reshape(batch, frames, rows * columns, self.width)
-        make = nn.remat(FrameBlock) if self.remat else FrameBlock
         for index in range(self.depth):
-            block = make(
-                self.heads, self.mlp_ratio, self.dropout, self.dtype, self.window, self.causal,
-                name=f"block{index}",
-            )  # fmt: skip
-            h = block(h, embedding, condition.dropout_keys)
+            h = self._block(FrameBlock, index)(h, embedding, condition.dropout_keys)
         h = self._output(h, embedding, p * p * self.out_channels * (1 + self.variance))
         h = depth_to_space(h.reshape(-1, rows, columns, h.shape[-1]), p)
         return h.reshape(batch, frames, *h.shape[1:])
