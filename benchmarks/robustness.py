@@ -40,9 +40,9 @@ from mclr_jax.files import provenance, write_json  # noqa: E402
 MEMORY = 12 * 2**30  # bytes of address space: a request for more fails, and is an outcome
 # name: (cases(seed, count, folder), count, count of --quick)
 SECTIONS = {
-    "values": (values.cases, 10_000, 25),
+    "values": (values.cases, 10_000, 12),
     "commands": (commands.cases, 500, 4),
-    "runs": (files.damaged_runs, 500, 4),
+    "runs": (files.damaged_runs, 500, 3),
     "files": (files.damaged_files, 500, 60),
     "processes": (commands.processes, 30, 1),
 }

@@ -28,10 +28,11 @@ sys.path.insert(0, str(ROOT / "tests"))
 os.environ["PYTHONPATH"] = ":".join(str(ROOT / name) for name in ("", "benchmarks", "tests"))
 import commands
 
+commands.SERVER.set_forkserver_preload([*commands.PRELOADED, __name__])
 SECOND = "the same command, with space"
 SECONDS = 60  # of a command, at most
 WORDS = ("1e3", "abc", "", "nan", "inf", "-inf", "-1", "0", "1", "1e30", "1e-30", "None", "True",
-         "(1,2)", "[1]", "0x10", "1_000", "1,2", "'x'", "é", "x" * 300, "../..", "0.5", "-0.5",
+         "(1,2)", "[1]", "0x10", "1_0", "1,2", "'x'", "é", "x" * 300, "../..", "0.5", "-0.5",
          "99999999999999999999", "1 2", "{}", "%s", "\n")  # fmt: skip
 BAD_FLAGS = ("--nonsense", "--nonsense=1", "oops", "-x", "--", "--=", "--seed", "--help=3")
 CONFIGS = {

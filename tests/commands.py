@@ -10,7 +10,8 @@ import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["mclr_jax.main", "mclr_jax.evaluation.report", "launch.common"])
+PRELOADED = ["mclr_jax.main", "mclr_jax.evaluation.report", "launch.common"]
+SERVER.set_forkserver_preload(PRELOADED)
 
 
 def _child(target, argv, path, log):
