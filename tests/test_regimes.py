@@ -171,7 +171,7 @@ def test_a_member_depends_on_seed_trajectory_and_number_alone(drawn):
     seen = small(frames=5)
     two = dataclasses.replace(seen, values=seen.values[:2])
     members = of(seen, 4)
-    np.testing.assert_allclose(of(seen, 4, batch_size=5), members, atol=1e-4)
+    np.testing.assert_allclose(of(seen, 4, batch_size=3), members, atol=1e-4)
     np.testing.assert_allclose(of(two, 4), members[:2], atol=1e-4)
     assert np.abs(of(seen, 4, seed=1) - members).max() > 0.1
     assert np.abs(members[:, 0] - members[:, 1]).max() > 0.1
@@ -235,6 +235,14 @@ def test_resampling_is_systematic():
          r"\(3, 5, 2, 1\); expected \(3, 2, 2, 1\)"),
         ({"state": regimes.State(np.zeros((3, 2, 5, 2)), np.zeros((3, 5, 1)), 5)},
          "window of 5 frames; expected 8 or more"),
+        ({"seed": 2**32}, "seed is 4294967296; expected an integer of at least 0 and at most"),
+        ({"seed": -1}, "seed is -1"),
+        ({"ensemble": 0}, "ensemble is 0"),
+        ({"forecast": -1}, "forecast is -1"),
+        ({"ensemble": 10**9, "forecast": 10**6},
+         r"3 trajectories of 1000000000 members and 1000020 frames need 4.8e\+07 GB; this machine"),
+        ({"process": types.SimpleNamespace(**vars(PROCESS), data=PROCESS.data, has_variance=False)},
+         "needs a network that was trained with config.network.variance=True"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(options, message):

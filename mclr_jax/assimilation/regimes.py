@@ -14,6 +14,7 @@ members were resampled by the likelihood of the new observations. `scheduled` ha
 the ForcingDAS paper (Jia et al. 2026, arXiv 2605.14285), in one call of the sampler.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ from mclr_jax import samplers
 from mclr_jax.assimilation import guide
 from mclr_jax.assimilation.observe import Observations, Operator
 from mclr_jax.assimilation.schedules import GUIDANCE, Plan, Update, levels, matrix, updates
+from mclr_jax.generate import check_memory
+from mclr_jax.names import in_range
 from mclr_jax.noise import normal_like, sample_keys
 from mclr_jax.types import expand
 
@@ -48,6 +51,7 @@ class Result(NamedTuple):
 
 def member_keys(seed: int, rows: np.ndarray, ensemble: int) -> jax.Array:
     """Keys of the rows n * ensemble + i: member i of trajectory n depends on (seed, n, i) alone."""
+    in_range("seed", seed, 0, 2**32 - 1)
     return jax.vmap(jax.random.fold_in)(sample_keys(seed, rows // ensemble), rows % ensemble)
 
 
@@ -72,6 +76,11 @@ def _compiled(model: Any, obs: Observations, plan: Plan, ensemble: int) -> Calla
 
     Frames start as x plus noise of the first level of the grid; x is 0 for new frames.
     """
+    if plan.guidance == "posterior" and not getattr(model, "has_variance", True):
+        raise ValueError(
+            "The guidance 'posterior' needs a network that was trained with "
+            "config.network.variance=True; set plan.guidance to 'norm'."
+        )
     offset, scale = np.float32(model.data.offset or 0), np.float32(model.data.scale or 1)
     fold = jax.vmap(jax.random.fold_in, (0, None))
 
@@ -150,6 +159,12 @@ def _course(
     whole = np.isinf(lags).all() and state is None
     window, before = plan.window or (frames + forecast if whole else model.data.shape[0]), 0
     window = _whole_tokens(model, window)
+    in_range("ensemble", ensemble, 1)
+    in_range("forecast", forecast, 0)
+    total = window + frames + forecast
+    what = f"{count} trajectories of {ensemble} members and {total} frames"
+    remedy = "Take fewer members, or a part of the trajectories or frames in each call."
+    check_memory(what, 2 * count * ensemble * total * math.prod(shape), remedy)
     if state is not None:
         got = (*state.members.shape[:2], *state.members.shape[3:], state.values.shape[2])
         if got != (count, ensemble, *shape, m):
@@ -174,7 +189,6 @@ def _course(
     observed = np.isfinite(obs.values).any((0, 2))
     order = updates(observed, until, window, forecast, state is not None)
 
-    total = window + frames + forecast
     path = np.zeros((count * ensemble, total, *shape), np.float32)
     values = np.full((count, total, m), np.nan, np.float32)
     values[:, window : window + frames] = obs.values
@@ -216,7 +230,8 @@ def assimilate(
     context = plan.context or (window // 4 if blocks else 0)
     out = np.full((len(path), len(until), *path.shape[2:]), np.nan, np.float32)
     run, high = _compiled(model, obs, plan, ensemble), model.preconditioning.levels[1]
-    for rows, real in _chunks(len(path), max(1, batch_size // ensemble) * ensemble):
+    together = 1 if plan.revise else ensemble  # the members that are resampled
+    for rows, real in _chunks(len(path), max(1, batch_size // together) * together):
         keys, here = member_keys(seed, rows, ensemble), path[rows]
         started, last = course.started.copy(), -1
         for end, seen in order:
