@@ -19,6 +19,7 @@ the data, and what --continue needs. With `truth`, errors are printed.
 import dataclasses
 import json
 import math
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -144,6 +145,8 @@ def main() -> None:
     settings = json.loads(json.dumps(settings))
     state = earlier(CONTINUE.value, settings) if CONTINUE.value else None
     out = common.output(OUT.value)
+    if out.resolve() == pathlib.Path(OBSERVATIONS.value).resolve():
+        common.stop(f"--out is {OUT.value!r}, the file of --observations.")
     with Progress(None, "member") as shown:
         result = regimes.assimilate(
             run.model,

@@ -172,6 +172,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(workdir, seen,
         ),
         (["--regime=fixed_lag", "--lag=8"], "lag of 8 frames needs a window", 1),
         (["--continue=missing.npz"], "no file missing.npz", 1),
+        (["--out=SEEN"], "seen.npz', the file of --observations.", 2),
         (["--continue=SEEN"], "is no file of an earlier --out ('settings_json')", 1),
     ],
 )

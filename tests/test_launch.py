@@ -122,7 +122,9 @@ def test_values_that_make_no_sense_are_explained(workdir, tmp_path):
     assert not (ROOT / "x.npz").exists()
 
 
-@pytest.mark.parametrize("module", ["train", "sample", "evaluate", "icr", "report", "demo"])
+@pytest.mark.parametrize(
+    "module", ["train", "sample", "evaluate", "icr", "report", "demo", "assimilate"]
+)
 def test_help_is_worth_reading(module):
     text = call(module, "--help", expect=1)  # absl exits with 1 after help
     assert f"python -m launch.{module}" in text
