@@ -177,6 +177,17 @@ def test_a_member_depends_on_seed_trajectory_and_number_alone(drawn):
     assert np.abs(members[:, 0] - members[:, 1]).max() > 0.1
 
 
+def test_other_values_and_another_noise_need_no_compilation():
+    seen = small()
+    members = run(Plan(), 0, seen, ensemble=2).members
+    program = regimes._compiled(PROCESS, seen.operator, Plan(), 2)
+    before = program._cache_size()
+    assert before > 0
+    other = dataclasses.replace(seen, values=seen.values + 1, std=0.9)
+    assert np.abs(run(Plan(), 0, other, ensemble=2).members - members).max() > 0.1
+    assert program._cache_size() == before
+
+
 def test_later_observations_do_not_change_the_filter():
     seen = small()
     other = dataclasses.replace(seen, values=seen.values.copy())
@@ -241,7 +252,7 @@ def test_resampling_is_systematic():
         ({"forecast": -1}, "forecast is -1"),
         ({"ensemble": 10**9, "forecast": 10**6},
          r"3 trajectories of 1000000000 members and 1000020 frames need 4.8e\+07 GB; this machine"),
-        ({"process": types.SimpleNamespace(**vars(PROCESS), data=PROCESS.data, has_variance=False)},
+        ({"process": type("Plain", (oracle.Process,), {"has_variance": False})()},
          "needs a network that was trained with config.network.variance=True"),
     ],
 )  # fmt: skip
