@@ -177,6 +177,14 @@ def test_a_member_depends_on_seed_trajectory_and_number_alone(drawn):
     assert np.abs(members[:, 0] - members[:, 1]).max() > 0.1
 
 
+def test_no_more_members_at_a_time_than_asked_for_unless_they_are_resampled():
+    for plan, most in [(Plan(), 3), (Plan(revise=False), 4)]:
+        calls = []
+        options = {"ensemble": 4, "batch_size": 3, "progress": calls.append}
+        run(plan, 0, small(frames=2), **options)
+        assert (max(calls), sum(calls)) == (most, 2 * 12)
+
+
 def test_other_values_and_another_noise_need_no_compilation():
     seen = small()
     members = run(Plan(), 0, seen, ensemble=2).members
