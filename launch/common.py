@@ -18,6 +18,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from mclr_jax import cpu
+from mclr_jax.files import write_atomically
 from mclr_jax.names import nearest
 
 # Help of flags that several commands have.
@@ -57,6 +58,22 @@ def numbers(flag, kind: type, count: int | None = None) -> list | None:
         wanted = f"{count or 'some'} numbers separated by commas"
         stop(f"--{flag.name} is {','.join(flag.value)!r}; expected {wanted}.")
     return values
+
+
+def output(name: str) -> pathlib.Path:
+    """The file of --out, NAME.npz; stops unless it can be written."""
+    path = pathlib.Path(name)
+    if path.suffix != ".npz":
+        stop(f"--out is {name!r}; expected a name that ends in .npz.")
+    probe = path.with_name(f"{path.name}.tmp")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a directory")
+        write_atomically(probe, b"")
+        probe.unlink()
+    except OSError as error:
+        stop(f"--out is {name!r}, where no file can be written ({error.strerror or error}).")
+    return path
 
 
 def _parse(arguments: bool, argv: list[str]) -> list[str]:

@@ -9,7 +9,6 @@ more samples begins with the same samples. The labels repeat all classes in orde
 """
 
 import dataclasses
-import pathlib
 
 import numpy as np
 from absl import flags
@@ -65,11 +64,8 @@ def main() -> None:
     classes = common.numbers(LABELS, int) or range(run.model.null_label)
     labels = np.resize(np.array(classes), NUM_SAMPLES.value)
     interval = common.numbers(GUIDANCE_INTERVAL, float, 2)
-    out = pathlib.Path(OUT.value)
-    if out.suffix != ".npz":
-        common.stop(f"--out is {OUT.value!r}; expected a name that ends in .npz.")
-
     params, _ = run.weights(EMA.value, CHECKPOINT.value, INTERPOLATION.value)
+    out = common.output(OUT.value)
     weak = runs.load_model(AUTOGUIDANCE.value) if AUTOGUIDANCE.value else None
     with Progress(len(labels), "sample") as progress:
         samples = generate.generate(

@@ -95,6 +95,16 @@ def network_calls(
     return len(levels) + int(second.sum())
 
 
+def check_memory(what: str, numbers: int, remedy: str) -> None:
+    """ValueError if so many float32 numbers do not fit into the memory of this machine."""
+    pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else np.inf
+    if 4 * numbers > (memory := pages * mmap.PAGESIZE):
+        raise ValueError(
+            f"{what} need {4 * numbers / 1e9:.3g} GB; this machine has {memory / 1e9:.3g} GB. "
+            f"{remedy}"
+        )
+
+
 def _checked(
     model: Model, labels: np.ndarray, guidance_scale: float, weak: Any, interval: Any, churn: Any,
     seed: int,
@@ -109,13 +119,8 @@ def _checked(
         raise ValueError(f"The guidance interval is {tuple(interval)}; expected 0 <= low < high.")
     for name, value in (churn._asdict() if churn else {}).items():
         in_range(f"churn.{name}", value, 0.0)
-    needed = labels.size * math.prod(model.data.shape) * 4
-    pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else np.inf
-    if needed > (memory := pages * mmap.PAGESIZE):
-        raise ValueError(
-            f"{labels.size} samples of shape {model.data.shape} need {needed / 1e9:.3g} GB; this "
-            f"machine has {memory / 1e9:.3g} GB. Draw them in several calls."
-        )
+    what = f"{labels.size} samples of shape {model.data.shape}"
+    check_memory(what, labels.size * math.prod(model.data.shape), "Draw them in several calls.")
     if labels.size and not 0 <= labels.min() <= labels.max() <= model.null_label:
         raise ValueError(
             f"Labels must lie in 0..{model.null_label} ({model.null_label} is the null label); got "

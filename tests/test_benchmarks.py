@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import guidance_free  # noqa: E402
 import icr  # noqa: E402
+import lorenz63_animation  # noqa: E402
 import mclr_figures  # noqa: E402
 import mclr_images  # noqa: E402
 import mclr_probes  # noqa: E402
@@ -389,3 +390,19 @@ def test_robustness_counts_every_section(tmp_path):
         assert part["LOST"] == part["SILENT"] == 0, part["bad"]
     assert [result[name]["bad"] for name in ("values", "commands", "runs", "files")] == [[]] * 4
     assert done.returncode == any(part["bad"] for part in result.values())
+
+
+def test_the_animation_shows_a_frame_and_those_before_it():
+    rng = np.random.default_rng(0)
+    seen, truths = rng.normal(size=(4, 1)), rng.normal(size=(2, 4, 3))
+    members = {name: rng.normal(size=(3, 4, 3)) for name in ("filter", "batch")}
+
+    def shown(k, changed=0):
+        """Frame k, with other members and observations from frame `changed` on."""
+        later = np.arange(4) >= changed
+        other = {name: x + 5 * later[:, None] for name, x in members.items()}
+        return lorenz63_animation.picture(k, seen + 5 * later[:, None], truths, other).tobytes()
+
+    assert shown(1, 2) == shown(1, 4)
+    assert shown(1, 1) != shown(1, 4)
+    assert shown(1, 4) != shown(2, 4)

@@ -120,9 +120,14 @@ def test_values_that_make_no_sense_are_explained(workdir, tmp_path):
     log = call("sample", f"--workdir={workdir}", "--out=x.npz", "--guidance_interval=1", expect=2)
     assert "--guidance_interval is '1'; expected 2 numbers" in log
     assert not (ROOT / "x.npz").exists()
+    (tmp_path / "file").touch()
+    log = call("sample", f"--workdir={workdir}", f"--out={tmp_path / 'file' / 'x.npz'}", expect=2)
+    assert "where no file can be written (File exists)" in log
 
 
-@pytest.mark.parametrize("module", ["train", "sample", "evaluate", "icr", "report", "demo"])
+@pytest.mark.parametrize(
+    "module", ["train", "sample", "evaluate", "icr", "report", "demo", "assimilate"]
+)
 def test_help_is_worth_reading(module):
     text = call(module, "--help", expect=1)  # absl exits with 1 after help
     assert f"python -m launch.{module}" in text

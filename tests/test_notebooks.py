@@ -19,6 +19,7 @@ def test_it_runs_and_its_assertions_hold(path, monkeypatch):
     search = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, search)))
     monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.setenv("NOTEBOOK_STEPS", "100")  # of training
     notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(
         notebook,

@@ -171,10 +171,29 @@ def test_a_member_depends_on_seed_trajectory_and_number_alone(drawn):
     seen = small(frames=5)
     two = dataclasses.replace(seen, values=seen.values[:2])
     members = of(seen, 4)
-    np.testing.assert_allclose(of(seen, 4, batch_size=5), members, atol=1e-4)
+    np.testing.assert_allclose(of(seen, 4, batch_size=3), members, atol=1e-4)
     np.testing.assert_allclose(of(two, 4), members[:2], atol=1e-4)
     assert np.abs(of(seen, 4, seed=1) - members).max() > 0.1
     assert np.abs(members[:, 0] - members[:, 1]).max() > 0.1
+
+
+def test_no_more_members_at_a_time_than_asked_for_unless_they_are_resampled():
+    for plan, most in [(Plan(), 3), (Plan(revise=False), 4)]:
+        calls = []
+        options = {"ensemble": 4, "batch_size": 3, "progress": calls.append}
+        run(plan, 0, small(frames=2), **options)
+        assert (max(calls), sum(calls)) == (most, 2 * 12)
+
+
+def test_other_values_and_another_noise_need_no_compilation():
+    seen = small()
+    members = run(Plan(), 0, seen, ensemble=2).members
+    program = regimes._compiled(PROCESS, seen.operator, Plan(), 2)
+    before = program._cache_size()
+    assert before > 0
+    other = dataclasses.replace(seen, values=seen.values + 1, std=0.9)
+    assert np.abs(run(Plan(), 0, other, ensemble=2).members - members).max() > 0.1
+    assert program._cache_size() == before
 
 
 def test_later_observations_do_not_change_the_filter():
@@ -235,6 +254,14 @@ def test_resampling_is_systematic():
          r"\(3, 5, 2, 1\); expected \(3, 2, 2, 1\)"),
         ({"state": regimes.State(np.zeros((3, 2, 5, 2)), np.zeros((3, 5, 1)), 5)},
          "window of 5 frames; expected 8 or more"),
+        ({"seed": 2**32}, "seed is 4294967296; expected an integer of at least 0 and at most"),
+        ({"seed": -1}, "seed is -1"),
+        ({"ensemble": 0}, "ensemble is 0"),
+        ({"forecast": -1}, "forecast is -1"),
+        ({"ensemble": 10**9, "forecast": 10**6},
+         r"3 trajectories of 1000000000 members and 1000020 frames need 4.8e\+07 GB; this machine"),
+        ({"process": type("Plain", (oracle.Process,), {"has_variance": False})()},
+         "needs a network that was trained with config.network.variance=True"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(options, message):

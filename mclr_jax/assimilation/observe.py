@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mclr_jax.files import named, save_arrays
-from mclr_jax.names import as_tuple, in_range, look_up, nearest
+from mclr_jax.names import as_tuple, in_range, look_up, nearest, of_kind
 
 FUNCTIONS: dict[str, Callable] = {
     "identity": lambda z: z,
@@ -84,9 +84,13 @@ class Matrix:
 
     rows: tuple[tuple[float, ...], ...]
 
+    def __post_init__(self):
+        if len(set(map(len, self.rows))) != 1:
+            raise ValueError("The rows of the matrix H have different lengths, or it has no rows.")
+
     def __call__(self, x: jax.Array, power: int = 1) -> jax.Array:
         x, weights = x.reshape(*x.shape[:2], -1), np.array(self.rows) ** power
-        if weights.ndim != 2 or weights.shape[1] != x.shape[2]:
+        if weights.shape[1] != x.shape[2]:
             raise ValueError(
                 f"The matrix H has shape {weights.shape}; expected (m, {x.shape[2]}) for states of "
                 f"{x.shape[2]} coordinates."
@@ -174,15 +178,16 @@ def operator_of(description: Mapping[str, Any]) -> Operator:
             f"{', '.join(LINEAR)}."
         )
     kind = look_up(LINEAR, description["name"], "operator")
-    own = {field.name for field in dataclasses.fields(kind)}
+    own = {field.name: field.type for field in dataclasses.fields(kind)}
     shared = {"function", "offset", "scale"}
     values = {key: as_tuple(value) for key, value in description.items() if key != "name"}
-    for key in values.keys() - own - shared:
-        raise ValueError(
-            f"Operator {description['name']!r} has no {key!r}. {nearest(key, own | shared)}"
-        )
+    for key in values.keys() - shared:
+        if key not in own:
+            known = nearest(key, own.keys() | shared)
+            raise ValueError(f"Operator {description['name']!r} has no {key!r}. {known}")
+        of_kind(f"operator.{key}", values[key], own[key])
     try:
-        linear = kind(**{key: values[key] for key in own & values.keys()})
+        linear = kind(**{key: values[key] for key in own.keys() & values.keys()})
         return Operator(linear, **{key: values[key] for key in shared & values.keys()})
     except TypeError as error:
         raise ValueError(f"Operator {dict(description)}: {error}.") from error
@@ -292,6 +297,8 @@ def parse(arrays: Mapping[str, np.ndarray], path: str | os.PathLike) -> Observat
     for key in ("values", "std", "initial", "time_step", "H"):
         if key in arrays and arrays[key].dtype.kind not in "fiu":
             raise ValueError(f"{path}: {key} has type {arrays[key].dtype}; expected numbers.")
+    if got := np.shape(arrays.get("time_step", 0.0)):
+        raise ValueError(f"{path}: time_step has shape {got}; expected one number.")
     try:
         if "H" in arrays:
             if arrays["H"].ndim != 2 or not np.isfinite(arrays["H"]).all():
@@ -300,7 +307,9 @@ def parse(arrays: Mapping[str, np.ndarray], path: str | os.PathLike) -> Observat
                 )
             operator = Operator(Matrix(as_tuple(arrays["H"].tolist())))
         else:
-            operator = operator_of(json.loads(str(arrays["operator_json"])))
+            with named("operator_json is no JSON"):
+                description = json.loads(str(arrays["operator_json"]))
+            operator = operator_of(description)
         known = {key: arrays[key] for key in ("initial",) if key in arrays}
         time_step = float(arrays.get("time_step", 0.0))
         return Observations(arrays["values"], operator, arrays["std"], time_step=time_step, **known)

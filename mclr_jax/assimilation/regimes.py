@@ -14,6 +14,8 @@ members were resampled by the likelihood of the new observations. `scheduled` ha
 the ForcingDAS paper (Jia et al. 2026, arXiv 2605.14285), in one call of the sampler.
 """
 
+import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -25,6 +27,8 @@ from mclr_jax import samplers
 from mclr_jax.assimilation import guide
 from mclr_jax.assimilation.observe import Observations, Operator
 from mclr_jax.assimilation.schedules import GUIDANCE, Plan, Update, levels, matrix, updates
+from mclr_jax.generate import check_memory
+from mclr_jax.names import in_range
 from mclr_jax.noise import normal_like, sample_keys
 from mclr_jax.types import expand
 
@@ -48,6 +52,7 @@ class Result(NamedTuple):
 
 def member_keys(seed: int, rows: np.ndarray, ensemble: int) -> jax.Array:
     """Keys of the rows n * ensemble + i: member i of trajectory n depends on (seed, n, i) alone."""
+    in_range("seed", seed, 0, 2**32 - 1)
     return jax.vmap(jax.random.fold_in)(sample_keys(seed, rows // ensemble), rows % ensemble)
 
 
@@ -67,34 +72,40 @@ def log_evidence(
     return -jnp.where(known, error**2 / total + jnp.log(total), 0).sum((1, 2)) / 2
 
 
-def _compiled(model: Any, obs: Observations, plan: Plan, ensemble: int) -> Callable:
-    """(params, x, values, keys, grid (N + 1, F), resampled) -> x, of rows of F frames.
+@functools.lru_cache(maxsize=8)
+def _compiled(model: Any, operator: Operator, plan: Plan, ensemble: int) -> Callable:
+    """(params, x, values, std, keys, grid (N + 1, F), resampled) -> x, of rows of F frames.
 
     Frames start as x plus noise of the first level of the grid; x is 0 for new frames.
     """
+    if plan.guidance == "posterior" and not getattr(model, "has_variance", True):
+        raise ValueError(
+            "The guidance 'posterior' needs a network that was trained with "
+            "config.network.variance=True; set plan.guidance to 'norm'."
+        )
     offset, scale = np.float32(model.data.offset or 0), np.float32(model.data.scale or 1)
     fold = jax.vmap(jax.random.fold_in, (0, None))
 
-    def run(params, x, values, keys, grid, resampled):
+    def run(params, x, values, std, keys, grid, resampled):
         moments = samplers.stabilised(model.moments(params), plan.sigma_min)
         label = jnp.full(len(x), model.null_label, jnp.int32)
-        seen = guide.Seen(values, jnp.asarray(obs.std), offset, scale)
+        seen = guide.Seen(values, std, offset, scale)
         sigma = jnp.broadcast_to(grid[0], x.shape[:2])
         x = x + expand(sigma, x) * normal_like(keys, x)
         if resampled:  # the past of each member, by the likelihood of the new observations
             d, v = moments(x, sigma, label)
-            weights = log_evidence(obs.operator, seen, d, v, sigma > 0)
+            weights = log_evidence(operator, seen, d, v, sigma > 0)
             chosen = jax.vmap(systematic)(weights.reshape(-1, ensemble), fold(keys[::ensemble], 2))
             groups = x.reshape(-1, ensemble, *x.shape[1:])
             past = jax.vmap(lambda group, i: group[i])(groups, chosen).reshape(x.shape)
             x = jnp.where(expand(sigma, x) > 0, x, past)
         options = {key: getattr(plan, key) for key in GUIDANCE[plan.guidance]}
-        correct = getattr(guide, plan.guidance)(obs.operator, seen, **options)
+        correct = getattr(guide, plan.guidance)(operator, seen, **options)
         return samplers.sample(
             moments, x, label, grid, plan.method, keys=fold(keys, 1), correct=correct
         )
 
-    return jax.jit(run, static_argnums=5)
+    return jax.jit(run, static_argnums=6)
 
 
 def _chunks(count: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
@@ -150,6 +161,12 @@ def _course(
     whole = np.isinf(lags).all() and state is None
     window, before = plan.window or (frames + forecast if whole else model.data.shape[0]), 0
     window = _whole_tokens(model, window)
+    in_range("ensemble", ensemble, 1)
+    in_range("forecast", forecast, 0)
+    total = window + frames + forecast
+    what = f"{count} trajectories of {ensemble} members and {total} frames"
+    remedy = "Take fewer members, or a part of the trajectories or frames in each call."
+    check_memory(what, 2 * count * ensemble * total * math.prod(shape), remedy)
     if state is not None:
         got = (*state.members.shape[:2], *state.members.shape[3:], state.values.shape[2])
         if got != (count, ensemble, *shape, m):
@@ -174,7 +191,6 @@ def _course(
     observed = np.isfinite(obs.values).any((0, 2))
     order = updates(observed, until, window, forecast, state is not None)
 
-    total = window + frames + forecast
     path = np.zeros((count * ensemble, total, *shape), np.float32)
     values = np.full((count, total, m), np.nan, np.float32)
     values[:, window : window + frames] = obs.values
@@ -215,8 +231,9 @@ def assimilate(
     blocks = np.isinf(lags).any() and window < frames
     context = plan.context or (window // 4 if blocks else 0)
     out = np.full((len(path), len(until), *path.shape[2:]), np.nan, np.float32)
-    run, high = _compiled(model, obs, plan, ensemble), model.preconditioning.levels[1]
-    for rows, real in _chunks(len(path), max(1, batch_size // ensemble) * ensemble):
+    run, high = _compiled(model, obs.operator, plan, ensemble), model.preconditioning.levels[1]
+    together = 1 if plan.revise else ensemble  # the members that are resampled
+    for rows, real in _chunks(len(path), max(1, batch_size // together) * together):
         keys, here = member_keys(seed, rows, ensemble), path[rows]
         started, last = course.started.copy(), -1
         for end, seen in order:
@@ -231,7 +248,7 @@ def assimilate(
             grid = levels(plan, ~old, clean, steps, min(plan.sigma_max, high))
             numbered = jax.vmap(jax.random.fold_in, (0, None))(keys, done + end)
             resampled = bool(informed and not plan.revise and old.any())
-            inputs = here[:, places], values[rows // ensemble, places], numbered
+            inputs = here[:, places], values[rows // ensemble, places], obs.std, numbered
             new = run(params, *inputs, np.float32(grid), resampled)
             here[:, places], started[places], last = new, True, seen
             k = np.arange(max(-before, end - window), end)
@@ -273,9 +290,9 @@ def scheduled(
     if obs.initial is not None:
         grid[:, first], x[:, first] = 0, _initial(model, obs.initial).repeat(ensemble, 0)
         grid = grid[np.append(True, (np.diff(grid, axis=0) != 0).any(1))]
-    run = _compiled(model, obs, plan, ensemble)
+    run = _compiled(model, obs.operator, plan, ensemble)
     for rows, real in _chunks(len(x), batch_size):
         keys = member_keys(seed, rows, ensemble)
-        new = run(params, x[rows], values[rows // ensemble], keys, grid, False)
+        new = run(params, x[rows], values[rows // ensemble], obs.std, keys, grid, False)
         x[rows[:real]] = new[:real]
     return Result(_physical(model, x[:, first:], ensemble, plan), 0, None)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mclr_jax.names import in_range, look_up
+from mclr_jax.noise import LEVELS
 from mclr_jax.samplers import METHODS
 
 GUIDANCE = {"posterior": ("c", "overlap", "reach"), "conjugate": ("iterations",),
@@ -41,11 +42,12 @@ class Plan:
     def __post_init__(self):
         look_up(METHODS, self.method, "sampler")
         look_up(GUIDANCE, self.guidance, "guidance")
-        counts = ("steps", "first_steps", "iterations")
-        lowest = dict.fromkeys(counts, 1) | dict.fromkeys(("window", "context"), 0)
-        for key, low in (lowest | dict.fromkeys(("c", "overlap", "zeta", "g"), 0.0)).items():
-            in_range(f"plan.{key}", getattr(self, key), low)
-        in_range("plan.sigma_min", self.sigma_min, 0.0, open="(")
+        limits: dict = dict.fromkeys(("steps", "first_steps", "iterations"), (1, 100_000))
+        limits |= dict.fromkeys(("window", "context"), (0,))
+        for key, limit in (limits | dict.fromkeys(("c", "overlap", "zeta", "g"), (0.0,))).items():
+            in_range(f"plan.{key}", getattr(self, key), *limit)
+        in_range("plan.sigma_min", self.sigma_min, *LEVELS)
+        in_range("plan.sigma_max", self.sigma_max, float(self.sigma_min), LEVELS[1])
         in_range("plan.reach", self.reach, 0.0, open="(")
         in_range("plan.restart", self.restart, self.sigma_min, self.sigma_max, open="(")
 
