@@ -20,7 +20,7 @@ Numbers of a row, in units of the state x; a mean is over trajectories, frames a
                             tenth more than trajectories would
   spread_skill              sqrt(mean posterior variance) / rmse
   crps                      mean(E|X - truth| - E|X - X'| / 2), unbiased, X and X' members
-  w1_to_truth               mean E|X - truth|: W1 of the members to the point of the truth
+  w1_to_truth, _standardised  mean E|X - truth| of x, of z: W1 of the members to the truth
   w1_floor                  mean over marginals of W1 between two independent sets of 64 members:
                             what exact inference with 64 members has to the 64 in the files
   log_prior, _truth         log p(x_2:K | x_1), summed over steps and coordinates, of x and not z:
@@ -118,6 +118,7 @@ def scores(
         "spread_skill": float(np.sqrt((std**2).mean()) / rmse),
         "crps": float(crps(members, truth).mean()),
         "w1_to_truth": float(np.abs(members - truth[:, None]).mean()),
+        "w1_standardised": float((np.abs(members - truth[:, None]) / scale).mean()),
         "w1_floor": float(np.abs(np.sort(first, 1) - np.sort(second, 1)).mean()),
         "log_prior": float(system.log_prior(mean).mean()),
         "log_prior_truth": float(system.log_prior(truth).mean()),

@@ -14,6 +14,7 @@ members were resampled by the likelihood of the new observations. `scheduled` ha
 the ForcingDAS paper (Jia et al. 2026, arXiv 2605.14285), in one call of the sampler.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.stats import chi2
 
 from mclr_jax import samplers
 from mclr_jax.assimilation import guide
@@ -72,11 +74,27 @@ def log_evidence(
     return -jnp.where(known, error**2 / total + jnp.log(total), 0).sum((1, 2)) / 2
 
 
+def plausible(operator: Operator, seen: guide.Seen, x: jax.Array, share: float) -> jax.Array:
+    """Whether the misfit of x (B, F, *state) is within this share of its chi-square law, (B,)."""
+    error = (seen.values - operator(seen.offset + seen.scale * x)) / seen.std
+    known = jnp.isfinite(error)
+    misfit, count = jnp.where(known, error**2, 0).sum((1, 2)), known.sum((1, 2))
+    return chi2.cdf(misfit, jnp.maximum(count, 1)) <= share
+
+
+def screened(x: jax.Array, kept: jax.Array, group: jax.Array, keys: jax.Array) -> jax.Array:
+    """Members x (B, ...) of trajectories `group` (B,); those not kept become others of theirs."""
+    candidates = kept & (group == group[:, None])
+    drawn = jax.vmap(jax.random.categorical)(keys, jnp.where(candidates, 0.0, -jnp.inf))
+    return x[jnp.where(kept | ~candidates.any(1), jnp.arange(len(x)), drawn)]
+
+
 @functools.lru_cache(maxsize=8)
 def _compiled(model: Any, operator: Operator, plan: Plan, ensemble: int) -> Callable:
-    """(params, x, values, std, keys, grid (N + 1, F), resampled) -> x, of rows of F frames.
+    """(params, x, values, std, group, keys, grid (N + 1, F), resampled) -> x, of rows of F frames.
 
-    Frames start as x plus noise of the first level of the grid; x is 0 for new frames.
+    Frames start as x plus noise of the first level of the grid; x is 0 for new frames. Members of
+    one trajectory have one number in `group` (B,).
     """
     if plan.guidance == "posterior" and not getattr(model, "has_variance", True):
         raise ValueError(
@@ -86,7 +104,7 @@ def _compiled(model: Any, operator: Operator, plan: Plan, ensemble: int) -> Call
     offset, scale = np.float32(model.data.offset or 0), np.float32(model.data.scale or 1)
     fold = jax.vmap(jax.random.fold_in, (0, None))
 
-    def run(params, x, values, std, keys, grid, resampled):
+    def run(params, x, values, std, group, keys, grid, resampled):
         moments = samplers.stabilised(model.moments(params), plan.sigma_min)
         label = jnp.full(len(x), model.null_label, jnp.int32)
         seen = guide.Seen(values, std, offset, scale)
@@ -101,11 +119,13 @@ def _compiled(model: Any, operator: Operator, plan: Plan, ensemble: int) -> Call
             x = jnp.where(expand(sigma, x) > 0, x, past)
         options = {key: getattr(plan, key) for key in GUIDANCE[plan.guidance]}
         correct = getattr(guide, plan.guidance)(operator, seen, **options)
-        return samplers.sample(
+        x = samplers.sample(
             moments, x, label, grid, plan.method, keys=fold(keys, 1), correct=correct
         )
+        kept = plausible(operator, seen, x, plan.screen)
+        return screened(x, kept, group, fold(keys, 3))
 
-    return jax.jit(run, static_argnums=6)
+    return jax.jit(run, static_argnums=7)
 
 
 def _chunks(count: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
@@ -144,12 +164,13 @@ def _whole_tokens(model: Any, frames: int) -> int:
 class _Course(NamedTuple):
     """All frames of all rows, frame k at place window + k, and what happens to them."""
 
-    path: np.ndarray  # (N E, window + frames + forecast, *state) in the model's units
-    values: np.ndarray  # (N, window + frames + forecast, m)
-    started: np.ndarray  # (window + frames + forecast,) bool: path has an estimate
+    path: np.ndarray  # (N E, window + frames + forecast + ahead, *state) in the model's units
+    values: np.ndarray  # (N, window + frames + forecast + ahead, m)
+    started: np.ndarray  # (window + frames + forecast + ahead,) bool: path has an estimate
     until: np.ndarray  # (before + frames + forecast,) last frame to see, from frame -before on
     updates: list[Update]
     window: int
+    ahead: int  # frames after the last one that wait at the highest level
 
 
 def _course(
@@ -161,9 +182,11 @@ def _course(
     whole = np.isinf(lags).all() and state is None
     window, before = plan.window or (frames + forecast if whole else model.data.shape[0]), 0
     window = _whole_tokens(model, window)
+    # a network has been trained on frames with others around them, not on short trajectories
+    ahead = max(0, _whole_tokens(model, model.data.shape[0]) - window) if whole else 0
     in_range("ensemble", ensemble, 1)
     in_range("forecast", forecast, 0)
-    total = window + frames + forecast
+    total = window + frames + forecast + ahead
     what = f"{count} trajectories of {ensemble} members and {total} frames"
     remedy = "Take fewer members, or a part of the trajectories or frames in each call."
     check_memory(what, 2 * count * ensemble * total * math.prod(shape), remedy)
@@ -180,9 +203,9 @@ def _course(
                 f"{window} or more: set plan.window."
             )
         before = int(min(lags[0], window - 1, state.frames))
-    numbers, ahead = np.arange(-before, frames), np.append(np.full(before, lags[0]), lags)
-    until = np.minimum(numbers + ahead, frames - 1).astype(int)
-    longest = (until - numbers)[np.isfinite(ahead)].max(initial=0)
+    numbers, lags = np.arange(-before, frames), np.append(np.full(before, lags[0]), lags)
+    until = np.minimum(numbers + lags, frames - 1).astype(int)
+    longest = (until - numbers)[np.isfinite(lags)].max(initial=0)
     if longest >= window:
         raise ValueError(
             f"A lag of {longest} frames needs a window of more frames; it has {window}. Set "
@@ -200,7 +223,9 @@ def _course(
     elif obs.initial is not None:
         path[:, window] = _initial(model, obs.initial).repeat(ensemble, 0)
     started = np.arange(total) < (window if state is not None else 0)
-    return _Course(path, values, started, np.append(until, [frames] * forecast), order, window)
+    return _Course(
+        path, values, started, np.append(until, [frames] * forecast), order, window, ahead
+    )
 
 
 def assimilate(
@@ -219,22 +244,23 @@ def assimilate(
 ) -> Result:
     """Members of each trajectory, given its observations.
 
-    Without resampling, member i of trajectory n depends on (seed, n, i) alone. A continued run
-    begins with the frames of the run before that may now see more; an `initial` state is not used.
+    With plan.screen 1 and without resampling, member i of trajectory n depends on (seed, n, i)
+    alone; otherwise on the members that are computed together. A continued run begins with the
+    frames of the run before that may now see more; an `initial` state is not used.
     ValueError: observations, lags or state that do not fit the model, or each other.
     """
     obs = observations.for_states(tuple(model.data.shape[1:]), model.data.time_step)
     course, frames = _course(model, obs, plan, lags, ensemble, forecast, state), obs.values.shape[1]
-    path, values, _, until, order, window = course
+    path, values, _, until, order, window, _ = course
     before, done = len(until) - frames - forecast, 0 if state is None else state.frames
     known_start = obs.initial is not None and state is None
     blocks = np.isinf(lags).any() and window < frames
     context = plan.context or (window // 4 if blocks else 0)
     out = np.full((len(path), len(until), *path.shape[2:]), np.nan, np.float32)
     run, high = _compiled(model, obs.operator, plan, ensemble), model.preconditioning.levels[1]
-    together = 1 if plan.revise else ensemble  # the members that are resampled
-    for rows, real in _chunks(len(path), max(1, batch_size // together) * together):
-        keys, here = member_keys(seed, rows, ensemble), path[rows]
+    size = batch_size // ensemble * ensemble or (batch_size if plan.revise else ensemble)
+    for rows, real in _chunks(len(path), size):
+        keys, here, group = member_keys(seed, rows, ensemble), path[rows], rows // ensemble
         started, last = course.started.copy(), -1
         for end, seen in order:
             places = slice(end, end + window)
@@ -248,9 +274,11 @@ def assimilate(
             grid = levels(plan, ~old, clean, steps, min(plan.sigma_max, high))
             numbered = jax.vmap(jax.random.fold_in, (0, None))(keys, done + end)
             resampled = bool(informed and not plan.revise and old.any())
-            inputs = here[:, places], values[rows // ensemble, places], obs.std, numbered
+            grid = np.pad(grid, ((0, 0), (0, course.ahead)), constant_values=grid.max())
+            shown = slice(end, end + window + course.ahead)
+            inputs = here[:, shown], values[group, shown], obs.std, group, numbered
             new = run(params, *inputs, np.float32(grid), resampled)
-            here[:, places], started[places], last = new, True, seen
+            here[:, places], started[places], last = new[:, :window], True, seen
             k = np.arange(max(-before, end - window), end)
             k = k[until[k + before] >= seen]
             out[rows[:real, None], k + before] = here[:real, window + k]
@@ -290,9 +318,11 @@ def scheduled(
     if obs.initial is not None:
         grid[:, first], x[:, first] = 0, _initial(model, obs.initial).repeat(ensemble, 0)
         grid = grid[np.append(True, (np.diff(grid, axis=0) != 0).any(1))]
-    run = _compiled(model, obs.operator, plan, ensemble)
+    causal = dataclasses.replace(plan, screen=1.0)  # later observations choose no earlier frame
+    run = _compiled(model, obs.operator, causal, ensemble)
     for rows, real in _chunks(len(x), batch_size):
         keys = member_keys(seed, rows, ensemble)
-        new = run(params, x[rows], values[rows // ensemble], obs.std, keys, grid, False)
+        group = rows // ensemble
+        new = run(params, x[rows], values[group], obs.std, group, keys, grid, False)
         x[rows[:real]] = new[:real]
     return Result(_physical(model, x[:, first:], ensemble, plan), 0, None)

@@ -30,6 +30,7 @@ class Plan:
     restart: float = 5.0  # noise on the frames already estimated
     context: int = 0  # first frames of a window that are not revised; in blocks 0 is a quarter
     revise: bool = True  # False: no frame is revised, members are resampled by likelihood
+    screen: float = 0.999  # members whose misfit is beyond this quantile are replaced; 1: none
     method: str = "ancestral_2m"
     guidance: str = "posterior"  # or conjugate, norm: the functions of guide.py
     c: float = 1.0  # of posterior
@@ -49,6 +50,7 @@ class Plan:
         in_range("plan.sigma_min", self.sigma_min, *LEVELS)
         in_range("plan.sigma_max", self.sigma_max, float(self.sigma_min), LEVELS[1])
         in_range("plan.reach", self.reach, 0.0, open="(")
+        in_range("plan.screen", self.screen, 0.0, 1.0, open="(")
         in_range("plan.restart", self.restart, self.sigma_min, self.sigma_max, open="(")
 
 
