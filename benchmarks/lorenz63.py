@@ -28,14 +28,15 @@ from mclr_jax.assimilation.schedules import Plan, lags
 from mclr_jax.files import digest, provenance, write_json
 from mclr_jax.training.devices import banner
 
-REGIMES = {"filter": ("filter", 0), "lag16": ("fixed_lag", 16), "batch": ("batch", 0)}
+REGIMES = {"filter": ("filter", 0), "lag8": ("fixed_lag", 8), "lag16": ("fixed_lag", 16),
+           "batch": ("batch", 0)}  # fmt: skip
 FILE = RESULTS / "lorenz63.json"
 GRID = (0.25, 0.5, 1.0)
 CHOSEN_ON = 16  # trajectories
 
 
-def analyse(run, params, path: pathlib.Path, name: str, regime: str, plan: Plan, options) -> dict:
-    """One row: `regime` on the first trajectories of a file of assimilation_baselines.py."""
+def analyse(run, params, path: pathlib.Path, system, regime: str, plan: Plan, options) -> dict:
+    """One row: `regime` on the first trajectories of a file of the baselines."""
     arrays = observe.load(path)
     whole = observe.parse(arrays, path)
     some = slice(0, options["trajectories"])
@@ -50,14 +51,14 @@ def analyse(run, params, path: pathlib.Path, name: str, regime: str, plan: Plan,
     )  # fmt: skip
     x, truth = found.members[:, :, :frames], arrays["truth"][some]
     row = scores(
-        PROTOCOLS[name].system, truth, np.asarray(seen.values), x.mean(1), x.std(1, ddof=1), x,
-        regime == "batch",
+        system, truth, np.asarray(seen.values), x.mean(1), x.std(1, ddof=1), x, regime == "batch",
+        arrays["scale"],
     )  # fmt: skip
     # the mean of E members has (E + 1) / E of the error of the exact mean, as the spread is judged
     row["spread_skill"] *= (1 + 1 / x.shape[1]) ** 0.5
-    exact = np.sqrt(((arrays[f"{regime}_mean"][some] - truth) ** 2).mean())
+    exact = np.sqrt(((arrays.get(f"{regime}_mean", np.nan * x.mean(1))[some] - truth) ** 2).mean())
     return {
-        "protocol": name, "regime": regime, "ratio": float(row["rmse"] / exact), **row,
+        "regime": regime, "ratio": float(row["rmse"] / exact), **row,
         "particle_filter_rmse": float(exact), "members": x.shape[1], "trajectories": len(x),
         "c": plan.c, "updates_of_members": int(sum(calls)), "seconds": time.monotonic() - start,
     }  # fmt: skip
@@ -90,7 +91,9 @@ def main() -> None:
     parser.add_argument("--folder", type=pathlib.Path, required=True)
     parser.add_argument("--ensemble", type=int, default=16)
     parser.add_argument("--protocols", choices=PROTOCOLS, nargs="+", default=[*PROTOCOLS])
-    parser.add_argument("--regimes", choices=REGIMES, nargs="+", default=[*REGIMES])
+    parser.add_argument(
+        "--regimes", choices=REGIMES, nargs="+", default=["filter", "lag16", "batch"]
+    )
     flags = parser.parse_args()
     run = runs.load(flags.workdir)
     params, step = run.weights()
@@ -108,12 +111,10 @@ def main() -> None:
                         return old
                 path = flags.folder / f"{name}_{which}.npz"
                 options = {"trajectories": trajectories, "ensemble": flags.ensemble}
-                new = analyse(run, params, path, name, regime, Plan(c=c), options)
+                new = analyse(run, params, path, PROTOCOLS[name].system, regime, Plan(c=c), options)
                 result["rows"].append({**asked, **new, **provenance(), "device": banner()})
                 write_json(FILE, {"rows": result["rows"], "summary": summary(result["rows"])})
-                print(
-                    {k: new[k] for k in ("protocol", "regime", "c", "ratio", "spread_skill")}, which
-                )
+                print(name, which, {k: new[k] for k in ("regime", "c", "ratio", "spread_skill")})
                 return result["rows"][-1]
 
             tried = [row("validation", c, CHOSEN_ON) for c in GRID]

@@ -1,5 +1,4 @@
-"""Kuramoto-Sivashinsky trajectories: see lorenz96_forcing.py.
-"""
+"""Kuramoto-Sivashinsky trajectories: see lorenz96_forcing.py."""
 
 from ml_collections import ConfigDict
 

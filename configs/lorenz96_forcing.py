@@ -1,5 +1,4 @@
-"""Lorenz-96 trajectories: a network of patches on a ring.
-"""
+"""Lorenz-96 trajectories: a network of patches on a ring."""
 
 from ml_collections import ConfigDict
 

@@ -92,6 +92,8 @@ class Trajectory(_TrajectoryNetwork):
         Raises ValueError on other shapes, and if tokens do not divide frames and coordinates.
         """
         self._check(x, c_noise, axes=3)
+        in_range("network.patch", self.patch, 0)
+        in_range("network.reach", self.reach, 0)
         (batch, frames, _), p = x.shape, self.frames_per_token
         if frames % p:
             raise ValueError(
