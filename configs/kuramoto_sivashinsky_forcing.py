@@ -7,7 +7,7 @@ from configs.base import base, options
 
 def get_config() -> ConfigDict:
     config = base()
-    config.num_steps = 18_000
+    config.num_steps = 13_000
     config.batch_size = 16
     config.steps_per_dispatch = 10
     config.data.name = "mclr_jax.assimilation.trajectories:Trajectories"
