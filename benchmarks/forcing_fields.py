@@ -38,8 +38,9 @@ from mclr_jax.training.devices import banner
 FILE = RESULTS / "forcing_fields.json"
 # task -> settings at the start, and what is tried for each; lag8 has the settings of the filter
 TASKS: dict[str, tuple[dict, dict]] = {
-    "filter": ({"restart": 1.0, "c": 0.5, "steps": 8},
-               {"restart": (0.3, 1.0, 5.0), "c": (0.25, 0.5, 1.0), "steps": (4, 8, 16)}),
+    "filter": ({"sigma_max": 5.0, "restart": 0.5, "window": 16, "c": 0.5, "steps": 8},
+               {"restart": (0.3, 0.5, 1.0), "window": (16, 32), "c": (0.5, 1.0),
+                "steps": (8, 16)}),
     "lag8": ({}, {}),
     "batch": ({"c": 0.5, "window": 0}, {"c": (0.25, 0.5, 1.0), "window": (0, 32)}),
     "forecast": ({"c": 0.5, "window": 32}, {"c": (0.25, 0.5, 1.0)}),
@@ -85,7 +86,7 @@ def main() -> None:
     parser.add_argument("--folder", type=pathlib.Path, required=True)
     parser.add_argument("--tasks", choices=TASKS, nargs="+", default=["filter", "lag8", "batch"])
     parser.add_argument("--ensemble", type=int, default=16)
-    parser.add_argument("--trajectories", type=int, default=16)
+    parser.add_argument("--trajectories", type=int, default=8)
     flags = parser.parse_args()
     run = runs.load(flags.workdir)
     params, step = run.weights()
