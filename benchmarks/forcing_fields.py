@@ -67,7 +67,7 @@ def forecast_row(run, params, path, plan: Plan, options: dict) -> dict:
     members = regimes.assimilate(
         run.model, params, observe.Observations(values, observe.Operator(select), 1.0), plan,
         lags("batch" if plan.revise else "filter", OBSERVED), ensemble=options["ensemble"],
-        forecast=truth.shape[1] - OBSERVED,
+        forecast=truth.shape[1] - OBSERVED, batch_size=options["batch_size"],
     ).members  # fmt: skip
     seen, later = (metrics.summary(members[:, :, part], truth[:, part], ())
                    for part in (slice(0, OBSERVED), slice(OBSERVED, None)))  # fmt: skip
@@ -101,7 +101,7 @@ def main() -> None:
             if asked.items() <= old.items():
                 return old
         path = flags.folder / f"{flags.system}_{which}.npz"
-        options = {"trajectories": trajectories, "ensemble": flags.ensemble}
+        options = {"trajectories": trajectories, "ensemble": flags.ensemble, "batch_size": 32}
         if task == "forecast":
             new = forecast_row(run, params, path, Plan(**plan), options)
         else:
