@@ -46,8 +46,8 @@ def analyse(run, params, path: pathlib.Path, system, regime: str, plan: Plan, op
     start, calls = time.monotonic(), []
     found = regimes.assimilate(
         run.model, params, seen, plan, lags(kind[0], frames, kind[1]), ensemble=options["ensemble"],
-        seed=0, batch_size=options.get("batch_size", 512), forecast=max(0, run.model.data.shape[0] - frames),
-        progress=calls.append,
+        seed=0, batch_size=options.get("batch_size", 512), progress=calls.append,
+        forecast=max(0, run.model.data.shape[0] - frames),
     )  # fmt: skip
     x, truth = found.members[:, :, :frames], arrays["truth"][some]
     row = scores(
