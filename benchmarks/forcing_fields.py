@@ -11,7 +11,7 @@ other, by the RMSE on the first trajectories of the validation set.
   python -m launch.train --config=configs/lorenz96_forcing.py --workdir=ONE ONE_STEP_OPTIONS
   python benchmarks/forcing_fields.py --tasks forecast --system=lorenz96 --workdir=DIR|ONE ...
 
-Every fourth coordinate of Lorenz-96 is observed in the first 32 frames (std 1), and the other 68
+Every fourth (--every) coordinate of Lorenz-96 is observed in the first 32 frames (std 1), and the other 68
 are a forecast: by a trajectory model, which estimates the 32 frames together, and by a model of two
 frames, p(x_k+1 | x_k), which draws frame after frame with guidance, after its members were
 resampled by the likelihood. Both have the same network and time of training. `rmse_by_frame` is of
@@ -46,7 +46,7 @@ TASKS: dict[str, tuple[dict, dict]] = {
     "forecast": ({"c": 0.5, "window": 32}, {"c": (0.25, 0.5, 1.0)}),
 }  # fmt: skip
 KEPT = ("rmse", "rmse_error", "rmse_second_half", "spread_skill", "crps", "seconds")
-CHOSEN_ON, OBSERVED, EVERY = 2, 32, 4  # trajectories; frames and coordinates of the forecasts
+CHOSEN_ON, OBSERVED = 2, 32  # trajectories; frames before a forecast
 
 
 def assimilation_row(run, params, path, regime: str, plan: Plan, options: dict) -> dict:
@@ -60,10 +60,10 @@ def assimilation_row(run, params, path, regime: str, plan: Plan, options: dict) 
 def forecast_row(run, params, path, plan: Plan, options: dict) -> dict:
     """Frames 0 .. 31 from observations that are made here, and a forecast of the others."""
     start, truth = time.monotonic(), observe.load(path)["truth"]
-    noise = np.random.default_rng(0).standard_normal(truth[:, :OBSERVED, ::EVERY].shape)
-    some = slice(0, options["trajectories"])
-    values, truth = (truth[:, :OBSERVED, ::EVERY] + noise)[some], truth[some]
-    select = observe.Select(tuple(range(0, truth.shape[2], EVERY)))
+    every, some = options["every"], slice(0, options["trajectories"])
+    noise = np.random.default_rng(0).standard_normal(truth[:, :OBSERVED, ::every].shape)
+    values, truth = (truth[:, :OBSERVED, ::every] + noise)[some], truth[some]
+    select = observe.Select(tuple(range(0, truth.shape[2], every)))
     members = regimes.assimilate(
         run.model, params, observe.Observations(values, observe.Operator(select), 1.0), plan,
         lags("batch" if plan.revise else "filter", OBSERVED), ensemble=options["ensemble"],
@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
     parser.add_argument("--folder", type=pathlib.Path, required=True)
     parser.add_argument("--tasks", choices=TASKS, nargs="+", default=["filter", "lag8", "batch"])
+    parser.add_argument("--every", type=int, default=4, help="coordinates, for forecasts")
     parser.add_argument("--ensemble", type=int, default=16)
     parser.add_argument("--trajectories", type=int, default=8)
     flags = parser.parse_args()
@@ -97,11 +98,12 @@ def main() -> None:
         asked = {"system": flags.system, "task": task, "set": which, "plan": plan, "frames": frames,
                  "step": step, "weights": weights, "trajectories": trajectories,
                  "members": flags.ensemble}  # fmt: skip
+        asked |= {"every": flags.every} if task == "forecast" else {}
         for old in rows:
             if asked.items() <= old.items():
                 return old
         path = flags.folder / f"{flags.system}_{which}.npz"
-        options = {"trajectories": trajectories, "ensemble": flags.ensemble, "batch_size": 32}
+        options = {**asked, "ensemble": flags.ensemble, "batch_size": 32}
         if task == "forecast":
             new = forecast_row(run, params, path, Plan(**plan), options)
         else:
