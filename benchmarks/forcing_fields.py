@@ -11,12 +11,12 @@ other, by the RMSE on the first trajectories of the validation set.
   python -m launch.train --config=configs/lorenz96_forcing.py --workdir=ONE ONE_STEP_OPTIONS
   python benchmarks/forcing_fields.py --tasks forecast --system=lorenz96 --workdir=DIR|ONE ...
 
-Every fourth (--every) coordinate of Lorenz-96 is observed in the first 32 frames (std 1), and the other 68
-are a forecast: by a trajectory model, which estimates the 32 frames together, and by a model of two
-frames, p(x_k+1 | x_k), which draws frame after frame with guidance, after its members were
-resampled by the likelihood. Both have the same network and time of training. `rmse_by_frame` is of
-the mean of the members. Writes benchmarks/results/forcing_fields.json, row by row; rows that are
-there are not made again.
+Every fourth coordinate of Lorenz-96 (--every) is observed in the first 32 frames (std 1), and the
+other 68 are a forecast: by a trajectory model, which estimates the 32 frames together, and by a
+model of two frames, p(x_k+1 | x_k), which draws frame after frame with guidance, after its members
+were resampled by the likelihood. Both have the same blocks. `rmse_by_frame` is of the mean of the
+members. Writes benchmarks/results/forcing_fields.json, row by row; rows that are there are not made
+again.
 """
 
 import argparse
