@@ -14,6 +14,7 @@ mean has a Monte Carlo error of 1/16 of the posterior's standard deviation.
 Numbers of a row, in units of the state x; a mean is over trajectories, frames and coordinates:
   rmse, rmse_standardised   sqrt(mean (posterior mean - truth)^2) of x, of z
   rmse_error                standard error of rmse, from the differences between trajectories
+  rmse_second_half          rmse of the second half of the frames, when the start is forgotten
   rmse_flowdas              mean over members and trajectories of sqrt(sum (z of member - z of
                             truth)^2 / frames), as the code published with FlowDAS computes it;
                             members that are drawn frame by frame (all but batch) have about a
@@ -113,6 +114,7 @@ def scores(
     row = {
         "rmse": rmse,
         "rmse_error": float(each.std(ddof=1) / len(each) ** 0.5 / (2 * rmse)),
+        "rmse_second_half": float(np.sqrt(square[:, square.shape[1] // 2 :].mean())),
         "rmse_standardised": float(np.sqrt((square / scale**2).mean())),
         "rmse_flowdas": float(np.sqrt(square_of_members.mean(-1)).mean()),
         "spread_skill": float(np.sqrt((std**2).mean()) / rmse),

@@ -28,15 +28,16 @@ from mclr_jax.assimilation.schedules import Plan, lags
 from mclr_jax.files import digest, provenance, write_json
 from mclr_jax.training.devices import banner
 
-REGIMES = {"filter": ("filter", 0), "lag16": ("fixed_lag", 16), "batch": ("batch", 0)}
+REGIMES = {"filter": ("filter", 0), "lag8": ("fixed_lag", 8), "lag16": ("fixed_lag", 16),
+           "batch": ("batch", 0)}  # fmt: skip
 FILE = RESULTS / "lorenz63.json"
 GRID = (0.25, 0.5, 1.0)
 CHOSEN_ON = {"filter": 16, "batch": 64}  # trajectories
 SLIDING = Plan(window=32, steps=12)
 
 
-def analyse(run, params, path: pathlib.Path, name: str, regime: str, plan: Plan, options) -> dict:
-    """One row: `regime` on the first trajectories of a file of assimilation_baselines.py."""
+def analyse(run, params, path: pathlib.Path, system, regime: str, plan: Plan, options) -> dict:
+    """One row: `regime` on the first trajectories of a file of the baselines."""
     arrays = observe.load(path)
     whole = observe.parse(arrays, path)
     some = slice(0, options["trajectories"])
@@ -46,20 +47,20 @@ def analyse(run, params, path: pathlib.Path, name: str, regime: str, plan: Plan,
     start, calls = time.monotonic(), []
     found = regimes.assimilate(
         run.model, params, seen, plan, lags(kind[0], frames, kind[1]), ensemble=options["ensemble"],
-        seed=0, batch_size=512, progress=calls.append,
+        seed=0, batch_size=options.get("batch_size", 512), progress=calls.append,
     )  # fmt: skip
     x, truth = found.members, arrays["truth"][some]
     row = scores(
-        PROTOCOLS[name].system, truth, np.asarray(seen.values), x.mean(1), x.std(1, ddof=1), x,
-        regime == "batch",
+        system, truth, np.asarray(seen.values), x.mean(1), x.std(1, ddof=1), x, regime == "batch",
+        arrays["scale"],
     )  # fmt: skip
     # the mean of E members has (E + 1) / E of the error of the exact mean, as the spread is judged
     row["spread_skill"] *= (1 + 1 / x.shape[1]) ** 0.5
-    exact = np.sqrt(((arrays[f"{regime}_mean"][some] - truth) ** 2).mean())
+    exact = np.sqrt(((arrays.get(f"{regime}_mean", np.nan * x.mean(1))[some] - truth) ** 2).mean())
     return {
-        "protocol": name, "regime": regime, "ratio": float(row["rmse"] / exact), **row,
+        "regime": regime, "ratio": float(row["rmse"] / exact), **row,
         "particle_filter_rmse": float(exact), "members": x.shape[1], "trajectories": len(x),
-        "c": plan.c, "window": plan.window, "steps": plan.steps, "updates_of_members": int(sum(calls)), "seconds": time.monotonic() - start,
+        "c": plan.c, "updates_of_members": int(sum(calls)), "seconds": time.monotonic() - start,
     }  # fmt: skip
 
 
@@ -90,37 +91,36 @@ def main() -> None:
     parser.add_argument("--folder", type=pathlib.Path, required=True)
     parser.add_argument("--ensemble", type=int, default=16)
     parser.add_argument("--protocols", choices=PROTOCOLS, nargs="+", default=[*PROTOCOLS])
-    parser.add_argument("--regimes", choices=REGIMES, nargs="+", default=[*REGIMES])
+    parser.add_argument(
+        "--regimes", choices=REGIMES, nargs="+", default=["filter", "lag16", "batch"]
+    )
     flags = parser.parse_args()
     run = runs.load(flags.workdir)
     params, step = run.weights()
     result = json.loads(FILE.read_text()) if FILE.exists() else {"rows": []}
     weights = digest(params)
     for name in flags.protocols:
+
+        def row(which: str, regime: str, c: float, trajectories: int, name=name) -> dict:
+            plan = dataclasses.replace(Plan() if regime == "batch" else SLIDING, c=c)
+            asked = {"set": which, "protocol": name, "regime": regime, "step": step,
+                     "weights": weights, "trajectories": trajectories,
+                     "members": flags.ensemble, "plan": dataclasses.asdict(plan)}  # fmt: skip
+            for old in result["rows"]:
+                if asked.items() <= old.items():
+                    return old
+            path = flags.folder / f"{name}_{which}.npz"
+            options = {"trajectories": trajectories, "ensemble": flags.ensemble}
+            new = analyse(run, params, path, PROTOCOLS[name].system, regime, plan, options)
+            result["rows"].append({**asked, **new, **provenance(), "device": banner()})
+            write_json(FILE, {"rows": result["rows"], "summary": summary(result["rows"])})
+            print(name, which, {k: new[k] for k in ("regime", "c", "ratio", "spread_skill")})
+            return result["rows"][-1]
+
         for regime in flags.regimes:
-
-            def row(which: str, c: float, trajectories: int, name=name, regime=regime) -> dict:
-                asked = {"set": which, "protocol": name, "regime": regime, "c": c, "step": step,
-                         "weights": weights, "trajectories": trajectories,
-                         "members": flags.ensemble}  # fmt: skip
-                for old in result["rows"]:
-                    if asked.items() <= old.items():
-                        return old
-                path = flags.folder / f"{name}_{which}.npz"
-                options = {"trajectories": trajectories, "ensemble": flags.ensemble}
-                plan = dataclasses.replace(Plan() if regime == "batch" else SLIDING, c=c)
-                new = analyse(run, params, path, name, regime, plan, options)
-                result["rows"].append({**asked, **new, **provenance(), "device": banner()})
-                write_json(FILE, {"rows": result["rows"], "summary": summary(result["rows"])})
-                print(
-                    {k: new[k] for k in ("protocol", "regime", "c", "ratio", "spread_skill")}, which
-                )
-                return result["rows"][-1]
-
-            if regime in CHOSEN_ON:
-                tried = [row("validation", c, CHOSEN_ON[regime]) for c in GRID]
-                best = min(tried, key=lambda r: r["rmse"])["c"]
-            row("test", best, 64)
+            chosen = "batch" if regime == "batch" else "filter"
+            tried = [row("validation", chosen, c, CHOSEN_ON[chosen]) for c in GRID]
+            row("test", regime, min(tried, key=lambda r: r["rmse"])["c"], 64)
 
 
 if __name__ == "__main__":

@@ -221,6 +221,46 @@ def assimilation() -> str:
     )
 
 
+SYSTEMS = {"lorenz96": "Lorenz-96", "ks": "Kuramoto-Sivashinsky"}
+
+
+def fields() -> str:
+    """The trajectory model, and dapper's method of the lowest RMSE, on test trajectories."""
+    keys = ("rmse", "rmse_second_half", "spread_skill", "crps")
+    ours = [r for r in load("forcing_fields")["rows"] if r["set"] == "test"]
+    baselines, lines = load("assimilation_baselines"), []
+    for system, words in SYSTEMS.items():
+        theirs = [r for r in baselines[f"dapper_{system}"]["rows"] if r["set"] == "test"]
+        for row in (r for r in ours if (r["system"], r["task"] != "forecast") == (system, True)):
+            rows = {f"trajectory model, {row['members']} members": row}
+            if some := [r for r in theirs if r["regime"] == row["task"]]:
+                best = min(some, key=lambda r: r["rmse"])
+                kind, members = re.match(r"(\w+).*N=(\d+)", best["method"]).groups()
+                rows[f"{kind}, {members} members"] = best
+            for name, r in rows.items():
+                cells = [f"{r[key]:.2f}" for key in keys]
+                seconds = f"{r['seconds'] / r.get('trajectories', 16):.1f}"
+                lines.append([words, row["task"], name, *cells, seconds])
+    head = ["system", "regime", "method", "RMSE", "second half", "spread/skill", "CRPS",
+            "seconds a trajectory"]  # fmt: skip
+    return table(head, lines)
+
+
+def forecasts() -> str:
+    """RMSE of forecasts of Lorenz-96 by frames after the last observation."""
+    rows = [r for r in load("forcing_fields")["rows"]
+            if (r["set"], r["task"]) == ("test", "forecast")]  # fmt: skip
+    leads = (1, 4, 8, 16, 32, 64)
+    names = {2: "one step at a time", 32: "trajectories of 32 frames"}
+    body = [
+        [names[r["frames"]], f"{r['observed_rmse']:.2f}",
+         *(f"{r['rmse_by_frame'][31 + lead]:.2f}" for lead in leads), f"{r['crps']:.2f}"]
+        for r in rows
+    ]  # fmt: skip
+    head = ["model", "observed frames", *(f"{lead} ahead" for lead in leads), "CRPS"]
+    return table(head, body)
+
+
 def throughput() -> str:
     cells: dict[tuple, str] = {}
     for row in load("throughput")["rows"]:

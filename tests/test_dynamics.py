@@ -93,7 +93,7 @@ def test_small_waves_of_kuramoto_sivashinsky_grow_at_their_rates(mode):
     system, x = KuramotoSivashinsky(), 32 * np.pi * np.arange(128) / 128
     k = mode / 16
     state = jnp.asarray(1e-4 * np.cos(k * x), jnp.float32)
-    for _ in range(4):
+    for _ in range(2):
         state = system.advance(state)
     expected = 1e-4 * np.cos(k * x) * np.exp(2 * (k**2 - k**4))
     np.testing.assert_allclose(state, expected, atol=1e-6)
@@ -113,7 +113,7 @@ def test_kuramoto_sivashinsky_is_that_of_scipy():
     system = KuramotoSivashinsky()
     state = np.asarray(system.spin_up(jax.random.key(3)), np.float64)
     found = solve_ivp(lambda _, u: slope(u), (0, 1.0), state, method="RK45", rtol=1e-6, atol=1e-8)
-    new = system.advance(system.advance(jnp.asarray(state, jnp.float32)))
+    new = system.advance(jnp.asarray(state, jnp.float32))
     assert np.abs(new - state).max() > 0.5
     np.testing.assert_allclose(new, found.y[:, -1], atol=0.01)
     np.testing.assert_allclose(new.mean(), state.mean(), atol=1e-5)

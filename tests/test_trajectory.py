@@ -15,6 +15,7 @@ B, F, D = 2, 8, 3
 STATES = Trajectory(
     width=8, depth=2, heads=2, frames_per_token=2, window=1, embedding_width=6, variance=True
 )
+RING = STATES.clone(patch=2, reach=1, out_channels=10)  # 5 patches
 FIELDS = FrameDiT(width=8, depth=2, heads=2, patch_size=2, window=1, causal=False)
 X = jax.random.normal(jax.random.key(0), (B, F, D))
 LEVELS = jax.random.normal(jax.random.key(1), (B, F))
@@ -29,6 +30,8 @@ def parameters(network, x):
 
 
 PARAMS = parameters(STATES, X)
+R = jax.random.normal(jax.random.key(3), (B, F, 10))
+RING_PARAMS = parameters(RING, R)
 FIELD_PARAMS = parameters(FIELDS, W)
 
 
@@ -51,20 +54,24 @@ def dense(p, x):
     return x @ p["kernel"] + p["bias"]
 
 
-def attended(p, x, heads, window, prefix="", causal=False):
-    """Query by query and head by head, for x (N, D)."""
+def attended(p, x, heads, window, prefix="", causal=False, ring=0):
+    """Query by query and head by head, for x (N, D); `ring`: tokens on a ring, an odd number."""
     count, width = x.shape
     q, k, v = np.split(dense(p[f"{prefix}qkv"], x), 3, axis=-1)
     size, out = width // heads, np.zeros_like(x)
+
+    def away(i, j):
+        return min((j - i, j - i - ring, j - i + ring), key=abs)
+
     for h in range(heads):
         part = slice(h * size, (h + 1) * size)
         for i in range(count):
-            seen = [j for j in range(count) if window is None or abs(j - i) <= window]
+            seen = [j for j in range(count) if window is None or abs(away(i, j)) <= window]
             seen = [j for j in seen if j <= i or not causal]
             logits = np.array([q[i, part] @ k[j, part] / math.sqrt(size) for j in seen])
             if window is not None:
                 table = p[f"{prefix}distance"]["bias"]
-                logits += [table[h, j - i + window] for j in seen]
+                logits += [table[h, away(i, j) + window] for j in seen]
             weights = np.exp(logits - logits.max())
             out[i, part] = weights / weights.sum() @ v[seen][:, part]
     return dense(p[f"{prefix}proj"], out)
@@ -105,6 +112,22 @@ def test_a_trajectory_network_is_its_definition():
         np.testing.assert_allclose(got[row], expected, rtol=1e-3, atol=1e-3)
 
 
+def frame_block(q, h, embedding, space, **time):
+    """A block for h (N, P, D); `space` and `time` are options of `attended`."""
+    parts = np.split(dense(q["adaLN_modulation"], embedding)[:, None], 9, -1)
+    for n in range(3):
+        h_in = norm(h) * (1 + parts[3 * n + 1]) + parts[3 * n]
+        if n == 0:
+            new = np.stack([attended(q, frame, 2, prefix="space_", **space) for frame in h_in])
+        elif n == 1:
+            columns = [attended(q, h_in[:, i], 2, 1, "time_", **time) for i in range(h.shape[1])]
+            new = np.stack(columns, axis=1)
+        else:
+            new = mlp(q, h_in)
+        h = h + parts[3 * n + 2] * new
+    return h
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_frame_dit_is_its_definition(causal):
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), FIELD_PARAMS["params"])
@@ -114,19 +137,22 @@ def test_a_frame_dit_is_its_definition(causal):
     embedding = embedded(p, np.asarray(levels[0], np.float64)[:, None], 0)
     h = dense(p["in_linear"], patches) + p["place"].reshape(6, 8)
     for name in ("block0", "block1"):
-        q = p[name]
-        parts = np.split(dense(q["adaLN_modulation"], embedding)[:, None], 9, -1)
-        for n in range(3):
-            h_in = norm(h) * (1 + parts[3 * n + 1]) + parts[3 * n]
-            if n == 0:
-                new = np.stack([attended(q, frame, 2, None, "space_") for frame in h_in])
-            elif n == 1:
-                columns = [attended(q, h_in[:, i], 2, 1, "time_", causal) for i in range(6)]
-                new = np.stack(columns, axis=1)
-            else:
-                new = mlp(q, h_in)
-            h = h + parts[3 * n + 2] * new
+        h = frame_block(p[name], h, embedding, {"window": None}, causal=causal)
     expected = last(p, h, embedding).reshape(5, 2, 3, 2, 2).swapaxes(2, 3).reshape(5, 4, 6, 1)
+    np.testing.assert_allclose(got[0], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_network_of_patches_on_a_ring_is_its_definition():
+    """The output of a frame is the means of all coordinates, then their variances."""
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), RING_PARAMS["params"])
+    got = jax.jit(RING.apply)(RING_PARAMS, R, LEVELS, NONE)
+    embedding = embedded(p, np.asarray(LEVELS[0], np.float64).reshape(-1, 2), 0)
+    tokens = np.asarray(R, np.float64)[0].reshape(F // 2, 2, 5, 2).swapaxes(1, 2)
+    h = dense(p["in_linear"], tokens.reshape(F // 2, 5, 4))
+    for name in ("block0", "block1"):
+        h = frame_block(p[name], h, embedding, {"window": 1, "ring": 5})
+    parts = last(p, h, embedding).reshape(F // 2, 5, 2, 2, 2)  # patch, frame, kind, coordinate
+    expected = parts.transpose(0, 2, 3, 1, 4).reshape(F, 20)
     np.testing.assert_allclose(got[0], expected, rtol=1e-3, atol=1e-3)
 
 
@@ -223,6 +249,9 @@ def test_options_change_what_they_should(network, params, x):
         (FIELDS, (B, 2, 5, 4, 1), "fields are 5x4, not divisible by patch_size 2"),
         (STATES.clone(heads=3), (B, F, D), "width is 8; 3 heads need a multiple of 3"),
         (STATES.clone(window=-1), (B, F, D), r"network\.window is -1"),
+        (RING, (B, F, 11), "11 coordinates, not divisible by patch 2"),
+        (RING.clone(patch=-1), (B, F, 10), r"network\.patch is -1"),
+        (RING.clone(reach=-1), (B, F, 10), r"network\.reach is -1"),
     ],
 )
 def test_wrong_shapes_are_refused(network, shape, message):

@@ -62,7 +62,7 @@ def modulated(modulation: jax.Array, x: jax.Array, count: int) -> list[jax.Array
 
 def self_attention(
     x: jax.Array, heads: int, dtype: Any, window: int | None = None, causal: bool = False,
-    prefix: str = "",
+    prefix: str = "", ring: bool = False,
 ) -> jax.Array:  # fmt: skip
     """Self-attention of x (B, N, D), to be called in a module, with its linear maps.
 
@@ -70,7 +70,8 @@ def self_attention(
     """
     (_, tokens, width), linear, bias = x.shape, partial(Linear, dtype=dtype), None
     if window is not None:
-        bias = RelativeBias(heads, window, causal, name=f"{prefix}distance")(tokens).astype(dtype)
+        bias = RelativeBias(heads, window, causal, ring, name=f"{prefix}distance")(tokens)
+        bias = bias.astype(dtype)
     qkv = linear(3 * width, name=f"{prefix}qkv")(x).reshape(*x.shape[:2], 3, heads, -1)
     h = layers.attention(*jnp.moveaxis(qkv, 2, 0), bias).reshape(x.shape)
     return linear(width, name=f"{prefix}proj")(h)

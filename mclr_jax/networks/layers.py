@@ -236,18 +236,22 @@ class GroupNorm(nn.Module):
 class RelativeBias(nn.Module):
     """What is added to attention logits: a learned number for each head and distance of tokens.
 
-    It is -inf beyond `window` tokens and, if `causal`, for later tokens.
+    It is -inf beyond `window` tokens and, if `causal`, for later tokens. On a `ring` the last token
+    is beside the first one.
     """
 
     heads: int
     window: int
     causal: bool
+    ring: bool = False
 
     @nn.compact
     def __call__(self, tokens: int) -> jax.Array:
         """(1, heads, queries, keys) for so many tokens."""
         table = self.param("bias", zeros, (self.heads, 2 * self.window + 1))
         distance = np.arange(tokens) - np.arange(tokens)[:, None]  # of the key after the query
+        if self.ring:
+            distance = (distance + tokens // 2) % tokens - tokens // 2
         seen = (np.abs(distance) <= self.window) & ((distance <= 0) | (not self.causal))
         index = np.clip(distance, -self.window, self.window) + self.window
         return jnp.where(seen, table[None, :, index], -jnp.inf)

@@ -32,10 +32,10 @@ class _TrajectoryNetwork(Network):
 
     per_frame = True
 
-    def _block(self, kind: type[nn.Module], index: int) -> nn.Module:
+    def _block(self, kind: type[nn.Module], index: int, **more: Any) -> nn.Module:
         make = nn.remat(kind) if self.remat else kind
         options = self.heads, self.mlp_ratio, self.dropout, self.dtype, self.window, self.causal
-        return make(*options, name=f"block{index}")
+        return make(*options, **more, name=f"block{index}")
 
     def _embedding(self, c_noise: jax.Array, condition: Condition, width: int) -> jax.Array:
         """Noise levels (B, N, p) of N tokens of p frames -> embedding (B, N, width)."""
@@ -72,11 +72,15 @@ class Trajectory(_TrajectoryNetwork):
     """A transformer over the frames of x (B, F, d); a token is `frames_per_token` frames.
 
     A token sees itself and `window` tokens before it and, unless `causal`, after it. The frames of
-    one token see each other: causality of single frames needs frames_per_token = 1.
+    one token see each other: causality of single frames needs frames_per_token = 1. With `patch`,
+    the coordinates are on a ring, a token has `patch` of them, and it also sees those of its own
+    frames at most `reach` patches away: the network is the same everywhere on the ring.
     """
 
     out_channels: int = 3
     frames_per_token: int = 4
+    patch: int = 0  # coordinates; 0 for all
+    reach: int = 2  # patches
     window: int = 4  # tokens
     causal: bool = False
     embedding_width: int = 64  # of noise levels and label
@@ -85,24 +89,36 @@ class Trajectory(_TrajectoryNetwork):
     def __call__(self, x: jax.Array, c_noise: jax.Array, condition: Condition) -> jax.Array:
         """x (B, F, d), c_noise (B, F) -> raw output (B, F, out_channels [* 2 with `variance`]).
 
-        Raises ValueError on other shapes, and if tokens do not divide the frames.
+        Raises ValueError on other shapes, and if tokens do not divide frames and coordinates.
         """
         self._check(x, c_noise, axes=3)
+        in_range("network.patch", self.patch, 0)
+        in_range("network.reach", self.reach, 0)
         (batch, frames, _), p = x.shape, self.frames_per_token
         if frames % p:
             raise ValueError(
                 f"x has {frames} frames, not divisible by frames_per_token {p}: add "
                 f"{-frames % p} frames of pure noise at the highest level"
             )
-        channels = self.out_channels * (1 + self.variance)
+        patch = self.patch or x.shape[2]
+        if x.shape[2] % patch:
+            raise ValueError(f"x has {x.shape[2]} coordinates, not divisible by patch {patch}")
+        count, channels = x.shape[2] // patch, self.out_channels * (1 + self.variance)
         levels = c_noise.reshape(batch, frames // p, p)
         embedding = self._embedding(levels, condition, self.embedding_width)
-        linear = Linear(self.width, dtype=self.dtype, name="in_linear")
-        h = linear(x.reshape(batch, frames // p, -1))
+        h = x.reshape(batch, frames // p, p, count, patch).swapaxes(2, 3)
+        h = Linear(self.width, dtype=self.dtype, name="in_linear")(h.reshape(*h.shape[:3], -1))
         for index in range(self.depth):
-            block = self._block(Block, index)
-            h, _ = block(h, jnp.int32(index), embedding, condition.dropout_keys)
-        return self._output(h, embedding, p * channels).reshape(batch, frames, channels)
+            if self.patch:
+                block = self._block(FrameBlock, index, ring=self.reach)
+                h = block(h, embedding, condition.dropout_keys)
+            else:
+                block = self._block(Block, index)
+                h, _ = block(h[:, :, 0], jnp.int32(index), embedding, condition.dropout_keys)
+                h = h[:, :, None]
+        h = self._output(h, embedding, p * channels // count)
+        h = h.reshape(*h.shape[:3], p, 1 + self.variance, -1)
+        return jnp.moveaxis(h, 2, 4).reshape(batch, frames, channels)
 
 
 class FrameBlock(nn.Module):
@@ -114,6 +130,7 @@ class FrameBlock(nn.Module):
     dtype: Any
     window: int
     causal: bool
+    ring: int | None = None  # patches on a ring that see each other; None: all, in any order
 
     @nn.compact
     def __call__(self, x: jax.Array, embedding: jax.Array, dropout_keys: Any) -> jax.Array:
@@ -124,7 +141,8 @@ class FrameBlock(nn.Module):
 
         def in_space(h):
             flat = h.reshape(-1, *h.shape[2:])
-            h_out = self_attention(flat, self.heads, self.dtype, prefix="space_")
+            options = self.heads, self.dtype, self.ring, False, "space_", True
+            h_out = self_attention(flat, *options)
             return h_out.reshape(h.shape)
 
         def in_time(h):

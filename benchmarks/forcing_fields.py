@@ -1,0 +1,129 @@
+"""Trajectory models on Lorenz-96 and Kuramoto-Sivashinsky, and forecasts from partial observations.
+
+  python -m launch.train --config=configs/lorenz96_forcing.py --workdir=DIR
+  python benchmarks/dapper_baselines.py --part lorenz96 --folder FOLDER
+  python benchmarks/forcing_fields.py --system=lorenz96 --workdir=DIR --folder=FOLDER
+
+and the same for ks with configs/kuramoto_sivashinsky_forcing.py. Protocols, trajectories and the
+numbers of a row are those of dapper_baselines.py. Settings of the sampling are chosen one after the
+other, by the RMSE on the first trajectories of the validation set.
+
+  python -m launch.train --config=configs/lorenz96_forcing.py --workdir=ONE ONE_STEP_OPTIONS
+  python benchmarks/forcing_fields.py --tasks forecast --system=lorenz96 --workdir=DIR|ONE ...
+
+Every fourth coordinate of Lorenz-96 (--every) is observed in the first 32 frames (std 1), and the
+other 68 are a forecast: by a trajectory model, which estimates the 32 frames together, and by a
+model of two frames, p(x_k+1 | x_k), which draws frame after frame with guidance, after its members
+were resampled by the likelihood. Both have the same blocks. `rmse_by_frame` is of the mean of the
+members. Writes benchmarks/results/forcing_fields.json, row by row; rows that are there are not made
+again.
+"""
+
+import argparse
+import json
+import pathlib
+import time
+
+import assimilation
+import numpy as np
+from lorenz63 import analyse
+from tasks import RESULTS
+
+from mclr_jax import runs
+from mclr_jax.assimilation import metrics, observe, regimes
+from mclr_jax.assimilation.schedules import Plan, lags
+from mclr_jax.files import digest, provenance, write_json
+from mclr_jax.training.devices import banner
+
+FILE = RESULTS / "forcing_fields.json"
+# task -> settings at the start, and what is tried for each; lag8 has the settings of the filter
+TASKS: dict[str, tuple[dict, dict]] = {
+    "filter": ({"sigma_max": 5.0, "restart": 0.5, "window": 16, "c": 0.5, "steps": 8},
+               {"restart": (0.3, 0.5, 1.0), "window": (16, 32), "c": (0.5, 1.0),
+                "steps": (8, 16)}),
+    "lag8": ({}, {}),
+    "batch": ({"c": 0.5, "window": 0}, {"c": (0.25, 0.5, 1.0), "window": (0, 32)}),
+    "forecast": ({"c": 0.5, "window": 32}, {"c": (0.25, 0.5, 1.0)}),
+}  # fmt: skip
+KEPT = ("rmse", "rmse_error", "rmse_second_half", "spread_skill", "crps", "seconds")
+CHOSEN_ON, OBSERVED = 2, 32  # trajectories; frames before a forecast
+
+
+def assimilation_row(run, params, path, regime: str, plan: Plan, options: dict) -> dict:
+    """The numbers of a regime."""
+    rows = observe.load(path)["H"]
+    system = assimilation.System(lambda x: x, 1.0, lambda x: x @ rows.T)
+    row = analyse(run, params, path, system, regime, plan, options)
+    return {key: row[key] for key in KEPT}
+
+
+def forecast_row(run, params, path, plan: Plan, options: dict) -> dict:
+    """Frames 0 .. 31 from observations that are made here, and a forecast of the others."""
+    start, truth = time.monotonic(), observe.load(path)["truth"]
+    every, some = options["every"], slice(0, options["trajectories"])
+    noise = np.random.default_rng(0).standard_normal(truth[:, :OBSERVED, ::every].shape)
+    values, truth = (truth[:, :OBSERVED, ::every] + noise)[some], truth[some]
+    select = observe.Select(tuple(range(0, truth.shape[2], every)))
+    members = regimes.assimilate(
+        run.model, params, observe.Observations(values, observe.Operator(select), 1.0), plan,
+        lags("batch" if plan.revise else "filter", OBSERVED), ensemble=options["ensemble"],
+        forecast=truth.shape[1] - OBSERVED, batch_size=options["batch_size"],
+    ).members  # fmt: skip
+    seen, later = (metrics.summary(members[:, :, part], truth[:, part], ())
+                   for part in (slice(0, OBSERVED), slice(OBSERVED, None)))  # fmt: skip
+    by_frame = np.sqrt(((members.mean(1) - truth) ** 2).mean((0, 2)))
+    return {
+        **{f"observed_{key}": value for key, value in seen.items()}, **later,
+        "rmse_by_frame": np.round(by_frame.astype(float), 3).tolist(),
+        "climatology": float(truth.std()), "seconds": time.monotonic() - start,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--system", choices=["lorenz96", "ks"], required=True)
+    parser.add_argument("--workdir", type=pathlib.Path, required=True)
+    parser.add_argument("--folder", type=pathlib.Path, required=True)
+    parser.add_argument("--tasks", choices=TASKS, nargs="+", default=["filter", "lag8", "batch"])
+    parser.add_argument("--every", type=int, default=4, help="coordinates, for forecasts")
+    parser.add_argument("--ensemble", type=int, default=16)
+    parser.add_argument("--trajectories", type=int, default=8)
+    flags = parser.parse_args()
+    run = runs.load(flags.workdir)
+    params, step = run.weights()
+    weights, frames = digest(params), run.model.data.shape[0]
+    rows = json.loads(FILE.read_text())["rows"] if FILE.exists() else []
+
+    def row(task: str, which: str, plan: dict, trajectories: int) -> dict:
+        asked = {"system": flags.system, "task": task, "set": which, "plan": plan, "frames": frames,
+                 "step": step, "weights": weights, "trajectories": trajectories,
+                 "members": flags.ensemble}  # fmt: skip
+        asked |= {"every": flags.every} if task == "forecast" else {}
+        for old in rows:
+            if asked.items() <= old.items():
+                return old
+        path = flags.folder / f"{flags.system}_{which}.npz"
+        options = {**asked, "ensemble": flags.ensemble, "batch_size": 32}
+        if task == "forecast":
+            new = forecast_row(run, params, path, Plan(**plan), options)
+        else:
+            new = assimilation_row(run, params, path, task, Plan(**plan), options)
+        rows.append({**asked, **new, **provenance(), "device": banner()})
+        write_json(FILE, {"rows": rows})
+        print(task, which, plan, {k: v for k, v in new.items() if np.ndim(v) == 0}, flush=True)
+        return rows[-1]
+
+    best: dict = {}
+    for task in flags.tasks:
+        start, grid = TASKS[task]
+        best = start or best
+        if frames < OBSERVED:
+            best = best | {"window": frames, "revise": False}
+        for key, values in grid.items():
+            tried = [row(task, "validation", {**best, key: v}, CHOSEN_ON) for v in values]
+            best = min(tried, key=lambda r: r["rmse"])["plan"]
+        row(task, "test", best, flags.trajectories)
+
+
+if __name__ == "__main__":
+    main()
