@@ -7,8 +7,9 @@
 Protocols and the numbers of a row are those of assimilation.py and assimilation_baselines.py; all
 regimes use the same weights. `c` of the guidance is chosen on the validation set, by the RMSE: for
 each protocol in the batch regime on all of its trajectories, and in the filter on the first 16, for
-the fixed lag as well. The rows of the set "test" are on other trajectories. `ratio` is the RMSE over that of the particle filter or smoother. Writes
-benchmarks/results/lorenz63.json, row by row; rows that are there are not made again.
+the fixed lag as well. The rows of the set "test" are on other trajectories. `ratio` is the RMSE
+over that of the particle filter or smoother. Writes benchmarks/results/lorenz63.json, row by row;
+rows that are there are not made again.
 """
 
 import argparse
@@ -70,8 +71,8 @@ def summary(rows: list[dict]) -> dict:
     exact = {
         r["regime"]: r for r in baselines["particle_filter_flowdas"]["rows"] if r["set"] == "test"
     }
-    keys = {"rmse": "rmse", "rmse_flowdas": "rmse_flowdas", "w1": "w1_to_truth", "w1_standardised": "w1_standardised",
-            "w1_floor": "w1_floor", "log_prior": "log_prior_members",
+    keys = {"rmse": "rmse", "rmse_flowdas": "rmse_flowdas", "w1": "w1_to_truth",
+            "w1_standardised": "w1_standardised", "w1_floor": "w1_floor", "log_prior": "log_prior_members",
             "log_likelihood": "log_likelihood_members"}  # fmt: skip
     short = lambda row: {key: row.get(name) for key, name in keys.items()}  # noqa: E731
     ours = {r["regime"]: r for r in rows if (r["protocol"], r["set"]) == ("flowdas", "test")}
