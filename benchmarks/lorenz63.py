@@ -72,7 +72,8 @@ def summary(rows: list[dict]) -> dict:
         r["regime"]: r for r in baselines["particle_filter_flowdas"]["rows"] if r["set"] == "test"
     }
     keys = {"rmse": "rmse", "rmse_flowdas": "rmse_flowdas", "w1": "w1_to_truth",
-            "w1_standardised": "w1_standardised", "w1_floor": "w1_floor", "log_prior": "log_prior_members",
+            "w1_standardised": "w1_standardised", "w1_floor": "w1_floor",
+            "log_prior": "log_prior_members",
             "log_likelihood": "log_likelihood_members"}  # fmt: skip
     short = lambda row: {key: row.get(name) for key, name in keys.items()}  # noqa: E731
     ours = {r["regime"]: r for r in rows if (r["protocol"], r["set"]) == ("flowdas", "test")}

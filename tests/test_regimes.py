@@ -3,11 +3,14 @@
 import dataclasses
 import types
 
+import jax
 import numpy as np
 import oracle
 import pytest
+import scipy.stats
 
-from mclr_jax.assimilation import regimes
+from mclr_jax.assimilation import guide, regimes
+from mclr_jax.assimilation.observe import Operator
 from mclr_jax.assimilation.regimes import assimilate, scheduled
 from mclr_jax.assimilation.schedules import Plan
 
@@ -232,10 +235,76 @@ def test_a_network_of_tokens_gets_whole_tokens():
     assert scheduled(process, None, seen, Plan(), 2, ensemble=2).members.shape == (3, 2, 6, 2)
 
 
+def test_a_member_is_plausible_within_the_chi_square_law_of_its_misfit():
+    """17 known values with misfit 1 each: P(chi2 <= 17) = .5516 of scipy, and missing ones."""
+    values = np.full((1, 9, 2), 3.0)
+    values[0, 4, 1] = np.nan
+    seen = guide.Seen(values, np.float32(0.5), 1.0, 2.0)
+    x = np.full((1, 9, 2), 0.75)  # 1 + 2 x = 3 - .5
+    share = scipy.stats.chi2.cdf(17, 17)
+    for wanted, given in [(True, share + 1e-3), (False, share - 1e-3)]:
+        assert regimes.plausible(Operator(), seen, x, given).tolist() == [wanted]
+    nothing = seen._replace(values=np.full((1, 9, 2), np.nan))
+    assert regimes.plausible(Operator(), nothing, x, 1e-6).tolist() == [True]
+
+
+def test_members_are_replaced_by_kept_ones_of_their_trajectory():
+    x, group = np.arange(8.0)[:, None], np.array([0, 0, 0, 0, 1, 1, 2, 2])
+    kept = np.array([True, False, True, False, False, False, False, True])
+    found = []
+    for seed in range(40):
+        keys = jax.random.split(jax.random.key(seed), 8)
+        found.append(regimes.screened(x, kept, group, keys)[:, 0])
+    found = np.array(found)
+    np.testing.assert_array_equal(found[:, [0, 2, 4, 5, 6, 7]], [[0, 2, 4, 5, 7, 7]] * 40)
+    assert set(found[:, 1]) == set(found[:, 3]) == {0, 2}
+    assert (found[:, 1] != found[:, 3]).any()
+
+
+def test_a_filter_replaces_members_that_the_observations_contradict():
+    """With guidance that does nothing every member is one of the prior."""
+    _, seen = PROCESS.draw(8, FRAMES, 0.3, every=6)
+    blind = Plan(guidance="norm", zeta=0.0)
+    with_all, rest = (
+        run(dataclasses.replace(blind, screen=screen), np.inf, seen).members
+        for screen in (1.0, 0.999)
+    )
+    missed = (np.abs(m[..., 0] - seen.values[:, None, :, 0]) for m in (with_all, rest))
+    wrong = [np.nanmean(values, (1, 2)) for values in missed]
+    unique = [len(np.unique(m[0, :, -1, 0])) for m in (with_all, rest)]
+    assert unique[1] < unique[0] == 256
+    assert np.all(wrong[1] < wrong[0])
+
+
+def test_a_short_record_is_among_frames_that_wait():
+    """The denoiser gets as many frames as in training; those beyond the record stay noise."""
+    levels = []
+
+    class Watched(oracle.Process):
+        def moments(self, params):
+            exact = oracle.Process.moments(self, params)
+
+            def watched(x, sigma, condition):
+                jax.debug.callback(lambda s: levels.append(s[0]), sigma)
+                return exact(x, sigma, condition)
+
+            return watched
+
+    process = Watched(window=9)
+    for lag, forecast, frames in [(np.inf, 0, 9), (np.inf, 2, 9), (np.inf, 6, 11), (0, 0, 9)]:
+        levels.clear()
+        result = run(Plan(), lag, small(frames=5), process, ensemble=2, forecast=forecast)
+        assert result.members.shape == (3, 2, 5 + forecast, 2)
+        jax.effects_barrier()
+        seen = np.array(levels)
+        assert seen.shape[1] == frames
+        waits = (seen > 19).all(0)
+        assert waits.sum() == (frames - 5 - forecast if lag else 0)
+        assert not waits[: 5 + forecast].any()
+
+
 def test_resampling_is_systematic():
     """Copies of each member: its expected number, rounded up or down; unbiased over keys."""
-    import jax
-
     weights = np.array([0.1, 0.45, 0.05, 0.4])
     counts = np.array([
         np.bincount(regimes.systematic(np.log(weights), jax.random.key(i)), minlength=4)
