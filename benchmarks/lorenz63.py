@@ -8,7 +8,8 @@ Protocols and the numbers of a row are those of assimilation.py and assimilation
 regimes use the same weights. `c` of the guidance is chosen on the validation set, by the RMSE: for
 each protocol in the batch regime on all of its trajectories, and in the filter on the first 16, for
 the fixed lag as well. The rows of the set "test" are on other trajectories. `ratio` is the RMSE
-over that of the particle filter or smoother. Writes benchmarks/results/lorenz63.json, row by row;
+over that of the particle filter or smoother; `ranks` the shares of the truths with 0, 1, ... E
+members below them. Writes benchmarks/results/lorenz63.json, row by row;
 rows that are there are not made again.
 """
 
@@ -24,7 +25,7 @@ from assimilation_baselines import scores
 from tasks import RESULTS
 
 from mclr_jax import runs
-from mclr_jax.assimilation import observe, regimes
+from mclr_jax.assimilation import metrics, observe, regimes
 from mclr_jax.assimilation.schedules import Plan, lags
 from mclr_jax.files import digest, provenance, write_json
 from mclr_jax.training.devices import banner
@@ -34,7 +35,8 @@ REGIMES = {"filter": ("filter", 0), "lag8": ("fixed_lag", 8), "lag16": ("fixed_l
 FILE = RESULTS / "lorenz63.json"
 GRID = (0.25, 0.5, 1.0)
 CHOSEN_ON = {"filter": 16, "batch": 64}  # trajectories
-SLIDING = Plan(window=32, steps=12)
+# the frame that a fixed lag reads has frames on both sides of it in the window
+PLANS = {"filter": Plan(window=32, steps=12), "lag16": Plan(window=52, steps=12), "batch": Plan()}
 
 
 def analyse(run, params, path: pathlib.Path, system, regime: str, plan: Plan, options) -> dict:
@@ -57,6 +59,7 @@ def analyse(run, params, path: pathlib.Path, system, regime: str, plan: Plan, op
     )  # fmt: skip
     # the mean of E members has (E + 1) / E of the error of the exact mean, as the spread is judged
     row["spread_skill"] *= (1 + 1 / x.shape[1]) ** 0.5
+    row["ranks"] = metrics.rank_histogram(x, truth).tolist()
     exact = np.sqrt(((arrays.get(f"{regime}_mean", np.nan * x.mean(1))[some] - truth) ** 2).mean())
     return {
         "regime": regime, "ratio": float(row["rmse"] / exact), **row,
@@ -93,9 +96,7 @@ def main() -> None:
     parser.add_argument("--folder", type=pathlib.Path, required=True)
     parser.add_argument("--ensemble", type=int, default=16)
     parser.add_argument("--protocols", choices=PROTOCOLS, nargs="+", default=[*PROTOCOLS])
-    parser.add_argument(
-        "--regimes", choices=REGIMES, nargs="+", default=["filter", "lag16", "batch"]
-    )
+    parser.add_argument("--regimes", choices=PLANS, nargs="+", default=[*PLANS])
     flags = parser.parse_args()
     run = runs.load(flags.workdir)
     params, step = run.weights()
@@ -104,7 +105,7 @@ def main() -> None:
     for name in flags.protocols:
 
         def row(which: str, regime: str, c: float, trajectories: int, name=name) -> dict:
-            plan = dataclasses.replace(Plan() if regime == "batch" else SLIDING, c=c)
+            plan = dataclasses.replace(PLANS[regime], c=c)
             asked = {"set": which, "protocol": name, "regime": regime, "step": step,
                      "weights": weights, "trajectories": trajectories,
                      "members": flags.ensemble, "plan": dataclasses.asdict(plan)}  # fmt: skip
