@@ -5,12 +5,12 @@
   python benchmarks/lorenz63.py --workdir=DIR --folder=FOLDER
 
 Protocols and the numbers of a row are those of assimilation.py and assimilation_baselines.py; all
-regimes use the same weights. `c` of the guidance is chosen on the validation set, by the RMSE: for
-each protocol in the batch regime on all of its trajectories, and in the filter on the first 16, for
-the fixed lag as well. The rows of the set "test" are on other trajectories. `ratio` is the RMSE
+regimes use the same weights. `c` of the guidance, or `zeta` of the paper's in "batch_norm", is
+chosen on the validation set, by the RMSE: for each protocol in the batch regime on all of its
+trajectories, and in the filter on the first 16, for the fixed lag as well. The rows of the set "test" are on other trajectories. `ratio` is the RMSE
 over that of the particle filter or smoother; `ranks` the shares of the truths with 0, 1, ... E
-members below them. Writes benchmarks/results/lorenz63.json, row by row;
-rows that are there are not made again.
+members below them. Writes benchmarks/results/lorenz63.json, row by row; rows that are there are not
+made again.
 """
 
 import argparse
@@ -31,12 +31,17 @@ from mclr_jax.files import digest, provenance, write_json
 from mclr_jax.training.devices import banner
 
 REGIMES = {"filter": ("filter", 0), "lag8": ("fixed_lag", 8), "lag16": ("fixed_lag", 16),
-           "batch": ("batch", 0)}  # fmt: skip
+           "batch": ("batch", 0), "batch_norm": ("batch", 0)}  # fmt: skip
 FILE = RESULTS / "lorenz63.json"
-GRID = (0.25, 0.5, 1.0)
-CHOSEN_ON = {"filter": 16, "batch": 64}  # trajectories
+GRIDS = {"posterior": ("c", (0.25, 0.5, 1.0)), "norm": ("zeta", (0.03, 0.1, 0.3, 1.0))}
+CHOSEN_ON = {"filter": 16, "batch": 64, "batch_norm": 64}  # trajectories
 # the frame that a fixed lag reads has frames on both sides of it in the window
-PLANS = {"filter": Plan(window=32, steps=12), "lag16": Plan(window=52, steps=12), "batch": Plan()}
+PLANS = {
+    "filter": Plan(window=32, steps=12),
+    "lag16": Plan(window=52, steps=12),
+    "batch": Plan(),
+    "batch_norm": Plan(guidance="norm"),  # the guidance of the paper
+}
 
 
 def analyse(run, params, path: pathlib.Path, system, regime: str, plan: Plan, options) -> dict:
@@ -54,17 +59,18 @@ def analyse(run, params, path: pathlib.Path, system, regime: str, plan: Plan, op
     )  # fmt: skip
     x, truth = found.members, arrays["truth"][some]
     row = scores(
-        system, truth, np.asarray(seen.values), x.mean(1), x.std(1, ddof=1), x, regime == "batch",
+        system, truth, np.asarray(seen.values), x.mean(1), x.std(1, ddof=1), x, kind[0] == "batch",
         arrays["scale"],
     )  # fmt: skip
     # the mean of E members has (E + 1) / E of the error of the exact mean, as the spread is judged
     row["spread_skill"] *= (1 + 1 / x.shape[1]) ** 0.5
     row["ranks"] = metrics.rank_histogram(x, truth).tolist()
-    exact = np.sqrt(((arrays.get(f"{regime}_mean", np.nan * x.mean(1))[some] - truth) ** 2).mean())
+    name = f"{regime.removesuffix('_norm')}_mean"
+    exact = np.sqrt(((arrays.get(name, np.nan * x.mean(1))[some] - truth) ** 2).mean())
     return {
         "regime": regime, "ratio": float(row["rmse"] / exact), **row,
         "particle_filter_rmse": float(exact), "members": x.shape[1], "trajectories": len(x),
-        "c": plan.c, "updates_of_members": int(sum(calls)), "seconds": time.monotonic() - start,
+        "c": plan.c, "zeta": plan.zeta, "updates_of_members": int(sum(calls)), "seconds": time.monotonic() - start,
     }  # fmt: skip
 
 
@@ -76,11 +82,11 @@ def summary(rows: list[dict]) -> dict:
     }
     keys = {"rmse": "rmse", "rmse_flowdas": "rmse_flowdas", "w1": "w1_to_truth",
             "w1_standardised": "w1_standardised", "w1_floor": "w1_floor",
-            "log_prior": "log_prior_members",
+            "log_prior": "log_prior", "log_prior_members": "log_prior_members",
             "log_likelihood": "log_likelihood_members"}  # fmt: skip
     short = lambda row: {key: row.get(name) for key, name in keys.items()}  # noqa: E731
     ours = {r["regime"]: r for r in rows if (r["protocol"], r["set"]) == ("flowdas", "test")}
-    names = {"filter": "filter", "lag16": "fixed_lag", "batch": "batch"}
+    names = {"filter": "filter", "lag16": "fixed_lag", "batch": "batch", "batch_norm": "batch_norm"}
     found = {names[regime]: short(row) for regime, row in ours.items()}
     best = min(ours.values(), key=lambda row: row["rmse"], default=None)
     found |= {"best": short(best) | {"regime": best["regime"]}} if best else {}
@@ -104,8 +110,8 @@ def main() -> None:
     weights = digest(params)
     for name in flags.protocols:
 
-        def row(which: str, regime: str, c: float, trajectories: int, name=name) -> dict:
-            plan = dataclasses.replace(PLANS[regime], c=c)
+        def row(which: str, regime: str, value: float, trajectories: int, name=name) -> dict:
+            plan = dataclasses.replace(PLANS[regime], **{GRIDS[PLANS[regime].guidance][0]: value})
             asked = {"set": which, "protocol": name, "regime": regime, "step": step,
                      "weights": weights, "trajectories": trajectories,
                      "members": flags.ensemble, "plan": dataclasses.asdict(plan)}  # fmt: skip
@@ -117,13 +123,14 @@ def main() -> None:
             new = analyse(run, params, path, PROTOCOLS[name].system, regime, plan, options)
             result["rows"].append({**asked, **new, **provenance(), "device": banner()})
             write_json(FILE, {"rows": result["rows"], "summary": summary(result["rows"])})
-            print(name, which, {k: new[k] for k in ("regime", "c", "ratio", "spread_skill")})
+            print(name, which, value, {k: new[k] for k in ("regime", "ratio", "spread_skill")})
             return result["rows"][-1]
 
         for regime in flags.regimes:
-            chosen = "batch" if regime == "batch" else "filter"
-            tried = [row("validation", chosen, c, CHOSEN_ON[chosen]) for c in GRID]
-            row("test", regime, min(tried, key=lambda r: r["rmse"])["c"], 64)
+            judge = "filter" if regime == "lag16" else regime
+            key, values = GRIDS[PLANS[regime].guidance]
+            tried = [row("validation", judge, value, CHOSEN_ON[judge]) for value in values]
+            row("test", regime, min(tried, key=lambda r: r["rmse"])[key], 64)
 
 
 if __name__ == "__main__":
