@@ -7,10 +7,10 @@
 Protocols and the numbers of a row are those of assimilation.py and assimilation_baselines.py; all
 regimes use the same weights. `c` of the guidance, or `zeta` of the paper's in "batch_norm", is
 chosen on the validation set, by the RMSE: for each protocol in the batch regime on all of its
-trajectories, and in the filter on the first 16, for the fixed lag as well. The rows of the set "test" are on other trajectories. `ratio` is the RMSE
-over that of the particle filter or smoother; `ranks` the shares of the truths with 0, 1, ... E
-members below them. Writes benchmarks/results/lorenz63.json, row by row; rows that are there are not
-made again.
+trajectories, and in the filter on the first 16, for the fixed lag as well. The rows of the set
+"test" are on other trajectories. `ratio` is the RMSE over that of the particle filter or smoother;
+`ranks` the shares of the truths with 0, 1, ... E members below them. Writes
+benchmarks/results/lorenz63.json, row by row; rows that are there are not made again.
 """
 
 import argparse
@@ -70,7 +70,8 @@ def analyse(run, params, path: pathlib.Path, system, regime: str, plan: Plan, op
     return {
         "regime": regime, "ratio": float(row["rmse"] / exact), **row,
         "particle_filter_rmse": float(exact), "members": x.shape[1], "trajectories": len(x),
-        "c": plan.c, "zeta": plan.zeta, "updates_of_members": int(sum(calls)), "seconds": time.monotonic() - start,
+        "c": plan.c, "zeta": plan.zeta, "updates_of_members": int(sum(calls)),
+        "seconds": time.monotonic() - start,
     }  # fmt: skip
 
 
@@ -123,7 +124,8 @@ def main() -> None:
             new = analyse(run, params, path, PROTOCOLS[name].system, regime, plan, options)
             result["rows"].append({**asked, **new, **provenance(), "device": banner()})
             write_json(FILE, {"rows": result["rows"], "summary": summary(result["rows"])})
-            print(name, which, value, {k: new[k] for k in ("regime", "ratio", "spread_skill")})
+            print(name, which, value, {k: new[k] for k in ("regime", "ratio", "spread_skill")},
+                  flush=True)  # fmt: skip
             return result["rows"][-1]
 
         for regime in flags.regimes:
