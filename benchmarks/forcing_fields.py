@@ -39,8 +39,7 @@ FILE = RESULTS / "forcing_fields.json"
 # task -> settings at the start, and what is tried for each; lag8 has the settings of the filter
 TASKS: dict[str, tuple[dict, dict]] = {
     "filter": ({"sigma_max": 5.0, "restart": 0.5, "window": 16, "c": 0.5, "steps": 8},
-               {"restart": (0.3, 0.5, 1.0), "window": (16, 32), "c": (0.5, 1.0),
-                "steps": (8, 16)}),
+               {"restart": (0.3, 0.5, 1.0), "c": (0.5, 1.0), "steps": (8, 16)}),
     "lag8": ({}, {}),
     "batch": ({"c": 0.5, "window": 0}, {"c": (0.25, 0.5, 1.0), "window": (0, 32)}),
     "forecast": ({"c": 0.5, "window": 32}, {"c": (0.25, 0.5, 1.0)}),
