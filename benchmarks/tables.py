@@ -259,10 +259,18 @@ def forecasts() -> str:
     names = {2: "one step at a time", 32: "trajectories of 32 frames"}
     body = [
         [f"1 of {r['every']}", names[r["frames"]], f"{r['observed_rmse']:.2f}",
-         *(f"{r['rmse_by_frame'][31 + lead]:.2f}" for lead in leads), f"{r['crps']:.2f}"]
+         *(f"{r['rmse_by_frame'][31 + lead]:.2f}" for lead in leads), f"{r['climatology']:.2f}",
+         f"{r['crps']:.2f}"]
         for r in rows
     ]  # fmt: skip
-    head = ["observed", "model", "observed frames", *(f"{lead} ahead" for lead in leads), "CRPS"]
+    head = [
+        "observed",
+        "model",
+        "observed frames",
+        *(f"{lead} ahead" for lead in leads),
+        "no skill",
+        "CRPS",
+    ]
     return table(head, body)
 
 
