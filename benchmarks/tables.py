@@ -263,14 +263,8 @@ def forecasts() -> str:
          f"{r['crps']:.2f}"]
         for r in rows
     ]  # fmt: skip
-    head = [
-        "observed",
-        "model",
-        "observed frames",
-        *(f"{lead} ahead" for lead in leads),
-        "no skill",
-        "CRPS",
-    ]
+    head = ["observed", "model", "observed frames", *(f"{lead} ahead" for lead in leads),
+            "no skill", "CRPS"]  # fmt: skip
     return table(head, body)
 
 
