@@ -8,8 +8,12 @@ and the same for ks with configs/kuramoto_sivashinsky_forcing.py. Protocols, tra
 numbers of a row are those of dapper_baselines.py. Settings of the sampling are chosen one after the
 other, by the RMSE on the first trajectories of the validation set.
 
-  python -m launch.train --config=configs/lorenz96_forcing.py --workdir=ONE ONE_STEP_OPTIONS
-  python benchmarks/forcing_fields.py --tasks forecast --system=lorenz96 --workdir=DIR|ONE ...
+  python -m launch.train --config=configs/lorenz96_forcing.py --workdir=ONE \\
+      --config.data.frames=2 --config.network.frames_per_token=1 --config.batch_size=64 \\
+      --config.noise.shared=0.2 --config.noise.independent=0 --config.noise.prefix=0.8 \\
+      --config.noise.segments=0
+  python benchmarks/forcing_fields.py --system=lorenz96 --workdir=DIR|ONE --folder=FOLDER \\
+      --tasks forecast --trajectories 16 --every 2
 
 Every fourth coordinate of Lorenz-96 (--every) is observed in the first 32 frames (std 1), and the
 other 68 are a forecast: by a trajectory model, which estimates the 32 frames together, and by a
