@@ -115,7 +115,7 @@ def test_kuramoto_sivashinsky_is_that_of_scipy():
     found = solve_ivp(lambda _, u: slope(u), (0, 1.0), state, method="RK45", rtol=1e-6, atol=1e-8)
     new = system.advance(jnp.asarray(state, jnp.float32))
     assert np.abs(new - state).max() > 0.5
-    np.testing.assert_allclose(new, found.y[:, -1], atol=0.01)
+    np.testing.assert_allclose(new, found.y[:, -1], atol=0.02)
     np.testing.assert_allclose(new.mean(), state.mean(), atol=1e-5)
 
 
