@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
         "forcing", shared=0.5, independent=0.1, prefix=0.2, segments=0.2, sigma_min=0.01
     )
     config.network = options(
-        "frame_dit", patch_size=8, width=128, depth=4, heads=4, window=8, causal=False,
+        "frame_dit", patch_size=8, reach=1, width=128, depth=4, heads=4, window=8, causal=False,
         variance=True,
     )  # fmt: skip
     config.objective = options("dsm", label_dropout=0.0)
