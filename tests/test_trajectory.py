@@ -105,12 +105,21 @@ def test_a_trajectory_network_is_its_definition():
         np.testing.assert_allclose(got[row], expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_a_frame_dit_is_its_definition(causal):
-    p = jax.tree.map(lambda x: np.asarray(x, np.float64), FIELD_PARAMS["params"])
+@pytest.mark.parametrize(("causal", "reach"), [(False, 0), (True, 0), (False, 1)])
+def test_a_frame_dit_is_its_definition(causal, reach):
+    network = FIELDS.clone(causal=causal, reach=reach)
+    params = parameters(network, W)
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params["params"])
     levels = LEVELS[:, :5]
-    got = jax.jit(FIELDS.clone(causal=causal).apply)(FIELD_PARAMS, W, levels, NONE)
-    patches = np.asarray(W, np.float64)[0].reshape(5, 2, 2, 3, 2).swapaxes(2, 3).reshape(5, 6, 4)
+    got = jax.jit(network.apply)(params, W, levels, NONE)
+    around = np.pad(np.asarray(W, np.float64)[0, ..., 0], ((0, 0), *[(2, 2)] * 2), "wrap")
+    order = (1, 0, -1) if reach else (0,)
+    patches = np.stack([
+        np.concatenate([
+            around[:, 2 + 2 * (i + a) : 4 + 2 * (i + a), 2 + 2 * (j + b) : 4 + 2 * (j + b)]
+            .reshape(5, 4) for a in order for b in order
+        ], 1) for i in range(2) for j in range(3)
+    ], 1)  # fmt: skip
     embedding = embedded(p, np.asarray(levels[0], np.float64)[:, None], 0)
     h = dense(p["in_linear"], patches) + p["place"].reshape(6, 8)
     for name in ("block0", "block1"):
