@@ -1,6 +1,6 @@
 """Vorticity of 2-D Navier-Stokes, 64x64: a FrameDiT of 1.74M parameters for data assimilation.
 
-About 12 minutes on one core of an AMD EPYC with AVX-512, after 4 minutes that make the data (0.6 GB
+About 15 minutes on one core of an AMD EPYC with AVX-512, after 4 minutes that make the data (0.6 GB
 in ~/.cache). benchmarks/navier_stokes.py measures it.
 """
 
@@ -11,7 +11,7 @@ from configs.base import base, options
 
 def get_config() -> ConfigDict:
     config = base()
-    config.num_steps = 4000
+    config.num_steps = 6000
     config.batch_size = 2
     config.data.name = "mclr_jax.assimilation.trajectories:Trajectories"
     config.data.system = "navier_stokes"
