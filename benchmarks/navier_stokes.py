@@ -49,7 +49,7 @@ REGIMES = {"filter": ("filter", 0), "lag8": ("fixed_lag", 8), "batch": ("batch",
 PLANS = {
     "filter": Plan(window=8, steps=8, first_steps=16),
     "lag8": Plan(window=12, steps=8, first_steps=16),
-    "batch": Plan(first_steps=32),
+    "batch": Plan(first_steps=32, sigma_min=0.05, sigma_max=10.0),
 }
 SETS = {"validation": 1, "test": 2}
 TRAINING = {"system": "navier_stokes", "trajectories": 128, "length": 256}
@@ -169,9 +169,13 @@ def denoising(run, params) -> dict[str, float]:
     return found | {"gaussian": float((power / (1 + power)).mean())}
 
 
+def stored() -> dict:
+    return json.loads(FILE.read_text()) if FILE.exists() else {"rows": []}
+
+
 def figures(workdir: pathlib.Path) -> None:
     """The first test trajectory: fields and spectra as a picture, all frames as an animation."""
-    rows = [row for row in json.loads(FILE.read_text())["rows"] if row["set"] == "test"]
+    rows = [row for row in stored()["rows"] if row["set"] == "test"]
     found = {(name, regime): observe.load(workdir / f"{name}_{regime}.npz")
              for name in OPERATORS for regime in ("filter", "batch")}  # fmt: skip
     frame, limit = FRAMES // 2, 6
@@ -245,11 +249,11 @@ def main() -> None:
         return figures(flags.workdir)
     run = runs.load(flags.workdir)
     params, step = run.weights()
-    result = json.loads(FILE.read_text()) if FILE.exists() else {"rows": []}
     model = {"method": "model", "step": step, "weights": digest(params)}
-    if "denoising" not in result:
-        result["denoising"] = denoising(run, params) | {"step": step, "made_by": provenance()}
-        print(result["denoising"], flush=True)
+    if "denoising" not in stored():
+        found = denoising(run, params) | {"step": step, "made_by": provenance()}
+        write_json(FILE, stored() | {"denoising": found})
+        print(found, flush=True)
     todo = [(name, regime, {"method": "interpolation"})
             for name in flags.operators for regime in ("frame", *flags.regimes)]  # fmt: skip
     todo += [(name, regime, model) for name in flags.operators for regime in flags.regimes]
@@ -257,7 +261,7 @@ def main() -> None:
         asked = {"set": flags.set, "operator": name, "regime": regime, **kind}
         if kind is model:
             asked["plan"] = dataclasses.asdict(PLANS[regime])
-        if any(asked.items() <= row.items() for row in result["rows"]):
+        if any(asked.items() <= row.items() for row in stored()["rows"]):
             continue
         truth, obs = problem(name, flags.set)
         if kind is model:
@@ -270,9 +274,10 @@ def main() -> None:
         else:
             row = baseline(name, regime, flags.set)
         row["spectrum_truth"] = spectrum(truth)
-        result["rows"].append({**asked, **row, **provenance(), "device": banner()})
-        write_json(FILE, result)
-        print(asked | {k: row[k] for k in ("nrmse", "crps", "spread_skill", "seconds")}, flush=True)
+        row |= asked | provenance() | {"device": banner()}
+        result = stored()  # another process may have written since
+        write_json(FILE, result | {"rows": [*result["rows"], row]})
+        print(name, regime, kind["method"], row["nrmse"], row["crps"], row["seconds"], flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Vorticity of 2-D Navier-Stokes, 64x64: a FrameDiT of 1.74M parameters for data assimilation.
+"""Vorticity of 2-D Navier-Stokes, 64x64: a FrameDiT of 1.80M parameters for data assimilation.
 
 About 15 minutes on one core of an AMD EPYC with AVX-512, after 4 minutes that make the data (0.6 GB
 in ~/.cache). benchmarks/navier_stokes.py measures it.
