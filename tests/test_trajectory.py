@@ -232,6 +232,7 @@ def test_options_change_what_they_should(network, params, x):
         (FIELDS, (B, 2, 5, 4, 1), "fields are 5x4, not divisible by patch_size 2"),
         (STATES.clone(heads=3), (B, F, D), "width is 8; 3 heads need a multiple of 3"),
         (STATES.clone(window=-1), (B, F, D), r"network\.window is -1"),
+        (FIELDS.clone(reach=-1), (B, 2, 4, 4, 1), r"network\.reach is -1"),
     ],
 )
 def test_wrong_shapes_are_refused(network, shape, message):

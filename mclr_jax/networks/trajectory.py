@@ -163,6 +163,7 @@ class FrameDiT(_TrajectoryNetwork):
         Raises ValueError on other shapes, and if patches do not divide the field.
         """
         self._check(x, c_noise, axes=5)
+        in_range("network.reach", self.reach, 0)
         (batch, frames, height, width, _), p = x.shape, self.patch_size
         if height % p or width % p:
             raise ValueError(f"fields are {height}x{width}, not divisible by patch_size {p}")
