@@ -178,8 +178,8 @@ def stored() -> dict:
 def figures(workdir: pathlib.Path) -> None:
     """The first test trajectory: fields and spectra as a picture, all frames as an animation."""
     rows = [row for row in stored()["rows"] if row["set"] == "test"]
-    found = {(name, regime): observe.load(workdir / f"{name}_{regime}.npz")
-             for name in OPERATORS for regime in ("filter", "batch")}  # fmt: skip
+    found = {name: observe.load(workdir / f"{name}.npz")
+             for name in ("random_filter", "random_batch", "downsample_batch")}  # fmt: skip
     frame, limit = FRAMES // 2, 6
 
     def show(axis, values, title="", **options):
@@ -191,7 +191,7 @@ def figures(workdir: pathlib.Path) -> None:
     figure = Figure((12, 4.4), layout="constrained")
     axes = figure.subplots(2, 6)
     for line, name in zip(axes, OPERATORS, strict=True):
-        batch = found[name, "batch"]
+        batch = found[f"{name}_batch"]
         mean = batch["members"].mean(0)
         panels = {"truth": batch["truth"], "observations": batch["seen"], "batch mean": mean,
                   "a member": batch["members"][0]}  # fmt: skip
@@ -212,7 +212,7 @@ def figures(workdir: pathlib.Path) -> None:
     figure.savefig(buffer, format="png", dpi=100)
     write_atomically(ROOT / "docs" / "navier_stokes.png", buffer.getvalue())
 
-    filtered, batch = found["random", "filter"], found["random", "batch"]
+    filtered, batch = found["random_filter"], found["random_batch"]
     panels = {"truth": batch["truth"], "observations": batch["seen"],
               "filter mean": filtered["members"].mean(0),
               "batch mean": batch["members"].mean(0)}  # fmt: skip

@@ -15,14 +15,15 @@ DATA = {
     "digits": ((8, 8, 1), 10),
     "fashion_mnist": ((28, 28, 1), 10),
     "tfds:cifar10": ((32, 32, 3), 10),
-    "mclr_jax.assimilation.trajectories:Trajectories": ((32, 3), 1),
+    "lorenz63": ((32, 3), 1),
+    "navier_stokes": ((16, 64, 64, 1), 1),
 }
 
 
 def count(file: str) -> dict:
     """The row of configs/FILE.py."""
     config = tasks.config_of(file)
-    shape, classes = DATA[config.data.name]
+    shape, classes = DATA[config.data.get("system", config.data.name)]
     model = experiment.make_model(config, DataInfo(shape, classes, sigma_data=1.0))
     return {
         "config": f"configs/{file}.py",
