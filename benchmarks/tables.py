@@ -231,7 +231,7 @@ def navier_stokes() -> str:
     head = ["observations", "regime", "method", "NRMSE", "RMSE", "CRPS", "spread/skill", "seconds"]
     found = (
         [operator, names[regime], words[method], *(f"{row[key]:.2f}" for key in keys),
-         f"{row['seconds']:.0f}"]
+         f"{row['seconds']:.1f}"]
         for operator in ("random", "downsample") for regime in names for method in words
         if (row := cells.get((operator, regime, method)))
         and (method == "model" or regime in ("frame", "batch"))
