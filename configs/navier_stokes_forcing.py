@@ -1,8 +1,8 @@
 """Vorticity of 2-D Navier-Stokes, 64x64: a FrameDiT of 1.80M parameters for data assimilation.
 
 About 15 minutes on one core of an AMD EPYC with AVX-512, after 4 minutes that make the data (0.6 GB
-in ~/.cache). benchmarks/navier_stokes.py measures it: a run that was stopped twice, with the learning
-rates of a config of 4,000 steps from step 1,841 to 2,681.
+in ~/.cache). benchmarks/navier_stokes.py measures it: a run that was stopped twice, and had the
+learning rates of a config of 4,000 steps from step 1,841 to 2,681.
 """
 
 from ml_collections import ConfigDict
