@@ -18,6 +18,7 @@ DATA = {
     "lorenz63": ((32, 3), 1),
     "lorenz96": ((32, 40), 1),
     "kuramoto_sivashinsky": ((32, 128), 1),
+    "navier_stokes": ((16, 64, 64, 1), 1),
 }
 
 

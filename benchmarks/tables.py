@@ -268,6 +268,24 @@ def forecasts() -> str:
     return table(head, body)
 
 
+def navier_stokes() -> str:
+    """The trajectory model and optimal interpolation on Navier-Stokes, test trajectories."""
+    rows = [row for row in load("navier_stokes")["rows"] if row["set"] == "test"]
+    cells = {(r["operator"], r["regime"], r["method"]): r for r in rows}
+    names = {"frame": "one frame", "filter": "filter", "lag8": "fixed lag 8", "batch": "batch"}
+    words = {"model": "model", "interpolation": "optimal interpolation"}
+    keys = ("nrmse", "standardised", "crps", "spread_skill")
+    head = ["observations", "regime", "method", "NRMSE", "RMSE", "CRPS", "spread/skill", "seconds"]
+    found = (
+        [operator, names[regime], words[method], *(f"{row[key]:.2f}" for key in keys),
+         f"{row['seconds']:.1f}"]
+        for operator in ("random", "downsample") for regime in names for method in words
+        if (row := cells.get((operator, regime, method)))
+        and (method == "model" or regime in ("frame", "batch"))
+    )  # fmt: skip
+    return table(head, found)
+
+
 def throughput() -> str:
     cells: dict[tuple, str] = {}
     for row in load("throughput")["rows"]:

@@ -26,6 +26,7 @@ import mclr_figures  # noqa: E402
 import mclr_images  # noqa: E402
 import mclr_probes  # noqa: E402
 import mixture_mclr  # noqa: E402
+import navier_stokes  # noqa: E402
 import outcomes  # noqa: E402
 import parameters  # noqa: E402
 import robustness_values  # noqa: E402
@@ -406,3 +407,23 @@ def test_the_animation_shows_a_frame_and_those_before_it():
     assert shown(1, 2) == shown(1, 4)
     assert shown(1, 1) != shown(1, 4)
     assert shown(1, 4) != shown(2, 4)
+
+
+def test_interpolation_in_space_and_time_is_the_conditional_gaussian():
+    """Against one dense solve for each frame, with any frames ahead and with single frames."""
+    rng, count, frames = np.random.default_rng(0), 5, 4
+    half, rows = rng.normal(size=(count, count)), rng.normal(size=(count, 2))
+    space, course = half @ half.T, 0.6 ** np.arange(frames)
+    values = rng.normal(size=(3, frames, 2))
+    apart = abs(np.subtract.outer(np.arange(frames), np.arange(frames)))
+    for ahead in (None, np.array([0, 1, 0, 2])):
+        mean, std = navier_stokes.interpolated(values, rows, 0.3, space, course, ahead)
+        for k in range(frames):
+            seen = [k] if ahead is None else list(range(min(frames, k + ahead[k] + 1)))
+            seen_rows = np.kron(np.eye(frames)[:, seen], rows)
+            whole = np.kron(course[apart], space)
+            inverse = np.linalg.inv(seen_rows.T @ whole @ seen_rows + 0.09 * np.eye(2 * len(seen)))
+            gain = whole[k * count : (k + 1) * count] @ seen_rows @ inverse
+            np.testing.assert_allclose(mean[:, k], values[:, seen].reshape(3, -1) @ gain.T)
+            left = space - gain @ seen_rows.T @ whole[:, k * count : (k + 1) * count]
+            np.testing.assert_allclose(std[0, k], np.sqrt(np.diag(left)))

@@ -39,6 +39,7 @@ SHRUNK: dict[str, dict[str, Any]] = {
     "unet": {"channels": 8, "num_blocks": 1, "channel_mult": (1, 1)},
     "mlp": {"width": 8},
     "trajectory": {"width": 16, "depth": 1, "heads": 2},
+    "frame_dit": {"width": 16, "depth": 1, "heads": 2, "patch_size": 16},
     "mlp_classifier": {"width": 8, "depth": 1},
     "conv_classifier": {"channels": (8, 8)},
 }

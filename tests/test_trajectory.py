@@ -128,12 +128,21 @@ def frame_block(q, h, embedding, space, **time):
     return h
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_a_frame_dit_is_its_definition(causal):
-    p = jax.tree.map(lambda x: np.asarray(x, np.float64), FIELD_PARAMS["params"])
+@pytest.mark.parametrize(("causal", "reach"), [(False, 0), (True, 0), (False, 1)])
+def test_a_frame_dit_is_its_definition(causal, reach):
+    network = FIELDS.clone(causal=causal, reach=reach)
+    params = parameters(network, W)
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params["params"])
     levels = LEVELS[:, :5]
-    got = jax.jit(FIELDS.clone(causal=causal).apply)(FIELD_PARAMS, W, levels, NONE)
-    patches = np.asarray(W, np.float64)[0].reshape(5, 2, 2, 3, 2).swapaxes(2, 3).reshape(5, 6, 4)
+    got = jax.jit(network.apply)(params, W, levels, NONE)
+    around = np.pad(np.asarray(W, np.float64)[0, ..., 0], ((0, 0), *[(2, 2)] * 2), "wrap")
+    order = (1, 0, -1) if reach else (0,)
+    patches = np.stack([
+        np.concatenate([
+            around[:, 2 + 2 * (i + a) : 4 + 2 * (i + a), 2 + 2 * (j + b) : 4 + 2 * (j + b)]
+            .reshape(5, 4) for a in order for b in order
+        ], 1) for i in range(2) for j in range(3)
+    ], 1)  # fmt: skip
     embedding = embedded(p, np.asarray(levels[0], np.float64)[:, None], 0)
     h = dense(p["in_linear"], patches) + p["place"].reshape(6, 8)
     for name in ("block0", "block1"):
@@ -252,6 +261,7 @@ def test_options_change_what_they_should(network, params, x):
         (RING, (B, F, 11), "11 coordinates, not divisible by patch 2"),
         (RING.clone(patch=-1), (B, F, 10), r"network\.patch is -1"),
         (RING.clone(reach=-1), (B, F, 10), r"network\.reach is -1"),
+        (FIELDS.clone(reach=-1), (B, 2, 4, 4, 1), r"network\.reach is -1"),
     ],
 )
 def test_wrong_shapes_are_refused(network, shape, message):

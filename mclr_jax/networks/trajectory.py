@@ -170,6 +170,7 @@ class FrameDiT(_TrajectoryNetwork):
 
     out_channels: int = 1
     patch_size: int = 4
+    reach: int = 0  # patches on each side of its own, on a torus, that a token has as input
     window: int = 16  # frames
     causal: bool = True
 
@@ -180,12 +181,14 @@ class FrameDiT(_TrajectoryNetwork):
         Raises ValueError on other shapes, and if patches do not divide the field.
         """
         self._check(x, c_noise, axes=5)
+        in_range("network.reach", self.reach, 0)
         (batch, frames, height, width, _), p = x.shape, self.patch_size
         if height % p or width % p:
             raise ValueError(f"fields are {height}x{width}, not divisible by patch_size {p}")
         rows, columns = height // p, width // p
         embedding = self._embedding(c_noise[..., None], condition, self.width)
-        h = space_to_depth(x.reshape(-1, *x.shape[2:]), p)
+        h, near = space_to_depth(x.reshape(-1, *x.shape[2:]), p), range(-self.reach, self.reach + 1)
+        h = jnp.concatenate([jnp.roll(h, (i, j), (1, 2)) for i in near for j in near], axis=-1)
         h = Linear(self.width, dtype=self.dtype, name="in_linear")(h)
         place = self.param("place", normal(0.02), (rows, columns, self.width))
         h = (h + place.astype(self.dtype)).reshape(batch, frames, rows * columns, self.width)
