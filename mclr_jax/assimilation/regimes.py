@@ -114,8 +114,7 @@ def _compiled(model: Any, operator: Operator, plan: Plan, ensemble: int) -> Call
             d, v = moments(x, sigma, label)
             weights = log_evidence(operator, seen, d, v, sigma > 0)
             chosen = jax.vmap(systematic)(weights.reshape(-1, ensemble), _fold(keys[::ensemble], 2))
-            groups = x.reshape(-1, ensemble, *x.shape[1:])
-            past = jax.vmap(lambda group, i: group[i])(groups, chosen).reshape(x.shape)
+            past = x[(chosen + ensemble * jnp.arange(len(chosen))[:, None]).ravel()]
             x = jnp.where(expand(sigma, x) > 0, x, past)
         options = {key: getattr(plan, key) for key in GUIDANCE[plan.guidance]}
         correct = getattr(guide, plan.guidance)(operator, seen, **options)
@@ -250,9 +249,8 @@ def assimilate(
     path, values, until, order, window, ahead = _course(
         model, obs, plan, lags, ensemble, forecast, state
     )
-    frames, done = obs.values.shape[1], 0 if state is None else state.frames
+    frames, (done, begun) = obs.values.shape[1], (state.frames, window) if state else (0, 0)
     before = len(until) - frames - forecast
-    known_start = obs.initial is not None and state is None
     blocks = np.isinf(lags).any() and window < frames
     context = plan.context or (window // 4 if blocks else 0)
     out = np.full((len(path), len(until), *path.shape[2:]), np.nan, np.float32)
@@ -260,15 +258,14 @@ def assimilate(
     size = batch_size // ensemble * ensemble or (batch_size if plan.revise else ensemble)
     for rows, real in _chunks(len(path), size):
         keys, here, group = member_keys(seed, rows, ensemble), path[rows], rows // ensemble
-        started, last = np.arange(path.shape[1]) < (window if state is not None else 0), -1
+        last, estimated = -1, begun  # the last observation seen; places before have an estimate
         for end, seen in order:
-            places = slice(end, end + window)
-            old, informed = started[places].copy(), seen > last
+            k = np.arange(end - window, end)
+            old, informed = window + k < estimated, seen > last
             clean = old & (not plan.revise or not informed)
-            since = np.arange(end - window, end) + done >= 0
-            clean[:context] |= (old & since)[:context]
-            if known_start and end <= window:
-                clean[window - end] = True
+            clean[:context] |= (old & (k + done >= 0))[:context]
+            if not state and obs.initial is not None:
+                clean |= k == 0
             steps = plan.steps if old.any() else plan.first_steps
             grid = levels(plan, ~old, clean, steps, min(plan.sigma_max, high))
             resampled = bool(informed and not plan.revise and old.any())
@@ -276,15 +273,14 @@ def assimilate(
             shown = slice(end, end + window + ahead)
             inputs = here[:, shown], values[group, shown], obs.std, group, _fold(keys, done + end)
             new = run(params, *inputs, np.float32(grid), resampled)
-            here[:, places], started[places], last = new[:, :window], True, seen
-            k = np.arange(max(-before, end - window), end)
+            here[:, window + k], last, estimated = new[:, :window], seen, window + end
+            k = k[k >= -before]
             k = k[until[k + before] >= seen]
             out[rows[:real, None], k + before] = here[:real, window + k]
             progress(real)
         path[rows[:real]] = here[:real]
     members = _physical(model, out, ensemble, plan)
-    size = min(window, int(started[: window + frames].sum()))
-    kept = slice(window + frames - size, window + frames)
+    kept = slice(frames if state else max(frames, order[0].end), window + frames)
     past = path[:, kept].reshape(-1, ensemble, *path[:, kept].shape[1:])
     return Result(members, done - before, State(past, values[:, kept], done + frames))
 

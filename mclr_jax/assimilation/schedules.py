@@ -87,12 +87,9 @@ def updates(
         # the first frame that waits for this observation is still in the window, if it can be
         crowded = target - first > window >= seen + 1 - first
         for goal in (seen + 1, target) if crowded else (target,):
-            while goal - end > room:
-                end, room = end + room, half
+            while end < goal:
+                end, room = min(goal, end + room), half
                 found.append(Update(end, int(latest[min(end - 1, seen)]) if seen >= 0 else -1))
-            if goal > end:
-                end, room = goal, half
-                found.append(Update(end, seen))
     return found
 
 
