@@ -186,10 +186,8 @@ class NavierStokes(Dynamics):
     @functools.cached_property
     def _wave(self) -> tuple[np.ndarray, np.ndarray]:
         """Wave numbers along both axes of the transform, (size, 1) and (1, size / 2 + 1)."""
-        spacing = 1 / self.size
-        return np.fft.fftfreq(self.size, spacing)[:, None], np.fft.rfftfreq(self.size, spacing)[
-            None
-        ]
+        p, q = (numbers(self.size, 1 / self.size) for numbers in (np.fft.fftfreq, np.fft.rfftfreq))
+        return p[:, None], q[None]
 
     @functools.cached_property
     def _step(self) -> ExponentialStep:

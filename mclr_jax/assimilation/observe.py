@@ -159,15 +159,14 @@ class Operator:
 
 def operator_of(description: Mapping[str, Any]) -> Operator:
     """The operator of a description, see `Operator.describe`; ValueError: a wrong name or value."""
-    if not isinstance(description, Mapping):
+    if not isinstance(description, Mapping) or "name" not in description:
         raise ValueError(f'The operator is {description!r}; expected {{"name": NAME, ...}}.')
-    kind = look_up(LINEAR, description.get("name", ""), "operator")
+    kind = look_up(LINEAR, name := description["name"], "operator")
     known = fields(Operator) | fields(kind)
     del known["linear"]
     values = {key: as_tuple(value) for key, value in description.items() if key != "name"}
     for key, value in values.items():
         if key not in known:
-            name = description["name"]
             raise ValueError(f"Operator {name!r} has no {key!r}. {nearest(key, known)}")
         of_kind(f"operator.{key}", value, known[key].type)
     own = {key: values.pop(key) for key in fields(kind).keys() & values.keys()}

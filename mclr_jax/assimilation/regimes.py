@@ -195,11 +195,10 @@ def _course(
                 f"The run to continue has (trajectories, members, *state, values) {got}; expected "
                 f"{(count, ensemble, *shape, m)}."
             )
-        if window > state.members.shape[2]:
-            got = state.members.shape[2]
+        if (held := state.members.shape[2]) < window:
             raise ValueError(
-                f"The earlier run has a window of {got} frames; expected {window} or more: set "
-                "plan.window."
+                f"The run to continue has a window of {held} frames; expected {window} or more: "
+                "set plan.window."
             )
         before = int(min(lags[0], window - 1, state.frames))
     numbers, lags = np.arange(-before, frames), np.append(np.full(before, lags[0]), lags)
