@@ -74,8 +74,8 @@ def updates(
 
     `observed` (T,) are the frames with an observation, `until` (before + T,) the last frame that
     each may see, of which the first `before` are of an earlier run; `forecast` frames come after
-    the last one. At most half a window is new in an update, if the window before it is known, as
-    it is for the first one if the run has `started` earlier.
+    the last one. At most half a window is new in an update, if the window before it is known; that
+    before the first update is known if the run has `started` earlier.
     """
     latest = np.maximum.accumulate(np.where(observed, np.arange(len(observed)), -1))
     wanted, before = latest[until], len(until) - len(observed)
