@@ -4,7 +4,6 @@ A system is a frozen dataclass. Its states (..., *shape) are in its own units; a
 (state - offset) / scale, which has about zero mean and unit variance.
 """
 
-import abc
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -15,22 +14,26 @@ import jax.numpy as jnp
 import numpy as np
 
 
-class Dynamics(abc.ABC):
+class Dynamics:
     """x' = advance(x) + noise * n, n ~ N(0, I): the step from one frame to the next.
 
-    Subclasses have these attributes and `advance`. `offset` and `scale` are of the last axis.
+    Subclasses have these attributes, and `slope` or `advance`.
     """
 
     time_step: float
     noise: float  # 0 for a deterministic system
     shape: tuple[int, ...]  # of a state
-    offset: tuple[float, ...]
+    offset: tuple[float, ...]  # of the last axis, as is `scale`
     scale: tuple[float, ...]
     spin_up_steps = 1000  # from `start` to the attractor
 
-    @abc.abstractmethod
+    def slope(self, state: jax.Array) -> jax.Array:
+        """dx/dt (..., *shape)."""
+        raise NotImplementedError
+
     def advance(self, state: jax.Array) -> jax.Array:
         """The mean of the next state (..., *shape)."""
+        return runge_kutta(self.slope, state, self.time_step)
 
     def start(self, key: jax.Array) -> jax.Array:
         """A random state (*shape) from which the attractor is reached."""
@@ -39,19 +42,13 @@ class Dynamics(abc.ABC):
 
     def step(self, key: jax.Array, state: jax.Array) -> jax.Array:
         """The next state (..., *shape); the noise of all its numbers comes from one key."""
-        new = self.advance(state)
-        if not self.noise:
-            return new
-        return new + self.noise * jax.random.normal(key, new.shape, new.dtype)
+        noise = jax.random.normal(key, state.shape, state.dtype) if self.noise else 0
+        return self.advance(state) + self.noise * noise
 
     def spin_up(self, key: jax.Array) -> jax.Array:
         """A random state (*shape) on the attractor."""
         k_start, k_steps = jax.random.split(key)
-
-        def body(number, state):
-            return self.step(jax.random.fold_in(k_steps, number), state)
-
-        return jax.lax.fori_loop(0, self.spin_up_steps, body, self.start(k_start))
+        return self.trajectory(k_steps, self.start(k_start), self.spin_up_steps + 1)[-1]
 
     def trajectory(self, key: jax.Array, state: jax.Array, length: int) -> jax.Array:
         """States (length, ..., *shape), of which the first is the given one."""
@@ -88,9 +85,6 @@ class Lorenz63(Dynamics):
         x, y, z = jnp.moveaxis(state, -1, 0)
         return jnp.stack([10 * (y - x), x * (28 - z) - y, x * y - 8 / 3 * z], axis=-1)
 
-    def advance(self, state: jax.Array) -> jax.Array:
-        return runge_kutta(self.slope, state, self.time_step)
-
 
 @dataclasses.dataclass(frozen=True)
 class Lorenz96(Dynamics):
@@ -106,9 +100,6 @@ class Lorenz96(Dynamics):
     def slope(self, state: jax.Array) -> jax.Array:
         shift = functools.partial(jnp.roll, state, axis=-1)
         return (shift(-1) - shift(2)) * shift(1) - state + self.forcing
-
-    def advance(self, state: jax.Array) -> jax.Array:
-        return runge_kutta(self.slope, state, self.time_step)
 
 
 class ExponentialStep:
@@ -160,11 +151,9 @@ class KuramotoSivashinsky(Dynamics):
 
     def advance(self, state: jax.Array) -> jax.Array:
         slope, step = self._parts
-
-        def nonlinear(u: jax.Array) -> jax.Array:
-            return jnp.fft.rfft(jnp.fft.irfft(u) ** 2) * slope
-
-        u = step(step(jnp.fft.rfft(state), nonlinear), nonlinear)
+        u = jnp.fft.rfft(state)
+        for _ in range(2):
+            u = step(u, lambda u: jnp.fft.rfft(jnp.fft.irfft(u) ** 2) * slope)
         return jnp.fft.irfft(u).astype(state.dtype)
 
 
@@ -196,9 +185,9 @@ class NavierStokes(Dynamics):
 
     @functools.cached_property
     def _wave(self) -> tuple[np.ndarray, np.ndarray]:
-        """Wave numbers along both axes of the transform."""
-        full = np.fft.fftfreq(self.size, 1 / self.size)
-        return full[:, None], np.abs(full[: self.size // 2 + 1])[None]
+        """Wave numbers along both axes of the transform, (size, 1) and (1, size / 2 + 1)."""
+        p, q = (numbers(self.size, 1 / self.size) for numbers in (np.fft.fftfreq, np.fft.rfftfreq))
+        return p[:, None], q[None]
 
     @functools.cached_property
     def _step(self) -> ExponentialStep:
@@ -222,8 +211,7 @@ class NavierStokes(Dynamics):
         modes_hat = np.complex64(np.fft.rfft2(modes))
 
         def body(w, amount):
-            w = self._step(w, self._nonlinear)
-            return w + jnp.tensordot(amount, modes_hat, 1), None
+            return self._step(w, self._nonlinear) + jnp.tensordot(amount, modes_hat, 1), None
 
         w, _ = jax.lax.scan(body, jnp.fft.rfft2(state[..., 0]), forcing)
         return jnp.fft.irfft2(w)[..., None].astype(state.dtype)
@@ -245,9 +233,6 @@ class NavierStokes(Dynamics):
         return (w / w.std())[..., None]
 
 
-SYSTEMS: dict[str, Any] = {
-    "lorenz63": Lorenz63,
-    "lorenz96": Lorenz96,
-    "kuramoto_sivashinsky": KuramotoSivashinsky,
-    "navier_stokes": NavierStokes,
-}
+SYSTEMS: dict[str, Any] = {"lorenz63": Lorenz63, "lorenz96": Lorenz96,
+                           "kuramoto_sivashinsky": KuramotoSivashinsky,
+                           "navier_stokes": NavierStokes}  # fmt: skip

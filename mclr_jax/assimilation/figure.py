@@ -95,10 +95,10 @@ def _fields(make, members, values, operator, truth):
     axes = figure.subplots(len(rows), len(shown), squeeze=False)
     most = np.nanmax(np.abs(np.append(rows["mean"], rows.get("truth", rows["mean"]), 0)))
     for line, (name, x) in zip(axes, rows.items(), strict=True):
-        kind = ("viridis", 0, x.max()) if name == "std" else ("RdBu_r", -most, most)
+        low, high, colours = (0, x.max(), "viridis") if name == "std" else (-most, most, "RdBu_r")
         for axis, k in zip(line, shown, strict=True):
             axis.set(xticks=[], yticks=[], facecolor="silver")  # where nothing is observed
-            picture = axis.imshow(x[k], **dict(zip(("cmap", "vmin", "vmax"), kind, strict=True)))
+            picture = axis.imshow(x[k], colours, vmin=low, vmax=high)
         line[0].set_ylabel(name)
         figure.colorbar(picture, ax=line)
     for axis, k in zip(axes[0], shown, strict=True):

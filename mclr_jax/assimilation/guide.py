@@ -28,20 +28,7 @@ class Seen(NamedTuple):
 def _full(level: Level, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """sigma and stop, to multiply with x (B, F, ...), and active (B, F)."""
     sigma, stop, active = (jnp.broadcast_to(a.reshape(len(x), -1), x.shape[:2]) for a in level)
-    ones = (1,) * (x.ndim - 2)
-    return sigma.reshape(*sigma.shape, *ones), stop.reshape(*stop.shape, *ones), active
-
-
-class _Linear(NamedTuple):
-    """The observations as linear functions of x0 around the estimate D, under N(D, V)."""
-
-    d: jax.Array
-    v: jax.Array
-    residual: jax.Array  # y - A D (B, F, m), 0 where not known
-    noise: jax.Array  # R and the variance of what is not linear in A
-    spread: jax.Array  # diagonal of A' v A'^T
-    gain: Any  # (p (B, F, m)) -> V A'^T p, the shape of x
-    project: Any  # A' of a state, 0 where not known
+    return expand(sigma, x), expand(stop, x), active
 
 
 def innovation(
@@ -59,9 +46,12 @@ def innovation(
     return known, residual, seen.std**2 + rest, slope**2 * operator.linear(variance, 2), slope
 
 
-def _linearised(
-    operator: Operator, seen: Seen, moments: Any, x, level: Level, condition
-) -> _Linear:
+def _linearised(operator: Operator, seen: Seen, moments: Any, x, level: Level, condition) -> tuple:
+    """The observations as linear functions A' of x0 around D, under N(D, V): a tuple.
+
+    D and v, as x; y - A D (B, F, m), 0 where y is unknown; the noise and spread of `innovation`;
+    and two functions: p (B, F, m) -> V A'^T p, and a state -> A' of it, 0 where y is unknown.
+    """
     sigma, _, active = _full(level, x)
     d, pull, v = jax.vjp(lambda x: moments(x, level.sigma, condition), x, has_aux=True)
     known, residual, noise, spread, slope = innovation(operator, seen, d, v, active)
@@ -70,15 +60,11 @@ def _linearised(
         return slope * operator.linear(seen.scale * state)
 
     back = jax.linear_transpose(project, d)
-    return _Linear(
-        d,
-        v,
-        residual,
-        noise,
-        spread,
+    return (
+        d, v, residual, noise, spread,
         lambda p: jnp.where(sigma > 0, sigma**2 * pull(back(p)[0])[0], 0),
         lambda state: jnp.where(known, project(state), 0),
-    )
+    )  # fmt: skip
 
 
 def posterior(
@@ -101,18 +87,19 @@ def posterior(
     """
 
     def correct(moments: Any, x: jax.Array, level: Level, condition: Any):
-        here = _linearised(operator, seen, moments, x, level, condition)
+        d, v, residual, noise, spread, gain, project = _linearised(
+            operator, seen, moments, x, level, condition
+        )
         distance = np.abs(np.subtract.outer(np.arange(x.shape[1]), np.arange(x.shape[1])))
         near = jnp.asarray(np.exp(-distance / reach), x.dtype)
-        total = here.noise + c * here.spread
-        p = here.residual / total
+        p = residual / (noise + c * spread)
         signs = np.random.default_rng(0).choice([-1.0, 1.0], p.shape[1:]).astype(x.dtype)
-        gain = here.gain(p)
-        among = p * here.project(gain) - signs * p * here.project(here.gain(signs * p))
-        size, among = (near @ a.sum(2, keepdims=True) for a in (p * here.residual, among))
+        step = gain(p)
+        among = p * project(step) - signs * p * project(gain(signs * p))
+        size, among = (a.sum(2) @ near for a in (p * residual, among))
         length = size / jnp.maximum(size + overlap * jnp.maximum(among, 0), 1e-30)
-        bound = expand(jnp.sqrt(1 + size[..., 0]), x) * jnp.sqrt(here.v)
-        return here.d + (expand(length[..., 0], x) * gain).clip(-bound, bound), jnp.zeros_like(x)
+        bound = expand(jnp.sqrt(1 + size), x) * jnp.sqrt(v)
+        return d + (expand(length, x) * step).clip(-bound, bound), jnp.zeros_like(x)
 
     return correct
 
@@ -128,15 +115,17 @@ def conjugate(operator: Operator, seen: Seen, *, iterations: int = 5) -> Correct
         def dot(a, b):
             return (a * b).sum((1, 2), keepdims=True)
 
-        here = _linearised(operator, seen, moments, x, level, condition)
-        d, residual, total = here.d, here.residual, here.noise + here.spread
+        d, _, residual, noise, spread, gain, project = _linearised(
+            operator, seen, moments, x, level, condition
+        )
+        total = noise + spread
         p = residual / total
         size = dot(residual, p)
         for _ in range(iterations):
-            gain = here.gain(p)
-            effect = here.project(gain) + here.noise * p
+            step = gain(p)
+            effect = project(step) + noise * p
             length = size / jnp.maximum(dot(p, effect), 1e-30)
-            d, residual = d + expand(length[:, 0, 0], x) * gain, residual - length * effect
+            d, residual = d + expand(length[:, 0, 0], x) * step, residual - length * effect
             before, size = size, dot(residual, residual / total)
             p = residual / total + size / jnp.maximum(before, 1e-30) * p
         return d, jnp.zeros_like(d)
@@ -168,7 +157,6 @@ def norm(operator: Operator, seen: Seen, *, zeta: float = 2.0, g: float = 0.01) 
 
         slope, d = jax.grad(loss, has_aux=True)(x)
         shift = -zeta * jnp.sqrt((1 + sigma**2) * (1 + stop**2)) * slope
-        shown = active.reshape(*active.shape, *(1,) * (x.ndim - 2))
-        return d, jnp.where(shown, shift, 0)
+        return d, jnp.where(expand(active, x), shift, 0)
 
     return correct

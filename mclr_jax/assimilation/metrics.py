@@ -5,8 +5,10 @@ trajectories, frames and coordinates, unless said otherwise.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+from scipy import stats
 
 
 def rmse(mean: np.ndarray, truth: np.ndarray, scale: np.ndarray | float = 1.0) -> float:
@@ -49,33 +51,17 @@ def rank_histogram(members: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 def wasserstein1(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """W1 of samples a (n, d) and b (m, d), for each coordinate (d,): integral of |F_a - F_b|."""
-    both = np.sort(np.concatenate([a, b]), axis=0)
-    shares = [
-        np.stack([np.searchsorted(np.sort(x[:, i]), both[:-1, i], side="right") / len(x)
-                  for i in range(x.shape[1])], axis=1)
-        for x in (a, b)
-    ]  # fmt: skip
-    return (np.abs(shares[0] - shares[1]) * np.diff(both, axis=0)).sum(0)
+    return np.array([stats.wasserstein_distance(*pair) for pair in zip(a.T, b.T, strict=True)])
 
 
-def normal_log_density(error: np.ndarray, std: np.ndarray | float) -> np.ndarray:
-    """log N(error; 0, std^2) of each element."""
-    return -0.5 * (error / std) ** 2 - np.log(std) - 0.5 * np.log(2 * np.pi)
-
-
-def log_prior(
-    path: np.ndarray, step: Callable[[np.ndarray], np.ndarray], std: np.ndarray | float
-) -> np.ndarray:
+def log_prior(path: np.ndarray, step: Callable, std: Any) -> np.ndarray:
     """log p(x_2 .. x_T | x_1) of paths (..., T, d) under x_k+1 = step(x_k) + std * noise: (...)."""
-    return normal_log_density(path[..., 1:, :] - step(path[..., :-1, :]), std).sum((-2, -1))
+    return stats.norm.logpdf(path[..., 1:, :], step(path[..., :-1, :]), std).sum((-2, -1))
 
 
-def log_likelihood(
-    values: np.ndarray, predicted: np.ndarray, std: np.ndarray | float
-) -> np.ndarray:
+def log_likelihood(values: np.ndarray, predicted: np.ndarray, std: Any) -> np.ndarray:
     """log p(y | x) of values (..., T, m), given A(x) in `predicted`: (...); NaN is left out."""
-    terms = normal_log_density(values - predicted, std)
-    return np.where(np.isfinite(terms), terms, 0).sum((-2, -1))
+    return np.nansum(stats.norm.logpdf(values, predicted, std), (-2, -1))
 
 
 def energy_spectrum(field: np.ndarray) -> np.ndarray:
@@ -92,10 +78,9 @@ def energy_spectrum(field: np.ndarray) -> np.ndarray:
 
 def summary(members: np.ndarray, truth: np.ndarray, scale: np.ndarray | tuple) -> dict[str, float]:
     """Errors of members (N, E, T, *state); `standardised`: in units of `scale`, if it has any."""
-    mean, found = members.mean(1), {}
-    found["rmse"] = rmse(mean, truth)
+    found = {"rmse": rmse(members.mean(1), truth)}
     if len(scale):
-        found["standardised"] = rmse(mean, truth, np.asarray(scale))
+        found["standardised"] = rmse(members.mean(1), truth, np.asarray(scale))
     if members.shape[1] > 1:
         found |= {"crps": crps(members, truth), "spread_skill": spread_skill(members, truth)}
     return found

@@ -18,16 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mclr_jax.files import named, save_arrays
-from mclr_jax.names import as_tuple, in_range, look_up, nearest, of_kind
+from mclr_jax.names import as_tuple, fields, in_range, look_up, nearest, of_kind
 
-FUNCTIONS: dict[str, Callable] = {
-    "identity": lambda z: z,
-    "arctan": jnp.arctan,
-    "tanh": jnp.tanh,
-    "square": jnp.square,
-    "abs": jnp.abs,
-    "exp": jnp.exp,
-    "log": jnp.log,
+FUNCTIONS: dict[str, Callable] = {"identity": lambda z: z} | {
+    name: getattr(jnp, name) for name in ("arctan", "tanh", "square", "abs", "exp", "log")
 }
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(9)
 _WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
@@ -51,13 +45,12 @@ class Select:
     indices: tuple[int, ...]
 
     def __call__(self, x: jax.Array, power: int = 1) -> jax.Array:
-        size = math.prod(x.shape[2:])
-        if not self.indices or not 0 <= min(self.indices) <= max(self.indices) < size:
+        last = math.prod(x.shape[2:]) - 1
+        if not self.indices or not 0 <= min(self.indices) <= max(self.indices) <= last:
             raise ValueError(
-                f"The operator selects coordinates {self.indices}; expected some of 0 .. "
-                f"{size - 1}, since a state has shape {x.shape[2:]}."
+                f"The operator selects coordinates {self.indices}; expected some of 0 .. {last}."
             )
-        return x.reshape(*x.shape[:2], size)[..., np.array(self.indices)]
+        return x.reshape(*x.shape[:2], -1)[..., np.array(self.indices)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +64,9 @@ class Random:
         in_range("operator.share", self.share, 0.0, 1.0, open="(")
 
     def __call__(self, x: jax.Array, power: int = 1) -> jax.Array:
-        size = math.prod(x.shape[2:])
-        order = np.random.default_rng(self.seed).permutation(size)
-        return x.reshape(*x.shape[:2], size)[
-            ..., np.sort(order[: max(1, round(self.share * size))])
-        ]
+        order = np.random.default_rng(self.seed).permutation(math.prod(x.shape[2:]))
+        chosen = np.sort(order[: max(1, round(self.share * len(order)))])
+        return x.reshape(*x.shape[:2], -1)[..., chosen]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +82,7 @@ class Matrix:
     def __call__(self, x: jax.Array, power: int = 1) -> jax.Array:
         x, weights = x.reshape(*x.shape[:2], -1), np.array(self.rows) ** power
         if weights.shape[1] != x.shape[2]:
-            raise ValueError(
-                f"The matrix H has shape {weights.shape}; expected (m, {x.shape[2]}) for states of "
-                f"{x.shape[2]} coordinates."
-            )
+            raise ValueError(f"The matrix H has shape {weights.shape}; expected (m, {x.shape[2]}).")
         return x @ jnp.asarray(weights.T, x.dtype)
 
 
@@ -108,18 +96,17 @@ class Downsample:
         in_range("operator.factor", self.factor, 1)
 
     def __call__(self, x: jax.Array, power: int = 1) -> jax.Array:
-        if x.ndim != 5 or x.shape[2] % self.factor or x.shape[3] % self.factor:
+        n = self.factor
+        if x.ndim != 5 or x.shape[2] % n or x.shape[3] % n:
             raise ValueError(
-                f"Downsampling by {self.factor} needs fields (H, W, C) with H and W multiples of "
-                f"{self.factor}; a state has shape {x.shape[2:]}."
+                f"Downsampling by {n} needs fields (H, W, C) with H and W multiples of {n}; a "
+                f"state has shape {x.shape[2:]}."
             )
-        rows, columns = (self._weights(size) ** power for size in x.shape[2:4])
-        small = jnp.einsum("ih,jw,bfhwc->bfijc", rows, columns, x)
-        return small.reshape(*x.shape[:2], -1)
-
-    def _weights(self, size: int) -> jax.Array:
-        shape = (size // self.factor, size)
-        return jax.image.resize(jnp.eye(size), shape, "linear", antialias=False)
+        rows, columns = (
+            jax.image.resize(jnp.eye(size), (size // n, size), "linear", antialias=False) ** power
+            for size in x.shape[2:4]
+        )
+        return jnp.einsum("ih,jw,bfhwc->bfijc", rows, columns, x).reshape(*x.shape[:2], -1)
 
 
 LINEAR = {"identity": Identity, "select": Select, "random": Random, "matrix": Matrix,
@@ -165,30 +152,26 @@ class Operator:
 
     def describe(self) -> dict[str, Any]:
         """As JSON: `name` of the linear map, its parameters, and function, offset and scale."""
+        values = dataclasses.asdict(self)  # the linear map as its parameters
         name = next(name for name, kind in LINEAR.items() if isinstance(self.linear, kind))
-        values = {"function": self.function, "offset": self.offset, "scale": self.scale}
-        return {"name": name, **dataclasses.asdict(self.linear), **values}
+        return {"name": name, **values.pop("linear"), **values}
 
 
 def operator_of(description: Mapping[str, Any]) -> Operator:
     """The operator of a description, see `Operator.describe`; ValueError: a wrong name or value."""
-    if not isinstance(description, Mapping) or not isinstance(description.get("name"), str):
-        raise ValueError(
-            f'The operator is {description!r}; expected {{"name": NAME, ...}}, with NAME one of '
-            f"{', '.join(LINEAR)}."
-        )
-    kind = look_up(LINEAR, description["name"], "operator")
-    own = {field.name: field.type for field in dataclasses.fields(kind)}
-    shared = {"function", "offset", "scale"}
+    if not isinstance(description, Mapping) or "name" not in description:
+        raise ValueError(f'The operator is {description!r}; expected {{"name": NAME, ...}}.')
+    kind = look_up(LINEAR, name := description["name"], "operator")
+    known = fields(Operator) | fields(kind)
+    del known["linear"]
     values = {key: as_tuple(value) for key, value in description.items() if key != "name"}
-    for key in values.keys() - shared:
-        if key not in own:
-            known = nearest(key, own.keys() | shared)
-            raise ValueError(f"Operator {description['name']!r} has no {key!r}. {known}")
-        of_kind(f"operator.{key}", values[key], own[key])
+    for key, value in values.items():
+        if key not in known:
+            raise ValueError(f"Operator {name!r} has no {key!r}. {nearest(key, known)}")
+        of_kind(f"operator.{key}", value, known[key].type)
+    own = {key: values.pop(key) for key in fields(kind).keys() & values.keys()}
     try:
-        linear = kind(**{key: values[key] for key in own.keys() & values.keys()})
-        return Operator(linear, **{key: values[key] for key in shared & values.keys()})
+        return Operator(kind(**own), **values)
     except TypeError as error:
         raise ValueError(f"Operator {dict(description)}: {error}.") from error
 
@@ -207,44 +190,33 @@ class Observations:
     time_step: float = 0.0  # between frames; 0: not known
 
     def __post_init__(self):
-        values = np.asarray(self.values, np.float32)
+        values, std = (np.asarray(part, np.float32) for part in (self.values, self.std))
+        initial = None if self.initial is None else np.asarray(self.initial, np.float32)
         if values.ndim not in (2, 3) or 0 in values.shape:
-            raise ValueError(
-                f"Observed values have shape {values.shape}; expected (T, m), or (N, T, m) for N "
-                "trajectories."
-            )
-        values = values if values.ndim == 3 else values[None]
+            raise ValueError(f"values has shape {values.shape}; expected (T, m), or (N, T, m).")
         if np.isinf(values).any():
-            raise ValueError("Observed values are infinite; expected numbers, or NaN if missing.")
-        std = np.asarray(self.std, np.float32)
-        if std.shape not in ((), values.shape[2:]) or not (np.isfinite(std) & (std > 0)).all():
-            raise ValueError(
-                f"std is {std.tolist()}; expected one number above 0, or {values.shape[2]}, one "
-                "for each value of a frame."
-            )
+            raise ValueError("Some values are infinite; expected numbers, or NaN if missing.")
+        m = values.shape[-1]
+        if std.shape not in ((), (m,)) or not (np.isfinite(std) & (std > 0)).all():
+            raise ValueError(f"std is {std.tolist()}; expected one number above 0, or {m} of them.")
+        if initial is not None and not np.isfinite(initial).all():
+            raise ValueError("The initial state has values that are not finite.")
         in_range("time_step", self.time_step, 0.0)
-        object.__setattr__(self, "values", values)
-        object.__setattr__(self, "std", std)
-        if self.initial is not None:
-            initial = np.asarray(self.initial, np.float32)
-            if not np.isfinite(initial).all():
-                raise ValueError("The initial state has values that are not finite.")
-            object.__setattr__(self, "initial", initial)
+        values = values.reshape(-1, *values.shape[-2:])
+        for name, part in {"values": values, "std": std, "initial": initial}.items():
+            object.__setattr__(self, name, part)
 
     def for_states(self, shape: tuple[int, ...], time_step: float = 0.0) -> "Observations":
         """The same with `initial` (N, *shape); ValueError unless they fit states of this shape."""
         count, _, m = self.values.shape
-        got = jax.eval_shape(self.operator, jax.ShapeDtypeStruct((1, 1, *shape), np.float32)).shape
-        if got[2] != m:
+        state = jax.ShapeDtypeStruct((1, 1, *shape), np.float32)
+        if (size := jax.eval_shape(self.operator, state).shape[2]) != m:
             raise ValueError(
-                f"The operator gives {got[2]} values of a state of shape {shape}; the observations "
+                f"The operator gives {size} values of a state of shape {shape}; the observations "
                 f"have {m} for each frame."
             )
-        if (
-            self.time_step
-            and time_step
-            and not math.isclose(self.time_step, time_step, rel_tol=1e-3)
-        ):
+        steps = self.time_step, time_step
+        if all(steps) and not math.isclose(*steps, rel_tol=1e-3):
             raise ValueError(
                 f"The observations have a time step of {self.time_step:g}, the model "
                 f"{time_step:g}; write a row of NaN for each frame without an observation."
@@ -252,22 +224,19 @@ class Observations:
         if self.initial is None:
             return self
         if self.initial.shape not in (shape, (count, *shape)):
-            raise ValueError(
-                f"The initial state has shape {self.initial.shape}; expected {shape} or "
-                f"{(count, *shape)}."
-            )
-        initial = np.broadcast_to(self.initial, (count, *shape))
-        return dataclasses.replace(self, initial=initial)
+            got = self.initial.shape
+            raise ValueError(f"initial has shape {got}; expected {shape} or {(count, *shape)}.")
+        return dataclasses.replace(self, initial=np.broadcast_to(self.initial, (count, *shape)))
+
+
+PARTS = ("values", "std", "initial", "time_step")  # arrays of a file, beside the operator
 
 
 def write(path: str | os.PathLike, observations: Observations, **more: Any) -> None:
     """Write an npz file that `read` reads, with more arrays such as `truth`."""
-    arrays = {"values": observations.values, "std": observations.std,
-              "time_step": observations.time_step,
-              "operator_json": json.dumps(observations.operator.describe())}  # fmt: skip
-    if observations.initial is not None:
-        arrays["initial"] = observations.initial
-    save_arrays(path, **arrays, **more)
+    told = {key: getattr(observations, key) for key in PARTS}
+    told["operator_json"] = json.dumps(observations.operator.describe())
+    save_arrays(path, **{key: x for key, x in told.items() if x is not None}, **more)
 
 
 def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -289,29 +258,25 @@ def parse(arrays: Mapping[str, np.ndarray], path: str | os.PathLike) -> Observat
     Arrays: `values`, `std`, `operator_json` (a JSON text) or the matrix `H` (m, d), and if known
     `initial` and `time_step`.
     """
-    for key in ("values", "std"):
-        if key not in arrays:
-            raise ValueError(f"{path} has no array {key!r}. {nearest(key, arrays)}")
-    if ("H" in arrays) == ("operator_json" in arrays):
-        raise ValueError(f"{path} must have one of H and operator_json; it has {sorted(arrays)}.")
-    for key in ("values", "std", "initial", "time_step", "H"):
-        if key in arrays and arrays[key].dtype.kind not in "fiu":
-            raise ValueError(f"{path}: {key} has type {arrays[key].dtype}; expected numbers.")
-    if got := np.shape(arrays.get("time_step", 0.0)):
-        raise ValueError(f"{path}: time_step has shape {got}; expected one number.")
-    try:
-        if "H" in arrays:
-            if arrays["H"].ndim != 2 or not np.isfinite(arrays["H"]).all():
-                raise ValueError(
-                    f"H has shape {arrays['H'].shape}; expected finite numbers (m, d)."
-                )
-            operator = Operator(Matrix(as_tuple(arrays["H"].tolist())))
+    with named(f"{path} has no valid observations"):
+        for key in ("values", "std"):
+            if key not in arrays:
+                raise ValueError(f"The file has no array {key!r}. {nearest(key, arrays)}")
+        if ("H" in arrays) == ("operator_json" in arrays):
+            raise ValueError(f"A file must have one of H and operator_json; got {sorted(arrays)}.")
+        for key in (*PARTS, "H"):
+            if key in arrays and arrays[key].dtype.kind not in "fiu":
+                raise ValueError(f"{key} has type {arrays[key].dtype}; expected numbers.")
+        if got := np.shape(arrays.get("time_step", 0)):
+            raise ValueError(f"time_step has shape {got}; expected one number.")
+        if (h := arrays.get("H")) is not None:
+            if h.ndim != 2 or not np.isfinite(h).all():
+                raise ValueError(f"H has shape {h.shape}; expected finite numbers (m, d).")
+            operator = Operator(Matrix(as_tuple(h.tolist())))
         else:
             with named("operator_json is no JSON"):
                 description = json.loads(str(arrays["operator_json"]))
             operator = operator_of(description)
-        known = {key: arrays[key] for key in ("initial",) if key in arrays}
-        time_step = float(arrays.get("time_step", 0.0))
-        return Observations(arrays["values"], operator, arrays["std"], time_step=time_step, **known)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        time_step = float(arrays.get("time_step", 0))
+        std, initial = arrays["std"], arrays.get("initial")
+        return Observations(arrays["values"], operator, std, initial, time_step)

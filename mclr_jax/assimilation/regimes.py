@@ -51,6 +51,8 @@ class Result(NamedTuple):
 
 # ---- one update ----------------------------------------------------------------------------------
 
+_fold = jax.vmap(jax.random.fold_in, (0, None))
+
 
 def member_keys(seed: int, rows: np.ndarray, ensemble: int) -> jax.Array:
     """Keys of the rows n * ensemble + i: member i of trajectory n depends on (seed, n, i) alone."""
@@ -101,31 +103,32 @@ def _compiled(model: Any, operator: Operator, plan: Plan, ensemble: int) -> Call
             "The guidance 'posterior' needs a network that was trained with "
             "config.network.variance=True; set plan.guidance to 'norm'."
         )
-    offset, scale = np.float32(model.data.offset or 0), np.float32(model.data.scale or 1)
-    fold = jax.vmap(jax.random.fold_in, (0, None))
 
     def run(params, x, values, std, group, keys, grid, resampled):
         moments = samplers.stabilised(model.moments(params), plan.sigma_min)
         label = jnp.full(len(x), model.null_label, jnp.int32)
-        seen = guide.Seen(values, std, offset, scale)
+        seen = guide.Seen(values, std, *_units(model))
         sigma = jnp.broadcast_to(grid[0], x.shape[:2])
         x = x + expand(sigma, x) * normal_like(keys, x)
         if resampled:  # the past of each member, by the likelihood of the new observations
             d, v = moments(x, sigma, label)
             weights = log_evidence(operator, seen, d, v, sigma > 0)
-            chosen = jax.vmap(systematic)(weights.reshape(-1, ensemble), fold(keys[::ensemble], 2))
-            groups = x.reshape(-1, ensemble, *x.shape[1:])
-            past = jax.vmap(lambda group, i: group[i])(groups, chosen).reshape(x.shape)
+            chosen = jax.vmap(systematic)(weights.reshape(-1, ensemble), _fold(keys[::ensemble], 2))
+            past = x[(chosen + ensemble * jnp.arange(len(chosen))[:, None]).ravel()]
             x = jnp.where(expand(sigma, x) > 0, x, past)
         options = {key: getattr(plan, key) for key in GUIDANCE[plan.guidance]}
         correct = getattr(guide, plan.guidance)(operator, seen, **options)
-        x = samplers.sample(
-            moments, x, label, grid, plan.method, keys=fold(keys, 1), correct=correct
-        )
+        options = {"keys": _fold(keys, 1), "correct": correct}
+        x = samplers.sample(moments, x, label, grid, plan.method, **options)
         kept = plausible(operator, seen, x, plan.screen)
-        return screened(x, kept, group, fold(keys, 3))
+        return screened(x, kept, group, _fold(keys, 3))
 
     return jax.jit(run, static_argnums=7)
+
+
+def _units(model: Any) -> tuple[Any, Any]:
+    """(offset, scale) with physical state = offset + scale * x, float32."""
+    return np.float32(model.data.offset or 0), np.float32(model.data.scale or 1)
 
 
 def _chunks(count: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
@@ -143,14 +146,14 @@ def _physical(model: Any, x: np.ndarray, ensemble: int, plan: Plan) -> np.ndarra
             f"{(~np.isfinite(x)).reshape(len(x), -1).any(1).sum()} of {len(x)} members are not "
             f"finite with {plan}. Take more steps, or check the weights and the observations."
         )
-    x = x.reshape(-1, ensemble, *x.shape[1:])
-    return np.float32(model.data.offset or 0) + np.float32(model.data.scale or 1) * x
+    offset, scale = _units(model)
+    return offset + scale * x.reshape(-1, ensemble, *x.shape[1:])
 
 
-def _initial(model: Any, initial: np.ndarray) -> np.ndarray:
-    """The known first state (N, *state) in the model's units."""
-    offset, scale = np.asarray(model.data.offset or 0), np.asarray(model.data.scale or 1)
-    return ((initial - offset) / scale).astype(np.float32)
+def _initial(model: Any, initial: np.ndarray, ensemble: int) -> np.ndarray:
+    """The known first states (N, *state) as rows in the model's units."""
+    offset, scale = _units(model)
+    return ((initial - offset) / scale).repeat(ensemble, 0)
 
 
 def _whole_tokens(model: Any, frames: int) -> int:
@@ -161,27 +164,22 @@ def _whole_tokens(model: Any, frames: int) -> int:
 # ---- the drivers ---------------------------------------------------------------------------------
 
 
-class _Course(NamedTuple):
-    """All frames of all rows, frame k at place window + k, and what happens to them."""
-
-    path: np.ndarray  # (N E, window + frames + forecast + ahead, *state) in the model's units
-    values: np.ndarray  # (N, window + frames + forecast + ahead, m)
-    started: np.ndarray  # (window + frames + forecast + ahead,) bool: path has an estimate
-    until: np.ndarray  # (before + frames + forecast,) last frame to see, from frame -before on
-    updates: list[Update]
-    window: int
-    ahead: int  # frames after the last one that wait at the highest level
-
-
 def _course(
     model: Any, obs: Observations, plan: Plan, lags: np.ndarray, ensemble: int, forecast: int,
     state: State | None,
-) -> _Course:  # fmt: skip
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Update], int, int]:  # fmt: skip
+    """What `assimilate` begins with: path, values, until, updates, window, ahead.
+
+    `path` (N E, window + frames + forecast + ahead, *state) is in the model's units, with frame k
+    at place window + k, as are the values (N, ..., m). `until` (before + frames + forecast,) is the
+    last frame to see, from frame -before on. `ahead` frames after the last one wait at the highest
+    level.
+    """
     count, frames, m = obs.values.shape
     shape, lags = tuple(model.data.shape[1:]), np.broadcast_to(lags, frames)
     whole = np.isinf(lags).all() and state is None
-    window, before = plan.window or (frames + forecast if whole else model.data.shape[0]), 0
-    window = _whole_tokens(model, window)
+    window = plan.window or (frames + forecast if whole else model.data.shape[0])
+    window, before = _whole_tokens(model, window), 0
     # a network has been trained on frames with others around them, not on short trajectories
     ahead = max(0, _whole_tokens(model, model.data.shape[0]) - window) if whole else 0
     in_range("ensemble", ensemble, 1)
@@ -197,10 +195,10 @@ def _course(
                 f"The run to continue has (trajectories, members, *state, values) {got}; expected "
                 f"{(count, ensemble, *shape, m)}."
             )
-        if window > state.members.shape[2]:
+        if (held := state.members.shape[2]) < window:
             raise ValueError(
-                f"The run to continue has a window of {state.members.shape[2]} frames; expected "
-                f"{window} or more: set plan.window."
+                f"The run to continue has a window of {held} frames; expected {window} or more: "
+                "set plan.window."
             )
         before = int(min(lags[0], window - 1, state.frames))
     numbers, lags = np.arange(-before, frames), np.append(np.full(before, lags[0]), lags)
@@ -221,11 +219,8 @@ def _course(
         path[:, :window] = state.members[:, :, -window:].reshape(-1, window, *shape)
         values[:, :window] = state.values[:, -window:]
     elif obs.initial is not None:
-        path[:, window] = _initial(model, obs.initial).repeat(ensemble, 0)
-    started = np.arange(total) < (window if state is not None else 0)
-    return _Course(
-        path, values, started, np.append(until, [frames] * forecast), order, window, ahead
-    )
+        path[:, window] = _initial(model, obs.initial, ensemble)
+    return path, values, np.append(until, [frames] * forecast), order, window, ahead
 
 
 def assimilate(
@@ -250,10 +245,11 @@ def assimilate(
     ValueError: observations, lags or state that do not fit the model, or each other.
     """
     obs = observations.for_states(tuple(model.data.shape[1:]), model.data.time_step)
-    course, frames = _course(model, obs, plan, lags, ensemble, forecast, state), obs.values.shape[1]
-    path, values, _, until, order, window, _ = course
-    before, done = len(until) - frames - forecast, 0 if state is None else state.frames
-    known_start = obs.initial is not None and state is None
+    path, values, until, order, window, ahead = _course(
+        model, obs, plan, lags, ensemble, forecast, state
+    )
+    frames, (done, begun) = obs.values.shape[1], (state.frames, window) if state else (0, 0)
+    before = len(until) - frames - forecast
     blocks = np.isinf(lags).any() and window < frames
     context = plan.context or (window // 4 if blocks else 0)
     out = np.full((len(path), len(until), *path.shape[2:]), np.nan, np.float32)
@@ -261,32 +257,29 @@ def assimilate(
     size = batch_size // ensemble * ensemble or (batch_size if plan.revise else ensemble)
     for rows, real in _chunks(len(path), size):
         keys, here, group = member_keys(seed, rows, ensemble), path[rows], rows // ensemble
-        started, last = course.started.copy(), -1
+        last, estimated = -1, begun  # the last observation seen; places before have an estimate
         for end, seen in order:
-            places = slice(end, end + window)
-            old, informed = started[places].copy(), seen > last
+            k = np.arange(end - window, end)
+            old, informed = window + k < estimated, seen > last
             clean = old & (not plan.revise or not informed)
-            since = np.arange(end - window, end) + done >= 0
-            clean[:context] |= (old & since)[:context]
-            if known_start and end <= window:
-                clean[window - end] = True
+            clean[:context] |= (old & (k + done >= 0))[:context]
+            if not state and obs.initial is not None:
+                clean |= k == 0
             steps = plan.steps if old.any() else plan.first_steps
             grid = levels(plan, ~old, clean, steps, min(plan.sigma_max, high))
-            numbered = jax.vmap(jax.random.fold_in, (0, None))(keys, done + end)
             resampled = bool(informed and not plan.revise and old.any())
-            grid = np.pad(grid, ((0, 0), (0, course.ahead)), constant_values=grid.max())
-            shown = slice(end, end + window + course.ahead)
-            inputs = here[:, shown], values[group, shown], obs.std, group, numbered
+            grid = np.pad(grid, ((0, 0), (0, ahead)), constant_values=grid.max())
+            shown = slice(end, end + window + ahead)
+            inputs = here[:, shown], values[group, shown], obs.std, group, _fold(keys, done + end)
             new = run(params, *inputs, np.float32(grid), resampled)
-            here[:, places], started[places], last = new[:, :window], True, seen
-            k = np.arange(max(-before, end - window), end)
+            here[:, window + k], last, estimated = new[:, :window], seen, window + end
+            k = k[k >= -before]
             k = k[until[k + before] >= seen]
             out[rows[:real, None], k + before] = here[:real, window + k]
             progress(real)
         path[rows[:real]] = here[:real]
     members = _physical(model, out, ensemble, plan)
-    size = min(window, int(started[: window + frames].sum()))
-    kept = slice(window + frames - size, window + frames)
+    kept = slice(frames if state else max(frames, order[0].end), window + frames)
     past = path[:, kept].reshape(-1, ensemble, *path[:, kept].shape[1:])
     return Result(members, done - before, State(past, values[:, kept], done + frames))
 
@@ -316,13 +309,12 @@ def scheduled(
     values = np.pad(obs.values, ((0, 0), (first, 0), (0, 0)), constant_values=np.nan)
     x = np.zeros((count * ensemble, first + frames, *model.data.shape[1:]), np.float32)
     if obs.initial is not None:
-        grid[:, first], x[:, first] = 0, _initial(model, obs.initial).repeat(ensemble, 0)
+        grid[:, first], x[:, first] = 0, _initial(model, obs.initial, ensemble)
         grid = grid[np.append(True, (np.diff(grid, axis=0) != 0).any(1))]
     causal = dataclasses.replace(plan, screen=1.0)  # later observations choose no earlier frame
     run = _compiled(model, obs.operator, causal, ensemble)
     for rows, real in _chunks(len(x), batch_size):
-        keys = member_keys(seed, rows, ensemble)
-        group = rows // ensemble
+        keys, group = member_keys(seed, rows, ensemble), rows // ensemble
         new = run(params, x[rows], values[group], obs.std, group, keys, grid, False)
         x[rows[:real]] = new[:real]
     return Result(_physical(model, x[:, first:], ensemble, plan), 0, None)

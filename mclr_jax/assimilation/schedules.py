@@ -45,12 +45,11 @@ class Plan:
         look_up(GUIDANCE, self.guidance, "guidance")
         limits: dict = dict.fromkeys(("steps", "first_steps", "iterations"), (1, 100_000))
         limits |= dict.fromkeys(("window", "context"), (0,))
-        for key, limit in (limits | dict.fromkeys(("c", "overlap", "zeta", "g"), (0.0,))).items():
+        limits |= dict.fromkeys(("c", "overlap", "zeta", "g"), (0.0,)) | {"sigma_min": LEVELS}
+        limits |= {"reach": (0.0, None, "("), "screen": (0.0, 1.0, "(")}
+        for key, limit in limits.items():
             in_range(f"plan.{key}", getattr(self, key), *limit)
-        in_range("plan.sigma_min", self.sigma_min, *LEVELS)
         in_range("plan.sigma_max", self.sigma_max, float(self.sigma_min), LEVELS[1])
-        in_range("plan.reach", self.reach, 0.0, open="(")
-        in_range("plan.screen", self.screen, 0.0, 1.0, open="(")
         in_range("plan.restart", self.restart, self.sigma_min, self.sigma_max, open="(")
 
 
@@ -71,16 +70,12 @@ class Update(NamedTuple):
 def updates(
     observed: np.ndarray, until: np.ndarray, window: int, forecast: int = 0, started: bool = False
 ) -> list[Update]:
-    """The updates that show each frame all that it may see.
+    """The updates of windows of `window` frames that show each frame all that it may see.
 
-    Args:
-      observed: (T,) bool, frames with an observation.
-      until: (before + T,) the last frame that a frame may see; `before` frames are of a run before.
-      window: frames of a window.
-      forecast: frames after the last one.
-      started: whether the window before frame 0 is known.
-
-    At most half a window is new in an update, if a window before it is known.
+    `observed` (T,) are the frames with an observation, `until` (before + T,) the last frame that
+    each may see, of which the first `before` are of an earlier run; `forecast` frames come after
+    the last one. At most half a window is new in an update, if the window before it is known; that
+    before the first update is known if the run has `started` earlier.
     """
     latest = np.maximum.accumulate(np.where(observed, np.arange(len(observed)), -1))
     wanted, before = latest[until], len(until) - len(observed)
@@ -92,12 +87,9 @@ def updates(
         # the first frame that waits for this observation is still in the window, if it can be
         crowded = target - first > window >= seen + 1 - first
         for goal in (seen + 1, target) if crowded else (target,):
-            while goal - end > room:
-                end, room = end + room, half
+            while end < goal:
+                end, room = min(goal, end + room), half
                 found.append(Update(end, int(latest[min(end - 1, seen)]) if seen >= 0 else -1))
-            if goal > end:
-                end, room = goal, half
-                found.append(Update(end, seen))
     return found
 
 

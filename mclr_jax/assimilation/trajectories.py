@@ -53,38 +53,24 @@ class Trajectories:
     def dynamics(self) -> Dynamics:
         return resolve(SYSTEMS, self.system, "system")()
 
+    shape = property(lambda self: (self.frames, *self.dynamics.shape))
+    offset = property(lambda self: self.dynamics.offset)
+    scale = property(lambda self: self.dynamics.scale)
+    time_step = property(lambda self: self.dynamics.time_step)
+    labels = property(lambda self: np.zeros(len(self), np.int32))
+
     @property
     def count(self) -> int:
         """The number of trajectories of this split."""
         return self.trajectories if self.split == "train" else -(-self.trajectories // 8)
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.frames, *self.dynamics.shape)
-
-    @property
-    def offset(self) -> tuple[float, ...]:
-        return self.dynamics.offset
-
-    @property
-    def scale(self) -> tuple[float, ...]:
-        return self.dynamics.scale
-
-    @property
-    def time_step(self) -> float:
-        return self.dynamics.time_step
-
-    @property
-    def labels(self) -> np.ndarray:
-        return np.zeros(len(self), np.int32)
-
-    def __len__(self) -> int:
-        return self.count * (self.length - self.frames + 1)
-
-    @property
     def part(self) -> int:
         """The number of trajectories in a file."""
         return max(PART // (self.length * math.prod(self.dynamics.shape)), 1)
+
+    def __len__(self) -> int:
+        return self.count * (self.length - self.frames + 1)
 
     def __getitem__(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         starts, which = np.divmod(np.asarray(indices), self.count)  # the first are of all of them
@@ -115,11 +101,11 @@ class Trajectories:
     def _make(self, numbers: np.ndarray) -> jax.Array:
         """The trajectories of these numbers, (n, length, *shape)."""
         key = jax.random.fold_in(jax.random.key(self.seed), self.split == "test")
+        system, offset, scale = self.dynamics, jnp.array(self.offset), jnp.array(self.scale)
 
         def one(number):
             k_start, k_steps = jax.random.split(jax.random.fold_in(key, number))
-            start = self.dynamics.spin_up(k_start)
-            states = self.dynamics.trajectory(k_steps, start, self.length)
-            return (states - jnp.array(self.offset)) / jnp.array(self.scale)
+            states = system.trajectory(k_steps, system.spin_up(k_start), self.length)
+            return (states - offset) / scale
 
         return jax.jit(jax.vmap(one))(numbers)
