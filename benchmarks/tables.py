@@ -212,13 +212,21 @@ def icr() -> str:
 def assimilation() -> str:
     """The trajectory model and the particle filter on Lorenz-63, test trajectories."""
     rows = [row for row in load("lorenz63")["rows"] if row["set"] == "test"]
-    names = {"filter": "filter", "lag16": "fixed lag 16", "batch": "batch"}
-    head = ["protocol", "regime", "RMSE", "particle filter", "ratio", "spread/skill", "CRPS"]
+    names = {"filter": "filter", "lag16": "fixed lag 16", "batch": "batch",
+             "batch_norm": "batch, `norm`"}  # fmt: skip
+    head = ["protocol", "regime", "RMSE", "particle filter", "ratio", "spread/skill", "CRPS",
+            "ranks"]  # fmt: skip
     keys = ("rmse", "particle_filter_rmse", "ratio", "spread_skill", "crps")
-    return table(
-        head,
-        ([r["protocol"], names[r["regime"]], *(f"{r[key]:.2f}" for key in keys)] for r in rows),
-    )
+
+    def line(row):
+        inflation = row["plan"].get("inflation")
+        name = names[row["regime"]] + (f", inflated by {inflation:.2f}" if inflation else "")
+        uneven = sum(abs(share - 1 / len(row["ranks"])) for share in row["ranks"]) / 2
+        return [row["protocol"], name, *(f"{row[key]:.2f}" for key in keys), f"{uneven:.2f}"]
+
+    order = ["lo", "hi", "flowdas"], [*names]
+    rows.sort(key=lambda r: (order[0].index(r["protocol"]), order[1].index(r["regime"])))
+    return table(head, map(line, rows))
 
 
 SYSTEMS = {"lorenz96": "Lorenz-96", "ks": "Kuramoto-Sivashinsky"}

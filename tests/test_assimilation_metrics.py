@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mclr_jax.assimilation import figure, metrics
+from mclr_jax.assimilation import metrics
 
 RNG = np.random.default_rng(0)
 TRUTH = RNG.normal(size=(3, 5, 2))
@@ -96,11 +96,3 @@ def test_a_summary_says_what_can_be_said():
     assert found["standardised"] == pytest.approx(found["rmse"] / 2)
     assert found.keys() == {"rmse", "standardised", "crps", "spread_skill"}
     assert metrics.summary(MEMBERS[:, :1], TRUTH, ()).keys() == {"rmse"}
-
-
-@pytest.mark.parametrize("shape", [(2,), (4, 4, 1)])
-def test_figures_are_drawn(shape):
-    members = RNG.normal(size=(3, 9, *shape))
-    with_truth = figure.trajectory(members, members[0, 2:], begins=2)
-    assert with_truth[:4] == b"\x89PNG"
-    assert len(with_truth) > len(figure.trajectory(members)) > 5000

@@ -303,6 +303,12 @@ def test_a_short_record_is_among_frames_that_wait():
         assert not waits[: 5 + forecast].any()
 
 
+def test_inflation_moves_members_from_their_mean():
+    plain, wider = (run(Plan(inflation=i), 0, small(), ensemble=4).members for i in (1.0, 1.5))
+    mean = plain.mean(1, keepdims=True)
+    np.testing.assert_allclose(wider, mean + 1.5 * (plain - mean), atol=1e-5)
+
+
 def test_resampling_is_systematic():
     """Copies of each member: its expected number, rounded up or down; unbiased over keys."""
     weights = np.array([0.1, 0.45, 0.05, 0.4])

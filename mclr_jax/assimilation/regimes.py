@@ -147,7 +147,9 @@ def _physical(model: Any, x: np.ndarray, ensemble: int, plan: Plan) -> np.ndarra
             f"finite with {plan}. Take more steps, or check the weights and the observations."
         )
     offset, scale = _units(model)
-    return offset + scale * x.reshape(-1, ensemble, *x.shape[1:])
+    x = offset + scale * x.reshape(-1, ensemble, *x.shape[1:])
+    mean = x.mean(1, keepdims=True)
+    return x if plan.inflation == 1 else mean + np.float32(plan.inflation) * (x - mean)
 
 
 def _initial(model: Any, initial: np.ndarray, ensemble: int) -> np.ndarray:

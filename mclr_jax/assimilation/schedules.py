@@ -31,6 +31,7 @@ class Plan:
     context: int = 0  # first frames of a window that are not revised; in blocks 0 is a quarter
     revise: bool = True  # False: no frame is revised, members are resampled by likelihood
     screen: float = 0.999  # members whose misfit is beyond this quantile are replaced; 1: none
+    inflation: float = 1.0  # of the result's members about their mean
     method: str = "ancestral_2m"
     guidance: str = "posterior"  # or conjugate, norm: the functions of guide.py
     c: float = 1.0  # of posterior
@@ -46,6 +47,7 @@ class Plan:
         limits: dict = dict.fromkeys(("steps", "first_steps", "iterations"), (1, 100_000))
         limits |= dict.fromkeys(("window", "context"), (0,))
         limits |= dict.fromkeys(("c", "overlap", "zeta", "g"), (0.0,)) | {"sigma_min": LEVELS}
+        limits["inflation"] = 0.0, 100.0
         limits |= {"reach": (0.0, None, "("), "screen": (0.0, 1.0, "(")}
         for key, limit in limits.items():
             in_range(f"plan.{key}", getattr(self, key), *limit)
