@@ -50,6 +50,10 @@ def test_rank_histogram():
     members = np.array([1.0, 2.0, 3.0]).reshape(1, 3, 1, 1).repeat(4, 2)
     truth = np.array([0.0, 1.5, 1.7, 9.0]).reshape(1, 4, 1)
     np.testing.assert_array_equal(metrics.rank_histogram(members, truth), [0.25, 0.5, 0, 0.25])
+    tied = metrics.rank_histogram(
+        np.array([1.0, 2, 2]).reshape(1, 3, 1, 1), np.full((1, 1, 1), 2.0)
+    )
+    np.testing.assert_allclose(tied, [0, 1 / 3, 1 / 3, 1 / 3])
     x, y = RNG.normal(size=(1, 4, 100_000, 1)), RNG.normal(size=(1, 100_000, 1))
     np.testing.assert_allclose(metrics.rank_histogram(x, y), 0.2, atol=0.01)
 

@@ -44,9 +44,15 @@ def spread_skill(members: np.ndarray, truth: np.ndarray) -> float:
 
 
 def rank_histogram(members: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """How often the truth has 0, 1, ... E members below it: shares (E + 1,), flat if calibrated."""
-    ranks = (members < truth[:, None]).sum(1).ravel()
-    return np.bincount(ranks, minlength=members.shape[1] + 1) / ranks.size
+    """How often the truth has 0, 1, ... E members below it: shares (E + 1,), flat if calibrated.
+
+    A truth that equals members counts for each rank that it could have among them.
+    """
+    below, equal = (f(members, truth[:, None]).sum(1).ravel() for f in (np.less, np.equal))
+    size = members.shape[1] + 1
+    counts = [np.bincount(np.minimum(below + i, size - 1), (i <= equal) / (equal + 1), size)
+              for i in range(size)]  # fmt: skip
+    return np.sum(counts, 0) / below.size
 
 
 def wasserstein1(a: np.ndarray, b: np.ndarray) -> np.ndarray:
