@@ -35,7 +35,7 @@ from mclr_jax.training.devices import banner
 REGIMES = {"filter": ("filter", 0), "lag8": ("fixed_lag", 8), "lag16": ("fixed_lag", 16),
            "batch": ("batch", 0), "batch_norm": ("batch", 0)}  # fmt: skip
 FILE = RESULTS / "lorenz63.json"
-GRIDS = {"posterior": ("c", (0.25, 0.5, 1.0)), "norm": ("zeta", (0.01, 0.03, 0.1, 0.3))}
+GRIDS = {"posterior": ("c", (0.25, 0.5, 1.0)), "norm": ("zeta", (0.01, 0.03, 0.1, 0.3, 1.0, 3.0))}
 CHOSEN_ON = {"filter": 16, "batch": 64, "batch_norm": 64}  # trajectories
 # the frame that a fixed lag reads has frames on both sides of it in the window
 PLANS = {
