@@ -31,7 +31,7 @@ import time
 import assimilation
 import numpy as np
 from lorenz63 import analyse
-from tasks import RESULTS
+from tasks import RESULTS, made
 
 from mclr_jax import runs
 from mclr_jax.assimilation import metrics, observe, regimes
@@ -111,9 +111,8 @@ def main() -> None:
                  "step": step, "weights": weights, "trajectories": trajectories,
                  "members": flags.ensemble}  # fmt: skip
         asked |= {"every": flags.every} if task == "forecast" else {}
-        for old in rows:
-            if asked.items() <= old.items():
-                return old
+        if old := made(rows, asked):
+            return old
         path = flags.folder / f"{flags.system}_{which}.npz"
         options = {**asked, "ensemble": flags.ensemble, "batch_size": 32}
         if task == "forecast":

@@ -24,7 +24,7 @@ import time
 import numpy as np
 from assimilation import PROTOCOLS
 from assimilation_baselines import scores
-from tasks import RESULTS
+from tasks import RESULTS, made
 
 from mclr_jax import runs
 from mclr_jax.assimilation import metrics, observe, regimes
@@ -128,17 +128,16 @@ def main() -> None:
             which: str, regime: str, value: float, trajectories: int, inflation: float = 1.0,
             name: str = name,
         ) -> dict:  # fmt: skip
-            options = {GRIDS[PLANS[regime].guidance][0]: value, "inflation": inflation}
-            plan = dataclasses.replace(PLANS[regime], **options)
+            settings = {GRIDS[PLANS[regime].guidance][0]: value, "inflation": inflation}
+            plan = dataclasses.replace(PLANS[regime], **settings)
             asked = {"set": which, "protocol": name, "regime": regime, "step": step,
                      "weights": weights, "trajectories": trajectories,
                      "members": flags.ensemble, "plan": changed(plan)}  # fmt: skip
-            for old in result["rows"]:
-                if asked.items() <= old.items():
-                    return old
+            if old := made(result["rows"], asked):
+                return old
             path = flags.folder / f"{name}_{which}.npz"
-            options = {"trajectories": trajectories, "ensemble": flags.ensemble}
-            options |= {"together": 4 if PROTOCOLS[name].every == 1 else 1}
+            options = {"trajectories": trajectories, "ensemble": flags.ensemble,
+                       "together": 4 if PROTOCOLS[name].every == 1 else 1}  # fmt: skip
             new = analyse(run, params, path, PROTOCOLS[name].system, regime, plan, options)
             result["rows"].append({**asked, **new, **provenance(), "device": banner()})
             write_json(FILE, {"rows": result["rows"], "summary": summary(result["rows"])})

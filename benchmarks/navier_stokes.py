@@ -34,7 +34,7 @@ import numpy as np
 from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.figure import Figure
 from scipy.stats import norm
-from tasks import RESULTS, ROOT
+from tasks import RESULTS, ROOT, made
 
 from mclr_jax import runs
 from mclr_jax.assimilation import metrics, observe, regimes
@@ -263,7 +263,7 @@ def main() -> None:
         asked = {"set": flags.set, "operator": name, "regime": regime, **kind}
         if kind is model:
             asked["plan"] = dataclasses.asdict(PLANS[regime])
-        if any(asked.items() <= row.items() for row in stored()["rows"]):
+        if made(stored()["rows"], asked):
             continue
         truth, obs = problem(name, flags.set)
         if kind is model:

@@ -119,6 +119,11 @@ def differences(config: Any, file: str) -> dict[str, Any]:
     return {k: v for k, v in plain(config).items() if k not in before or before[k] != v}
 
 
+def made(rows: Sequence[dict], asked: Mapping[str, Any]) -> dict | None:
+    """The first row that has all that was asked, or None."""
+    return next((row for row in rows if asked.items() <= row.items()), None)
+
+
 def parameters(model: Any) -> int:
     """How many numbers a model's network has to learn."""
     import jax

@@ -7,31 +7,25 @@ learning rates of a config of 4,000 steps from step 1,841 to 2,681.
 
 from ml_collections import ConfigDict
 
-from configs.base import base, options
+from configs import base, lorenz63_forcing
 
 
 def get_config() -> ConfigDict:
-    config = base()
+    config = lorenz63_forcing.get_config()
     config.num_steps = 6000
     config.batch_size = 2
-    config.data.name = "mclr_jax.assimilation.trajectories:Trajectories"
+    config.steps_per_dispatch = 0
     config.data.system = "navier_stokes"
     config.data.frames = 16
     config.data.trajectories = 128
     config.data.length = 256
-    config.sigma_data = 1.0
-    config.noise = options(
-        "forcing", shared=0.5, independent=0.1, prefix=0.2, segments=0.2, sigma_min=0.01
-    )
-    config.network = options(
+    config.noise.sigma_min = 0.01
+    config.network = base.options(
         "frame_dit", patch_size=8, reach=1, width=128, depth=4, heads=4, window=8, causal=False,
         variance=True,
     )  # fmt: skip
-    config.objective = options("dsm", label_dropout=0.0)
     config.optimizer.learning_rate = 1.5e-3
     config.optimizer.warmup_steps = 300
-    config.optimizer.schedule = "cosine"
-    config.optimizer.clip_norm = 1.0
     config.ema.halflife_steps = 400.0
     config.log_every = 100
     config.checkpoint_every = 400

@@ -144,7 +144,7 @@ def main() -> None:
                 "std": observations.std.tolist(), **provenance(), "device": banner()}  # fmt: skip
     settings = json.loads(json.dumps(settings))
     state = earlier(CONTINUE.value, settings) if CONTINUE.value else None
-    out = common.output(OUT.value)
+    out = common.output(OUT.value, ".npz")
     if out.resolve() == pathlib.Path(OBSERVATIONS.value).resolve():
         common.stop(f"--out is {OUT.value!r}, the file of --observations.")
     with Progress(None, "member") as shown:

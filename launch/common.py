@@ -60,11 +60,11 @@ def numbers(flag, kind: type, count: int | None = None) -> list | None:
     return values
 
 
-def output(name: str) -> pathlib.Path:
-    """The file of --out, NAME.npz; stops unless it can be written."""
+def output(name: str, ending: str) -> pathlib.Path:
+    """The file of --out, which must have this ending; stops if it cannot be written."""
     path = pathlib.Path(name)
-    if path.suffix != ".npz":
-        stop(f"--out is {name!r}; expected a name that ends in .npz.")
+    if path.suffix != ending:
+        stop(f"--out is {name!r}; expected a name that ends in {ending}.")
     probe = path.with_name(f"{path.name}.tmp")
     try:
         if path.is_dir():

@@ -66,10 +66,8 @@ def main() -> None:
     scales = common.numbers(GUIDANCE_SCALES, float) or [1.0]
     places = common.numbers(INTERPOLATIONS, float) or [1.0]
     interval = common.numbers(GUIDANCE_INTERVAL, float, 2)
-    out = pathlib.Path(OUT.value)
-    if out.suffix != ".json":
-        common.stop(f"--out is {OUT.value!r}; expected a name that ends in .json.")
     run = runs.load(WORKDIR.value, INIT_FROM.value, DATA.value)
+    out = common.output(OUT.value, ".json")
     common.use_cores(run.model.network)
     weak = runs.load_model(AUTOGUIDANCE.value) if AUTOGUIDANCE.value else None
     extractor = features.load(FEATURES.value)

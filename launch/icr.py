@@ -12,8 +12,6 @@ samples. Prints a table, writes it as JSON with its provenance, and writes a fig
   probe_accuracy  of logistic regression, on held-out images
 """
 
-import pathlib
-
 from absl import flags
 
 from launch import common
@@ -41,10 +39,8 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", blocks.BATCH, "Images at a time.
 
 def main() -> None:
     sigmas = common.numbers(SIGMAS, float) or []
-    out = pathlib.Path(OUT.value)
-    if out.suffix != ".json":
-        common.stop(f"--out is {OUT.value!r}; expected a name that ends in .json.")
     run = runs.load(WORKDIR.value, data=DATA.value)
+    out = common.output(OUT.value, ".json")
     common.use_cores(run.model.network)
     layers = list(blocks.sizes(run.model)) if LAYERS.value == ["all"] else LAYERS.value
     layers = blocks.choose(run.model, layers)

@@ -6,8 +6,6 @@ The page is one file, without server or network. Samples of all runs start from 
 slider selects the guidance scale. The metrics are the rows that launch.evaluate has stored.
 """
 
-import pathlib
-
 from absl import flags
 
 from launch import common
@@ -25,11 +23,9 @@ SEED = flags.DEFINE_integer("seed", 0, "Seed of the starting noise.", lower_boun
 def main(workdirs: list[str]) -> None:
     if not workdirs:
         common.stop("No run was named: python -m launch.report DIR [DIR ...] --out=report.html")
-    out = pathlib.Path(OUT.value)
-    if out.suffix != ".html":
-        common.stop(f"--out is {OUT.value!r}; expected a name that ends in .html.")
     scales = common.numbers(GUIDANCE_SCALES, float) or []
     models = [runs.load(workdir).model for workdir in workdirs]
+    out = common.output(OUT.value, ".html")
     common.use_cores(models[0].network)
     classes = sum(model.null_label for model in models if not model.is_classifier)
     with Progress(classes * len(scales) * PER_CLASS.value, "sample") as progress:

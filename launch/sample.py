@@ -65,7 +65,7 @@ def main() -> None:
     labels = np.resize(np.array(classes), NUM_SAMPLES.value)
     interval = common.numbers(GUIDANCE_INTERVAL, float, 2)
     params, _ = run.weights(EMA.value, CHECKPOINT.value, INTERPOLATION.value)
-    out = common.output(OUT.value)
+    out = common.output(OUT.value, ".npz")
     weak = runs.load_model(AUTOGUIDANCE.value) if AUTOGUIDANCE.value else None
     with Progress(len(labels), "sample") as progress:
         samples = generate.generate(

@@ -102,7 +102,7 @@ def test_small_waves_of_kuramoto_sivashinsky_grow_at_their_rates(mode):
 def test_kuramoto_sivashinsky_is_that_of_scipy():
     """In another form: u u_x by the derivative of u, with the stiff integrator of SciPy."""
     k = np.fft.fftfreq(128, 1 / 128) / 16
-    slow = np.abs(k) < 3  # modes of the solution; the others are stiff and near zero
+    slow = np.abs(k) < 3.5  # modes of the solution; the others are stiff and near zero
 
     def slope(u):
         u_hat = np.fft.fft(u) * slow
@@ -115,7 +115,12 @@ def test_kuramoto_sivashinsky_is_that_of_scipy():
     found = solve_ivp(lambda _, u: slope(u), (0, 1.0), state, method="RK45", rtol=1e-6, atol=1e-8)
     new = system.advance(jnp.asarray(state, jnp.float32))
     assert np.abs(new - state).max() > 0.5
-    np.testing.assert_allclose(new, found.y[:, -1], atol=0.02)
+    np.testing.assert_allclose(
+        new, found.y[:, -1], atol=0.02
+    )  # error of a step of .5: .009 to .012
+    half = KuramotoSivashinsky(time_step=0.5)  # order 4: a sixteenth of it
+    finer = half.advance(half.advance(jnp.asarray(state, jnp.float32)))
+    np.testing.assert_allclose(finer, found.y[:, -1], atol=0.002)
     np.testing.assert_allclose(new.mean(), state.mean(), atol=1e-5)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 class Dynamics:
     """x' = advance(x) + noise * n, n ~ N(0, I): the step from one frame to the next.
 
-    Subclasses have these attributes, and `slope` or `advance`.
+    Subclasses have these attributes; one with an `advance` of its own needs no `slope`.
     """
 
     time_step: float
@@ -26,10 +26,7 @@ class Dynamics:
     offset: tuple[float, ...]  # of the last axis, as is `scale`
     scale: tuple[float, ...]
     spin_up_steps = 1000  # from `start` to the attractor
-
-    def slope(self, state: jax.Array) -> jax.Array:
-        """dx/dt (..., *shape)."""
-        raise NotImplementedError
+    slope: Callable[[jax.Array], jax.Array]  # state -> dx/dt, both (..., *shape)
 
     def advance(self, state: jax.Array) -> jax.Array:
         """The mean of the next state (..., *shape)."""

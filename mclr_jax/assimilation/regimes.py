@@ -120,8 +120,9 @@ def _compiled(model: Any, operator: Operator, plan: Plan, ensemble: int) -> Call
         correct = getattr(guide, plan.guidance)(operator, seen, **options)
         options = {"keys": _fold(keys, 1), "correct": correct}
         x = samplers.sample(moments, x, label, grid, plan.method, **options)
-        kept = plausible(operator, seen, x, plan.screen)
-        return screened(x, kept, group, _fold(keys, 3))
+        if plan.screen == 1:
+            return x
+        return screened(x, plausible(operator, seen, x, plan.screen), group, _fold(keys, 3))
 
     return jax.jit(run, static_argnums=7)
 
@@ -148,8 +149,10 @@ def _physical(model: Any, x: np.ndarray, ensemble: int, plan: Plan) -> np.ndarra
         )
     offset, scale = _units(model)
     x = offset + scale * x.reshape(-1, ensemble, *x.shape[1:])
+    if plan.inflation == 1:
+        return x
     mean = x.mean(1, keepdims=True)
-    return x if plan.inflation == 1 else mean + np.float32(plan.inflation) * (x - mean)
+    return mean + np.float32(plan.inflation) * (x - mean)
 
 
 def _initial(model: Any, initial: np.ndarray, ensemble: int) -> np.ndarray:
