@@ -13,7 +13,7 @@ test: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(RUN) -m pytest -q -n 2 --dist loadscope
+	$(RUN) -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder
 
 mutants: $(VENV)/installed
 	$(RUN) tests/mutants.py

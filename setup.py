@@ -36,7 +36,7 @@ TEST = [
     "nbformat>=5.10,<6",
     "prdc>=0.2,<0.3",
     "pytest>=8,<10",
-    "pytest-xdist>=3.6,<4",
+    "pytest-xdist>=3.8,<4",
     "ruff>=0.11,<0.18",
 ]
 
