@@ -27,6 +27,7 @@ from mclr_jax.noise import CausalForcing, Forcing, LogNormal, LogUniform
 from mclr_jax.objectives.classify import Classify
 from mclr_jax.objectives.dsm import DSM
 from mclr_jax.objectives.mclr import MCLR
+from mclr_jax.objectives.mclr_null import NullMCLR
 from mclr_jax.objectives.rivals import CCA, DDO, DPO, GFT, ContrastiveFlow, ModelGuidance
 from mclr_jax.optimizer import learning_rate, optimizer
 from mclr_jax.posterior import Classifier, Denoiser, Exact
@@ -39,6 +40,7 @@ NETWORKS: dict[str, Any] = {"mlp": MLP, "unet": UNet, "dit": DiT, "trajectory": 
 OBJECTIVES: dict[str, Any] = {
     "dsm": DSM,
     "mclr": MCLR,
+    "mclr_null": NullMCLR,
     "classify": Classify,
     "cca": CCA,
     "contrastive_flow": ContrastiveFlow,

@@ -51,6 +51,7 @@ class Problem:
     sigma_data: float = 0.5  # standard deviation of the data
     frames: tuple[int, ...] = ()  # shape of the noise levels of one example, () or (F,)
     strength: tuple[float, ...] = ()  # (low, high) of the strength as an input, () without it
+    class_strengths: tuple[float, ...] = ()  # factors of the strength by class, () for all 1
 
 
 class Batch(struct.PyTreeNode):

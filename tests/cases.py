@@ -155,6 +155,8 @@ CASES: dict[str, dict] = {
     "gft": _case("gft"),
     "gft strength": _case("gft", strength=(0.0, 4.0)),
     "model_guidance": _case("model_guidance"),
+    "mclr_null": _case("mclr_null", wrong_label=0.5, negative_share=0.25),
+    "mclr_null average": _case("mclr_null", strength=RANGE, teacher="average", wrong="weak"),
     "mclr classifier": _case("mclr", "classifier"),
     "mclr denoiser": _case("mclr", "denoiser", posterior_levels=2),
     "mclr candidates": _case("mclr", "denoiser", posterior_levels=2, posterior_candidates=2),
@@ -174,6 +176,7 @@ def task(case: str, **changes: Any) -> Task:
     judge.network.dropout = 0.3
     companions: dict[str, Model] = {
         "reference": experiment.make_model(base, DATA),
+        "weak": experiment.make_model(base, DATA),
         "classifier": experiment.make_model(judge, DATA),
     }
     made = config(case, **changes)

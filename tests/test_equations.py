@@ -17,6 +17,7 @@ from mclr_jax import noise, posterior
 from mclr_jax.mixture import toy
 from mclr_jax.noise import normal_like
 from mclr_jax.objectives.mclr import MCLR
+from mclr_jax.objectives.mclr_null import NullMCLR
 from mclr_jax.objectives.rivals import CCA, DDO, DPO, GFT, ContrastiveFlow, ModelGuidance
 from mclr_jax.problem import Batch
 from mclr_jax.types import Condition
@@ -28,7 +29,7 @@ def weight(sigma):
     return 2 + 1 / sigma**2
 
 
-def observe(objective, dropout=0.4, n=400, strength=(), **frozen):
+def observe(objective, dropout=0.4, n=400, strength=(), class_strengths=(), **frozen):
     """Loss (n,), data, true labels and the observed models of one evaluation of an objective."""
     exact = toy()
     x0, label = exact.sample(jax.random.key(0), n)
@@ -37,7 +38,7 @@ def observe(objective, dropout=0.4, n=400, strength=(), **frozen):
     models = {name: Observed(scale, name != "model") for name, scale in scales.items()}
     problem = cases.problem(
         noise.LogNormal(), weight=weight, class_prior=(0.5, 0.3, 0.2), strength=strength,
-        sigma_data=0.6,
+        sigma_data=0.6, class_strengths=class_strengths,
     )  # fmt: skip
     held = cases.models(models["model"], **{name: models[name] for name in frozen})
     objective = dataclasses.replace(objective, label_dropout=dropout)
@@ -137,6 +138,67 @@ def test_model_guidance_is_the_papers_equation():
     target = n + scale * (noise_of(answer(0.5, *right)) - noise_of(answer(0.5, *null)))
     difference = ((noise_of(answer(0.8, *shown)) - target) ** 2).mean(-1)
     np.testing.assert_allclose(loss, weight(sigma) * sigma**2 * difference, rtol=1e-3, atol=1e-6)
+
+
+FACTORS = (0.5, 0.0, 1.5)  # of the strength, by class
+NULL_EQUATIONS = {
+    "mixed": {},
+    "data": {"target": "data", "sigma_interval": (0.3, 1.0)},
+    "reference": {"target": "reference", "wrong_label": 0.6, "wrong_label_scale": 0.5},
+    "weak": {"wrong": "weak"},
+    "weak, data": {"wrong": "weak", "target": "data"},
+    "average": {"teacher": "average", "wrong_label": 0.6, "negative_share": 0.25},
+}
+
+
+@pytest.mark.parametrize("strength", [(), (0.25, 4.0)], ids=["fixed", "input"])
+@pytest.mark.parametrize("form", NULL_EQUATIONS)
+def test_mclr_null_is_its_equation(form, strength):
+    objective, n = NullMCLR(0.7, **NULL_EQUATIONS[form]), 400
+    factors = () if strength else FACTORS
+    scales = {"reference": 0.5, "average": 0.6, "weak": 0.3}
+    loss, x0, true, models = observe(
+        objective, strength=strength, class_strengths=factors,
+        **{name: scales[name] for name in objective.needs if name in scales},
+    )  # fmt: skip
+    ((x, sigma, shown, told),) = models["model"].calls
+    own, sigma_own, x_own = shown[:n].astype(int), sigma[:n], x[:n]
+    dropped = check_draws(own, true)
+    beta, by_class = (told[:n], np.ones(4)) if strength else (0.7, np.array([*FACTORS, 1]))
+    low, high = objective.sigma_interval or (0, np.inf)
+    gamma = np.where(dropped | (sigma_own <= low) | (sigma_own > high), 0, beta * by_class[own])
+    if objective.teacher == "average" and not strength:
+        gamma = gamma / (1 + gamma)
+    # the contrast as it is defined, and the constant that makes it a square
+    scale = scales[objective.teacher]
+    right = answer(scale, x_own, sigma_own, own)
+    wrong = answer(scale, x_own, sigma_own, np.full(n, NULL))
+    if objective.wrong == "weak":
+        wrong = answer(0.3, x_own, sigma_own, own)
+    towards = x0 if objective.target == "data" else right
+    clean = right if objective.target == "reference" else x0
+    given = answer(0.8, x_own, sigma_own, own, told[:n])
+    square = lambda a, b: ((a - b) ** 2).mean(-1)  # noqa: E731
+    constant = gamma * (square(clean, wrong) - square(clean, towards))
+    constant += gamma**2 * square(towards, wrong)
+    contrast = square(given, towards) - square(given, wrong)
+    expected = weight(sigma_own) * (square(given, clean) + gamma * contrast + constant)
+    if objective.wrong_label:
+        every = round(1 / objective.negative_share)
+        rows, other = np.arange(0, n, every), shown[n:].astype(int)
+        assert (other == true[rows]).any()  # the prior may give the right label
+        ((_, _, other_shown, _),) = models["reference"].calls[-1:]
+        np.testing.assert_array_equal(other_shown[-len(rows) :], other)
+        at = x[n:], sigma[n:], other
+        np.testing.assert_array_equal(x[n:], x_own[rows])
+        gain = error(0.5, x0[rows], *at) - error(0.8, x0[rows], *at, told[n:])
+        u = (beta * np.ones(n))[rows] * by_class[other]
+        there = ~dropped[rows] & (other != true[rows]) & (u > 0)
+        assert 0.1 < there.mean() < 0.9
+        a = objective.wrong_label_scale / np.where(there, u, 1)
+        term = 0.6 * u * 2 / (2 * a) * np.logaddexp(0, a * 2 * weight(sigma[n:]) * gain)
+        expected[rows] += every * np.where(there, term, 0)
+    np.testing.assert_allclose(loss, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_ddo_is_the_papers_equation():

@@ -24,6 +24,7 @@ from mclr_jax.noise import LogNormal
 from mclr_jax.objectives.base import split
 from mclr_jax.objectives.dsm import DSM
 from mclr_jax.objectives.mclr import MCLR
+from mclr_jax.objectives.mclr_null import NullMCLR
 from mclr_jax.objectives.rivals import CCA, DDO, DPO, GFT, ModelGuidance
 from mclr_jax.posterior import Classifier, Denoiser, Exact
 from mclr_jax.problem import Batch, Problem
@@ -192,6 +193,8 @@ FROZEN = {
     "model_guidance": (ModelGuidance(), None, 3.0),
     "cca": (CCA(), None, 2.0),
     "dpo": (DPO(), None, 2.0),
+    "mclr_null": (NullMCLR(), None, 2.0),
+    "mclr_null average": (NullMCLR(teacher="average"), None, 3.0),
     "mclr target": (MCLR(target="reference", negatives="prior"), None, 2.0),
     "mclr logistic": (MCLR(bound="logistic", negatives="prior"), None, 2.0),
     "mclr classifier": (MCLR(), Classifier(), 4.0),

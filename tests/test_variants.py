@@ -18,6 +18,7 @@ from mclr_jax.networks.mlp import MLP
 from mclr_jax.objectives.classify import Classify
 from mclr_jax.objectives.dsm import DSM
 from mclr_jax.objectives.mclr import MCLR
+from mclr_jax.objectives.mclr_null import NullMCLR
 from mclr_jax.objectives.rivals import CCA, DDO, DPO, GFT, ContrastiveFlow, ModelGuidance
 from mclr_jax.problem import Answers, Batch, Models, Problem
 from mclr_jax.representation import perturb
@@ -143,6 +144,7 @@ CASES = {
     "mclr posterior": (of_objective(MCLR(target="reference", negative_share=0.5)), DATA),
     "mclr prior": (of_objective(MCLR(negatives="prior", weighting="cfg", bound="clip")), DATA),
     "mclr logistic": (of_objective(MCLR(negatives="mismatched", bound="logistic")), DATA),
+    "mclr_null": (of_objective(NullMCLR(wrong_label=0.5)), DATA),
     "cca": (of_objective(CCA(0.5, 2.0, second_positives=True)), DATA),
     "dpo": (of_objective(DPO(0.5)), DATA),
     "ddo": (of_objective(DDO()), DATA),

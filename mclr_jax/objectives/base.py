@@ -91,6 +91,25 @@ def at_labels(
     return in_one_call(denoise, *((x, sigma, with_label(condition, label)) for label in labels))
 
 
+def inside(sigma: jax.Array, interval: Sequence[float]) -> jax.Array:
+    """Whether low < sigma <= high in all frames, (B,), for sigma (B,) or (B, F); () is no limit."""
+    low, high = interval or (0.0, jnp.inf)
+    levels = sigma.reshape(len(sigma), -1)
+    return ((low < levels) & (levels <= high)).all(-1)
+
+
+def rows_with_negatives(share: float, rows: int) -> int:
+    """k, if every k-th of the rows has a negative term; ValueError unless k divides the rows."""
+    every = round(1 / share)
+    if rows % every:
+        raise ValueError(
+            f"objective.negative_share={share} takes every {every}th row, but a part of the batch "
+            f"has {rows} rows; expected a multiple of {every}. Change config.batch_size or "
+            "config.grad_accumulation."
+        )
+    return every
+
+
 def draw_label(
     keys: jax.Array, logits: jax.Array, other_than: jax.Array | None = None
 ) -> jax.Array:
@@ -105,6 +124,12 @@ def draw_label(
 def log_prior(problem: Problem) -> jax.Array:
     """log p(c), (K,)."""
     return jnp.log(jnp.asarray(problem.class_prior, jnp.float32))
+
+
+def strength_factor(problem: Problem, label: jax.Array) -> jax.Array:
+    """What config.class_strengths multiply the strength by, (B,); 1 for the null label."""
+    factors = (*(problem.class_strengths or (1.0,) * problem.null_label), 1.0)
+    return jnp.asarray(factors, jnp.float32)[label]
 
 
 def draw_strength(

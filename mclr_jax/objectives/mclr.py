@@ -29,10 +29,13 @@ from mclr_jax.objectives.base import (
     draw_label,
     draw_strength,
     in_one_call,
+    inside,
     log_prior,
     per_example,
     perturb,
+    rows_with_negatives,
     square_error,
+    strength_factor,
 )
 from mclr_jax.problem import Batch, Loss, Models, Problem
 from mclr_jax.types import with_label
@@ -127,21 +130,13 @@ class MCLR(Objective):
         term, without beta; with a posterior `unbounded`, the share of examples for which the plain
         objective has no minimum at (x_s, c~).
         """
-        every = round(1 / self.negative_share)
-        if len(batch.x0) % every:
-            raise ValueError(
-                f"objective.negative_share={self.negative_share} takes every {every}th row, but a "
-                f"part of the batch has {len(batch.x0)} rows; expected a multiple of {every}. "
-                "Change config.batch_size or config.grad_accumulation."
-            )
+        every = rows_with_negatives(self.negative_share, len(batch.x0))
         noisy = perturb(problem, batch.x0, batch.condition, keys, self.label_dropout)
         k_negative, k_posterior, k_beta = split(noisy.keys, 3)
         beta, condition = draw_strength(noisy.condition, k_beta, problem, self.beta, arcsine_law)
         noisy = noisy._replace(condition=condition)
-        low, high = self.sigma_interval or (0.0, jnp.inf)
-        levels = noisy.sigma.reshape(len(noisy.x), -1)
-        inside = ((low < levels) & (levels <= high)).all(-1)
-        contrast = jnp.where(inside & (condition.label != problem.null_label), beta, 0.0)
+        there = inside(noisy.sigma, self.sigma_interval) & (condition.label != problem.null_label)
+        contrast = jnp.where(there, beta * strength_factor(problem, condition.label), 0.0)
         log_posterior = None
         if models.posterior is not None:
             log_posterior = models.posterior(noisy.x, noisy.sigma, condition, k_posterior)

@@ -1,7 +1,8 @@
 """MCLR's rivals: other methods that need no guidance at sampling time, for the same train loop.
 
 The defaults are the hyper-parameters of the papers. Preference losses use `base.log_ratio` as the
-log likelihood ratio. `label_dropout` is that of `DSM`.
+log likelihood ratio. `label_dropout` is that of `DSM`. config.class_strengths are no part of the
+papers: they multiply lambda at c~ (CCA), the fixed strength (GFT) or w / (1 - w) (model guidance).
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from mclr_jax.objectives.base import (
     per_example,
     perturb,
     square_error,
+    strength_factor,
 )
 from mclr_jax.problem import Batch, Loss, Models, Problem
 from mclr_jax.types import Condition, expand, with_label
@@ -70,7 +72,8 @@ class CCA(Objective):
         positive, negative = (
             log_ratio(problem, noisy.sigma, d, r, x0) for d, r in zip(denoised, frozen, strict=True)
         )
-        contrast = self.negative_weight * jax.nn.softplus(self.beta * negative)
+        weight = self.negative_weight * strength_factor(problem, wrong)
+        contrast = weight * jax.nn.softplus(self.beta * negative)
         if self.second_positives:
             second = (wrong == shown) | (wrong == problem.null_label)
             contrast = jnp.where(second, jax.nn.softplus(-self.beta * negative), contrast)
@@ -249,7 +252,8 @@ class GFT(Objective):
         x, sigma, shown, keys = perturb(
             problem, batch.x0, batch.condition, keys, self.label_dropout
         )
-        strength, shown = draw_strength(shown, keys, problem, self.beta, uniform_share)
+        fixed = self.beta * strength_factor(problem, shown.label)
+        strength, shown = draw_strength(shown, keys, problem, fixed, uniform_share)
         if shown.strength is not None:
             dropped = shown.label == problem.null_label
             shown = shown.replace(strength=jnp.where(dropped, 0.0, shown.strength))
@@ -295,7 +299,9 @@ class ModelGuidance(Objective):
         guided = (low < sigma) & (sigma <= high)  # at the null label the shift below is 0
         teacher = models.frozen["average"].denoise
         right, unconditional = at_labels(teacher, noisy, (shown.label, problem.null_label))
-        shift = expand(jnp.where(guided, self.scale, 0.0), x) * (right - unconditional)
+        share = self.scale * strength_factor(problem, shown.label)  # gamma = w / (1 - w) times s_c
+        scale = share / (1 - self.scale + share)
+        shift = expand(jnp.where(guided, scale, 0.0), x) * (right - unconditional)
         denoised = models.denoise(x, sigma, shown)
         loss = problem.weight(sigma) * square_error(denoised, batch.x0 + shift, sigma)
         error = square_error(denoised, batch.x0, sigma)

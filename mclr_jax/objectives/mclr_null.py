@@ -1,0 +1,177 @@
+"""MCLR against a network's own wrong answer: what CFG and autoguidance extrapolate from, learned.
+
+The wrong explanation of a noisy image x_s is not a wrong label but the answer e(x_s) of a frozen
+network, at the null label or of a weaker network at the same label:
+
+    weight(s) [ |D(x_s, c) - x|^2 + gamma (|D(x_s, c) - t|^2 - |D(x_s, c) - e|^2) ].
+
+Both terms of the contrast have the same network input, so that the loss is a parabola of curvature
+1, whatever the networks are: it is weight |D(x_s, c) - (x + gamma (t - e))|^2 and a constant.
+With T the frozen network's answer at c, its optimum is
+
+    target     t   x   optimum                      variance of the target
+    data       x   x   (1 + gamma) D_c - gamma e    (1 + gamma)^2 of DSM's
+    mixed      T   x   D_c + gamma (T - e)          that of DSM
+    reference  T   T   T + gamma (T - e)            0
+
+An exact network makes all three CFG of guidance_scale 1 + gamma. For a network that errs,
+"reference" is the CFG of exactly that network, "mixed" also learns D_c from the data, and "data"
+takes only e from the network. MCLR with negatives from the posterior has the optimum
+(1 + gamma) D_c - gamma D_0: it leaves out the network's error D_0 - e, which CFG extrapolates, too.
+
+"mixed" with the running average as the frozen network is model guidance (arXiv 2502.12154) of
+w = gamma / (1 + gamma): the average has learned the guidance, and D_c + w (D - e) has the fixed
+point D_c + gamma (D_c - e). If the strength is an input of the network, the average is asked at
+strength 0, where it is D_c, and w is gamma.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from mclr_jax.metrics import mean
+from mclr_jax.names import in_range, pair
+from mclr_jax.noise import split
+from mclr_jax.objectives.base import (
+    Objective,
+    arcsine_law,
+    at_labels,
+    draw_label,
+    draw_strength,
+    in_one_call,
+    inside,
+    log_prior,
+    log_ratio,
+    per_example,
+    perturb,
+    rows_with_negatives,
+    square_error,
+    strength_factor,
+)
+from mclr_jax.problem import Batch, Loss, Models, Problem
+from mclr_jax.types import expand, with_label
+
+WORDS = {
+    "wrong": ("null", "weak"),
+    "teacher": ("reference", "average"),
+    "target": ("data", "mixed", "reference"),
+    "negative_share": (1.0, 0.5, 0.25),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class NullMCLR(Objective):
+    """The loss of each example; see the formula above. Dropped labels get plain DSM.
+
+    Attributes:
+      beta: gamma of the optimum; times config.class_strengths, or replaced by config.strength.
+      label_dropout: as in `DSM`.
+      wrong: e is the teacher's answer at the "null" label, or that of config.companions.weak at the
+        same label ("weak": autoguidance, arXiv 2406.02507, in one call).
+      teacher: the frozen network: "reference" (config.init_from) or "average" (of the weights in
+        training, as `ema` keeps it first).
+      target: "data", "mixed" or "reference", see above.
+      sigma_interval: (low, high): contrast only if low < sigma <= high, in all frames. A network
+        with the strength as an input needs none: the optimum is one for each (x_s, sigma), and
+        sampling gives it strength 0 outside an interval.
+      wrong_label: factor of a second contrast, with a random label c~ != c at any noise level:
+        wrong_label gamma (2 / (a d)) log(1 + exp(a r)), a = wrong_label_scale / gamma, with r the
+        log ratio of model and reference at c~ (`base.log_ratio`, CCA's) and d the dimensions.
+        Where r = 0 it has the gradient of -wrong_label gamma weight |D(x_s, c~) - x|^2, the plain
+        MCLR's negative term. It is bounded: where r goes below -1 / a, the gradient vanishes.
+      negative_share: 1, 0.5 or 0.25: the second contrast is for every example, every second or
+        every fourth, scaled so that its mean stays the same.
+    """
+
+    beta: float = 1.0
+    label_dropout: float = 0.1
+    wrong: str = "null"
+    teacher: str = "reference"
+    target: str = "mixed"
+    sigma_interval: tuple[float, ...] = ()
+    wrong_label: float = 0.0
+    wrong_label_scale: float = 0.025
+    negative_share: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        in_range("objective.beta", self.beta, 0.0, 1e6)
+        in_range("objective.wrong_label", self.wrong_label, 0.0, 1e6)
+        in_range("objective.wrong_label_scale", self.wrong_label_scale, 0.0, 1e9, "(")
+        if self.sigma_interval:
+            pair("objective.sigma_interval", self.sigma_interval, 0.0)
+        for name, words in WORDS.items():
+            if getattr(self, name) not in words:
+                raise ValueError(
+                    f"objective.{name} is {getattr(self, name)!r}; expected one of {words}."
+                )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        needs = {
+            self.teacher: self.wrong == "null" or self.target != "data",
+            "weak": self.wrong == "weak",
+        }
+        found = {name for name, needed in needs.items() if needed}
+        return frozenset(found | ({"reference", "class_prior"} if self.wrong_label else set()))
+
+    def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
+        """Loss (B,) and metrics; raises ValueError unless 1 / negative_share divides the rows.
+
+        Metrics: `error`, |D - x|^2, and `negative_error`, |D - e|^2 (unweighted); `margin`, their
+        difference for examples with a contrast; with `wrong_label` the `negative_ratio`, r at c~.
+        """
+        noisy = perturb(problem, batch.x0, batch.condition, keys, self.label_dropout)
+        k_wrong, k_beta = split(noisy.keys, 2)
+        beta, condition = draw_strength(noisy.condition, k_beta, problem, self.beta, arcsine_law)
+        noisy = noisy._replace(condition=condition)
+        x, sigma, condition, _ = noisy
+        labelled = condition.label != problem.null_label
+        gamma = beta * strength_factor(problem, condition.label)
+        if self.teacher == "average" and not problem.strength:  # which has learned the guidance
+            gamma = gamma / (1 + gamma)
+        gamma = jnp.where(labelled & inside(sigma, self.sigma_interval), gamma, 0.0)
+        target, explanation = self._target(models, problem, batch.x0, noisy, gamma)
+        if not self.wrong_label:
+            denoised, contrast, metrics = models.denoise(x, sigma, condition), 0.0, {}
+        else:
+            every = rows_with_negatives(self.negative_share, len(x))
+            some = functools.partial(jax.tree.map, lambda values: values[::every])
+            wrong = draw_label(k_wrong, log_prior(problem))
+            there = labelled & (wrong != batch.condition.label)
+            strength = beta * strength_factor(problem, wrong)
+            x0, own_sigma, there, strength = some((batch.x0, sigma, there, strength))
+            shown = some((x, sigma, with_label(condition, wrong)))
+            denoised, at_wrong = in_one_call(models.denoise, (x, sigma, condition), shown)
+            frozen = models.frozen["reference"].denoise(*shown)
+            ratio = log_ratio(problem, own_sigma, at_wrong, frozen, x0)
+            there &= strength > 0
+            a = self.wrong_label_scale / jnp.where(there, strength, 1.0)
+            bounded = 2 / (a * x0[0].size) * jax.nn.softplus(a * ratio)
+            bounded = jnp.where(there, self.wrong_label * strength * bounded, 0.0)
+            contrast = jnp.zeros(len(x)).at[::every].set(every * bounded)
+            metrics = {"negative_ratio": mean(ratio, where=there)}
+        loss = per_example(problem.weight(sigma) * square_error(denoised, target, sigma)) + contrast
+        error = per_example(square_error(denoised, batch.x0, sigma))
+        negative_error = per_example(square_error(denoised, explanation, sigma))
+        return loss, metrics | {
+            "error": mean(error),
+            "negative_error": mean(negative_error),
+            "margin": mean(negative_error - error, where=gamma > 0),
+        }
+
+    def _target(self, models, problem, x0, noisy, gamma):
+        """x + gamma (t - e) and e, of x0's shape; gamma is (B,)."""
+        x, sigma, condition, _ = noisy
+        right = x0
+        if self.teacher in self.needs:
+            own = [] if self.target == "data" else [condition.label]
+            labels = [*own, problem.null_label] if self.wrong == "null" else own
+            answers = at_labels(models.frozen[self.teacher].denoise, noisy, labels)
+            right, wrong = answers[0] if own else x0, answers[-1]
+        if self.wrong == "weak":
+            wrong = models.frozen["weak"].denoise(x, sigma, condition)
+        start = right if self.target == "reference" else x0
+        return start + expand(gamma, x) * (right - wrong), wrong
