@@ -21,10 +21,13 @@ from tasks import RESULTS, Task, training
 from mclr_jax import generate, images
 from mclr_jax.files import save_arrays, write_json
 
+# Noise levels of every fine-tuning, the control's too: more at sigma 3 to 20 than the configs have.
+NOISE = {"noise.mean": 0.8, "noise.std": 1.5}
 # gamma = guidance_scale - 1 of the methods that take it when sampling.
-GAMMAS = {"fashion_mnist": (0.2, 0.4, 1.0), "digits": (0.2, 0.5, 1.0)}
-# The other rivals are fine-tuned once, with these options beside the defaults; their strength is
-# the interpolation between the base's weights and the fine-tuned ones.
+GAMMAS = {"fashion_mnist": (0.2, 0.4, 0.6, 1.0), "digits": (0.2, 0.5, 1.0)}
+INTERVAL = (0.0, 3.0)  # of noise levels that are guided
+# Methods without a strength as an input are fine-tuned once, with these options beside the
+# defaults; their strength is the interpolation between the base's weights and the fine-tuned ones.
 RIVALS = {
     "cca": {"negative_weight": 1.0},
     "ddo": {},
@@ -33,8 +36,17 @@ RIVALS = {
     "model_guidance": {"scale": 0.5},
 }
 INTERPOLATIONS = (0.25, 0.5, 1.0)
-INTERVAL = (0.3, 5.0)
-GFT = {"objective.name": "gft", "strength": (0.0, 4.0)}
+# The strength is an input of these networks, drawn from (0, HIGHEST) in training.
+HIGHEST = 2.0
+NULL = {"objective.name": "mclr_null", "objective.teacher": "average"}
+INPUTS = {
+    "gft": {"objective.name": "gft"},
+    "mclr": {},
+    "mclr null, frozen teacher": {"objective.name": "mclr_null"},
+    "mclr null": NULL,
+    "mclr null and wrong label": NULL
+    | {"objective.wrong_label": 0.5, "objective.negative_share": 0.5},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,34 +55,27 @@ class Comparison(Bench):
 
     def methods(self, seeds: tuple[int, ...]) -> dict[str, dict[float, Model]]:
         """Rows by method and strength."""
-        gammas, beta = GAMMAS[self.data], max(self.settings["beta"])
-        weak, mclr = "weak", f"posterior_beta{beta:g}"
+        gammas, plain = GAMMAS[self.data], {"objective.name": "dsm", **NOISE}
+        control = functools.partial(Model, "equal_dsm", seeds=seeds, changes=plain)
         methods = {
-            "DSM control": {0.0: Model("control", 0.0, seeds, None)},
-            "CFG": {g: Model("control", g, seeds, None) for g in self.settings["cfg"]},
-            "CFG in an interval": {
-                g: Model("control", g, seeds, None, interval=INTERVAL) for g in gammas
-            },
-            "autoguidance": {g: Model("control", g, seeds, None, weak=weak) for g in gammas},
-            "MCLR": {
-                b: Model(f"posterior_beta{b:g}", 0.0, seeds, {"objective.beta": b})
-                for b in self.settings["beta"]
-            },
-            "MCLR, part of the way": {
-                place: Model(mclr, 0.0, seeds, {"objective.beta": beta}, place)
-                for place in self.settings["interpolation"]
-            },
-            "MCLR, strength as input": {
-                b: Model("strength", b, seeds, {"strength": (0.0, max(self.settings["strength"]))})
-                for b in self.settings["strength"]
-            },
-            "gft": {g: Model("gft", g, seeds, GFT) for g in gammas},
+            "DSM control": {0.0: control(gamma=0.0)},
+            "CFG": {g: control(gamma=g) for g in gammas},
+            "CFG in an interval": {g: control(gamma=g, interval=INTERVAL) for g in gammas},
+            "autoguidance": {g: control(gamma=g, weak="weak") for g in gammas},
         }
+        for name, options in INPUTS.items():
+            changes = {**options, "strength": (0.0, HIGHEST), **NOISE}
+            workdir = f"equal_{name.replace(',', '').replace(' ', '_')}"
+            interval = INTERVAL if name.startswith("mclr") else None  # gft as published
+            methods[name] = {
+                g: Model(workdir, g, seeds, changes, interval=interval) for g in gammas
+            }
         for name, options in RIVALS.items():
-            changes = {"objective.name": name, **{f"objective.{k}": v for k, v in options.items()}}
+            own = {f"objective.{key}": value for key, value in options.items()}
+            changes = {"objective.name": name, **own, **NOISE}
             needs = ("generated_{base}.npz",) if name == "ddo" else ()
             methods[name] = {
-                place: Model(name, 0.0, seeds, changes, place, needs=needs)
+                place: Model(f"equal_{name}", 0.0, seeds, changes, place, needs=needs)
                 for place in INTERPOLATIONS
             }
         return methods

@@ -214,7 +214,10 @@ class Bench(Files):
                 kept = features.Features(file["features"], nothing, file["labels"])
             real = evaluate.Reference(metrics.moments(kept.features), kept, "")
             row |= evaluate.measure(found, real, METRICS, self.judged("accuracy", pixels, labels))
-        save_arrays(self.root / "sets" / f"{name}.npz", features=found.features, labels=labels)
+        save_arrays(
+            self.root / "sets" / f"{name}.npz", features=found.features, labels=labels,
+            images=np.round(127.5 * (np.asarray(pixels) + 1)).astype(np.uint8),
+        )  # fmt: skip
         self.write(f"sets/{name}", row, workdir)
 
     def judged(self, judge: str, pixels, labels) -> features.Features:
