@@ -162,6 +162,7 @@ CASES: dict[str, dict] = {
     "mclr candidates": _case("mclr", "denoiser", posterior_levels=2, posterior_candidates=2),
     **{" ".join(["mclr", *(str(value) for value in row if value)]): _mclr(row) for row in MCLR},
 }
+ROWS = [*CASES][-len(MCLR) :]  # of MCLR's options
 
 
 def config(case: str, **changes: Any) -> Any:

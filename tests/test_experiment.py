@@ -36,7 +36,7 @@ TOP_LEVEL = {"num_steps", "batch_size", "seed", "parallel", "checkpoint_every", 
 # Smaller networks, and random data; nothing else of a config is changed.
 SHRUNK: dict[str, dict[str, Any]] = {
     "dit": {"width": 16, "depth": 1, "heads": 2},
-    "unet": {"channels": 8, "num_blocks": 1, "channel_mult": (1, 1)},
+    "unet": {"channels": 8, "num_blocks": 1, "channel_mult": (1,)},
     "mlp": {"width": 8},
     "trajectory": {"width": 16, "depth": 1, "heads": 2},
     "frame_dit": {"width": 16, "depth": 1, "heads": 2, "patch_size": 16},
