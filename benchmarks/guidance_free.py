@@ -3,14 +3,16 @@
   python benchmarks/guidance_free.py --data=fashion_mnist
   python benchmarks/guidance_free.py --data=digits
 
-Needs the runs of benchmarks/mclr_images.py with the same --data: the base, its control, MCLR's
-fine-tunings, the judges and their samples are those of that script, and every rival is fine-tuned
-from the same base for as many steps as MCLR. Writes benchmarks/results/guidance_free_DATA.json and
-docs/guidance_free_DATA.png.
+Base and judges are those of benchmarks/mclr_images.py with the same --data. Every method is
+fine-tuned from the base for as many steps and at the same noise levels, the control that is guided
+when sampling, too. Writes benchmarks/results/guidance_free_DATA.json and the figure
+docs/guidance_free_DATA.png; --collect writes the rows that are there, without making others.
 """
 
 import dataclasses
 import functools
+import json
+import math
 import statistics
 
 import mclr_figures
@@ -132,34 +134,52 @@ class Comparison(Bench):
         ]
 
 
-def collect(bench: Comparison, seeds: tuple[int, ...]) -> dict:
-    probes = ("guidance_free_speed", "guidance_free_cost")
-    speed, cost = map(bench.read, probes)
-    methods = {}
+def collect(bench: Comparison, seeds: tuple[int, ...], before: dict) -> dict:
+    """The rows that are there, beside those of `before` with other noise levels or seeds.
+
+    The floor of `before` must be this one's: its rows have the same judges then.
+    """
+    speed, cost = (bench.read(name) if bench.there(name) else {}
+                   for name in ("guidance_free_speed", "guidance_free_cost"))  # fmt: skip
+    floor, methods = bench.row("real_test"), before.get("methods", {})
+    if before and not math.isclose(floor["frechet"], before["floor"]["frechet"], rel_tol=1e-3):
+        raise SystemExit(
+            "The judges are not those of the rows that are there: move that file away."
+        )
     for method, rows in bench.methods(seeds).items():
-        methods[method] = []
         first = next(iter(rows.values()))
-        for strength, model in rows.items():
-            for seed in seeds:
-                row = bench.row(model.samples(seed))
-                methods[method].append({
-                    "strength": strength,
-                    "seed": seed,
-                    **row,
-                    "samples_per_second": speed[method],
-                    "training_steps": row["run"]["steps"],
-                    "step_cost_relative_to_dsm": cost[first.workdir(seeds[0])]
-                    if model.changes else 1.0,
-                })  # fmt: skip
+        found = [
+            {
+                "strength": strength,
+                "seed": seed,
+                "noise": [*NOISE.values()],
+                **bench.row(model.samples(seed)),
+                "samples_per_second": speed.get(method),
+                "step_cost_relative_to_dsm": cost.get(first.workdir(seeds[0])),
+            }
+            for strength, model in rows.items()
+            for seed in seeds
+            if bench.there(f"sets/{model.samples(seed)}")
+        ]
+        for row in found:
+            row["training_steps"] = row["run"]["steps"]
+        made = {identity(row) for row in found}
+        kept = [row for row in methods.get(method, []) if identity(row) not in made]
+        if kept or found:
+            methods[method] = kept + found
     return {
         "parameters": training(bench.root / bench.base(seeds[0]))["parameters"],
-        "floor": bench.row("real_test"),
+        "floor": floor,
         "interval": INTERVAL,
-        "options": RIVALS,
+        "options": INPUTS | RIVALS,
         "methods": methods,
-        "other_runs": trainings(bench, seeds, "weak"),
-        "probes_made_by": {name: bench.made_by(name) for name in probes},
+        "other_runs": trainings(bench, seeds, *(["weak"] if bench.there("weak/done") else [])),
     }
+
+
+def identity(row: dict) -> tuple:
+    """What tells a row from the others of its method."""
+    return row["strength"], row["seed"], tuple(row["noise"])
 
 
 def mean(rows: list[dict], key: str) -> tuple[float, float]:
@@ -170,15 +190,16 @@ def mean(rows: list[dict], key: str) -> tuple[float, float]:
 
 def main() -> None:
     bench, seeds, result = run_all(Comparison, __doc__)
-    result |= collect(bench, seeds)
-    write_json(RESULTS / f"guidance_free_{bench.data}.json", result)
+    path = RESULTS / f"guidance_free_{bench.data}.json"
+    result |= collect(bench, seeds, json.loads(path.read_text()) if path.exists() else {})
+    write_json(path, result)
     mclr_figures.pareto(bench, result)
     for method, rows in result["methods"].items():
-        for strength in dict.fromkeys(row["strength"] for row in rows):
-            own = [row for row in rows if row["strength"] == strength]
-            keys = ("frechet", "accuracy", "precision", "recall")
-            print(f"{method:24s} {strength:7g}", *("{} {:.3f} +- {:.3f}".format(k, *mean(own, k))
-                                                 for k in keys))  # fmt: skip
+        for key in dict.fromkeys((row["strength"], *row["noise"]) for row in rows):
+            own = [row for row in rows if (row["strength"], *row["noise"]) == key]
+            keys = ("frechet", "per_class_frechet", "accuracy", "precision", "recall")
+            print(f"{method:26s}", *key, *("{} {:.3f} +- {:.3f}".format(k, *mean(own, k))
+                                          for k in keys))  # fmt: skip
 
 
 if __name__ == "__main__":
