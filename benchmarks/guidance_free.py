@@ -28,27 +28,39 @@ NOISE = {"noise.mean": 0.8, "noise.std": 1.5}
 # gamma = guidance_scale - 1 of the methods that take it when sampling.
 GAMMAS = {"fashion_mnist": (0.2, 0.4, 0.6, 1.0), "digits": (0.2, 0.5, 1.0)}
 INTERVAL = (0.0, 3.0)  # of noise levels that are guided
-# Methods without a strength as an input are fine-tuned once, with these options beside the
-# defaults; their strength is the interpolation between the base's weights and the fine-tuned ones.
-RIVALS = {
-    "cca": {"negative_weight": 1.0},
-    "ddo": {},
-    "dpo": {},
-    "contrastive_flow": {},
-    "model_guidance": {"scale": 0.5},
-}
 INTERPOLATIONS = (0.25, 0.5, 1.0)
-# The strength is an input of these networks, drawn from (0, HIGHEST) in training.
-HIGHEST = 2.0
+HIGHEST = 1.0  # strengths as an input are drawn from (0, HIGHEST) in training
 NULL = {"objective.name": "mclr_null", "objective.teacher": "average"}
+WRONG = {"objective.wrong_label": 0.5, "objective.negative_share": 0.5}
+GUIDED = {"objective.sigma_interval": INTERVAL}
+MG = {"objective.name": "model_guidance", "objective.scale": 0.5}
+# The strength is an input of these networks.
 INPUTS = {
     "gft": {"objective.name": "gft"},
     "mclr": {},
-    "mclr null, frozen teacher": {"objective.name": "mclr_null"},
     "mclr null": NULL,
-    "mclr null and wrong label": NULL
-    | {"objective.wrong_label": 0.5, "objective.negative_share": 0.5},
+    "mclr null, frozen teacher": {"objective.name": "mclr_null"},
+    "mclr null and wrong label": NULL | WRONG,
 }
+# These are fine-tuned once, with these options beside the defaults; their strength is the
+# interpolation between the base's weights and the fine-tuned ones. What ends in "by class" has the
+# strengths of `calibration`.
+ONCE = {
+    "cca": {"objective.name": "cca", "objective.negative_weight": 1.0},
+    "ddo": {"objective.name": "ddo"},
+    "dpo": {"objective.name": "dpo"},
+    "contrastive_flow": {"objective.name": "contrastive_flow"},
+    "model_guidance": MG,
+    "model_guidance by class": MG,
+    "mclr null, beta 1": NULL | GUIDED,
+    "mclr null by class": NULL | GUIDED,
+    "mclr null and wrong label by class": NULL | GUIDED | WRONG | {"objective.beta": 0.5},
+}
+
+
+def place_of(method: str) -> str:
+    """Work directory of a method, without the seed."""
+    return "equal_" + method.replace(",", "").replace(" ", "_")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,17 +79,18 @@ class Comparison(Bench):
         }
         for name, options in INPUTS.items():
             changes = {**options, "strength": (0.0, HIGHEST), **NOISE}
-            workdir = f"equal_{name.replace(',', '').replace(' ', '_')}"
             interval = INTERVAL if name.startswith("mclr") else None  # gft as published
             methods[name] = {
-                g: Model(workdir, g, seeds, changes, interval=interval) for g in gammas
+                g: Model(place_of(name), g, seeds, changes, interval=interval) for g in gammas
             }
-        for name, options in RIVALS.items():
-            own = {f"objective.{key}": value for key, value in options.items()}
-            changes = {"objective.name": name, **own, **NOISE}
-            needs = ("generated_{base}.npz",) if name == "ddo" else ()
+        for name, options in ONCE.items():
+            changes, needs = {**options, **NOISE}, ()
+            if name == "ddo":
+                needs = ("generated_{base}.npz",)
+            if name.endswith("by class"):
+                changes["class_strengths"], needs = "calibration", ("calibration.json",)
             methods[name] = {
-                place: Model(f"equal_{name}", 0.0, seeds, changes, place, needs=needs)
+                place: Model(place_of(name), 0.0, seeds, changes, place, needs=needs)
                 for place in INTERPOLATIONS
             }
         return methods
@@ -90,6 +103,9 @@ class Comparison(Bench):
         }
 
     def fine_tuning(self, seed: int, changes: dict | None):
+        if changes and "class_strengths" in changes:
+            strengths = self.read(changes["class_strengths"])["class_strengths"]
+            changes = changes | {"class_strengths": tuple(strengths)}
         config = super().fine_tuning(seed, changes)
         if config.objective.name == "ddo":
             generated = self.root / f"generated_{self.base(seed)}.npz"
@@ -171,7 +187,7 @@ def collect(bench: Comparison, seeds: tuple[int, ...], before: dict) -> dict:
         "parameters": training(bench.root / bench.base(seeds[0]))["parameters"],
         "floor": floor,
         "interval": INTERVAL,
-        "options": INPUTS | RIVALS,
+        "options": INPUTS | ONCE,
         "methods": methods,
         "other_runs": trainings(bench, seeds, *(["weak"] if bench.there("weak/done") else [])),
     }
