@@ -6,7 +6,7 @@
 Base and judges are those of benchmarks/mclr_images.py with the same --data. Every method is
 fine-tuned from the base for as many steps and at the same noise levels, the control that is guided
 when sampling, too. Writes benchmarks/results/guidance_free_DATA.json and the figure
-docs/guidance_free_DATA.png; --collect writes the rows that are there, without making others.
+docs/equal_noise_DATA.png; --collect writes the rows that are there, without making others.
 """
 
 import dataclasses
@@ -209,7 +209,11 @@ def main() -> None:
     path = RESULTS / f"guidance_free_{bench.data}.json"
     result |= collect(bench, seeds, json.loads(path.read_text()) if path.exists() else {})
     write_json(path, result)
-    mclr_figures.pareto(bench, result)
+    equal = {
+        method: own for method, rows in result["methods"].items()
+        if (own := [row for row in rows if row["noise"] == [*NOISE.values()]])
+    }  # fmt: skip
+    mclr_figures.pareto(bench, result | {"methods": equal})
     for method, rows in result["methods"].items():
         for key in dict.fromkeys((row["strength"], *row["noise"]) for row in rows):
             own = [row for row in rows if (row["strength"], *row["noise"]) == key]

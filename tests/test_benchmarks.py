@@ -314,7 +314,7 @@ def test_guidance_free_collects_what_its_tasks_have_written(tmp_path, monkeypatc
     with pytest.raises(SystemExit, match="judges"):
         guidance_free.collect(bench, (0,), {"floor": {"frechet": 0.6}, "methods": {}})
     mclr_figures.pareto(bench, result)
-    assert (tmp_path / "docs" / "guidance_free_digits.png").exists()
+    assert (tmp_path / "docs" / "equal_noise_digits.png").exists()
     assert result["parameters"] == 5
     assert "weak" in result["other_runs"]
     row = again[2]
