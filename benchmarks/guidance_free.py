@@ -14,11 +14,13 @@ import functools
 import json
 import math
 import statistics
+import subprocess
+import sys
 
 import mclr_figures
 import numpy as np
 from mclr_images import Bench, Model, done, run_all, trainings
-from tasks import RESULTS, Task, training
+from tasks import RESULTS, ROOT, Task, training
 
 from mclr_jax import generate, images
 from mclr_jax.files import save_arrays, write_json
@@ -30,6 +32,7 @@ GAMMAS = {"fashion_mnist": (0.2, 0.4, 0.6, 1.0), "digits": (0.2, 0.5, 1.0)}
 INTERVAL = (0.0, 3.0)  # of noise levels that are guided
 INTERPOLATIONS = (0.25, 0.5, 1.0)
 HIGHEST = 1.0  # strengths as an input are drawn from (0, HIGHEST) in training
+CALIBRATION = "calibration.json"  # strengths by class, made by launch.calibrate
 NULL = {"objective.name": "mclr_null", "objective.teacher": "average"}
 WRONG = {"objective.wrong_label": 0.5, "objective.negative_share": 0.5}
 GUIDED = {"objective.sigma_interval": INTERVAL}
@@ -44,17 +47,18 @@ INPUTS = {
 }
 # These are fine-tuned once, with these options beside the defaults; their strength is the
 # interpolation between the base's weights and the fine-tuned ones. What ends in "by class" has the
-# strengths of `calibration`.
+# strengths by class of CALIBRATION.
 ONCE = {
     "cca": {"objective.name": "cca", "objective.negative_weight": 1.0},
     "ddo": {"objective.name": "ddo"},
     "dpo": {"objective.name": "dpo"},
     "contrastive_flow": {"objective.name": "contrastive_flow"},
     "model_guidance": MG,
-    "model_guidance by class": MG,
+    # Twice the calibrated strengths: so few steps of fine-tuning reach about half of a strength.
+    "model_guidance by class": MG | {"objective.scale": 2 / 3},
     "mclr null, beta 1": NULL | GUIDED,
-    "mclr null by class": NULL | GUIDED,
-    "mclr null and wrong label by class": NULL | GUIDED | WRONG | {"objective.beta": 0.5},
+    "mclr null by class": NULL | GUIDED | {"objective.beta": 2.0},
+    "mclr null and wrong label by class": NULL | GUIDED | WRONG,
 }
 
 
@@ -88,7 +92,7 @@ class Comparison(Bench):
             if name == "ddo":
                 needs = ("generated_{base}.npz",)
             if name.endswith("by class"):
-                changes["class_strengths"], needs = "calibration", ("calibration.json",)
+                changes["class_strengths"], needs = CALIBRATION, (CALIBRATION,)
             methods[name] = {
                 place: Model(place_of(name), 0.0, seeds, changes, place, needs=needs)
                 for place in INTERPOLATIONS
@@ -104,8 +108,8 @@ class Comparison(Bench):
 
     def fine_tuning(self, seed: int, changes: dict | None):
         if changes and "class_strengths" in changes:
-            strengths = self.read(changes["class_strengths"])["class_strengths"]
-            changes = changes | {"class_strengths": tuple(strengths)}
+            found = json.loads((self.root / changes["class_strengths"]).read_text())
+            changes = changes | {"class_strengths": tuple(found["class_strengths"])}
         config = super().fine_tuning(seed, changes)
         if config.objective.name == "ddo":
             generated = self.root / f"generated_{self.base(seed)}.npz"
@@ -118,6 +122,16 @@ class Comparison(Bench):
         config.network.width //= 2
         config.num_steps //= 6
         self.train("weak", self.data, config)
+
+    def calibrate(self) -> None:
+        """Strengths by class of the base, at which CFG is as recognisable as held-out images."""
+        paths = {"workdir": self.base(0), "classifier": "classifier", "out": CALIBRATION}
+        subprocess.run(
+            [sys.executable, "-m", "launch.calibrate", "--grid=4", "--samples_per_class=100",
+             f"--batch_size={self.batch}",
+             *(f"--{flag}={self.root / path}" for flag, path in paths.items())],
+            cwd=ROOT, check=True,
+        )  # fmt: skip
 
     def generated(self, base: str) -> None:
         """The negatives of ddo: samples of the base."""
@@ -135,6 +149,8 @@ class Comparison(Bench):
             *(Task(f"generated_{base}", functools.partial(self.generated, base),
                    f"generated_{base}.npz", (done(base),)) for base in bases),
             Task("weak", self.train_weak, done("weak")),
+            Task("calibration", self.calibrate, CALIBRATION,
+                 (done(self.base(0)), done("classifier"))),
             *super().tasks(seeds),
         ]  # fmt: skip
 
