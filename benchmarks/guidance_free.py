@@ -3,20 +3,24 @@
   python benchmarks/guidance_free.py --data=fashion_mnist
   python benchmarks/guidance_free.py --data=digits
 
-Needs the runs of benchmarks/mclr_images.py with the same --data: the base, its control, MCLR's
-fine-tunings, the judges and their samples are those of that script, and every rival is fine-tuned
-from the same base for as many steps as MCLR. Writes benchmarks/results/guidance_free_DATA.json and
-docs/guidance_free_DATA.png.
+Base and judges are those of benchmarks/mclr_images.py with the same --data. Every method is
+fine-tuned from the base for as many steps and at the same noise levels, the control that is guided
+when sampling, too. Writes benchmarks/results/guidance_free_DATA.json and the figure
+docs/equal_noise_DATA.png; --collect writes the rows that are there, without making others.
 """
 
 import dataclasses
 import functools
+import json
+import math
 import statistics
+import subprocess
+import sys
 
 import mclr_figures
 import numpy as np
 from mclr_images import Bench, Model, done, run_all, trainings
-from tasks import RESULTS, Task, training
+from tasks import RESULTS, ROOT, Task, training
 
 from mclr_jax import generate, images
 from mclr_jax.files import save_arrays, write_json
@@ -26,27 +30,41 @@ NOISE = {"noise.mean": 0.8, "noise.std": 1.5}
 # gamma = guidance_scale - 1 of the methods that take it when sampling.
 GAMMAS = {"fashion_mnist": (0.2, 0.4, 0.6, 1.0), "digits": (0.2, 0.5, 1.0)}
 INTERVAL = (0.0, 3.0)  # of noise levels that are guided
-# Methods without a strength as an input are fine-tuned once, with these options beside the
-# defaults; their strength is the interpolation between the base's weights and the fine-tuned ones.
-RIVALS = {
-    "cca": {"negative_weight": 1.0},
-    "ddo": {},
-    "dpo": {},
-    "contrastive_flow": {},
-    "model_guidance": {"scale": 0.5},
-}
 INTERPOLATIONS = (0.25, 0.5, 1.0)
-# The strength is an input of these networks, drawn from (0, HIGHEST) in training.
-HIGHEST = 2.0
+HIGHEST = 1.0  # strengths as an input are drawn from (0, HIGHEST) in training
+CALIBRATION = "calibration.json"  # strengths by class, made by launch.calibrate
 NULL = {"objective.name": "mclr_null", "objective.teacher": "average"}
+WRONG = {"objective.wrong_label": 0.5, "objective.negative_share": 0.5}
+GUIDED = {"objective.sigma_interval": INTERVAL}
+MG = {"objective.name": "model_guidance", "objective.scale": 0.5}
+# The strength is an input of these networks.
 INPUTS = {
     "gft": {"objective.name": "gft"},
     "mclr": {},
-    "mclr null, frozen teacher": {"objective.name": "mclr_null"},
     "mclr null": NULL,
-    "mclr null and wrong label": NULL
-    | {"objective.wrong_label": 0.5, "objective.negative_share": 0.5},
+    "mclr null, frozen teacher": {"objective.name": "mclr_null"},
+    "mclr null and wrong label": NULL | WRONG,
 }
+# These are fine-tuned once, with these options beside the defaults; their strength is the
+# interpolation between the base's weights and the fine-tuned ones. What ends in "by class" has the
+# strengths by class of CALIBRATION.
+ONCE = {
+    "cca": {"objective.name": "cca", "objective.negative_weight": 1.0},
+    "ddo": {"objective.name": "ddo"},
+    "dpo": {"objective.name": "dpo"},
+    "contrastive_flow": {"objective.name": "contrastive_flow"},
+    "model_guidance": MG,
+    # Twice the calibrated strengths: so few steps of fine-tuning reach about half of a strength.
+    "model_guidance by class": MG | {"objective.scale": 2 / 3},
+    "mclr null, beta 1": NULL | GUIDED,
+    "mclr null by class": NULL | GUIDED | {"objective.beta": 2.0},
+    "mclr null and wrong label by class": NULL | GUIDED | WRONG,
+}
+
+
+def place_of(method: str) -> str:
+    """Work directory of a method, without the seed."""
+    return "equal_" + method.replace(",", "").replace(" ", "_")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,17 +83,18 @@ class Comparison(Bench):
         }
         for name, options in INPUTS.items():
             changes = {**options, "strength": (0.0, HIGHEST), **NOISE}
-            workdir = f"equal_{name.replace(',', '').replace(' ', '_')}"
             interval = INTERVAL if name.startswith("mclr") else None  # gft as published
             methods[name] = {
-                g: Model(workdir, g, seeds, changes, interval=interval) for g in gammas
+                g: Model(place_of(name), g, seeds, changes, interval=interval) for g in gammas
             }
-        for name, options in RIVALS.items():
-            own = {f"objective.{key}": value for key, value in options.items()}
-            changes = {"objective.name": name, **own, **NOISE}
-            needs = ("generated_{base}.npz",) if name == "ddo" else ()
+        for name, options in ONCE.items():
+            changes, needs = {**options, **NOISE}, ()
+            if name == "ddo":
+                needs = ("generated_{base}.npz",)
+            if name.endswith("by class"):
+                changes["class_strengths"], needs = CALIBRATION, (CALIBRATION,)
             methods[name] = {
-                place: Model(f"equal_{name}", 0.0, seeds, changes, place, needs=needs)
+                place: Model(place_of(name), 0.0, seeds, changes, place, needs=needs)
                 for place in INTERPOLATIONS
             }
         return methods
@@ -88,6 +107,9 @@ class Comparison(Bench):
         }
 
     def fine_tuning(self, seed: int, changes: dict | None):
+        if changes and "class_strengths" in changes:
+            found = json.loads((self.root / changes["class_strengths"]).read_text())
+            changes = changes | {"class_strengths": tuple(found["class_strengths"])}
         config = super().fine_tuning(seed, changes)
         if config.objective.name == "ddo":
             generated = self.root / f"generated_{self.base(seed)}.npz"
@@ -100,6 +122,16 @@ class Comparison(Bench):
         config.network.width //= 2
         config.num_steps //= 6
         self.train("weak", self.data, config)
+
+    def calibrate(self) -> None:
+        """Strengths by class of the base, at which CFG is as recognisable as held-out images."""
+        paths = {"workdir": self.base(0), "classifier": "classifier", "out": CALIBRATION}
+        subprocess.run(
+            [sys.executable, "-m", "launch.calibrate", "--grid=4", "--samples_per_class=100",
+             f"--batch_size={self.batch}",
+             *(f"--{flag}={self.root / path}" for flag, path in paths.items())],
+            cwd=ROOT, check=True,
+        )  # fmt: skip
 
     def generated(self, base: str) -> None:
         """The negatives of ddo: samples of the base."""
@@ -117,6 +149,8 @@ class Comparison(Bench):
             *(Task(f"generated_{base}", functools.partial(self.generated, base),
                    f"generated_{base}.npz", (done(base),)) for base in bases),
             Task("weak", self.train_weak, done("weak")),
+            Task("calibration", self.calibrate, CALIBRATION,
+                 (done(self.base(0)), done("classifier"))),
             *super().tasks(seeds),
         ]  # fmt: skip
 
@@ -132,34 +166,52 @@ class Comparison(Bench):
         ]
 
 
-def collect(bench: Comparison, seeds: tuple[int, ...]) -> dict:
-    probes = ("guidance_free_speed", "guidance_free_cost")
-    speed, cost = map(bench.read, probes)
-    methods = {}
+def collect(bench: Comparison, seeds: tuple[int, ...], before: dict) -> dict:
+    """The rows that are there, beside those of `before` with other noise levels or seeds.
+
+    The floor of `before` must be this one's: its rows have the same judges then.
+    """
+    speed, cost = (bench.read(name) if bench.there(name) else {}
+                   for name in ("guidance_free_speed", "guidance_free_cost"))  # fmt: skip
+    floor, methods = bench.row("real_test"), before.get("methods", {})
+    if before and not math.isclose(floor["frechet"], before["floor"]["frechet"], rel_tol=1e-3):
+        raise SystemExit(
+            "The judges are not those of the rows that are there: move that file away."
+        )
     for method, rows in bench.methods(seeds).items():
-        methods[method] = []
         first = next(iter(rows.values()))
-        for strength, model in rows.items():
-            for seed in seeds:
-                row = bench.row(model.samples(seed))
-                methods[method].append({
-                    "strength": strength,
-                    "seed": seed,
-                    **row,
-                    "samples_per_second": speed[method],
-                    "training_steps": row["run"]["steps"],
-                    "step_cost_relative_to_dsm": cost[first.workdir(seeds[0])]
-                    if model.changes else 1.0,
-                })  # fmt: skip
+        found = [
+            {
+                "strength": strength,
+                "seed": seed,
+                "noise": [*NOISE.values()],
+                **bench.row(model.samples(seed)),
+                "samples_per_second": speed.get(method),
+                "step_cost_relative_to_dsm": cost.get(first.workdir(seeds[0])),
+            }
+            for strength, model in rows.items()
+            for seed in seeds
+            if bench.there(f"sets/{model.samples(seed)}")
+        ]
+        for row in found:
+            row["training_steps"] = row["run"]["steps"]
+        made = {identity(row) for row in found}
+        kept = [row for row in methods.get(method, []) if identity(row) not in made]
+        if kept or found:
+            methods[method] = kept + found
     return {
         "parameters": training(bench.root / bench.base(seeds[0]))["parameters"],
-        "floor": bench.row("real_test"),
+        "floor": floor,
         "interval": INTERVAL,
-        "options": RIVALS,
+        "options": INPUTS | ONCE,
         "methods": methods,
-        "other_runs": trainings(bench, seeds, "weak"),
-        "probes_made_by": {name: bench.made_by(name) for name in probes},
+        "other_runs": trainings(bench, seeds, *(["weak"] if bench.there("weak/done") else [])),
     }
+
+
+def identity(row: dict) -> tuple:
+    """What tells a row from the others of its method."""
+    return row["strength"], row["seed"], tuple(row["noise"])
 
 
 def mean(rows: list[dict], key: str) -> tuple[float, float]:
@@ -170,15 +222,20 @@ def mean(rows: list[dict], key: str) -> tuple[float, float]:
 
 def main() -> None:
     bench, seeds, result = run_all(Comparison, __doc__)
-    result |= collect(bench, seeds)
-    write_json(RESULTS / f"guidance_free_{bench.data}.json", result)
-    mclr_figures.pareto(bench, result)
+    path = RESULTS / f"guidance_free_{bench.data}.json"
+    result |= collect(bench, seeds, json.loads(path.read_text()) if path.exists() else {})
+    write_json(path, result)
+    equal = {
+        method: own for method, rows in result["methods"].items()
+        if (own := [row for row in rows if row["noise"] == [*NOISE.values()]])
+    }  # fmt: skip
+    mclr_figures.pareto(bench, result | {"methods": equal})
     for method, rows in result["methods"].items():
-        for strength in dict.fromkeys(row["strength"] for row in rows):
-            own = [row for row in rows if row["strength"] == strength]
-            keys = ("frechet", "accuracy", "precision", "recall")
-            print(f"{method:24s} {strength:7g}", *("{} {:.3f} +- {:.3f}".format(k, *mean(own, k))
-                                                 for k in keys))  # fmt: skip
+        for key in dict.fromkeys((row["strength"], *row["noise"]) for row in rows):
+            own = [row for row in rows if (row["strength"], *row["noise"]) == key]
+            keys = ("frechet", "per_class_frechet", "accuracy", "precision", "recall")
+            print(f"{method:26s}", *key, *("{} {:.3f} +- {:.3f}".format(k, *mean(own, k))
+                                          for k in keys))  # fmt: skip
 
 
 if __name__ == "__main__":

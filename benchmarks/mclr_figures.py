@@ -66,7 +66,7 @@ def figure(bench, result: dict) -> None:
 
 
 def pareto(bench, result: dict) -> None:
-    """docs/guidance_free_DATA.png: every method's means, marker area by network calls."""
+    """docs/equal_noise_DATA.png: every method's means, marker area by network calls."""
     drawing = Figure(figsize=(11, 5), layout="constrained")
     panels = drawing.subplots(1, 2)
     names = {"recall": "recall (diversity)", "precision": "precision (fidelity)",
@@ -100,7 +100,7 @@ def pareto(bench, result: dict) -> None:
         f"{bench.data}: dotted, held-out real images; numbers are strengths; the larger a marker, "
         "the more network calls"
     )
-    save(drawing, ROOT / "docs" / f"guidance_free_{bench.data}.png")
+    save(drawing, ROOT / "docs" / f"equal_noise_{bench.data}.png")
 
 
 def save(drawing: Figure, path: pathlib.Path, dpi: int = 110) -> None:

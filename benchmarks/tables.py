@@ -130,29 +130,37 @@ def fashion() -> str:
     return table(head, ([words, *quality(row, QUALITY)] for words, row in rows))
 
 
-def _rival_rows(result: dict, chosen: Iterable[str]) -> Iterable[list[str]]:
+EQUAL = [0.8, 1.5]  # noise levels of every method of the comparison at equal noise
+
+
+def _rival_rows(result: dict, methods: dict[str, list[dict]], keys: list[str]) -> Iterable:
     """The floor, then each method at the strength of its best mean FD of those tried."""
-    keys = [key for key in QUALITY if key != "per_class_frechet"]
     yield ["real, held out: the floor", "", *quality(result["floor"], keys), ""]
-    for method in chosen:
+    for method, found in methods.items():
         by_strength: dict[float, list[dict]] = {}
-        for row in result["methods"][method]:
+        for row in found:
             by_strength.setdefault(row["strength"], []).append(row)
         mean = {s: {k: statistics.mean(r[k] for r in rows) for k in keys}
                 for s, rows in by_strength.items()}  # fmt: skip
         best = min(mean, key=lambda strength: mean[strength]["frechet"])
         rows = by_strength[best]
-        spread = {f"{k}_std": statistics.stdev([r[k] for r in rows]) for k in keys}
-        cost = statistics.mean(row["step_cost_relative_to_dsm"] for row in rows)
-        name = f"`{method}`" if method.islower() and method != "autoguidance" else method
-        yield [name, f"{best:g}", *quality(mean[best] | spread, keys), f"{cost:.1f}"]
+        several = {k: [r[k] for r in rows] for k in keys if len(rows) > 1}
+        spread = {f"{k}_std": statistics.stdev(values) for k, values in several.items()}
+        costs = [r["step_cost_relative_to_dsm"] for r in rows if r["step_cost_relative_to_dsm"]]
+        cost = f"{statistics.mean(costs):.1f}" if costs else ""
+        plain = not method.islower() or " " in method or method == "autoguidance"
+        name = method if plain else f"`{method}`"
+        yield [name, f"{best:g}", *quality(mean[best] | spread, keys), cost]
 
 
-def _rivals(data: str, chosen: Iterable[str] = ()) -> str:
-    columns = [QUALITY[key][0] for key in QUALITY if key != "per_class_frechet"]
-    result = load(f"guidance_free_{data}")
-    rows = _rival_rows(result, chosen or result["methods"])
-    return table(["method", "strength", *columns, "step cost"], rows)
+def _rivals(data: str, chosen: Iterable[str] = (), equal: bool = False) -> str:
+    keys = [key for key in QUALITY if equal or key != "per_class_frechet"]
+    result, methods = load(f"guidance_free_{data}"), {}
+    for name in chosen or result["methods"]:
+        if rows := [r for r in result["methods"][name] if (r["noise"] == EQUAL) == equal]:
+            methods[name] = rows
+    head = ["method", "strength", *(QUALITY[key][0] for key in keys), "step cost"]
+    return table(head, _rival_rows(result, methods, keys))
 
 
 def rivals() -> str:
@@ -161,6 +169,10 @@ def rivals() -> str:
 
 def rivals_digits() -> str:
     return _rivals("digits")
+
+
+def equal_noise() -> str:
+    return _rivals("fashion_mnist", equal=True)
 
 
 def comparison() -> str:

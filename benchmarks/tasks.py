@@ -53,6 +53,10 @@ class Files:
         """The value that was written."""
         return json.loads((self.root / f"{name}.json").read_text())["value"]
 
+    def there(self, name: str) -> bool:
+        """Whether it was written."""
+        return (self.root / f"{name}.json").exists()
+
     def made_by(self, name: str) -> dict:
         """The command and the revision that wrote it and, where weights were used, their run."""
         return json.loads((self.root / f"{name}.json").read_text())["made_by"]
@@ -139,6 +143,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `run`."""
     parser.add_argument("--jobs", type=int, default=2, help="tasks at a time, one core each")
     parser.add_argument("--task", help="run this task alone, in this process")
+    parser.add_argument("--collect", action="store_true", help="collect what is there, run nothing")
 
 
 def run(root: pathlib.Path, tasks: Sequence[Task], arguments: argparse.Namespace) -> dict:
@@ -157,7 +162,8 @@ def run(root: pathlib.Path, tasks: Sequence[Task], arguments: argparse.Namespace
         sys.exit()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped; the same command continues."))
     start = time.time()
-    schedule(root, tasks, [sys.executable, *sys.argv], arguments.jobs)
+    if not arguments.collect:
+        schedule(root, tasks, [sys.executable, *sys.argv], arguments.jobs)
     import jax
 
     from mclr_jax.training.devices import banner

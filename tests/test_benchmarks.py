@@ -300,17 +300,26 @@ def test_guidance_free_collects_what_its_tasks_have_written(tmp_path, monkeypatc
             row = {**measured, "network_calls": 3}
             bench.write(f"sets/{model.samples(0)}", row, tmp_path / model.workdir(0))
     bench.write("sets/real_test", measured)
-    bench.write("guidance_free_speed", dict.fromkeys(methods, 2.0))
     costs = {model.workdir(0): 1.5 for rows in methods.values() for model in rows.values()}
     bench.write("guidance_free_cost", costs)
-    result = guidance_free.collect(bench, (0,))
+    floor = {"frechet": 0.5}
+    old = [
+        {**measured, "strength": 1.0, "seed": seed, "noise": noise, "network_calls": 9}
+        for seed, noise in [(0, [*guidance_free.NOISE.values()]), (0, [0.3, 1.2]), (1, [0.8, 1.5])]
+    ]
+    result = guidance_free.collect(bench, (0,), {"floor": floor, "methods": {"cca": old}})
+    (_, kept, seed_1), again = old, result["methods"]["cca"]
+    assert again[:2] == [kept, seed_1]  # the first was made again
+    assert len(again) == 2 + len(methods["cca"])
+    with pytest.raises(SystemExit, match="judges"):
+        guidance_free.collect(bench, (0,), {"floor": {"frechet": 0.6}, "methods": {}})
     mclr_figures.pareto(bench, result)
-    assert (tmp_path / "docs" / "guidance_free_digits.png").exists()
+    assert (tmp_path / "docs" / "equal_noise_digits.png").exists()
     assert result["parameters"] == 5
     assert "weak" in result["other_runs"]
-    (row, *_) = result["methods"]["cca"]
+    row = again[2]
     assert row["training_steps"] == 7
-    assert row["run"]["name"] == "cca_0"
+    assert row["run"]["name"] == "equal_cca_0"
     assert row["step_cost_relative_to_dsm"] == 1.5
 
 

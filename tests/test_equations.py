@@ -23,6 +23,12 @@ from mclr_jax.problem import Batch
 from mclr_jax.types import Condition
 
 NULL = 3
+FACTORS = (0.5, 0.0, 1.5)  # of the strength, by class
+BY_CLASS = pytest.mark.parametrize("factors", [(), FACTORS], ids=["", "by class"])
+
+
+def factor(factors, label):
+    return np.array([*(factors or (1, 1, 1)), 1])[label.astype(int)]
 
 
 def weight(sigma):
@@ -55,10 +61,11 @@ def check_draws(shown, label, dropout=0.4):
     return dropped
 
 
+@BY_CLASS
 @pytest.mark.parametrize("second_positives", [False, True])
-def test_cca_is_the_papers_equation(second_positives):
+def test_cca_is_the_papers_equation(second_positives, factors):
     objective = CCA(0.7, 3.0, second_positives=second_positives)
-    loss, x0, label, models = observe(objective, reference=0.5)
+    loss, x0, label, models = observe(objective, class_strengths=factors, reference=0.5)
     right, wrong = models["model"].pairs()
     for a, b in zip((right, wrong), models["reference"].pairs(), strict=True):
         for ours, theirs in zip(a, b, strict=True):  # the reference sees the same, wrong label too
@@ -71,7 +78,7 @@ def test_cca_is_the_papers_equation(second_positives):
 
     dropped, negative = check_draws(right[2], label), wrong[2]
     positive_term = -log_sigmoid(0.7 * ratio(*right))
-    negative_term = -3.0 * log_sigmoid(-0.7 * ratio(*wrong))
+    negative_term = -3.0 * factor(factors, negative) * log_sigmoid(-0.7 * ratio(*wrong))
     if second_positives:
         assert abs((negative == NULL).mean() - 0.4) < 0.1
         second = (negative == NULL) | (negative == right[2])
@@ -103,14 +110,19 @@ def test_dpo_is_the_papers_equation_in_the_error_of_the_noise():
     np.testing.assert_allclose(loss, expected, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("strength", [(), (0.25, 4.0)])
-def test_gft_is_the_papers_equation(strength):
-    loss, x0, label, models = observe(GFT(1.5), strength=strength, self=0.5)
+@pytest.mark.parametrize(
+    ("strength", "factors"), [((), ()), ((0.25, 4.0), ()), ((), FACTORS)],
+    ids=["fixed", "input", "by class"],
+)  # fmt: skip
+def test_gft_is_the_papers_equation(strength, factors):
+    loss, x0, label, models = observe(
+        GFT(1.5), strength=strength, class_strengths=factors, self=0.5
+    )
     (shown,), (null,) = models["model"].calls, models["self"].calls
     dropped = check_draws(shown[2], label)
     np.testing.assert_array_equal(null[0], shown[0])
     np.testing.assert_array_equal(null[2:], [np.full(400, NULL), np.zeros(400)])
-    drawn = np.full(400, 1.5)
+    drawn = 1.5 * factor(factors, shown[2])
     if strength:  # without dropout the network is shown every drawn strength
         drawn = observe(GFT(), 0.0, strength=strength, self=0.5)[3]["model"].calls[0][3]
         np.testing.assert_array_equal(shown[3], np.where(dropped, 0, drawn))
@@ -122,15 +134,17 @@ def test_gft_is_the_papers_equation(strength):
     np.testing.assert_allclose(loss, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_model_guidance_is_the_papers_equation():
-    loss, x0, label, models = observe(ModelGuidance(0.4), average=0.5)
+@BY_CLASS
+def test_model_guidance_is_the_papers_equation(factors):
+    loss, x0, label, models = observe(ModelGuidance(0.4), class_strengths=factors, average=0.5)
     (shown,), (right, null) = models["model"].calls, models["average"].pairs()
     check_draws(shown[2], label)
     np.testing.assert_array_equal(right[2], shown[2])
     assert (null[2] == NULL).all()
     x, sigma = shown[:2]
     time = sigma / (sigma + 0.6)  # of flow matching, for data scaled to unit variance
-    scale = np.where(time < 0.75, 0.4, 0)[:, None]
+    gamma = 0.4 / (1 - 0.4) * factor(factors, shown[2])  # of the fixed point
+    scale = np.where(time < 0.75, gamma / (1 + gamma), 0)[:, None]
     assert 20 < (scale == 0).sum() < 380
     # in the paper's terms: the target of the noise moves by scale times the teacher's difference
     n, s = (x - x0) / sigma[:, None], sigma[:, None]
@@ -140,7 +154,6 @@ def test_model_guidance_is_the_papers_equation():
     np.testing.assert_allclose(loss, weight(sigma) * sigma**2 * difference, rtol=1e-3, atol=1e-6)
 
 
-FACTORS = (0.5, 0.0, 1.5)  # of the strength, by class
 NULL_EQUATIONS = {
     "mixed": {},
     "data": {"target": "data", "sigma_interval": (0.3, 1.0)},
@@ -164,9 +177,11 @@ def test_mclr_null_is_its_equation(form, strength):
     ((x, sigma, shown, told),) = models["model"].calls
     own, sigma_own, x_own = shown[:n].astype(int), sigma[:n], x[:n]
     dropped = check_draws(own, true)
-    beta, by_class = (told[:n], np.ones(4)) if strength else (0.7, np.array([*FACTORS, 1]))
+    beta = told[:n] if strength else 0.7
     low, high = objective.sigma_interval or (0, np.inf)
-    gamma = np.where(dropped | (sigma_own <= low) | (sigma_own > high), 0, beta * by_class[own])
+    gamma = np.where(
+        dropped | (sigma_own <= low) | (sigma_own > high), 0, beta * factor(factors, own)
+    )
     if objective.teacher == "average" and not strength:
         gamma = gamma / (1 + gamma)
     # the contrast as it is defined, and the constant that makes it a square
@@ -192,7 +207,7 @@ def test_mclr_null_is_its_equation(form, strength):
         at = x[n:], sigma[n:], other
         np.testing.assert_array_equal(x[n:], x_own[rows])
         gain = error(0.5, x0[rows], *at) - error(0.8, x0[rows], *at, told[n:])
-        u = (beta * np.ones(n))[rows] * by_class[other]
+        u = (beta * np.ones(n))[rows] * factor(factors, other)
         there = ~dropped[rows] & (other != true[rows]) & (u > 0)
         assert 0.1 < there.mean() < 0.9
         a = objective.wrong_label_scale / np.where(there, u, 1)
