@@ -60,7 +60,7 @@ def exact_classifier(sigma):
 
 
 def test_the_recognition_of_data_is_their_exact_posterior():
-    """Against noise drawn apart; the mean of p(c | x) over all data of all classes is the prior."""
+    """Against the posterior of data with other noise; the standard error is that of the mean."""
     x, label = map(np.asarray, EXACT.sample(jax.random.key(0), 6000))
     mean, error = recognition(exact_classifier(SIGMA), x, label, SIGMA, seed=0)
     noisy = x + SIGMA * np.random.default_rng(7).normal(size=x.shape)

@@ -106,11 +106,17 @@ def test_autoguidance_and_copies_are_rows_of_their_own(made):
     arguments = {"names": ["fd"], "num_samples": COUNT, "guidance_scales": [2.0]}
 
     def row(**more):
-        (row,) = evaluate.evaluate(runs.load(folder / "base"), extractor, real, **arguments, **more)
+        run = runs.load(folder / "base")
+        (row,) = evaluate.evaluate(run, extractor, real, **arguments | more)
         return row
 
     plain, auto, copies = row(), row(weak=weak), row(training=training)
     assert "interpolation" not in plain
+    factors = [0.0] * 10  # no class is guided
+    none, unguided = row(class_strengths=factors), row(guidance_scales=[1.0])
+    assert none["class_strengths"] == factors
+    assert none["network_calls"] == unguided["network_calls"] == 5
+    np.testing.assert_allclose(none["frechet"], unguided["frechet"], rtol=1e-4)
     with pytest.raises(ValueError, match="was not started from another run"):
         row(interpolations=[0.5])
     assert set(copies) - set(plain) == {"memorized", "memorized_from"}
@@ -193,19 +199,42 @@ def test_errors_say_what_to_do(made):
         )  # fmt: skip
 
 
+def test_calibrate_writes_strengths_and_says_how_to_use_them(made, tmp_path):
+    folder, _, _ = made
+    strengths = tmp_path / "strengths.json"
+    log = call(
+        "calibrate", f"--workdir={folder / 'base'}", f"--classifier={folder / 'classifier'}",
+        "--grid=2", "--samples_per_class=3", "--max_strength=0.5", f"--out={strengths}",
+    )  # fmt: skip
+    found = json.loads(strengths.read_text())
+    factors = found["class_strengths"]
+    assert len(factors) == 10
+    assert f"--guidance_scale=1.5 --class_strengths={strengths}" in log
+    assert f"--config.class_strengths={','.join(f'{factor:g}' for factor in factors)}\n" in log
+    run, judge = runs.load(folder / "base"), runs.load_model(folder / "classifier")
+    assert found["weights"] == files.digest(run.weights()[0])
+    assert found["classifier_weights"] == files.digest(judge[1])
+    assert (found["held_out"], found["network_calls"]) == (300, 30 * (5 + 10))
+    with pytest.raises(ValueError, match=r"'classifier' in 'base': expected a classifier, data sh"):
+        runs.check_companion("classifier", "base", run.model, run.model.data, run.config)
+
+
 def test_the_command_writes_rows_and_the_floor(made, tmp_path):
     folder, _, _ = made
+    strengths = tmp_path / "strengths.json"
+    strengths.write_text(json.dumps({"class_strengths": [0.5] * 10}))
     log = call(
         "evaluate", f"--workdir={folder / 'base'}", f"--out={tmp_path / 'x.json'}",
         f"--features=classifier:{folder / 'classifier'}", f"--num_samples={COUNT}",
         "--guidance_scales=1,2", "--metrics=fd,pr", f"--cache={folder / 'cache'}",
-        "--memorized", f"--autoguidance={folder / 'base'}",
+        "--memorized", f"--autoguidance={folder / 'base'}", f"--class_strengths={strengths}",
     )  # fmt: skip
     result = json.loads((tmp_path / "x.json").read_text())
     assert set(result["floor"]) == {"samples", "accuracy", "frechet", "precision", "recall",
                                     "memorized"}  # fmt: skip
     for row in result["rows"]:
         assert {"memorized", "autoguidance", "step", "revision"} < row.keys()
+        assert row["class_strengths"] == [0.5] * 10
         assert row["command"].startswith(f"python -m launch.evaluate --workdir={folder / 'base'}")
     assert [row["guidance_scale"] for row in result["rows"]] == [1.0, 2.0]
     assert "scale 2" in log

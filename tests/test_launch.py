@@ -10,6 +10,8 @@ import pytest
 from commands import call
 from PIL import Image
 
+from launch import common
+
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = """
     --config.num_steps=4 --config.batch_size=8 --config.eval_examples=8 --config.sample_every=0
@@ -61,6 +63,25 @@ def test_sample_writes_arrays_and_a_picture(workdir, tmp_path):
     seven = np.load(tmp_path / "seven.npz")["images"]
     np.testing.assert_allclose(plain, seven[:2], rtol=1e-4, atol=1e-5)
     assert np.abs(images - seven).max() > 1e-4
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("[1, 1, 1]", "x.json: expected the --out of launch.calibrate"),
+    ('{"rows": []}', r"the --out of launch.calibrate \('class_strengths'\)"),
+    ("PK\x03", "the --out of launch.calibrate"),
+    ('{"class_strengths": [1, 1]}', "x.json has 2 values; expected 3, one per class"),
+    ('{"class_strengths": [1, 1, NaN]}', r"x.json\[2\] is nan; expected a number of at least 0"),
+    ('{"class_strengths": [1, -1, 1]}', r"x.json\[1\] is -1; expected a number of at least 0"),
+    ('{"class_strengths": "abc"}', "x.json is 'abc'; expected any number of values"),
+])  # fmt: skip
+def test_a_file_without_strengths_for_these_classes_is_refused(tmp_path, text, message):
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        common.class_strengths(str(path), 3)
+    path.write_text('{"class_strengths": [1, 0.5, 0]}')
+    assert common.class_strengths(str(path), 3) == [1, 0.5, 0]
+    assert common.class_strengths(None, 3) is None
 
 
 CONFIG = "--config=configs/digits.py"
@@ -126,7 +147,7 @@ def test_values_that_make_no_sense_are_explained(workdir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "module", ["train", "sample", "evaluate", "icr", "report", "demo", "assimilate"]
+    "module", ["train", "sample", "evaluate", "icr", "report", "demo", "assimilate", "calibrate"]
 )
 def test_help_is_worth_reading(module):
     text = call(module, "--help", expect=1)  # absl exits with 1 after help
