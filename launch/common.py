@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import logging as python_logging
 import os
 import pathlib
@@ -18,12 +19,13 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from mclr_jax import cpu
-from mclr_jax.files import write_atomically
-from mclr_jax.names import nearest
+from mclr_jax.files import named, write_atomically
+from mclr_jax.names import class_factors, nearest
 
 # Help of flags that several commands have.
 DATA = "Where the data of the run are now: as config.data.name, or the folder config.data.path."
 INIT_FROM = "Where the run is now that this one was started from, for --interpolation."
+CLASS_STRENGTHS = "File of launch.calibrate, NAME.json: factors of the guidance strength by class."
 
 # Errors of the library on bad input or a broken run; other errors are bugs, shown in full.
 USER_ERRORS = (ValueError, OSError, RuntimeError, FloatingPointError)
@@ -58,6 +60,19 @@ def numbers(flag, kind: type, count: int | None = None) -> list | None:
         wanted = f"{count or 'some'} numbers separated by commas"
         stop(f"--{flag.name} is {','.join(flag.value)!r}; expected {wanted}.")
     return values
+
+
+def class_strengths(name: str | None, num_classes: int) -> list[float] | None:
+    """The factors of the guidance strength by class in a file of launch.calibrate; None: no file.
+
+    ValueError: the file has other content, or the factors are for another number of classes.
+    """
+    if name is None:
+        return None
+    with named(f"--class_strengths={name}: expected the --out of launch.calibrate"):
+        found = json.loads(pathlib.Path(name).read_text())["class_strengths"]
+    class_factors(f"class_strengths in {name}", found, num_classes)
+    return found
 
 
 def output(name: str, ending: str) -> pathlib.Path:

@@ -43,6 +43,7 @@ METRICS = flags.DEFINE_list("metrics", sorted(evaluate.METRICS), "What to measur
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 10_000, "Of each row.", lower_bound=2)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the starting noise.", lower_bound=0)
 GUIDANCE_SCALES = flags.DEFINE_list("guidance_scales", ["1"], "Scales, as 1,1.5,2.")
+CLASS_STRENGTHS = flags.DEFINE_string("class_strengths", None, common.CLASS_STRENGTHS)
 GUIDANCE_INTERVAL = flags.DEFINE_list(
     "guidance_interval", None, "Guide only at noise levels in LO,HI."
 )
@@ -67,6 +68,7 @@ def main() -> None:
     places = common.numbers(INTERPOLATIONS, float) or [1.0]
     interval = common.numbers(GUIDANCE_INTERVAL, float, 2)
     run = runs.load(WORKDIR.value, INIT_FROM.value, DATA.value)
+    class_strengths = common.class_strengths(CLASS_STRENGTHS.value, run.model.null_label)
     out = common.output(OUT.value, ".json")
     common.use_cores(run.model.network)
     weak = runs.load_model(AUTOGUIDANCE.value) if AUTOGUIDANCE.value else None
@@ -95,6 +97,7 @@ def main() -> None:
             guidance_scales=scales,
             averages=EMAS.value,
             interpolations=places,
+            class_strengths=class_strengths,
             interval=(interval[0], interval[1]) if interval else None,
             weak=weak,
             training=train if MEMORIZED.value else None,

@@ -31,6 +31,7 @@ RHO = flags.DEFINE_float("rho", None, "Exponent of the grid; larger: more steps 
 GUIDANCE_SCALE = flags.DEFINE_float(
     "guidance_scale", 1.0, "Guidance: weak + scale * (conditional - weak), weak the null label."
 )
+CLASS_STRENGTHS = flags.DEFINE_string("class_strengths", None, common.CLASS_STRENGTHS)
 GUIDANCE_INTERVAL = flags.DEFINE_list(
     "guidance_interval", None, "Guide only at noise levels in LO,HI."
 )
@@ -64,6 +65,7 @@ def main() -> None:
     classes = common.numbers(LABELS, int) or range(run.model.null_label)
     labels = np.resize(np.array(classes), NUM_SAMPLES.value)
     interval = common.numbers(GUIDANCE_INTERVAL, float, 2)
+    class_strengths = common.class_strengths(CLASS_STRENGTHS.value, run.model.null_label)
     params, _ = run.weights(EMA.value, CHECKPOINT.value, INTERPOLATION.value)
     out = common.output(OUT.value, ".npz")
     weak = runs.load_model(AUTOGUIDANCE.value) if AUTOGUIDANCE.value else None
@@ -75,6 +77,7 @@ def main() -> None:
             sampler,
             seed=SEED.value,
             guidance_scale=GUIDANCE_SCALE.value,
+            class_strengths=class_strengths,
             interval=tuple(interval) if interval else None,
             weak=weak,
             churn=samplers.Churn(CHURN.value) if CHURN.value else None,

@@ -4,7 +4,7 @@ import functools
 import math
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mclr_jax import guidance, samplers
 from mclr_jax.model import Model
-from mclr_jax.names import in_range
+from mclr_jax.names import class_factors, in_range
 from mclr_jax.noise import normal_like, sample_keys
 from mclr_jax.samplers import Sampler
 from mclr_jax.training.devices import AXIS, Devices
@@ -41,7 +41,7 @@ def spread_size(batch_size: int, count: int) -> int:
 
 
 def _with_strength(denoise: DenoiseFn, strength: Any, interval: Any) -> DenoiseFn:
-    """The denoiser with the guidance strength as its input, 0 outside the interval."""
+    """The denoiser with the guidance strength (B,) as its input, 0 outside the interval."""
     low, high = interval
 
     def with_strength(x, sigma, condition):
@@ -55,11 +55,14 @@ def _with_strength(denoise: DenoiseFn, strength: Any, interval: Any) -> DenoiseF
 def compiled(
     model: Model, method: str, guided: bool, stochastic: bool, weak: Model | None
 ) -> Callable:
-    """Jitted (both models' params, seed, indices, labels, sigmas, scale, interval, churn) -> x."""
+    """Jitted (both models' params, seed, indices, labels, sigmas, scales, interval, churn) -> x.
 
-    def run(all_params, seed, indices, labels, sigmas, scale, interval, churn):
+    The scales (num_classes + 1,) are those of `scales_by_label`.
+    """
+
+    def run(all_params, seed, indices, labels, sigmas, scales, interval, churn):
         params, weak_params = all_params
-        denoise = model.denoise(params)
+        denoise, scale = model.denoise(params), scales[labels]
         if weak is not None:
             denoise = guidance.autoguidance(denoise, weak.denoise(weak_params), scale, interval)
         elif model.strength:
@@ -75,6 +78,22 @@ def compiled(
     return jax.jit(run, out_shardings=shardings()[1])
 
 
+def scales_by_label(
+    model: Model, guidance_scale: float, class_strengths: Sequence[float] | None
+) -> np.ndarray:
+    """Guidance scale of each class and of the null label, (num_classes + 1,) float64.
+
+    That of class c is 1 + (guidance_scale - 1) class_strengths[c], that of the null label
+    guidance_scale. ValueError: not a factor of at least 0 for each class.
+    """
+    if class_strengths is None:
+        return np.full(model.null_label + 1, guidance_scale, np.float64)
+    factors = np.asarray(class_strengths).tolist()
+    class_factors("class_strengths", factors, model.null_label)
+    # This form returns exactly `guidance_scale` at factor 1.
+    return guidance_scale + (guidance_scale - 1) * (np.append(factors, 1.0) - 1)
+
+
 def _guided(model: Model, guidance_scale: float, weak: Any = None) -> bool:
     """Whether guidance at this scale needs a second network call."""
     return guidance_scale != 1 and (weak is not None or not model.strength)
@@ -85,13 +104,19 @@ def network_calls(
     sampler: Sampler,
     *,
     guidance_scale: float = 1.0,
+    class_strengths: Sequence[float] | None = None,
     interval: tuple[float, float] | None = None,
     weak: tuple[Model, Any] | None = None,
 ) -> int:
-    """Network calls for one sample of `generate` with these arguments."""
+    """Network calls for one sample of `generate` with these arguments.
+
+    A second call is for all samples of a batch: classes of strength 0 have it beside others.
+    """
     levels = samplers.call_levels(sampler.grid(model.preconditioning.levels), sampler.method)
     low, high = interval or (0.0, np.inf)
-    second = (low < levels) & (levels <= high) & _guided(model, guidance_scale, weak)
+    scales = scales_by_label(model, guidance_scale, class_strengths)[:-1]
+    guided = any(_guided(model, scale, weak) for scale in scales)
+    second = (low < levels) & (levels <= high) & guided
     return len(levels) + int(second.sum())
 
 
@@ -106,14 +131,13 @@ def check_memory(what: str, numbers: int, remedy: str) -> None:
 
 
 def _checked(
-    model: Model, labels: np.ndarray, guidance_scale: float, weak: Any, interval: Any, churn: Any,
+    model: Model, labels: np.ndarray, scales: np.ndarray, weak: Any, interval: Any, churn: Any,
     seed: int,
 ) -> np.ndarray:  # fmt: skip
     """Labels as int32; ValueError on arguments of `generate` without a meaning."""
     labels = np.asarray(labels)
     if labels.size and labels.dtype.kind not in "iu":
         raise ValueError(f"Got labels of {labels.dtype}; expected integers.")
-    in_range("guidance_scale", guidance_scale, -np.inf)
     in_range("seed", seed, 0, 2**32 - 1)
     if interval is not None and not 0 <= interval[0] < interval[1]:
         raise ValueError(f"The guidance interval is {tuple(interval)}; expected 0 <= low < high.")
@@ -133,11 +157,12 @@ def _checked(
         )
     if weak is None and model.strength:
         low, high = model.strength
-        if not low <= guidance_scale - 1 <= high:
-            logging.warning(
-                f"guidance_scale {guidance_scale:g} is strength {guidance_scale - 1:g}, outside "
-                f"the range {model.strength} that this network was trained with."
-            )
+        for scale in sorted({scales.min(), scales.max()}):
+            if not low <= scale - 1 <= high:
+                logging.warning(
+                    f"guidance_scale {scale:g} is strength {scale - 1:g}, outside the range "
+                    f"{model.strength} that this network was trained with."
+                )
     return labels.astype(np.int32)
 
 
@@ -149,6 +174,7 @@ def generate(
     *,
     seed: int = 0,  # sample i starts from the noise of key fold_in(seed, i)
     guidance_scale: float = 1.0,  # of classifier-free guidance; 1 is none
+    class_strengths: Sequence[float] | None = None,  # factors of guidance_scale - 1, (num_classes,)
     interval: tuple[float, float] | None = None,  # (low, high] of sigma with guidance; None: all
     weak: tuple[Model, Any] | None = None,  # (model, params) for autoguidance
     churn: samplers.Churn | None = None,  # stochastic sampling; None is deterministic
@@ -158,18 +184,22 @@ def generate(
     """Samples (n, ...) of the classes, float32 in the units of the scaled data.
 
     Sample i depends on (seed, i, labels[i]) alone, not on batch size or devices. A change of grid,
-    guidance scale or interval does not recompile. A network with the strength as an input receives
-    guidance_scale - 1 instead of guidance. Autoguidance (arXiv:2406.02507) uses a smaller or less
-    trained model in place of the null label. ValueError: a label is outside [0, num_classes], or
-    the weak model has another data shape.
+    guidance scale, class strengths or interval does not recompile. A sample of class c is guided
+    with the scale 1 + (guidance_scale - 1) class_strengths[c]. A network with the strength as an
+    input receives that scale - 1 instead of guidance. Autoguidance (arXiv:2406.02507) uses a
+    smaller or less trained model in place of the null label. ValueError: a label is outside
+    [0, num_classes], class_strengths are not num_classes factors of at least 0, or the weak model
+    has another data shape.
     """
-    labels = _checked(model, labels, guidance_scale, weak, interval, churn, seed)
+    in_range("guidance_scale", guidance_scale, -np.inf)
+    scales = scales_by_label(model, guidance_scale, class_strengths)
+    labels = _checked(model, labels, scales, weak, interval, churn, seed)
     guided = _guided(model, guidance_scale, weak)
     weak_model, weak_params = weak or (None, {})
     run = compiled(model, sampler.method, guided, churn is not None, weak_model)
 
     sigmas, interval = sampler.grid(model.preconditioning.levels), interval or (0.0, np.inf)
-    options = (sigmas, guidance_scale, interval, churn or samplers.Churn())
+    options = (sigmas, scales, interval, churn or samplers.Churn())
     scalars = jax.tree.map(np.float32, options)
     both, (rows, _) = replicated((params, weak_params)), shardings()
     batch_size = spread_size(batch_size, len(labels))

@@ -79,6 +79,18 @@ def pair(key: str, value: Any, low: float, high: float = math.inf) -> None:
         raise ValueError(f"{key} is {value!r}; expected (low, high), {low:g} <= low < high{limit}.")
 
 
+def class_factors(key: str, values: Any, num_classes: int) -> None:
+    """Raise ValueError with key and values unless they are a factor of at least 0 for each class.
+
+    `values` is a tuple or list of numbers.
+    """
+    of_kind(key, values, tuple[float, ...])
+    if len(values) != num_classes:
+        raise ValueError(f"{key} has {len(values)} values; expected {num_classes}, one per class.")
+    for label, value in enumerate(values):
+        in_range(f"{key}[{label}]", value, 0.0)
+
+
 def check_keys(section: str, given: Collection[str], known: Collection[str]) -> None:
     """Raise ValueError with the first key of a section that is unknown or missing."""
     for key in given:

@@ -1,3 +1,5 @@
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,17 @@ def trained():
     return make()
 
 
+@pytest.fixture(scope="module")
+def told():
+    """A network with the strength as its input."""
+    return make(strength=(0.0, 2.0))
+
+
+@pytest.fixture(scope="module")
+def weaker():
+    return make(**{"network.width": 8})
+
+
 def test_samples_are_those_of_the_sampler_called_directly(trained):
     model, params = trained
     labels, grid = np.array([3, 1, 4]), EULER.grid()
@@ -39,9 +52,9 @@ def test_samples_are_those_of_the_sampler_called_directly(trained):
     assert generate.generate(model, params, np.array([]), EULER).shape == (0, 8, 8, 1)
 
 
-def test_autoguidance_puts_a_weaker_model_in_the_place_of_the_null_label(trained):
+def test_autoguidance_puts_a_weaker_model_in_the_place_of_the_null_label(trained, weaker):
     model, params = trained
-    weak, weak_params = make(**{"network.width": 8})
+    weak, weak_params = weaker
     labels, grid = np.array([3, 1, 4]), EULER.grid()
     options = {"guidance_scale": 1.7, "interval": (0.1, 5.0)}
     got = generate.generate(model, params, labels, EULER, weak=(weak, weak_params), **options)
@@ -106,6 +119,41 @@ def test_guidance_interval_and_grid_share_one_program(trained):
     assert run._cache_size() == before + 1
 
 
+@pytest.mark.parametrize("kind", ["null label", "weak model", "strength as input"])
+def test_each_class_has_the_guidance_of_its_own_scale(trained, weaker, told, kind):
+    """1 + (2.5 - 1) s_c, and the whole 2.5 at the null label, without recompilation."""
+    as_input = kind == "strength as input"
+    model, params = told if as_input else trained
+    weak = weaker if kind == "weak model" else None
+    labels, factors = np.array([3, 1, 4, 10]), np.zeros(10)
+    factors[[3, 1, 4]] = 0.4, 2.0, 0.0
+    options = {"seed": 5, "weak": weak, "interval": (0.1, 5.0)}
+    run = generate.compiled(model, "euler", not as_input, False, weak and weak[0])
+    got = generate.generate(
+        model, params, labels, EULER, guidance_scale=2.5, class_strengths=factors, **options
+    )
+    programs = run._cache_size()
+    for row, scale in enumerate([1.6, 4.0, 1.0, 2.5]):
+        scale += 1e-9 * (scale == 1)  # 1 in float32; exactly 1 would be another program
+        expected = generate.generate(model, params, labels, EULER, guidance_scale=scale, **options)
+        np.testing.assert_allclose(got[row], expected[row], rtol=1e-4, atol=1e-4)
+        assert scale == 2.5 or np.abs(expected[row] - expected[(row + 1) % 4]).max() > 1e-3
+    assert run._cache_size() == programs
+    ones = generate.generate(
+        model, params, labels, EULER, guidance_scale=0.1, class_strengths=[1] * 10, **options
+    )
+    none = generate.generate(model, params, labels, EULER, guidance_scale=0.1, **options)
+    np.testing.assert_array_equal(ones, none)
+
+
+def test_classes_without_guidance_need_no_second_call(trained):
+    model, params = trained
+    calls = functools.partial(generate.network_calls, model, EULER, guidance_scale=2.0)
+    assert calls(class_strengths=[0.0] * 10) == calls(guidance_scale=1.0) == 4
+    assert calls(class_strengths=[0.0] * 9 + [0.1]) == calls() == 8
+    assert calls(class_strengths=[0.0] * 10, weak=(model, params)) == 4
+
+
 def test_null_labels_are_allowed_and_others_refused(trained):
     model, params = trained
     assert np.isfinite(generate.generate(model, params, np.array([10]), SAMPLER)).all()
@@ -125,6 +173,10 @@ NAN, INF = float("nan"), float("inf")
     ({"churn": samplers.Churn(noise_scale=-1.0)}, "churn.noise_scale is -1.0"),
     ({"seed": -1}, "seed is -1; expected an integer of at least 0 and at most 4294967295"),
     ({"seed": 2**32}, "seed is 4294967296"),
+    ({"class_strengths": [1.0] * 9}, "class_strengths has 9 values; expected 10, one per class"),
+    ({"class_strengths": [1.0] * 9 + [-0.5]}, r"class_strengths\[9\] is -0.5; expected"),
+    ({"class_strengths": np.append(NAN, np.ones(9))}, r"class_strengths\[0\] is nan"),
+    ({"class_strengths": 0.5}, "class_strengths is 0.5; expected any number of values"),
     ({"labels": np.array([2**32])}, "must lie in 0..10"),
     ({"labels": np.array([0.5])}, "labels of float64; expected integers"),
     ({"labels": np.broadcast_to(np.int8(0), 10**13)}, r"0 samples .* need 2.56e\+06 GB"),
@@ -152,9 +204,9 @@ def test_progress_counts_samples_and_not_padding(trained):
     chex.assert_equal(few.shape, (3, 8, 8, 1))
 
 
-def test_a_network_with_strength_takes_the_scale_as_its_input():
+def test_a_network_with_strength_takes_the_scale_as_its_input(told):
     """One call at any scale, and none of guidance outside the interval; no recompilation."""
-    model, params = make(strength=(0.0, 2.0))
+    model, params = told
     labels, grid = np.array([3, 1, 4]), EULER.grid()
     x = np.float32(grid[0]) * normal_like(sample_keys(5, range(3)), jnp.zeros((3, 8, 8, 1)))
     run = generate.compiled(model, "euler", False, False, None)

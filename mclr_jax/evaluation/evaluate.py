@@ -142,6 +142,7 @@ def evaluate(
     guidance_scales: Iterable[float] = (1.0,),
     averages: Iterable[str] = ("",),
     interpolations: Iterable[float] = (1.0,),
+    class_strengths: Sequence[float] | None = None,
     interval: tuple[float, float] | None = None,
     weak: tuple[Model, Any] | None = None,
     training: Source | None = None,  # images, to find copies of them: column `memorized`
@@ -166,6 +167,7 @@ def evaluate(
         "reference": real.digest, "reference_examples": real.moments.count,
     }  # fmt: skip
     fixed |= {"autoguidance": digest(weak[1])} if weak else {}  # other rows keep their keys
+    fixed |= {} if class_strengths is None else {"class_strengths": list(class_strengths)}
     fixed |= {"memorized_from": _content(training)} if training is not None else {}
     for average, interpolation in itertools.product(averages, interpolations):
         params, step = run.weights(average, interpolation=interpolation)
@@ -179,7 +181,8 @@ def evaluate(
                 rows.append(json.loads(path.read_text()))
                 progress(num_samples)
                 continue
-            guided: dict[str, Any] = {"guidance_scale": scale, "interval": interval, "weak": weak}
+            guided: dict[str, Any] = {"guidance_scale": scale, "class_strengths": class_strengths,
+                                      "interval": interval, "weak": weak}  # fmt: skip
             start = time.perf_counter()
             samples = generate.generate(
                 run.model, params, labels, run.sampler,

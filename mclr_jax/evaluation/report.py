@@ -17,8 +17,8 @@ from mclr_jax.files import flat, read_lines
 from mclr_jax.runs import load
 
 FIRST = ("loss", "eval_loss", "accuracy", "eval_accuracy", "error", "eval_error")
-SETTINGS = ("step", "average", "interpolation", "guidance_scale", "guidance_interval",
-            "autoguidance", "samples", "features")  # fmt: skip
+SETTINGS = ("step", "average", "interpolation", "guidance_scale", "class_strengths",
+            "guidance_interval", "autoguidance", "samples", "features")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
