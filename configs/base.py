@@ -56,6 +56,9 @@ def base() -> ConfigDict:
     config.preconditioning = ConfigDict({"name": "edm"})  # or velocity, epsilon, v
     config.weight = "natural"  # 1 / c_out^2; or "fused_snr", with a noise level for each frame
     config.strength = ()  # (low, high) of the guidance strength, if it is an input of the network
+    # Factors of the objective's strength, one per class, as launch.calibrate prints them; () is all
+    # 1. mclr, mclr_null, cca, gft and model_guidance read them.
+    config.class_strengths = ()
     config.objective = options("dsm")
     config.posterior = ConfigDict(
         {"name": ""}

@@ -166,6 +166,7 @@ def make_task(config: Any, data: DataInfo, companions: Mapping[str, Model]) -> T
         sigma_data=data.sigma_data,
         frames=model.frames,
         strength=model.strength,
+        class_strengths=tuple(config.class_strengths),
     )
     return Task(
         model=model,

@@ -35,6 +35,7 @@ KEYS: dict[str, Any] = {
     "require_accelerator": bool, "steps_per_dispatch": (0,), "grad_accumulation": (1,),
     "log_every": (1,), "checkpoint_every": (0,), "keep_checkpoints": (1,), "eval_examples": (0,),
     "sample_every": (0,), "sigma_data": (0.0, LEVELS[1]), "strength": tuple[float, ...],
+    "class_strengths": tuple[float, ...],
     "icr.every_steps": (0,), "icr.num_images": (2,), "icr.sigma": (0.0, LEVELS[1], "("),
     "icr.layer": str, "icr.samples": (0,), "profile.start": (0,), "profile.num_steps": (0,),
     "data.name": str, "data.path": str, "data.test": str, "data.generated": str,

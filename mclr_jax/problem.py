@@ -8,6 +8,7 @@ import jax
 from flax import struct
 
 from mclr_jax.metrics import Metrics
+from mclr_jax.names import class_factors
 from mclr_jax.noise import NoiseLevels
 from mclr_jax.types import Condition, DenoiseFn, MomentsFn
 
@@ -52,6 +53,10 @@ class Problem:
     frames: tuple[int, ...] = ()  # shape of the noise levels of one example, () or (F,)
     strength: tuple[float, ...] = ()  # (low, high) of the strength as an input, () without it
     class_strengths: tuple[float, ...] = ()  # factors of the strength by class, () for all 1
+
+    def __post_init__(self):
+        if self.class_strengths:
+            class_factors("config.class_strengths", self.class_strengths, self.null_label)
 
 
 class Batch(struct.PyTreeNode):

@@ -421,15 +421,23 @@ def companions(config: Any, data: DataInfo, workdir: pathlib.Path) -> dict[str, 
         logging.warning("config.companions.%s is not used: this objective reads %s.",
                         name, ", ".join(paths) or "no companion")  # fmt: skip
     for name, path in paths.items():
-        model = held[name] if name in held else load(path).model
-        kind = "a classifier" if model.is_classifier else "a denoiser"
-        wanted = "a classifier" if name == "classifier" else "a denoiser"
-        got, expected = ((info.shape, info.num_classes) for info in (model.data, data))
-        if (kind, got) != (wanted, expected):
-            raise ValueError(
-                f"Companion {name!r} in {path!r}: expected {wanted}, data shape and number of "
-                f"classes {expected}, those of config.data.name={config.data.name!r}; it is {kind} "
-                f"of {got}."
-            )
-        found[name] = model
+        found[name] = held[name] if name in held else load(path).model
+        check_companion(name, path, found[name], data, config)
     return found
+
+
+def check_companion(name: str, path: str, model: Model, data: DataInfo, config: Any) -> None:
+    """ValueError unless the model of the run in `path` is of the kind and data that `name` needs.
+
+    `data` are those of config.data: a companion has their shape and number of classes. The one
+    named "classifier" is a classifier, all others are denoisers.
+    """
+    kind = "a classifier" if model.is_classifier else "a denoiser"
+    wanted = "a classifier" if name == "classifier" else "a denoiser"
+    got, expected = ((info.shape, info.num_classes) for info in (model.data, data))
+    if (kind, got) != (wanted, expected):
+        raise ValueError(
+            f"Companion {name!r} in {path!r}: expected {wanted}, data shape and number of "
+            f"classes {expected}, those of config.data.name={config.data.name!r}; it is {kind} "
+            f"of {got}."
+        )

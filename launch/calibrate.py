@@ -1,0 +1,131 @@
+"""Find guidance strengths by class, at which samples are as recognisable as held-out data.
+
+  python -m launch.calibrate --workdir=runs/digits --classifier=runs/digits_classifier \\
+      --out=strengths.json
+  python -m launch.sample --workdir=runs/digits --guidance_scale=2 \\
+      --class_strengths=strengths.json --out=digits.npz
+
+The strength of a class is the smallest one at which the samples of the class have the same mean
+probability of their class as held-out images, both with noise of level --sigma, according to a
+classifier of noisy images (configs/NAME_classifier.py). Strengths are those of CFG, or with
+--autoguidance those of autoguidance, or the network's input where config.strength is set.
+
+The file has `class_strengths`, factors of `strength` = --max_strength: with them,
+guidance_scale = 1 + strength gives each class its own strength; a smaller scale makes all weaker.
+"""
+
+import dataclasses
+import functools
+
+import jax
+from absl import flags
+
+from launch import common
+from mclr_jax import runs
+from mclr_jax.evaluation import calibrate
+from mclr_jax.evaluation.features import Extractor
+from mclr_jax.files import digest, provenance, write_json
+from mclr_jax.training.devices import banner
+from mclr_jax.training.log import Progress
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of launch.train.")
+CLASSIFIER = flags.DEFINE_string("classifier", None, "Directory of a classifier of noisy images.")
+OUT = flags.DEFINE_string("out", None, "File to write, NAME.json.")
+MAX_STRENGTH = flags.DEFINE_float(
+    "max_strength", 1.0, "Largest strength, guidance_scale - 1; no class gets a larger one."
+)
+GRID = flags.DEFINE_integer(
+    "grid", 6, "Number of strengths, evenly spaced from 0 to --max_strength.", lower_bound=2
+)
+SAMPLES_PER_CLASS = flags.DEFINE_integer(
+    "samples_per_class", 200, "Samples of each class at each strength.", lower_bound=2
+)
+SIGMA = flags.DEFINE_float("sigma", 0.3, "Noise level at which images are classified.")
+SEED = flags.DEFINE_integer(
+    "seed", 1, "Seed of the starting noise, another one than that of an evaluation.", lower_bound=0
+)
+GUIDANCE_INTERVAL = flags.DEFINE_list(
+    "guidance_interval", None, "Guide only at noise levels in LO,HI."
+)
+AUTOGUIDANCE = flags.DEFINE_string(
+    "autoguidance", None, "Directory of a weaker run, the weak model of the guidance."
+)
+EMA = flags.DEFINE_string("ema", "", "Average of the weights, as --ema of launch.sample.")
+CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "Training step; default: the last.")
+DATA = flags.DEFINE_string("data", "", common.DATA)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Samples at a time.", lower_bound=1)
+
+
+def main() -> None:
+    run = runs.load(WORKDIR.value, data=DATA.value)
+    out = common.output(OUT.value, ".json")
+    common.use_cores(run.model.network)
+    interval = common.numbers(GUIDANCE_INTERVAL, float, 2)
+    weak = runs.load_model(AUTOGUIDANCE.value) if AUTOGUIDANCE.value else None
+    classifier, weights = runs.load_model(CLASSIFIER.value)
+    runs.check_companion("classifier", CLASSIFIER.value, classifier, run.model.data, run.config)
+    apply = functools.partial(classifier.features, sigma=SIGMA.value)
+    extractor = Extractor(f"classifier:{CLASSIFIER.value}", jax.device_get(weights), apply)
+    params, step = run.weights(EMA.value, CHECKPOINT.value)
+    total = GRID.value * SAMPLES_PER_CLASS.value * run.model.null_label
+    with Progress(total, "sample") as progress:
+        found = calibrate.calibrate(
+            run.model,
+            params,
+            run.sampler,
+            extractor,
+            run.source("test"),
+            max_strength=MAX_STRENGTH.value,
+            grid=GRID.value,
+            samples_per_class=SAMPLES_PER_CLASS.value,
+            sigma=SIGMA.value,
+            seed=SEED.value,
+            interval=(interval[0], interval[1]) if interval else None,
+            weak=weak,
+            batch_size=BATCH_SIZE.value,
+            progress=progress.update,
+        )
+    settings = {
+        "workdir": WORKDIR.value,
+        "step": step,
+        "average": EMA.value,
+        "weights": digest(params),
+        "classifier": CLASSIFIER.value,
+        "classifier_weights": extractor.digest,
+        "sampler": dataclasses.asdict(run.sampler),
+        "guidance_interval": interval,
+        "autoguidance": digest(weak[1]) if weak else None,
+        **provenance(),
+        "device": banner(),
+    }
+    write_json(out, found | settings)
+    _show(found)
+    factors = ",".join(f"{factor:g}" for factor in found["class_strengths"])
+    scale = 1 + found["strength"]
+    print(f"Wrote {out}. To sample: --guidance_scale={scale:g} --class_strengths={out}")
+    print(f"To train with strength {found['strength']:g}: --config.class_strengths={factors}")
+
+
+def _show(found: dict) -> None:
+    """Print a row for each class."""
+    first, last = found["by_strength"][0], found["by_strength"][-1]
+    columns = {
+        "held out": found["real"]["mean"],
+        "error": found["real"]["standard_error"],
+        "strength 0": first["mean"],
+        f"strength {last['strength']:g}": last["mean"],
+        "factor": found["class_strengths"],
+        "from": found["at_one_error_less"],
+        "to": found["at_one_error_more"],
+    }
+    print("class", *(f"{name:>12s}" for name in columns))
+    for label, row in enumerate(zip(*columns.values(), strict=True)):
+        print(f"{label:5d}", *(f"{value:12.4f}" for value in row))
+    if found["unreached"]:
+        classes = ", ".join(map(str, found["unreached"]))
+        print(f"No strength makes these classes as recognisable as held-out data: {classes}.")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["workdir", "classifier", "out"])
+    common.run(main)
