@@ -79,9 +79,12 @@ def companions(config: Any, data: DataInfo) -> dict[str, Model]:
     return {name: model(name, path) for name, path in runs.companion_paths(config).items()}
 
 
-def planned(config: Any, data: DataInfo, topology: str) -> dict[str, Any]:
-    """`plan.plan` of a config."""
-    task = experiment.make_task(config, data, companions(config, data))
+def planned(
+    config: Any, data: DataInfo, topology: str, models: Mapping[str, Model] | None = None
+) -> dict[str, Any]:
+    """`plan.plan` of a config; `models` are the companions, by default those of `companions`."""
+    models = companions(config, data) if models is None else models
+    task = experiment.make_task(config, data, models)
     sampler = construct(Sampler, config.sampler, "sampler")
     calls = 0 if task.model.is_classifier else generate.network_calls(task.model, sampler)
     with cpu.programs_for_others():

@@ -235,11 +235,37 @@ def _compiled(lowered: Any, scale: int) -> tuple[dict[str, int | None], dict]:
     return {name: scale * size for name, size in parts.items()}, collectives(compiled.as_text())
 
 
+def forward_flops(model: Model) -> int:
+    """FLOPs of one call of the network for one example."""
+    answer = model.logits if model.is_classifier else model.denoise
+    inputs = jax.ShapeDtypeStruct((1, *model.data.shape), np.float32), np.ones(1, np.float32)
+
+    def call(params, x, sigma):
+        return answer(params)(x, sigma, np.zeros(1, np.int32))
+
+    with cpu.programs_for_others():
+        return flops(jax.make_jaxpr(call)(runs.shapes(model), *inputs).jaxpr)
+
+
+def shapes(task: Task, batch_size: int, length: int = 1) -> tuple:
+    """The arguments of a dispatch of `length` steps: state, frozen, batches, count."""
+    state = jax.eval_shape(lambda: init_state(task))
+    frozen = {name: runs.shapes(model) for name, model in task.frozen.items()}
+    rows = batches(task, batch_size, length)
+    return state, frozen, rows, jax.ShapeDtypeStruct((), np.int32)
+
+
+def step_flops(task: Task, batch_size: int) -> int:
+    """FLOPs of a training step, of all devices together."""
+    with cpu.programs_for_others():
+        return flops(jax.make_jaxpr(make_update(task))(*shapes(task, batch_size)).jaxpr)
+
+
 def plan(
     task: Task, name: str, parallel: str, *, batch_size: int, steps_per_dispatch: int,
     num_steps: int, network_calls: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """The cost of a training on a topology, as JSON; see docs/devices.md for its keys.
+    """The cost of a training on a topology, as JSON; docs/devices.md explains the keys.
 
     Args:
       name: of the topology.
@@ -253,52 +279,37 @@ def plan(
     chip, all_devices = topology(name)
     devices, chips = Devices(parallel, all_devices), len(all_devices) // chip.devices
     devices.check_batch_size(batch_size, task.grad_accumulation)
+    in_step, in_call = step_flops(task, batch_size), forward_flops(task.model)
+    arguments = shapes(task, batch_size, steps_per_dispatch)
+    start = time.perf_counter()
     with cpu.programs_for_others():
-        state = jax.eval_shape(lambda: init_state(task))
-        frozen = {key: runs.shapes(model) for key, model in task.frozen.items()}
-        count = jax.ShapeDtypeStruct((), np.int32)
-        one_step = state, frozen, batches(task, batch_size, 1), count
-        step_flops = flops(jax.make_jaxpr(make_update(task))(*one_step).jaxpr)
-        call_flops = forward_flops(task.model)
-        start = time.perf_counter()
-        shapes = state, frozen, batches(task, batch_size, steps_per_dispatch), count
-        memory, exchanged = _compiled(_lowered(task, devices, shapes), chip.devices)
-        seconds = time.perf_counter() - start
-    roofline = _roofline(chip, step_flops / chips, memory, exchanged)
+        memory, exchanged = _compiled(_lowered(task, devices, arguments), chip.devices)
+    seconds = time.perf_counter() - start
+    roofline = _roofline(chip, in_step / chips, memory, exchanged)
+    sampling = 1000 * network_calls * in_call
     return {
         "topology": name,
         "parallel": parallel,
         "chips": chips,
         "batch_size": batch_size,
         "steps_per_dispatch": steps_per_dispatch,
-        "parameters": _size(state.params),
-        "frozen_parameters": _size(frozen),
+        "parameters": _size(arguments[0].params),
+        "frozen_parameters": _size(arguments[1]),
         "memory_per_chip_bytes": memory,
         "chip_memory_bytes": chip.memory,
         "fits": memory["arguments"] is not None,
-        "flops_per_step": step_flops,
-        "flops_per_example": {"forward": call_flops, "step": step_flops / batch_size},
+        "flops_per_step": in_step,
+        "flops_per_example": {"forward": in_call, "step": in_step / batch_size},
         "collectives": exchanged,
         "roofline": roofline,
         "device_hours": roofline["seconds_per_step"] * num_steps * chips / 3600,
         "thousand_samples": {
             "network_calls": network_calls,
-            "flops": 1000 * network_calls * call_flops,
-            "chip_seconds": 1000 * network_calls * call_flops / chip.flops,
+            "flops": sampling,
+            "chip_seconds": sampling / chip.flops,
         },
         "compile_seconds": seconds,
     }
-
-
-def forward_flops(model: Model) -> int:
-    """FLOPs of one call of the network for one example."""
-    answer = model.logits if model.is_classifier else model.denoise
-    inputs = jax.ShapeDtypeStruct((1, *model.data.shape), np.float32), np.ones(1, np.float32)
-
-    def call(params, x, sigma):
-        return answer(params)(x, sigma, np.zeros(1, np.int32))
-
-    return flops(jax.make_jaxpr(call)(runs.shapes(model), *inputs).jaxpr)
 
 
 def _size(tree: Any) -> int:
