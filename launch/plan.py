@@ -1,13 +1,13 @@
 """What a config costs on TPUs, found by their compiler on a machine without one.
 
-  python -m launch.plan --config=configs/digits.py --topology=v5e:2x2 --parallel=fsdp --out=plan.json
+  python -m launch.plan --config=configs/digits.py --topology=v5e:4x4 --parallel=fsdp
 
 Compiles the training step for the topology (v5e:1x1, v5e:4x4, v6e:2x4, v5p:2x2x1, ...) and prints
 memory, FLOPs, collectives and a lower bound of the time, from published peaks of the chip. Nothing
 is trained. The data tell the shape of an example and the number of classes; without the data give
---shape and --num_classes. The companions of an objective may be runs, or runs that do not exist yet:
-runs/NAME is then taken to be trained from configs/NAME.py. What does not fit is tried again with
-less memory, if --suggest is given. docs/devices.md explains the keys of the JSON file.
+--shape and --num_classes. A companion of the objective is a run or, if there is no run runs/NAME,
+what configs/NAME.py would train. --suggest tries what saves memory, if the step does not fit.
+docs/devices.md explains the keys of the JSON file.
 """
 
 import pathlib
@@ -22,7 +22,7 @@ from ml_collections import ConfigDict, config_flags
 from launch import common
 from mclr_jax import cpu, experiment, generate, main, plan, runs
 from mclr_jax.data import sources
-from mclr_jax.files import provenance, write_json
+from mclr_jax.files import flat, provenance, write_json
 from mclr_jax.model import DataInfo, Model
 from mclr_jax.names import construct
 from mclr_jax.samplers import Sampler
@@ -71,8 +71,8 @@ def companions(config: Any, data: DataInfo) -> dict[str, Model]:
         file = pathlib.Path("configs") / f"{pathlib.Path(path).name}.py"
         if not file.exists():
             raise FileNotFoundError(
-                f"Companion {name!r}: {path} is no run, and there is no {file}, from which it could "
-                "be trained; train it, or set the companion to a run or to runs/NAME."
+                f"Companion {name!r}: {path} is no run, and there is no {file} to train it from; "
+                "set the companion to the directory of a run, or to runs/NAME of a config."
             )
         return experiment.make_model(runpy.run_path(str(file))["get_config"](), data)
 
@@ -96,15 +96,9 @@ def planned(
 
 
 def suggestions(config: Any, data: DataInfo, topology: str) -> dict[str, dict[str, Any]]:
-    """What each of the remedies, and all of them together, need: {change: memory and fits}."""
-
-    def holds(key: str) -> bool:
-        section, _, name = key.rpartition(".")
-        return not section or name in config[section]
-
-    possible = {key: value for key, value in REMEDIES.items() if holds(key)}
-    possible = {k: v for k, v in possible.items() if config.to_dict().get(k) != v}
-    found = {}
+    """Flags that save memory, one by one and together -> the memory needed, and whether it fits."""
+    flat_config, found = flat(config.to_dict()), {}
+    possible = {k: v for k, v in REMEDIES.items() if flat_config.get(k, v) != v}
     for change in [*({key: value} for key, value in possible.items()), possible]:
         changed = ConfigDict(config.to_dict())
         changed.update_from_flattened_dict(change)

@@ -16,13 +16,16 @@ _for_others = contextvars.ContextVar("for_others", default=False)
 
 
 def is_target() -> bool:
-    """Whether programs are traced for the CPU: the default backend, unless `programs_for_others`."""
+    """Whether programs are for the CPU: the default backend, and not in `programs_for_others`."""
     return jax.default_backend() == "cpu" and not _for_others.get()
 
 
 @contextlib.contextmanager
 def programs_for_others() -> Iterator[None]:
-    """Programs traced inside are those of an accelerator, on a machine without one."""
+    """Programs traced inside are those of an accelerator, on a machine without one.
+
+    JAX remembers what it has traced: a function that was traced before keeps its form.
+    """
     token = _for_others.set(True)
     try:
         yield

@@ -99,16 +99,16 @@ def flops(jaxpr: Any) -> int:
     """
     total = 0
     for equation in jaxpr.eqns:
-        name, out = equation.primitive.name, equation.outvars[0].aval if equation.outvars else None
+        name, results = equation.primitive.name, [variable.aval for variable in equation.outvars]
         if name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             shape = equation.invars[0].aval.shape
-            total += 2 * out.size * math.prod(shape[axis] for axis in contracted)
+            total += 2 * results[0].size * math.prod(shape[axis] for axis in contracted)
         elif name == "conv_general_dilated":
             kernel = equation.invars[1].aval
             features = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
             inserted = math.prod(equation.params["lhs_dilation"])
-            total += 2 * out.size * (kernel.size // features) // inserted
+            total += 2 * results[0].size * (kernel.size // features) // inserted
         parts = [flops(part) for part in _inner(equation)]
         if name == "cond":
             total += max(parts)
@@ -182,12 +182,10 @@ def batches(task: Task, batch_size: int, length: int) -> dict[str, jax.ShapeDtyp
     shape = task.model.data.shape
     kind = np.uint8 if len(shape) == 3 and shape[-1] in (1, 3) else np.float32
     prefixes = ["", *(f"{name}_" for name in sorted(task.needs & {"other", "generated"}))]
-    rows = {"index": ((), np.int32)} | {f"{prefix}label": ((), np.int32) for prefix in prefixes}
-    rows |= {f"{prefix}image": (shape, kind) for prefix in prefixes}
-    return {
-        name: jax.ShapeDtypeStruct((length, batch_size, *rest), dtype)
-        for name, (rest, dtype) in rows.items()
-    }
+    integer = jax.ShapeDtypeStruct((length, batch_size), np.int32)
+    image = jax.ShapeDtypeStruct((length, batch_size, *shape), kind)
+    rows = {f"{prefix}label": integer for prefix in prefixes}
+    return {"index": integer, **rows, **{f"{prefix}image": image for prefix in prefixes}}
 
 
 def _lowered(task: Task, devices: Devices, shapes: tuple) -> Any:
@@ -207,8 +205,8 @@ def _lowered(task: Task, devices: Devices, shapes: tuple) -> Any:
         )
         over_rows = NamedSharding(devices.mesh, PartitionSpec(None, AXIS))
         rows = runs.placed(rows, jax.tree.map(lambda x: over_rows, rows))
-    update = make_update(task, devices.axis_name)
-    return devices.compile(update).lower(state, frozen, rows, count)
+    step: Any = devices.compile(make_update(task, devices.axis_name))
+    return step.lower(state, frozen, rows, count)
 
 
 def _compiled(lowered: Any, scale: int) -> tuple[dict[str, int | None], dict]:
@@ -319,10 +317,11 @@ def _size(tree: Any) -> int:
 def _roofline(chip: Chip, flops: float, memory: dict, exchanged: dict) -> dict[str, Any]:
     """A lower bound of the seconds of a step: the longest of computing, memory and links.
 
-    The memory is read once where the arguments are, written where the results are, and both where
-    the temporaries are. An all-reduce moves its result twice.
+    Arguments are read, results written, and temporaries both, once each. An all-reduce moves its
+    result twice. Of a step that does not fit only the computing is known.
     """
-    moved = sum(memory[part] or 0 for part in ("arguments", "outputs", "temporaries", "temporaries"))
+    times = {"arguments": 1, "outputs": 1, "temporaries": 2}
+    moved = sum(n * (memory[part] or 0) for part, n in times.items())
     sent = sum((1 + (kind == "all-reduce")) * each["bytes"] for kind, each in exchanged.items())
     parts = {
         "compute": flops / chip.flops,
