@@ -24,7 +24,7 @@ from mclr_jax import cpu, experiment, generate, main, plan, runs
 from mclr_jax.data import sources
 from mclr_jax.files import flat, provenance, write_json
 from mclr_jax.model import DataInfo, Model
-from mclr_jax.names import construct
+from mclr_jax.names import construct, fields, resolve
 from mclr_jax.samplers import Sampler
 from mclr_jax.training.devices import MODES
 
@@ -36,11 +36,10 @@ NUM_CLASSES = flags.DEFINE_integer("num_classes", 0, "Classes, with --shape.", l
 SUGGEST = flags.DEFINE_bool("suggest", False, "Try what saves memory, if the step does not fit.")
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.json.")
 
-# Changes of a config that save memory, by the name of the flag.
+# Changes of a config that save memory, beside more parts of a batch.
 REMEDIES: Mapping[str, Any] = {
     "network.remat": True,
     "network.dtype": "bfloat16",
-    "grad_accumulation": 4,
     "parallel": "fsdp",
 }
 
@@ -53,6 +52,8 @@ def data_info(config: Any, shape: list[int] | None, num_classes: int) -> DataInf
     if shape:
         if not (classes := num_classes or config.data.num_classes):
             raise ValueError("--shape is given without --num_classes; both are needed.")
+        if min(shape) < 1:
+            raise ValueError(f"--shape is {shape}; expected positive sizes, such as 32,32,3.")
         share = (1 / classes,) * classes
         return DataInfo(tuple(shape), classes, config.sigma_data or 1.0, share)
     try:
@@ -96,14 +97,23 @@ def planned(
 
 
 def suggestions(config: Any, data: DataInfo, topology: str) -> dict[str, dict[str, Any]]:
-    """Flags that save memory, one by one and together -> the memory needed, and whether it fits."""
-    flat_config, found = flat(config.to_dict()), {}
-    possible = {k: v for k, v in REMEDIES.items() if flat_config.get(k, v) != v}
+    """Keys that save memory, one by one and together -> the memory needed, and whether it fits."""
+    given, found = flat(config.to_dict()), {}
+    known = fields(resolve(experiment.NETWORKS, config.network.name, "network"))
+    possible = {"grad_accumulation": 4 * config.grad_accumulation}
+    for key, value in REMEDIES.items():
+        section, _, name = key.rpartition(".")
+        if given.get(key) != value and (not section or name in known):
+            possible[key] = value
     for change in [*({key: value} for key, value in possible.items()), possible]:
         changed = ConfigDict(config.to_dict())
         changed.update_from_flattened_dict(change)
-        name = " ".join(f"--config.{key}={value}" for key, value in change.items())
-        cost = planned(changed, data, topology)
+        name = ", ".join(f"{key}={value}" for key, value in change.items())
+        try:
+            cost = planned(changed, data, topology)
+        except ValueError as error:  # the parts of the batch are too small
+            print(f"{name}: not possible ({error})", flush=True)
+            continue
         found[name] = {key: cost[key] for key in ("fits", "memory_per_chip_bytes")}
         print(f"{name}: {_memory(cost)}", flush=True)
     return found

@@ -248,6 +248,8 @@ def test_a_shape_replaces_the_data(tmp_path):
         command.data_info(config, None, 0)
     with pytest.raises(ValueError, match="--num_classes"):
         command.data_info(config, [8, 8, 1], 0)
+    with pytest.raises(ValueError, match="positive"):
+        command.data_info(config, [8, 0, 1], 4)
     found = command.data_info(config, [8, 8, 1], 4)
     assert (found.shape, found.num_classes) == ((8, 8, 1), 4)
     assert math.isclose(sum(found.class_prior), 1)
@@ -263,6 +265,24 @@ def test_companions_without_a_run_are_those_of_their_configs(monkeypatch):
     config.companions.classifier = "runs/nothing"
     with pytest.raises(FileNotFoundError, match=r"'classifier'.*configs/nothing.py"):
         command.companions(config, DIGITS)
+
+
+def test_what_saves_memory_is_tried_alone_and_together(monkeypatch, capsys):
+    """A step of 48 GiB, which each change halves; four parts alone are refused."""
+    config = tiny.config("digits", parallel="fsdp")
+
+    def planned(changed, data, topology):
+        halves = changed.network.get("remat", False) + (changed.network.dtype == "bfloat16")
+        if changed.grad_accumulation == 4 and not halves:
+            raise ValueError("grad_accumulation is 4")
+        return {"fits": halves == 2, "memory_per_chip_bytes": {"peak": 48 * 2**30 >> halves}}
+
+    monkeypatch.setattr(command, "planned", planned)
+    found = command.suggestions(config, DIGITS, "v5e:1x1")
+    remat, dtype, parts = "network.remat=True", "network.dtype=bfloat16", "grad_accumulation=4"
+    fits = {name: each["fits"] for name, each in found.items()}
+    assert fits == {remat: False, dtype: False, f"{parts}, {remat}, {dtype}": True}
+    assert "not possible (grad_accumulation is 4)" in capsys.readouterr().out
 
 
 def test_the_text_has_every_part():
