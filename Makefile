@@ -1,10 +1,10 @@
 # `make demo` trains on digits and draws samples; `make test` checks everything; `make mutants` checks
-# the tests. All make .venv first.
+# the tests. All make .venv first. `make tpu` compiles for TPUs, which no machine needs to have.
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-lowest mutants clean
+.PHONY: demo test test-lowest tpu mutants clean
 
 demo: $(VENV)/installed
 	$(RUN) -m launch.demo --workdir=runs/demo
@@ -22,6 +22,12 @@ mutants: $(VENV)/installed
 test-lowest:
 	$(MAKE) test VENV=.venv-lowest PIP_CONSTRAINT=requirements-lowest.txt
 
+# libtpu has 137 MB and looks for a TPU when JAX is imported: it gets an environment of its own.
+tpu:
+	$(MAKE) .venv-tpu/installed VENV=.venv-tpu
+	.venv-tpu/bin/python -m pip install -q -e '.[tpu-compile]'
+	.venv-tpu/bin/python -m pytest -q tests/test_plan.py
+
 $(VENV)/installed: setup.py
 	$(PYTHON) -c "import sys; sys.exit('mclr_jax needs Python >= 3.11, not ' + sys.version.split()[0]) if sys.version_info < (3, 11) else None"
 	$(PYTHON) -m venv $(VENV)
@@ -29,4 +35,4 @@ $(VENV)/installed: setup.py
 	touch $@
 
 clean:
-	rm -rf .venv .venv-lowest runs
+	rm -rf .venv .venv-lowest .venv-tpu runs

@@ -54,5 +54,6 @@ setup(
         "test": TEST + FEATURES,
         "features": FEATURES,
         "torch": ["torch>=2.4,<3"],
+        "tpu-compile": ["jax[tpu]>=0.9,<0.11"],  # the libtpu of this jax
     },
 )

@@ -330,6 +330,32 @@ def settings() -> str:
     return table(["training, images/s", *heads], body)
 
 
+def compiled() -> str:
+    """What steps cost on TPUs, by their compiler."""
+
+    def line(row: dict) -> list[str]:
+        memory, chip = row["memory_per_chip_bytes"]["peak"], row["chip_memory_bytes"]
+        exchanged = sum(each["bytes"] for each in row["collectives"].values())
+        needed = "more" if memory is None else f"{memory / 2**30:.2g}"
+        return [
+            row["name"], f"{row['topology']}, `{row['parallel']}`",
+            f"{row['parameters'] / 1e6:.3g}",
+            f"{needed} / {chip / 2**30:.4g}{'' if row['fits'] else ': does not fit'}",
+            f"{row['flops_per_step'] / 1e12:.2g}", f"{exchanged / 2**20:.3g}",
+            f"{1000 * row['roofline']['seconds_per_step']:.2g}", f"{row['device_hours']:.2g}",
+            f"{row['compile_seconds']:.0f}",
+        ]  # fmt: skip
+
+    head = ["config", "chips", "parameters, M", "memory / chip's, GiB", "TFLOP", "collectives, MiB",
+            "ms at least", "chip-hours at least", "compilation, s"]  # fmt: skip
+    return table(head, map(line, load("compiled")["rows"]))
+
+
+def mclr_over_dsm() -> str:
+    found = load("compiled")["mclr_over_dsm"]
+    return table(["config", *found], [["MCLR / DSM", *(f"{x:.2f}" for x in found.values())]])
+
+
 # ---- pages ---------------------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ FLOORS = [
     ["experiment"],
     ["training/"],
     ["runs", "generate", "images"],
+    ["plan"],
     ["pretrained/", "assimilation/"],
     ["evaluation/"],
     ["representation/"],

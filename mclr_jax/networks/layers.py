@@ -14,6 +14,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.nn.initializers import Initializer, ones, xavier_uniform, zeros
 
+from mclr_jax import cpu
 from mclr_jax.names import in_range
 from mclr_jax.types import Condition
 
@@ -26,7 +27,7 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: Any = "S
     """x (B, H, W, C), kernel (kh, kw, C, D) of its dtype -> (B, H', W', D); XLA's `padding`."""
     margins = tuple(size // 2 for size in kernel.shape[:2])
     odd = all(size % 2 for size in kernel.shape[:2])
-    if jax.default_backend() == "cpu" and stride == 1 and padding == "SAME" and odd:
+    if cpu.is_target() and stride == 1 and padding == "SAME" and odd:
         return _convolution.bind(x, kernel, margins=margins)
     return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=NHWC)
 

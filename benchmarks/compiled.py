@@ -1,0 +1,96 @@
+"""What configs cost on TPUs, from their compiler (mclr_jax/plan.py); no TPU is needed.
+
+  python benchmarks/compiled.py               # all rows that are missing, in minutes each
+  python benchmarks/compiled.py --row=digits  # those whose name begins like this
+
+Writes benchmarks/results/compiled.json, row by row. It needs `pip install -e '.[tpu-compile]'`.
+"""
+
+import argparse
+import json
+from typing import Any
+
+import jax
+import parameters
+import tasks
+
+from launch import plan as command
+from mclr_jax import experiment, plan
+from mclr_jax.files import provenance, write_json
+from mclr_jax.model import DataInfo
+
+OUT = tasks.RESULTS / "compiled.json"
+LATENTS = (32, 32, 4), 1000  # of ImageNet at 256x256
+# DiT-XL/2 as changes of a config; each block is recomputed, and one program serves all.
+XL = {"network.patch_size": 2, "network.width": 1152, "network.depth": 28, "network.heads": 16,
+      "network.dtype": "bfloat16", "network.remat": True, "network.scan_blocks": True,
+      "batch_size": 256, "num_steps": 400_000}  # fmt: skip
+CLASSIFIER = {"name": "conv_classifier", "channels": (128, 256, 256), "patch_size": 1,
+              "dtype": "bfloat16"}  # fmt: skip
+HALF = {"objective.negative_share": 0.5}
+MODES = ("pmap", "data", "fsdp")
+# name -> (config, changes, topologies and layouts)
+CASES: dict[str, tuple[str, dict[str, Any], list[tuple[str, str]]]] = {
+    "digits": ("digits", {}, [("v5e:1x1", "pmap"), *(("v5e:2x2", mode) for mode in MODES)]),
+    "digits, MCLR": ("digits_mclr", HALF, [("v5e:2x2", "data")]),
+    "DiT-XL/2": ("digits", XL, [("v5e:4x4", "fsdp"), ("v5e:4x4", "data"), ("v6e:2x2", "fsdp")]),
+    "DiT-XL/2, MCLR": ("digits_mclr", XL | HALF, [("v5e:4x4", "fsdp")]),
+    "fashion_mnist": ("fashion_mnist", {}, [("v5e:1x1", "pmap"), ("v5e:2x2", "data")]),
+    "fashion_mnist, MCLR": ("fashion_mnist_mclr", {}, [("v5e:2x2", mode) for mode in MODES]),
+    "cifar10": ("cifar10", {}, [("v5e:4x4", "data")]),
+    "cifar10, MCLR": ("cifar10_mclr", {}, []),
+}
+
+
+def case(name: str) -> tuple[Any, DataInfo, dict[str, Any]]:
+    """The config, the data and the frozen models of a case."""
+    file, changes, _ = CASES[name]
+    config = tasks.config_of(file, changes)
+    shape, classes = LATENTS if name.startswith("DiT") else parameters.DATA[config.data.name]
+    data = DataInfo(shape, classes, config.sigma_data or 1.0, (1 / classes,) * classes)
+    if not name.startswith("DiT"):
+        return config, data, command.companions(config, data)
+    judge = tasks.config_of("digits_classifier", {"network.name": CLASSIFIER["name"]})
+    judge.network.update(CLASSIFIER)
+    models = {"reference": config, "classifier": judge}
+    return config, data, {key: experiment.make_model(each, data) for key, each in models.items()}
+
+
+def ratios() -> dict[str, float]:
+    """FLOPs of a step of MCLR over those of DSM with the same batch, for each pair of cases."""
+    found = {}
+    for name in (name for name in CASES if f"{name}, MCLR" in CASES):
+        steps = []
+        for each in (name, f"{name}, MCLR"):
+            config, data, models = case(each)
+            steps.append(plan.step_flops(experiment.make_task(config, data, models), 64))
+        found[name] = steps[1] / steps[0]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--row", default="", help="beginning of the names of rows")
+    chosen = parser.parse_args().row
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # seconds are those of compiling
+    result = json.loads(OUT.read_text()) if OUT.exists() else {"rows": []}
+    if "mclr_over_dsm" not in result:
+        result["mclr_over_dsm"] = ratios()
+    for name, (file, changes, places) in CASES.items():
+        for topology, parallel in places:
+            asked = {"name": name, "topology": topology, "parallel": parallel}
+            if not name.startswith(chosen) or tasks.made(result["rows"], asked):
+                continue
+            config, data, models = case(name)
+            config.parallel = parallel
+            row = command.planned(config, data, topology, models)
+            made_by = {**provenance(), "jax": jax.__version__}
+            origin = {"name": name, "config": file, "changes": changes}
+            result["rows"].append({**origin, **row, **made_by})
+            write_json(OUT, result)
+            print(f"{name}\n{command.text(row)}\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

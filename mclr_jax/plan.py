@@ -1,0 +1,332 @@
+"""The cost of a training on TPUs, without a TPU: memory, FLOPs, collectives and a roofline.
+
+libtpu, the TPU's compiler, compiles the training step for a topology of chips on any machine. Every
+argument is a shape: no parameter is allocated, and no data are read.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mclr_jax import cpu, runs
+from mclr_jax.model import Model
+from mclr_jax.task import Task
+from mclr_jax.training.devices import AXIS, Devices
+from mclr_jax.training.step import init_state, make_update
+
+DOCS = "https://docs.cloud.google.com/tpu/docs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Published peaks of a chip, and the memory that libtpu leaves to a program."""
+
+    memory: int  # bytes, from the errors of libtpu 0.0.42
+    flops: float  # bf16 FLOP/s; XLA multiplies float32 matrices in bf16, too, unless told otherwise
+    bandwidth: float  # bytes/s of the memory
+    link: float  # bytes/s to the other chips, sum over the chip's links, in one direction
+    source: str
+    devices: int = 1  # of JAX
+
+
+CHIPS = {
+    "v4": Chip(int(30.5 * 2**30), 275e12, 1200e9, 300e9, f"{DOCS}/v4, arXiv:2304.01433", devices=2),
+    "v5e": Chip(int(15.75 * 2**30), 197e12, 819e9, 200e9, f"{DOCS}/v5e"),
+    "v5p": Chip(int(95.74 * 2**30), 459e12, 2765e9, 600e9, f"{DOCS}/v5p"),
+    "v6e": Chip(int(31.25 * 2**30), 918e12, 1638e9, 400e9, f"{DOCS}/v6e"),
+}
+TOPOLOGY = re.compile(rf"({'|'.join(CHIPS)}):([1-9]\d*(?:x[1-9]\d*){{1,2}})")
+
+
+def topology(name: str) -> tuple[Chip, tuple[jax.Device, ...]]:
+    """The kind of chip and all devices of a topology such as "v5e:4x4".
+
+    ValueError: an unknown topology. RuntimeError: libtpu is not installed.
+    """
+    if not (match := TOPOLOGY.fullmatch(name)):
+        raise ValueError(
+            f"Unknown topology {name!r}; expected the kind of chip, one of {', '.join(CHIPS)}, and "
+            "the grid of chips, such as v5e:1x1, v5e:4x4, v6e:2x4 or v5p:2x2x1."
+        )
+    if importlib.util.find_spec("libtpu") is None:
+        raise RuntimeError(
+            "libtpu, the TPU's compiler, is not installed: pip install -e '.[tpu-compile]', best "
+            "in an environment of its own."
+        )
+    # Do not ask the network for a TPU, nor stop because another process uses libtpu.
+    os.environ.update({"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"})
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    single = {*match[2].split("x")} == {"1"}
+    options = {"chips_per_host_bounds": (1, 1, 1)} if single else {}
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"libtpu has no topology {name!r} ({error}); the sides of several chips are even, such "
+            "as v5e:2x2, v5e:4x4 or v5p:2x2x1."
+        ) from error
+    return CHIPS[match[1]], tuple(found.devices)
+
+
+# ---- counts --------------------------------------------------------------------------------------
+
+
+def _inner(equation: Any) -> Iterator[Any]:
+    """The jaxprs among the parameters of an equation."""
+    for value in equation.params.values():
+        for part in value if isinstance(value, (tuple, list)) else (value,):
+            part = getattr(part, "jaxpr", part)
+            if hasattr(part, "eqns"):
+                yield part
+
+
+def flops(jaxpr: Any) -> int:
+    """FLOPs of the matrix products and convolutions of a jaxpr, 2 for each multiply and add.
+
+    The body of a scan counts once for each iteration, that of another loop once, and of the
+    branches of a condition the most expensive one. Products with zeros that a convolution inserts
+    between the rows of its input do not count. Operations on single elements are left out.
+    """
+    total = 0
+    for equation in jaxpr.eqns:
+        name, results = equation.primitive.name, [variable.aval for variable in equation.outvars]
+        if name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            total += 2 * results[0].size * math.prod(shape[axis] for axis in contracted)
+        elif name == "conv_general_dilated":
+            kernel = equation.invars[1].aval
+            features = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
+            inserted = math.prod(equation.params["lhs_dilation"])
+            total += 2 * results[0].size * (kernel.size // features) // inserted
+        parts = [flops(part) for part in _inner(equation)]
+        if name == "cond":
+            total += max(parts)
+        else:
+            total += (equation.params["length"] if name == "scan" else 1) * sum(parts)
+    return total
+
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
+COLLECTIVE = re.compile(rf"%?([\w.-]+) = (.+?) ({'|'.join(KINDS)})(-start|-done)?\(")
+CALLED = re.compile(r"(?:body|calls|branch_computations)=\{?(%?[\w.-]+(?:, %?[\w.-]+)*)")
+TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
+
+
+def _bytes(shape: str) -> int:
+    """Bytes of the arrays in the text of a shape, such as "(f32[8,2]{1,0}, u8[4])"."""
+    return sum(
+        math.prod(map(int, filter(None, sides.split(",")))) * (int(bits or 8)) // 8
+        for _, bits, sides in ARRAY.findall(shape)
+    )
+
+
+def collectives(hlo: str) -> dict[str, dict[str, int]]:
+    """The collectives of a compiled program by kind: their number and the bytes of their results.
+
+    Both are for one device. The body of a loop counts as often as it runs, where the compiler knows
+    how often, and otherwise once: a dispatch of several steps counts as one step. The fusions into
+    which XLA:TPU cuts an asynchronous collective have one channel, and count once. It writes a
+    reduce-scatter as an all-reduce.
+    """
+    bodies: dict[str, list[str]] = {}
+    entry = name = ""
+    for line in hlo.splitlines():
+        if head := COMPUTATION.match(line):
+            name, entry = head[2], head[2] if head[1] else entry
+        bodies.setdefault(name, []).append(line)
+    found: dict[tuple, tuple[int, int]] = {}  # runs of each collective, and bytes of a run
+
+    def walk(name: str, times: int, fused: bool) -> None:
+        for line in bodies.get(name, ()):
+            match = COLLECTIVE.search(line)
+            if match and match[4] != "-start":  # the result of which is that of its -done
+                which = re.findall(r"channel_id=\d+", line) if fused else match[1]
+                size = _bytes(match[2])
+                found[match[3], str(which), size] = times, size
+            trips = TRIPS.search(line)
+            for called in CALLED.findall(line):
+                for part in called.split(", "):
+                    runs = times * int(trips[1] if trips else 1)
+                    walk(part.strip("%"), runs, fused or "fusion(" in line)
+
+    walk(entry, 1, False)
+    kinds = {kind: [v for key, v in found.items() if key[0] == kind] for kind in KINDS}
+    return {
+        kind: {"count": sum(n for n, _ in each), "bytes": sum(n * size for n, size in each)}
+        for kind, each in kinds.items()
+        if each
+    }
+
+
+# ---- the step ------------------------------------------------------------------------------------
+
+
+def batches(task: Task, batch_size: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes (length, batch_size, ...) of what `data.pipeline` gives to a dispatch.
+
+    Images of 1 or 3 channels are taken to be uint8, other data float32.
+    """
+    shape = task.model.data.shape
+    kind = np.uint8 if len(shape) == 3 and shape[-1] in (1, 3) else np.float32
+    prefixes = ["", *(f"{name}_" for name in sorted(task.needs & {"other", "generated"}))]
+    integer = jax.ShapeDtypeStruct((length, batch_size), np.int32)
+    image = jax.ShapeDtypeStruct((length, batch_size, *shape), kind)
+    rows = {f"{prefix}label": integer for prefix in prefixes}
+    return {"index": integer, **rows, **{f"{prefix}image": image for prefix in prefixes}}
+
+
+def _lowered(task: Task, devices: Devices, shapes: tuple) -> Any:
+    """The step of `training.step`, ready to compile for these devices."""
+    state, frozen, rows, count = shapes
+    if devices.parallel == "pmap":
+        n = len(devices.mesh.local_devices)
+
+        def split(x):
+            shape = len(x), n, x.shape[1] // devices.mesh.size, *x.shape[2:]
+            return jax.ShapeDtypeStruct(shape, x.dtype)
+
+        rows = jax.tree.map(split, rows)
+    else:
+        state, frozen, count = (
+            runs.placed(x, devices.state_shardings(x)) for x in (state, frozen, count)
+        )
+        over_rows = NamedSharding(devices.mesh, PartitionSpec(None, AXIS))
+        rows = runs.placed(rows, jax.tree.map(lambda x: over_rows, rows))
+    step: Any = devices.compile(make_update(task, devices.axis_name))
+    return step.lower(state, frozen, rows, count)
+
+
+def _compiled(lowered: Any, scale: int) -> tuple[dict[str, int | None], dict]:
+    """Bytes of memory by part, times `scale`, and the collectives.
+
+    Of a program that does not fit, the compiler tells at most the peak.
+    """
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        wanted = re.search(r"(?:Used |\()([\d.]+)([KMGT])", str(error))
+        factor = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+        peak = int(float(wanted[1]) * factor[wanted[2]]) * scale if wanted else None
+        return {"arguments": None, "outputs": None, "temporaries": None, "peak": peak}, {}
+    found = compiled.memory_analysis()
+    parts = {
+        "arguments": found.argument_size_in_bytes,
+        "outputs": found.output_size_in_bytes,
+        "temporaries": found.temp_size_in_bytes,
+        "peak": found.peak_memory_in_bytes,
+    }
+    return {name: scale * size for name, size in parts.items()}, collectives(compiled.as_text())
+
+
+def forward_flops(model: Model) -> int:
+    """FLOPs of one call of the network for one example."""
+    answer = model.logits if model.is_classifier else model.denoise
+    inputs = jax.ShapeDtypeStruct((1, *model.data.shape), np.float32), np.ones(1, np.float32)
+
+    def call(params, x, sigma):
+        return answer(params)(x, sigma, np.zeros(1, np.int32))
+
+    with cpu.programs_for_others():
+        return flops(jax.make_jaxpr(call)(runs.shapes(model), *inputs).jaxpr)
+
+
+def shapes(task: Task, batch_size: int, length: int = 1) -> tuple:
+    """The arguments of a dispatch of `length` steps: state, frozen, batches, count."""
+    state = jax.eval_shape(lambda: init_state(task))
+    frozen = {name: runs.shapes(model) for name, model in task.frozen.items()}
+    rows = batches(task, batch_size, length)
+    return state, frozen, rows, jax.ShapeDtypeStruct((), np.int32)
+
+
+def step_flops(task: Task, batch_size: int) -> int:
+    """FLOPs of a training step, of all devices together."""
+    with cpu.programs_for_others():
+        return flops(jax.make_jaxpr(make_update(task))(*shapes(task, batch_size)).jaxpr)
+
+
+def plan(
+    task: Task, name: str, parallel: str, *, batch_size: int, steps_per_dispatch: int,
+    num_steps: int, network_calls: int,
+) -> dict[str, Any]:  # fmt: skip
+    """The cost of a training on a topology, as JSON; docs/devices.md explains the keys.
+
+    Args:
+      name: of the topology.
+      parallel: layout of the devices, as config.parallel.
+      batch_size: over all devices.
+      steps_per_dispatch, num_steps: of the training.
+      network_calls: for one sample.
+
+    ValueError, RuntimeError: see `topology`; the devices do not divide the batch.
+    """
+    chip, all_devices = topology(name)
+    devices, chips = Devices(parallel, all_devices), len(all_devices) // chip.devices
+    devices.check_batch_size(batch_size, task.grad_accumulation)
+    in_step, in_call = step_flops(task, batch_size), forward_flops(task.model)
+    arguments = shapes(task, batch_size, steps_per_dispatch)
+    start = time.perf_counter()
+    with cpu.programs_for_others():
+        memory, exchanged = _compiled(_lowered(task, devices, arguments), chip.devices)
+    seconds = time.perf_counter() - start
+    roofline = _roofline(chip, in_step / chips, memory, exchanged)
+    sampling = 1000 * network_calls * in_call
+    return {
+        "topology": name,
+        "parallel": parallel,
+        "chips": chips,
+        "batch_size": batch_size,
+        "steps_per_dispatch": steps_per_dispatch,
+        "parameters": _size(arguments[0].params),
+        "frozen_parameters": _size(arguments[1]),
+        "memory_per_chip_bytes": memory,
+        "chip_memory_bytes": chip.memory,
+        "fits": memory["arguments"] is not None,
+        "flops_per_step": in_step,
+        "flops_per_example": {"forward": in_call, "step": in_step / batch_size},
+        "collectives": exchanged,
+        "roofline": roofline,
+        "device_hours": roofline["seconds_per_step"] * num_steps * chips / 3600,
+        "thousand_samples": {
+            "network_calls": network_calls,
+            "flops": sampling,
+            "chip_seconds": sampling / chip.flops,
+        },
+        "compile_seconds": seconds,
+    }
+
+
+def _size(tree: Any) -> int:
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def _roofline(chip: Chip, flops: float, memory: dict, exchanged: dict) -> dict[str, Any]:
+    """A lower bound of the seconds of a step: the longest of computing, memory and links.
+
+    Arguments are read, results written, and temporaries both, once each. An all-reduce moves its
+    result twice. Of a step that does not fit only the computing is known.
+    """
+    times = {"arguments": 1, "outputs": 1, "temporaries": 2}
+    moved = sum(n * (memory[part] or 0) for part, n in times.items())
+    sent = sum((1 + (kind == "all-reduce")) * each["bytes"] for kind, each in exchanged.items())
+    parts = {
+        "compute": flops / chip.flops,
+        "memory": moved / chip.bandwidth,
+        "links": sent / chip.link,
+    }
+    peaks = dataclasses.asdict(chip)
+    return {"seconds_per_step": max(parts.values()), "seconds": parts, "chip": peaks}

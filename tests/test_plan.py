@@ -1,0 +1,330 @@
+"""Costs against closed forms, and what XLA says for the CPU and, where libtpu is, for the TPU."""
+
+import importlib.util
+import math
+import pathlib
+
+import cases
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+
+from configs import digits as digits_config
+from launch import plan as command
+from mclr_jax import cpu, experiment, main, plan
+from mclr_jax.model import DataInfo
+from mclr_jax.networks import layers
+from mclr_jax.training.devices import Devices
+
+ROOT = pathlib.Path(__file__).parent.parent
+DIGITS = DataInfo((8, 8, 1), 10, 1.0)
+
+
+# ---- FLOPs ---------------------------------------------------------------------------------------
+
+
+def digits(**changes):
+    return experiment.make_task(tiny.config("digits", **changes), DIGITS, {})
+
+
+def test_an_mlp_has_the_closed_form():
+    """All but the first layers, whose inputs need no gradient, count three times in a step."""
+    task, batch = cases.task("dsm"), 16
+    width, depth = task.model.network.width, task.model.network.depth
+    first = 2 * (32 * width + 2 * width)  # noise and data
+    blocks = depth * (2 * width**2 + 2 * width**2)  # modulation, two layers
+    forward = first + 2 * (width**2 + blocks + width * 2)
+    assert plan.forward_flops(task.model) == forward
+    assert plan.step_flops(task, batch) == batch * (3 * forward - first)
+
+
+def test_a_dit_has_the_closed_form():
+    """8x8 images in 4 patches of 4x4; loops over blocks or parts of the batch count all rounds."""
+    task, batch, w, n, depth = digits(**{"network.depth": 3}), 16, 16, 4, 3
+    first = 2 * (n * 16 * w + 256 * w)
+    block = 2 * (6 * w * w + n * (4 + 8) * w * w + 2 * n * n * w)
+    forward = first + 2 * w * w + depth * block + 2 * (2 * w * w + n * w * 16)
+    assert plan.forward_flops(task.model) == forward
+    step = batch * (3 * forward - first)
+    in_parts = digits(**{"network.depth": 3, "grad_accumulation": 4, "network.scan_blocks": True})
+    assert plan.step_flops(in_parts, batch) == plan.step_flops(task, batch) == step
+    options = {"network.depth": 3, "network.scan_blocks": True, "network.remat": True}
+    again = plan.step_flops(digits(**options), batch) - step
+    assert again == batch * depth * block  # once more
+
+
+def test_convolutions_and_branches_count_products_with_data():
+    """The gradients of a strided convolution cost what the convolution costs."""
+    x, kernel = jnp.zeros((2, 8, 8, 3)), jnp.zeros((2, 2, 3, 5))
+
+    def convolve(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    def loss(x, kernel):
+        return convolve(x, kernel).sum()
+
+    def count(f, *arguments):
+        return plan.flops(jax.make_jaxpr(f)(*arguments).jaxpr)
+
+    forward = 2 * (2 * 4 * 4 * 5) * (2 * 2 * 3)
+    assert count(convolve, x, kernel) == forward
+    assert count(jax.value_and_grad(loss, (0, 1)), x, kernel) == 3 * forward
+
+    def branch(x):
+        return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x)
+
+    assert count(branch, jnp.zeros((4, 4))) == 2 * 2 * 4**3
+
+
+def test_programs_for_others_are_not_those_of_the_cpu():
+    """The CPU's convolution is an operation of this package, and its steps are single."""
+    shapes, config = ((1, 4, 4, 3), (3, 3, 3, 5)), tiny.config("digits", steps_per_dispatch=0)
+
+    def operations():
+        traced = jax.make_jaxpr(lambda *arrays: layers.convolve(*arrays))(*map(jnp.zeros, shapes))
+        return [equation.primitive.name for equation in traced.eqns]
+
+    assert "conv_general_dilated" not in operations()
+    assert main.steps_per_dispatch(config) == 1
+    with cpu.programs_for_others():
+        assert operations() == ["conv_general_dilated"]
+        assert main.steps_per_dispatch(config) == 8
+    assert "conv_general_dilated" not in operations()
+
+
+# ---- collectives ---------------------------------------------------------------------------------
+
+HLO = """HloModule jit_step, num_partitions=4
+
+%piece.1 (p.1: bf16[2,4]) -> bf16[8,4] {
+  ROOT %all-gather.7 = bf16[8,4]{1,0:T(8,128)S(1)} all-gather(%p.1), channel_id=9, dimensions={0}
+}
+
+%piece.2 (p.2: bf16[2,4]) -> bf16[8,4] {
+  ROOT %all-gather.8 = bf16[8,4]{1,0} all-gather(%p.2), channel_id=9, dimensions={0}
+}
+
+%body (s: (s32[], f32[16])) -> (s32[], f32[16]) {
+  %all-reduce.1 = f32[16]{0} all-reduce(%x), channel_id=1, to_apply=%add
+  %all-reduce.2 = f32[16]{0} all-reduce(%y), channel_id=1, to_apply=%add
+}
+
+%unknown (s: (s32[])) -> (s32[]) {
+  %all-to-all.3 = s8[7]{0} all-to-all(%z), channel_id=4
+}
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %f.1 = bf16[8,4]{1,0} fusion(%a), kind=kCustom, calls=%piece.1
+  %f.2 = bf16[8,4]{1,0} fusion(%f.1), kind=kCustom, calls=%piece.2
+  %while.1 = (s32[], f32[16]{0}) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %while.2 = (s32[]) while(%u), condition=%c, body=%unknown
+  %collective-permute-start = (f32[2,3]{1,0}, f32[2,3]{1,0}, u32[]) collective-permute-start(%b), channel_id=5
+  %collective-permute-done = f32[2,3]{1,0} collective-permute-done(%collective-permute-start)
+  %reduce-scatter.5 = (f32[3]{0}, pred[5]{0}) reduce-scatter(%d, %e), channel_id=6, dimensions={0}
+}
+"""  # noqa: E501
+
+
+def test_collectives_of_a_program_are_counted_by_hand():
+    assert plan.collectives(HLO) == {
+        "all-reduce": {"count": 6, "bytes": 3 * 2 * 64},  # of one channel, as by pmap
+        "all-gather": {"count": 1, "bytes": 64},  # in two pieces
+        "reduce-scatter": {"count": 1, "bytes": 12 + 5},
+        "all-to-all": {"count": 1, "bytes": 7},
+        "collective-permute": {"count": 1, "bytes": 24},
+    }
+
+
+@pytest.fixture(scope="module")
+def on_the_cpu():
+    """The layout -> memory, collectives and number of parameters of a real step on 8 devices."""
+    config = tiny.config("mixture", **{"network.width": 64, "network.dropout": 0.0})
+    arguments = plan.shapes(task := experiment.make_task(config, DataInfo((2,), 3, 1.0), {}), 16)
+    parameters = sum(x.size for x in jax.tree.leaves(arguments[0].params))
+
+    def found(parallel):
+        lowered = plan._lowered(task, Devices(parallel), arguments)
+        return *plan._compiled(lowered, scale=1), parameters
+
+    return {parallel: found(parallel) for parallel in ("pmap", "data", "fsdp")}
+
+
+@pytest.mark.parametrize("parallel", ["pmap", "data"])
+def test_replicated_layouts_exchange_the_gradient(parallel, on_the_cpu):
+    """And sums of a few metrics, 4 bytes each."""
+    memory, exchanged, parameters = on_the_cpu[parallel]
+    assert exchanged.keys() == {"all-reduce"}
+    assert 0 < exchanged["all-reduce"]["bytes"] - 4 * parameters < 100
+    assert memory["arguments"] > 4 * 4 * parameters  # with Adam's moments and an average
+
+
+def test_fsdp_holds_a_share(on_the_cpu):
+    memory, exchanged, _ = on_the_cpu["fsdp"]
+    assert memory["arguments"] < on_the_cpu["data"][0]["arguments"] / 4
+    assert exchanged["all-gather"]["bytes"] > 0
+
+
+def test_a_parameter_is_gathered_whole_in_each_round():
+    """Rows of the data times a sharded matrix of 4 kB, 3 times: XLA:CPU's own text of a loop."""
+    devices = Devices("fsdp")
+    split = jax.sharding.NamedSharding(devices.mesh, jax.P("data"))
+    whole = jax.sharding.NamedSharding(devices.mesh, jax.P())
+
+    def loop(x, w):
+        def multiply(i, x):
+            shifted = jax.lax.with_sharding_constraint(w + i, split)  # no gathering before the loop
+            return jnp.tanh(x @ jax.lax.with_sharding_constraint(shifted, whole))
+
+        return jax.lax.fori_loop(0, 3, multiply, x)
+
+    arguments = (jax.ShapeDtypeStruct((n, 32), jnp.float32, sharding=split) for n in (8, 32))
+    text = jax.jit(loop, out_shardings=split).lower(*arguments).compile().as_text()
+    assert plan.collectives(text) == {"all-gather": {"count": 3, "bytes": 3 * 4 * 32 * 32}}
+
+
+# ---- the chips -----------------------------------------------------------------------------------
+
+
+def test_peaks_are_near_those_of_the_documentation():
+    """GB of memory in Google's tables, of which libtpu leaves most, and the FLOP for each byte."""
+    published = {"v4": (32, 229), "v5e": (16, 241), "v5p": (95, 166), "v6e": (32, 560)}
+    assert published.keys() == plan.CHIPS.keys()
+    for name, (gigabytes, intensity) in published.items():
+        chip = plan.CHIPS[name]
+        assert 0.95 < chip.memory / gigabytes / 1e9 < 1.1
+        assert chip.flops / chip.bandwidth == pytest.approx(intensity, abs=1)
+
+
+def test_the_roofline_is_the_longest_part():
+    chip = plan.Chip(100, flops=10.0, bandwidth=5.0, link=2.0, source="")
+    memory = {"arguments": 4, "outputs": 6, "temporaries": 20, "peak": 24}
+    exchanged = {"all-reduce": {"count": 1, "bytes": 6}, "all-gather": {"count": 2, "bytes": 8}}
+    found = plan._roofline(chip, 30.0, memory, exchanged)
+    assert found["seconds"] == {"compute": 3.0, "memory": 10.0, "links": 10.0}
+    assert found["seconds_per_step"] == 10.0
+    unknown = dict.fromkeys(memory)
+    assert plan._roofline(chip, 30.0, unknown, {})["seconds_per_step"] == 3.0
+
+
+class Full:
+    """A program that does not fit."""
+
+    def __init__(self, message):
+        self.message = message
+
+    def compile(self):
+        raise jax.errors.JaxRuntimeError(self.message)
+
+
+def test_what_does_not_fit_is_an_answer():
+    message = "RESOURCE_EXHAUSTED: Ran out of memory: {} exceeds available HBM (15.75G)."
+    memory, _ = plan._compiled(Full(message.format("HLO temporaries (209.50G)")), scale=2)
+    assert memory["arguments"] is None
+    assert memory["peak"] == 2 * 209.5 * 2**30
+    memory, _ = plan._compiled(Full(message.format("Used 20.25M of 15.75G hbm.")), scale=1)
+    assert memory["peak"] == 20.25 * 2**20
+    with pytest.raises(RuntimeError, match="INTERNAL"):
+        plan._compiled(Full("INTERNAL: Used 2G"), scale=1)
+
+
+def test_bad_topologies_and_a_missing_compiler_are_named(monkeypatch):
+    for name in ("v5e", "v5e:4", "v5litepod-8", "v9:2x2", "v5e:0x2", "v5e:2x2x2x2"):
+        with pytest.raises(ValueError, match=rf"'{name}'; expected .*v5e:1x1"):
+            plan.topology(name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"libtpu.*pip install -e .*tpu-compile"):
+        plan.topology("v5e:2x2")
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def test_a_shape_replaces_the_data(tmp_path):
+    config = tiny.config("digits", **{"data.name": "zip:missing.zip"})
+    with pytest.raises(FileNotFoundError, match=r"missing.*--shape=32,32,3 --num_classes=10"):
+        command.data_info(config, None, 0)
+    with pytest.raises(ValueError, match="--num_classes"):
+        command.data_info(config, [8, 8, 1], 0)
+    with pytest.raises(ValueError, match="positive"):
+        command.data_info(config, [8, 0, 1], 4)
+    found = command.data_info(config, [8, 8, 1], 4)
+    assert (found.shape, found.num_classes) == ((8, 8, 1), 4)
+    assert math.isclose(sum(found.class_prior), 1)
+
+
+def test_companions_without_a_run_are_those_of_their_configs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = tiny.config("digits", **{"objective.name": "mclr", "posterior.name": "classifier"})
+    config.companions.classifier = "elsewhere/digits_classifier"
+    models = command.companions(config, DIGITS)
+    assert models.keys() == {"classifier"}
+    assert models["classifier"].is_classifier
+    config.companions.classifier = "runs/nothing"
+    with pytest.raises(FileNotFoundError, match=r"'classifier'.*configs/nothing.py"):
+        command.companions(config, DIGITS)
+
+
+def test_what_saves_memory_is_tried_alone_and_together(monkeypatch, capsys):
+    """A step of 48 GiB, which each change halves; four parts alone are refused."""
+    config = tiny.config("digits", parallel="fsdp")
+
+    def planned(changed, data, topology):
+        halves = changed.network.get("remat", False) + (changed.network.dtype == "bfloat16")
+        if changed.grad_accumulation == 4 and not halves:
+            raise ValueError("grad_accumulation is 4")
+        return {"fits": halves == 2, "memory_per_chip_bytes": {"peak": 48 * 2**30 >> halves}}
+
+    monkeypatch.setattr(command, "planned", planned)
+    found = command.suggestions(config, DIGITS, "v5e:1x1")
+    remat, dtype, parts = "network.remat=True", "network.dtype=bfloat16", "grad_accumulation=4"
+    fits = {name: each["fits"] for name, each in found.items()}
+    assert fits == {remat: False, dtype: False, f"{parts}, {remat}, {dtype}": True}
+    assert "not possible (grad_accumulation is 4)" in capsys.readouterr().out
+
+
+def test_the_text_has_every_part():
+    cost = {
+        "topology": "v5e:2x2", "parallel": "data", "chips": 4, "batch_size": 64,
+        "steps_per_dispatch": 8, "parameters": 123456, "frozen_parameters": 7,
+        "memory_per_chip_bytes": dict.fromkeys(("arguments", "temporaries", "outputs"))
+        | {"peak": 3 * 2**30},
+        "chip_memory_bytes": 2**30, "fits": False, "flops_per_step": 10**9,
+        "flops_per_example": {"forward": 5, "step": 15}, "device_hours": 0.25,
+        "collectives": {"all-reduce": {"count": 2, "bytes": 2**20}}, "compile_seconds": 1.5,
+        "roofline": plan._roofline(plan.CHIPS["v5e"], 197e12, dict.fromkeys(
+            ("arguments", "outputs", "temporaries")), {}),
+        "thousand_samples": {"network_calls": 35, "flops": 10, "chip_seconds": 0.5},
+    }  # fmt: skip
+    text = command.text(cost)
+    for part in ("peak 3 GiB: DOES NOT FIT", "123,456", "all-reduce 2 (1 MiB)", "0.25 chip-hours",
+                 "at least 1.00e+00", "35 network calls", "197 TFLOP/s"):  # fmt: skip
+        assert part in text
+
+
+# ---- the compiler of the TPU ---------------------------------------------------------------------
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: make tpu")
+@pytest.mark.parametrize(
+    ("topology", "parallel"),
+    [("v5e:1x1", "pmap"), ("v5e:2x2", "pmap"), ("v5e:2x2", "data"), ("v5e:2x2", "fsdp")],
+)
+def test_digits_compile_for_a_tpu(topology, parallel):
+    """Ten seconds each, with one program for all blocks."""
+    config = digits_config.get_config()
+    config.update({"parallel": parallel, "network": {"scan_blocks": True}})
+    cost = command.planned(config, DIGITS, topology, {})
+    memory, state = cost["memory_per_chip_bytes"], 4 * 4 * cost["parameters"]
+    share = cost["chips"] if parallel == "fsdp" else 1
+    assert cost["fits"]
+    assert state / share < memory["arguments"] < 1.5 * state / share
+    assert memory["arguments"] + memory["temporaries"] <= memory["peak"] < 2**28
+    gradient = 4 * cost["parameters"] * (cost["chips"] > 1)
+    if parallel != "fsdp":
+        reduced = cost["collectives"].get("all-reduce", {"bytes": 0})["bytes"]
+        assert 0 <= reduced - gradient < 100
+    assert cost["flops_per_step"] == 64 * (3 * 11_372_544 - 2 * (16 * 4 * 96 + 256 * 96))
+    assert 0 < cost["roofline"]["seconds_per_step"] < 1e-3
