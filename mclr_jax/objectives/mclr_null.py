@@ -31,7 +31,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from mclr_jax.metrics import mean
+from mclr_jax.metrics import Metrics, mean
 from mclr_jax.names import in_range, pair
 from mclr_jax.noise import split
 from mclr_jax.objectives.base import (
@@ -133,9 +133,10 @@ class NullMCLR(Objective):
         if self.teacher == "average" and not problem.strength:  # which has learned the guidance
             gamma = gamma / (1 + gamma)
         gamma = jnp.where(labelled & inside(sigma, self.sigma_interval), gamma, 0.0)
+        metrics: Metrics = {}
         target, explanation = self._target(models, problem, batch.x0, noisy, gamma)
         if not self.wrong_label:
-            denoised, contrast, metrics = models.denoise(x, sigma, condition), 0.0, {}
+            denoised, contrast = models.denoise(x, sigma, condition), jnp.zeros(len(x))
         else:
             every = rows_with_negatives(self.negative_share, len(x))
             some = functools.partial(jax.tree.map, lambda values: values[::every])
@@ -152,15 +153,13 @@ class NullMCLR(Objective):
             bounded = 2 / (a * x0[0].size) * jax.nn.softplus(a * ratio)
             bounded = jnp.where(there, self.wrong_label * strength * bounded, 0.0)
             contrast = jnp.zeros(len(x)).at[::every].set(every * bounded)
-            metrics = {"negative_ratio": mean(ratio, where=there)}
+            metrics["negative_ratio"] = mean(ratio, where=there)
         loss = per_example(problem.weight(sigma) * square_error(denoised, target, sigma)) + contrast
         error = per_example(square_error(denoised, batch.x0, sigma))
         negative_error = per_example(square_error(denoised, explanation, sigma))
-        return loss, metrics | {
-            "error": mean(error),
-            "negative_error": mean(negative_error),
-            "margin": mean(negative_error - error, where=gamma > 0),
-        }
+        metrics |= {"error": mean(error), "negative_error": mean(negative_error)}
+        metrics["margin"] = mean(negative_error - error, where=gamma > 0)
+        return loss, metrics
 
     def _target(self, models, problem, x0, noisy, gamma):
         """x + gamma (t - e) and e, of x0's shape; gamma is (B,)."""
