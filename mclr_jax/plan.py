@@ -143,9 +143,9 @@ def _rounds(line: str, bodies: dict[str, list[str]]) -> int:
         return int(known[1])
     condition = re.search(r" while\(.*condition=%?([\w.-]+)", line)
     lines = bodies.get(condition[1], []) if condition else []
-    limits = dict(match.groups() for each in lines if (match := LIMIT.search(each)))
+    limits = {match[1]: int(match[2]) for each in lines if (match := LIMIT.search(each))}
     roots = (re.search(r"ROOT .* compare\(.*%([\w.-]+)\), direction=LT", each) for each in lines)
-    return next((int(limits[root[1]]) for root in roots if root and root[1] in limits), 1)
+    return next((limits[root[1]] for root in roots if root and root[1] in limits), 1)
 
 
 def collectives(hlo: str) -> dict[str, dict[str, int]]:
