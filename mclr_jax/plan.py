@@ -122,6 +122,7 @@ COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 COLLECTIVE = re.compile(rf"%?([\w.-]+) = (.+?) ({'|'.join(KINDS)})(-start|-done)?\(")
 CALLED = re.compile(r"(?:body|calls|branch_computations)=\{?(%?[\w.-]+(?:, %?[\w.-]+)*)")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+LIMIT = re.compile(r"%?([\w.-]+) = s32\[\]\S* constant\((\d+)\)")
 ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
 
@@ -131,6 +132,20 @@ def _bytes(shape: str) -> int:
         math.prod(map(int, filter(None, sides.split(",")))) * (int(bits or 8)) // 8
         for _, bits, sides in ARRAY.findall(shape)
     )
+
+
+def _rounds(line: str, bodies: dict[str, list[str]]) -> int:
+    """How often the loop of this line runs, as the compiler says, or 1 if that is not constant.
+
+    XLA:TPU says it by the condition alone: the count of a loop, from 0, is less than a constant.
+    """
+    if known := TRIPS.search(line):
+        return int(known[1])
+    condition = re.search(r" while\(.*condition=%?([\w.-]+)", line)
+    lines = bodies.get(condition[1], []) if condition else []
+    limits = {match[1]: int(match[2]) for each in lines if (match := LIMIT.search(each))}
+    roots = (re.search(r"ROOT .* compare\(.*%([\w.-]+)\), direction=LT", each) for each in lines)
+    return next((limits[root[1]] for root in roots if root and root[1] in limits), 1)
 
 
 def collectives(hlo: str) -> dict[str, dict[str, int]]:
@@ -156,11 +171,10 @@ def collectives(hlo: str) -> dict[str, dict[str, int]]:
                 which = re.findall(r"channel_id=\d+", line) if fused else match[1]
                 size = _bytes(match[2])
                 found[match[3], str(which), size] = times, size
-            trips = TRIPS.search(line)
             for called in CALLED.findall(line):
                 for part in called.split(", "):
-                    runs = times * int(trips[1] if trips else 1)
-                    walk(part.strip("%"), runs, fused or "fusion(" in line)
+                    rounds = times * _rounds(line, bodies)
+                    walk(part.strip("%"), rounds, fused or "fusion(" in line)
 
     walk(entry, 1, False)
     kinds = {kind: [v for key, v in found.items() if key[0] == kind] for kind in KINDS}

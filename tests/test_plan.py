@@ -112,6 +112,21 @@ HLO = """HloModule jit_step, num_partitions=4
   %all-reduce.2 = f32[16]{0} all-reduce(%y), channel_id=1, to_apply=%add
 }
 
+%below (s: (s32[])) -> pred[] {
+  %limit.1 = s32[]{:T(128)} constant(28)
+  %i = s32[]{:T(128)} get-tuple-element(%s), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %limit.1), direction=LT, backend_config={"flag":[]}
+}
+
+%not_constant (s: (s32[])) -> pred[] {
+  %zero = s32[] constant(5)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%of_the_tpu (s: (s32[])) -> (s32[]) {
+  %all-gather.9 = f32[2]{0} all-gather(%z), channel_id=14
+}
+
 %unknown (s: (s32[])) -> (s32[]) {
   %all-to-all.3 = s8[7]{0} all-to-all(%z), channel_id=4
 }
@@ -120,7 +135,8 @@ ENTRY %main (a: f32[4]) -> f32[4] {
   %f.1 = bf16[8,4]{1,0} fusion(%a), kind=kCustom, calls=%piece.1
   %f.2 = bf16[8,4]{1,0} fusion(%f.1), kind=kCustom, calls=%piece.2
   %while.1 = (s32[], f32[16]{0}) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
-  %while.2 = (s32[]) while(%u), condition=%c, body=%unknown
+  %while.2 = (s32[]) while(%u), condition=%not_constant, body=%unknown
+  %while.3 = (s32[]) while(%u), condition=%below, body=%of_the_tpu
   %collective-permute-start = (f32[2,3]{1,0}, f32[2,3]{1,0}, u32[]) collective-permute-start(%b), channel_id=5
   %collective-permute-done = f32[2,3]{1,0} collective-permute-done(%collective-permute-start)
   %reduce-scatter.5 = (f32[3]{0}, pred[5]{0}) reduce-scatter(%d, %e), channel_id=6, dimensions={0}
@@ -131,7 +147,7 @@ ENTRY %main (a: f32[4]) -> f32[4] {
 def test_collectives_of_a_program_are_counted_by_hand():
     assert plan.collectives(HLO) == {
         "all-reduce": {"count": 6, "bytes": 3 * 2 * 64},  # of one channel, as by pmap
-        "all-gather": {"count": 1, "bytes": 64},  # in two pieces
+        "all-gather": {"count": 1 + 28, "bytes": 64 + 28 * 8},  # one in two pieces
         "reduce-scatter": {"count": 1, "bytes": 12 + 5},
         "all-to-all": {"count": 1, "bytes": 7},
         "collective-permute": {"count": 1, "bytes": 24},
