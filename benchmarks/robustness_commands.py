@@ -21,6 +21,7 @@ from robustness_values import fits, small
 from tasks import ROOT, config_of
 
 from mclr_jax import main, runs
+from mclr_jax.assimilation.observe import Observations, Operator, Select, write
 from mclr_jax.files import flat, read_lines
 
 sys.path.insert(0, str(ROOT / "tests"))
@@ -45,6 +46,7 @@ CONFIGS = {
     "sections.py": "from ml_collections import ConfigDict\ndef get_config():\n"
     "    return ConfigDict({'num_steps': 1})\n",
 }  # fmt: skip
+PATHS = ("workdir", "out", "features", "judge", "autoguidance", "cache", "observations", "continue")
 # Where no command can write, or in a folder that is removed: a command that works leaves files.
 PLACES = ("/proc/x/y", "/dev/null/x", "FILE", "x" * 300, "é\u2028/x", "../out/./y")
 
@@ -124,12 +126,16 @@ def command(rng: random.Random, folder: pathlib.Path) -> tuple[str, list[str]]:
                      "judge": f"classifier:{folder / 'judge'}"},
         "icr": {"workdir": run, "out": out / "x.json", "sigmas": "0.1", "num_images": 40,
                 "probe": False, "layers": "all", **common_flags},
+        "assimilate": {"workdir": folder / "forcing", "observations": folder / "seen.npz",
+                       "out": out / "x.npz", "ensemble": 2, "plan": "steps=2,first_steps=2",
+                       "regime": "fixed_lag", "lag": "1", "forecast": 1, "figure": False,
+                       "seed": 0, "batch_size": 8, "ema": "halflife", "continue": ""},
         "report": {"out": out / "x.html", "guidance_scales": "1", "per_class": 1, "seed": 0},
         "demo": {"per_class": 0, "workdir": out / "d"},
     }  # fmt: skip
-    module = rng.choices([*valid], (5, 4, 1.5, 1.5, 1, 0.3))[0]
+    module = rng.choices([*valid], (5, 4, 1.5, 1.5, 2, 1, 0.3))[0]
     flags = {name: str(value) for name, value in valid[module].items()}
-    kept = {"sample": 3, "evaluate": 11, "icr": 5}.get(module, 99)
+    kept = {"sample": 3, "evaluate": 11, "icr": 5, "assimilate": 5}.get(module, 99)
     extra: list[str] = small_flags(cheap) if module == "train" else []
     extra += [str(run)] if module == "report" else []
     keys = sorted(flat(cheap.to_dict()))
@@ -145,10 +151,11 @@ def command(rng: random.Random, folder: pathlib.Path) -> tuple[str, list[str]]:
         elif name == "config":
             config = rng.choice([*CONFIGS])
             flags[name] = str(folder / config) if CONFIGS[config] is not None else config
-        elif name in ("workdir", "out", "features", "judge", "autoguidance", "cache"):
+        elif name in PATHS:
             words = [word for word in WORDS if ".." not in word]
             flags[name] = rng.choice((*words, *PLACES)).replace("FILE", str(folder / "file"))
             flags[name] = flags[name] if flags[name].startswith("/") else f"{out}/{flags[name]}"
+            kept = max(kept, [*flags].index(name) + 1)
         else:  # a demo that begins takes minutes: it gets no number
             words = [word for word in WORDS if module != "demo" or word[:1] != "1"]
             flags[name] = rng.choice(words)
@@ -158,10 +165,12 @@ def command(rng: random.Random, folder: pathlib.Path) -> tuple[str, list[str]]:
 
 
 def finite(path: pathlib.Path) -> bool:
-    """Whether all numbers of an output are finite."""
+    """Whether all numbers of an output are finite, but for observations that are missing."""
     if path.suffix == ".npz":
         with np.load(path) as file:
-            return all(np.isfinite(file[name]).all() for name in file)
+            arrays = {name: file[name] for name in file if name != "state_values"}
+            numbers = [x for x in arrays.values() if x.dtype.kind in "fiu"]
+            return bool(numbers) and all(np.isfinite(x).all() for x in numbers)
     text = path.read_text(errors="replace")
     return not re.search(r"\b(NaN|Infinity)\b", text) or path.suffix == ".html"
 
@@ -184,6 +193,12 @@ def prepare(folder: pathlib.Path) -> None:
     """A run, a classifier and the files that command lines name."""
     main.train(small("digits", {}, folder), folder / "run")
     main.train(small("digits_classifier", {}, folder), folder / "judge")
+    sizes = {"data.trajectories": 4, "data.length": 16, "data.frames": 8,
+             "data.path": str(folder / "trajectories")}  # fmt: skip
+    main.train(small("lorenz63_forcing", sizes, folder), folder / "forcing")
+    values = np.sin(np.arange(12.0)).reshape(2, 6, 1)
+    select = Operator(Select((0,)))
+    write(folder / "seen.npz", Observations(values, select, 1.0))
     (folder / "file").write_text("a file, no folder\n")
     for name, text in CONFIGS.items():
         if text is not None:

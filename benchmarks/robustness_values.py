@@ -28,6 +28,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "mlp": {"width": 8, "depth": 1},
     "dit": {"width": 8, "depth": 1, "heads": 2, "patch_size": 4},
     "unet": {"channels": 8, "num_blocks": 1, "channel_mult": (1, 1), "dtype": "float32"},
+    "trajectory": {"width": 8, "depth": 1, "heads": 2},
     "mlp_classifier": {"width": 8, "depth": 1},
     "conv_classifier": {"channels": (8, 8), "dtype": "float32"},
 }
