@@ -57,6 +57,12 @@ class Problem:
     def __post_init__(self):
         if self.class_strengths:
             class_factors("config.class_strengths", self.class_strengths, self.null_label)
+            if self.strength:
+                raise ValueError(
+                    "config.class_strengths is set, and the strength is an input of the network "
+                    "(config.strength): leave one of them empty. Such a network is given its "
+                    "strengths by class when sampling, by --class_strengths."
+                )
 
 
 class Batch(struct.PyTreeNode):

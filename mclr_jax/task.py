@@ -50,6 +50,15 @@ class Task:
     grad_accumulation: int = 1  # number of parts of a batch
     seed: int = 0  # of the initial parameters and of the training
 
+    def __post_init__(self):
+        takes = getattr(self.objective, "takes_class_strengths", False)
+        if self.problem.class_strengths and not takes:
+            raise ValueError(
+                f"The objective {type(self.objective).__name__} reads no config.class_strengths: "
+                "leave it empty, or give the objective takes_class_strengths = True and use "
+                "`objectives.base.strength_factor`."
+            )
+
     @property
     def needs(self) -> frozenset[str]:
         """The needs of the objective and of the posterior, see `needs_of`."""

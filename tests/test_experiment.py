@@ -308,9 +308,20 @@ def test_a_network_without_the_inputs_that_a_config_asks_for_is_refused():
 # ---- tasks ---------------------------------------------------------------------------------------
 
 
+def test_strengths_by_class_are_for_objectives_that_take_them_and_not_beside_an_input():
+    config = tiny.config("mixture", **{"objective.name": "gft"}, class_strengths=(0.5, 1, 0))
+    data = DataInfo((2,), 3, 1.0)
+    assert experiment.make_task(config, data, {}).problem.class_strengths == (0.5, 1, 0)
+    config.objective = base.options("dsm")
+    with pytest.raises(ValueError, match="DSM reads no config.class_strengths: leave it empty"):
+        experiment.make_task(config, data, {})
+    config.objective, config.strength = base.options("gft"), (0.0, 2.0)
+    with pytest.raises(ValueError, match="leave one of them empty.*--class_strengths"):
+        experiment.make_task(config, data, {})
+
+
 def test_a_task_has_what_the_config_says():
     config = tiny.config("mixture", seed=3, strength=(0.0, 2.0), grad_accumulation=2)
-    config.class_strengths = (0.5, 1, 0)
     config.noise = base.options("loguniform", sigma_max=9.0)
     config.objective = base.options("mclr", beta=0.4)
     config.posterior = base.options("denoiser", levels=3)
@@ -322,7 +333,6 @@ def test_a_task_has_what_the_config_says():
     assert task.problem.levels == LogUniform(sigma_max=9.0)
     assert (task.problem.null_label, task.problem.class_prior) == (3, (0.2, 0.3, 0.5))
     assert (task.problem.sigma_data, task.problem.strength) == (0.7, (0.0, 2.0))
-    assert task.problem.class_strengths == (0.5, 1, 0)
     sigma = np.array([0.1, 1.0], np.float32)  # the weight is the preconditioning's own
     np.testing.assert_allclose(
         task.problem.weight(sigma), (sigma**2 + 0.49) / (0.7 * sigma) ** 2, rtol=1e-5

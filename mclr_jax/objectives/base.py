@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ class Objective(Protocol):
 
     The loss of an example may not depend on other examples: devices and accumulation split batches.
     """
+
+    takes_class_strengths: ClassVar[bool] = False  # whether it calls `strength_factor`
 
     def __post_init__(self):
         in_range("objective.label_dropout", getattr(self, "label_dropout", 0.0), 0.0, 1.0)

@@ -75,6 +75,8 @@ class MCLR(Objective):
       sigma_interval: (low, high): contrast only if low < sigma <= high, in all frames.
     """
 
+    takes_class_strengths = True
+
     beta: float = 1.0
     label_dropout: float = 0.1
     negatives: str = "posterior"

@@ -85,6 +85,8 @@ class NullMCLR(Objective):
         every fourth, scaled so that its mean stays the same.
     """
 
+    takes_class_strengths = True
+
     beta: float = 1.0
     label_dropout: float = 0.1
     wrong: str = "null"

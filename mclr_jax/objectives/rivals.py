@@ -44,6 +44,8 @@ class CCA(Objective):
     `second_positives` c~ is drawn by that law, independently, for dropped labels too.
     """
 
+    takes_class_strengths = True
+
     beta: float = 0.02  # inverse temperature; a larger beta is a weaker contrast
     negative_weight: float = 1000.0  # lambda
     label_dropout: float = 0.1
@@ -238,6 +240,8 @@ class GFT(Objective):
     input is the strength, of which b is a function.
     """
 
+    takes_class_strengths = True
+
     beta: float = 1.0  # the strength, if it is no input of the network
     label_dropout: float = 0.1
 
@@ -277,6 +281,8 @@ class ModelGuidance(Objective):
     Differs from the official code: the target has the average of weights that `ema` keeps first,
     not one of decay 0.9999.
     """
+
+    takes_class_strengths = True
 
     scale: float = 0.45  # w, in [0, 1); for other values there is no fixed point
     # (low, high): targets are guided where low < sigma / sigma_data <= high. The paper's t < 0.75
