@@ -32,7 +32,7 @@ GAMMAS = {"fashion_mnist": (0.2, 0.4, 0.6, 1.0), "digits": (0.2, 0.5, 1.0)}
 INTERVAL = (0.0, 3.0)  # of noise levels that are guided
 INTERPOLATIONS = (0.25, 0.5, 1.0)
 HIGHEST = 1.0  # strengths as an input are drawn from (0, HIGHEST) in training
-CALIBRATION = "calibration.json"  # strengths by class, made by launch.calibrate
+CALIBRATION = "class_strengths.json"  # strengths by class, made by launch.calibrate
 NULL = {"objective.name": "mclr_null", "objective.teacher": "average"}
 WRONG = {"objective.wrong_label": 0.5, "objective.negative_share": 0.5}
 GUIDED = {"objective.sigma_interval": INTERVAL}
@@ -149,7 +149,7 @@ class Comparison(Bench):
             *(Task(f"generated_{base}", functools.partial(self.generated, base),
                    f"generated_{base}.npz", (done(base),)) for base in bases),
             Task("weak", self.train_weak, done("weak")),
-            Task("calibration", self.calibrate, CALIBRATION,
+            Task("class_strengths", self.calibrate, CALIBRATION,
                  (done(self.base(0)), done("classifier"))),
             *super().tasks(seeds),
         ]  # fmt: skip

@@ -161,7 +161,12 @@ def test_parameters_are_those_of_the_configs():
 
 @pytest.mark.parametrize("data", ["digits", "fashion_mnist"])
 @pytest.mark.parametrize("kind", [mclr_images.Bench, guidance_free.Comparison])
-def test_every_task_has_what_it_needs_and_every_objective_makes_a_task(data, kind):
+def test_every_task_has_what_it_needs_and_every_objective_makes_a_task(
+    data, kind, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(mclr_images.Bench, "root", tmp_path)
+    factors = (0.5,) * 10
+    (tmp_path / "class_strengths.json").write_text(json.dumps({"class_strengths": factors}))
     bench = kind(data)
     listed = bench.tasks((0, 1))
     made = [task.output for task in listed]
@@ -171,7 +176,9 @@ def test_every_task_has_what_it_needs_and_every_objective_makes_a_task(data, kin
     info = DataInfo(shape, 10, 0.5, (0.1,) * 10)
     for model in bench.models((0, 1)).values():
         task = make_task(bench.fine_tuning(1, model.changes), info, {})
-        assert bool(task.model.strength) == ("strength" in (model.changes or {}))
+        changes = model.changes or {}
+        assert bool(task.model.strength) == ("strength" in changes)
+        assert task.problem.class_strengths == (factors if "class_strengths" in changes else ())
 
 
 # ---- the mixture ---------------------------------------------------------------------------------
