@@ -276,6 +276,16 @@ def forecasts() -> str:
     return table(head, body)
 
 
+def linear_gaussian() -> str:
+    """Exact denoiser and trained network on the linear-Gaussian process, against Kalman."""
+    names = {"filter": "filter", "fixed_lag": "fixed lag 3", "batch": "batch"}
+    head = ["regime", "denoiser", "distance of the mean", "spread ratio", "RMSE ratio"]
+    body = ([names[r["regime"]], r["model"],
+             *(f"{r[key]:.2f}" for key in ("error", "spread", "rmse_ratio"))]
+            for r in load("linear_gaussian")["rows"])  # fmt: skip
+    return table(head, body)
+
+
 def navier_stokes() -> str:
     """The trajectory model and optimal interpolation on Navier-Stokes, test trajectories."""
     rows = [row for row in load("navier_stokes")["rows"] if row["set"] == "test"]
