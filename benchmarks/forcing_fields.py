@@ -13,14 +13,15 @@ other, by the RMSE on the first trajectories of the validation set.
       --config.noise.shared=0.2 --config.noise.independent=0 --config.noise.prefix=0.8 \\
       --config.noise.segments=0
   python benchmarks/forcing_fields.py --system=lorenz96 --workdir=DIR|ONE --folder=FOLDER \\
-      --tasks forecast --trajectories 16 --every 2
+      --tasks forecast known --trajectories 16 --every 2
 
 Every fourth coordinate of Lorenz-96 (--every) is observed in the first 32 frames (std 1), and the
 other 68 are a forecast: by a trajectory model, which estimates the 32 frames together, and by a
 model of two frames, p(x_k+1 | x_k), which draws frame after frame with guidance, after its members
-were resampled by the likelihood. Both have the same blocks. `rmse_by_frame` is of the mean of the
-members. Writes benchmarks/results/forcing_fields.json, row by row; rows that are there are not made
-again.
+were resampled by the likelihood. Both have the same blocks. In the task "known" nothing is
+observed, and all members start from the true state of the last of the 32 frames, here number 0.
+`rmse_by_frame` is of the mean of the members. Writes benchmarks/results/forcing_fields.json, row by
+row; rows that are there are not made again.
 """
 
 import argparse
@@ -47,6 +48,7 @@ TASKS: dict[str, tuple[dict, dict]] = {
     "lag8": ({}, {}),
     "batch": ({"c": 0.5, "window": 0}, {"c": (0.25, 0.5, 1.0), "window": (0, 32)}),
     "forecast": ({"c": 0.5, "window": 32}, {"c": (0.25, 0.5, 1.0)}),
+    "known": ({"window": 32}, {}),
 }  # fmt: skip
 KEPT = ("rmse", "rmse_error", "rmse_second_half", "spread_skill", "crps", "seconds")
 CHOSEN_ON, OBSERVED = 2, 32  # trajectories; frames before a forecast
@@ -73,18 +75,23 @@ def forecast_row(run, params, path, plan: Plan, options: dict) -> dict:
     start, truth = time.monotonic(), observe.load(path)["truth"]
     every, some = options["every"], slice(0, options["trajectories"])
     noise = np.random.default_rng(0).standard_normal(truth[:, :OBSERVED, ::every].shape)
-    values, truth = (truth[:, :OBSERVED, ::every] + noise)[some], truth[some]
-    select = observe.Select(tuple(range(0, truth.shape[2], every)))
+    values, truth, initial = (truth[:, :OBSERVED, ::every] + noise)[some], truth[some], None
+    if options["task"] == "known":
+        values, truth = np.full_like(values[:, :1], np.nan), truth[:, OBSERVED - 1 :]
+        initial = truth[:, 0]
+    operator = observe.Operator(observe.Select(tuple(range(0, truth.shape[2], every))))
+    frames = values.shape[1]
     members = regimes.assimilate(
-        run.model, params, observe.Observations(values, observe.Operator(select), 1.0), plan,
-        lags("batch" if plan.revise else "filter", OBSERVED), ensemble=options["ensemble"],
-        forecast=truth.shape[1] - OBSERVED, batch_size=options["batch_size"],
+        run.model, params, observe.Observations(values, operator, 1.0, initial), plan,
+        lags("batch" if plan.revise else "filter", frames), ensemble=options["ensemble"],
+        forecast=truth.shape[1] - frames, batch_size=options["batch_size"],
     ).members  # fmt: skip
-    seen, later = (metrics.summary(members[:, :, part], truth[:, part], ())
-                   for part in (slice(0, OBSERVED), slice(OBSERVED, None)))  # fmt: skip
+    early, late = ((members[:, :, part], truth[:, part])
+                   for part in (slice(0, frames), slice(frames, None)))  # fmt: skip
+    seen = {} if initial is not None else metrics.summary(*early, ())
     by_frame = np.sqrt(((members.mean(1) - truth) ** 2).mean((0, 2)))
     return {
-        **{f"observed_{key}": value for key, value in seen.items()}, **later,
+        **{f"observed_{key}": value for key, value in seen.items()}, **metrics.summary(*late, ()),
         "rmse_by_frame": np.round(by_frame.astype(float), 3).tolist(),
         "climatology": float(truth.std()), "seconds": time.monotonic() - start,
     }  # fmt: skip
@@ -110,12 +117,12 @@ def main() -> None:
         asked = {"system": flags.system, "task": task, "set": which, "plan": plan, "frames": frames,
                  "step": step, "weights": weights, "trajectories": trajectories,
                  "members": flags.ensemble}  # fmt: skip
-        asked |= {"every": flags.every} if task == "forecast" else {}
+        asked |= {"every": flags.every} if task in ("forecast", "known") else {}
         if old := made(rows, asked):
             return old
         path = flags.folder / f"{flags.system}_{which}.npz"
         options = {**asked, "ensemble": flags.ensemble, "batch_size": 32}
-        if task == "forecast":
+        if task in ("forecast", "known"):
             new = forecast_row(run, params, path, Plan(**plan), options)
         else:
             new = assimilation_row(run, params, path, task, Plan(**plan), options)

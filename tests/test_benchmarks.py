@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import guidance_free  # noqa: E402
 import icr  # noqa: E402
+import linear_gaussian  # noqa: E402
 import lorenz63_animation  # noqa: E402
 import mclr_figures  # noqa: E402
 import mclr_images  # noqa: E402
@@ -445,3 +446,12 @@ def test_interpolation_in_space_and_time_is_the_conditional_gaussian():
             np.testing.assert_allclose(mean[:, k], values[:, seen].reshape(3, -1) @ gain.T)
             left = space - gain @ seen_rows.T @ whole[:, k * count : (k + 1) * count]
             np.testing.assert_allclose(std[0, k], np.sqrt(np.diag(left)))
+
+
+def test_the_linear_process_has_the_covariance_of_its_oracle():
+    """Of two successive states, x' = A x + noise with x ~ N(0, I)."""
+    system, covariance = linear_gaussian.Linear(), linear_gaussian.PROCESS.covariance(2)
+    step = np.asarray(system.advance(np.eye(2, dtype=np.float32))).T
+    np.testing.assert_allclose(step, covariance[2:, :2], atol=1e-6)
+    later = step @ step.T + system.noise**2 * np.eye(2)
+    np.testing.assert_allclose(later, covariance[2:, 2:], atol=1e-6)
