@@ -307,7 +307,8 @@ class ModelGuidance(Objective):
         right, unconditional = at_labels(teacher, noisy, (shown.label, problem.null_label))
         share = self.scale * strength_factor(problem, shown.label)  # gamma = w / (1 - w) times s_c
         scale = share / (1 - self.scale + share)
-        shift = expand(jnp.where(guided, scale, 0.0), x) * (right - unconditional)
+        scale = jnp.where(guided, expand(scale, sigma), 0.0)
+        shift = expand(scale, x) * (right - unconditional)
         denoised = models.denoise(x, sigma, shown)
         loss = problem.weight(sigma) * square_error(denoised, batch.x0 + shift, sigma)
         error = square_error(denoised, batch.x0, sigma)
