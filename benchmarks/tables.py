@@ -249,7 +249,7 @@ def fields() -> str:
     result, baselines, lines = load("forcing_fields"), load("assimilation_baselines"), []
     for row in sorted(result["rows"], key=lambda row: row["system"], reverse=True):
         system, task = row["system"], row["task"]
-        if row["set"] != "test" or task == "forecast":
+        if row["set"] != "test" or task in ("forecast", "known"):
             continue
         rows = [r for r in baselines[f"dapper_{system}"]["rows"]
                 if (r["set"], r["regime"]) == ("test", task)]  # fmt: skip
