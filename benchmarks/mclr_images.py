@@ -216,7 +216,7 @@ class Bench(Files):
             row |= evaluate.measure(found, real, METRICS, self.judged("accuracy", pixels, labels))
         save_arrays(
             self.root / "sets" / f"{name}.npz", features=found.features, labels=labels,
-            images=np.round(127.5 * (np.asarray(pixels) + 1)).astype(np.uint8),
+            images=images.to_uint8(np.asarray(pixels)),
         )  # fmt: skip
         self.write(f"sets/{name}", row, workdir)
 

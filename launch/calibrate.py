@@ -24,8 +24,7 @@ from launch import common
 from mclr_jax import runs
 from mclr_jax.evaluation import calibrate
 from mclr_jax.evaluation.features import Extractor
-from mclr_jax.files import digest, provenance, write_json
-from mclr_jax.training.devices import banner
+from mclr_jax.files import digest, write_json
 from mclr_jax.training.log import Progress
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of launch.train.")
@@ -86,17 +85,12 @@ def main() -> None:
             progress=progress.update,
         )
     settings = {
-        "workdir": WORKDIR.value,
-        "step": step,
-        "average": EMA.value,
-        "weights": digest(params),
+        **common.made_by(WORKDIR.value, step, EMA.value, params),
         "classifier": CLASSIFIER.value,
         "classifier_weights": extractor.digest,
         "sampler": dataclasses.asdict(run.sampler),
         "guidance_interval": interval,
         "autoguidance": digest(weak[1]) if weak else None,
-        **provenance(),
-        "device": banner(),
     }
     write_json(out, found | settings)
     _show(found)

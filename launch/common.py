@@ -19,8 +19,9 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from mclr_jax import cpu
-from mclr_jax.files import named, write_atomically
+from mclr_jax.files import digest, named, provenance, write_atomically
 from mclr_jax.names import class_factors, nearest
+from mclr_jax.training.devices import banner
 
 # Help of flags that several commands have.
 DATA = "Where the data of the run are now: as config.data.name, or the folder config.data.path."
@@ -73,6 +74,18 @@ def class_strengths(name: str | None, num_classes: int) -> list[float] | None:
         found = json.loads(pathlib.Path(name).read_text())["class_strengths"]
     class_factors(f"class_strengths in {name}", found, num_classes)
     return found
+
+
+def made_by(workdir: str, step: int, average: str, params: Any) -> dict[str, Any]:
+    """What an output says of its origin: run, weights, command, revision and device."""
+    return {
+        "workdir": workdir,
+        "step": step,
+        "average": average,
+        "weights": digest(params),
+        **provenance(),
+        "device": banner(),
+    }
 
 
 def output(name: str, ending: str) -> pathlib.Path:

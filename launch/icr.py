@@ -17,9 +17,8 @@ from absl import flags
 from launch import common
 from mclr_jax import runs
 from mclr_jax.data.protocol import evenly
-from mclr_jax.files import digest, provenance, write_atomically, write_json
+from mclr_jax.files import write_atomically, write_json
 from mclr_jax.representation import blocks, perturb, sweep
-from mclr_jax.training.devices import banner
 from mclr_jax.training.log import Progress
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of launch.train.")
@@ -62,14 +61,9 @@ def main() -> None:
             progress=progress.update,
         )
     settings = {
-        "workdir": WORKDIR.value,
-        "step": step,
-        "average": EMA.value,
-        "weights": digest(params),
+        **common.made_by(WORKDIR.value, step, EMA.value, params),
         "num_images": len(evenly(train, NUM_IMAGES.value)),
         "seed": SEED.value,
-        **provenance(),
-        "device": banner(),
     }
     write_json(out, {"settings": settings, "rows": rows})
     columns = [key for key in rows[0] if key != "layer"]

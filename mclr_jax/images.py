@@ -37,10 +37,15 @@ def as_8_bits(samples: np.ndarray) -> np.ndarray:
     return (np.round(clip(samples) * 127.5 + 127.5) / 127.5 - 1).astype(np.float32)
 
 
+def to_uint8(samples: np.ndarray) -> np.ndarray:
+    """8-bit images of the same shape, from values in [-1, 1], clipped and rounded."""
+    return np.clip(np.round((samples + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
 def _grid(samples, labels, columns):
     zoom = max(1, round(40 / samples.shape[1]))
     channels = [0, 1, 2] if samples.shape[-1] >= 3 else [0, 0, 0]
-    pixels = np.clip(np.round((samples[..., channels] + 1) * 127.5), 0, 255).astype(np.uint8)
+    pixels = to_uint8(samples[..., channels])
     pixels = pixels.repeat(zoom, 1).repeat(zoom, 2)
     _, height, width, _ = pixels.shape
     classes = np.unique(labels)

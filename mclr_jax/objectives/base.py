@@ -1,13 +1,13 @@
 """What an objective is, and the terms that several objectives share."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from mclr_jax.names import in_range
+from mclr_jax.names import in_range, pair
 from mclr_jax.noise import normal_like, split
 from mclr_jax.problem import Batch, Loss, Models, Problem
 from mclr_jax.types import Condition, DenoiseFn, expand, with_label
@@ -98,6 +98,24 @@ def inside(sigma: jax.Array, interval: Sequence[float]) -> jax.Array:
     low, high = interval or (0.0, jnp.inf)
     levels = sigma.reshape(len(sigma), -1)
     return ((low < levels) & (levels <= high)).all(-1)
+
+
+def contrast_strength(
+    problem: Problem, noisy: Noisy, strength: Any, interval: Sequence[float]
+) -> jax.Array:
+    """The strength () or (B,) times its class's factor, (B,); 0 for dropped labels and outside."""
+    label = noisy.condition.label
+    there = inside(noisy.sigma, interval) & (label != problem.null_label)
+    return jnp.where(there, strength * strength_factor(problem, label), 0.0)
+
+
+def check_words(objective: Objective, words: Mapping[str, tuple]) -> None:
+    """ValueError unless each option has one of its words, and `sigma_interval` is a range or ()."""
+    if interval := getattr(objective, "sigma_interval", ()):
+        pair("objective.sigma_interval", interval, 0.0)
+    for name, known in words.items():
+        if (value := getattr(objective, name)) not in known:
+            raise ValueError(f"objective.{name} is {value!r}; expected one of {known}.")
 
 
 def rows_with_negatives(share: float, rows: int) -> int:

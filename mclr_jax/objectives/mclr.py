@@ -21,21 +21,21 @@ import jax
 import jax.numpy as jnp
 
 from mclr_jax.metrics import effective_share, maximum, mean
-from mclr_jax.names import in_range, pair
+from mclr_jax.names import in_range
 from mclr_jax.noise import split
 from mclr_jax.objectives.base import (
     Objective,
     arcsine_law,
+    check_words,
+    contrast_strength,
     draw_label,
     draw_strength,
     in_one_call,
-    inside,
     log_prior,
     per_example,
     perturb,
     rows_with_negatives,
     square_error,
-    strength_factor,
 )
 from mclr_jax.problem import Batch, Loss, Models, Problem
 from mclr_jax.types import with_label
@@ -95,13 +95,7 @@ class MCLR(Objective):
                            "logistic_scale": "("}.items():  # fmt: skip
             if not isinstance(value := getattr(self, name), jax.Array):  # which may be traced
                 in_range(f"objective.{name}", value, 0.0, 1e12, ends)
-        if self.sigma_interval:
-            pair("objective.sigma_interval", self.sigma_interval, 0.0)
-        for name, words in WORDS.items():
-            if getattr(self, name) not in words:
-                raise ValueError(
-                    f"objective.{name} is {getattr(self, name)!r}; expected one of {words}."
-                )
+        check_words(self, WORDS)
         if self.negatives == "posterior" and self.weighting == "cfg":
             raise ValueError(
                 "Negatives from the posterior are the CFG-equivalent form already: set "
@@ -137,8 +131,7 @@ class MCLR(Objective):
         k_negative, k_posterior, k_beta = split(noisy.keys, 3)
         beta, condition = draw_strength(noisy.condition, k_beta, problem, self.beta, arcsine_law)
         noisy = noisy._replace(condition=condition)
-        there = inside(noisy.sigma, self.sigma_interval) & (condition.label != problem.null_label)
-        contrast = jnp.where(there, beta * strength_factor(problem, condition.label), 0.0)
+        contrast = contrast_strength(problem, noisy, beta, self.sigma_interval)
         log_posterior = None
         if models.posterior is not None:
             log_posterior = models.posterior(noisy.x, noisy.sigma, condition, k_posterior)

@@ -32,16 +32,17 @@ import jax
 import jax.numpy as jnp
 
 from mclr_jax.metrics import Metrics, mean
-from mclr_jax.names import in_range, pair
+from mclr_jax.names import in_range
 from mclr_jax.noise import split
 from mclr_jax.objectives.base import (
     Objective,
     arcsine_law,
     at_labels,
+    check_words,
+    contrast_strength,
     draw_label,
     draw_strength,
     in_one_call,
-    inside,
     log_prior,
     log_ratio,
     per_example,
@@ -102,13 +103,7 @@ class NullMCLR(Objective):
         in_range("objective.beta", self.beta, 0.0, 1e6)
         in_range("objective.wrong_label", self.wrong_label, 0.0, 1e6)
         in_range("objective.wrong_label_scale", self.wrong_label_scale, 0.0, 1e9, "(")
-        if self.sigma_interval:
-            pair("objective.sigma_interval", self.sigma_interval, 0.0)
-        for name, words in WORDS.items():
-            if getattr(self, name) not in words:
-                raise ValueError(
-                    f"objective.{name} is {getattr(self, name)!r}; expected one of {words}."
-                )
+        check_words(self, WORDS)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -130,11 +125,9 @@ class NullMCLR(Objective):
         beta, condition = draw_strength(noisy.condition, k_beta, problem, self.beta, arcsine_law)
         noisy = noisy._replace(condition=condition)
         x, sigma, condition, _ = noisy
-        labelled = condition.label != problem.null_label
-        gamma = beta * strength_factor(problem, condition.label)
+        gamma = contrast_strength(problem, noisy, beta, self.sigma_interval)
         if self.teacher == "average" and not problem.strength:  # which has learned the guidance
             gamma = gamma / (1 + gamma)
-        gamma = jnp.where(labelled & inside(sigma, self.sigma_interval), gamma, 0.0)
         metrics: Metrics = {}
         target, explanation = self._target(models, problem, batch.x0, noisy, gamma)
         if not self.wrong_label:
@@ -143,6 +136,7 @@ class NullMCLR(Objective):
             every = rows_with_negatives(self.negative_share, len(x))
             some = functools.partial(jax.tree.map, lambda values: values[::every])
             wrong = draw_label(k_wrong, log_prior(problem))
+            labelled = condition.label != problem.null_label
             there = labelled & (wrong != batch.condition.label)
             strength = beta * strength_factor(problem, wrong)
             x0, own_sigma, there, strength = some((batch.x0, sigma, there, strength))
