@@ -8,10 +8,12 @@
 The strength of a class is the smallest one at which the samples of the class have the same mean
 probability of their class as held-out images, both with noise of level --sigma, according to a
 classifier of noisy images (configs/NAME_classifier.py). Strengths are those of CFG, or with
---autoguidance those of autoguidance, or the network's input where config.strength is set.
+--autoguidance those of autoguidance, or the network's input where config.strength is set, or with
+--interpolation the places on the line from the weights that a run was fine-tuned from to its own.
 
 The file has `class_strengths`, factors of `strength` = --max_strength: with them,
 guidance_scale = 1 + strength gives each class its own strength; a smaller scale makes all weaker.
+With --interpolation they are for fine-tuning anew, by the same config with config.class_strengths.
 """
 
 import dataclasses
@@ -49,6 +51,11 @@ GUIDANCE_INTERVAL = flags.DEFINE_list(
 AUTOGUIDANCE = flags.DEFINE_string(
     "autoguidance", None, "Directory of a weaker run, the weak model of the guidance."
 )
+INTERPOLATION = flags.DEFINE_bool(
+    "interpolation", False, "Strengths are places of the weights, as --interpolation of "
+    "launch.sample, in place of guidance.",
+)
+INIT_FROM = flags.DEFINE_string("init_from", "", common.INIT_FROM)
 EMA = flags.DEFINE_string("ema", "", "Average of the weights, as --ema of launch.sample.")
 CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "Training step; default: the last.")
 DATA = flags.DEFINE_string("data", "", common.DATA)
@@ -56,7 +63,7 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Samples at a time.", lower
 
 
 def main() -> None:
-    run = runs.load(WORKDIR.value, data=DATA.value)
+    run = runs.load(WORKDIR.value, INIT_FROM.value, DATA.value)
     out = common.output(OUT.value, ".json")
     common.use_cores(run.model.network)
     interval = common.numbers(GUIDANCE_INTERVAL, float, 2)
@@ -66,6 +73,17 @@ def main() -> None:
     apply = functools.partial(classifier.features, sigma=SIGMA.value)
     extractor = Extractor(f"classifier:{CLASSIFIER.value}", jax.device_get(weights), apply)
     params, step = run.weights(EMA.value, CHECKPOINT.value)
+    weights = None
+    if INTERPOLATION.value:
+        if interval or weak or run.model.strength:
+            raise ValueError(
+                "--interpolation is in place of guidance: leave out --guidance_interval and "
+                "--autoguidance, and take a run without config.strength, whose network needs none."
+            )
+
+        def weights(place: float):
+            return run.weights(EMA.value, step, place)[0]
+
     total = GRID.value * SAMPLES_PER_CLASS.value * run.model.null_label
     with Progress(total, "sample") as progress:
         found = calibrate.calibrate(
@@ -74,6 +92,7 @@ def main() -> None:
             run.sampler,
             extractor,
             run.source("test"),
+            weights=weights,
             max_strength=MAX_STRENGTH.value,
             grid=GRID.value,
             samples_per_class=SAMPLES_PER_CLASS.value,
@@ -91,12 +110,14 @@ def main() -> None:
         "sampler": dataclasses.asdict(run.sampler),
         "guidance_interval": interval,
         "autoguidance": digest(weak[1]) if weak else None,
+        "interpolation": INTERPOLATION.value,
     }
     write_json(out, found | settings)
     _show(found)
     factors = ",".join(f"{factor:g}" for factor in found["class_strengths"])
     scale = 1 + found["strength"]
-    print(f"Wrote {out}. To sample: --guidance_scale={scale:g} --class_strengths={out}")
+    use = f"To sample: --guidance_scale={scale:g} --class_strengths={out}"
+    print(f"Wrote {out}. {'' if INTERPOLATION.value else use}".rstrip())
     print(f"To train with strength {found['strength']:g}: --config.class_strengths={factors}")
 
 

@@ -38,7 +38,10 @@ def test_a_strength_is_where_the_means_first_reach_the_real_one(means, real, exp
 
 
 class Weakened(nn.Module):
-    """The mixture's denoiser with only a share of the class's own effect, at sigma_data 1."""
+    """The mixture's denoiser with only a share of the class's own effect, at sigma_data 1.
+
+    The shares are its parameter.
+    """
 
     @nn.compact
     def __call__(self, x, c_noise, condition):
@@ -46,7 +49,8 @@ class Weakened(nn.Module):
         scales = EDM(sigma_data=1.0).scales(sigma)
         x = x / expand(scales.c_in, x)
         null = EXACT.denoise(x, sigma, with_label(condition, 3))
-        share = expand(jnp.asarray(SHARES)[condition.label], x)
+        shares = self.param("shares", lambda key: jnp.asarray(SHARES))
+        share = expand(shares[condition.label], x)
         denoised = null + share * (EXACT.denoise(x, sigma, condition) - null)
         return (denoised - expand(scales.c_skip, x) * x) / expand(scales.c_out, x)
 
@@ -73,16 +77,21 @@ def test_the_recognition_of_data_is_their_exact_posterior():
         recognition(exact_classifier(SIGMA), x[label < 2], label[label < 2], SIGMA, seed=0)
 
 
-@pytest.fixture(scope="module")
-def calibrated():
-    """What is found for `Weakened`, with strengths 0 to 1.5."""
+def weakened(**options):
+    """What is found for `Weakened`."""
     model = Model(Weakened(), EDM(sigma_data=1.0), DataInfo((2,), 3, 1.0))
     x, label = map(np.asarray, EXACT.sample(jax.random.key(0), 10_000))
     return calibrate(
-        model, {}, Sampler("dpmpp_2m", 20, 0.02, 20.0), exact_classifier(SIGMA),
-        Arrays(x, label, 3), max_strength=1.5, grid=7, samples_per_class=3000, sigma=SIGMA,
-        batch_size=9000,
+        model, {"shares": jnp.array(SHARES)}, Sampler("dpmpp_2m", 20, 0.02, 20.0),
+        exact_classifier(SIGMA), Arrays(x, label, 3), grid=7, samples_per_class=3000, sigma=SIGMA,
+        batch_size=9000, **options,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    """Strengths 0 to 1.5."""
+    return weakened(max_strength=1.5)
 
 
 def test_a_class_whose_label_acts_with_a_share_of_its_effect_gets_the_rest_as_guidance(calibrated):
@@ -93,6 +102,15 @@ def test_a_class_whose_label_acts_with_a_share_of_its_effect_gets_the_rest_as_gu
     low, high = (1.5 * np.array(calibrated[f"at_one_error_{x}"]) for x in ("less", "more"))
     assert ((low <= strengths) & (strengths <= high)).all()
     assert (low < high).all()
+
+
+def test_a_fine_tuning_that_goes_too_far_gets_the_place_where_its_network_is_exact():
+    """The shares are linear in the weights: they are 1 at (1 - share) / (1.5 - share)."""
+    start, tuned = jnp.array(SHARES), jnp.full(4, 1.5)
+    found = weakened(weights=lambda place: {"shares": start + place * (tuned - start)})
+    expected = ((1 - start) / (tuned - start))[:3]  # 0, 2 / 7 and 1 / 2
+    np.testing.assert_allclose(found["class_strengths"], expected, atol=0.07)
+    assert found["network_calls"] == 9000 * 7 * 20  # no guidance
 
 
 def test_the_result_says_what_it_was_found_from(calibrated):

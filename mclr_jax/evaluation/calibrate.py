@@ -7,7 +7,8 @@ s with
     m_c(s) = E p(c | x_s + sigma n) >= E p(c | x + sigma n),   n ~ N(0, I),
 
 where x are held-out images of class c, and p is a classifier of noisy images, such as the one that
-MCLR's posterior reads. The rule uses no measure of quality that samples are compared by.
+MCLR's posterior reads. The rule uses no measure of quality that samples are compared by. The strength
+of a fine-tuned run may be the place of its weights on the line from those that it started from.
 """
 
 from collections.abc import Callable
@@ -87,7 +88,8 @@ def calibrate(
     classifier: Extractor,  # of images with noise of level `sigma`; see `recognition`
     held_out: Source,
     *,
-    max_strength: float = 1.0,  # largest guidance_scale - 1
+    weights: Callable[[float], Any] | None = None,  # parameters by strength, without guidance
+    max_strength: float = 1.0,  # largest guidance_scale - 1, or argument of `weights`
     grid: int = 6,  # number of strengths, evenly spaced from 0 to max_strength
     samples_per_class: int = 200,  # for each strength, from the same noise
     sigma: float = 0.3,
@@ -99,7 +101,8 @@ def calibrate(
 
     Returns:
       `class_strengths`: (K,) factors in [0, 1], to 4 digits. With them, guidance_scale
-        1 + `strength` gives the calibrated samples, and another scale turns all classes up or down.
+        1 + `strength` gives the calibrated samples, and another scale turns all classes up or down;
+        with `weights`, they are those of a fine-tuning whose strength is `strength` times as large.
       `strength`: max_strength.
       `at_one_error_less`, `at_one_error_more`: the factors for a `real` mean that is lower and
         higher by its standard error.
@@ -117,7 +120,8 @@ def calibrate(
     strengths, rows, calls = np.linspace(0.0, max_strength, grid), [], 0
     cost = {name: options[name] for name in ("interval", "weak") if name in options}
     for strength in strengths:
-        guided = {"guidance_scale": 1 + strength}
+        guided = {} if weights else {"guidance_scale": 1 + strength}
+        params = weights(strength) if weights else params
         samples = generate.generate(
             model, params, labels, sampler, seed=seed, progress=progress, **guided, **options
         )
