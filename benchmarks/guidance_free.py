@@ -32,11 +32,9 @@ GAMMAS = {"fashion_mnist": (0.2, 0.4, 0.6, 1.0), "digits": (0.2, 0.5, 1.0)}
 INTERVAL = (0.0, 3.0)  # of noise levels that are guided
 INTERPOLATIONS = (0.25, 0.5, 1.0)
 HIGHEST = 1.0  # strengths as an input are drawn from (0, HIGHEST) in training
-CALIBRATION = "class_strengths.json"  # strengths by class, made by launch.calibrate
 NULL = {"objective.name": "mclr_null", "objective.teacher": "average"}
 WRONG = {"objective.wrong_label": 0.5, "objective.negative_share": 0.5}
 GUIDED = {"objective.sigma_interval": INTERVAL}
-MG = {"objective.name": "model_guidance", "objective.scale": 0.5}
 # The strength is an input of these networks.
 INPUTS = {
     "gft": {"objective.name": "gft"},
@@ -46,25 +44,34 @@ INPUTS = {
     "mclr null and wrong label": NULL | WRONG,
 }
 # These are fine-tuned once, with these options beside the defaults; their strength is the
-# interpolation between the base's weights and the fine-tuned ones. What ends in "by class" has the
-# strengths by class of CALIBRATION.
+# interpolation between the base's weights and the fine-tuned ones.
 ONCE = {
     "cca": {"objective.name": "cca", "objective.negative_weight": 1.0},
     "ddo": {"objective.name": "ddo"},
     "dpo": {"objective.name": "dpo"},
     "contrastive_flow": {"objective.name": "contrastive_flow"},
-    "model_guidance": MG,
-    # Twice the calibrated strengths: so few steps of fine-tuning reach about half of a strength.
-    "model_guidance by class": MG | {"objective.scale": 2 / 3},
+    "model_guidance": {"objective.name": "model_guidance", "objective.scale": 0.5},
     "mclr null, beta 1": NULL | GUIDED,
-    "mclr null by class": NULL | GUIDED | {"objective.beta": 2.0},
-    "mclr null and wrong label by class": NULL | GUIDED | WRONG,
+    "mclr null and wrong label, beta 0.5": NULL | GUIDED | WRONG | {"objective.beta": 0.5},
 }
+# These are fine-tuned a second time, with the strengths by class that launch.calibrate finds
+# between the base's weights and those of the first time (seed 0).
+BY_CLASS = (
+    "cca",
+    "model_guidance",
+    "mclr null, beta 1",
+    "mclr null and wrong label, beta 0.5",
+)
 
 
 def place_of(method: str) -> str:
     """Work directory of a method, without the seed."""
     return "equal_" + method.replace(",", "").replace(" ", "_")
+
+
+def strengths_of(method: str) -> str:
+    """File of a method's strengths by class."""
+    return f"strengths_{place_of(method)}.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,15 +95,16 @@ class Comparison(Bench):
                 g: Model(place_of(name), g, seeds, changes, interval=interval) for g in gammas
             }
         for name, options in ONCE.items():
-            changes, needs = {**options, **NOISE}, ()
-            if name == "ddo":
-                needs = ("generated_{base}.npz",)
-            if name.endswith("by class"):
-                changes["class_strengths"], needs = CALIBRATION, (CALIBRATION,)
+            changes = {**options, **NOISE}
+            needs = ("generated_{base}.npz",) if name == "ddo" else ()
             methods[name] = {
                 place: Model(place_of(name), 0.0, seeds, changes, place, needs=needs)
                 for place in INTERPOLATIONS
             }
+        for name in BY_CLASS:
+            changes = {**ONCE[name], **NOISE, "class_strengths": strengths_of(name)}
+            tuned, needs = place_of(f"{name} by class"), (strengths_of(name),)
+            methods[f"{name} by class"] = {1.0: Model(tuned, 0.0, seeds, changes, needs=needs)}
         return methods
 
     def models(self, seeds: tuple[int, ...]) -> dict[str, Model]:
@@ -123,12 +131,13 @@ class Comparison(Bench):
         config.num_steps //= 6
         self.train("weak", self.data, config)
 
-    def calibrate(self) -> None:
-        """Strengths by class of the base, at which CFG is as recognisable as held-out images."""
-        paths = {"workdir": self.base(0), "classifier": "classifier", "out": CALIBRATION}
+    def calibrate(self, method: str) -> None:
+        """Strengths by class of a method, at which it is as recognisable as held-out images."""
+        run, out = f"{place_of(method)}_0", strengths_of(method)
+        paths = {"workdir": run, "classifier": "classifier", "out": out}
         subprocess.run(
-            [sys.executable, "-m", "launch.calibrate", "--grid=4", "--samples_per_class=100",
-             f"--batch_size={self.batch}",
+            [sys.executable, "-m", "launch.calibrate", "--interpolation", "--grid=4",
+             "--samples_per_class=100", f"--batch_size={self.batch}",
              *(f"--{flag}={self.root / path}" for flag, path in paths.items())],
             cwd=ROOT, check=True,
         )  # fmt: skip
@@ -149,8 +158,8 @@ class Comparison(Bench):
             *(Task(f"generated_{base}", functools.partial(self.generated, base),
                    f"generated_{base}.npz", (done(base),)) for base in bases),
             Task("weak", self.train_weak, done("weak")),
-            Task("class_strengths", self.calibrate, CALIBRATION,
-                 (done(self.base(0)), done("classifier"))),
+            *(Task(strengths_of(name), functools.partial(self.calibrate, name), strengths_of(name),
+                   (done(f"{place_of(name)}_0"), done("classifier"))) for name in BY_CLASS),
             *super().tasks(seeds),
         ]  # fmt: skip
 

@@ -52,7 +52,9 @@ AUTOGUIDANCE = flags.DEFINE_string(
     "autoguidance", None, "Directory of a weaker run, the weak model of the guidance."
 )
 INTERPOLATION = flags.DEFINE_bool(
-    "interpolation", False, "Strengths are places of the weights, as --interpolation of "
+    "interpolation",
+    False,
+    "Strengths are places of the weights, as --interpolation of "
     "launch.sample, in place of guidance.",
 )
 INIT_FROM = flags.DEFINE_string("init_from", "", common.INIT_FROM)

@@ -167,7 +167,9 @@ def test_every_task_has_what_it_needs_and_every_objective_makes_a_task(
 ):
     monkeypatch.setattr(mclr_images.Bench, "root", tmp_path)
     factors = (0.5,) * 10
-    (tmp_path / "class_strengths.json").write_text(json.dumps({"class_strengths": factors}))
+    for method in guidance_free.BY_CLASS:
+        file = tmp_path / guidance_free.strengths_of(method)
+        file.write_text(json.dumps({"class_strengths": factors}))
     bench = kind(data)
     listed = bench.tasks((0, 1))
     made = [task.output for task in listed]

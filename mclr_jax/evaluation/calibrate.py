@@ -7,8 +7,8 @@ s with
     m_c(s) = E p(c | x_s + sigma n) >= E p(c | x + sigma n),   n ~ N(0, I),
 
 where x are held-out images of class c, and p is a classifier of noisy images, such as the one that
-MCLR's posterior reads. The rule uses no measure of quality that samples are compared by. The strength
-of a fine-tuned run may be the place of its weights on the line from those that it started from.
+MCLR's posterior reads. The rule uses no measure of quality that samples are compared by. The
+strength of a fine-tuned run may be the place of its weights on the line from its first ones.
 """
 
 from collections.abc import Callable
