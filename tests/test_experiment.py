@@ -71,7 +71,7 @@ def built(request, tmp_path_factory):
     """(config, source, task) of one of the project's configs; companions by their own configs."""
     name, config = request.param, shrunk(request.param)
     if "trajectories" in config.data:
-        config.data.trajectories, config.data.length = 8, 80
+        config.data.trajectories, config.data.length = 2, config.data.frames + 4
         config.data.path = str(tmp_path_factory.mktemp("data"))
     elif config.data.name != "mixture":
         shape = (32, 32, 3) if name.startswith("cifar10") else (28, 28, 1)

@@ -59,8 +59,11 @@ def test_the_loss_is_the_objective_on_scaled_data(flip):
 
 
 @pytest.mark.parametrize("name", cases.CASES)
-def test_the_loss_of_some_rows_is_that_of_the_rows_alone(name):
-    """And metrics of the parts add up to those of the whole: devices and accumulation agree."""
+def test_the_loss_of_some_rows_ignores_the_others(name):
+    """And metrics of the parts of a batch add up: devices and accumulation agree.
+
+    Two batches have the same parts as two others with the partners exchanged.
+    """
     task = cases.task(name)
     params, frozen, batch = cases.params(task), cases.frozen(task), cases.batch(task)
     if "average" in task.needs:
@@ -68,19 +71,25 @@ def test_the_loss_of_some_rows_is_that_of_the_rows_alone(name):
     keys = jax.random.split(jax.random.key(8), 16)
 
     @jax.jit
-    def run(batch, keys):
-        loss, found = task.loss(params, frozen, batch, keys, train=True)
+    def run(rows):
+        own, own_keys = jax.tree.map(lambda x: x[rows], (batch, keys))
+        loss, found = task.loss(params, frozen, own, own_keys, train=True)
         return loss, metrics.over_rows({**found, "loss": metrics.mean(loss)})
 
-    loss, found = run(batch, keys)
     # parts of 4 rows, the fewest that every negative_share divides
-    parts = [jax.tree.map(lambda x, i=i: x[i : i + 4], (batch, keys)) for i in range(0, 16, 4)]
-    losses, founds = zip(*(run(*part) for part in parts), strict=True)
-    np.testing.assert_allclose(np.concatenate(losses), loss, rtol=1e-5, atol=1e-6)
-    total = metrics.over_rows(jax.tree.map(lambda *x: jnp.stack(x), *founds))
-    chex.assert_trees_all_close(total, found, rtol=1e-5, atol=1e-6)
-    assert len(np.unique(loss)) == 16
-    report = metrics.report(found)
+    parts = np.arange(16).reshape(4, 4)
+    pairs = {(i, j): run(np.r_[parts[i], parts[j]]) for i in (0, 1) for j in (2, 3)}
+    losses = {pair: np.split(loss, 2) for pair, (loss, _) in pairs.items()}
+    for i, j in [(0, 1), (1, 0)]:
+        np.testing.assert_allclose(losses[i, 2][0], losses[i, 3][0], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(losses[i, 2][1], losses[j, 2][1], rtol=1e-5, atol=1e-6)
+    totals = [
+        metrics.over_rows(jax.tree.map(lambda *x: jnp.stack(x), pairs[0, j][1], pairs[1, k][1]))
+        for j, k in [(2, 3), (3, 2)]
+    ]
+    chex.assert_trees_all_close(*totals, rtol=1e-5, atol=1e-6)
+    assert len(np.unique([losses[0, 2], losses[1, 3]])) == 16
+    report = metrics.report(totals[0])
     assert np.isfinite(list(report.values())).all()
     assert name.startswith("mclr") == ("margin" in report)  # some rows have a contrast
 

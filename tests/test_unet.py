@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mclr_jax.networks import layers
-from mclr_jax.networks.unet import ARCHITECTURES, UNet, attention_heads, positional_embedding
+from mclr_jax.networks.unet import UNet, attention_heads, positional_embedding
 from mclr_jax.types import Condition
 
 BATCH, SIZE = 3, 4
@@ -83,7 +83,7 @@ def test_initial_weights(architecture):
         assert 0.9 * bound < np.abs(layer["qkv"]["kernel"]).max() <= bound
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["ddpmpp", "adm"])
 def test_dropout_optional_inputs_and_bfloat16(architecture):
     net = tiny(architecture)
     params = {"params": randomised(net)}
@@ -91,9 +91,9 @@ def test_dropout_optional_inputs_and_bfloat16(architecture):
     plain = apply(params, *PLAIN)
 
     dropped = apply(params, *DROPPED)
-    part = apply(params, *jax.tree.map(lambda a: a[1:], DROPPED))
+    turned = apply(params, *jax.tree.map(lambda a: a[::-1], DROPPED))
     assert relative_error(dropped, plain) > 1e-2
-    assert relative_error(part, dropped[1:]) < 1e-4  # an example's mask ignores its batch
+    assert relative_error(turned[::-1], dropped) < 1e-4  # an example's mask ignores its batch
 
     def error(strength, augment, params=params):
         output = apply(params, X, C_NOISE, Condition(LABEL, strength, augment))
