@@ -6,7 +6,8 @@
 Base and judges are those of benchmarks/mclr_images.py with the same --data. Every method is
 fine-tuned from the base for as many steps and at the same noise levels, the control that is guided
 when sampling, too. Writes benchmarks/results/guidance_free_DATA.json and the figure
-docs/equal_noise_DATA.png; --collect writes the rows that are there, without making others.
+docs/equal_noise_DATA.png; --collect writes the rows that are there, without making others. The
+second judge of the samples needs pip install -e '.[features]'.
 """
 
 import dataclasses
@@ -160,8 +161,16 @@ class Comparison(Bench):
             Task("weak", self.train_weak, done("weak")),
             *(Task(strengths_of(name), functools.partial(self.calibrate, name), strengths_of(name),
                    (done(f"{place_of(name)}_0"), done("classifier"))) for name in BY_CLASS),
-            *super().tasks(seeds),
+            *(tasks := super().tasks(seeds)),
+            *(self._second(task) for task in tasks if task.output.startswith("sets/")),
         ]  # fmt: skip
+
+    def _second(self, task: Task) -> Task:
+        """The second judge's task for the set of images that a task makes."""
+        name = task.output.removeprefix("sets/").removesuffix(".json")
+        needs = () if name == "real_train" else ("second/real_train.json",)
+        output, run = f"second/{name}.json", functools.partial(self.second, name)
+        return Task(f"second_{name}", run, output, (task.output, *needs))
 
     def probes(self, models: dict[str, Model], seed: int) -> list[Task]:
         methods = self.methods((seed,))

@@ -61,6 +61,8 @@ JUDGES = {
     },
 }
 METRICS = ("fd", "fd_class", "fd_inter", "is", "pr")  # and accuracy
+# A second judge, which has seen neither these images nor these classes: ImageNet features.
+SECOND, SECOND_METRICS, SECOND_REFERENCE = "efficientnet_lite0", ("fd", "fd_class"), 10_000
 # Changes of configs/DATA_mclr.py, at its own beta; of the first seed alone.
 VARIANTS = {
     "data": {"objective.target": "data"},
@@ -220,13 +222,35 @@ class Bench(Files):
         )  # fmt: skip
         self.write(f"sets/{name}", row, workdir)
 
+    def second(self, name: str) -> None:
+        """A set of images before the second judge -> second/NAME.json."""
+        reference = "second/real_train"
+        with np.load(self.root / "sets" / f"{name}.npz") as file:
+            pixels, labels = file["images"], file["labels"]
+        if name == "real_train":
+            rows = np.linspace(0, len(labels) - 1, SECOND_REFERENCE).astype(int)
+            pixels, labels = pixels[rows], labels[rows]
+        found, row = features.load(SECOND)(pixels, labels), {"samples": len(labels)}
+        if name == "real_train":
+            save_arrays(self.root / f"{reference}.npz", features=found.features, labels=labels)
+        else:
+            with np.load(self.root / f"{reference}.npz") as file:
+                kept = found._replace(features=file["features"], labels=file["labels"])
+            real = evaluate.Reference(metrics.moments(kept.features), kept, "")
+            row |= evaluate.measure(found, real, SECOND_METRICS)
+            del row["accuracy"]  # of ImageNet's classes
+        self.write(f"second/{name}", row)
+
     def judged(self, judge: str, pixels, labels) -> features.Features:
         """Features of images in [-1, 1] by a judge."""
         return features.load(f"classifier:{self.root / f'judge_{judge}'}")(pixels, labels)
 
     def row(self, name: str) -> dict:
         """A set of images: what was measured, and what made it."""
-        return self.read(f"sets/{name}") | self.made_by(f"sets/{name}")
+        row = self.read(f"sets/{name}") | self.made_by(f"sets/{name}")
+        if self.there(f"second/{name}"):
+            row[SECOND] = self.read(f"second/{name}") | self.made_by(f"second/{name}")
+        return row
 
     def models(self, seeds: tuple[int, ...]) -> dict[str, Model]:
         """The rows of the table by name."""

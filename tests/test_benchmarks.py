@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mclr_jax import main, runs
+from mclr_jax.evaluation import features
 from mclr_jax.experiment import make_task
 from mclr_jax.model import DataInfo
 from mclr_jax.training import loop
@@ -182,6 +183,33 @@ def test_every_task_has_what_it_needs_and_every_objective_makes_a_task(
         changes = model.changes or {}
         assert bool(task.model.strength) == ("strength" in changes)
         assert task.problem.class_strengths == (factors if "class_strengths" in changes else ())
+
+
+def test_the_second_judge_measures_the_distances_of_its_own_features(tmp_path, monkeypatch):
+    """Its features are the pixels here: the distance of a set moved by 10 / 127.5 is known."""
+    monkeypatch.setattr(mclr_images.Bench, "root", tmp_path)
+    monkeypatch.setattr(mclr_images, "SECOND_REFERENCE", 400)
+
+    def apply(weights, images):
+        pixels = images.astype(float) / 127.5 if images.dtype == np.uint8 else images
+        return pixels.reshape(len(images), -1), np.zeros((len(images), 3))
+
+    judge = features.Extractor("pixels", {}, apply)
+    monkeypatch.setattr(mclr_images.features, "load", lambda name: judge)
+    bench = mclr_images.Bench("digits")
+    images = np.random.default_rng(0).integers(0, 245, (400, 2, 2, 1), np.uint8)
+    (tmp_path / "sets").mkdir()
+    for name, pixels in [("real_train", images), ("moved", images + np.uint8(10))]:
+        np.savez(tmp_path / "sets" / f"{name}.npz", images=pixels, labels=np.arange(400) % 4)
+        bench.second(name)
+    bench.write("sets/moved", {"frechet": 1.0})
+    row = bench.row("moved")
+    assert row["frechet"] == 1.0
+    found = row[mclr_images.SECOND]
+    assert found.keys() == MADE_BY | {"samples", "frechet", "per_class_frechet"}
+    assert [found["frechet"], found["per_class_frechet"]] == pytest.approx(
+        [4 * (10 / 127.5) ** 2] * 2, rel=1e-3
+    )
 
 
 # ---- the mixture ---------------------------------------------------------------------------------

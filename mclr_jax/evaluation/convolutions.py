@@ -25,12 +25,24 @@ def fold(state: Weights, norm_of: dict[str, str]) -> Weights:
 
 def conv(weights: Weights, x: jax.Array, name: str, stride: int = 1, padding="SAME") -> jax.Array:
     """The convolution `name` of x (B, H, W, C), with its bias; depthwise if the kernel is."""
-    kernel = jnp.asarray(weights[name])
-    groups = x.shape[-1] // kernel.shape[2]
-    y = lax.conv_general_dilated(
-        x, kernel, (stride, stride), padding, dimension_numbers=NHWC, feature_group_count=groups
+    kernel, bias = jnp.asarray(weights[name]), weights[f"{name}.bias"]
+    if kernel.shape[2] == x.shape[-1]:
+        strides = (stride, stride)
+        return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=NHWC) + bias
+    return _depthwise(x, kernel[:, :, 0], stride, padding) + bias
+
+
+def _depthwise(x: jax.Array, kernel: jax.Array, stride: int, padding) -> jax.Array:
+    """A kernel (kh, kw, C) as a sum over its entries: XLA's own is naive code on the CPU."""
+    size = kernel.shape[:2]
+    pads = lax.padtype_to_pads(x.shape[1:3], size, (stride, stride), padding)
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    ends = [n - k + 1 for n, k in zip(x.shape[1:3], size, strict=True)]
+    return sum(
+        x[:, i : i + ends[0] : stride, j : j + ends[1] : stride] * kernel[i, j]
+        for i in range(size[0])
+        for j in range(size[1])
     )
-    return y + weights[f"{name}.bias"]
 
 
 def coloured(images: jax.Array, size: int | None = None) -> jax.Array:
