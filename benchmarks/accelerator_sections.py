@@ -3,6 +3,7 @@
 It imports what the ground floors of the package import: jax, flax, optax and NumPy.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -11,7 +12,7 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from mclr_jax.denoiser import EDM, natural_weight
 from mclr_jax.files import digest
 from mclr_jax.metrics import report
 from mclr_jax.model import DataInfo, Model, shapes_of
+from mclr_jax.networks import layers
 from mclr_jax.noise import LogNormal
 from mclr_jax.posterior import Classifier
 from mclr_jax.problem import Problem
@@ -43,6 +45,7 @@ PARITY = {
     "float32, default precision": ("float32", "default", 3e-2, 5e-2),
     "bfloat16": ("bfloat16", "default", 3e-2, 5e-2),
 }
+CUDNN = "bfloat16, cuDNN attention"  # of the DiT, on GPUs
 STEP_TOLERANCE = 1e-3  # of the metrics and of the update of an objective in float32
 OPTIONS: dict[str, dict[str, Any]] = {"mclr": {"negative_share": 0.5}}
 RIVALS = ("mclr_null", "cca", "gft", "model_guidance", "contrastive_flow", "ddo", "dpo")
@@ -123,6 +126,20 @@ class Size:
 
 FULL = Size(CASES, DIGITS, 128, 3, 16, 8192, 5, 0.5, (1, 4, 16), 18, RIVALS)
 TINY = Size({"MLP": TINY_MLP, "DiT": TINY_DIT}, TINY_MLP, 8, 1, 4, 64, 2, 0.0, (1, 2), 2, ("cca",))
+
+
+@contextlib.contextmanager
+def attention_of(implementation: str | None) -> Iterator[None]:
+    """Programs traced inside have this attention of `jax.nn.dot_product_attention`: "cudnn".
+
+    The kernels of cuDNN are for bfloat16 and heads of at most 128 channels. None is XLA's.
+    """
+    plain = layers.attention
+    layers.attention = functools.partial(plain, implementation=implementation)
+    try:
+        yield
+    finally:
+        layers.attention = plain
 
 
 # ---- models, tasks and arrays --------------------------------------------------------------------
@@ -226,11 +243,14 @@ def parity(case: Case) -> dict[str, Any]:
 
     The gradient is that of a random linear function of the output, in the parameters and the input.
     """
-    reference, found = _answers(case, *PARITY["float32"][:2]), {}
+    reference, found, asked = _answers(case, *PARITY["float32"][:2]), {}, dict(PARITY)
     wanted = reference(_cpu())
-    for name, (dtype, precision, *limits) in PARITY.items():
+    if jax.default_backend() == "gpu" and case.network == "dit":
+        asked[CUDNN] = PARITY["bfloat16"]
+    for name, (dtype, precision, *limits) in asked.items():
         answers = reference if name == "float32" else _answers(case, dtype, precision)
-        got = answers(jax.devices()[0])
+        with attention_of("cudnn" if name == CUDNN else None):
+            got = answers(jax.devices()[0])
         errors = {part: error(got[part], wanted[part]) for part in wanted}
         tolerances = dict(zip(wanted, limits, strict=True))
         passed = all(errors[part] <= tolerances[part] for part in wanted)
@@ -358,6 +378,7 @@ class Candidate:
     parallel: str = "data"
     length: int = 1  # steps in a dispatch
     work: Task | None = None
+    attention: str | None = None  # see `attention_of`
 
 
 class Step:
@@ -369,7 +390,8 @@ class Step:
         self.count = self.devices.put_state(np.int32(self.length))
         before, start = len(_cached), time.perf_counter()
         arguments = plan.shapes(self.task, batch, self.length)
-        lowered = plan.lowered(self.task, self.devices, arguments)
+        with attention_of(candidate.attention):
+            lowered = plan.lowered(self.task, self.devices, arguments)
         traced = time.perf_counter()
         self.compiled = lowered.compile()
         self.origin = {
@@ -522,7 +544,10 @@ def throughput(case: Case, size: Size, objectives: Sequence[str]) -> dict[str, A
 
 
 def layouts(case: Case, size: Size) -> dict[str, Any]:
-    """A step of DSM on one device by layout, with recomputed blocks and with unrolled ones."""
+    """A step of DSM on one device by layout, with recomputed blocks and with unrolled ones.
+
+    On GPUs also with the attention of cuDNN, which the package does not use.
+    """
     task, changed = case.task("dsm"), {"recomputed": {"remat": True}}
     if "scan_blocks" in case.options:
         changed["unrolled"] = {"scan_blocks": False}
@@ -530,6 +555,8 @@ def layouts(case: Case, size: Size) -> dict[str, Any]:
     steps = {"data": Candidate(task), "pmap": Candidate(task, "pmap")}
     for name, changes in changed.items():
         steps[name] = Candidate(case.task("dsm", **changes), work=task)
+    if jax.default_backend() == "gpu" and case.network == "dit":
+        steps["cuDNN attention"] = Candidate(task, attention="cudnn")
     return timed(steps, case.batch, size)
 
 

@@ -10,11 +10,13 @@ import sys
 import accelerator
 import accelerator_sections as sections
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mclr_jax import experiment, plan
 from mclr_jax.model import shapes_of
+from mclr_jax.networks import layers
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Sections and beginnings of the names of rows: all that is not another network or objective.
@@ -142,6 +144,14 @@ def test_every_network_and_objective_is_measured():
     assert compared == experiment.NETWORKS.keys()
     assert rows["objectives"].keys() == experiment.OBJECTIVES.keys()
     assert {"dsm", "mclr", "classify", *sections.RIVALS} == experiment.OBJECTIVES.keys()
+
+
+def test_the_attention_of_cudnn_is_asked_for_and_left_again():
+    """On a machine without CUDA, JAX says that there is none."""
+    q = jnp.ones((1, 4, 2, 8), jnp.bfloat16)
+    with pytest.raises(RuntimeError, match="cuDNN"), sections.attention_of("cudnn"):
+        layers.attention(q, q, q)
+    assert layers.attention is jax.nn.dot_product_attention
 
 
 class FakeStep:
