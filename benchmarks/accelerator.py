@@ -1,4 +1,4 @@
-"""What one GPU or TPU says about this project; each result is stored as soon as it is there.
+"""What one GPU or TPU says about this project; each result is stored when it is measured.
 
   python benchmarks/accelerator.py --out=accelerator.json                     # at most 20 minutes
   python benchmarks/accelerator.py --out=accelerator.json --only=parity,torch
