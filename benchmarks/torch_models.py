@@ -4,7 +4,10 @@ Written from the architectures (Karras et al. 2022, Appendix F.2; Peebles and Xi
 same parameters as `mclr_jax.networks.unet` and `mclr_jax.networks.dit`. Images are NCHW.
 """
 
+import json
 import math
+import sys
+import time
 
 import torch
 import torch.nn.functional as F
@@ -153,20 +156,22 @@ class TransformerBlock(nn.Module):
 class DiT(nn.Module):
     """Transformer on patches."""
 
-    def __init__(self, width=192, depth=6, heads=3, patch=4, num_classes=10, resolution=32):
+    def __init__(
+        self, width=192, depth=6, heads=3, patch=4, channels=3, num_classes=10, resolution=32
+    ):
         super().__init__()
-        self.patch = patch
+        self.patch, self.num_classes, features = patch, num_classes, channels * patch**2
         self.register_buffer("frequencies", 1e-4 ** (torch.arange(128) / 128))
         self.register_buffer("positions", torch.randn(1, (resolution // patch) ** 2, width))
-        self.embed_patches = nn.Linear(3 * patch**2, width)
+        self.embed_patches = nn.Linear(features, width)
         self.embed_noise = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.embed_label = nn.Embedding(num_classes + 1, width)
         self.blocks = nn.ModuleList([TransformerBlock(width, heads) for _ in range(depth)])
         self.modulation = nn.Linear(width, 2 * width)
-        self.last = nn.Linear(width, 3 * patch**2)
+        self.last = nn.Linear(width, features)
 
     def forward(self, x, c_noise, label):
-        """x (B, 3, H, W), c_noise (B,), label (B,) -> (B, 3, H, W)."""
+        """x (B, C, H, W), c_noise (B,), label (B,) -> (B, C, H, W)."""
         size = x.shape[-2:]
         h = F.unfold(x, self.patch, stride=self.patch).transpose(1, 2)
         h = self.embed_patches(h) + self.positions
@@ -189,25 +194,31 @@ def denoise(network, x, sigma, label, sigma_data=0.5):
 
 def loss(network, x0, label, sigma_data=0.5):
     """Denoising score matching with EDM's noise levels and weights -> ()."""
-    sigma = torch.exp(-1.2 + 1.2 * torch.randn(len(x0)))
+    sigma = torch.exp(-1.2 + 1.2 * torch.randn(len(x0), device=x0.device))
     x = x0 + sigma[:, None, None, None] * torch.randn_like(x0)
     error = (denoise(network, x, sigma, label, sigma_data) - x0).square().mean((1, 2, 3))
     return (error * (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2).mean()
 
 
 class Trainer:
-    """Adam (fused) and an exponential average of the weights (one call for all of them)."""
+    """Adam (fused) and an exponential average of the weights (one call for all of them).
 
-    def __init__(self, network: nn.Module, compile: bool = False):
+    `mode` is that of `torch.compile`, "" for eager; `dtype` that of the products, by autocast.
+    """
+
+    def __init__(self, network: nn.Module, mode: str = "", dtype: torch.dtype | None = None):
         self.network = network
         self.parameters = list(network.parameters())
         self.averages = [p.detach().clone() for p in self.parameters]
         self.optimizer = torch.optim.Adam(self.parameters, lr=1e-4, fused=True)
-        self.loss = torch.compile(loss) if compile else loss
+        self.loss = torch.compile(loss, mode=mode) if mode else loss
+        self.dtype = dtype
 
     def step(self, x0, label) -> torch.Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        value = self.loss(self.network, x0, label)
+        torch.compiler.cudagraph_mark_step_begin()  # CUDA graphs may write over the last results
+        with torch.autocast(x0.device.type, self.dtype, enabled=self.dtype is not None):
+            value = self.loss(self.network, x0, label)
         value.backward()
         self.optimizer.step()
         with torch.no_grad():
@@ -226,3 +237,43 @@ def heun(denoise_fn, x, label, sigmas):
             y = x + (t - s) * slope
         x = y
     return x
+
+
+def main() -> None:
+    """Train in bfloat16, for benchmarks/accelerator.py: a line of output for each line of input.
+
+    The argument has the network, its options, the device, the mode of `torch.compile`, the batch
+    and the shape of an example in JSON. The first line of output says how long the first steps
+    took; a line of input is a number of steps.
+    """
+    asked = json.loads(sys.argv[1])
+    device, start = asked["device"], time.perf_counter()
+    network = {"dit": DiT, "unet": UNet}[asked["network"]](**asked["options"]).to(device)
+    height, width, channels = asked["shape"]
+    x0 = torch.randn(asked["batch"], channels, height, width, device=device) / 2
+    label = torch.randint(network.num_classes, (asked["batch"],), device=device)
+    if asked["network"] == "unet":
+        network, x0 = (each.to(memory_format=torch.channels_last) for each in (network, x0))
+    torch.set_float32_matmul_precision("high")  # as XLA does on GPUs
+    trainer = Trainer(network, asked["mode"], torch.bfloat16)
+
+    def run(steps: int) -> float:
+        for _ in range(steps):
+            value = trainer.step(x0, label)
+        return value.item()  # waits for the device
+
+    loss = run(3)
+    origin = {
+        "torch": torch.__version__,
+        "loss": loss,
+        "parameters": sum(map(torch.numel, trainer.parameters)),
+    }
+    if device == "cuda":
+        origin["peak_bytes"] = torch.cuda.max_memory_allocated()
+    print(json.dumps({**origin, "first_steps_seconds": time.perf_counter() - start}), flush=True)
+    for line in sys.stdin:
+        print(json.dumps({"loss": run(int(line))}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

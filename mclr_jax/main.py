@@ -18,13 +18,14 @@ from mclr_jax import cpu, experiment, generate, images, runs
 from mclr_jax.data import pipeline, sources
 from mclr_jax.files import digest
 from mclr_jax.metrics import report
+from mclr_jax.model import shapes_of
 from mclr_jax.names import check_keys, construct, in_range, of_kind
 from mclr_jax.noise import LEVELS
 from mclr_jax.samplers import Sampler
 from mclr_jax.task import Task
 from mclr_jax.training import loop
 from mclr_jax.training.checkpoint import Checkpoints, digests, not_finite
-from mclr_jax.training.devices import Devices, banner, require_accelerator
+from mclr_jax.training.devices import Devices, banner, placed, require_accelerator
 from mclr_jax.training.log import Writer
 from mclr_jax.training.loop import Hook, Moment
 from mclr_jax.training.step import TrainState, init_state, make_evaluate
@@ -187,7 +188,7 @@ def extra_sources(config: Any, task: Task, source: Any) -> dict[str, Any]:
 def _restore(checkpoints: Checkpoints, devices: Devices, shapes: Any) -> tuple[Any, int] | None:
     """(tree like `shapes`, step) from the newest checkpoint, or None if no checkpoint exists."""
     layout = Devices("data") if devices.parallel == "pmap" else devices
-    restored = checkpoints.restore(runs.placed(shapes, layout.state_shardings(shapes)))
+    restored = checkpoints.restore(placed(shapes, layout.state_shardings(shapes)))
     return (devices.from_global(restored[0]), restored[1]) if restored else None
 
 
@@ -224,7 +225,7 @@ def _frozen(
     `workdir` gets a copy of the weights, so that the run needs no other directory. ValueError: the
     copy is missing, and the companions have other weights than those that the run was started with.
     """
-    shapes = {name: runs.shapes(model) for name, model in task.frozen.items()}
+    shapes = {name: shapes_of(model) for name, model in task.frozen.items()}
     if not shapes:
         return {}, ""
     with Checkpoints(workdir / "frozen", keep=None) as store:

@@ -4,7 +4,6 @@ Class c has density sum_k weights[c, k] N(means[c, k], stds[c, k]^2 I). Noise of
 sigma^2 to each variance, so densities, posteriors and denoisers are exact at every sigma.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -34,8 +33,13 @@ class GaussianMixture:
     def __post_init__(self):
         if hasattr(self.means, "shape"):  # JAX also builds this tree with leaves of other types
             k, c = self.means.shape[:2]
-            chex.assert_shape([self.stds, self.weights], (k, c))
-            chex.assert_shape(self.class_prior, (k,))
+            expected = {"stds": (k, c), "weights": (k, c), "class_prior": (k,)}
+            for name, shape in expected.items():
+                if (found := getattr(self, name).shape) != shape:
+                    raise ValueError(
+                        f"{name} has shape {found}; expected {shape} for means of shape "
+                        f"{self.means.shape}."
+                    )
 
     @property
     def num_classes(self) -> int:

@@ -184,3 +184,9 @@ class Model:
             }
 
         return run
+
+
+@functools.lru_cache(maxsize=8)
+def shapes_of(model: Model) -> Any:
+    """The shapes and types of a model's parameters."""
+    return jax.eval_shape(model.init, jax.random.key(0))

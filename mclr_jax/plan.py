@@ -18,10 +18,10 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mclr_jax import cpu, runs
-from mclr_jax.model import Model
+from mclr_jax import cpu
+from mclr_jax.model import Model, shapes_of
 from mclr_jax.task import Task
-from mclr_jax.training.devices import AXIS, Devices
+from mclr_jax.training.devices import AXIS, Devices, placed
 from mclr_jax.training.step import init_state, make_update
 
 DOCS = "https://docs.cloud.google.com/tpu/docs"
@@ -31,8 +31,10 @@ DOCS = "https://docs.cloud.google.com/tpu/docs"
 class Chip:
     """Published peaks of a chip, and the memory that libtpu leaves to a program."""
 
-    memory: int  # bytes, from the errors of libtpu 0.0.42
-    flops: float  # bf16 FLOP/s; XLA multiplies float32 matrices in bf16, too, unless told otherwise
+    memory: int  # bytes, from the errors of libtpu 0.0.42; of a GPU, the memory of the card
+    # Dense bf16 FLOP/s. XLA multiplies float32 matrices in bf16 on TPUs, in TF32 on GPUs from
+    # Ampere on, unless told otherwise.
+    flops: float
     bandwidth: float  # bytes/s of the memory
     link: float  # bytes/s to the other chips, sum over the chip's links, in one direction
     source: str
@@ -44,6 +46,32 @@ CHIPS = {
     "v5e": Chip(int(15.75 * 2**30), 197e12, 819e9, 200e9, f"{DOCS}/v5e"),
     "v5p": Chip(int(95.74 * 2**30), 459e12, 2765e9, 600e9, f"{DOCS}/v5p"),
     "v6e": Chip(int(31.25 * 2**30), 918e12, 1638e9, 400e9, f"{DOCS}/v6e"),
+}
+# One direction of NVLink or, without it, of PCIe; tables with sparsity have twice these FLOP/s.
+H100 = "https://www.nvidia.com/en-us/data-center/h100/"
+A100 = "https://www.nvidia.com/en-us/data-center/a100/"
+# By `jax.Device.device_kind`.
+KINDS_OF_CHIP = {
+    "TPU v4": CHIPS["v4"],
+    "TPU v5 lite": CHIPS["v5e"],
+    "TPU v5": CHIPS["v5p"],
+    "TPU v6 lite": CHIPS["v6e"],
+    "NVIDIA H200": Chip(
+        int(141e9), 989e12, 4800e9, 450e9, "https://www.nvidia.com/en-us/data-center/h200/"
+    ),
+    "NVIDIA H100 80GB HBM3": Chip(int(80e9), 989e12, 3350e9, 450e9, H100),
+    "NVIDIA H100 PCIe": Chip(int(80e9), 756e12, 2000e9, 64e9, H100),
+    "NVIDIA A100-SXM4-80GB": Chip(int(80e9), 312e12, 2039e9, 300e9, A100),
+    "NVIDIA A100 80GB PCIe": Chip(int(80e9), 312e12, 1935e9, 32e9, A100),
+    "NVIDIA A100-SXM4-40GB": Chip(int(40e9), 312e12, 1555e9, 300e9, A100),
+    "NVIDIA A100-PCIE-40GB": Chip(int(40e9), 312e12, 1555e9, 32e9, A100),
+    "NVIDIA L4": Chip(
+        int(24e9), 121e12, 300e9, 32e9, "https://www.nvidia.com/en-us/data-center/l4/"
+    ),
+    # It has no bf16 units: these are the FLOP/s of float16.
+    "Tesla T4": Chip(
+        int(16e9), 65e12, 320e9, 16e9, "https://www.nvidia.com/en-us/data-center/tesla-t4/"
+    ),
 }
 TOPOLOGY = re.compile(rf"({'|'.join(CHIPS)}):([1-9]\d*(?:x[1-9]\d*){{1,2}})")
 
@@ -202,7 +230,7 @@ def batches(task: Task, batch_size: int, length: int) -> dict[str, jax.ShapeDtyp
     return {"index": integer, **rows, **{f"{prefix}image": image for prefix in prefixes}}
 
 
-def _lowered(task: Task, devices: Devices, shapes: tuple) -> Any:
+def lowered(task: Task, devices: Devices, shapes: tuple) -> Any:
     """The step of `training.step`, ready to compile for these devices."""
     state, frozen, rows, count = shapes
     if devices.parallel == "pmap":
@@ -215,21 +243,21 @@ def _lowered(task: Task, devices: Devices, shapes: tuple) -> Any:
         rows = jax.tree.map(split, rows)
     else:
         state, frozen, count = (
-            runs.placed(x, devices.state_shardings(x)) for x in (state, frozen, count)
+            placed(x, devices.state_shardings(x)) for x in (state, frozen, count)
         )
         over_rows = NamedSharding(devices.mesh, PartitionSpec(None, AXIS))
-        rows = runs.placed(rows, jax.tree.map(lambda x: over_rows, rows))
+        rows = placed(rows, jax.tree.map(lambda x: over_rows, rows))
     step: Any = devices.compile(make_update(task, devices.axis_name))
     return step.lower(state, frozen, rows, count)
 
 
-def _compiled(lowered: Any, scale: int) -> tuple[dict[str, int | None], dict]:
+def _compiled(program: Any, scale: int) -> tuple[dict[str, int | None], dict]:
     """Bytes of memory by part, times `scale`, and the collectives.
 
     Of a program that does not fit, the compiler tells at most the peak.
     """
     try:
-        compiled = lowered.compile()
+        compiled = program.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -237,14 +265,19 @@ def _compiled(lowered: Any, scale: int) -> tuple[dict[str, int | None], dict]:
         factor = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
         peak = int(float(wanted[1]) * factor[wanted[2]]) * scale if wanted else None
         return {"arguments": None, "outputs": None, "temporaries": None, "peak": peak}, {}
+    memory = {name: scale * size for name, size in memory_of(compiled).items()}
+    return memory, collectives(compiled.as_text())
+
+
+def memory_of(compiled: Any) -> dict[str, int]:
+    """Bytes of memory by part that the compiler has planned for a program on one device."""
     found = compiled.memory_analysis()
-    parts = {
+    return {
         "arguments": found.argument_size_in_bytes,
         "outputs": found.output_size_in_bytes,
         "temporaries": found.temp_size_in_bytes,
         "peak": found.peak_memory_in_bytes,
     }
-    return {name: scale * size for name, size in parts.items()}, collectives(compiled.as_text())
 
 
 def forward_flops(model: Model) -> int:
@@ -256,13 +289,13 @@ def forward_flops(model: Model) -> int:
         return answer(params)(x, sigma, np.zeros(1, np.int32))
 
     with cpu.programs_for_others():
-        return flops(jax.make_jaxpr(call)(runs.shapes(model), *inputs).jaxpr)
+        return flops(jax.make_jaxpr(call)(shapes_of(model), *inputs).jaxpr)
 
 
 def shapes(task: Task, batch_size: int, length: int = 1) -> tuple:
     """The arguments of a dispatch of `length` steps: state, frozen, batches, count."""
     state = jax.eval_shape(lambda: init_state(task))
-    frozen = {name: runs.shapes(model) for name, model in task.frozen.items()}
+    frozen = {name: shapes_of(model) for name, model in task.frozen.items()}
     rows = batches(task, batch_size, length)
     return state, frozen, rows, jax.ShapeDtypeStruct((), np.int32)
 
@@ -295,9 +328,9 @@ def plan(
     arguments = shapes(task, batch_size, steps_per_dispatch)
     start = time.perf_counter()
     with cpu.programs_for_others():
-        memory, exchanged = _compiled(_lowered(task, devices, arguments), chip.devices)
+        memory, exchanged = _compiled(lowered(task, devices, arguments), chip.devices)
     seconds = time.perf_counter() - start
-    roofline = _roofline(chip, in_step / chips, memory, exchanged)
+    bound = roofline(chip, in_step / chips, memory, exchanged)
     sampling = 1000 * network_calls * in_call
     return {
         "topology": name,
@@ -313,8 +346,8 @@ def plan(
         "flops_per_step": in_step,
         "flops_per_example": {"forward": in_call, "step": in_step / batch_size},
         "collectives": exchanged,
-        "roofline": roofline,
-        "device_hours": roofline["seconds_per_step"] * num_steps * chips / 3600,
+        "roofline": bound,
+        "device_hours": bound["seconds_per_step"] * num_steps * chips / 3600,
         "thousand_samples": {
             "network_calls": network_calls,
             "flops": sampling,
@@ -328,7 +361,7 @@ def _size(tree: Any) -> int:
     return sum(x.size for x in jax.tree.leaves(tree))
 
 
-def _roofline(chip: Chip, flops: float, memory: dict, exchanged: dict) -> dict[str, Any]:
+def roofline(chip: Chip, flops: float, memory: dict, exchanged: dict) -> dict[str, Any]:
     """A lower bound of the seconds of a step: the longest of computing, memory and links.
 
     Arguments are read, results written, and temporaries both, once each. An all-reduce moves its

@@ -7,7 +7,6 @@ of the companions, so that the run needs no other directory.
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import operator
@@ -29,12 +28,12 @@ from mclr_jax.data import sources
 from mclr_jax.data.formats import FORMATS
 from mclr_jax.data.protocol import Source, evenly
 from mclr_jax.files import digest, flat, provenance, write_atomically, write_json
-from mclr_jax.model import DataInfo, Model
+from mclr_jax.model import DataInfo, Model, shapes_of
 from mclr_jax.names import construct
 from mclr_jax.samplers import Sampler
 from mclr_jax.task import MADE_HERE
 from mclr_jax.training.checkpoint import Checkpoints, check_same
-from mclr_jax.training.devices import banner
+from mclr_jax.training.devices import banner, placed
 
 # Values of run.json that a run with checkpoints cannot change: they decide what its weights mean.
 FIXED = ("model.", "companions.", "data.")
@@ -349,23 +348,10 @@ def load_model(workdir: str | pathlib.Path, interpolation: float = 1.0) -> tuple
     return run.model, run.weights(interpolation=interpolation)[0]
 
 
-@functools.lru_cache(maxsize=8)
-def shapes(model: Model) -> Any:
-    """The shapes and types of a model's parameters."""
-    return jax.eval_shape(model.init, jax.random.key(0))
-
-
-def placed(shapes: Any, shardings: Any) -> Any:
-    """A tree of shapes with a tree of shardings, as `Checkpoints.restore` needs it."""
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-    )
-
-
 def _like(model: Model) -> Any:
     """The shapes of the parameters, on the first device."""
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return placed(shapes(model), jax.tree.map(lambda x: first, shapes(model)))
+    return placed(shapes_of(model), jax.tree.map(lambda x: first, shapes_of(model)))
 
 
 def fitted(weights: Any, model: Model, source: str) -> Any:
@@ -375,14 +361,14 @@ def fitted(weights: Any, model: Model, source: str) -> Any:
     were zero in sampling, are removed. MismatchError: another difference.
     """
     optional = set(getattr(model.network, "optional_inputs", ()))
-    wanted, given = (traverse_util.flatten_dict(tree) for tree in (shapes(model), weights))
+    wanted, given = (traverse_util.flatten_dict(tree) for tree in (shapes_of(model), weights))
     changed = {path for path in wanted.keys() ^ given.keys() if optional & set(path)}
     result = {path: x for path, x in given.items() if path not in changed}
     for path in changed & wanted.keys():
         result[path] = jnp.zeros(wanted[path].shape, wanted[path].dtype)
     tree = traverse_util.unflatten_dict(result)
-    check_same(shapes(model), tree, source)
-    check_same(tree, shapes(model), "the network of this run")
+    check_same(shapes_of(model), tree, source)
+    check_same(tree, shapes_of(model), "the network of this run")
     return tree
 
 

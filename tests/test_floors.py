@@ -30,7 +30,7 @@ FLOORS = [
     ["launch/"],
 ]
 # What the ground floors, up to the task, may import beside the standard library.
-FOUNDATION = ("jax", "flax.linen", "optax", "chex", "numpy")
+FOUNDATION = ("jax", "flax.linen", "optax", "numpy")
 
 
 @functools.cache

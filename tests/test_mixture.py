@@ -105,5 +105,9 @@ def test_samples_have_the_moments_of_each_class():
 
 
 def test_mismatched_shapes_are_refused():
-    with pytest.raises(AssertionError, match="shape"):
-        GaussianMixture(jnp.zeros((3, 2, 2)), jnp.ones((3, 1)), jnp.ones((3, 2)), jnp.ones(3) / 3)
+    shapes = {"stds": (3, 2), "weights": (3, 2), "class_prior": (3,)}
+    GaussianMixture(jnp.zeros((3, 2, 2)), **{name: jnp.ones(s) for name, s in shapes.items()})
+    for name, shape in shapes.items():
+        wrong = shapes | {name: (1, *shape[1:])}
+        with pytest.raises(ValueError, match=rf"{name} has shape \(1,.*expected \(3,"):
+            GaussianMixture(jnp.zeros((3, 2, 2)), **{n: jnp.ones(s) for n, s in wrong.items()})

@@ -162,7 +162,7 @@ def on_the_cpu():
     parameters = sum(x.size for x in jax.tree.leaves(arguments[0].params))
 
     def found(parallel):
-        lowered = plan._lowered(task, Devices(parallel), arguments)
+        lowered = plan.lowered(task, Devices(parallel), arguments)
         return *plan._compiled(lowered, scale=1), parameters
 
     return {parallel: found(parallel) for parallel in ("pmap", "data", "fsdp")}
@@ -214,15 +214,37 @@ def test_peaks_are_near_those_of_the_documentation():
         assert chip.flops / chip.bandwidth == pytest.approx(intensity, abs=1)
 
 
+def test_peaks_of_gpus_are_dense():
+    """GB of memory, GB/s, and TFLOP/s, half of those with sparsity."""
+    published = {
+        "NVIDIA H200": (141, 4800, 1979 / 2),
+        "NVIDIA H100 80GB HBM3": (80, 3350, 1979 / 2),
+        "NVIDIA H100 PCIe": (80, 2000, 1513 / 2),
+        "NVIDIA A100-SXM4-80GB": (80, 2039, 624 / 2),
+        "NVIDIA A100 80GB PCIe": (80, 1935, 624 / 2),
+        "NVIDIA A100-SXM4-40GB": (40, 1555, 624 / 2),
+        "NVIDIA A100-PCIE-40GB": (40, 1555, 624 / 2),
+        "NVIDIA L4": (24, 300, 242 / 2),
+        "Tesla T4": (16, 320, 130 / 2),
+    }
+    gpus = {name: chip for name, chip in plan.KINDS_OF_CHIP.items() if "TPU" not in name}
+    assert published.keys() == gpus.keys()
+    for name, (gigabytes, bandwidth, teraflops) in published.items():
+        assert gpus[name].memory == gigabytes * 10**9
+        assert gpus[name].bandwidth == bandwidth * 1e9
+        assert gpus[name].flops == pytest.approx(teraflops * 1e12, rel=1e-3)
+    assert {*plan.KINDS_OF_CHIP.values()} >= {*plan.CHIPS.values()}
+
+
 def test_the_roofline_is_the_longest_part():
     chip = plan.Chip(100, flops=10.0, bandwidth=5.0, link=2.0, source="")
     memory = {"arguments": 4, "outputs": 6, "temporaries": 20, "peak": 24}
     exchanged = {"all-reduce": {"count": 1, "bytes": 6}, "all-gather": {"count": 2, "bytes": 8}}
-    found = plan._roofline(chip, 30.0, memory, exchanged)
+    found = plan.roofline(chip, 30.0, memory, exchanged)
     assert found["seconds"] == {"compute": 3.0, "memory": 10.0, "links": 10.0}
     assert found["seconds_per_step"] == 10.0
     unknown = dict.fromkeys(memory)
-    assert plan._roofline(chip, 30.0, unknown, {})["seconds_per_step"] == 3.0
+    assert plan.roofline(chip, 30.0, unknown, {})["seconds_per_step"] == 3.0
 
 
 class Full:
@@ -310,7 +332,7 @@ def test_the_text_has_every_part():
         "chip_memory_bytes": 2**30, "fits": False, "flops_per_step": 10**9,
         "flops_per_example": {"forward": 5, "step": 15}, "device_hours": 0.25,
         "collectives": {"all-reduce": {"count": 2, "bytes": 2**20}}, "compile_seconds": 1.5,
-        "roofline": plan._roofline(plan.CHIPS["v5e"], 197e12, dict.fromkeys(
+        "roofline": plan.roofline(plan.CHIPS["v5e"], 197e12, dict.fromkeys(
             ("arguments", "outputs", "temporaries")), {}),
         "thousand_samples": {"network_calls": 35, "flops": 10, "chip_seconds": 0.5},
     }  # fmt: skip

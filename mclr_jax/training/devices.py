@@ -126,6 +126,13 @@ class Devices:
         return convert(state, self.mesh, PartitionSpec()) if several else state
 
 
+def placed(shapes: Any, shardings: Any) -> Any:
+    """A tree of shapes with a tree of shardings, for ahead-of-time compilation and `restore`."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+
+
 def banner() -> str:
     """One line with the devices of this process, which makes a silent CPU fallback visible."""
     kinds = sorted({device.device_kind for device in jax.devices()})

@@ -1,0 +1,286 @@
+"""benchmarks/accelerator.py: rows of every section with small shapes, and how they are stored."""
+
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import accelerator
+import accelerator_sections as sections
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mclr_jax import experiment, plan
+from mclr_jax.model import shapes_of
+from mclr_jax.networks import layers
+
+ROOT = pathlib.Path(__file__).parent.parent
+# Sections and beginnings of the names of rows: all that is not another network or objective.
+SELECTION = [("parity", "dit"), ("throughput", "MLP"), ("plan", ""), ("torch", ""),
+             ("sampling", "MLP"), ("resume", ""), ("objectives", "contrastive"),
+             ("layouts", "small"), ("layouts", "MLP"), ("rivals", "MLP")]  # fmt: skip
+# Only what jax, flax, optax and NumPy bring can be imported, and the project itself.
+PROGRAM = """
+import importlib.machinery, sys
+import jax, flax.linen, optax, numpy
+
+own = {"mclr_jax", "tasks", "accelerator", "accelerator_sections"}
+known = {name.split(".")[0] for name in sys.modules} | sys.stdlib_module_names | own
+
+class Known(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return super().find_spec(name, path, target) if name.split(".")[0] in known else None
+
+sys.meta_path = [Known if each is Known.__base__ else each for each in sys.meta_path]
+import accelerator
+for only, row in SELECTION:
+    accelerator.main(["--tiny", "--out=OUT", f"--only={only}", f"--row={row}"])
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(section, name) -> row."""
+    out = tmp_path_factory.mktemp("accelerator") / "out.json"
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
+    program = PROGRAM.replace("SELECTION", repr(SELECTION)).replace("OUT", str(out))
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": paths},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {(row["section"], row["name"]): row for row in json.loads(out.read_text())["rows"]}
+
+
+def test_each_section_has_good_rows_that_name_their_origin(made):
+    assert {section for section, _ in made} == {*accelerator.SECTIONS}
+    for row in made.values():
+        assert accelerator.good(row), row
+        assert row["device"] == "cpu"
+        assert row["jax"] == jax.__version__
+        assert {"command", "revision", "seconds_of_row", "session", "python"} <= row.keys()
+    skipped = {key for key, row in made.items() if "skipped" in row}
+    assert {section for section, _ in skipped} == {"plan", "torch"}
+    assert made["torch", "DiT, eager"]["skipped"] == "torch cannot be imported"
+
+
+def test_the_cpu_equals_itself_but_for_the_type(made):
+    row = made["parity", "dit"]
+    assert row["float32"]["output"] == row["float32"]["gradient"] == 0
+    assert 1e-4 < row["bfloat16"]["output"] < 3e-2
+    step = made["objectives", "contrastive_flow"]
+    assert step["update"] == step["metrics"] == 0
+
+
+def test_the_rate_and_the_flops_of_a_step(made):
+    row, width = made["throughput", "MLP"], 8
+    first = 2 * (32 * width + 2 * width)  # noise and data, without a gradient in the input
+    forward = first + 2 * (width**2 + 4 * width**2 + 2 * width)
+    dsm, mclr = row["dsm"], row["mclr"]
+    assert dsm["flops_per_step"] == row["batch_size"] * (3 * forward - first)
+    assert mclr["flops_per_step"] > 1.5 * dsm["flops_per_step"]
+    assert dsm["examples_per_second"] == row["batch_size"] / np.median(dsm["seconds"])
+    assert row["over_first"]["mclr"] == mclr["seconds_per_step"] / dsm["seconds_per_step"]
+    assert dsm["utilisation"] is None  # no published peak
+    assert row["parameters"] == sum(
+        math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes_of(sections.TINY_MLP.model()))
+    )
+
+
+def test_recomputation_is_no_work_and_several_steps_are_counted(made):
+    row = made["layouts", "MLP"]
+    work = {row[name]["flops_per_step"] for name in ("data", "pmap", "recomputed")}
+    assert work == {made["throughput", "MLP"]["dsm"]["flops_per_step"]}
+    longer = made["layouts", "small, dispatches"]["2 steps"]
+    assert longer["seconds_per_step"] == np.median(longer["seconds"])
+    assert made["sampling", "MLP"]["CFG"]["network_calls"] == 6
+    assert made["sampling", "MLP"]["unguided"]["network_calls"] == 3
+
+
+def test_the_plan_is_compared_with_the_time(made):
+    found, peaks = made["plan", "MLP"]["dsm"], made["plan", "peaks"]
+    step = made["throughput", "MLP"]["dsm"]
+    memory = step["memory_bytes"]
+    moved = memory["arguments"] + memory["outputs"] + 2 * memory["temporaries"]
+    bound = max(
+        step["flops_per_step"] / peaks["flops_per_second"], moved / peaks["bytes_per_second"]
+    )
+    assert found["over_bound"] == {"measured": pytest.approx(step["seconds_per_step"] / bound)}
+    assert found["planned_bytes"] == memory["arguments"] + memory["temporaries"]
+
+
+def test_a_resumed_training_has_the_bits_of_the_whole_one(made):
+    digests = made["resume", "small"]["digests"]
+    assert len({*digests.values()}) == 1
+
+
+# ---- parts ---------------------------------------------------------------------------------------
+
+
+def test_an_error_is_relative_and_nan_passes_no_tolerance():
+    wanted = {"a": np.array([3.0, 0.0]), "b": np.array([4.0])}
+    assert sections.error({"a": np.array([3.0, 0.5]), "b": np.array([4.0])}, wanted) == 0.1
+    assert not sections.error({"a": np.full(2, np.nan), "b": np.array([4.0])}, wanted) <= 1
+    assert sections.error(np.ones(2), np.zeros(2)) == 1  # not 0 / 0
+
+
+def test_the_networks_have_their_published_sizes():
+    """Millions of parameters, of DiT without the channels of the variance and with 4 channels."""
+    for name, millions in {"DiT-XL/2": 675, "DiT-B/2": 130}.items():
+        leaves = jax.tree.leaves(shapes_of(sections.CASES[name].model()))
+        assert sum(leaf.size for leaf in leaves) / 1e6 == pytest.approx(millions, rel=0.01)
+
+
+def test_every_network_and_objective_is_measured():
+    rows = sections.all_rows(sections.FULL)
+    assert tuple(rows) == accelerator.SECTIONS
+    compared = {case.network for case in sections.families(sections.FULL).values()}
+    assert compared == experiment.NETWORKS.keys()
+    assert rows["objectives"].keys() == experiment.OBJECTIVES.keys()
+    assert {"dsm", "mclr", "classify", *sections.RIVALS} == experiment.OBJECTIVES.keys()
+
+
+def test_the_attention_of_cudnn_is_asked_for_and_left_again():
+    """On a machine without CUDA, JAX says that there is none."""
+    q = jnp.ones((1, 4, 2, 8), jnp.bfloat16)
+    with pytest.raises(RuntimeError, match="cuDNN"), sections.attention_of("cudnn"):
+        layers.attention(q, q, q)
+    assert layers.attention is jax.nn.dot_product_attention
+
+
+class FakeStep:
+    """Needs 10 bytes for each example; a task named "bad" cannot be compiled."""
+
+    origin, memory, devices = {}, {}, None
+
+    def __init__(self, candidate, batch):
+        if candidate.task == "bad":
+            raise RuntimeError("no such program")
+        self.task, self.batch, self.length = candidate.task, batch, candidate.length
+        self.needed = 10 * batch
+
+    def load(self):
+        pass
+
+
+class FakeHolder:
+    state = type("State", (), {"params": [np.zeros(7)]})
+
+    def __init__(self, task, devices):
+        pass
+
+    def run(self, step, calls):
+        pass
+
+    def loss(self):
+        return 1.0
+
+
+def test_a_step_that_does_not_fit_or_fails(monkeypatch):
+    """The batch is halved until it fits; a step that fails leaves those of others."""
+    monkeypatch.setattr(sections, "Step", FakeStep)
+    monkeypatch.setattr(sections, "Holder", FakeHolder)
+    monkeypatch.setattr(sections, "_limit", lambda: 300)
+    monkeypatch.setattr(sections, "_seconds", lambda run, count: 2.0 * count)
+    monkeypatch.setattr(sections.plan, "step_flops", lambda task, batch: 1000 * batch)
+    chip = plan.Chip(1, 16000.0, 1.0, 1.0, "")
+    monkeypatch.setattr(sections, "chip_of_device", lambda: chip)
+    names = {"whole": ("good", 1), "bad": ("bad", 1), "several": ("good", 4)}
+    candidates = {n: sections.Candidate(t, length=length) for n, (t, length) in names.items()}
+    found = sections.timed(candidates, 64, sections.TINY)
+    assert found["batch_size"] == 16
+    assert found["bad"] == {"error": "RuntimeError: no such program"}
+    assert found["whole"]["utilisation"] == 16000 / 2.0 / 16000
+    assert found["over_first"] == {"whole": 1.0, "several": 0.25}
+    assert found["parameters"] == 7
+    assert not accelerator.good(found)
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rows(tmp_path, monkeypatch):
+    """Functions of two rows of `plan`, which can be changed, and a call of the script."""
+    functions = {"good": lambda stored: {"value": len(stored)}, "bad": lambda stored: 1 / 0}
+    monkeypatch.setattr(sections, "all_rows", lambda size: {"plan": functions})
+    # inside a subprocess these are of use
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    out = tmp_path / "out.json"
+
+    def call(*arguments):
+        status = accelerator.main(["--tiny", "--only=plan", f"--out={out}", *arguments])
+        return status, {row["name"]: row for row in accelerator.read(out)}
+
+    return functions, call
+
+
+def test_rows_that_failed_are_made_again_and_finished_ones_are_not(rows, capsys):
+    functions, call = rows
+    status, found = call()
+    assert status == 1
+    assert found["good"]["value"] == 0
+    assert found["bad"]["error"] == "ZeroDivisionError: division by zero"
+    assert "1 of 2 rows have errors: plan, bad" in capsys.readouterr().out
+    functions["bad"] = lambda stored: {"value": len(stored), "passed": True}
+    status, found = call()
+    assert status == 0
+    assert found["good"]["value"] == 0
+    assert found["bad"]["value"] == 2  # the good row, and the one that failed
+    functions["bad"] = functions["third"] = lambda stored: {"passed": False}
+    assert call("--row=bad")[1].keys() == {"good", "bad"}
+    assert call()[0] == 1
+
+
+DIES = """
+import pathlib, sys
+sys.path[:0] = PATHS
+import accelerator
+only, session = (next(a for a in sys.argv if a.startswith(k)).partition("=")[2]
+                 for k in ("--only", "--inside"))
+out = pathlib.Path("OUT")
+names = [row["name"] for row in accelerator.read(out)]
+def store(name):
+    accelerator.store(out, {"section": only, "name": name, "session": session})
+if only == "parity" and "first" not in names:
+    store("first")
+    sys.exit(-9)
+if only == "torch":
+    sys.exit(5)
+if only == "sampling":
+    import time; time.sleep(60)
+store(f"second of {only}")
+"""
+
+
+def test_a_process_that_dies_leaves_the_other_rows(tmp_path, monkeypatch, capsys):
+    script, out = tmp_path / "script.py", tmp_path / "out.json"
+    paths = [str(ROOT / "benchmarks"), str(ROOT)]
+    script.write_text(DIES.replace("OUT", str(out)).replace("PATHS", repr(paths)))
+    monkeypatch.setattr(accelerator, "SCRIPT", str(script))
+    assert accelerator.main([f"--out={out}", "--only=parity,plan,torch"]) == 0
+    names = [row["name"] for row in accelerator.read(out)]
+    assert names == ["first", "second of parity", "second of plan"]
+    assert "torch ended with status 5" in capsys.readouterr().out
+    assert accelerator.main([f"--out={out}", "--only=sampling", "--minutes=0.01"]) == 1
+    assert "0.01 minutes are over" in capsys.readouterr().out
+
+
+def test_the_silent_cpu_and_bad_arguments_are_refused(tmp_path, capsys):
+    out = tmp_path / "out.json"
+    assert accelerator.inside(["parity"], out, False, "", "now") == accelerator.NO_DEVICE
+    assert capsys.readouterr().err.startswith("JAX found no accelerator, only the CPU. Install")
+    assert not out.exists()
+    for arguments, message in {
+        ("--out=x.txt",): "ends in .json",
+        ("--out=x.json", "--only=party"): "no section 'party'. Did you mean 'parity'",
+    }.items():
+        with pytest.raises(SystemExit, match="2"):
+            accelerator.main(arguments)
+        assert message in capsys.readouterr().err
