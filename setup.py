@@ -47,6 +47,7 @@ setup(
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    url="https://github.com/OWNER/mclr_jax",
     python_requires=">=3.11",
     packages=find_packages(include=["mclr_jax", "mclr_jax.*"]),
     install_requires=REQUIRED,
