@@ -39,9 +39,9 @@ from mclr_jax.model import DataInfo
 from mclr_jax.training.devices import MODES, banner
 
 OUT = tasks.RESULTS / "hosts.json"
-PROCESSES, STEPS, SAVED, KILLED = 4, 120, 40, 60
+PROCESSES, STEPS, SAVED, KILLED = 4, 90, 30, 40
 SMALL = {
-    "network.width": 32, "network.depth": 2, "network.heads": 2, "batch_size": 32, "log_every": 10,
+    "network.width": 64, "network.depth": 1, "batch_size": 32, "log_every": 10,
     "num_steps": STEPS, "checkpoint_every": SAVED, "keep_checkpoints": 9, "eval_examples": 64,
 }  # fmt: skip
 
@@ -69,7 +69,7 @@ def train(count: int, workdir: pathlib.Path, parallel: str, kill_at: int = 0) ->
     Returns the exit statuses, and the seconds from the kill to the end of the last process.
     """
     flags = [f"--config.{key}={value}" for key, value in {**SMALL, "parallel": parallel}.items()]
-    config = "--config=configs/digits.py"
+    config = "--config=configs/mixture.py"
     processes = start(count, "train", config, f"--workdir={workdir}", *flags)
     killed = 0.0
     while kill_at and all(process.poll() is None for process in processes):
