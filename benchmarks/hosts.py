@@ -39,9 +39,9 @@ from mclr_jax.model import DataInfo
 from mclr_jax.training.devices import MODES, banner
 
 OUT = tasks.RESULTS / "hosts.json"
-PROCESSES, STEPS, SAVED, KILLED = 4, 90, 30, 40
+PROCESSES, STEPS, SAVED, KILLED = 4, 36, 12, 16
 SMALL = {
-    "network.width": 64, "network.depth": 1, "batch_size": 32, "log_every": 10,
+    "network.width": 64, "network.depth": 1, "batch_size": 32, "log_every": 4,
     "num_steps": STEPS, "checkpoint_every": SAVED, "keep_checkpoints": 9, "eval_examples": 64,
 }  # fmt: skip
 
