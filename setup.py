@@ -47,7 +47,9 @@ setup(
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    url="https://github.com/OWNER/mclr_jax",
     python_requires=">=3.11",
+    classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)],
     packages=find_packages(include=["mclr_jax", "mclr_jax.*"]),
     install_requires=REQUIRED,
     extras_require={

@@ -367,6 +367,34 @@ def mclr_over_dsm() -> str:
     return table(["config", *found], [["MCLR / DSM", *(f"{x:.2f}" for x in found.values())]])
 
 
+def hosts() -> str:
+    """Four processes on this machine of which one is killed; the run continued by fewer."""
+
+    def line(row: dict) -> list[str]:
+        apart = row["relative_difference_by_processes"]
+        kilobytes = (f"{row[key] / 1000:.0f}" for key in ("checkpoint_bytes", "state_bytes"))
+        return [
+            f"`{row['parallel']}`", "yes" if row["same_bits"] else "no",
+            *(f"{apart[count]:.1e}" if apart[count] else "0" for count in ("2", "1")),
+            " / ".join(kilobytes), f"{row['seconds_to_end']:.0f}",
+        ]  # fmt: skip
+
+    rows = [row for row in load("hosts")["rows"] if row["name"].startswith("kill")]
+    head = ["layout", "four again: same bits", "two continue: difference", "one: difference",
+            "checkpoint / state, kB", "seconds until the others ended"]  # fmt: skip
+    return table(head, map(line, rows))
+
+
+def feed() -> str:
+    """What one host reads, and what four chips of TPU v5e can train on at most."""
+    rows = [row for row in load("hosts")["rows"] if row["name"].startswith("input")]
+    body = ([row["name"].removeprefix("input, "), f"{row['read_per_second']:,.0f}",
+             f"{row['trained_per_second_at_most']:,.0f}", f"{row['ratio']:.1f}"]
+            for row in rows)  # fmt: skip
+    return table(["data, on one core", "read per second", "trained on per second", "ratio"],
+                 body)  # fmt: skip
+
+
 # ---- pages ---------------------------------------------------------------------------------------
 
 

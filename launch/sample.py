@@ -6,14 +6,16 @@
 Writes the arrays `images` ((N, H, W, C) float32 in [-1, 1]) and `labels` ((N,) int32), and beside
 them a PNG with a row for each class. Sample i depends on the seed, i and its label alone: a run of
 more samples begins with the same samples. The labels repeat all classes in order, or --labels.
+Several processes share the work and process 0 writes the files: --coordinator as in launch.train.
 """
 
 import dataclasses
 
+import jax
 import numpy as np
 from absl import flags
 
-from launch import common
+from launch import common, hosts
 from mclr_jax import generate, images, runs, samplers
 from mclr_jax.files import save_arrays
 from mclr_jax.training.log import Progress
@@ -52,6 +54,7 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Samples at a time.", lower
 
 
 def main() -> None:
+    hosts.connect()
     run = runs.load(WORKDIR.value, INIT_FROM.value)
     common.use_cores(run.model.network)
     given = {
@@ -67,9 +70,10 @@ def main() -> None:
     interval = common.numbers(GUIDANCE_INTERVAL, float, 2)
     class_strengths = common.class_strengths(CLASS_STRENGTHS.value, run.model.null_label)
     params, _ = run.weights(EMA.value, CHECKPOINT.value, INTERPOLATION.value)
-    out = common.output(OUT.value, ".npz")
+    first = jax.process_index() == 0
+    out = common.output(OUT.value, ".npz") if first else None
     weak = runs.load_model(AUTOGUIDANCE.value) if AUTOGUIDANCE.value else None
-    with Progress(len(labels), "sample") as progress:
+    with Progress(len(labels), "sample", quiet=not first) as progress:
         samples = generate.generate(
             run.model,
             params,
@@ -84,6 +88,8 @@ def main() -> None:
             batch_size=BATCH_SIZE.value,
             progress=progress.update,
         )
+    if out is None:
+        return
     samples = images.clip(samples)
     save_arrays(out, images=samples, labels=labels.astype(np.int32))
     images.save(out.with_suffix(".png"), images.picture(samples, labels))

@@ -12,30 +12,21 @@ On several hosts run the same command on each: with --coordinator=auto on TPU po
 with --coordinator=HOST:PORT --num_processes=N --process_id=I.
 """
 
-import jax
 from absl import flags
 from ml_collections import config_flags
 
-from launch import common
+from launch import common, hosts
 from mclr_jax.experiment import NETWORKS
 from mclr_jax.main import train
 from mclr_jax.names import resolve
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, configs/NAME.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; made if missing.")
-COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "Several hosts: address of process 0, HOST:PORT, or auto."
-)
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several hosts: how many processes.")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several hosts: number of this process.")
 RESTART = flags.DEFINE_bool("restart", False, "Move the run to WORKDIR/replaced, and begin anew.")
 
 
 def main() -> None:
-    if COORDINATOR.value == "auto":
-        jax.distributed.initialize()
-    elif COORDINATOR.value:
-        jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    hosts.connect()
     config = CONFIG.value
     common.use_cores(resolve(NETWORKS, config.network.name, "network"), config.batch_size)
     train(config, WORKDIR.value, restart=RESTART.value)

@@ -30,8 +30,11 @@ def shardings() -> tuple[NamedSharding, NamedSharding]:
 
 def replicated(tree: Any) -> Any:
     """The arrays of a tree copied to each device, unless all devices have them."""
-    there = all(len(x.sharding.device_set) == jax.device_count() for x in jax.tree.leaves(tree))
-    return tree if there else jax.device_put(tree, shardings()[1])
+    if all(len(x.sharding.device_set) == jax.device_count() for x in jax.tree.leaves(tree)):
+        return tree
+    if jax.process_count() > 1:  # arrays of one process do not move to the devices of others
+        tree = jax.device_get(tree)
+    return jax.device_put(tree, shardings()[1])
 
 
 def spread_size(batch_size: int, count: int) -> int:

@@ -14,12 +14,12 @@ PRELOADED = ["mclr_jax.main", "mclr_jax.evaluation.report", "launch.common"]
 SERVER.set_forkserver_preload(PRELOADED)
 
 
-def _child(target, argv, path, log):
+def _child(target, argv, path, log, devices):
     """In the new process: run a module like `python -m` does, or a function of `argv`."""
     for number in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    one = re.sub(r"(device_count)=\d+", r"\1=1", os.environ["XLA_FLAGS"])
-    os.environ["XLA_FLAGS"] = one
+    flags = re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
+    os.environ["XLA_FLAGS"] = flags
     os.chdir(ROOT)
     sys.path[:0] = [*map(str, path), str(ROOT), str(ROOT / "tests")]
     sys.argv, sys.orig_argv = [str(target), *argv], [sys.executable, "-m", str(target), *argv]
@@ -29,9 +29,9 @@ def _child(target, argv, path, log):
         runpy.run_module(target, run_name="__main__", alter_sys=True)
 
 
-def start(target, argv, log, path=()):
-    """The process, on one device; `path` is for imports, output goes to the file `log`."""
-    process = SERVER.Process(target=_child, args=(target, argv, path, str(log)))
+def start(target, argv, log, path=(), devices=1):
+    """The process, on CPU devices; `path` is for imports, output goes to the file `log`."""
+    process = SERVER.Process(target=_child, args=(target, argv, path, str(log), devices))
     process.start()
     return process
 

@@ -1,6 +1,7 @@
 """The scripts of benchmarks/, at a size of seconds."""
 
 import functools
+import itertools
 import json
 import pathlib
 import subprocess
@@ -21,6 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import guidance_free  # noqa: E402
+import hosts  # noqa: E402
 import icr  # noqa: E402
 import linear_gaussian  # noqa: E402
 import lorenz63_animation  # noqa: E402
@@ -485,3 +487,25 @@ def test_the_linear_process_has_the_covariance_of_its_oracle():
     np.testing.assert_allclose(step, covariance[2:, :2], atol=1e-6)
     later = step @ step.T + system.noise**2 * np.eye(2)
     np.testing.assert_allclose(later, covariance[2:, 2:], atol=1e-6)
+
+
+def test_the_input_is_compared_with_the_peak_of_the_chips(monkeypatch):
+    """All examples of a stream are counted; four chips of 197 TFLOP/s."""
+    monkeypatch.setattr(hosts, "EXAMPLES", 48)
+    monkeypatch.setattr(hosts, "SECONDS", 0.1)
+    monkeypatch.setattr(hosts, "INPUT", {"small": ("digits", {"network.depth": 1}, (8, 8, 3), 5)})
+    found = hosts.feed("small", in_memory=True)
+    assert found["trained_per_second_at_most"] * found["flops_per_example"] == 4 * 197e12
+    assert found["ratio"] == found["read_per_second"] / found["trained_per_second_at_most"]
+
+    clock = iter(range(1000))
+    monkeypatch.setattr(hosts, "SECONDS", 10)
+    monkeypatch.setattr(hosts.time, "perf_counter", lambda: next(clock))
+    batches = itertools.repeat({"index": range(8)})
+    assert hosts.rate(batches) == 8 * 9 / 10  # of ten readings of the clock, one ends
+
+
+def test_states_are_compared_relative_to_the_largest_entry():
+    one = {"a": np.array([0.5, -4.0]), "n": np.array([3])}
+    assert hosts.difference(one, one | {"a": np.array([0.5, -4.1])}) == pytest.approx(0.025)
+    assert hosts.difference(one, one | {"a": np.array([0.6, -4.0])}) == pytest.approx(0.025)

@@ -1,13 +1,11 @@
 import dataclasses
-import os
-import pathlib
-import re
+import functools
+import signal
 import socket
-import subprocess
-import sys
 
 import cases
 import chex
+import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,13 +13,10 @@ import optax
 import pytest
 import tiny
 
-from mclr_jax import experiment, main, metrics
+from mclr_jax import experiment, generate, main, metrics, runs
 from mclr_jax.data import pipeline, sources
 from mclr_jax.training import step
 from mclr_jax.training.devices import Devices, require_accelerator
-
-ROOT = pathlib.Path(__file__).parent.parent
-
 
 # ---- every objective -----------------------------------------------------------------------------
 
@@ -157,40 +152,80 @@ def test_bad_layouts_are_refused():
         require_accelerator()
 
 
-WORKER = """
-import sys, jax
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
-port, number, parallel, workdir = sys.argv[2:]
-jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(number))
-import tiny
-from mclr_jax.main import train
-train(tiny.config(parallel=parallel, sample_every=12), workdir)
-"""
+# ---- several processes ---------------------------------------------------------------------------
+
+
+def together(target, arguments, folder):
+    """Two processes of 2 devices each, and their logs; `arguments` gets address and number."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    logs = [folder / f"log{number}" for number in range(2)]
+    return [
+        commands.start(target, arguments(address, str(n)), log, devices=2)
+        for n, log in enumerate(logs)
+    ], logs
+
+
+def end(processes, logs):
+    for process, log in zip(processes, logs, strict=True):
+        process.join(300)
+        assert process.exitcode == 0, log.read_text()[-2000:]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The directory of a run by two processes without interruption, by layout."""
+
+    @functools.cache
+    def run(parallel):
+        folder = tmp_path_factory.mktemp(parallel)
+        arguments = lambda *place: [*place, str(folder / "run"), parallel]  # noqa: E731
+        end(*together(tiny.train_together, arguments, folder))
+        return folder / "run"
+
+    return run
 
 
 @pytest.mark.parametrize("parallel", ["pmap", "fsdp"])
-def test_two_processes_train_as_one_and_their_checkpoint_serves_one(parallel, tmp_path):
+def test_two_processes_train_as_one_and_their_checkpoint_serves_one(parallel, trained, tmp_path):
     """2 processes of 2 devices through the whole loop, resumed by 1 process of 8 devices."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    flags = re.sub(r"(device_count)=\d+", r"\1=2", os.environ["XLA_FLAGS"])
-    environment = os.environ | {"XLA_FLAGS": flags}
-    arguments = [str(ROOT), port], [parallel, str(tmp_path / "two")]
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, *arguments[0], str(n), *arguments[1]],
-            env=environment,
-            stderr=subprocess.PIPE,
-        )
-        for n in range(2)
-    ]
-    for worker in workers:
-        _, errors = worker.communicate(timeout=300)
-        assert worker.returncode == 0, errors.decode()[-2000:]
-    assert (tmp_path / "two" / "samples" / "00000012.png").exists()
-    resumed = main.train(tiny.config(), tmp_path / "two")  # nothing left to do: reads the end
+    assert (trained(parallel) / "samples" / "00000012.png").exists()
+    resumed = main.train(tiny.config(), trained(parallel))  # nothing left to do: reads the end
     alone = main.train(tiny.config(), tmp_path / "one")
     chex.assert_trees_all_close(
         jax.device_get(resumed), jax.device_get(alone), rtol=1e-4, atol=1e-5
     )
+
+
+def test_one_of_two_is_killed_and_the_same_command_ends_with_the_same_bits(trained, tmp_path):
+    def arguments(*place):
+        return [*place, str(tmp_path / "run"), "fsdp", "kill"]
+
+    (other, killed), _ = together(tiny.train_together, arguments, tmp_path)
+    killed.join(300)
+    assert killed.exitcode == -signal.SIGKILL
+    other.kill()  # as Slurm and JobSet do
+    other.join()
+    processes, logs = together(tiny.train_together, lambda *place: arguments(*place)[:-1], tmp_path)
+    end(processes, logs)
+    assert [entry["step"] for entry in runs.read(tmp_path / "run")["history"]] == [0, 6]
+    states = [main.train(tiny.config(), path) for path in (trained("fsdp"), tmp_path / "run")]
+    chex.assert_trees_all_equal(*map(jax.device_get, states))
+
+
+def test_two_processes_draw_the_samples_of_one(trained, tmp_path):
+    """By launch.sample; process 0 writes the file."""
+    run, out = trained("fsdp"), tmp_path / "x.npz"
+
+    def arguments(address, number):
+        where = [f"--coordinator={address}", "--num_processes=2", f"--process_id={number}"]
+        return [f"--workdir={run}", f"--out={out}", "--num_samples=7", *where]
+
+    processes, logs = together("launch.sample", arguments, tmp_path)
+    end(processes, logs)
+    assert [f"Wrote {out}" in log.read_text() for log in logs] == [True, False]
+    found = runs.load(run)
+    expected = generate.generate(found.model, found.weights()[0], np.arange(7) % 3, found.sampler)
+    with np.load(out) as file:
+        np.testing.assert_allclose(file["images"], expected, rtol=1e-4, atol=1e-5)

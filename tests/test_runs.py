@@ -212,6 +212,21 @@ def test_a_lock_of_another_host_is_respected(tmp_path):
     assert json.loads((tmp_path / "lock").read_text()) == holder
 
 
+def test_a_lock_of_another_host_is_taken_over_without_signs_of_life(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "BEAT", 0.02)
+    monkeypatch.setattr(runs, "SILENCE", 0.3)
+    monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+    with runs.locked(tmp_path):
+        held = (tmp_path / "lock").read_text()
+        monkeypatch.setattr(socket, "gethostname", lambda: "here")
+        with pytest.raises(RuntimeError, match="on elsewhere"), runs.locked(tmp_path):
+            pass
+    (tmp_path / "lock").write_text(held)  # as if that host had lost its power
+    with runs.locked(tmp_path):
+        assert json.loads((tmp_path / "lock").read_text())["host"] == "here"
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("content", ["", "{", "[3]", "{}"])
 def test_a_lock_that_nobody_can_read_is_respected(tmp_path, content):
     (tmp_path / "lock").write_text(content)

@@ -1,11 +1,17 @@
 """Runs that train in seconds: configs of the project with small networks."""
 
 import importlib
+import os
+import pathlib
+import signal
+import time
 
+import jax
 from ml_collections import ConfigDict
 
 from configs import base
-from mclr_jax import experiment
+from mclr_jax import experiment, main
+from mclr_jax.training.loop import Hook
 
 SECTIONS = {
     "network": experiment.NETWORKS,
@@ -60,3 +66,16 @@ def classifier(name="mixture"):
     result.network = ConfigDict({"name": "mlp_classifier", "width": 16, "depth": 1, "dropout": 0.0,
                                  "dtype": "float32"})  # fmt: skip
     return result
+
+
+def train_together(address, number, workdir, parallel, kill=""):
+    """In a new process, one of two: 12 steps; `kill` ends process 1 by SIGKILL after step 8."""
+
+    def die(_):
+        while not (pathlib.Path(workdir) / "checkpoints" / "6").exists():  # is written meanwhile
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    jax.distributed.initialize(address, 2, int(number))
+    hooks = [Hook(0, die, at=(8,))] if kill and number == "1" else []
+    main.train(config(parallel=parallel, sample_every=12), workdir, hooks)

@@ -84,8 +84,9 @@ def _tfds(
     if not builder.is_prepared() or builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
         raise FileNotFoundError(
             f"TFDS set {name!r} is not prepared as array_record in {builder.data_path}; run "
-            f"`tfds build {name} --file_format=array_record --data_dir=DIR` (in an environment "
-            "that has TensorFlow) and give DIR by config.data.path"
+            f'`python -c "import tensorflow_datasets as tfds; tfds.builder({name!r}, '
+            "data_dir='DIR', file_format='array_record').download_and_prepare()\"` (some sets need "
+            "an environment with TensorFlow) and give DIR by config.data.path"
         )
     features, splits = builder.info.features, builder.info.splits
     if not {"image", "label"} <= set(features) or not hasattr(features["label"], "num_classes"):

@@ -1,0 +1,229 @@
+"""Training by several processes on this machine, one killed; and the speed of the input.
+
+  python benchmarks/hosts.py                   # all rows that are missing, in minutes each
+  python benchmarks/hosts.py --only=pmap       # those whose name has this text
+
+Each process runs the command that a host runs, `python -m launch.train --coordinator=...`, with
+one CPU device. In a row "kill, LAYOUT" process 2 of 4 is killed by SIGKILL between two checkpoints
+and all are started again by the same command; two processes, and one, continue a copy of the run
+from its last checkpoint. Writes benchmarks/results/hosts.json.
+"""
+
+import argparse
+import functools
+import io
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import tasks
+from compiled import LATENTS, XL
+from PIL import Image
+
+from mclr_jax import experiment, plan
+from mclr_jax.data import pipeline, sources
+from mclr_jax.files import provenance, read_lines, write_json
+from mclr_jax.model import DataInfo
+from mclr_jax.training.devices import MODES, banner
+
+OUT = tasks.RESULTS / "hosts.json"
+PROCESSES, STEPS, SAVED, KILLED = 4, 36, 12, 16
+SMALL = {
+    "network.width": 64, "network.depth": 1, "batch_size": 32, "log_every": 4,
+    "num_steps": STEPS, "checkpoint_every": SAVED, "keep_checkpoints": 9, "eval_examples": 64,
+}  # fmt: skip
+
+
+# ---- several processes ---------------------------------------------------------------------------
+
+
+def start(count: int, module: str, *arguments: str) -> list[subprocess.Popen]:
+    """`count` processes of one command, which meet on this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    command = [sys.executable, "-m", f"launch.{module}", *arguments]
+    command += [f"--coordinator={address}", f"--num_processes={count}"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(tasks.ROOT)}
+    return [
+        subprocess.Popen([*command, f"--process_id={i}"], cwd=tasks.ROOT, env=environment)
+        for i in range(count)
+    ]
+
+
+def train(count: int, workdir: pathlib.Path, parallel: str, kill_at: int = 0) -> dict[str, Any]:
+    """Train by `count` processes; with `kill_at` kill process 2 after this step.
+
+    Returns the exit statuses, and the seconds from the kill to the end of the last process.
+    """
+    flags = [f"--config.{key}={value}" for key, value in {**SMALL, "parallel": parallel}.items()]
+    config = "--config=configs/mixture.py"
+    processes = start(count, "train", config, f"--workdir={workdir}", *flags)
+    killed = 0.0
+    while kill_at and all(process.poll() is None for process in processes):
+        if any(r["step"] >= kill_at for r in read_lines(workdir / "metrics.jsonl")):
+            processes[2].send_signal(signal.SIGKILL)
+            killed = time.monotonic()
+            break
+        time.sleep(0.05)
+    statuses = [process.wait() for process in processes]
+    if bool(kill_at) != any(statuses) or (kill_at and not killed):
+        raise RuntimeError(f"{count} processes in {workdir} ended with statuses {statuses}.")
+    return {"statuses": statuses, "seconds_to_end": time.monotonic() - killed if killed else None}
+
+
+def content(workdir: pathlib.Path, at: int = STEPS) -> dict[str, np.ndarray]:
+    """All arrays of the training state at a step, by their path in the checkpoint."""
+    import orbax.checkpoint as ocp
+
+    with ocp.PyTreeCheckpointer() as reader:
+        path = workdir.resolve() / "checkpoints" / str(at) / "state"
+        stored = reader.metadata(path).item_metadata.tree
+        arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
+        tree = reader.restore(path, restore_args=arguments)
+    return {
+        jax.tree_util.keystr(place): np.asarray(leaf)
+        for place, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def difference(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
+    """Largest difference of two states, relative to the largest entry of each array."""
+    assert one.keys() == other.keys()
+    return max(
+        float(np.abs(one[k] - other[k]).max() / max(np.abs(one[k]).max(), 1e-30))
+        for k in one if one[k].dtype.kind == "f"
+    )  # fmt: skip
+
+
+def size(folder: pathlib.Path) -> int:
+    """Bytes of all files under a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def kill(parallel: str) -> dict[str, Any]:
+    """Kill one of four processes and start all again; continue by two, and by one."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        train(PROCESSES, folder / "whole", parallel)
+        ended = train(PROCESSES, folder / "killed", parallel, KILLED)
+        saved = sorted(
+            int(path.name) for path in (folder / "killed" / "checkpoints").glob("[0-9]*")
+        )
+        others = {count: folder / f"by_{count}" for count in (2, 1)}
+        for path in others.values():
+            shutil.copytree(folder / "killed", path, ignore=shutil.ignore_patterns("lock"))
+        train(PROCESSES, folder / "killed", parallel)
+        whole, again = (content(folder / name) for name in ("whole", "killed"))
+        for count, path in others.items():
+            train(count, path, parallel)
+        checkpoint = folder / "whole" / "checkpoints" / str(STEPS)
+        return {
+            "parallel": parallel, "processes": PROCESSES, "steps": STEPS,
+            "checkpoints_at_the_kill": saved, **ended,
+            "same_bits": all(np.array_equal(whole[key], again[key]) for key in whole),
+            "relative_difference_by_processes": {
+                count: difference(whole, content(path)) for count, path in others.items()
+            },
+            "checkpoint_bytes": size(checkpoint),
+            "state_bytes": sum(array.nbytes for array in whole.values()),
+            "temporary_checkpoints": len(list(checkpoint.parent.glob("*tmp*"))),
+        }  # fmt: skip
+
+
+# ---- input ---------------------------------------------------------------------------------------
+
+# name -> (config, changes, shape of an example, classes): uint8 as PNG, latents as npy in a zip
+INPUT: dict[str, tuple[str, dict[str, Any], tuple[int, int, int], int]] = {
+    "fashion_mnist": ("fashion_mnist", {}, (28, 28, 1), 10),
+    "cifar10": ("cifar10", {}, (32, 32, 3), 10),
+    "DiT-XL/2": ("digits", XL, *LATENTS),
+}
+EXAMPLES, SECONDS = 8192, 10.0  # of the zip; of the measurement
+
+
+def write_zip(path: pathlib.Path, shape: tuple[int, int, int], classes: int) -> None:
+    """A zip of random images, PNG, or of float32 latents if they have four channels."""
+    rng, height, width, channels = np.random.default_rng(0), *shape
+    labels = {}
+    with zipfile.ZipFile(path, "w") as archive:
+        for i in range(EXAMPLES):
+            buffer, name = io.BytesIO(), f"{i:06d}." + ("npy" if channels == 4 else "png")
+            if channels == 4:
+                np.save(buffer, rng.normal(size=(channels, height, width)).astype(np.float32))
+            else:
+                pixels = rng.integers(0, 256, shape, np.uint8)
+                Image.fromarray(pixels if channels == 3 else pixels[..., 0]).save(buffer, "PNG")
+            archive.writestr(name, buffer.getvalue())
+            labels[name] = i % classes
+        archive.writestr("dataset.json", json.dumps({"labels": list(labels.items())}))
+
+
+def rate(stream: Any) -> float:
+    """Examples a second that a stream gives, after its first batches."""
+    for _ in range(20):
+        next(stream)
+    count, start = 0, time.perf_counter()
+    while (passed := time.perf_counter() - start) < SECONDS:
+        count += len(next(stream)["index"])
+    return count / passed
+
+
+def feed(name: str, in_memory: bool) -> dict[str, Any]:
+    """Examples a second: read by one of 4 hosts, and at most trained on by 4 chips of TPU v5e.
+
+    The bound is the peak of the chips over the FLOPs of an example in a step.
+    """
+    file, changes, shape, classes = INPUT[name]
+    config = tasks.config_of(file, changes)
+    data = DataInfo(shape, classes, 1.0, (1 / classes,) * classes)
+    task = experiment.make_task(config, data, {})
+    with tempfile.TemporaryDirectory() as folder:
+        write_zip(path := pathlib.Path(folder) / "images.zip", shape, classes)
+        source = sources.load(f"zip:{path}", in_memory=in_memory)
+        read = rate(pipeline.stream(source, config.batch_size, 0, 0, 0, PROCESSES))
+    flops = plan.step_flops(task, config.batch_size) / config.batch_size
+    trained = 4 * plan.CHIPS["v5e"].flops / flops
+    return {
+        "read_per_second": read, "flops_per_example": flops, "trained_per_second_at_most": trained,
+        "ratio": read / trained, "cores": len(os.sched_getaffinity(0)),
+    }  # fmt: skip
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+ROWS: dict[str, Callable[[], dict[str, Any]]] = {
+    **{f"kill, {mode}": functools.partial(kill, mode) for mode in MODES},
+    **{f"input, {name}, {where}": functools.partial(feed, name, where == "in memory")
+       for name in INPUT for where in ("in memory", "read ahead")},
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="rows whose name has this text")
+    chosen = parser.parse_args().only
+    result = json.loads(OUT.read_text()) if OUT.exists() else {"rows": []}
+    for name, make in ROWS.items():
+        if chosen not in name or tasks.made(result["rows"], {"name": name}):
+            continue
+        row = {"name": name, **make(), **provenance(), "device": banner()}
+        result["rows"].append(row)
+        write_json(OUT, result)
+        print(json.dumps(row, indent=1), flush=True)
+
+
+if __name__ == "__main__":
+    main()
