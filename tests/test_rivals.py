@@ -1,7 +1,6 @@
 """MCLR's rivals against the optimum that theory gives each, on distributions known exactly."""
 
 import dataclasses
-import json
 
 import cases
 import chex
@@ -14,7 +13,7 @@ import tiny
 from cases import Level
 
 from configs import base
-from mclr_jax import guidance, main, noise, runs
+from mclr_jax import guidance, noise
 from mclr_jax.mixture import toy
 from mclr_jax.noise import normal_like
 from mclr_jax.objectives.base import perturb
@@ -294,45 +293,7 @@ def test_frames_have_weights_intervals_and_slopes_of_their_own():
     )
 
 
-# ---- in the one loop -----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def started(tmp_path_factory):
-    """A base run on the mixture, and samples of it."""
-    folder = tmp_path_factory.mktemp("rivals")
-    main.train(tiny.config(), folder / "base")
-    images, labels = toy().sample(jax.random.key(0), 200)
-    np.savez(folder / "samples.npz", images=np.asarray(images), labels=np.asarray(labels))
-    return folder
-
-
-@pytest.mark.parametrize("name", ["ddo", "gft"])
-def test_samples_of_a_file_and_a_strength_come_into_the_one_loop(started, name):
-    """What the others need of it, other objectives need, too."""
-    strength = (0.0, 4.0) if name == "gft" else ()
-    config = tiny.config(
-        init_from=str(started / "base"), strength=strength, **{"objective.name": name}
-    )
-    if name == "ddo":
-        config.data.generated = f"npz:{started / 'samples.npz'}"
-    main.train(config, started / name)
-    lines = (started / name / "metrics.jsonl").read_text().splitlines()
-    losses = [json.loads(line)["loss"] for line in lines if '"loss"' in line]
-    assert len(losses) == 3
-    assert np.isfinite(losses).all()
-    before, after = (runs.load(started / n).weights("none")[0] for n in ("base", name))
-    common = before.keys() & after.keys()  # a strength comes in by weights of its own
-    shared = ({key: tree[key] for key in common} for tree in (before, after))
-    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), *shared)
-    assert max(jax.tree.leaves(moved)) > 1e-5
-    assert runs.load(started / name).model.strength == strength
-
-
-def test_ddo_without_samples_is_refused(started, tmp_path):
-    config = tiny.config(init_from=str(started / "base"), **{"objective.name": "ddo"})
-    with pytest.raises(ValueError, match=r"launch.sample and set config.data.generated"):
-        main.train(config, tmp_path)
+# ---- mistakes -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
