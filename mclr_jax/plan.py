@@ -265,7 +265,7 @@ def _compiled(program: Any, scale: int) -> tuple[dict[str, int | None], dict]:
         factor = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
         peak = int(float(wanted[1]) * factor[wanted[2]]) * scale if wanted else None
         return {"arguments": None, "outputs": None, "temporaries": None, "peak": peak}, {}
-    memory = {name: scale * size for name, size in memory_of(compiled).items()}
+    memory: dict[str, int | None] = {k: scale * v for k, v in memory_of(compiled).items()}
     return memory, collectives(compiled.as_text())
 
 

@@ -1,5 +1,8 @@
 """Functions that feature extractors share: input images, and convolutions with batch norms."""
 
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,11 +41,11 @@ def _depthwise(x: jax.Array, kernel: jax.Array, stride: int, padding) -> jax.Arr
     pads = lax.padtype_to_pads(x.shape[1:3], size, (stride, stride), padding)
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     ends = [n - k + 1 for n, k in zip(x.shape[1:3], size, strict=True)]
-    return sum(
+    parts = [
         x[:, i : i + ends[0] : stride, j : j + ends[1] : stride] * kernel[i, j]
-        for i in range(size[0])
-        for j in range(size[1])
-    )
+        for i, j in np.ndindex(*size)
+    ]
+    return functools.reduce(operator.add, parts)
 
 
 def coloured(images: jax.Array, size: int | None = None) -> jax.Array:
