@@ -1,5 +1,6 @@
-# `make demo` trains on digits and draws samples; `make test` checks everything; `make mutants` checks
-# the tests. All make .venv first. `make tpu` compiles for TPUs, which no machine needs to have.
+# `make demo` trains on digits and draws samples; `make test` checks the code, with ALL=1 also whole
+# benchmarks and long notebooks; `make mutants` checks the tests. All make .venv first. `make tpu`
+# compiles for TPUs, which no machine needs to have.
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
@@ -13,7 +14,7 @@ test: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(RUN) -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder
+	$(RUN) -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder $(if $(ALL),,-m "not slow")
 
 mutants: $(VENV)/installed
 	$(RUN) tests/mutants.py

@@ -1,5 +1,6 @@
 """Settings of every test, made before JAX starts: 8 virtual CPU devices, and cheap compilation."""
 
+import gc
 import os
 import pathlib
 
@@ -22,8 +23,13 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 
+# Traced programs have millions of objects, which the collector would go through again and again.
+gc.set_threshold(200_000, 50, 1000)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def no_programs_of_other_modules():
     """Compiled programs are dropped with their module: those of all tests take gigabytes."""
     yield
     jax.clear_caches()
+    gc.collect()

@@ -58,6 +58,7 @@ def made(tmp_path_factory):
     return {(row["section"], row["name"]): row for row in json.loads(out.read_text())["rows"]}
 
 
+@pytest.mark.slow
 def test_each_section_has_good_rows_that_name_their_origin(made):
     assert {section for section, _ in made} == {*accelerator.SECTIONS}
     for row in made.values():
@@ -70,6 +71,7 @@ def test_each_section_has_good_rows_that_name_their_origin(made):
     assert made["torch", "DiT, eager"]["skipped"] == "torch cannot be imported"
 
 
+@pytest.mark.slow
 def test_the_cpu_equals_itself_but_for_the_type(made):
     row = made["parity", "dit"]
     assert row["float32"]["output"] == row["float32"]["gradient"] == 0
@@ -78,6 +80,7 @@ def test_the_cpu_equals_itself_but_for_the_type(made):
     assert step["update"] == step["metrics"] == 0
 
 
+@pytest.mark.slow
 def test_the_rate_and_the_flops_of_a_step(made):
     row, width = made["throughput", "MLP"], 8
     first = 2 * (32 * width + 2 * width)  # noise and data, without a gradient in the input
@@ -93,6 +96,7 @@ def test_the_rate_and_the_flops_of_a_step(made):
     )
 
 
+@pytest.mark.slow
 def test_recomputation_is_no_work_and_several_steps_are_counted(made):
     row = made["layouts", "MLP"]
     work = {row[name]["flops_per_step"] for name in ("data", "pmap", "recomputed")}
@@ -103,6 +107,7 @@ def test_recomputation_is_no_work_and_several_steps_are_counted(made):
     assert made["sampling", "MLP"]["unguided"]["network_calls"] == 3
 
 
+@pytest.mark.slow
 def test_the_plan_is_compared_with_the_time(made):
     found, peaks = made["plan", "MLP"]["dsm"], made["plan", "peaks"]
     step = made["throughput", "MLP"]["dsm"]
@@ -115,6 +120,7 @@ def test_the_plan_is_compared_with_the_time(made):
     assert found["planned_bytes"] == memory["arguments"] + memory["temporaries"]
 
 
+@pytest.mark.slow
 def test_a_resumed_training_has_the_bits_of_the_whole_one(made):
     digests = made["resume", "small"]["digests"]
     assert len({*digests.values()}) == 1

@@ -217,6 +217,7 @@ def test_the_second_judge_measures_the_distances_of_its_own_features(tmp_path, m
 # ---- the mixture ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_mixture_distance_of_trained_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(mixture_mclr, "config_of", small)
     changes = {"strength": (0.0, 2.0), "objective.negative_share": 0.25}
@@ -287,6 +288,7 @@ def digits(tmp_path_factory):
     return root, json.loads(json.dumps(result))
 
 
+@pytest.mark.slow
 def test_digits_rows_say_how_they_were_made(digits):
     root, result = digits
     assert result["rows"].keys() == {
@@ -311,6 +313,7 @@ def test_digits_rows_say_how_they_were_made(digits):
     assert all(made.keys() == MADE_BY for made in result["probes_made_by"].values())
 
 
+@pytest.mark.slow
 def test_digits_table_figures_and_probes(digits):
     root, result = digits
     assert result["table"].keys() == {"base", "cfg 0.5", "mclr 1", "mclr share 0.5"}
@@ -366,6 +369,7 @@ def test_guidance_free_collects_what_its_tasks_have_written(tmp_path, monkeypatc
 # ---- ICR -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_icr_along_the_base_of_digits(digits, tmp_path, monkeypatch):
     root, _ = digits
     monkeypatch.setattr(icr, "config_of", lambda file: small("digits"))
@@ -428,6 +432,7 @@ def test_a_config_value_that_is_accepted_wrongly_is_found(tmp_path, monkeypatch)
     assert judged(log_every="3").outcome == "FOREIGN"
 
 
+@pytest.mark.slow
 def test_robustness_counts_its_sections(tmp_path):
     """Those without processes of their own, which tests of commands and runs start, too."""
     out, sections = tmp_path / "out.json", ["values", "files"]

@@ -40,6 +40,15 @@ def notebook(path):
     return nbformat.read(path, as_version=4)
 
 
+ALWAYS = ("quickstart", "mclr_equals_cfg")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=[] if p.stem in ALWAYS else [pytest.mark.slow]) for p in NOTEBOOKS],
+    ids=lambda path: path.stem,
+    indirect=True,
+)
 def test_it_runs_and_its_assertions_hold(path, notebook, tmp_path):
     assert any("assert " in cell.source for cell in notebook.cells if cell.cell_type == "code")
     process = commands.start(execute, [str(path)], tmp_path / "log")
