@@ -22,7 +22,6 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-
 # Traced programs have millions of objects, which the collector would go through again and again.
 gc.set_threshold(200_000, 50, 1000)
 
