@@ -140,7 +140,7 @@ class Bench(Files):
         base, devices = runs.load(self.runs / "base"), Devices(config.parallel)
         params, _ = base.weights()
         task = experiment.make_task(config, experiment.data_info(config, source), {})
-        state = devices.initialise(lambda: init_state(task))
+        state = devices.initialise(task.init, functools.partial(init_state, task))
         update = devices.compile(make_update(task, devices.axis_name))
         stream = pipeline.stream(source, config.batch_size, config.seed)
         read = monitor.make(config, task.model, source, self.root, 0)

@@ -81,8 +81,9 @@ def _compile(self: Devices, update: Any, original: Any = Devices.compile) -> Any
     return traced
 
 
-def _initialise(self: Devices, init: Any) -> Any:
-    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(init))
+def _initialise(self: Devices, draw: Any, complete: Any) -> Any:
+    shapes = jax.eval_shape(lambda: complete(draw()))
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 @contextlib.contextmanager

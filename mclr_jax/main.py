@@ -196,12 +196,13 @@ def _start(
     config: Any, task: Task, devices: Devices, checkpoints: Checkpoints
 ) -> tuple[TrainState, int, dict[str, Any] | None]:
     """State and step of the newest checkpoint, or of a new run and the origin of its weights."""
-    init = functools.partial(init_state, task)
-    restored = _restore(checkpoints, devices, jax.eval_shape(init))
+    complete = functools.partial(init_state, task)
+    shapes = jax.eval_shape(complete, shapes_of(task.model))
+    restored = _restore(checkpoints, devices, shapes)
     if restored is not None:
         logging.info("Resumed from the checkpoint of step %d.", restored[-1])
         return *restored, None
-    state, origin = devices.initialise(init), None
+    state, origin = devices.initialise(task.init, complete), None
     if config.init_from:
         weights, step = runs.start_weights(config.init_from, task.model)
         origin, params = {"run": config.init_from, "step": step}, devices.put_state(weights)

@@ -71,9 +71,13 @@ class Model:
         return getattr(self.network, "gives", "denoised") == "logits"
 
     def init(self, key: jax.Array) -> Any:
-        """Random initial parameters."""
-        x, c_noise = jnp.zeros((1, *self.data.shape)), jnp.zeros((1, *self.frames))
-        return self.network.init(key, x, c_noise, self.complete(None, 1))["params"]
+        """Random initial parameters; of the network's operations, only their draws run."""
+        inputs = (
+            jax.ShapeDtypeStruct((1, *self.data.shape), jnp.float32),
+            jax.ShapeDtypeStruct((1, *self.frames), jnp.float32),
+            jax.eval_shape(lambda: self.complete(None, 1)),
+        )
+        return self.network.lazy_init(key, *inputs)["params"]
 
     def complete(self, condition: Condition | jax.Array | None, batch_size: int) -> Condition:
         """The condition with absent inputs of the network set to zeros, the label to null."""
@@ -187,6 +191,7 @@ class Model:
 
 
 @functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=16)
 def shapes_of(model: Model) -> Any:
     """The shapes and types of a model's parameters."""
     return jax.eval_shape(model.init, jax.random.key(0))

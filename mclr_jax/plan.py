@@ -5,6 +5,7 @@ argument is a shape: no parameter is allocated, and no data are read.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
@@ -294,7 +295,7 @@ def forward_flops(model: Model) -> int:
 
 def shapes(task: Task, batch_size: int, length: int = 1) -> tuple:
     """The arguments of a dispatch of `length` steps: state, frozen, batches, count."""
-    state = jax.eval_shape(lambda: init_state(task))
+    state = jax.eval_shape(functools.partial(init_state, task), shapes_of(task.model))
     frozen = {name: shapes_of(model) for name, model in task.frozen.items()}
     rows = batches(task, batch_size, length)
     return state, frozen, rows, jax.ShapeDtypeStruct((), np.int32)

@@ -90,7 +90,7 @@ def train(parallel, device_count, steps=20):
     source = sources.from_config(config.data, "train", config.seed)
     task = experiment.make_task(config, experiment.data_info(config, source), {})
     devices = Devices(parallel, tuple(jax.devices()[:device_count]))
-    state = devices.initialise(lambda: step.init_state(task))
+    state = devices.initialise(task.init, functools.partial(step.init_state, task))
     update = devices.compile(step.make_update(task, devices.axis_name))
     stream = pipeline.stream(source, config.batch_size, config.seed)
     data = devices.put_batches(pipeline.stack(stream, steps, steps))
@@ -126,7 +126,7 @@ def test_eight_devices_train_as_one(parallel, one_device):
 
 def test_the_old_state_is_donated():
     devices = Devices("pmap")
-    state = devices.initialise(lambda: {"w": jnp.ones((8, 8))})
+    state = devices.put_state({"w": np.ones((8, 8), np.float32)})
 
     def update(state, frozen, batches, count):
         mean = jax.lax.pmean(batches["x"].mean(), devices.axis_name)

@@ -1,6 +1,7 @@
 """The loop itself on the smallest of tasks; and runs that are killed, as processes of their own."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -58,7 +59,7 @@ def run(workdir, *hooks, stream=None, num_steps=10, log_every=5, steps_per_dispa
     task = experiment.make_task(config, experiment.data_info(config, source), {})
     task = dataclasses.replace(task, objective=Plain())
     devices = Devices("data", (jax.devices()[0],))
-    state = devices.initialise(lambda: init_state(task))
+    state = devices.initialise(task.init, functools.partial(init_state, task))
     with Writer(workdir, 0, num_steps) as writer:
         result = loop.run(
             task, state, {}, stream or batches(), hooks, writer, devices=devices,

@@ -15,7 +15,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.nn.initializers import Initializer, ones, xavier_uniform, zeros
 
 from mclr_jax import cpu
-from mclr_jax.names import in_range
+from mclr_jax.names import in_range, look_up
 from mclr_jax.types import Condition
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -157,21 +157,37 @@ SIZES = {"width": 2**16, "depth": 2**10, "heads": 2**10, "patch_size": 2**10, "c
          "num_blocks": 2**8, "channel_mult": 2**8}  # fmt: skip
 
 
+def _products(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive in (lax.dot_general_p, lax.conv_general_dilated_p, _convolution)
+
+
+# What recomputed blocks keep of the forward pass.
+KEPT: dict[str, Callable[..., Any]] = {
+    "nothing": jax.checkpoint_policies.nothing_saveable,
+    "products": _products,  # of matrices, and convolutions: only cheap operations are repeated
+    # Matrix products with weights; not those of attention, whose size grows with tokens squared.
+    "weight_products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
 class Network(nn.Module, kw_only=True):
     """Base of the networks, which are called with x (B, ...), c_noise (B,) and a `Condition`.
 
-    In subclasses, `out_channels` counts the channels of the raw output, the label `num_classes` is
-    the null label, and `remat` recomputes blocks in the backward pass to save memory.
+    In subclasses, `out_channels` counts the channels of the raw output, and the label `num_classes`
+    is the null label.
     """
 
     augment_dim: int = 0  # length of the augmentation vector, 0 for none
     takes_strength: bool = False  # whether the guidance strength is an input
     dropout: float = 0.0  # rate in each block, used if the condition has dropout keys
     dtype: Any = jnp.float32  # of the computation; parameters, norms, softmax, output are float32
+    remat: bool = False  # recompute blocks in the backward pass, to save memory
+    remat_policy: str = "nothing"  # name of KEPT: what is not computed again
     optional_inputs: ClassVar[tuple[str, ...]] = ("map_strength", "map_augment")
 
     def __post_init__(self):
         in_range("network.dropout", self.dropout, 0.0, 1.0, ")")
+        look_up(KEPT, self.remat_policy, "network.remat_policy")
         for name, most in SIZES.items():
             value = getattr(self, name, 1)
             sizes = value if isinstance(value, tuple) else (value,)
@@ -180,6 +196,15 @@ class Network(nn.Module, kw_only=True):
             if not sizes:
                 raise ValueError(f"network.{name} is (); expected a value for each level.")
         super().__post_init__()
+
+    def block(self, kind: type[nn.Module], looped: bool = False) -> type[nn.Module]:
+        """The class of a block, which is recomputed in the backward pass if `remat` says so.
+
+        Outside of a loop XLA would merge the recomputation with the original, if it were allowed.
+        """
+        if not self.remat:
+            return kind
+        return nn.remat(kind, policy=KEPT[self.remat_policy], prevent_cse=not looped)
 
     def with_optional_inputs(self, embedding: jax.Array, condition: Condition) -> jax.Array:
         """The embedding (B, E) plus a linear map of each optional input that the network has.

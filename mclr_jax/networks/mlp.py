@@ -46,7 +46,6 @@ class MLP(Network):
     width: int = 128  # hidden units
     depth: int = 4  # residual blocks of two linear maps each
     per_frame: bool = False  # x is a trajectory with one noise level per frame
-    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, c_noise: jax.Array, condition: Condition) -> jax.Array:
@@ -68,7 +67,7 @@ class MLP(Network):
         embedding = nn.silu(linear(name="map_layer")(nn.silu(embedding)))
 
         h = linear(name="in_linear")(x.reshape(len(x), -1))
-        block = nn.remat(Block) if self.remat else Block
+        block = self.block(Block)
         for index in range(self.depth):
             module = block(self.dropout, self.dtype, name=f"block{index}")
             h = module(h, embedding, condition.dropout_keys)

@@ -28,14 +28,12 @@ class _TrajectoryNetwork(Network):
     heads: int = 4
     mlp_ratio: float = 4.0
     variance: bool = False  # the output has the logarithm of a variance for each value
-    remat: bool = False
 
     per_frame = True
 
     def _block(self, kind: type[nn.Module], index: int, **more: Any) -> nn.Module:
-        make = nn.remat(kind) if self.remat else kind
         options = self.heads, self.mlp_ratio, self.dropout, self.dtype, self.window, self.causal
-        return make(*options, **more, name=f"block{index}")
+        return self.block(kind)(*options, **more, name=f"block{index}")
 
     def _embedding(self, c_noise: jax.Array, condition: Condition, width: int) -> jax.Array:
         """Noise levels (B, N, p) of N tokens of p frames -> embedding (B, N, width)."""

@@ -106,7 +106,6 @@ class UNet(Network):
     attention_resolutions: tuple[int, ...] = (16,)  # image heights (in patches) with attention
     # The pixels of a patch become channels of one pixel: patch_size^2 times cheaper; not in EDM.
     patch_size: int = 1
-    remat: bool = False
     cpu_device_per_core: ClassVar[bool] = True  # XLA:CPU runs a small convolution on one thread
 
     @nn.compact
@@ -130,8 +129,8 @@ class UNet(Network):
 
         def block(name: str, h: jax.Array, features: int, attend=False, resample=None) -> jax.Array:
             heads = attention_heads(self.architecture, features) if attend else 0
-            cls = nn.remat(Block) if self.remat else Block
-            module = cls(features, adm, resample, heads, self.dropout, self.dtype, name=name)
+            options = (features, adm, resample, heads, self.dropout, self.dtype)
+            module = self.block(Block)(*options, name=name)
             return module(h, embedding, condition.dropout_keys)
 
         # Encoder.

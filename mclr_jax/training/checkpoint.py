@@ -19,6 +19,9 @@ from jax.experimental import multihost_utils
 from mclr_jax.files import read_lines, write_atomically
 
 OVERHEAD = 2**20  # bytes of a checkpoint beside its arrays, at most
+# Devices with the same array save a part of it each only if parts have so many bytes: to cut small
+# arrays takes longer than to write them.
+PART = 2**20
 
 
 class MismatchError(ValueError):
@@ -46,7 +49,11 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self, cleanup_tmp_directories=keep is not None
         )
-        items = {"state": ocp.PyTreeCheckpointHandler(), "digest": ocp.JsonCheckpointHandler()}
+        arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=PART)
+        handlers = (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())
+        registry = ocp.type_handlers.create_type_handler_registry(*handlers)
+        state = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+        items = {"state": state, "digest": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.directory, item_handlers=items, options=options)
 
     def __enter__(self) -> "Checkpoints":

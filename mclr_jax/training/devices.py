@@ -73,12 +73,14 @@ class Devices:
 
         return jax.tree.map(sharding, state)
 
-    def initialise(self, init: Callable[[], Any]) -> Any:
-        """The result of `init`, placed by `state_shardings` and never whole on one device."""
-        shardings = self.state_shardings(jax.eval_shape(init))
-        # `init` runs once: on CPU XLA would take far longer to optimise than to run the program.
-        options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-        return jax.jit(init, out_shardings=shardings, compiler_options=options)()
+    def initialise(self, draw: Callable[[], Any], complete: Callable[[Any], Any]) -> Any:
+        """complete(draw()), placed by `state_shardings`; the host draws the parameters.
+
+        No other device holds them whole, and all kinds of devices start from the same numbers.
+        """
+        params = self.put_state(_on_host(draw))
+        shardings = self.state_shardings(jax.eval_shape(complete, params))
+        return jax.jit(complete, out_shardings=shardings, donate_argnums=0)(params)
 
     def put_state(self, state: Any) -> Any:
         """A tree of host or device arrays, placed by `state_shardings`."""
@@ -124,6 +126,22 @@ class Devices:
     def _converted(self, convert: Callable, state: Any) -> Any:
         several = self.parallel == "pmap" and jax.process_count() > 1
         return convert(state, self.mesh, PartitionSpec()) if several else state
+
+
+def _on_host(draw: Callable[[], Any]) -> Any:
+    """draw() on the CPU of this process, if JAX may use it, otherwise on the first device."""
+    try:
+        host = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS does not name the CPU
+        host = None
+    # One program, which runs once: it takes longer to optimise than to run. But of a U-Net, whose
+    # many kernels have few shapes, it compiles 4 times as long as one program for each shape.
+    with jax.default_device(host):
+        traced = jax.jit(draw).trace()
+        if len(jax.tree.leaves(traced.out_info)) > 100:
+            return draw()
+        options = {"xla_backend_optimization_level": 0} if host else None
+        return traced.lower().compile(compiler_options=options)()
 
 
 def placed(shapes: Any, shardings: Any) -> Any:

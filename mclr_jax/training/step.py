@@ -26,9 +26,9 @@ class TrainState:
     ema: dict[str, Any]  # averages of params by the name of the track, see `ema.tracks`
 
 
-def init_state(task: Task) -> TrainState:
-    """The state before the first step; pure, so that jit can shard the result."""
-    params = task.init()
+def init_state(task: Task, params: Any = None) -> TrainState:
+    """The state before the first step, of the initial parameters `task.init()` or of others."""
+    params = task.init() if params is None else params
     averages = {name: params for name in task.averages}
     return TrainState(jnp.int32(0), params, task.optimizer.init(params), averages)
 
@@ -83,6 +83,7 @@ def make_update(task: Task, axis_name: str | None = None) -> Callable:
     """
     key = task.step_key
 
+    @jax.jit  # so that it is traced once, for the shapes of the metrics and for the loop
     def one_step(state: TrainState, frozen, batch):
         held = frozen | {"average": task.default(state.params, state.ema)}
         keys = example_keys(key, state.step, batch["index"])
