@@ -53,8 +53,11 @@ def assert_same(got, expected):
 
 
 # Each kind of row, frozen model and share of the negatives; tests/test_task.py has all cases.
-DIVIDED = ["dsm", "dsm variance", "contrastive_flow", "ddo", "gft strength", "mclr_null average",
-           "mclr classifier", "mclr candidates", *cases.ROWS[::6]]  # fmt: skip
+DIVIDED = [
+    "dsm", "dsm variance", "contrastive_flow", "gft strength", "mclr candidates",
+    *(pytest.param(name, marks=pytest.mark.slow)
+      for name in ("ddo", "mclr_null average", "mclr classifier", *cases.ROWS[::6])),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", DIVIDED)
@@ -187,7 +190,7 @@ def trained(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("parallel", ["pmap", "fsdp"])
+@pytest.mark.parametrize("parallel", [pytest.param("pmap", marks=pytest.mark.slow), "fsdp"])
 def test_two_processes_train_as_one_and_their_checkpoint_serves_one(parallel, trained, tmp_path):
     """2 processes of 2 devices through the whole loop, resumed by 1 process of 8 devices."""
     assert (trained(parallel) / "samples" / "00000012.png").exists()
@@ -198,6 +201,7 @@ def test_two_processes_train_as_one_and_their_checkpoint_serves_one(parallel, tr
     )
 
 
+@pytest.mark.slow
 def test_one_of_two_is_killed_and_the_same_command_ends_with_the_same_bits(trained, tmp_path):
     def arguments(*place):
         return [*place, str(tmp_path / "run"), "fsdp", "kill"]

@@ -95,7 +95,7 @@ def test_every_config_builds_and_takes_a_step(built):
     key = jax.random.key(0)
     # A reference that is not the model: where both are equal MCLR may have nothing to learn.
     frozen = {n: jax.tree.map(lambda x: x + 0.01, m.init(key)) for n, m in task.frozen.items()}
-    state = jax.jit(lambda: step.init_state(task))()
+    state = step.init_state(task)
     batches = pipeline.stack(pipeline.stream(source, 8, 0), 1, 1)
     new, metrics = jax.jit(step.make_update(task))(state, frozen, batches, 1)
     assert np.isfinite(metrics["loss"].parts[0][0])

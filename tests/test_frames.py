@@ -321,6 +321,7 @@ def frame_by_frame(x, sigma, condition):
     return exact(x, sigma, None, blocks)
 
 
+@pytest.mark.slow
 def test_a_network_learns_the_denoiser_at_independent_levels_of_the_frames(tmp_path):
     """By the loop, with nothing but the network's `per_frame` set.
 

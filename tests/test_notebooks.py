@@ -40,12 +40,9 @@ def notebook(path):
     return nbformat.read(path, as_version=4)
 
 
-ALWAYS = ("quickstart", "mclr_equals_cfg")
-
-
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(p, marks=[] if p.stem in ALWAYS else [pytest.mark.slow]) for p in NOTEBOOKS],
+    [pytest.param(p, marks=[pytest.mark.slow] * (p.stem != "quickstart")) for p in NOTEBOOKS],
     ids=lambda path: path.stem,
     indirect=True,
 )
