@@ -18,6 +18,7 @@ the same command makes only the missing rows. --metrics names any of
 and every row has the class accuracy, network calls and samples per second. With --memorized it has
 the share of samples that copy a training image: their distance to it, in pixels, is less than a
 third of the distance to the second nearest image.
+Several processes share the work and process 0 writes the files: --coordinator as in launch.train.
 """
 
 import pathlib
@@ -25,10 +26,11 @@ import pathlib
 import numpy as np
 from absl import flags
 
-from launch import common
+from launch import common, hosts
 from mclr_jax import runs
 from mclr_jax.evaluation import evaluate, features
 from mclr_jax.files import write_json
+from mclr_jax.training.devices import is_first
 from mclr_jax.training.log import Progress
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of launch.train.")
@@ -64,19 +66,21 @@ CACHE = flags.DEFINE_string(
 
 
 def main() -> None:
+    hosts.connect()
     scales = common.numbers(GUIDANCE_SCALES, float) or [1.0]
     places = common.numbers(INTERPOLATIONS, float) or [1.0]
     interval = common.numbers(GUIDANCE_INTERVAL, float, 2)
     run = runs.load(WORKDIR.value, INIT_FROM.value, DATA.value)
     class_strengths = common.class_strengths(CLASS_STRENGTHS.value, run.model.null_label)
-    out = common.output(OUT.value, ".json")
+    first = is_first()
+    out = common.output(OUT.value, ".json") if first else None
     common.use_cores(run.model.network)
     weak = runs.load_model(AUTOGUIDANCE.value) if AUTOGUIDANCE.value else None
     extractor = features.load(FEATURES.value)
     judge = features.load(JUDGE.value) if JUDGE.value else None
     train, test = run.source("train"), run.source("test")
     cache = pathlib.Path(CACHE.value).expanduser()
-    with Progress(len(train), "real image") as progress:
+    with Progress(len(train), "real image", quiet=not first) as progress:
         real = evaluate.reference(extractor, train, cache, progress.update)
     held_out, labels = test[np.arange(min(NUM_SAMPLES.value, len(test)))]
     judged = judge(held_out, labels) if judge else None
@@ -85,7 +89,7 @@ def main() -> None:
     if MEMORIZED.value:
         floor["memorized"] = evaluate.memorized(held_out, train)
     total = NUM_SAMPLES.value * len(scales) * len(EMAS.value) * len(places)
-    with Progress(total, "sample") as progress:
+    with Progress(total, "sample", quiet=not first) as progress:
         rows = evaluate.evaluate(
             run,
             extractor,
@@ -104,6 +108,8 @@ def main() -> None:
             batch_size=BATCH_SIZE.value,
             progress=progress.update,
         )
+    if out is None:
+        return
     write_json(out, {"floor": floor, "rows": rows})
     columns = [*(key for key in floor if key != "samples"), "network_calls"]
     table = {"real, held out": floor} | {

@@ -11,13 +11,13 @@ Several processes share the work and process 0 writes the files: --coordinator a
 
 import dataclasses
 
-import jax
 import numpy as np
 from absl import flags
 
 from launch import common, hosts
 from mclr_jax import generate, images, runs, samplers
 from mclr_jax.files import save_arrays
+from mclr_jax.training.devices import is_first
 from mclr_jax.training.log import Progress
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of launch.train.")
@@ -70,7 +70,7 @@ def main() -> None:
     interval = common.numbers(GUIDANCE_INTERVAL, float, 2)
     class_strengths = common.class_strengths(CLASS_STRENGTHS.value, run.model.null_label)
     params, _ = run.weights(EMA.value, CHECKPOINT.value, INTERPOLATION.value)
-    first = jax.process_index() == 0
+    first = is_first()
     out = common.output(OUT.value, ".npz") if first else None
     weak = runs.load_model(AUTOGUIDANCE.value) if AUTOGUIDANCE.value else None
     with Progress(len(labels), "sample", quiet=not first) as progress:

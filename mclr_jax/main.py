@@ -25,7 +25,7 @@ from mclr_jax.samplers import Sampler
 from mclr_jax.task import Task
 from mclr_jax.training import loop
 from mclr_jax.training.checkpoint import Checkpoints, digests, not_finite
-from mclr_jax.training.devices import Devices, banner, placed, require_accelerator
+from mclr_jax.training.devices import Devices, banner, is_first, placed, require_accelerator
 from mclr_jax.training.log import Writer
 from mclr_jax.training.loop import Hook, Moment
 from mclr_jax.training.step import TrainState, init_state, make_evaluate
@@ -96,7 +96,7 @@ def train(
     logging.info(banner())
     if config.require_accelerator:
         require_accelerator()
-    first_process = jax.process_index() == 0
+    first_process = is_first()
     with runs.locked(workdir) if first_process else contextlib.nullcontext():
         if restart:
             _begin_anew(workdir)
@@ -119,7 +119,7 @@ def _train(
     task = experiment.make_task(config, data, companions)
     extra = extra_sources(config, task, source)
     sampler = construct(Sampler, config.sampler, "sampler")
-    first_process = jax.process_index() == 0
+    first_process = is_first()
     description = runs.describe(config, task.model, companions, source)
     changes = runs.changes(workdir, description)
     if changes and not runs.has_checkpoints(workdir):
@@ -212,7 +212,7 @@ def _start(
 
 
 def _begin_anew(workdir: pathlib.Path) -> None:
-    if jax.process_index() == 0:
+    if is_first():
         runs.set_aside(workdir)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("work directory")
@@ -345,7 +345,7 @@ def _samples(
         except FloatingPointError as error:  # a picture is no reason to stop a run
             logging.warning("No picture at step %d: %s", moment.step, error)
             return
-        if jax.process_index() == 0:
+        if is_first():
             grid = images.picture(samples, labels)
             images.save(workdir / "samples" / f"{moment.step:08d}.png", grid)
             writer.image(moment.step, "samples", grid)

@@ -1,5 +1,7 @@
 import dataclasses
 import functools
+import json
+import shutil
 import signal
 import socket
 
@@ -12,11 +14,12 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from jax.experimental import multihost_utils
 
 from mclr_jax import experiment, generate, main, metrics, runs
 from mclr_jax.data import pipeline, sources
 from mclr_jax.training import step
-from mclr_jax.training.devices import Devices, require_accelerator
+from mclr_jax.training.devices import Devices, exists, require_accelerator
 
 # ---- every objective -----------------------------------------------------------------------------
 
@@ -218,18 +221,62 @@ def test_one_of_two_is_killed_and_the_same_command_ends_with_the_same_bits(train
     chex.assert_trees_all_equal(*map(jax.device_get, states))
 
 
-def test_two_processes_draw_the_samples_of_one(trained, tmp_path):
-    """By launch.sample; process 0 writes the file."""
-    run, out = trained("fsdp"), tmp_path / "x.npz"
+def by_two(module, out, *options):
+    """Two processes run launch.MODULE, and process 0 alone writes `out`."""
 
     def arguments(address, number):
         where = [f"--coordinator={address}", "--num_processes=2", f"--process_id={number}"]
-        return [f"--workdir={run}", f"--out={out}", "--num_samples=7", *where]
+        return [f"--out={out}", *options, *where]
 
-    processes, logs = together("launch.sample", arguments, tmp_path)
+    processes, logs = together(f"launch.{module}", arguments, out.parent)
     end(processes, logs)
     assert [f"Wrote {out}" in log.read_text() for log in logs] == [True, False]
+
+
+def test_two_processes_draw_the_samples_of_one(trained, tmp_path):
+    run, out = trained("fsdp"), tmp_path / "x.npz"
+    by_two("sample", out, f"--workdir={run}", "--num_samples=7")
     found = runs.load(run)
     expected = generate.generate(found.model, found.weights()[0], np.arange(7) % 3, found.sampler)
     with np.load(out) as file:
         np.testing.assert_allclose(file["images"], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_measures(trained, tmp_path):
+    """Rows and statistics of the real data are stored, read by both, and never half of them."""
+    run, out, cache = trained("fsdp"), tmp_path / "x.json", tmp_path / "cache"
+    main.train(tiny.classifier(), tmp_path / "classifier")
+    options = [
+        f"--workdir={run}", f"--features=classifier:{tmp_path / 'classifier'}", f"--cache={cache}",
+        "--num_samples=200", "--metrics=fd,pr", "--memorized",
+    ]  # fmt: skip
+    by_two("evaluate", out, *options)
+    first = json.loads(out.read_text())
+    stored = [*cache.glob("*.npz"), *(run / "evaluation").glob("*.json")]
+    times = [path.stat().st_mtime_ns for path in stored]
+    assert len(times) == 2
+    by_two("evaluate", out, *options, "--guidance_scales=1,2")
+    assert [path.stat().st_mtime_ns for path in stored] == times
+    assert json.loads(out.read_text())["rows"][:1] == first["rows"]
+    shutil.rmtree(run / "evaluation")
+    commands.call("evaluate", f"--out={out}", *options)
+    alone = json.loads(out.read_text())
+    for key in ("accuracy", "frechet", "precision", "recall", "memorized"):
+        for got, expected in (
+            (first["floor"], alone["floor"]),
+            (first["rows"][0], alone["rows"][0]),
+        ):
+            assert got[key] == pytest.approx(expected[key], abs=1e-3), key
+
+
+def test_processes_that_see_other_files_are_told_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for seen, expected in (([1, 1], True), ([0, 0], False), ([1, 0], None)):
+        monkeypatch.setattr(multihost_utils, "process_allgather", lambda x, s=seen: np.array(s))
+        path = tmp_path if expected else tmp_path / "none"
+        if expected is None:
+            with pytest.raises(RuntimeError, match=r"for 1 of 2 processes.*all processes share"):
+                exists(path)
+        else:
+            assert exists(path) == expected

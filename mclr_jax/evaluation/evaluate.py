@@ -25,7 +25,7 @@ from mclr_jax.evaluation.features import BATCH, Extractor, Features
 from mclr_jax.files import digest, provenance, save_arrays, write_json
 from mclr_jax.model import Model
 from mclr_jax.names import look_up
-from mclr_jax.training.devices import banner
+from mclr_jax.training.devices import banner, exists, is_first
 
 KEPT = 10_000  # examples of the reference whose features are kept, for neighbours and classes
 
@@ -98,7 +98,7 @@ def reference(
     """
     key = _hash(extractor.digest + _content(source))
     path = cache / f"{key}.npz" if cache else None
-    if path is not None and path.exists():
+    if path is not None and exists(path):
         with np.load(path) as file:
             moments = metrics.Moments(int(file["count"]), file["mean"], file["cov"])
             return Reference(moments, Features(*(file[name] for name in Features._fields)), key)
@@ -111,7 +111,7 @@ def reference(
 
     total = functools.reduce(metrics.Moments.merge, map(read, _batches(source)))
     some = Features(*(np.concatenate(arrays) for arrays in zip(*kept, strict=True)))
-    if path is not None:
+    if path is not None and is_first():
         save_arrays(path, count=total.count, mean=total.mean, cov=total.cov, **some._asdict())
     return Reference(total, some, key)
 
@@ -177,7 +177,7 @@ def evaluate(
             settings = {**which, "guidance_scale": float(scale), **fixed}
             name = f"{_hash(json.dumps(settings, sort_keys=True))}.json"
             path = run.workdir / "evaluation" / name
-            if path.exists():
+            if exists(path):
                 rows.append(json.loads(path.read_text()))
                 progress(num_samples)
                 continue
@@ -198,5 +198,6 @@ def evaluate(
             if training is not None:
                 found["memorized"] = memorized(pixels, training)
             rows.append({**settings, **found, **cost, **made_by})
-            write_json(path, rows[-1])
+            if is_first():
+                write_json(path, rows[-1])
     return rows

@@ -45,7 +45,8 @@ class Extractor:
     def _compiled(self) -> Callable:
         # The weights are an argument, since gigabytes of constants in a program do not compile.
         weights = jax.device_put(self.weights, generate.shardings()[1])
-        return functools.partial(jax.jit(self.apply), weights)
+        whole = generate.shardings()[1]  # the features, in every process
+        return functools.partial(jax.jit(self.apply, out_shardings=whole), weights)
 
     def __call__(
         self, images: np.ndarray, labels: np.ndarray, progress: Callable = lambda count: None

@@ -17,6 +17,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from mclr_jax.files import read_lines, write_atomically
+from mclr_jax.training.devices import is_first
 
 OVERHEAD = 2**20  # bytes of a checkpoint beside its arrays, at most
 # Devices with the same array save a part of it each only if parts have so many bytes: to cut small
@@ -121,7 +122,7 @@ class Checkpoints:
         # Includes the checkpoints that Orbax will delete when the new checkpoint is on disk.
         records = {s: record for s, record in self._metrics.items() if s in held}
         self._metrics = records | {step: {"step": step, **(metrics or {})}}
-        if jax.process_index() == 0:
+        if is_first():
             lines = (json.dumps(record) + "\n" for record in self._metrics.values())
             write_atomically(self._file, "".join(lines))
         digest = ocp.args.JsonSave({"step": step, "arrays": digests(state)})
@@ -190,7 +191,7 @@ class Checkpoints:
         logging.warning("Checkpoint %s cannot be read (%s)%s.", step, reason, moved)
         if not moves:
             return
-        if jax.process_index() == 0:
+        if is_first():
             target.parent.mkdir(exist_ok=True)
             while target.exists():
                 target = target.with_name(target.name + "_")

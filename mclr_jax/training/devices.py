@@ -5,6 +5,7 @@ A step is written once, for one shard, with an optional axis name; `Devices.comp
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -149,6 +150,27 @@ def placed(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     )
+
+
+def is_first() -> bool:
+    """Whether this is process 0, which alone writes files and prints results."""
+    return jax.process_index() == 0
+
+
+def exists(path: pathlib.Path) -> bool:
+    """Whether a file exists, as all processes see it.
+
+    RuntimeError: some processes see it and others do not.
+    """
+    found = path.exists()
+    if jax.process_count() > 1:
+        seen = multihost_utils.process_allgather(np.array(found))
+        if not seen.all() and seen.any():
+            raise RuntimeError(
+                f"{path} exists for {seen.sum()} of {len(seen)} processes; use folders on a disk "
+                "that all processes share."
+            )
+    return found
 
 
 def banner() -> str:
