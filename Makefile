@@ -1,11 +1,11 @@
 # `make demo` trains on digits and draws samples; `make test` checks the code, with ALL=1 also whole
 # benchmarks and long notebooks; `make mutants` checks the tests. All make .venv first. `make tpu`
-# compiles for TPUs, which no machine needs to have.
+# and `make gpu` compile for TPUs and GPUs, which no machine needs to have.
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-lowest tpu mutants clean
+.PHONY: demo test test-lowest tpu gpu mutants clean
 
 demo: $(VENV)/installed
 	$(RUN) -m launch.demo --workdir=runs/demo
@@ -23,11 +23,12 @@ mutants: $(VENV)/installed
 test-lowest:
 	$(MAKE) test VENV=.venv-lowest PIP_CONSTRAINT=requirements-lowest.txt
 
-# libtpu has 137 MB and looks for a TPU when JAX is imported: it gets an environment of its own.
-tpu:
-	$(MAKE) .venv-tpu/installed VENV=.venv-tpu
-	.venv-tpu/bin/python -m pip install -q -e '.[tpu-compile]'
-	.venv-tpu/bin/python -m pytest -q tests/test_plan.py
+# Compilers of 137 and 600 MB, which look for their chips when JAX is imported: each gets an
+# environment of its own.
+tpu gpu:
+	$(MAKE) .venv-$@/installed VENV=.venv-$@
+	.venv-$@/bin/python -m pip install -q -e '.[$@-compile]'
+	.venv-$@/bin/python -m pytest -q tests/test_plan.py
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -c "import sys; sys.exit('mclr_jax needs Python >= 3.11, not ' + sys.version.split()[0]) if sys.version_info < (3, 11) else None"
@@ -36,4 +37,4 @@ $(VENV)/installed: setup.py
 	touch $@
 
 clean:
-	rm -rf .venv .venv-lowest .venv-tpu runs
+	rm -rf .venv .venv-lowest .venv-tpu .venv-gpu runs

@@ -56,6 +56,8 @@ setup(
         "test": TEST + FEATURES,
         "features": FEATURES,
         "torch": ["torch>=2.4,<3"],
+        # The compiler of this jax for NVIDIA's cards, which need not be there.
+        "gpu-compile": ["jax-cuda12-plugin>=0.9,<0.11", "nvidia-cuda-nvcc-cu12"],
         "tpu-compile": ["jax[tpu]>=0.9,<0.11"],  # the libtpu of this jax
     },
 )

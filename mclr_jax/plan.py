@@ -1,7 +1,7 @@
-"""The cost of a training on TPUs, without a TPU: memory, FLOPs, collectives and a roofline.
+"""The cost of a training on TPUs or GPUs, without any: memory, FLOPs, collectives and a roofline.
 
-libtpu, the TPU's compiler, compiles the training step for a topology of chips on any machine. Every
-argument is a shape: no parameter is allocated, and no data are read.
+libtpu, the TPU's compiler, and JAX's CUDA plugin compile the training step for a topology of chips
+on any machine. Every argument is a shape: no parameter is allocated, and no data are read.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -74,37 +74,105 @@ KINDS_OF_CHIP = {
         int(16e9), 65e12, 320e9, 16e9, "https://www.nvidia.com/en-us/data-center/tesla-t4/"
     ),
 }
-TOPOLOGY = re.compile(rf"({'|'.join(CHIPS)}):([1-9]\d*(?:x[1-9]\d*){{1,2}})")
+SLICE = re.compile(rf"({'|'.join(CHIPS)}):([1-9]\d*(?:x[1-9]\d*){{1,2}})(?:\*([1-9]\d*))?")
+
+# What XLA's compiler must be told of a GPU that is not there, from the cards' own descriptions in
+# https://github.com/openxla/xla/tree/main/xla/backends/gpu/target_config/specs.
+ANY_GPU: dict[str, Any] = {
+    "threads_per_block_limit": 1024, "threads_per_warp": 32, "threads_per_core_limit": 2048,
+    "thread_dim_limit_x": 1024, "thread_dim_limit_y": 1024, "thread_dim_limit_z": 64,
+    "block_dim_limit_x": 2**31 - 1, "block_dim_limit_y": 65535, "block_dim_limit_z": 65535,
+    "registers_per_core_limit": 65536, "registers_per_block_limit": 65536,
+    "shared_memory_per_block": 49152,
+}  # fmt: skip
+HOPPER = ANY_GPU | {
+    "core_count": 132, "fpus_per_core": 128, "clock_rate_ghz": 1.98, "l2_cache_size": 52428800,
+    "shared_memory_per_core": 233472, "shared_memory_per_block_optin": 232448,
+    "cuda_compute_capability": {"major": 9},
+}  # fmt: skip
+AMPERE = ANY_GPU | {
+    "core_count": 108, "fpus_per_core": 64, "clock_rate_ghz": 1.41, "l2_cache_size": 41943040,
+    "shared_memory_per_core": 167936, "shared_memory_per_block_optin": 166912,
+    "cuda_compute_capability": {"major": 8},
+}  # fmt: skip
+VERSIONS = {"runtime_version": '"12.8.0"', "driver_version": '"12.8.0"', "dnn_version": '"9.10.0"'}
+GPUS = {
+    "h100": ("NVIDIA H100 80GB HBM3", HOPPER),
+    "h200": ("NVIDIA H200", HOPPER),
+    "a100": ("NVIDIA A100-SXM4-80GB", AMPERE),
+}
+CARDS = re.compile(rf"cuda:({'|'.join(GPUS)})x([1-9]\d*)")
 
 
 def topology(name: str) -> tuple[Chip, tuple[jax.Device, ...]]:
-    """The kind of chip and all devices of a topology such as "v5e:4x4".
+    """The kind of chip and all devices of a topology, see `launch.plan`.
 
-    ValueError: an unknown topology. RuntimeError: libtpu is not installed.
+    ValueError: an unknown topology. RuntimeError: the compiler for it is not installed.
     """
-    if not (match := TOPOLOGY.fullmatch(name)):
+    if match := CARDS.fullmatch(name):
+        return _cards(match[1], int(match[2]))
+    if not (match := SLICE.fullmatch(name)):
         raise ValueError(
             f"Unknown topology {name!r}; expected the kind of chip, one of {', '.join(CHIPS)}, and "
-            "the grid of chips, such as v5e:1x1, v5e:4x4, v6e:2x4 or v5p:2x2x1."
+            "the grid of chips, such as v5e:1x1, v5e:4x4, v6e:2x4 or v5p:2x2x1, with *2 for two "
+            f"slices of such a grid, or cuda:KINDxCOUNT of {', '.join(GPUS)}, such as cuda:h100x8."
         )
-    if importlib.util.find_spec("libtpu") is None:
-        raise RuntimeError(
-            "libtpu, the TPU's compiler, is not installed: pip install -e '.[tpu-compile]', best "
-            "in an environment of its own."
-        )
+    _require("libtpu", "libtpu, the TPU's compiler,", "tpu-compile")
     # Do not ask the network for a TPU, nor stop because another process uses libtpu.
     os.environ.update({"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"})
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    single = {*match[2].split("x")} == {"1"}
-    options = {"chips_per_host_bounds": (1, 1, 1)} if single else {}
+    slices, single = int(match[3] or 1), {*match[2].split("x")} == {"1"}
+    options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if single else {}
+    options |= {"num_slices": slices} if slices > 1 else {}
+    grid = name.partition("*")[0]
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=grid, **options)
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(
             f"libtpu has no topology {name!r} ({error}); the sides of several chips are even, such "
             "as v5e:2x2, v5e:4x4 or v5p:2x2x1."
         ) from error
     return CHIPS[match[1]], tuple(found.devices)
+
+
+def _require(module: str, what: str, extra: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise RuntimeError(
+            f"{what} is not installed: pip install -e '.[{extra}]', best in an environment of its "
+            "own."
+        )
+
+
+def _cards(kind: str, count: int) -> tuple[Chip, tuple[jax.Device, ...]]:
+    """GPUs, up to 8 in a host."""
+    hosts = -(-count // 8)
+    if count % hosts:
+        raise ValueError(f"{count} GPUs on {hosts} hosts of 8; use a multiple of {hosts}.")
+    _require("jax_cuda12_plugin", "JAX's CUDA plugin, the compiler for GPUs,", "gpu-compile")
+    device, details = GPUS[kind]
+    chip = KINDS_OF_CHIP[device]
+    memory = {"device_memory_size": chip.memory, "memory_bandwidth": int(chip.bandwidth)}
+    text = _text_of({
+        "gpu_device_info": details | memory | VERSIONS,
+        "platform_name": '"CUDA"',
+        "dnn_version_info": {"major": 9, "minor": 10},
+        "device_description_str": f'"{device}"',
+    })  # fmt: skip
+    found = topologies.get_topology_desc(
+        platform="cuda",
+        topology_name=kind,
+        target_config=text,
+        topology=f"1x{hosts}x{count // hosts}",
+    )
+    return chip, tuple(found.devices)
+
+
+def _text_of(message: Mapping[str, Any]) -> str:
+    """A message in the text format of protocol buffers."""
+    return " ".join(
+        f"{key} {{ {_text_of(value)} }}" if isinstance(value, Mapping) else f"{key}: {value}"
+        for key, value in message.items()
+    )
 
 
 # ---- counts --------------------------------------------------------------------------------------
@@ -343,7 +411,7 @@ def plan(
         "frozen_parameters": _size(arguments[1]),
         "memory_per_chip_bytes": memory,
         "chip_memory_bytes": chip.memory,
-        "fits": memory["arguments"] is not None,
+        "fits": memory["arguments"] is not None and (memory["peak"] or 0) <= chip.memory,
         "flops_per_step": in_step,
         "flops_per_example": {"forward": in_call, "step": in_step / batch_size},
         "collectives": exchanged,
