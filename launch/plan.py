@@ -1,8 +1,9 @@
-"""What a config costs on TPUs, found by their compiler on a machine without one.
+"""What a config costs on TPUs or GPUs, found by their compilers on a machine without any.
 
   python -m launch.plan --config=configs/digits.py --topology=v5e:4x4 --parallel=fsdp
 
-Compiles the training step for the topology (v5e:1x1, v5e:4x4, v6e:2x4, v5p:2x2x1, ...) and prints
+Compiles the training step for the topology, the kind and grid of chips: v5e:1x1, v6e:2x4,
+v5p:2x2x1, v5e:4x4*2 for two slices of 4x4, or GPUs as cuda:h100x8 (h100, h200, a100). Prints
 memory, FLOPs, collectives and a lower bound of the time, from published peaks of the chip. Nothing
 is trained. The data tell the shape of an example and the number of classes; without the data give
 --shape and --num_classes. A companion of the objective is a run or, if there is no run runs/NAME,
@@ -29,7 +30,7 @@ from mclr_jax.samplers import Sampler
 from mclr_jax.training.devices import MODES
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, configs/NAME.py.")
-TOPOLOGY = flags.DEFINE_string("topology", None, "Kind and grid of chips, such as v5e:4x4.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "Kind and grid of chips; see above.")
 PARALLEL = flags.DEFINE_enum("parallel", None, MODES, "Default: the config's.")
 SHAPE = flags.DEFINE_list("shape", None, "Shape of an example, as 32,32,3, without the data.")
 NUM_CLASSES = flags.DEFINE_integer("num_classes", 0, "Classes, with --shape.", lower_bound=0)

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mclr_jax.networks import layers
 from mclr_jax.networks.dit import Block, DiT, position_embedding, timestep_embedding
+from mclr_jax.plan import flops
 from mclr_jax.pretrained import dit as pretrained
 from mclr_jax.types import Condition
 
@@ -106,6 +108,26 @@ def test_scan_and_remat_change_nothing(params):
             gradient(net),
             expected,
         )
+
+
+def test_recomputation_repeats_what_its_policy_does_not_keep(params):
+    """In products: none, those of attention, or all of the blocks'."""
+
+    def cost(**options):
+        def loss(params):
+            return jnp.mean(NET.clone(**options).apply({"params": params}, *PLAIN) ** 2)
+
+        return flops(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
+
+    kept = {name: cost(remat=True, remat_policy=name) - cost() for name in layers.KEPT}
+    tokens, width = X.shape[1] * X.shape[2] // NET.patch_size**2, NET.width
+    attention = 2 * 2 * len(X) * NET.depth * tokens**2 * width
+    assert kept["products"] == 0
+    assert kept["weight_products"] == attention
+    weights = 6 + tokens * (4 + 2 * NET.mlp_ratio)  # modulation, qkv, projection, MLP
+    assert kept["nothing"] == attention + 2 * len(X) * NET.depth * weights * width**2
+    with pytest.raises(ValueError, match=r"network.remat_policy 'dots'.*weight_products"):
+        NET.clone(remat_policy="dots")
 
 
 def test_dropout_depends_on_the_example_key_and_the_block(params):

@@ -373,7 +373,7 @@ def on(compiler, target, *places):
 @pytest.mark.parametrize(
     ("topology", "parallel", "chips"),
     on("libtpu", "tpu", ("v5e:1x1", "pmap", 1), *(("v5e:2x2", each, 4) for each in MODES),
-       ("v5e:2x2*2", "pmap", 8), ("v4:2x2x1", "data", 4))
+       ("v5e:2x2*2", "pmap", 8), ("v6e:2x2", "data", 4))
     + on("jax_cuda12_plugin", "gpu", *(("cuda:h100x4", each, 4) for each in MODES),
          ("cuda:a100x16", "data", 16)),
 )  # fmt: skip
