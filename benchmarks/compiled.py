@@ -1,9 +1,10 @@
-"""What configs cost on TPUs, from their compiler (mclr_jax/plan.py); no TPU is needed.
+"""What configs cost on TPUs and GPUs, from their compilers (mclr_jax/plan.py); none is needed.
 
   python benchmarks/compiled.py               # all rows that are missing, in minutes each
   python benchmarks/compiled.py --row=digits  # those whose name begins like this
 
-Writes benchmarks/results/compiled.json, row by row. It needs `pip install -e '.[tpu-compile]'`.
+Writes benchmarks/results/compiled.json, row by row. It needs `pip install -e '.[tpu-compile]'`,
+and for the rows of GPUs '.[gpu-compile]': rows whose compiler is missing are left out.
 """
 
 import argparse
@@ -33,13 +34,22 @@ MODES = ("pmap", "data", "fsdp")
 CASES: dict[str, tuple[str, dict[str, Any], list[tuple[str, str]]]] = {
     "digits": ("digits", {}, [("v5e:1x1", "pmap"), *(("v5e:2x2", mode) for mode in MODES)]),
     "digits, MCLR": ("digits_mclr", HALF, [("v5e:2x2", "data")]),
-    "DiT-XL/2": ("digits", XL, [("v5e:4x4", "fsdp"), ("v5e:4x4", "data"), ("v6e:2x2", "fsdp")]),
-    "DiT-XL/2, MCLR": ("digits_mclr", XL | HALF, [("v5e:4x4", "fsdp")]),
+    "DiT-XL/2": ("digits", XL, [
+        ("v5e:4x4", "fsdp"), ("v5e:4x4", "data"), ("v6e:2x2", "fsdp"), ("v5p:4x4x4", "fsdp"),
+        ("v5e:4x4*2", "fsdp"), ("cuda:h100x8", "data"), ("cuda:h100x8", "fsdp"),
+    ]),
+    "DiT-XL/2, weight products kept": ("digits", XL | {"network.remat_policy": "weight_products"}, [
+        ("v5e:4x4", "fsdp"), ("cuda:h100x8", "data"),
+    ]),
+    "DiT-XL/2, not recomputed": ("digits", XL | {"network.remat": False}, [
+        ("v5e:4x4", "fsdp"), ("cuda:h100x8", "data"),
+    ]),
+    "DiT-XL/2, MCLR": ("digits_mclr", XL | HALF, [("v5e:4x4", "fsdp"), ("cuda:h100x8", "data")]),
     "fashion_mnist": ("fashion_mnist", {}, [("v5e:1x1", "pmap"), ("v5e:2x2", "data")]),
     "fashion_mnist, MCLR": ("fashion_mnist_mclr", {}, [("v5e:2x2", mode) for mode in MODES]),
     "cifar10": ("cifar10", {}, [("v5e:4x4", "data")]),
     "cifar10, MCLR": ("cifar10_mclr", {}, []),
-}
+}  # fmt: skip
 
 
 def case(name: str) -> tuple[Any, DataInfo, dict[str, Any]]:
@@ -84,7 +94,13 @@ def main() -> None:
                 continue
             config, data, models = case(name)
             config.parallel = parallel
-            row = command.planned(config, data, topology, models)
+            try:
+                row = command.planned(config, data, topology, models)
+            except RuntimeError as error:
+                if "is not installed" not in str(error):
+                    raise
+                print(f"{name} for {topology}: {error}\n", flush=True)
+                continue
             made_by = {**provenance(), "jax": jax.__version__}
             origin = {"name": name, "config": file, "changes": changes}
             result["rows"].append({**origin, **row, **made_by})
