@@ -1,7 +1,5 @@
 """The U-Nets apart from official weights (tests/test_edm.py): initial values, dropout, dtypes."""
 
-import zlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -131,31 +129,6 @@ def test_remat_changes_no_gradient_and_fourier_frequencies_stay_fixed():
     )
     np.testing.assert_array_equal(plain["map_noise_freqs"], 0)
     assert np.abs(plain["map_layer0"]["kernel"]).max() > 0
-
-
-def test_equal_blocks_in_a_loop_are_the_same_network(monkeypatch):
-    """Loops of two in the encoder and at both levels of the decoder, among blocks of other kinds.
-
-    Names of blocks tell their masks of dropout apart, and the features of blocks are as without.
-    """
-    sizes = {"channels": 8, "channel_mult": (1, 2), "num_blocks": 2, "attention_resolutions": (2,)}
-    net = UNet("ddpmpp", num_classes=5, dropout=0.3, **sizes)
-    looped, params = net.clone(scan_blocks=True), {"params": randomised(net)}
-    assert jax.tree.structure(randomised(looped)) == jax.tree.structure(params["params"])
-    plain = jax.jit(net.apply)(params, *PLAIN)
-    np.testing.assert_allclose(jax.jit(looped.apply)(params, *PLAIN), plain, rtol=1e-4, atol=1e-5)
-    text = str(jax.make_jaxpr(looped.apply)(params, *PLAIN))
-    assert text.count("scan[") == 3
-    assert "scan[" not in str(jax.make_jaxpr(net.apply)(params, *PLAIN))
-
-    dropped = jax.jit(looped.apply)(params, *DROPPED)
-    assert relative_error(dropped, plain) > 1e-2
-    monkeypatch.setattr(zlib, "crc32", lambda text: 0 if b"block" in text else 1)
-    assert relative_error(looped.apply(params, *DROPPED), dropped) > 1e-2
-
-    _, found = net.apply(params, *PLAIN, capture_intermediates=True, mutable=["intermediates"])
-    _, same = looped.apply(params, *PLAIN, capture_intermediates=True, mutable=["intermediates"])
-    assert jax.tree.structure(found) == jax.tree.structure(same)
 
 
 def test_unknown_architecture_and_indivisible_size():

@@ -5,8 +5,6 @@ Sources: Karras et al. 2022 (arXiv:2206.00364), Table 7 and Appendix F.2; Song e
 Official weights load through `mclr_jax.pretrained.edm`.
 """
 
-import itertools
-import zlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
@@ -85,10 +83,6 @@ def _initialised(adm: bool, dtype: Any, edm_init: bool = True) -> tuple[partial,
     return linear, {"kernel_init": last}, {"kernel_init": qkv}
 
 
-def _join(h: jax.Array, skip: jax.Array | None) -> jax.Array:
-    return h if skip is None else jnp.concatenate([h, skip], axis=-1)
-
-
 def attention_heads(architecture: str, features: int) -> int:
     """ADM has 64 channels per head, the other architectures have one head."""
     return max(1, features // 64) if architecture == "adm" else 1
@@ -112,9 +106,6 @@ class UNet(Network):
     attention_resolutions: tuple[int, ...] = (16,)  # image heights (in patches) with attention
     # The pixels of a patch become channels of one pixel: patch_size^2 times cheaper; not in EDM.
     patch_size: int = 1
-    # Run equal blocks as a loop over their parameters, which are stored as without: it compiles
-    # faster for TPUs. Dropout has other masks then.
-    scan_blocks: bool = False
     cpu_device_per_core: ClassVar[bool] = True  # XLA:CPU runs a small convolution on one thread
 
     @nn.compact
@@ -136,35 +127,11 @@ class UNet(Network):
         linear, init_last, _ = _initialised(adm, self.dtype)
         embedding = self._embedding(c_noise, condition).astype(self.dtype)
 
-        def options(features: int, attend: bool, resample: Any = None) -> tuple:
-            heads = attention_heads(self.architecture, features) if attend else 0
-            return features, adm, resample, heads, self.dropout, self.dtype
-
         def block(name: str, h: jax.Array, features: int, attend=False, resample=None) -> jax.Array:
-            module = self.block(Block)(*options(features, attend, resample), name=name)
+            heads = attention_heads(self.architecture, features) if attend else 0
+            options = (features, adm, resample, heads, self.dropout, self.dtype)
+            module = self.block(Block)(*options, name=name)
             return module(h, embedding, condition.dropout_keys)
-
-        def row(
-            h: jax.Array, names: list[str], features: int, attend: list[bool], joined: list[Any]
-        ) -> list[jax.Array]:
-            """The outputs of blocks, each of which gets that of the one before and what joins."""
-            starts, outputs = h.shape[-1] == features, []
-
-            def kind(i: int) -> tuple:
-                return i > 0 or starts, attend[i], joined[i] is None or joined[i].shape
-
-            for _, group in itertools.groupby(range(len(names)), kind):
-                some = list(group)
-                if len(some) > 1 and self._loops():
-                    of_them = [names[i] for i in some], h, [joined[i] for i in some]
-                    given = embedding, condition.dropout_keys
-                    outputs += self._looped(options(features, attend[some[0]]), *of_them, *given)
-                else:
-                    for i in some:
-                        h = block(names[i], _join(h, joined[i]), features, attend[i])
-                        outputs.append(h)
-                h = outputs[-1]
-            return outputs
 
         # Encoder.
         widths = [self.channels * mult for mult in self.channel_mult]
@@ -182,10 +149,9 @@ class UNet(Network):
                     residual = linear(h.shape[-1], 3, 2, "VALID", name=name)(residual)
                     h = residual = (h + residual) * np.sqrt(0.5).item()
                 skips.append(h)
-            names = [f"enc_{size}_block{index}" for index in range(self.num_blocks)]
-            same = [attends[level]] * self.num_blocks
-            skips += row(h, names, width, same, [None] * self.num_blocks)
-            h = skips[-1]
+            for index in range(self.num_blocks):
+                h = block(f"enc_{size}_block{index}", h, width, attends[level])
+                skips.append(h)
 
         # Decoder.
         for level in reversed(range(levels)):
@@ -195,42 +161,16 @@ class UNet(Network):
                 h = block(f"dec_{size}_in1", h, h.shape[-1])
             else:
                 h = block(f"dec_{size}_up", h, h.shape[-1], resample=up)
-            count = self.num_blocks + 1
-            names = [f"dec_{size}_block{index}" for index in range(count)]
-            attend = [attends[level] and (adm or index == count - 1) for index in range(count)]
-            h = row(h, names, width, attend, [skips.pop() for _ in names])[-1]
+            for index in range(self.num_blocks + 1):
+                attend = attends[level] and (adm or index == self.num_blocks)
+                h = jnp.concatenate([h, skips.pop()], axis=-1)
+                h = block(f"dec_{size}_block{index}", h, width, attend)
 
         prefix = "out" if adm else f"dec_{sizes[0]}_aux"
         h = layers.GroupNorm(1e-5 if adm else 1e-6, self.dtype, name=f"{prefix}_norm")(h)
         features = self.patch_size**2 * self.out_channels
         h = linear(features, 3, name=f"{prefix}_conv", **init_last)(nn.silu(h))
         return layers.depth_to_space(h, self.patch_size).astype(jnp.float32)
-
-    def _loops(self) -> bool:
-        """Whether to loop now: `init` makes each block's parameters, and features are of blocks."""
-        captured = self.is_mutable_collection("intermediates")
-        return self.scan_blocks and not (self.is_initializing() or captured)
-
-    def _looped(
-        self, options: tuple, names: list[str], h: jax.Array, joined: list[Any],
-        embedding: jax.Array, dropout_keys: jax.Array | None,
-    ) -> list[jax.Array]:  # fmt: skip
-        """The outputs of blocks with equal options and shapes, by one loop."""
-        module = self.block(Block, looped=True)(*options, parent=None)
-
-        def one(h, given):
-            params, skip, number = given
-            keys = dropout_keys
-            if keys is not None:
-                keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
-            h = module.apply({"params": params}, _join(h, skip), embedding, keys)
-            return h, h
-
-        stored = [self.variables["params"][name] for name in names]
-        params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stored)
-        numbers = np.array([zlib.crc32(name.encode()) for name in names], np.uint32)
-        skips = None if joined[0] is None else jnp.stack(joined)
-        return [*jax.lax.scan(one, h, (params, skips, numbers))[1]]
 
     def _embedding(self, c_noise: jax.Array, condition: Condition) -> jax.Array:
         """Embedding of noise level (B,) and condition -> (B, 4 * channels) float32."""
