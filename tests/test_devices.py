@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from mclr_jax import experiment, generate, main, metrics, runs
 from mclr_jax.data import pipeline, sources
 from mclr_jax.training import step
-from mclr_jax.training.devices import Devices, exists, require_accelerator
+from mclr_jax.training.devices import MODES, Devices, exists, require_accelerator
 
 # ---- every objective -----------------------------------------------------------------------------
 
@@ -128,6 +128,22 @@ def test_eight_devices_train_as_one(parallel, one_device):
 
 
 # ---- layouts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parallel", MODES)
+def test_a_new_state_has_the_parameters_of_the_seed(parallel):
+    """Drawn as one program or, where there are many arrays, one by one."""
+    task, devices = cases.task("dsm"), Devices(parallel)
+    state = devices.initialise(task.init, functools.partial(step.init_state, task))
+    chex.assert_trees_all_close(jax.device_get(state), step.init_state(task), rtol=1e-6)
+
+    def many():
+        return [jax.random.normal(jax.random.key(i), (8,)) for i in range(101)]
+
+    found = devices.initialise(many, lambda drawn: (drawn, drawn))
+    for drawn in found:
+        np.testing.assert_allclose(np.array(drawn), np.array(many()), rtol=1e-6)
+        assert drawn[0].sharding.is_fully_replicated == (parallel != "fsdp")
 
 
 def test_the_old_state_is_donated():
