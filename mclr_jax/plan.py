@@ -320,13 +320,19 @@ def lowered(task: Task, devices: Devices, shapes: tuple) -> Any:
     return step.lower(state, frozen, rows, count)
 
 
-def _compiled(program: Any, scale: int) -> tuple[dict[str, int | None], dict]:
+# Without the card XLA cannot tune its own kernels for matrix products; those of cuBLAS need none.
+UNTUNED = {"xla_gpu_enable_triton_gemm": False}
+
+
+def _compiled(
+    program: Any, scale: int, options: Mapping[str, Any] | None = None
+) -> tuple[dict[str, int | None], dict]:
     """Bytes of memory by part, times `scale`, and the collectives.
 
     Of a program that does not fit, the compiler tells at most the peak.
     """
     try:
-        compiled = program.compile()
+        compiled = program.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -397,7 +403,8 @@ def plan(
     arguments = shapes(task, batch_size, steps_per_dispatch)
     start = time.perf_counter()
     with cpu.programs_for_others():
-        memory, exchanged = _compiled(lowered(task, devices, arguments), chip.devices)
+        options = UNTUNED if CARDS.fullmatch(name) else None
+        memory, exchanged = _compiled(lowered(task, devices, arguments), chip.devices, options)
     seconds = time.perf_counter() - start
     bound = roofline(chip, in_step / chips, memory, exchanged)
     sampling = 1000 * network_calls * in_call

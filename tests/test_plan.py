@@ -255,7 +255,7 @@ class Full:
     def __init__(self, message):
         self.message = message
 
-    def compile(self):
+    def compile(self, compiler_options):
         raise jax.errors.JaxRuntimeError(self.message)
 
 
