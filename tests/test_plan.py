@@ -185,6 +185,16 @@ def test_fsdp_holds_a_share(on_the_cpu):
     assert exchanged["all-gather"]["bytes"] > 0
 
 
+def test_fsdp_gathers_kernels_and_moves_no_activations():
+    """Left to itself XLA divides the features of a DiT, with 16 times as many bytes of these."""
+    changes = {"network.width": 64, "network.depth": 4, "network.scan_blocks": True}
+    arguments = plan.shapes(task := digits(**changes), 64)
+    parameters = sum(x.size for x in jax.tree.leaves(arguments[0].params))
+    _, exchanged = plan._compiled(plan.lowered(task, Devices("fsdp"), arguments), scale=1)
+    assert exchanged["all-to-all"]["bytes"] < 0.02 * 4 * parameters
+    assert exchanged["all-gather"]["bytes"] > 4 * parameters
+
+
 def test_a_parameter_is_gathered_whole_in_each_round():
     """Rows of the data times a sharded matrix of 4 kB, 3 times: XLA:CPU's own text of a loop."""
     devices = Devices("fsdp")

@@ -105,6 +105,17 @@ def depth_to_space(x: jax.Array, size: int) -> jax.Array:
     return x.reshape(batch, height * size, width * size, features // size**2)
 
 
+def gathered(kernel: jax.Array) -> jax.Array:
+    """The kernel whole on every device, inside `jax.sharding.use_abstract_mesh`.
+
+    Without this XLA may divide features among the devices that share the parameters, and move
+    activations, which are larger, from device to device.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return kernel
+    return lax.with_sharding_constraint(kernel, jax.P())
+
+
 class Linear(nn.Module):
     """Dense layer on the last axis, kernel (C, D), or convolution of NHWC images, (k, k, C, D).
 
@@ -126,7 +137,7 @@ class Linear(nn.Module):
         window = (self.kernel_size, self.kernel_size) if self.kernel_size > 1 else ()
         shape = (*window, x.shape[-1], self.features)
         x = x.astype(self.dtype)
-        kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
+        kernel = gathered(self.param("kernel", self.kernel_init, shape).astype(self.dtype))
         if window:
             y = convolve(x, kernel, self.stride, self.padding)
         else:  # with one leading axis, XLA:CPU takes half the time for the kernel's gradient

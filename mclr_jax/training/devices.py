@@ -110,7 +110,8 @@ class Devices:
         replicated = NamedSharding(self.mesh, PartitionSpec())
 
         def sharded(state, frozen, batches, count):
-            new_state, metrics = update(state, frozen, batches, count)
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                new_state, metrics = update(state, frozen, batches, count)
             shardings = self.state_shardings(new_state)
             return jax.lax.with_sharding_constraint((new_state, metrics), (shardings, replicated))
 
