@@ -351,7 +351,7 @@ def settings() -> str:
 
 
 def compiled() -> str:
-    """What steps cost on TPUs, by their compiler."""
+    """What steps cost on TPUs and GPUs, by their compilers."""
 
     def line(row: dict) -> list[str]:
         memory, chip = row["memory_per_chip_bytes"]["peak"], row["chip_memory_bytes"]

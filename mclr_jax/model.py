@@ -12,6 +12,7 @@ from flax import traverse_util
 
 from mclr_jax.denoiser import NetworkFn, Preconditioning, denoiser, moments
 from mclr_jax.names import in_range
+from mclr_jax.networks.layers import divided
 from mclr_jax.problem import Answers, LogitsFn
 from mclr_jax.types import Condition, DenoiseFn, MomentsFn, as_condition, expand
 
@@ -104,8 +105,8 @@ class Model:
                     f"takes {levels}."
                 )
             c_noise = jnp.broadcast_to(c_noise[:, None], levels)
-        condition = self.complete(condition, len(x))
-        return self.network.apply({"params": params}, x, c_noise, condition, **options)
+        inputs = divided((x, c_noise, self.complete(condition, len(x))))
+        return self.network.apply({"params": params}, *inputs, **options)
 
     def _denoising(self, params: Any) -> NetworkFn:
         """The network with parameters; raises ValueError for a classifier."""

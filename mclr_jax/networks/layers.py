@@ -116,6 +116,21 @@ def gathered(kernel: jax.Array) -> jax.Array:
     return lax.with_sharding_constraint(kernel, jax.P())
 
 
+def divided(inputs: Any) -> Any:
+    """A tree of arrays (B, ...) with equally many rows on each device, in such a mesh.
+
+    Of rows that were joined, such as positives and negatives, XLA may otherwise make whole copies.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def divide(x):
+        if mesh.empty or len(x) % mesh.size:
+            return x
+        return lax.with_sharding_constraint(x, jax.P(mesh.axis_names))
+
+    return jax.tree.map(divide, inputs)
+
+
 class Linear(nn.Module):
     """Dense layer on the last axis, kernel (C, D), or convolution of NHWC images, (k, k, C, D).
 
