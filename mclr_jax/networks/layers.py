@@ -13,6 +13,7 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.nn.initializers import Initializer, ones, xavier_uniform, zeros
+from jax.sharding import AxisType
 
 from mclr_jax import cpu
 from mclr_jax.names import in_range, look_up
@@ -105,26 +106,34 @@ def depth_to_space(x: jax.Array, size: int) -> jax.Array:
     return x.reshape(batch, height * size, width * size, features // size**2)
 
 
+def _mesh() -> Any:
+    """The mesh whose layout XLA chooses, of `jax.sharding.use_abstract_mesh`, if there is one.
+
+    The mesh of pmap is none: its code is that of one device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    free = all(kind == AxisType.Auto for kind in mesh.axis_types)
+    return mesh if free and not mesh.empty else None
+
+
 def gathered(kernel: jax.Array) -> jax.Array:
-    """The kernel whole on every device, inside `jax.sharding.use_abstract_mesh`.
+    """The kernel whole on every device of `_mesh`.
 
     Without this XLA may divide features among the devices that share the parameters, and move
     activations, which are larger, from device to device.
     """
-    if jax.sharding.get_abstract_mesh().empty:
-        return kernel
-    return lax.with_sharding_constraint(kernel, jax.P())
+    return kernel if _mesh() is None else lax.with_sharding_constraint(kernel, jax.P())
 
 
 def divided(inputs: Any) -> Any:
-    """A tree of arrays (B, ...) with equally many rows on each device, in such a mesh.
+    """A tree of arrays (B, ...) with equally many rows on each device of `_mesh`.
 
     Of rows that were joined, such as positives and negatives, XLA may otherwise make whole copies.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = _mesh()
 
     def divide(x):
-        if mesh.empty or len(x) % mesh.size:
+        if mesh is None or len(x) % mesh.size:
             return x
         return lax.with_sharding_constraint(x, jax.P(mesh.axis_names))
 
