@@ -96,9 +96,7 @@ def main() -> None:
             config.parallel = parallel
             try:
                 row = command.planned(config, data, topology, models)
-            except RuntimeError as error:
-                if "is not installed" not in str(error):
-                    raise
+            except plan.MissingCompilerError as error:
                 print(f"{name} for {topology}: {error}\n", flush=True)
                 continue
             made_by = {**provenance(), "jax": jax.__version__}

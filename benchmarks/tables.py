@@ -134,10 +134,10 @@ EQUAL = [0.8, 1.5]  # noise levels of every method of the comparison at equal no
 SECOND = "efficientnet_lite0"  # key of what the second judge says
 
 
-def _second(rows: list[dict], digits: int = 1) -> str:
+def _second(rows: list[dict]) -> str:
     """Mean FD of those rows that the second judge has seen."""
     found = [row[SECOND]["frechet"] for row in rows if SECOND in row]
-    return f"{statistics.mean(found):.{digits}f}" if found else ""
+    return f"{statistics.mean(found):.1f}" if found else ""
 
 
 def _rival_rows(result: dict, methods: dict[str, list[dict]], keys: list[str]) -> Iterable:
@@ -167,9 +167,9 @@ def _rivals(data: str, chosen: Iterable[str] = (), equal: bool = False) -> str:
     for name in chosen or result["methods"]:
         if rows := [r for r in result["methods"][name] if (r["noise"] == EQUAL) == equal]:
             methods[name] = rows
-    head = ["method", "strength", *(QUALITY[key][0] for key in keys), "step cost", "FD, ImageNet"]
-    rows, width = _rival_rows(result, methods, keys), len(head) - (not equal)
-    return table(head[:width], (row[:width] for row in rows))
+    head = ["method", "strength", *(QUALITY[key][0] for key in keys), "step cost"]
+    head += ["FD, ImageNet"] * equal
+    return table(head, (row[: len(head)] for row in _rival_rows(result, methods, keys)))
 
 
 def rivals() -> str:

@@ -107,7 +107,7 @@ CARDS = re.compile(rf"cuda:({'|'.join(GPUS)})x([1-9]\d*)")
 def topology(name: str) -> tuple[Chip, tuple[jax.Device, ...]]:
     """The kind of chip and all devices of a topology, see `launch.plan`.
 
-    ValueError: an unknown topology. RuntimeError: the compiler for it is not installed.
+    ValueError: an unknown topology. MissingCompilerError: see there.
     """
     if match := CARDS.fullmatch(name):
         return _cards(match[1], int(match[2]))
@@ -135,9 +135,13 @@ def topology(name: str) -> tuple[Chip, tuple[jax.Device, ...]]:
     return CHIPS[match[1]], tuple(found.devices)
 
 
+class MissingCompilerError(RuntimeError):
+    """The compiler for a kind of chip is not installed."""
+
+
 def _require(module: str, what: str, extra: str) -> None:
     if importlib.util.find_spec(module) is None:
-        raise RuntimeError(
+        raise MissingCompilerError(
             f"{what} is not installed: pip install -e '.[{extra}]', best in an environment of its "
             "own."
         )
@@ -394,7 +398,7 @@ def plan(
       steps_per_dispatch, num_steps: of the training.
       network_calls: for one sample.
 
-    ValueError, RuntimeError: see `topology`; the devices do not divide the batch.
+    ValueError, MissingCompilerError: see `topology`; the devices do not divide the batch.
     """
     chip, all_devices = topology(name)
     devices, chips = Devices(parallel, all_devices), len(all_devices) // chip.devices

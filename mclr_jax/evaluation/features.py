@@ -44,8 +44,8 @@ class Extractor:
     @functools.cached_property
     def _compiled(self) -> Callable:
         # The weights are an argument, since gigabytes of constants in a program do not compile.
-        weights = jax.device_put(self.weights, generate.shardings()[1])
-        whole = generate.shardings()[1]  # the features, in every process
+        whole = generate.shardings()[1]  # weights and features, on every device
+        weights = jax.device_put(self.weights, whole)
         return functools.partial(jax.jit(self.apply, out_shardings=whole), weights)
 
     def __call__(

@@ -137,7 +137,7 @@ def _on_host(draw: Callable[[], Any]) -> Any:
     except RuntimeError:  # JAX_PLATFORMS does not name the CPU
         host = None
     # One program, which runs once: it takes longer to optimise than to run. But of a U-Net, whose
-    # many kernels have few shapes, it compiles 4 times as long as one program for each shape.
+    # many kernels have few shapes, it compiles 3 times as long as one program for each shape.
     with jax.default_device(host):
         traced = jax.jit(draw).trace()
         if len(jax.tree.leaves(traced.out_info)) > 100:
