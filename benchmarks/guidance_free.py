@@ -2,6 +2,7 @@
 
   python benchmarks/guidance_free.py --data=fashion_mnist
   python benchmarks/guidance_free.py --data=digits
+  python benchmarks/guidance_free.py --data=fashion_mnist --base_steps=40000
 
 Base and judges are those of benchmarks/mclr_images.py with the same --data. Every method is
 fine-tuned from the base for as many steps and at the same noise levels, the control that is guided
@@ -240,7 +241,7 @@ def mean(rows: list[dict], key: str) -> tuple[float, float]:
 
 def main() -> None:
     bench, seeds, result = run_all(Comparison, __doc__)
-    path = RESULTS / f"guidance_free_{bench.data}.json"
+    path = RESULTS / f"guidance_free_{bench.name}.json"
     result |= collect(bench, seeds, json.loads(path.read_text()) if path.exists() else {})
     write_json(path, result)
     equal = {

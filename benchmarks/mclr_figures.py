@@ -23,7 +23,7 @@ def picture(bench, summary: dict, seed: int, columns: int = 8) -> None:
             run.model, params, labels, run.sampler, seed=seed, guidance_scale=1 + model.gamma
         )
         grids.append(images.picture(samples, labels))
-    images.save(ROOT / "docs" / f"{bench.data}_mclr.png", np.concatenate(grids, axis=1))
+    images.save(ROOT / "docs" / f"{bench.name}_mclr.png", np.concatenate(grids, axis=1))
 
 
 def figure(bench, result: dict) -> None:
@@ -61,8 +61,8 @@ def figure(bench, result: dict) -> None:
         panel.set_ylabel(name)
         panel.set_ylim(bottom=0 if key == "frechet" else None)
     panels[0].legend(fontsize=8)
-    drawing.suptitle(f"{bench.data}: {len(result['seeds'])} seeds; numbers are gamma and beta")
-    save(drawing, ROOT / "docs" / f"{bench.data}_mclr_curve.png")
+    drawing.suptitle(f"{bench.name}: {len(result['seeds'])} seeds; numbers are gamma and beta")
+    save(drawing, ROOT / "docs" / f"{bench.name}_mclr_curve.png")
 
 
 def pareto(bench, result: dict) -> None:
@@ -97,10 +97,10 @@ def pareto(bench, result: dict) -> None:
     panels[1].set_yscale("log")
     panels[0].legend(fontsize=7)
     drawing.suptitle(
-        f"{bench.data}: dotted, held-out real images; numbers are strengths; the larger a marker, "
+        f"{bench.name}: dotted, held-out real images; numbers are strengths; the larger a marker, "
         "the more network calls"
     )
-    save(drawing, ROOT / "docs" / f"equal_noise_{bench.data}.png")
+    save(drawing, ROOT / "docs" / f"equal_noise_{bench.name}.png")
 
 
 def save(drawing: Figure, path: pathlib.Path, dpi: int = 110) -> None:

@@ -16,6 +16,7 @@ import json
 import pathlib
 from collections.abc import Callable
 
+import jax
 import mclr_figures
 import mclr_probes
 import numpy as np
@@ -121,7 +122,17 @@ class Bench(Files):
     """Where everything is, and how each part is made."""
 
     data: str
-    batch: int = 50  # samples at a time: on a CPU core twice as fast as 250, which leaves its cache
+    base_steps: int = 0  # of another base than that of configs/DATA.py
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.data}_{self.base_steps}" if self.base_steps else self.data
+
+    @property
+    def batch(self) -> int:
+        """Samples at a time: 50 are on a CPU core twice as fast as 250, which leave its cache."""
+        return 50 if jax.default_backend() == "cpu" else 1000
 
     @property
     def settings(self) -> dict:
@@ -129,7 +140,7 @@ class Bench(Files):
 
     @property
     def root(self) -> pathlib.Path:
-        return ROOT / "runs" / f"mclr_{self.data}"
+        return ROOT / "runs" / f"mclr_{self.name}"
 
     def config(self, name: str = "", changes: dict | None = None):
         return config_of(f"{self.data}{name}", changes or {})
@@ -140,7 +151,17 @@ class Bench(Files):
     def train_base(self, seed: int) -> None:
         config = self.config()
         config.seed = seed
+        config.num_steps = self.base_steps or config.num_steps
+        config.sample_every = 0
         self.train(self.base(seed), self.data, config)
+
+    def share(self) -> None:
+        """Posterior and judges are those of the base of configs/DATA.py, where it has some."""
+        own = dataclasses.replace(self, base_steps=0).root
+        for name in ("classifier", *(f"judge_{j}" for j in JUDGES)):
+            if self.base_steps and (own / done(name)).exists() and not (self.root / name).exists():
+                self.root.mkdir(parents=True, exist_ok=True)
+                (self.root / name).symlink_to(own / name)
 
     def train_classifier(self) -> None:
         """The posterior that MCLR draws from."""
@@ -427,15 +448,17 @@ def collect(bench: Bench, seeds: tuple[int, ...]) -> dict:
     }
 
 
-def run_all(make: Callable[[str], Bench], doc: str) -> tuple[Bench, tuple[int, ...], dict]:
+def run_all(make: Callable[[str, int], Bench], doc: str) -> tuple[Bench, tuple[int, ...], dict]:
     """What the command line asks for: the bench, the seeds, and what `tasks.run` returns."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--data", choices=sorted(SETTINGS), default="fashion_mnist")
+    parser.add_argument("--base_steps", type=int, default=0, help="another base than the config's")
     parser.add_argument("--seeds", default="0,1,2", help="of fine-tuning and sampling")
     add_flags(parser)
     arguments = parser.parse_args()
     seeds = tuple(int(seed) for seed in arguments.seeds.split(","))
-    bench = make(arguments.data)
+    bench = make(arguments.data, arguments.base_steps)
+    bench.share()
     return bench, seeds, run(bench.root, bench.tasks(seeds), arguments)
 
 
@@ -444,7 +467,7 @@ def main() -> None:
     result |= collect(bench, seeds)
     mclr_figures.picture(bench, result["summary"], seeds[0])
     mclr_figures.figure(bench, result)
-    write_json(RESULTS / f"{bench.data}_mclr.json", result)
+    write_json(RESULTS / f"{bench.name}_mclr.json", result)
     for name, values in result["table"].items():
         print(f"{name:22s}", *(f"{k} {values[k]:.3f}" for k in ("frechet", "accuracy", "recall")))
     print(json.dumps(result["summary"], indent=1))

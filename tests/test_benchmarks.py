@@ -187,6 +187,26 @@ def test_every_task_has_what_it_needs_and_every_objective_makes_a_task(
         assert task.problem.class_strengths == (factors if "class_strengths" in changes else ())
 
 
+def test_another_base_has_the_judges_of_the_config_s_own_and_files_of_its_own(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(mclr_images, "ROOT", tmp_path)
+    own, long = mclr_images.Bench("fashion_mnist"), mclr_images.Bench("fashion_mnist", 40_000)
+    own.write("classifier/done", {"steps": 3})
+    long.share()
+    long.share()  # again
+    assert long.read("classifier/done") == {"steps": 3}
+    assert not (long.root / "judge_features").exists()  # to be made
+    trained = []
+    monkeypatch.setattr(
+        mclr_images.Bench, "train", lambda self, *arguments: trained.append(arguments)
+    )
+    long.train_base(0)
+    assert trained[0][2].num_steps == 40_000
+    assert long.fine_tuning(0, None).init_from == str(long.root / "base")
+    assert long.root != own.root
+
+
 def test_the_second_judge_measures_the_distances_of_its_own_features(tmp_path, monkeypatch):
     """Its features are the pixels here: the distance of a set moved by 10 / 127.5 is known."""
     monkeypatch.setattr(mclr_images.Bench, "root", tmp_path)

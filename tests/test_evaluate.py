@@ -184,6 +184,8 @@ def test_the_revision_is_that_of_the_checkout_or_else_the_version(monkeypatch, t
         assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", files.provenance()["revision"])
     monkeypatch.setattr(files, "__file__", str(tmp_path / "mclr_jax" / "files.py"))
     assert files.provenance()["revision"] == f"version {__version__}"
+    monkeypatch.setenv("MCLR_JAX_REVISION", "abc")
+    assert files.provenance()["revision"] == "abc"
 
 
 def test_errors_say_what_to_do(made):
