@@ -45,7 +45,7 @@ PARITY = {
     "float32, default precision": ("float32", "default", 3e-2, 5e-2),
     "bfloat16": ("bfloat16", "default", 3e-2, 5e-2),
 }
-CUDNN = "bfloat16, cuDNN attention"  # of the DiT, on GPUs
+BY_XLA = "bfloat16, XLA's attention"  # of the DiT, on GPUs; the package takes that of cuDNN
 STEP_TOLERANCE = 1e-3  # of the metrics and of the update of an objective in float32
 OPTIONS: dict[str, dict[str, Any]] = {"mclr": {"negative_share": 0.5}}
 RIVALS = ("mclr_null", "cca", "gft", "model_guidance", "contrastive_flow", "ddo", "dpo")
@@ -81,8 +81,8 @@ UNET = {"channels": 128, "channel_mult": (2, 2, 2), "num_blocks": 4, "attention_
 
 
 def _latents(batch: int, torch: bool, **size: int) -> Case:
-    """A DiT on 32x32x4 latents of 1,000 classes, with patches of 2x2; one block is compiled."""
-    options = {"patch_size": 2, "dtype": "bfloat16", "scan_blocks": True, **size}
+    """A DiT on 32x32x4 latents of 1,000 classes, with patches of 2x2."""
+    options = {"patch_size": 2, "dtype": "bfloat16", **size}
     same = {**size, "patch": 2, "channels": 4, "num_classes": 1000} if torch else None
     judge = "conv_classifier", JUDGE
     return Case("dit", options, (32, 32, 4), 1000, batch, judge=judge, torch=same)
@@ -100,7 +100,7 @@ DIGITS = Case("dit", {"patch_size": 2, "width": 96, "depth": 3, "heads": 3}, (8,
 TINY_MLP = Case("mlp", {"width": 8, "depth": 1}, (2,), 3, 8,
                 judge=("mlp_classifier", {"width": 8, "depth": 1}))  # fmt: skip
 TINY_DIT = Case(
-    "dit", {"patch_size": 2, "width": 16, "depth": 1, "heads": 2, "scan_blocks": True}, (4, 4, 4),
+    "dit", {"patch_size": 2, "width": 16, "depth": 1, "heads": 2}, (4, 4, 4),
     5, 8, judge=("conv_classifier", {"channels": (8,)}),
     torch={"width": 16, "depth": 1, "heads": 2, "patch": 2, "channels": 4, "num_classes": 5,
            "resolution": 4},
@@ -130,12 +130,14 @@ TINY = Size({"MLP": TINY_MLP, "DiT": TINY_DIT}, TINY_MLP, 8, 1, 4, 64, 2, 0.0, (
 
 @contextlib.contextmanager
 def attention_of(implementation: str | None) -> Iterator[None]:
-    """Programs traced inside have this attention of `jax.nn.dot_product_attention`: "cudnn".
+    """Programs traced inside have this attention of `jax.nn.dot_product_attention`, such as "xla".
 
-    The kernels of cuDNN are for bfloat16 and heads of at most 128 channels. None is XLA's.
+    None is that of the package.
     """
     plain = layers.attention
-    layers.attention = functools.partial(plain, implementation=implementation)
+    if implementation:
+        asked = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
+        layers.attention = asked
     try:
         yield
     finally:
@@ -246,10 +248,10 @@ def parity(case: Case) -> dict[str, Any]:
     reference, found, asked = _answers(case, *PARITY["float32"][:2]), {}, dict(PARITY)
     wanted = reference(_cpu())
     if jax.default_backend() == "gpu" and case.network == "dit":
-        asked[CUDNN] = PARITY["bfloat16"]
+        asked[BY_XLA] = PARITY["bfloat16"]
     for name, (dtype, precision, *limits) in asked.items():
         answers = reference if name == "float32" else _answers(case, dtype, precision)
-        with attention_of("cudnn" if name == CUDNN else None):
+        with attention_of("xla" if name == BY_XLA else None):
             got = answers(jax.devices()[0])
         errors = {part: error(got[part], wanted[part]) for part in wanted}
         tolerances = dict(zip(wanted, limits, strict=True))
@@ -544,19 +546,20 @@ def throughput(case: Case, size: Size, objectives: Sequence[str]) -> dict[str, A
 
 
 def layouts(case: Case, size: Size) -> dict[str, Any]:
-    """A step of DSM on one device by layout, with recomputed blocks and with unrolled ones.
+    """A step of DSM on one device by layout, with recomputed blocks and with a loop over them.
 
-    On GPUs also with the attention of cuDNN, which the package does not use.
+    On GPUs also with the attention of XLA, where the package takes that of cuDNN.
     """
-    task, changed = case.task("dsm"), {"recomputed": {"remat": True}}
-    if "scan_blocks" in case.options:
-        changed["unrolled"] = {"scan_blocks": False}
-        changed["unrolled, recomputed"] = {"scan_blocks": False, "remat": True}
+    kept = {"remat": True, "remat_policy": "weight_products"}
+    task, changed = case.task("dsm"), {"recomputed": {"remat": True}, "weight products kept": kept}
+    if case.network == "dit":
+        changed["scanned"] = {"scan_blocks": True}
+        changed["scanned, recomputed"] = {"scan_blocks": True, "remat": True}
     steps = {"data": Candidate(task), "pmap": Candidate(task, "pmap")}
     for name, changes in changed.items():
         steps[name] = Candidate(case.task("dsm", **changes), work=task)
     if jax.default_backend() == "gpu" and case.network == "dit":
-        steps["cuDNN attention"] = Candidate(task, attention="cudnn")
+        steps["XLA's attention"] = Candidate(task, attention="xla")
     return timed(steps, case.batch, size)
 
 

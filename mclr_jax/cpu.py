@@ -15,9 +15,9 @@ import jax
 _for_others = contextvars.ContextVar("for_others", default=False)
 
 
-def is_target() -> bool:
-    """Whether programs are for the CPU: the default backend, and not in `programs_for_others`."""
-    return jax.default_backend() == "cpu" and not _for_others.get()
+def is_target(backend: str = "cpu") -> bool:
+    """Whether programs are for this default backend: not in `programs_for_others`."""
+    return jax.default_backend() == backend and not _for_others.get()
 
 
 @contextlib.contextmanager

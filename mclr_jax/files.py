@@ -110,13 +110,13 @@ def flat(tree: dict[str, Any]) -> dict[str, Any]:
 def provenance() -> dict[str, str]:
     """The command line of this process and the git revision of the package, to store with a result.
 
-    The revision ends in "-dirty" if files have changed since. Outside a git checkout, as in a copy
-    on another machine, it is the environment variable MCLR_JAX_REVISION or else the version of the
-    package.
+    The revision ends in "-dirty" if files have changed since. Outside a git checkout it is the
+    version of the package. The environment variable MCLR_JAX_REVISION, for a copy of a checkout on
+    another machine, comes before both.
     """
     root = pathlib.Path(__file__).resolve().parent.parent
     revision = os.environ.get("MCLR_JAX_REVISION", "")
-    if (root / ".git").exists():
+    if not revision and (root / ".git").exists():
         git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         try:
             revision = subprocess.run(git, cwd=root, capture_output=True, text=True).stdout.strip()

@@ -44,11 +44,11 @@ class Block(nn.Module):
         parts = modulated(modulation(embedding), x, 6)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
 
-        h = layer_norm(x, self.dtype) * (1 + scale_a) + shift_a
+        h = layers.layer_norm(x, self.dtype) * (1 + scale_a) + shift_a
         h = self_attention(h, self.heads, self.dtype, self.window, self.causal)
         x = x + gate_a * dropout(name="dropout_attention")(h, dropout_keys)
 
-        h = layer_norm(x, self.dtype) * (1 + scale_m) + shift_m
+        h = layers.layer_norm(x, self.dtype) * (1 + scale_m) + shift_m
         h = feed_forward(h, self.mlp_ratio, self.dtype)
         x = x + gate_m * dropout(name="dropout_mlp")(h, dropout_keys)
         return x, None
@@ -80,13 +80,7 @@ def self_attention(
 def feed_forward(x: jax.Array, ratio: float, dtype: Any) -> jax.Array:
     """Two linear maps with a GELU between them, to be called in a module."""
     hidden = Linear(int(x.shape[-1] * ratio), dtype=dtype, name="fc1")(x)
-    return Linear(x.shape[-1], dtype=dtype, name="fc2")(nn.gelu(hidden, approximate=True))
-
-
-def layer_norm(x: jax.Array, dtype: Any) -> jax.Array:
-    """Normalise the last axis without learned scale and bias; statistics are float32."""
-    norm = nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, dtype=dtype, parent=None)
-    return jnp.asarray(norm.apply({}, x))
+    return Linear(x.shape[-1], dtype=dtype, name="fc2")(layers.gelu(hidden))
 
 
 def position_embedding(dim: int, height: int, width: int) -> np.ndarray:
@@ -165,6 +159,6 @@ class DiT(Network):
 
         modulation = linear(2 * self.width, kernel_init=zeros, name="final_adaLN_modulation")
         shift, scale = jnp.split(modulation(embedding)[:, None, :], 2, axis=-1)
-        x = layer_norm(x, self.dtype) * (1 + scale) + shift
+        x = layers.layer_norm(x, self.dtype) * (1 + scale) + shift
         x = linear(p * p * self.out_channels, kernel_init=zeros, name="final_linear")(x)
         return layers.depth_to_space(x.reshape(batch, rows, columns, -1), p).astype(jnp.float32)

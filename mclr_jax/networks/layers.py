@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Sequence
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -20,8 +20,71 @@ from mclr_jax.names import in_range, look_up
 from mclr_jax.types import Condition
 
 NHWC = ("NHWC", "HWIO", "NHWC")
-# q, k, v (B, N, heads, D) and a bias (1, heads, N, N) or None -> as q; softmax in float32
-attention: Callable[..., jax.Array] = jax.nn.dot_product_attention
+LAYER_NORM_EPSILON = 1e-6
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """q, k, v (B, N, heads, D) and a bias (1, heads, N, N) or None -> as q; softmax in float32.
+
+    On NVIDIA's cards, 16-bit numbers without a bias take the fused kernel of cuDNN, which does not
+    store the (B, heads, N, N) weights. It has no forward-mode derivative.
+    """
+    fits = q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and bias is None
+    fused = fits and cpu.is_target("gpu") and _cudnn_attention()
+    return jax.nn.dot_product_attention(q, k, v, bias, implementation="cudnn" if fused else "xla")
+
+
+@cache
+def _cudnn_attention() -> bool:
+    """Whether cuDNN has fused attention for the devices: for cards since Ampere."""
+    device = jax.local_devices()[0]
+    cuda = device.client.platform_version.startswith("cuda")
+    return cuda and float(device.compute_capability) >= 8.0
+
+
+@jax.custom_jvp
+def gelu(x: jax.Array) -> jax.Array:
+    """The GELU with tanh. Its derivative keeps one array, the slope; that of JAX's keeps five."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+@gelu.defjvp
+def _gelu_jvp(x: tuple[jax.Array], change: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    value, slope = jax.jvp(partial(jax.nn.gelu, approximate=True), x, (jnp.ones_like(*x),))
+    return value, slope * change[0]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def layer_norm(x: jax.Array, dtype: Any) -> jax.Array:
+    """Normalise the last axis without learned scale and bias; statistics are float32.
+
+    Its gradient keeps the answer, in `dtype`, and a number for each row; Flax's keeps x in float32.
+    """
+    return _normalised(x, dtype)[0]
+
+
+def _normalised(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """(answer of `layer_norm`, factor of each row)."""
+    x = x.astype(jnp.float32)
+    mean = x.mean(axis=-1, keepdims=True)
+    variance = jnp.square(x).mean(axis=-1, keepdims=True) - jnp.square(mean)
+    factor = lax.rsqrt(jnp.maximum(variance, 0.0) + LAYER_NORM_EPSILON)
+    return ((x - mean) * factor).astype(dtype), factor
+
+
+@layer_norm.defjvp
+def _layer_norm_jvp(
+    dtype: Any, x: tuple[jax.Array], change: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    answer, factor = _normalised(*x, dtype)
+
+    @partial(jax.checkpoint, prevent_cse=False)  # keeps its arguments, not these in float32
+    def derivative(answer: jax.Array, factor: jax.Array, dx: jax.Array) -> jax.Array:
+        answer, dx = answer.astype(jnp.float32), dx.astype(jnp.float32)
+        along = answer * (answer * dx).mean(axis=-1, keepdims=True)
+        return ((dx - dx.mean(axis=-1, keepdims=True) - along) * factor).astype(dtype)
+
+    return answer, derivative(answer, factor, *change)
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: Any = "SAME") -> jax.Array:

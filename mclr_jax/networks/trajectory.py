@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax.nn.initializers import normal, zeros
 
 from mclr_jax.names import in_range
-from mclr_jax.networks.dit import Block, feed_forward, layer_norm, modulated, self_attention
+from mclr_jax.networks import layers
+from mclr_jax.networks.dit import Block, feed_forward, modulated, self_attention
 from mclr_jax.networks.layers import Dropout, Linear, Network, depth_to_space, space_to_depth
 from mclr_jax.networks.mlp import noise_embedding
 from mclr_jax.types import Condition
@@ -48,7 +49,7 @@ class _TrajectoryNetwork(Network):
         """Tokens (B, N, D) or (B, N, P, D) -> float32 (..., features), zero at the start."""
         modulation = Linear(2 * x.shape[-1], kernel_init=zeros, dtype=self.dtype, name="out_adaLN")
         shift, scale = modulated(modulation(embedding), x, 2)
-        x = layer_norm(x, self.dtype) * (1 + scale) + shift
+        x = layers.layer_norm(x, self.dtype) * (1 + scale) + shift
         x = Linear(features, kernel_init=zeros, dtype=self.dtype, name="out_linear")(x)
         return x.astype(jnp.float32)
 
@@ -154,7 +155,7 @@ class FrameBlock(nn.Module):
 
         for number, change in enumerate([in_space, in_time, in_channels]):
             shift, scale, gate = parts[3 * number : 3 * number + 3]
-            h = change(layer_norm(x, self.dtype) * (1 + scale) + shift)
+            h = change(layers.layer_norm(x, self.dtype) * (1 + scale) + shift)
             x = x + gate * Dropout(self.dropout, name=f"dropout{number}")(h, dropout_keys)
         return x
 

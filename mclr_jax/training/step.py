@@ -81,12 +81,12 @@ def make_update(task: Task, axis_name: str | None = None) -> Callable:
     all dispatches run the same compiled steps, so that an interruption changes no bit of the
     result. K = 1 needs no loop and implies count = 1.
     """
-    key = task.step_key
 
     @jax.jit  # so that it is traced once, for the shapes of the metrics and for the loop
     def one_step(state: TrainState, frozen, batch):
         held = frozen | {"average": task.default(state.params, state.ema)}
-        keys = example_keys(key, state.step, batch["index"])
+        # The key is made in the program: one that is captured is read back from the device.
+        keys = example_keys(task.step_key, state.step, batch["index"])
         gradients, metrics = _gradients(task, state.params, held, batch, keys)
         if axis_name is not None:
             gradients = jax.lax.pmean(gradients, axis_name)
