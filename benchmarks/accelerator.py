@@ -44,6 +44,9 @@ def inside(
         os.environ["JAX_PLATFORMS"] = f"{platforms},cpu"  # the CPU has the reference
     share = 0.45 if "torch" in sections else 0.92  # of the GPU's memory; PyTorch needs some
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(share))
+    if sections == ["resume"]:  # bits are compared: by default, sums on GPUs have no fixed order
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
     import accelerator_sections as measured
     import jax
 

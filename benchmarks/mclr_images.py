@@ -16,7 +16,6 @@ import json
 import pathlib
 from collections.abc import Callable
 
-import jax
 import mclr_figures
 import mclr_probes
 import numpy as np
@@ -123,16 +122,12 @@ class Bench(Files):
 
     data: str
     base_steps: int = 0  # of another base than that of configs/DATA.py
+    batch: int = 50  # samples at a time: on a CPU core twice as fast as 250, which leaves its cache
 
     @property
     def name(self) -> str:
         """Of its files."""
         return f"{self.data}_{self.base_steps}" if self.base_steps else self.data
-
-    @property
-    def batch(self) -> int:
-        """Samples at a time: 50 are on a CPU core twice as fast as 250, which leave its cache."""
-        return 50 if jax.default_backend() == "cpu" else 1000
 
     @property
     def settings(self) -> dict:

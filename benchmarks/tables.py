@@ -371,6 +371,32 @@ def compiled() -> str:
     return table(head, map(line, load("compiled")["rows"]))
 
 
+def accelerator() -> str:
+    """Training steps on a card, before and after what docs/devices.md says of them."""
+    made = {(row["section"], row["name"]): row for row in load("accelerator_h200")["rows"]}
+
+    def line(name: str, words: str, row: dict, step: dict) -> list[str]:
+        return [
+            name, words, str(row["batch_size"]), f"{step['examples_per_second']:.0f}",
+            f"{100 * step['utilisation']:.1f}%", f"{1000 * step['seconds_per_step']:.1f}",
+            f"{step['peak_bytes'] / 2**30:.0f}" if step["peak_bytes"] else "",
+            f"{step['compile_seconds']:.0f}", row["revision"][:7],
+        ]  # fmt: skip
+
+    lines = []
+    for name in ("DiT-XL/2", "DiT-B/2", "CIFAR-10 U-Net"):
+        before, after = made["throughput", name], made.get(("layouts", name), {})
+        old = "unchanged" if not after else "scanned, XLA's attention, before"
+        lines += [line(name, f"{old}: {o}", before, before[k])
+                  for k, o in (("dsm", "DSM"), ("mclr", "MCLR"))]  # fmt: skip
+        for key, words in (("ours", "now"), ("scanned", "scanned"), ("XLA's attention",) * 2):
+            if key in after:
+                lines.append(line(name, f"{words}: DSM", after, after[key]))
+    head = ["network", "step", "batch", "examples/s", "share of the peak", "ms", "memory, GiB",
+            "compilation, s", "revision"]  # fmt: skip
+    return table(head, lines)
+
+
 def mclr_over_dsm() -> str:
     found = load("compiled")["mclr_over_dsm"]
     return table(["config", *found], [["MCLR / DSM", *(f"{x:.2f}" for x in found.values())]])

@@ -1,6 +1,9 @@
 """Shared layers against formulas written out in NumPy."""
 
+import contextlib
 import re
+import types
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 from jax.nn.initializers import variance_scaling
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mclr_jax import cpu
 from mclr_jax.networks import layers
 from mclr_jax.networks.mlp import MLP
 from mclr_jax.networks.unet import UNet
@@ -283,6 +287,102 @@ def test_attention_of_bfloat16_has_a_float32_softmax():
     np.testing.assert_allclose(
         np.asarray(actual[0, :, 0], np.float64), softmax_attention(q, k, v), rtol=2**-7
     )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "bias", "others", "expected"),
+    [
+        (jnp.bfloat16, 64, False, False, "cudnn"),
+        (jnp.float16, 72, False, False, "cudnn"),
+        (jnp.float32, 64, False, False, "xla"),
+        (jnp.bfloat16, 12, False, False, "xla"),
+        (jnp.bfloat16, 136, False, False, "xla"),
+        (jnp.bfloat16, 64, True, False, "xla"),
+        (jnp.bfloat16, 64, False, True, "xla"),
+    ],
+)
+def test_on_a_gpu_attention_is_fused_where_cudnn_can(
+    dtype, width, bias, others, expected, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(layers, "_cudnn_attention", lambda: True)
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *_, implementation: asked.append(implementation)
+    )
+    q = jnp.zeros((1, 4, 2, width), dtype)
+    with cpu.programs_for_others() if others else contextlib.nullcontext():
+        layers.attention(q, q, q, jnp.zeros((1, 2, 4, 4)) if bias else None)
+    assert asked == [expected]
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "fused"),
+    [("cuda 13000", "9.0", True), ("cuda 13000", "10.0", True), ("cuda 12080", "7.5", False),
+     ("rocm 60300", "9.0", False)],
+)  # fmt: skip
+def test_fused_attention_is_for_cards_since_ampere(platform, capability, fused, monkeypatch):
+    client = types.SimpleNamespace(platform_version=platform)
+    card = types.SimpleNamespace(client=client, compute_capability=capability)
+    monkeypatch.setattr(jax, "local_devices", lambda: [card])
+    assert layers._cudnn_attention.__wrapped__() == fused
+
+
+def kept_for_gradients(function, x):
+    """Shape and type of what the gradient of `function` at x needs of the forward pass."""
+    return [(a.shape, a.dtype) for a in jax.tree.leaves(jax.vjp(function, x)[1]) if a.ndim]
+
+
+def check_derivatives(function, plain, x):
+    """The gradient, the derivative along a line and a second derivative are those of `plain`."""
+    along, weight = normal(*x.shape), normal(*x.shape)
+
+    def derivatives(f):
+        def slope(x):
+            return jax.grad(lambda x: (f(x) * weight).sum())(x)
+
+        return jax.jvp(f, (x,), (along,))[1], *jax.jvp(slope, (x,), (along,))
+
+    for found, expected in zip(derivatives(function), derivatives(plain), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gelu_and_its_derivatives():
+    x = normal(3, 4) * 2
+    inner = np.sqrt(2 / np.pi) * (x + 0.044715 * x.astype(np.float64) ** 3)
+    np.testing.assert_allclose(layers.gelu(x), x * (1 + np.tanh(inner)) / 2, rtol=1e-5, atol=1e-6)
+    check_derivatives(layers.gelu, partial(jax.nn.gelu, approximate=True), x)
+    small = jnp.asarray(x, jnp.bfloat16)
+    assert kept_for_gradients(layers.gelu, small) == [(x.shape, jnp.bfloat16)]
+
+
+def test_layer_norm_and_its_derivatives():
+    x = 3 * normal(2, 5, 8) + 1
+    centred = x - x.astype(np.float64).mean(axis=-1, keepdims=True)
+    expected = centred / np.sqrt(x.astype(np.float64).var(axis=-1, keepdims=True) + 1e-6)
+    norm = partial(layers.layer_norm, dtype=jnp.float32)
+    np.testing.assert_allclose(norm(x), expected, atol=1e-5)
+
+    def plain(x):
+        centred = x - x.mean(axis=-1, keepdims=True)
+        return centred / jnp.sqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + 1e-6)
+
+    check_derivatives(norm, plain, x)
+
+
+def test_the_gradient_of_layer_norm_of_bfloat16_keeps_bfloat16():
+    x = jnp.asarray(3 * normal(2, 5, 64) + 1, jnp.bfloat16)
+    norm, weight = partial(layers.layer_norm, dtype=jnp.bfloat16), normal(*x.shape)
+    kept = kept_for_gradients(norm, x)
+    assert sorted(kept, key=str) == [((2, 5, 1), jnp.float32), (x.shape, jnp.bfloat16)]
+
+    def loss(x, norm):
+        return (norm(x).astype(jnp.float32) * weight).sum()
+
+    found = jax.grad(loss)(x, norm)
+    expected = jax.grad(loss)(x.astype(jnp.float32), partial(layers.layer_norm, dtype=jnp.float32))
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=0.01)
 
 
 def test_resampling_by_two_taps_is_the_mean_and_the_nearest_neighbour():

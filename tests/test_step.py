@@ -1,5 +1,6 @@
 import dataclasses
 
+import accelerator_sections as sections
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import optax
 import pytest
 import tiny
 
-from mclr_jax import experiment, metrics
+from mclr_jax import experiment, metrics, plan
 from mclr_jax.data import pipeline, sources
 from mclr_jax.training import step
 
@@ -59,6 +60,27 @@ def test_an_update_is_the_optimizer_on_the_mean_gradient():
     chex.assert_trees_all_close(got.params, params, rtol=1e-4, atol=1e-6)
     chex.assert_trees_all_close(got.ema, averages, rtol=1e-4, atol=1e-6)
     assert int(got.step) == 2
+
+
+def captured(program):
+    """Arrays of a device that a traced program and the programs in it hold."""
+    found = [value for value in getattr(program, "consts", ()) if isinstance(value, jax.Array)]
+    for equation in getattr(program, "eqns", ()):
+        for value in jax.tree.leaves(list(equation.params.values())):
+            found += captured(value)
+    return found + (captured(program.jaxpr) if hasattr(program, "jaxpr") else [])
+
+
+@pytest.mark.parametrize("name", experiment.OBJECTIVES)
+def test_a_step_captures_no_array_of_a_device(name):
+    """JAX would read it back to compile the step, which the loop does not allow on a GPU."""
+    task = sections.TINY_MLP.task(name)
+    if name == "classify":
+        task = dataclasses.replace(task, model=task.companions["classifier"])
+    arguments = plan.shapes(task, batch_size=8, length=2)
+    assert not captured(jax.make_jaxpr(step.make_update(task))(*arguments))
+    key = jax.random.key(0)
+    assert captured(jax.make_jaxpr(jax.jit(lambda x: x + jax.random.normal(key)))(1.0))
 
 
 def test_dispatches_of_any_length_give_the_same_bits_and_compile_once():

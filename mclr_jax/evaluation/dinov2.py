@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mclr_jax.evaluation import convolutions
-from mclr_jax.networks.dit import layer_norm
-from mclr_jax.networks.layers import attention, space_to_depth
+from mclr_jax.networks.layers import attention, layer_norm, space_to_depth
 
 SIZE, PATCH, HEAD = 224, 14, 64  # pixels of image and patch, width of an attention head
 MEAN, STD = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], np.float32)  # of ImageNet
