@@ -306,7 +306,8 @@ def _held_out(config: Any, task: Task, frozen: Mapping[str, Any], extra: dict) -
         parts = [examples[(r[local] + bool(prefix)) % len(examples)] for r in rows]
         batches[f"{prefix}image"] = np.stack([images for images, _ in parts])
         batches[f"{prefix}label"] = np.stack([labels for _, labels in parts])
-    put, evaluate = Devices("data").put_batches, jax.jit(make_evaluate(task))
+    devices = Devices("data")
+    put, evaluate = devices.put_batches, jax.jit(devices.in_mesh(make_evaluate(task)))
 
     def measure(moment: Moment) -> dict[str, float]:
         params = task.default(moment.state.params, moment.state.ema)

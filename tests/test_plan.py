@@ -11,13 +11,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 import tiny
+from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import digits as digits_config
 from launch import plan as command
 from mclr_jax import cpu, experiment, main, plan
 from mclr_jax.model import DataInfo
 from mclr_jax.networks import layers
-from mclr_jax.training.devices import MODES, Devices
+from mclr_jax.training.devices import MODES, Devices, placed
+from mclr_jax.training.step import make_evaluate
 
 ROOT = pathlib.Path(__file__).parent.parent
 DIGITS = DataInfo((8, 8, 1), 10, 1.0)
@@ -185,7 +187,7 @@ def test_fsdp_holds_a_share(on_the_cpu):
     assert exchanged["all-gather"]["bytes"] > 0
 
 
-@pytest.mark.parametrize("name", ["dsm", "mclr"])
+@pytest.mark.parametrize("name", ["dsm", "mclr", "evaluation"])
 def test_fsdp_gathers_kernels_and_moves_no_activations(name):
     """Left to itself XLA divides the features of a DiT, with 16 times as many bytes of these.
 
@@ -201,7 +203,16 @@ def test_fsdp_gathers_kernels_and_moves_no_activations(name):
     task = experiment.make_task(config, data, {"reference": experiment.make_model(config, data)})
     arguments = plan.shapes(task, 64)
     parameters = sum(x.size for x in jax.tree.leaves(arguments[0].params))
-    _, exchanged = plan._compiled(plan.lowered(task, Devices("fsdp"), arguments), scale=1)
+    if name == "evaluation":
+        (state, frozen, rows, _), devices = arguments, Devices("fsdp")
+        params = placed(state.params, devices.state_shardings(state.params))
+        spread = NamedSharding(devices.mesh, PartitionSpec(None, "data"))
+        rows = placed(rows, jax.tree.map(lambda _: spread, rows))
+        program = jax.jit(devices.in_mesh(make_evaluate(task)))
+        _, exchanged = plan._compiled(program.lower(params, frozen, rows), scale=1)
+    else:
+        _, exchanged = plan._compiled(plan.lowered(task, Devices("fsdp"), arguments), scale=1)
+    exchanged = {"all-to-all": {"bytes": 0}} | exchanged
     assert exchanged["all-to-all"]["bytes"] < 0.05 * 4 * parameters
     assert 1 < exchanged["all-gather"]["bytes"] / (4 * parameters) < 3 + len(task.frozen)
 

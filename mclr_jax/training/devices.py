@@ -107,15 +107,23 @@ class Devices:
             return jax.pmap(
                 update, AXIS, in_axes=axes, out_axes=None, devices=self.devices, donate_argnums=0
             )
-        replicated = NamedSharding(self.mesh, PartitionSpec())
+        replicated, inside = NamedSharding(self.mesh, PartitionSpec()), self.in_mesh(update)
 
         def sharded(state, frozen, batches, count):
-            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-                new_state, metrics = update(state, frozen, batches, count)
+            new_state, metrics = inside(state, frozen, batches, count)
             shardings = self.state_shardings(new_state)
             return jax.lax.with_sharding_constraint((new_state, metrics), (shardings, replicated))
 
         return jax.jit(sharded, donate_argnums=0)
+
+    def in_mesh(self, function: Callable) -> Callable:
+        """The function, traced such that networks gather kernels and divide rows (`layers`)."""
+
+        def inside(*arguments):
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                return function(*arguments)
+
+        return inside
 
     def to_global(self, state: Any) -> Any:
         """The state as arrays over all processes, as checkpoints and sampling need."""
