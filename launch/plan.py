@@ -106,7 +106,10 @@ def suggestions(config: Any, data: DataInfo, topology: str) -> dict[str, dict[st
         section, _, name = key.rpartition(".")
         if given.get(key) != value and (not section or name in known):
             possible[key] = value
-    for change in [*({key: value} for key, value in possible.items()), possible]:
+    alone = [{key: value} for key, value in possible.items()]
+    if "network.remat" in possible:  # less is computed again, and more is kept
+        alone.append({"network.remat": True, "network.remat_policy": "weight_products"})
+    for change in [*alone, possible]:
         changed = ConfigDict(config.to_dict())
         changed.update_from_flattened_dict(change)
         name = ", ".join(f"{key}={value}" for key, value in change.items())

@@ -370,7 +370,8 @@ def test_what_saves_memory_is_tried_alone_and_together(monkeypatch, capsys):
     found = command.suggestions(config, DIGITS, "v5e:1x1")
     remat, dtype, parts = "network.remat=True", "network.dtype=bfloat16", "grad_accumulation=4"
     fits = {name: each["fits"] for name, each in found.items()}
-    assert fits == {remat: False, dtype: False, f"{parts}, {remat}, {dtype}": True}
+    kept = f"{remat}, network.remat_policy=weight_products"
+    assert fits == {remat: False, dtype: False, kept: False, f"{parts}, {remat}, {dtype}": True}
     assert "not possible (grad_accumulation is 4)" in capsys.readouterr().out
 
 
