@@ -68,7 +68,8 @@ def captured(program):
     for equation in getattr(program, "eqns", ()):
         for value in jax.tree.leaves(list(equation.params.values())):
             found += captured(value)
-    return found + (captured(program.jaxpr) if hasattr(program, "jaxpr") else [])
+    inner = getattr(program, "jaxpr", program)
+    return found if inner is program else found + captured(inner)
 
 
 @pytest.mark.parametrize("name", experiment.OBJECTIVES)
