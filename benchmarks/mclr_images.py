@@ -154,7 +154,7 @@ class Bench(Files):
         """Posterior and judges are those of the base of configs/DATA.py, where it has some."""
         own = dataclasses.replace(self, base_steps=0).root
         for name in ("classifier", *(f"judge_{j}" for j in JUDGES)):
-            if self.base_steps and (own / done(name)).exists() and not (self.root / name).exists():
+            if (own / done(name)).exists() and not (self.root / name).exists():
                 self.root.mkdir(parents=True, exist_ok=True)
                 (self.root / name).symlink_to(own / name)
 

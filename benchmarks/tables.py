@@ -379,8 +379,8 @@ def accelerator() -> str:
         return [
             name, words, str(row["batch_size"]), f"{step['examples_per_second']:.0f}",
             f"{100 * step['utilisation']:.1f}%", f"{1000 * step['seconds_per_step']:.1f}",
-            f"{step['peak_bytes'] / 2**30:.0f}" if step["peak_bytes"] else "",
-            f"{step['compile_seconds']:.0f}", row["revision"][:7],
+            f"{step['peak_bytes'] / 2**30:.0f}", f"{step['compile_seconds']:.0f}",
+            row["revision"][:7],
         ]  # fmt: skip
 
     lines = []
