@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import tomllib
 
 import pytest
 import tables
@@ -77,3 +78,10 @@ def test_the_english_is_plain():
         words = " ".join(path.read_text().lower().split())
         found = [idiom for idiom in IDIOMS if re.search(rf"\b{idiom}\b", words)]
         assert not found, f"{path.relative_to(ROOT)} says {found}"
+
+
+def test_every_error_of_mutants_can_be_inserted():
+    """An error whose text is no longer there once would never be tried."""
+    for mutant in tomllib.loads((ROOT / "tests" / "mutants.toml").read_text())["mutant"]:
+        assert (ROOT / mutant["file"]).read_text().count(mutant["old"]) == 1, mutant["what"]
+        assert mutant["new"] != mutant["old"], mutant["what"]
