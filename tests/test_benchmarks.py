@@ -118,6 +118,14 @@ def test_a_task_that_fails_or_makes_nothing_stops_all(schedule, name):
         schedule({name: [], "endless": []})
 
 
+def test_the_config_of_the_null_contrast_is_that_of_its_row():
+    bench = guidance_free.Comparison("fashion_mnist")
+    changes = bench.methods((0,))["mclr null, beta 1"][1.0].changes
+    row = bench.fine_tuning(0, changes)
+    places = {"init_from", "companions.classifier", "posterior.name", "seed", "sample_every"}
+    assert tasks.differences(row, "fashion_mnist_mclr_null").keys() == places
+
+
 def test_only_a_training_that_came_to_an_end_is_marked(tmp_path, monkeypatch):
     config, bench = small("mixture"), mixture_mclr.Bench(tmp_path)
     config.optimizer.learning_rate = 1e6

@@ -1,0 +1,21 @@
+"""MCLR on Fashion-MNIST against the network's own null answer: needs no classifier.
+
+  python -m launch.train --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
+  python -m launch.train --config=configs/fashion_mnist_mclr_null.py --workdir=runs/fashion_null
+
+The result samples as the base does with guidance_scale 2 up to sigma 3: the row "mclr null, beta 1"
+of benchmarks/results/guidance_free_fashion_mnist.json. For sharper classes set
+--config.objective.wrong_label=0.5 --config.objective.beta=0.5.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base, fashion_mnist_mclr
+
+
+def get_config() -> ConfigDict:
+    config = fashion_mnist_mclr.get_config()
+    config.objective = base.options("mclr_null", teacher="average", sigma_interval=(0.0, 3.0))
+    config.posterior.name = config.companions.classifier = ""
+    config.noise.mean, config.noise.std = 0.8, 1.5
+    return config
