@@ -167,9 +167,11 @@ def _rivals(data: str, chosen: Iterable[str] = (), equal: bool = False) -> str:
     for name in chosen or result["methods"]:
         if rows := [r for r in result["methods"][name] if (r["noise"] == EQUAL) == equal]:
             methods[name] = rows
-    head = ["method", "strength", *(QUALITY[key][0] for key in keys), "step cost"]
-    head += ["FD, ImageNet"] * equal
-    return table(head, (row[: len(head)] for row in _rival_rows(result, methods, keys)))
+    head = ["method", "strength", *(QUALITY[k][0] for k in keys), "step cost", "FD, ImageNet"]
+    floor, *rows = _rival_rows(result, methods, keys)
+    columns = [*zip(*rows, strict=True)]
+    kept = [i for i in range(len(head)) if any(columns[i])]  # what has been measured
+    return table([head[i] for i in kept], ([row[i] for i in kept] for row in (floor, *rows)))
 
 
 def rivals() -> str:
@@ -182,6 +184,10 @@ def rivals_digits() -> str:
 
 def equal_noise() -> str:
     return _rivals("fashion_mnist", equal=True)
+
+
+def equal_noise_40000() -> str:
+    return _rivals("fashion_mnist_40000", equal=True)
 
 
 def comparison() -> str:
