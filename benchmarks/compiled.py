@@ -46,7 +46,11 @@ CASES: dict[str, tuple[str, dict[str, Any], list[tuple[str, str]]]] = {
     ]),
     "DiT-XL/2, MCLR": ("digits_mclr", XL | HALF, [("v5e:4x4", "fsdp"), ("cuda:h100x8", "data")]),
     "fashion_mnist": ("fashion_mnist", {}, [("v5e:1x1", "pmap"), ("v5e:2x2", "data")]),
-    "fashion_mnist, MCLR": ("fashion_mnist_mclr", {}, [("v5e:2x2", mode) for mode in MODES]),
+    "fashion_mnist, MCLR": ("fashion_mnist_mclr", {}, [
+        *(("v5e:2x2", mode) for mode in MODES), ("v5e:1x1", "pmap"),
+    ]),
+    "fashion_mnist, classifier": ("fashion_mnist_classifier", {}, [("v5e:1x1", "pmap")]),
+    "fashion_mnist, MCLR, null answer": ("fashion_mnist_mclr_null", {}, [("v5e:1x1", "pmap")]),
     "cifar10": ("cifar10", {}, [("v5e:4x4", "data")]),
     "cifar10, MCLR": ("cifar10_mclr", {}, []),
 }  # fmt: skip
