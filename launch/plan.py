@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from launch import common
-from mclr_jax import cpu, experiment, generate, main, plan, runs
+from mclr_jax import experiment, generate, main, plan, runs, target
 from mclr_jax.data import sources
 from mclr_jax.files import flat, provenance, write_json
 from mclr_jax.model import DataInfo, Model
@@ -89,7 +89,7 @@ def planned(
     task = experiment.make_task(config, data, models)
     sampler = construct(Sampler, config.sampler, "sampler")
     calls = 0 if task.model.is_classifier else generate.network_calls(task.model, sampler)
-    with cpu.programs_for_others():
+    with target.programs_for_others():
         steps = main.steps_per_dispatch(config)
     return plan.plan(
         task, topology, config.parallel, batch_size=config.batch_size, steps_per_dispatch=steps,

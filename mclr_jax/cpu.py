@@ -1,36 +1,11 @@
-"""Settings that make JAX fast on the CPU: freed memory is kept, and each core is a device.
-
-Also whether a program is for the CPU: convolutions and loops have a form of their own there.
-"""
+"""Settings that make JAX fast on the CPU: freed memory is kept, and each core is a device."""
 
 import contextlib
-import contextvars
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
 
 import jax
-
-_for_others = contextvars.ContextVar("for_others", default=False)
-
-
-def is_target(backend: str = "cpu") -> bool:
-    """Whether programs are for this default backend: not in `programs_for_others`."""
-    return jax.default_backend() == backend and not _for_others.get()
-
-
-@contextlib.contextmanager
-def programs_for_others() -> Iterator[None]:
-    """Programs traced inside are those of an accelerator, on a machine without one.
-
-    JAX remembers what it has traced: a function that was traced before keeps its form.
-    """
-    token = _for_others.set(True)
-    try:
-        yield
-    finally:
-        _for_others.reset(token)
 
 
 def keep_freed_memory() -> bool:

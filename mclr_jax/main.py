@@ -14,7 +14,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from mclr_jax import cpu, experiment, generate, images, runs
+from mclr_jax import experiment, generate, images, runs, target
 from mclr_jax.data import pipeline, sources
 from mclr_jax.files import digest
 from mclr_jax.metrics import report
@@ -165,7 +165,7 @@ def steps_per_dispatch(config: Any) -> int:
 
     XLA:CPU computes gradients of convolutions up to 59 times slower inside a loop.
     """
-    return config.steps_per_dispatch or (1 if cpu.is_target() else 8)
+    return config.steps_per_dispatch or (1 if target.backend() == "cpu" else 8)
 
 
 def extra_sources(config: Any, task: Task, source: Any) -> dict[str, Any]:

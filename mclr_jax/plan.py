@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mclr_jax import cpu
+from mclr_jax import target
 from mclr_jax.model import Model, shapes_of
 from mclr_jax.task import Task
 from mclr_jax.training.devices import AXIS, Devices, placed
@@ -367,7 +367,7 @@ def forward_flops(model: Model) -> int:
     def call(params, x, sigma):
         return answer(params)(x, sigma, np.zeros(1, np.int32))
 
-    with cpu.programs_for_others():
+    with target.programs_for_others():
         return flops(jax.make_jaxpr(call)(shapes_of(model), *inputs).jaxpr)
 
 
@@ -381,7 +381,7 @@ def shapes(task: Task, batch_size: int, length: int = 1) -> tuple:
 
 def step_flops(task: Task, batch_size: int) -> int:
     """FLOPs of a training step, of all devices together."""
-    with cpu.programs_for_others():
+    with target.programs_for_others():
         return flops(jax.make_jaxpr(make_update(task))(*shapes(task, batch_size)).jaxpr)
 
 
@@ -406,7 +406,7 @@ def plan(
     in_step, in_call = step_flops(task, batch_size), forward_flops(task.model)
     arguments = shapes(task, batch_size, steps_per_dispatch)
     start = time.perf_counter()
-    with cpu.programs_for_others():
+    with target.programs_for_others():
         options = UNTUNED if CARDS.fullmatch(name) else None
         memory, exchanged = _compiled(lowered(task, devices, arguments), chip.devices, options)
     seconds = time.perf_counter() - start

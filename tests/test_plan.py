@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import digits as digits_config
 from launch import plan as command
-from mclr_jax import cpu, experiment, main, plan
+from mclr_jax import experiment, main, plan, target
 from mclr_jax.model import DataInfo
 from mclr_jax.networks import layers
 from mclr_jax.training.devices import MODES, Devices, placed
@@ -93,7 +93,7 @@ def test_programs_for_others_are_not_those_of_the_cpu():
 
     assert "conv_general_dilated" not in operations()
     assert main.steps_per_dispatch(config) == 1
-    with cpu.programs_for_others():
+    with target.programs_for_others():
         assert operations() == ["conv_general_dilated"]
         assert main.steps_per_dispatch(config) == 8
     assert "conv_general_dilated" not in operations()
