@@ -68,6 +68,7 @@ def test_it_is_stored_without_outputs(path, notebook):
         if cell.cell_type == "code":
             assert not cell.outputs, f"Clear the outputs of {path.name} before committing."
             assert cell.execution_count is None
+        assert not re.search(r"@[A-Z]+\d+@", cell.source), "A text that is still to be written."
 
 
 def test_it_opens_on_colab_with_an_accelerator_and_installs_the_package(path, notebook):
