@@ -4,8 +4,8 @@
   python -m launch.train --config=configs/fashion_mnist_mclr_null.py --workdir=runs/fashion_null
 
 The result samples as the base does with guidance_scale 2 up to sigma 3: the row "mclr null, beta 1"
-of benchmarks/results/guidance_free_fashion_mnist.json. For sharper classes set
---config.objective.wrong_label=0.5 --config.objective.beta=0.5.
+of benchmarks/results/guidance_free_fashion_mnist.json. With beta, wrong_label and negative_share of
+0.5 it is the row "mclr null and wrong label, beta 0.5".
 """
 
 from ml_collections import ConfigDict
