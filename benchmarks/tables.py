@@ -6,6 +6,7 @@ A table stands between the comments `<!-- table: NAME -->` and `<!-- end of tabl
 function below. The tests compare every table with its result file.
 """
 
+import itertools
 import json
 import pathlib
 import re
@@ -169,9 +170,9 @@ def _rivals(data: str, chosen: Iterable[str] = (), equal: bool = False) -> str:
             methods[name] = rows
     head = ["method", "strength", *(QUALITY[k][0] for k in keys), "step cost", "FD, ImageNet"]
     floor, *rows = _rival_rows(result, methods, keys)
-    columns = [*zip(*rows, strict=True)]
-    kept = [i for i in range(len(head)) if any(columns[i])]  # what has been measured
-    return table([head[i] for i in kept], ([row[i] for i in kept] for row in (floor, *rows)))
+    measured = [any(column) for column in zip(*rows, strict=True)]
+    head, *lines = (list(itertools.compress(row, measured)) for row in (head, floor, *rows))
+    return table(head, lines)
 
 
 def rivals() -> str:

@@ -15,9 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import digits as digits_config
 from launch import plan as command
-from mclr_jax import experiment, main, plan, target
+from mclr_jax import experiment, plan
 from mclr_jax.model import DataInfo
-from mclr_jax.networks import layers
 from mclr_jax.training.devices import MODES, Devices, placed
 from mclr_jax.training.step import make_evaluate
 
@@ -81,22 +80,6 @@ def test_convolutions_and_branches_count_products_with_data():
         return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x)
 
     assert count(branch, jnp.zeros((4, 4))) == 2 * 2 * 4**3
-
-
-def test_programs_for_others_are_not_those_of_the_cpu():
-    """The CPU's convolution is an operation of this package, and its steps are single."""
-    shapes, config = ((1, 4, 4, 3), (3, 3, 3, 5)), tiny.config("digits", steps_per_dispatch=0)
-
-    def operations():
-        traced = jax.make_jaxpr(lambda *arrays: layers.convolve(*arrays))(*map(jnp.zeros, shapes))
-        return [equation.primitive.name for equation in traced.eqns]
-
-    assert "conv_general_dilated" not in operations()
-    assert main.steps_per_dispatch(config) == 1
-    with target.programs_for_others():
-        assert operations() == ["conv_general_dilated"]
-        assert main.steps_per_dispatch(config) == 8
-    assert "conv_general_dilated" not in operations()
 
 
 # ---- collectives ---------------------------------------------------------------------------------
