@@ -55,6 +55,9 @@ ONCE = {
     "model_guidance": {"objective.name": "model_guidance", "objective.scale": 0.5},
     "mclr null, beta 1": NULL | GUIDED,
     "mclr null and wrong label, beta 0.5": NULL | GUIDED | WRONG | {"objective.beta": 0.5},
+    "mclr posterior up to sigma 3": NULL | GUIDED | {"objective.null_share": 0.0},
+    "mclr half null, half posterior": NULL | GUIDED | {"objective.null_share": 0.5},
+    "mclr null, posterior above sigma 3": NULL | {"objective.null_interval": INTERVAL},
 }
 # These are fine-tuned a second time, with the strengths by class that launch.calibrate finds
 # between the base's weights and those of the first time (seed 0).

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from cases import Level
 
-from mclr_jax import guidance
+from mclr_jax import guidance, posterior
 from mclr_jax.mixture import toy
 from mclr_jax.objectives.mclr_null import NullMCLR
 from mclr_jax.problem import Batch
@@ -18,6 +18,7 @@ from mclr_jax.types import Condition, label_of, with_label
 
 BETA, NULL, PRIOR, DRAWS = 1.5, 3, (1 / 3, 1 / 3, 1 / 3), 30_000
 EXACT = toy()
+POSTERIOR = posterior.exact(EXACT)
 
 
 def erring(x, sigma, condition):
@@ -38,10 +39,31 @@ def extrapolated(start, right, wrong, gamma):
     return lambda *inputs: start(*inputs) + gamma * (right(*inputs) - wrong(*inputs))
 
 
+def expected_label(denoise):
+    """The mean answer over labels from the posterior."""
+
+    def mean(x, sigma, condition):
+        chances = jnp.exp(POSTERIOR(x, sigma, condition, None))
+        answers = [denoise(x, sigma, with_label(condition, label)) for label in range(NULL)]
+        return sum(chances[:, [c]] * answer for c, answer in enumerate(answers))
+
+    return mean
+
+
+def quarter_null(*inputs):
+    return (null(erring)(*inputs) + 3 * expected_label(erring)(*inputs)) / 4
+
+
 OPTIMA = {
     "data": ({"target": "data"}, extrapolated(EXACT.denoise, EXACT.denoise, null(erring), BETA)),
     "mixed": ({}, extrapolated(EXACT.denoise, erring, null(erring), BETA)),
     "reference": ({"target": "reference"}, guidance.classifier_free(erring, NULL, 1 + BETA)),
+    "posterior": ({"null_share": 0.0},
+                  extrapolated(EXACT.denoise, erring, expected_label(erring), BETA)),
+    "quarter null": ({"null_share": 0.25, "null_interval": (0.5, 1.0), "target": "reference"},
+                  extrapolated(erring, erring, quarter_null, BETA)),
+    "null elsewhere": ({"null_interval": (0.9, 2.0)},
+                       extrapolated(EXACT.denoise, erring, expected_label(erring), BETA)),
     "weak": ({"wrong": "weak"}, extrapolated(EXACT.denoise, erring, weaker, BETA)),
     "weak, reference": ({"wrong": "weak", "target": "reference"},
                         guidance.autoguidance(erring, weaker, 1 + BETA)),
@@ -62,8 +84,15 @@ def waves(x, sigma, condition):
     return jnp.tanh(2 * x + label_of(condition)[:, None])
 
 
+def error_of_null(*inputs):
+    return null(erring)(*inputs) - expected_label(erring)(*inputs)
+
+
+DIRECTIONS = (guidance_direction, waves, error_of_null)
+
+
 def slopes_in_standard_errors(objective, points, **frozen):
-    """The largest slope of the mean loss along two directions, over its error, at each denoiser."""
+    """The largest slope of the mean loss along DIRECTIONS, over its error, at each denoiser."""
     batch, keys = draws()
     problem = cases.problem(Level(0.8), class_prior=PRIOR)
 
@@ -74,9 +103,9 @@ def slopes_in_standard_errors(objective, points, **frozen):
     @jax.jit
     def slopes():  # of parabolas, for which this is exact
         return [[(loss(point, along, 1.0) - loss(point, along, -1.0)) / 2
-                 for along in (guidance_direction, waves)] for point in points]  # fmt: skip
+                 for along in DIRECTIONS] for point in points]  # fmt: skip
 
-    found = np.asarray(slopes(), np.float64)  # (points, 2, DRAWS)
+    found = np.asarray(slopes(), np.float64)  # (points, directions, DRAWS)
     return np.abs(found.mean(-1) / (found.std(-1) / np.sqrt(DRAWS) + 1e-6)).max(-1)
 
 
@@ -86,7 +115,7 @@ def test_the_optimum_of_each_form_for_networks_that_err(form):
     objective = NullMCLR(BETA, label_dropout=0.0, **options)
     # beside the optimum: no guidance, and that of an exact network
     others = [EXACT.denoise, guidance.classifier_free(EXACT.denoise, NULL, 1 + BETA)]
-    frozen = {"reference": erring, "weak": weaker}
+    frozen = {"reference": erring, "weak": weaker, "posterior": POSTERIOR}
     at_optimum, *elsewhere = slopes_in_standard_errors(objective, [optimum, *others], **frozen)
     assert at_optimum < 4
     assert min(elsewhere) > 15
@@ -170,6 +199,8 @@ def test_the_second_contrast_begins_as_the_plain_one_and_is_bounded():
         ({"wrong": "weak"}, {"reference", "weak"}),
         ({"wrong": "weak", "target": "data"}, {"weak"}),
         ({"teacher": "average", "wrong_label": 0.5}, {"average", "reference", "class_prior"}),
+        ({"null_share": 0.9}, {"reference", "posterior"}),
+        ({"null_interval": (0.0, 3.0)}, {"reference", "posterior"}),
     ],
 )
 def test_it_needs_the_networks_that_it_asks(options, needs):
@@ -187,6 +218,9 @@ def test_it_needs_the_networks_that_it_asks(options, needs):
         ({"wrong_label": float("inf")}, "wrong_label is inf; expected a number"),
         ({"wrong_label_scale": 0.0}, "wrong_label_scale is 0.0; expected a number above 0"),
         ({"sigma_interval": (2.0, 1.0)}, r"sigma_interval is \(2.0, 1.0\); .*low < high"),
+        ({"null_interval": (2.0, 1.0)}, r"null_interval is \(2.0, 1.0\); .*low < high"),
+        ({"null_share": 1.5}, "null_share is 1.5; expected a number"),
+        ({"wrong": "weak", "null_share": 0.5}, "wrong is 'weak'; expected objective.wrong='null'"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes, message):

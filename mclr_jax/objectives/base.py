@@ -110,9 +110,10 @@ def contrast_strength(
 
 
 def check_words(objective: Objective, words: Mapping[str, tuple]) -> None:
-    """ValueError unless each option has one of its words, and `sigma_interval` is a range or ()."""
-    if interval := getattr(objective, "sigma_interval", ()):
-        pair("objective.sigma_interval", interval, 0.0)
+    """ValueError unless each option has one of its words, and each interval is a range or ()."""
+    for name in ("sigma_interval", "null_interval"):
+        if interval := getattr(objective, name, ()):
+            pair(f"objective.{name}", interval, 0.0)
     for name, known in words.items():
         if (value := getattr(objective, name)) not in known:
             raise ValueError(f"objective.{name} is {value!r}; expected one of {known}.")

@@ -18,6 +18,8 @@ An exact network makes all three CFG of guidance_scale 1 + gamma. For a network 
 "reference" is the CFG of exactly that network, "mixed" also learns D_c from the data, and "data"
 takes only e from the network. MCLR with negatives from the posterior has the optimum
 (1 + gamma) D_c - gamma D_0: it leaves out the network's error D_0 - e, which CFG extrapolates, too.
+Between the two is e = alpha T(x_s, null) + (1 - alpha) sum_c' p(c' | x_s) T(x_s, c'), alpha a
+function of sigma: the target is linear in e, so that one label, null or from the posterior, serves.
 
 "mixed" with the running average as the frozen network is model guidance (arXiv 2502.12154) of
 w = gamma / (1 + gamma): the average has learned the guidance, and D_c + w (D - e) has the fixed
@@ -43,6 +45,7 @@ from mclr_jax.objectives.base import (
     draw_label,
     draw_strength,
     in_one_call,
+    inside,
     log_prior,
     log_ratio,
     per_example,
@@ -71,6 +74,8 @@ class NullMCLR(Objective):
       label_dropout: as in `DSM`.
       wrong: e is the teacher's answer at the "null" label, or that of config.companions.weak at the
         same label ("weak": autoguidance, arXiv 2406.02507, in one call).
+      null_share: alpha, the probability that the label of e is null and not from the posterior.
+      null_interval: (low, high): alpha is 0 unless low < sigma <= high, in all frames.
       teacher: the frozen network: "reference" (config.init_from) or "average" (of the weights in
         training, as `ema` keeps it first).
       target: "data", "mixed" or "reference", see above.
@@ -91,6 +96,8 @@ class NullMCLR(Objective):
     beta: float = 1.0
     label_dropout: float = 0.1
     wrong: str = "null"
+    null_share: float = 1.0
+    null_interval: tuple[float, ...] = ()
     teacher: str = "reference"
     target: str = "mixed"
     sigma_interval: tuple[float, ...] = ()
@@ -101,15 +108,26 @@ class NullMCLR(Objective):
     def __post_init__(self):
         super().__post_init__()
         in_range("objective.beta", self.beta, 0.0, 1e6)
+        in_range("objective.null_share", self.null_share, 0.0, 1.0)
         in_range("objective.wrong_label", self.wrong_label, 0.0, 1e6)
         in_range("objective.wrong_label_scale", self.wrong_label_scale, 0.0, 1e9, "(")
         check_words(self, WORDS)
+        if self.wrong == "weak" and self._asks_posterior:
+            raise ValueError(
+                "objective.null_share and null_interval mix the null label with labels from the "
+                "posterior, but objective.wrong is 'weak'; expected objective.wrong='null'."
+            )
+
+    @property
+    def _asks_posterior(self) -> bool:
+        return self.null_share < 1 or bool(self.null_interval)
 
     @property
     def needs(self) -> frozenset[str]:
         needs = {
             self.teacher: self.wrong == "null" or self.target != "data",
             "weak": self.wrong == "weak",
+            "posterior": self._asks_posterior,
         }
         found = {name for name, needed in needs.items() if needed}
         return frozenset(found | ({"reference", "class_prior"} if self.wrong_label else set()))
@@ -121,7 +139,7 @@ class NullMCLR(Objective):
         difference for examples with a contrast; with `wrong_label` the `negative_ratio`, r at c~.
         """
         noisy = perturb(problem, batch.x0, batch.condition, keys, self.label_dropout)
-        k_wrong, k_beta = split(noisy.keys, 2)
+        k_wrong, k_beta, *k_mixed = split(noisy.keys, 5)
         beta, condition = draw_strength(noisy.condition, k_beta, problem, self.beta, arcsine_law)
         noisy = noisy._replace(condition=condition)
         x, sigma, condition, _ = noisy
@@ -129,7 +147,7 @@ class NullMCLR(Objective):
         if self.teacher == "average" and not problem.strength:  # which has learned the guidance
             gamma = gamma / (1 + gamma)
         metrics: Metrics = {}
-        target, explanation = self._target(models, problem, batch.x0, noisy, gamma)
+        target, explanation = self._target(models, problem, batch.x0, noisy, gamma, k_mixed)
         if not self.wrong_label:
             denoised, contrast = models.denoise(x, sigma, condition), jnp.zeros(len(x))
         else:
@@ -157,16 +175,28 @@ class NullMCLR(Objective):
         metrics["margin"] = mean(negative_error - error, where=gamma > 0)
         return loss, metrics
 
-    def _target(self, models, problem, x0, noisy, gamma):
+    def _target(self, models, problem, x0, noisy, gamma, keys):
         """x + gamma (t - e) and e, of x0's shape; gamma is (B,)."""
         x, sigma, condition, _ = noisy
         right = x0
         if self.teacher in self.needs:
-            own = [] if self.target == "data" else [condition.label]
-            labels = [*own, problem.null_label] if self.wrong == "null" else own
+            labels = [] if self.target == "data" else [condition.label]
+            if self.wrong == "null":
+                labels.append(self._wrong_label_of(models, problem, noisy, keys))
             answers = at_labels(models.frozen[self.teacher].denoise, noisy, labels)
-            right, wrong = answers[0] if own else x0, answers[-1]
+            right, wrong = x0 if self.target == "data" else answers[0], answers[-1]
         if self.wrong == "weak":
             wrong = models.frozen["weak"].denoise(x, sigma, condition)
         start = right if self.target == "reference" else x0
         return start + expand(gamma, x) * (right - wrong), wrong
+
+    def _wrong_label_of(self, models, problem, noisy, keys):
+        """The label of e: null, or (B,) with labels drawn from the posterior."""
+        if not self._asks_posterior:
+            return problem.null_label
+        x, sigma, condition, _ = noisy
+        k_null, k_label, k_posterior = keys
+        label = draw_label(k_label, models.posterior(x, sigma, condition, k_posterior))
+        null = jax.vmap(jax.random.uniform)(k_null) < self.null_share
+        null &= inside(sigma, self.null_interval)
+        return jnp.where(null, problem.null_label, label)
