@@ -33,7 +33,7 @@ tpu gpu:
 $(VENV)/installed: setup.py
 	$(PYTHON) -c "import sys; sys.exit('mclr_jax needs Python >= 3.11, not ' + sys.version.split()[0]) if sys.version_info < (3, 11) else None"
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install -q -e '.[test]' $(if $(PIP_CONSTRAINT),-c $(PIP_CONSTRAINT))
+	$(RUN) -m pip install -q --no-compile -e '.[test]' $(if $(PIP_CONSTRAINT),-c $(PIP_CONSTRAINT))
 	touch $@
 
 clean:
