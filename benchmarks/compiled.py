@@ -8,7 +8,9 @@ and for the rows of GPUs '.[gpu-compile]': rows whose compiler is missing are le
 """
 
 import argparse
+import itertools
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -54,6 +56,13 @@ CASES: dict[str, tuple[str, dict[str, Any], list[tuple[str, str]]]] = {
     "cifar10": ("cifar10", {}, [("v5e:4x4", "data")]),
     "cifar10, MCLR": ("cifar10_mclr", {}, []),
 }  # fmt: skip
+# Sampling: name -> topologies and samples at once, each unguided and with CFG.
+SAMPLED = {
+    "digits": [("v5e:1x1", 256)],
+    "DiT-XL/2": [("v5e:1x1", 64), ("v5e:4x4", 1024), ("cuda:h100x8", 1024)],
+    "cifar10": [("v5e:1x1", 256)],
+}
+SCALES = (1.0, 1.5)
 
 
 def case(name: str) -> tuple[Any, DataInfo, dict[str, Any]]:
@@ -91,23 +100,42 @@ def main() -> None:
     result = json.loads(OUT.read_text()) if OUT.exists() else {"rows": []}
     if "mclr_over_dsm" not in result:
         result["mclr_over_dsm"] = ratios()
-    for name, (file, changes, places) in CASES.items():
+
+    def add(rows: list, asked: dict, find: Callable, text: Callable) -> None:
+        """A row that is asked for and not there yet."""
+        if not asked["name"].startswith(chosen) or tasks.made(rows, asked):
+            return
+        config, data, models = case(asked["name"])
+        try:
+            row = find(config, data, models)
+        except plan.MissingCompilerError as error:
+            print(f"{asked}: {error}\n", flush=True)
+            return
+        file, changes, _ = CASES[asked["name"]]
+        origin = {"name": asked["name"], "config": file, "changes": changes}
+        rows.append({**origin, **row, **provenance(), "jax": jax.__version__})
+        write_json(OUT, result)
+        print(f"{asked['name']}\n{text(row)}\n", flush=True)
+
+    for name, (_, _, places) in CASES.items():
         for topology, parallel in places:
+
+            def step(config, data, models, topology=topology, parallel=parallel):
+                config.parallel = parallel
+                return command.planned(config, data, topology, models)
+
             asked = {"name": name, "topology": topology, "parallel": parallel}
-            if not name.startswith(chosen) or tasks.made(result["rows"], asked):
-                continue
-            config, data, models = case(name)
-            config.parallel = parallel
-            try:
-                row = command.planned(config, data, topology, models)
-            except plan.MissingCompilerError as error:
-                print(f"{name} for {topology}: {error}\n", flush=True)
-                continue
-            made_by = {**provenance(), "jax": jax.__version__}
-            origin = {"name": name, "config": file, "changes": changes}
-            result["rows"].append({**origin, **row, **made_by})
-            write_json(OUT, result)
-            print(f"{name}\n{command.text(row)}\n", flush=True)
+            add(result["rows"], asked, step, command.text)
+    for name, places in SAMPLED.items():
+        for (topology, batch_size), scale in itertools.product(places, SCALES):
+            options = {"batch_size": batch_size, "guidance_scale": scale}
+
+            def samples(config, data, models, topology=topology, options=options):
+                model = experiment.make_model(config, data)
+                return plan.sampling(model, topology, command.sampler(config), **options)
+
+            asked = {"name": name, "topology": topology, **options}
+            add(result.setdefault("sampling", []), asked, samples, command.sampling_text)
 
 
 if __name__ == "__main__":

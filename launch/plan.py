@@ -8,6 +8,7 @@ memory, FLOPs, collectives and a lower bound of the time, from published peaks o
 is trained. The data tell the shape of an example and the number of classes; without the data give
 --shape and --num_classes. A companion of the objective is a run or, if there is no run runs/NAME,
 what configs/NAME.py would train. --suggest tries what saves memory, if the step does not fit.
+--sample_batch=N also compiles the drawing of N samples, with --guidance_scale for the cost of CFG.
 docs/devices.md explains the keys of the JSON file.
 """
 
@@ -35,6 +36,10 @@ PARALLEL = flags.DEFINE_enum("parallel", None, MODES, "Default: the config's.")
 SHAPE = flags.DEFINE_list("shape", None, "Shape of an example, as 32,32,3, without the data.")
 NUM_CLASSES = flags.DEFINE_integer("num_classes", 0, "Classes, with --shape.", lower_bound=0)
 SUGGEST = flags.DEFINE_bool("suggest", False, "Try what saves memory, if the step does not fit.")
+SAMPLE_BATCH = flags.DEFINE_integer(
+    "sample_batch", 0, "Samples of a call of the sampler to compile, too; 0: none.", lower_bound=0
+)
+GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", 1.0, "Of these samples; 1 is none.")
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.json.")
 
 # Changes of a config that save memory, beside more parts of a batch.
@@ -81,14 +86,17 @@ def companions(config: Any, data: DataInfo) -> dict[str, Model]:
     return {name: model(name, path) for name, path in runs.companion_paths(config).items()}
 
 
+def sampler(config: Any) -> Sampler:
+    return construct(Sampler, config.sampler, "sampler")
+
+
 def planned(
     config: Any, data: DataInfo, topology: str, models: Mapping[str, Model] | None = None
 ) -> dict[str, Any]:
     """`plan.plan` of a config; `models` are the companions, by default those of `companions`."""
     models = companions(config, data) if models is None else models
     task = experiment.make_task(config, data, models)
-    sampler = construct(Sampler, config.sampler, "sampler")
-    calls = 0 if task.model.is_classifier else generate.network_calls(task.model, sampler)
+    calls = 0 if task.model.is_classifier else generate.network_calls(task.model, sampler(config))
     with target.programs_for_others():
         steps = main.steps_per_dispatch(config)
     return plan.plan(
@@ -133,6 +141,20 @@ def _memory(cost: Mapping[str, Any]) -> str:
     return f"{listed or 'unknown'}: {'fits' if cost['fits'] else 'DOES NOT FIT'}"
 
 
+def sampling_text(cost: Mapping[str, Any]) -> str:
+    """What `plan.sampling` found, for humans."""
+    each = cost["thousand_samples"]
+    lines = {
+        "sampling": f"{cost['batch_size']} at once, guidance scale {cost['guidance_scale']:g}, "
+        f"{each['network_calls']} network calls each",
+        "... memory per chip": _memory(cost),
+        "... 1,000 samples": f"{each['flops']:.4g} FLOPs, at least {each['chip_seconds']:.3g} "
+        "chip-seconds",
+        "... compiled in": f"{cost['compile_seconds']:.1f} s",
+    }
+    return "\n".join(f"{name:21s} {line}" for name, line in lines.items())
+
+
 def text(cost: Mapping[str, Any]) -> str:
     """The cost as a table for humans."""
     each, roofline, samples = (
@@ -174,6 +196,12 @@ def command() -> None:
     data = data_info(config, common.numbers(SHAPE, int), NUM_CLASSES.value)
     cost = planned(config, data, TOPOLOGY.value)
     print(text(cost))
+    if SAMPLE_BATCH.value:
+        cost["sampling"] = plan.sampling(
+            experiment.make_model(config, data), TOPOLOGY.value, sampler(config),
+            batch_size=SAMPLE_BATCH.value, guidance_scale=GUIDANCE_SCALE.value,
+        )  # fmt: skip
+        print(sampling_text(cost["sampling"]))
     if SUGGEST.value and not cost["fits"]:
         cost["suggestions"] = suggestions(config, data, TOPOLOGY.value)
     elif not cost["fits"]:

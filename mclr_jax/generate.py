@@ -54,11 +54,10 @@ def _with_strength(denoise: DenoiseFn, strength: Any, interval: Any) -> DenoiseF
     return with_strength
 
 
-@functools.lru_cache(maxsize=8)
-def compiled(
-    model: Model, method: str, guided: bool, stochastic: bool, weak: Model | None
+def program(
+    model: Model, method: str, guided: bool, stochastic: bool = False, weak: Model | None = None
 ) -> Callable:
-    """Jitted (both models' params, seed, indices, labels, sigmas, scales, interval, churn) -> x.
+    """(both models' params, seed, indices, labels, sigmas, scales, interval, churn) -> x.
 
     The scales (num_classes + 1,) are those of `scales_by_label`.
     """
@@ -78,7 +77,13 @@ def compiled(
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)  # not those of x_init
         return samplers.sample(denoise, x_init, labels, sigmas, method, churn=churn, keys=keys)
 
-    return jax.jit(run, out_shardings=shardings()[1])
+    return run
+
+
+@functools.lru_cache(maxsize=8)
+def compiled(*options: Any) -> Callable:
+    """Jitted `program` of these options, for all devices."""
+    return jax.jit(program(*options), out_shardings=shardings()[1])
 
 
 def scales_by_label(
@@ -97,7 +102,7 @@ def scales_by_label(
     return guidance_scale + (guidance_scale - 1) * (np.append(factors, 1.0) - 1)
 
 
-def _guided(model: Model, guidance_scale: float, weak: Any = None) -> bool:
+def is_guided(model: Model, guidance_scale: float, weak: Any = None) -> bool:
     """Whether guidance at this scale needs a second network call."""
     return guidance_scale != 1 and (weak is not None or not model.strength)
 
@@ -118,7 +123,7 @@ def network_calls(
     levels = samplers.call_levels(sampler.grid(model.preconditioning.levels), sampler.method)
     low, high = interval or (0.0, np.inf)
     scales = scales_by_label(model, guidance_scale, class_strengths)[:-1]
-    guided = any(_guided(model, scale, weak) for scale in scales)
+    guided = any(is_guided(model, scale, weak) for scale in scales)
     second = (low < levels) & (levels <= high) & guided
     return len(levels) + int(second.sum())
 
@@ -197,7 +202,7 @@ def generate(
     in_range("guidance_scale", guidance_scale, -np.inf)
     scales = scales_by_label(model, guidance_scale, class_strengths)
     labels = _checked(model, labels, scales, weak, interval, churn, seed)
-    guided = _guided(model, guidance_scale, weak)
+    guided = is_guided(model, guidance_scale, weak)
     weak_model, weak_params = weak or (None, {})
     run = compiled(model, sampler.method, guided, churn is not None, weak_model)
 

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -19,8 +19,9 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mclr_jax import target
+from mclr_jax import generate, target
 from mclr_jax.model import Model, shapes_of
+from mclr_jax.samplers import Churn, Sampler
 from mclr_jax.task import Task
 from mclr_jax.training.devices import AXIS, Devices, placed
 from mclr_jax.training.step import init_state, make_update
@@ -405,35 +406,85 @@ def plan(
     devices.check_batch_size(batch_size, task.grad_accumulation)
     in_step, in_call = step_flops(task, batch_size), forward_flops(task.model)
     arguments = shapes(task, batch_size, steps_per_dispatch)
-    start = time.perf_counter()
     with target.programs_for_others():
-        options = UNTUNED if CARDS.fullmatch(name) else None
-        memory, exchanged = _compiled(lowered(task, devices, arguments), chip.devices, options)
-    seconds = time.perf_counter() - start
-    bound = roofline(chip, in_step / chips, memory, exchanged)
+        program = functools.partial(lowered, task, devices, arguments)
+        cost = _costs(chip, name, chips, program, in_step)
     sampling = 1000 * network_calls * in_call
-    return {
-        "topology": name,
+    return cost | {
         "parallel": parallel,
-        "chips": chips,
         "batch_size": batch_size,
         "steps_per_dispatch": steps_per_dispatch,
         "parameters": _size(arguments[0].params),
         "frozen_parameters": _size(arguments[1]),
-        "memory_per_chip_bytes": memory,
-        "chip_memory_bytes": chip.memory,
-        "fits": memory["arguments"] is not None and (memory["peak"] or 0) <= chip.memory,
         "flops_per_step": in_step,
         "flops_per_example": {"forward": in_call, "step": in_step / batch_size},
-        "collectives": exchanged,
-        "roofline": bound,
-        "device_hours": bound["seconds_per_step"] * num_steps * chips / 3600,
+        "device_hours": cost["roofline"]["seconds_per_step"] * num_steps * chips / 3600,
         "thousand_samples": {
             "network_calls": network_calls,
             "flops": sampling,
             "chip_seconds": sampling / chip.flops,
         },
-        "compile_seconds": seconds,
+    }
+
+
+def sampling(
+    model: Model, name: str, sampler: Sampler, *, batch_size: int, guidance_scale: float = 1.0
+) -> dict[str, Any]:
+    """The cost of `generate.generate` for one batch on a topology, as JSON like that of `plan`.
+
+    Each call of the sampler is a round of `roofline`, which reads the parameters. ValueError,
+    MissingCompilerError: see `topology`; the devices do not divide the batch.
+    """
+    chip, all_devices = topology(name)
+    mesh, chips = Devices("data", all_devices).mesh, len(all_devices) // chip.devices
+    if batch_size % len(all_devices):
+        raise ValueError(
+            f"A batch of {batch_size} samples on {len(all_devices)} devices; expected a multiple."
+        )
+    sigmas = sampler.grid(model.preconditioning.levels)
+    scales = generate.scales_by_label(model, guidance_scale, None)
+    run = generate.program(model, sampler.method, generate.is_guided(model, guidance_scale))
+    whole, rows = (NamedSharding(mesh, PartitionSpec(*axis)) for axis in ([], [AXIS]))
+    scalars = jax.eval_shape(
+        lambda: jax.tree.map(np.float32, (sigmas, scales, (0.0, np.inf), Churn()))
+    )
+    params: tuple = (shapes_of(model), {})  # no weaker model's
+    seed = jax.ShapeDtypeStruct((), np.uint32)
+    every = jax.ShapeDtypeStruct((batch_size,), np.int32)
+    put = functools.partial(jax.tree.map, lambda x: placed(x, whole))
+    arguments = (*put((params, seed)), *placed((every, every), (rows, rows)), *put(scalars))
+    with target.programs_for_others():
+        in_batch = flops(jax.make_jaxpr(run)(*arguments).jaxpr)
+        program = functools.partial(jax.jit(run, out_shardings=whole).lower, *arguments)
+        steps = generate.network_calls(model, sampler)
+        cost = _costs(chip, name, chips, program, in_batch, steps)
+    return cost | {
+        "batch_size": batch_size,
+        "guidance_scale": guidance_scale,
+        "thousand_samples": {
+            "network_calls": generate.network_calls(model, sampler, guidance_scale=guidance_scale),
+            "flops": 1000 * in_batch // batch_size,
+            "chip_seconds": 1000 * cost["roofline"]["seconds_per_step"] * chips / batch_size,
+        },
+    }
+
+
+def _costs(
+    chip: Chip, name: str, chips: int, lower: Callable, flops: float, rounds: int = 1
+) -> dict[str, Any]:
+    """What compiling the program of `lower()` for a topology tells."""
+    start = time.perf_counter()
+    options = UNTUNED if CARDS.fullmatch(name) else None
+    memory, exchanged = _compiled(lower(), chip.devices, options)
+    return {
+        "topology": name,
+        "chips": chips,
+        "memory_per_chip_bytes": memory,
+        "chip_memory_bytes": chip.memory,
+        "fits": memory["arguments"] is not None and (memory["peak"] or 0) <= chip.memory,
+        "collectives": exchanged,
+        "roofline": roofline(chip, flops / chips, memory, exchanged, rounds),
+        "compile_seconds": time.perf_counter() - start,
     }
 
 
@@ -441,14 +492,16 @@ def _size(tree: Any) -> int:
     return sum(x.size for x in jax.tree.leaves(tree))
 
 
-def roofline(chip: Chip, flops: float, memory: dict, exchanged: dict) -> dict[str, Any]:
+def roofline(
+    chip: Chip, flops: float, memory: dict, exchanged: dict, rounds: int = 1
+) -> dict[str, Any]:
     """A lower bound of the seconds of a step: the longest of computing, memory and links.
 
-    Arguments are read, results written, and temporaries both, once each. An all-reduce moves its
-    result twice. Of a step that does not fit only the computing is known.
+    Arguments are read, results written, and temporaries both, once in each round. An all-reduce
+    moves its result twice. Of a step that does not fit only the computing is known.
     """
     times = {"arguments": 1, "outputs": 1, "temporaries": 2}
-    moved = sum(n * (memory[part] or 0) for part, n in times.items())
+    moved = rounds * sum(n * (memory[part] or 0) for part, n in times.items())
     sent = sum((1 + (kind == "all-reduce")) * each["bytes"] for kind, each in exchanged.items())
     parts = {
         "compute": flops / chip.flops,

@@ -17,6 +17,7 @@ from configs import digits as digits_config
 from launch import plan as command
 from mclr_jax import experiment, plan
 from mclr_jax.model import DataInfo
+from mclr_jax.samplers import Sampler
 from mclr_jax.training.devices import MODES, Devices, placed
 from mclr_jax.training.step import make_evaluate
 
@@ -80,6 +81,31 @@ def test_convolutions_and_branches_count_products_with_data():
         return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x)
 
     assert count(branch, jnp.zeros((4, 4))) == 2 * 2 * 4**3
+
+
+def test_sampling_costs_its_network_calls(monkeypatch):
+    """With CFG twice as many, of which the bound is twice as long where products set it."""
+    chip = dataclasses.replace(plan.CHIPS["v5e"], flops=1.0)
+    monkeypatch.setattr(plan, "topology", lambda name: (chip, tuple(jax.devices())))
+    model, sampler = digits().model, Sampler("heun", 4)  # 7 calls
+    costs = [
+        plan.sampling(model, "", sampler, batch_size=16, guidance_scale=scale) for scale in (1, 2)
+    ]
+    for calls, cost in zip((7, 14), costs, strict=True):
+        found = cost["thousand_samples"]
+        assert found["network_calls"] == calls
+        assert found["flops"] == 1000 * calls * plan.forward_flops(model)
+        assert found["chip_seconds"] == found["flops"]
+        exchanged = cost["collectives"]
+        assert exchanged.pop("all-gather") == {"count": 1, "bytes": 16 * 64 * 4}  # the samples
+        asked = {"all-reduce": {"count": 7, "bytes": 7}}  # whether any sample is guided
+        assert exchanged == (asked if calls == 14 else {})
+        assert cost["fits"]
+        assert "16 at once" in command.sampling_text(cost)
+        moved, memory = cost["roofline"]["seconds"]["memory"], cost["memory_per_chip_bytes"]
+        assert moved * chip.bandwidth > 7 * memory["arguments"]  # the parameters in each call
+    with pytest.raises(ValueError, match="12 samples on 8 devices; expected a multiple"):
+        plan.sampling(model, "", sampler, batch_size=12)
 
 
 # ---- collectives ---------------------------------------------------------------------------------
