@@ -21,7 +21,7 @@ import sys
 
 import mclr_figures
 import numpy as np
-from mclr_images import Bench, Model, done, run_all, trainings
+from mclr_images import SECOND, Bench, Model, done, run_all, trainings
 from tasks import RESULTS, ROOT, Task, training
 
 from mclr_jax import generate, images
@@ -251,7 +251,7 @@ def main() -> None:
         method: own for method, rows in result["methods"].items()
         if (own := [row for row in rows if row["noise"] == [*NOISE.values()]])
     }  # fmt: skip
-    mclr_figures.pareto(bench, result | {"methods": equal})
+    mclr_figures.pareto(bench, result | {"methods": equal}, SECOND)
     for method, rows in result["methods"].items():
         for key in dict.fromkeys((row["strength"], *row["noise"]) for row in rows):
             own = [row for row in rows if (row["strength"], *row["noise"]) == key]

@@ -4,7 +4,6 @@ import io
 import pathlib
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 from tasks import ROOT
 
@@ -65,42 +64,86 @@ def figure(bench, result: dict) -> None:
     save(drawing, ROOT / "docs" / f"{bench.name}_mclr_curve.png")
 
 
-def pareto(bench, result: dict) -> None:
-    """docs/equal_noise_DATA.png: every method's means, marker area by network calls."""
-    drawing = Figure(figsize=(11, 5), layout="constrained")
-    panels = drawing.subplots(1, 2)
-    names = {"recall": "recall (diversity)", "precision": "precision (fidelity)",
-             "accuracy": "class accuracy", "frechet": "Frechet distance"}  # fmt: skip
-    markers = "oPXD*sv^<>phd"
-    for panel, (x, y) in zip(
-        panels, [("recall", "precision"), ("accuracy", "frechet")], strict=True
-    ):
-        for number, (method, rows) in enumerate(result["methods"].items()):
-            strengths = list(dict.fromkeys(row["strength"] for row in rows))
-            points = [
-                [np.mean([row[key] for row in rows if row["strength"] == strength])
-                 for key in (x, y, "network_calls")]
-                for strength in strengths
-            ]  # fmt: skip
-            across, up, calls = np.transpose(points)
-            colour = colormaps["tab20"](2 * number % 20 + number // 10)
-            panel.plot(across, up, "-", color=colour, linewidth=0.7)
-            panel.scatter(across, up, calls, [colour], marker=markers[number % 13], label=method)
-            for strength, at in zip(strengths, zip(across, up, strict=True), strict=True):
+# The methods of the figure, others are in the table alone: name there, words, colour.
+SHOWN = {
+    "DSM control": ("no guidance", "black"),
+    "CFG": ("CFG", "#E69F00"),
+    "CFG in an interval": ("CFG in an interval", "#D55E00"),
+    "cca": ("CCA", "#56B4E9"),
+    "model_guidance": ("model guidance", "#0072B2"),
+    "mclr null, beta 1": ("null", "#009E73"),
+    "mclr null and wrong label, beta 0.5": ("null and wrong label", "#CC79A7"),
+    "mclr null, beta 1 by class": ("null, by class", "#44AA99"),
+}
+# What each panel shows: title, and the keys of its axes, of which dots are of the second judge.
+PANELS = {
+    "by the features of a classifier of these classes": ("per_class_frechet", "frechet"),
+    "by ImageNet features": ("second.per_class_frechet", "second.frechet"),
+    "fidelity and diversity": ("recall", "precision"),
+}
+AXES = {"recall": "recall: diversity", "precision": "precision: fidelity", "frechet": "FD",
+        "per_class_frechet": "FD by class"}  # fmt: skip
+
+
+def pareto(bench, result: dict, second: str) -> None:
+    """docs/equal_noise_DATA.png: means of the methods' seeds, one curve a method over strengths.
+
+    `second` is the key of the second judge's numbers in a row.
+    """
+    drawing = Figure(figsize=(17, 5), layout="constrained")
+
+    def values(rows: list[dict], key: str) -> list[float]:
+        judge, _, name = key.rpartition(".")
+        there = [row.get(second) for row in rows] if judge else rows
+        return [row[name] for row in there if row]
+
+    for panel, (title, keys) in zip(drawing.subplots(1, 3), PANELS.items(), strict=True):
+        names = {}
+        for method, (words, colour) in SHOWN.items():
+            rows, points = result["methods"].get(method, []), []
+            for strength in sorted({row["strength"] for row in rows}):
+                own = [row for row in rows if row["strength"] == strength]
+                if all(values(own, key) for key in keys):
+                    calls = own[0]["network_calls"]
+                    points.append((*(np.mean(values(own, key)) for key in keys), calls, strength))
+            if not points:
+                continue
+            across, up, calls, strengths = zip(*points, strict=True)
+            panel.plot(across, up, "-", color=colour, linewidth=0.8)
+            panel.scatter(across, up, calls, [colour], zorder=3)
+            for strength, *at in zip(strengths, across, up, strict=True):
                 panel.annotate(
-                    f"{strength:g}", at, xytext=(4, 3), textcoords="offset points", fontsize=6
-                )
-        panel.axhline(result["floor"][y], color="grey", linewidth=0.8, linestyle=":")
-        panel.axvline(result["floor"][x], color="grey", linewidth=0.8, linestyle=":")
-        panel.set_xlabel(names[x])
-        panel.set_ylabel(names[y])
-    panels[1].set_yscale("log")
-    panels[0].legend(fontsize=7)
+                    f"{strength:g}", at, xytext=(4, -8), textcoords="offset points", fontsize=6,
+                    color=colour,
+                )  # fmt: skip
+            names[words] = (across[-1], up[-1]), colour
+        if "second" not in keys[0]:
+            panel.axvline(result["floor"][keys[0]], color="grey", linewidth=0.8, linestyle=":")
+            panel.axhline(result["floor"][keys[1]], color="grey", linewidth=0.8, linestyle=":")
+        panel.set_title(title, fontsize=10)
+        panel.set_xlabel(AXES[keys[0].removeprefix("second.")])
+        panel.set_ylabel(AXES[keys[1].removeprefix("second.")])
+        beside(panel, names)
     drawing.suptitle(
-        f"{bench.name}: dotted, held-out real images; numbers are strengths; the larger a marker, "
-        "the more network calls"
+        f"{bench.name}: numbers are strengths; the larger a marker, the more network calls; dotted:"
+        " held-out real images",
+        fontsize=10,
     )
     save(drawing, ROOT / "docs" / f"equal_noise_{bench.name}.png")
+
+
+def beside(panel, names: dict[str, tuple]) -> None:
+    """Names -> (place, colour), written at the right of a panel, apart from each other."""
+    low, high = panel.get_ylim()
+    height = 0.0
+    for words, (at, colour) in sorted(names.items(), key=lambda item: item[1][0][1]):
+        height = max(height, (at[1] - low) / (high - low))
+        panel.annotate(
+            words, at, xytext=(1.03, height), textcoords="axes fraction", va="center",
+            fontsize=8, color=colour, annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.4},
+        )  # fmt: skip
+        height += 0.05
 
 
 def save(drawing: Figure, path: pathlib.Path, dpi: int = 110) -> None:

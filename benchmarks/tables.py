@@ -378,6 +378,25 @@ def compiled() -> str:
     return table(head, map(line, load("compiled")["rows"]))
 
 
+def sampled() -> str:
+    """What drawing samples costs on TPUs and GPUs, by their compilers."""
+
+    def line(row: dict) -> list[str]:
+        each, memory = row["thousand_samples"], row["memory_per_chip_bytes"]["peak"]
+        scale = row["guidance_scale"]
+        return [
+            row["name"], row["topology"], str(row["batch_size"]),
+            "none" if scale == 1 else f"CFG, {scale:g}", str(each["network_calls"]),
+            f"{memory / 2**30:.2g} / {row['chip_memory_bytes'] / 2**30:.4g}",
+            f"{each['flops'] / 1e15:.2g}", f"{each['chip_seconds']:.2g}",
+            f"{row['compile_seconds']:.0f}",
+        ]  # fmt: skip
+
+    head = ["config", "chips", "at once", "guidance", "network calls", "memory / chip's, GiB",
+            "PFLOP / 1,000", "chip-seconds / 1,000, at least", "compilation, s"]  # fmt: skip
+    return table(head, map(line, load("compiled")["sampling"]))
+
+
 def accelerator() -> str:
     """Training steps on a card, before and after what docs/devices.md says of them."""
     made = {(row["section"], row["name"]): row for row in load("accelerator_h200")["rows"]}

@@ -11,6 +11,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from mclr_jax import main, runs
 from mclr_jax.evaluation import features
@@ -359,7 +360,8 @@ def test_guidance_free_collects_what_its_tasks_have_written(tmp_path, monkeypatc
     monkeypatch.setattr(mclr_images.Bench, "root", tmp_path)
     monkeypatch.setattr(mclr_figures, "ROOT", tmp_path)
     bench = guidance_free.Comparison("digits")
-    measured = {key: 0.5 for key in ("frechet", "accuracy", "precision", "recall")}
+    keys = ("frechet", "per_class_frechet", "accuracy", "precision", "recall")
+    measured = {key: 0.5 for key in keys}
     done = {"steps": 7, "parameters": 5}
     methods = bench.methods((0,))
     for task in bench.tasks((0,)):
@@ -384,7 +386,7 @@ def test_guidance_free_collects_what_its_tasks_have_written(tmp_path, monkeypatc
     assert len(again) == 2 + len(methods["cca"])
     with pytest.raises(SystemExit, match="judges"):
         guidance_free.collect(bench, (0,), {"floor": {"frechet": 0.6}, "methods": {}})
-    mclr_figures.pareto(bench, result)
+    mclr_figures.pareto(bench, result, mclr_images.SECOND)
     assert (tmp_path / "docs" / "equal_noise_digits.png").exists()
     assert result["parameters"] == 5
     assert "weak" in result["other_runs"]
@@ -392,6 +394,15 @@ def test_guidance_free_collects_what_its_tasks_have_written(tmp_path, monkeypatc
     assert row["training_steps"] == 7
     assert row["run"]["name"] == "equal_cca_0"
     assert row["step_cost_relative_to_dsm"] == 1.5
+
+
+def test_names_beside_a_panel_are_apart_and_in_the_order_of_their_points():
+    panel = Figure().subplots()
+    panel.set_ylim(0, 2)
+    places = {"above": (0.1, 1.4), "first": (0.2, 0.4), "near": (0.3, 0.42), "equal": (0.4, 0.42)}
+    mclr_figures.beside(panel, {name: (at, "black") for name, at in places.items()})
+    heights = {text.get_text(): text.xyann[1] for text in panel.texts}
+    assert heights == pytest.approx({"first": 0.2, "near": 0.25, "equal": 0.3, "above": 0.7})
 
 
 # ---- ICR -----------------------------------------------------------------------------------------
