@@ -181,8 +181,14 @@ class Comparison(Bench):
         first = {name: next(iter(rows.values())) for name, rows in methods.items()}
         tuned = {m.workdir(seed): m.changes for m in first.values() if m.changes}
         sampled = [done(m.workdir(seed)) for m in first.values()]
-        needs = (done("classifier"), done("weak"), f"generated_{self.base(seed)}.npz")
+        start = (done("classifier"), done(self.base(seed)))
+        needs = (*start, done("weak"), f"generated_{self.base(seed)}.npz")
+        at_once = {
+            place: {key: value for key, value in changes.items() if key != "class_strengths"}
+            for place, changes in tuned.items()
+        }
         return [
+            self.probe("step_flops", start, at_once, seed, output="guidance_free_flops"),
             self.probe("speed", (*sampled, *needs), first, seed, output="guidance_free_speed"),
             self.probe("step_cost", needs, tuned, seed, output="guidance_free_cost"),
         ]
@@ -193,8 +199,10 @@ def collect(bench: Comparison, seeds: tuple[int, ...], before: dict) -> dict:
 
     The floor of `before` must be this one's: its rows have the same judges then.
     """
-    speed, cost = (bench.read(name) if bench.there(name) else {}
-                   for name in ("guidance_free_speed", "guidance_free_cost"))  # fmt: skip
+    speed, cost, flops = (
+        bench.read(name) if bench.there(name := f"guidance_free_{what}") else {}
+        for what in ("speed", "cost", "flops")
+    )
     floor, methods = bench.row("real_test"), before.get("methods", {})
     if before and not math.isclose(floor["frechet"], before["floor"]["frechet"], rel_tol=1e-3):
         raise SystemExit(
@@ -210,6 +218,7 @@ def collect(bench: Comparison, seeds: tuple[int, ...], before: dict) -> dict:
                 **bench.row(model.samples(seed)),
                 "samples_per_second": speed.get(method),
                 "step_cost_relative_to_dsm": cost.get(first.workdir(seeds[0])),
+                "step_flops_relative_to_dsm": flops.get(first.workdir(seeds[0])),
             }
             for strength, model in rows.items()
             for seed in seeds

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mclr_jax import experiment, generate, main, noise, posterior, runs
+from mclr_jax import experiment, generate, main, noise, plan, posterior, runs
 from mclr_jax.data import pipeline, sources
 from mclr_jax.data.pixels import to_float
 from mclr_jax.training.step import init_state, make_update
@@ -107,6 +107,24 @@ def speed(bench, models: dict, seed: int) -> dict:
     return {kind: float(np.median(r[1:])) for kind, r in rates.items()}
 
 
+def _task(bench, seed: int, changes: dict | None):
+    """(config, source, task) of a fine-tuning."""
+    config = bench.fine_tuning(seed, changes)
+    source = sources.from_config(config.data, "train", config.seed)
+    data = experiment.data_info(config, source)
+    task = experiment.make_task(config, data, runs.companions(config, data, bench.root))
+    return config, source, task
+
+
+def step_flops(bench, objectives: dict, seed: int) -> dict:
+    """FLOPs of a training step of objectives (as Model.changes) relative to DSM's."""
+    flops = {}
+    for name, changes in ({"dsm": None} | objectives).items():
+        config, _, task = _task(bench, seed, changes)
+        flops[name] = plan.step_flops(task, config.batch_size)
+    return {name: value / flops["dsm"] for name, value in flops.items()}
+
+
 def step_cost(bench, objectives: dict, seed: int, steps: int = 10, rounds: int = 7) -> dict:
     """Time of a training step of objectives (as Model.changes) relative to DSM's: medians.
 
@@ -114,10 +132,7 @@ def step_cost(bench, objectives: dict, seed: int, steps: int = 10, rounds: int =
     """
     entries: dict = {}
     for name, changes in ({"dsm": None} | objectives).items():
-        config = bench.fine_tuning(seed, changes)
-        source = sources.from_config(config.data, "train", config.seed)
-        data = experiment.data_info(config, source)
-        task = experiment.make_task(config, data, runs.companions(config, data, bench.root))
+        config, source, task = _task(bench, seed, changes)
         extra = main.extra_sources(config, task, source)
         stream = pipeline.stream(source, config.batch_size, 0, extra=extra)
         batches = pipeline.stack(stream, steps, steps)

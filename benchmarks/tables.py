@@ -141,35 +141,48 @@ def _second(rows: list[dict]) -> str:
     return f"{statistics.mean(found):.1f}" if found else ""
 
 
-def _rival_rows(result: dict, methods: dict[str, list[dict]], keys: list[str]) -> Iterable:
-    """The floor, then each method at the strength of its best mean FD of those tried."""
+def _rival_rows(
+    result: dict, methods: dict[str, list[dict]], keys: list[str], every: bool
+) -> Iterable:
+    """The floor, then each method at the strength of its best mean FD, or at every strength.
+
+    Only strengths with as many seeds as any of the method have are compared.
+    """
     floor = result["floor"]
-    yield ["real, held out: the floor", "", *quality(floor, keys), "", _second([floor])]
+    yield ["real, held out: the floor", "", *quality(floor, keys), "", "", _second([floor])]
     for method, found in methods.items():
         by_strength: dict[float, list[dict]] = {}
         for row in found:
             by_strength.setdefault(row["strength"], []).append(row)
+        seeds = max(map(len, by_strength.values()))
         mean = {s: {k: statistics.mean(r[k] for r in rows) for k in keys}
-                for s, rows in by_strength.items()}  # fmt: skip
+                for s, rows in sorted(by_strength.items()) if len(rows) == seeds}  # fmt: skip
         best = min(mean, key=lambda strength: mean[strength]["frechet"])
-        rows = by_strength[best]
-        several = {k: [r[k] for r in rows] for k in keys if len(rows) > 1}
-        spread = {f"{k}_std": statistics.stdev(values) for k, values in several.items()}
-        costs = [r["step_cost_relative_to_dsm"] for r in rows if r["step_cost_relative_to_dsm"]]
-        cost = f"{statistics.mean(costs):.1f}" if costs else ""
         plain = not method.islower() or " " in method or method == "autoguidance"
-        name = method if plain else f"`{method}`"
-        yield [name, f"{best:g}", *quality(mean[best] | spread, keys), cost, _second(rows)]
+        for strength in mean if every else [best]:
+            rows = by_strength[strength]
+            several = {k: [r[k] for r in rows] for k in keys if len(rows) > 1}
+            spread = {f"{k}_std": statistics.stdev(values) for k, values in several.items()}
+            costs = (
+                [r[key] for r in rows if r.get(key)]
+                for key in ("step_cost_relative_to_dsm", "step_flops_relative_to_dsm")
+            )
+            yield [
+                method if plain else f"`{method}`", f"{strength:g}",
+                *quality(mean[strength] | spread, keys),
+                *(f"{statistics.mean(cost):.1f}" if cost else "" for cost in costs), _second(rows),
+            ]  # fmt: skip
 
 
-def _rivals(data: str, chosen: Iterable[str] = (), equal: bool = False) -> str:
+def _rivals(data: str, chosen: Iterable[str] = (), equal: bool = False, every: bool = False) -> str:
     keys = [key for key in QUALITY if equal or key != "per_class_frechet"]
     result, methods = load(f"guidance_free_{data}"), {}
     for name in chosen or result["methods"]:
         if rows := [r for r in result["methods"][name] if (r["noise"] == EQUAL) == equal]:
             methods[name] = rows
-    head = ["method", "strength", *(QUALITY[k][0] for k in keys), "step cost", "FD, ImageNet"]
-    floor, *rows = _rival_rows(result, methods, keys)
+    head = ["method", "strength", *(QUALITY[k][0] for k in keys), "step cost", "step, FLOPs",
+            "FD, ImageNet"]  # fmt: skip
+    floor, *rows = _rival_rows(result, methods, keys, every)
     measured = [any(column) for column in zip(*rows, strict=True)]
     head, *lines = (list(itertools.compress(row, measured)) for row in (head, floor, *rows))
     return table(head, lines)
@@ -188,7 +201,7 @@ def equal_noise() -> str:
 
 
 def equal_noise_40000() -> str:
-    return _rivals("fashion_mnist_40000", equal=True)
+    return _rivals("fashion_mnist_40000", equal=True, every=True)
 
 
 def comparison() -> str:

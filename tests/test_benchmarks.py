@@ -35,6 +35,7 @@ import navier_stokes  # noqa: E402
 import outcomes  # noqa: E402
 import parameters  # noqa: E402
 import robustness_values  # noqa: E402
+import tables  # noqa: E402
 import tasks  # noqa: E402
 
 SMALL = {
@@ -311,6 +312,7 @@ def digits(tmp_path_factory):
                 assert (root / task.output).exists()
         cost = mclr_probes.step_cost(bench, {"mclr": {}}, seed=0, steps=1, rounds=1)
         bench.write("step_cost", cost)
+        assert 1 < mclr_probes.step_flops(bench, {"mclr": {}}, seed=0)["mclr"] < 3
         result = mclr_images.collect(bench, (0,))
         mclr_figures.picture(bench, result["summary"], 0)
         mclr_figures.figure(bench, result)
@@ -375,6 +377,7 @@ def test_guidance_free_collects_what_its_tasks_have_written(tmp_path, monkeypatc
     bench.write("sets/real_test", measured)
     costs = {model.workdir(0): 1.5 for rows in methods.values() for model in rows.values()}
     bench.write("guidance_free_cost", costs)
+    bench.write("guidance_free_flops", {name: 2.5 for name in costs})
     floor = {"frechet": 0.5}
     old = [
         {**measured, "strength": 1.0, "seed": seed, "noise": noise, "network_calls": 9}
@@ -394,6 +397,23 @@ def test_guidance_free_collects_what_its_tasks_have_written(tmp_path, monkeypatc
     assert row["training_steps"] == 7
     assert row["run"]["name"] == "equal_cca_0"
     assert row["step_cost_relative_to_dsm"] == 1.5
+    assert row["step_flops_relative_to_dsm"] == 2.5
+
+
+def test_a_strength_with_fewer_seeds_is_not_compared_with_the_others():
+    """Seeds differ by more than strengths do."""
+    keys = [key for key in tables.QUALITY if key != "network_calls"]
+    row = lambda strength, fd: {  # noqa: E731
+        **dict.fromkeys(keys, 0.5), "frechet": fd, "strength": strength, "network_calls": 3,
+        "step_cost_relative_to_dsm": None, "step_flops_relative_to_dsm": 2.0,
+    }  # fmt: skip
+    rows = [row(0.5, 0.2), row(1.0, 0.3), row(1.0, 0.5), row(2.0, 0.3), row(2.0, 0.4)]
+    result = {"floor": row(0, 0.1)}
+    _, best = tables._rival_rows(result, {"cca": rows}, keys, every=False)
+    assert (best[0], best[1], best[2]) == ("`cca`", "2", "0.350 ± 0.071")
+    _, *both = tables._rival_rows(result, {"cca": rows}, keys, every=True)
+    assert [cells[1] for cells in both] == ["1", "2"]
+    assert both[0][-2] == "2.0"
 
 
 def test_names_beside_a_panel_are_apart_and_in_the_order_of_their_points():
