@@ -190,6 +190,8 @@ def command() -> None:
     if PARALLEL.value:
         config.parallel = PARALLEL.value
     main.check(config)
+    if GUIDANCE_SCALE.value != 1 and not SAMPLE_BATCH.value:
+        raise ValueError("--guidance_scale is that of samples: set --sample_batch, too.")
     out = common.output(OUT.value, ".json") if OUT.value else None
     jax.config.update("jax_platforms", "cpu")  # not the TPU that libtpu would look for
     jax.config.update("jax_enable_compilation_cache", False)  # compile_seconds is that of compiling
@@ -197,10 +199,9 @@ def command() -> None:
     cost = planned(config, data, TOPOLOGY.value)
     print(text(cost))
     if SAMPLE_BATCH.value:
-        cost["sampling"] = plan.sampling(
-            experiment.make_model(config, data), TOPOLOGY.value, sampler(config),
-            batch_size=SAMPLE_BATCH.value, guidance_scale=GUIDANCE_SCALE.value,
-        )  # fmt: skip
+        model = experiment.make_model(config, data)
+        options = {"batch_size": SAMPLE_BATCH.value, "guidance_scale": GUIDANCE_SCALE.value}
+        cost["sampling"] = plan.sampling(model, TOPOLOGY.value, sampler(config), **options)
         print(sampling_text(cost["sampling"]))
     if SUGGEST.value and not cost["fits"]:
         cost["suggestions"] = suggestions(config, data, TOPOLOGY.value)

@@ -433,9 +433,11 @@ def sampling(
     """The cost of `generate.generate` for one batch on a topology, as JSON like that of `plan`.
 
     Each call of the sampler is a round of `roofline`, which reads the parameters. ValueError,
-    MissingCompilerError: see `topology`; the devices do not divide the batch.
+    MissingCompilerError: see `topology`; a classifier; the devices do not divide the batch.
     """
     chip, all_devices = topology(name)
+    if model.is_classifier:
+        raise ValueError("The network is a classifier, which draws no samples.")
     mesh, chips = Devices("data", all_devices).mesh, len(all_devices) // chip.devices
     if batch_size % len(all_devices):
         raise ValueError(

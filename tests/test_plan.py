@@ -7,6 +7,7 @@ import pathlib
 import re
 
 import cases
+import commands
 import jax
 import jax.numpy as jnp
 import pytest
@@ -106,6 +107,9 @@ def test_sampling_costs_its_network_calls(monkeypatch):
         assert moved * chip.bandwidth > 7 * memory["arguments"]  # the parameters in each call
     with pytest.raises(ValueError, match="12 samples on 8 devices; expected a multiple"):
         plan.sampling(model, "", sampler, batch_size=12)
+    judge = experiment.make_model(tiny.classifier(), DataInfo((2,), 3, 1.0))
+    with pytest.raises(ValueError, match="is a classifier, which draws no samples"):
+        plan.sampling(judge, "", sampler, batch_size=16)
 
 
 # ---- collectives ---------------------------------------------------------------------------------
@@ -365,6 +369,12 @@ def test_companions_without_a_run_are_those_of_their_configs(monkeypatch):
         command.companions(config, DIGITS)
 
 
+def test_a_guidance_scale_is_that_of_samples():
+    config = ["--config=configs/digits.py", "--topology=v5e:1x1"]
+    log = commands.call("plan", *config, "--guidance_scale=2", expect=1)
+    assert "set --sample_batch" in log
+
+
 def test_what_saves_memory_is_tried_alone_and_together(monkeypatch, capsys):
     """A step of 48 GiB, which each change halves; four parts alone are refused."""
     config = tiny.config("digits", parallel="fsdp")
@@ -438,3 +448,8 @@ def test_digits_compile_for_chips(topology, parallel, chips):
         assert 0 <= reduced - gradient < 100
     assert cost["flops_per_step"] == 64 * (3 * 11_372_544 - 2 * (16 * 4 * 96 + 256 * 96))
     assert 0 < cost["roofline"]["seconds_per_step"] < 1e-3
+    if parallel == "data":
+        model, sampler = experiment.make_model(config, DIGITS), Sampler(num_steps=3)
+        drawn = plan.sampling(model, topology, sampler, batch_size=64, guidance_scale=2.0)
+        assert drawn["thousand_samples"]["flops"] == 1000 * 10 * 11_372_544
+        assert drawn["memory_per_chip_bytes"]["peak"] < 2**28
