@@ -2,6 +2,7 @@
 
   python benchmarks/guidance_free.py --data=fashion_mnist
   python benchmarks/guidance_free.py --data=digits
+  python benchmarks/guidance_free.py --data=two_digits
   python benchmarks/guidance_free.py --data=fashion_mnist --base_steps=40000
 
 Base and judges are those of benchmarks/mclr_images.py with the same --data. Every method is
@@ -30,7 +31,11 @@ from mclr_jax.files import save_arrays, write_json
 # Noise levels of every fine-tuning, the control's too: more at sigma 3 to 20 than the configs have.
 NOISE = {"noise.mean": 0.8, "noise.std": 1.5}
 # gamma = guidance_scale - 1 of the methods that take it when sampling.
-GAMMAS = {"fashion_mnist": (0.2, 0.4, 0.6, 1.0), "digits": (0.2, 0.5, 1.0)}
+GAMMAS = {
+    "fashion_mnist": (0.2, 0.4, 0.6, 1.0),
+    "digits": (0.2, 0.5, 1.0),
+    "two_digits": (0.2, 0.5, 1.0),
+}
 INTERVAL = (0.0, 3.0)  # of noise levels that are guided
 INTERPOLATIONS = (0.25, 0.5, 0.75, 1.0, 1.25)
 HIGHEST = 1.0  # strengths as an input are drawn from (0, HIGHEST) in training
@@ -134,7 +139,7 @@ class Comparison(Bench):
         config = self.config()
         config.network.width //= 2
         config.num_steps //= 6
-        self.train("weak", self.data, config)
+        self.train("weak", self.configs, config)
 
     def calibrate(self, method: str) -> None:
         """Strengths by class of a method, at which it is as recognisable as held-out images."""
@@ -252,7 +257,7 @@ def mean(rows: list[dict], key: str) -> tuple[float, float]:
 
 
 def main() -> None:
-    bench, seeds, result = run_all(Comparison, __doc__)
+    bench, seeds, result = run_all(Comparison, __doc__, GAMMAS)
     path = RESULTS / f"guidance_free_{bench.name}.json"
     result |= collect(bench, seeds, json.loads(path.read_text()) if path.exists() else {})
     write_json(path, result)

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import mclr_figures
 import mclr_probes
@@ -48,6 +48,15 @@ SETTINGS = {
         "strength": (0.1, 0.2, 0.3, 0.5, 1.0),
         "interpolation": (0.1, 0.2, 0.3, 0.5),
         "judge_steps": {"features": 600, "accuracy": 600},
+    },
+    # 100 classes: the configs of digits with longer training; for guidance_free.py alone.
+    "two_digits": {
+        "samples": 5000,
+        "one_base": True,
+        "configs": "digits",
+        "source": "two_digits:pairs",
+        "steps": {"": 4000, "_classifier": 2000},
+        "judge_steps": {"features": 2000, "accuracy": 3000},
     },
 }
 JUDGES = {
@@ -137,8 +146,19 @@ class Bench(Files):
     def root(self) -> pathlib.Path:
         return ROOT / "runs" / f"mclr_{self.name}"
 
+    @property
+    def configs(self) -> str:
+        """How the names of its configs begin."""
+        return self.settings.get("configs", self.data)
+
+    @property
+    def source(self) -> str:
+        return self.settings.get("source", self.data)
+
     def config(self, name: str = "", changes: dict | None = None):
-        return config_of(f"{self.data}{name}", changes or {})
+        steps = self.settings.get("steps", {}).get(name)
+        own = {"data.name": self.source} | ({"num_steps": steps} if steps else {})
+        return config_of(f"{self.configs}{name}", own | (changes or {}))
 
     def base(self, seed: int) -> str:
         return "base" if self.settings["one_base"] else f"base_{seed}"
@@ -148,7 +168,7 @@ class Bench(Files):
         config.seed = seed
         config.num_steps = self.base_steps or config.num_steps
         config.sample_every = 0
-        self.train(self.base(seed), self.data, config)
+        self.train(self.base(seed), self.configs, config)
 
     def share(self) -> None:
         """Posterior and judges are those of the base of configs/DATA.py, where it has some."""
@@ -160,7 +180,7 @@ class Bench(Files):
 
     def train_classifier(self) -> None:
         """The posterior that MCLR draws from."""
-        self.train("classifier", f"{self.data}_classifier", self.config("_classifier"))
+        self.train("classifier", f"{self.configs}_classifier", self.config("_classifier"))
 
     def judge(self, judge: str) -> None:
         """A classifier of clean images (noise of level 0.01), to judge samples with."""
@@ -171,7 +191,7 @@ class Bench(Files):
         config.num_steps = self.settings["judge_steps"][judge]
         config.batch_size = 64
         config.seed = 100
-        self.train(f"judge_{judge}", f"{self.data}_classifier", config)
+        self.train(f"judge_{judge}", f"{self.configs}_classifier", config)
 
     def fine_tuning(self, seed: int, changes: dict | None):
         """The config of MCLR, or of another objective with the same steps and learning rates."""
@@ -186,7 +206,7 @@ class Bench(Files):
         return config
 
     def tune(self, name: str, seed: int, changes: dict | None) -> None:
-        self.train(name, f"{self.data}_mclr", self.fine_tuning(seed, changes))
+        self.train(name, f"{self.configs}_mclr", self.fine_tuning(seed, changes))
 
     def load(self, name: str, interpolation: float = 1.0):
         """(run, parameters) of this work directory."""
@@ -215,7 +235,7 @@ class Bench(Files):
 
     def real(self, split: str) -> None:
         """The floor: real images judged as samples are. `train` is the reference itself."""
-        source = sources.load(self.data, split)
+        source = sources.load(self.source, split)
         count = len(source) if split == "train" else min(self.settings["samples"], len(source))
         pixels, labels = source[np.arange(count)]
         self.store(f"real_{split}", np.asarray(to_float(pixels)), labels, {})
@@ -443,10 +463,12 @@ def collect(bench: Bench, seeds: tuple[int, ...]) -> dict:
     }
 
 
-def run_all(make: Callable[[str, int], Bench], doc: str) -> tuple[Bench, tuple[int, ...], dict]:
+def run_all(
+    make: Callable[[str, int], Bench], doc: str, known: Iterable[str]
+) -> tuple[Bench, tuple[int, ...], dict]:
     """What the command line asks for: the bench, the seeds, and what `tasks.run` returns."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    parser.add_argument("--data", choices=sorted(SETTINGS), default="fashion_mnist")
+    parser.add_argument("--data", choices=sorted(known), default="fashion_mnist")
     parser.add_argument("--base_steps", type=int, default=0, help="another base than the config's")
     parser.add_argument("--seeds", default="0,1,2", help="of fine-tuning and sampling")
     add_flags(parser)
@@ -458,7 +480,9 @@ def run_all(make: Callable[[str, int], Bench], doc: str) -> tuple[Bench, tuple[i
 
 
 def main() -> None:
-    bench, seeds, result = run_all(Bench, __doc__)
+    bench, seeds, result = run_all(
+        Bench, __doc__, (name for name, own in SETTINGS.items() if "cfg" in own)
+    )
     result |= collect(bench, seeds)
     mclr_figures.picture(bench, result["summary"], seeds[0])
     mclr_figures.figure(bench, result)

@@ -25,7 +25,7 @@ def calibration(bench) -> dict:
     )
     table: dict = {}
     for split in ("train", "test"):
-        source = sources.load(bench.data, split)
+        source = sources.load(bench.source, split)
         images, labels = source[np.arange(min(5000, len(source)))]
         x0, table[split] = np.asarray(to_float(images)), {}
         for sigma in (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0):
@@ -64,7 +64,7 @@ def profile(bench, model, seed: int, count: int = 1000) -> dict:
         pairs = [(bayes, cfg), (moved, cfg), (cfg, cfg), (moved, bayes), (bayes, bayes)]
         return jnp.stack([(a * b).sum() for a, b in pairs])
 
-    source = sources.load(bench.data, "test")
+    source = sources.load(bench.source, "test")
     images, labels = source[np.arange(min(count, len(source)) // bench.batch * bench.batch)]
     x0, table = np.asarray(to_float(images)), {}
     for level in (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0):

@@ -14,6 +14,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from mclr_jax import main, runs
+from mclr_jax.data import sources
 from mclr_jax.evaluation import features
 from mclr_jax.experiment import make_task
 from mclr_jax.model import DataInfo
@@ -37,6 +38,7 @@ import parameters  # noqa: E402
 import robustness_values  # noqa: E402
 import tables  # noqa: E402
 import tasks  # noqa: E402
+import two_digits  # noqa: E402
 
 SMALL = {
     "num_steps": 3,
@@ -414,6 +416,19 @@ def test_a_strength_with_fewer_seeds_is_not_compared_with_the_others():
     _, *both = tables._rival_rows(result, {"cca": rows}, keys, every=True)
     assert [cells[1] for cells in both] == ["1", "2"]
     assert both[0][-2] == "2.0"
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_two_digits_are_digits_of_their_split(split):
+    data, digits = two_digits.pairs(split), sources.load("digits", split)
+    label_of = {image.tobytes(): label for image, label in zip(*digits[:], strict=True)}
+    images, labels = data[np.arange(500)]
+    assert images.shape[1:] == (8, 16, 1)
+    halves = np.split(images, 2, axis=2)
+    tens, ones = ([label_of[image.tobytes()] for image in half] for half in halves)
+    np.testing.assert_array_equal(labels, 10 * np.array(tens) + ones)
+    assert len(np.unique(data.labels)) == 100
+    assert len({image.tobytes() for image in images}) > 490
 
 
 def test_names_beside_a_panel_are_apart_and_in_the_order_of_their_points():
