@@ -77,8 +77,8 @@ SHOWN = {
 }
 # What each panel shows: title, and the keys of its axes, of which dots are of the second judge.
 PANELS = {
-    "by the features of a classifier of these classes": ("per_class_frechet", "frechet"),
-    "by ImageNet features": ("second.per_class_frechet", "second.frechet"),
+    "first judge: a classifier": ("per_class_frechet", "frechet"),
+    "second judge: ImageNet": ("second.per_class_frechet", "second.frechet"),
     "fidelity and diversity": ("recall", "precision"),
 }
 AXES = {"recall": "recall: diversity", "precision": "precision: fidelity", "frechet": "FD",
@@ -86,28 +86,18 @@ AXES = {"recall": "recall: diversity", "precision": "precision: fidelity", "frec
 
 
 def pareto(bench, result: dict, second: str) -> None:
-    """docs/equal_noise_DATA.png: means of the methods' seeds, one curve a method over strengths.
+    """docs/equal_noise_DATA.png: means over seeds, one curve a method over its strengths.
 
-    `second` is the key of the second judge's numbers in a row.
+    `second` is the key of the second judge's numbers in a row. A panel has the strengths that were
+    judged for all seeds for which the control was.
     """
-    drawing = Figure(figsize=(17, 5), layout="constrained")
-
-    def values(rows: list[dict], key: str) -> list[float]:
-        judge, _, name = key.rpartition(".")
-        there = [row.get(second) for row in rows] if judge else rows
-        return [row[name] for row in there if row]
-
-    for panel, (title, keys) in zip(drawing.subplots(1, 3), PANELS.items(), strict=True):
-        names = {}
-        for method, (words, colour) in SHOWN.items():
-            rows, points = result["methods"].get(method, []), []
-            for strength in sorted({row["strength"] for row in rows}):
-                own = [row for row in rows if row["strength"] == strength]
-                if all(values(own, key) for key in keys):
-                    calls = own[0]["network_calls"]
-                    points.append((*(np.mean(values(own, key)) for key in keys), calls, strength))
-            if not points:
-                continue
+    panels = {title: found for title, (x, y) in PANELS.items()
+              if (found := curves(result["methods"], x, y, second))}  # fmt: skip
+    drawing = Figure(figsize=(5.7 * len(panels), 5), layout="constrained")
+    for panel, (title, found) in zip(np.ravel(drawing.subplots(1, len(panels))), panels.items(),
+                                     strict=True):  # fmt: skip
+        x, y = PANELS[title]
+        for points, colour in found.values():
             across, up, calls, strengths = zip(*points, strict=True)
             panel.plot(across, up, "-", color=colour, linewidth=0.8)
             panel.scatter(across, up, calls, [colour], zorder=3)
@@ -116,20 +106,43 @@ def pareto(bench, result: dict, second: str) -> None:
                     f"{strength:g}", at, xytext=(4, -8), textcoords="offset points", fontsize=6,
                     color=colour,
                 )  # fmt: skip
-            names[words] = (across[-1], up[-1]), colour
-        if "second" not in keys[0]:
-            panel.axvline(result["floor"][keys[0]], color="grey", linewidth=0.8, linestyle=":")
-            panel.axhline(result["floor"][keys[1]], color="grey", linewidth=0.8, linestyle=":")
-        panel.set_title(title, fontsize=10)
-        panel.set_xlabel(AXES[keys[0].removeprefix("second.")])
-        panel.set_ylabel(AXES[keys[1].removeprefix("second.")])
-        beside(panel, names)
+        floor = ", ".join(f"{value(result['floor'], key, second):.3g}" for key in (x, y))
+        panel.set_title(f"{title} (held-out: {floor})", fontsize=9)
+        panel.set_xlabel(AXES[x.removeprefix("second.")])
+        panel.set_ylabel(AXES[y.removeprefix("second.")])
+        beside(
+            panel, {words: (points[-1][:2], colour) for words, (points, colour) in found.items()}
+        )
     drawing.suptitle(
-        f"{bench.name}: numbers are strengths; the larger a marker, the more network calls; dotted:"
-        " held-out real images",
+        f"{bench.name}: numbers are strengths; the larger a marker, the more network calls",
         fontsize=10,
     )
     save(drawing, ROOT / "docs" / f"equal_noise_{bench.name}.png")
+
+
+def curves(methods: dict, x: str, y: str, second: str) -> dict[str, tuple[list, str]]:
+    """Words of a method -> points (x, y, network calls, strength), and its colour."""
+
+    def judged(rows: list[dict]) -> set[int]:
+        return {row["seed"] for row in rows if value(row, x, second) is not None}
+
+    seeds, found = judged(methods.get("DSM control", [])), {}
+    for method, (words, colour) in SHOWN.items():
+        points, rows = [], [row for row in methods.get(method, []) if row["seed"] in seeds]
+        for strength in sorted({row["strength"] for row in rows}):
+            own = [row for row in rows if row["strength"] == strength]
+            if judged(own) == seeds:
+                means = (float(np.mean([value(row, key, second) for row in own])) for key in (x, y))
+                points.append((*means, own[0]["network_calls"], strength))
+        if points:
+            found[words] = points, colour
+    return found
+
+
+def value(row: dict, key: str, second: str) -> float | None:
+    """A number of a row, or of what the second judge says of it, or None if that is not there."""
+    judge, _, name = key.rpartition(".")
+    return (row.get(second, {}) if judge else row).get(name)
 
 
 def beside(panel, names: dict[str, tuple]) -> None:

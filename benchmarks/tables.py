@@ -204,9 +204,18 @@ def equal_noise_40000() -> str:
     return _rivals("fashion_mnist_40000", equal=True, every=True)
 
 
+def equal_noise_digits() -> str:
+    return _rivals("digits", equal=True)
+
+
+def equal_noise_two_digits() -> str:
+    return _rivals("two_digits", equal=True)
+
+
 def comparison() -> str:
-    return _rivals("fashion_mnist", ["DSM control", "CFG", "CFG in an interval",
-                   "MCLR, strength as input", "gft", "model_guidance", "cca"])  # fmt: skip
+    chosen = ["DSM control", "CFG", "CFG in an interval", "model_guidance", "cca",
+              "mclr null and wrong label, beta 0.5", "mclr null, beta 1"]  # fmt: skip
+    return _rivals("fashion_mnist_40000", chosen, equal=True)
 
 
 # ---- ICR -----------------------------------------------------------------------------------------

@@ -431,6 +431,27 @@ def test_two_digits_are_digits_of_their_split(split):
     assert len({image.tobytes() for image in images}) > 490
 
 
+def test_curves_have_the_strengths_that_were_judged_for_all_seeds_of_the_control():
+    def row(strength, seed, value, second=None):
+        found = {"strength": strength, "seed": seed, "frechet": value, "network_calls": 35}
+        return found | ({"judge": {"frechet": second}} if second else {})
+
+    methods = {
+        "DSM control": [row(0, 0, 4.0, 9.0), row(0, 1, 6.0)],
+        "cca": [row(1, 0, 1.0, 3.0), row(1, 1, 2.0), row(0.5, 1, 0.1, 0.1)],
+        "gft": [row(1, 0, 1.0), row(1, 1, 1.0)],  # not shown
+    }
+    found = mclr_figures.curves(methods, "frechet", "frechet", "judge")
+    assert {words: points for words, (points, _) in found.items()} == {
+        "no guidance": [(5.0, 5.0, 35, 0)], "CCA": [(1.5, 1.5, 35, 1)],
+    }  # fmt: skip
+    found = mclr_figures.curves(methods, "second.frechet", "second.frechet", "judge")
+    assert {words: points[0][0] for words, (points, _) in found.items()} == {
+        "no guidance": 9.0, "CCA": 3.0,
+    }  # fmt: skip
+    assert not mclr_figures.curves({"cca": methods["cca"]}, "frechet", "frechet", "judge")
+
+
 def test_names_beside_a_panel_are_apart_and_in_the_order_of_their_points():
     panel = Figure().subplots()
     panel.set_ylim(0, 2)
