@@ -91,6 +91,16 @@ def ratios() -> dict[str, float]:
     return found
 
 
+def step(config: Any, data: DataInfo, models: dict, topology: str, parallel: str) -> dict:
+    config.parallel = parallel
+    return command.planned(config, data, topology, models)
+
+
+def samples(config: Any, data: DataInfo, models: dict, topology: str, **options: Any) -> dict:
+    model = experiment.make_model(config, data)
+    return plan.sampling(model, topology, command.sampler(config), **options)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--row", default="", help="beginning of the names of rows")
@@ -101,41 +111,29 @@ def main() -> None:
     if "mclr_over_dsm" not in result:
         result["mclr_over_dsm"] = ratios()
 
-    def add(rows: list, asked: dict, find: Callable, text: Callable) -> None:
+    def add(rows: list, name: str, find: Callable, text: Callable, **asked: Any) -> None:
         """A row that is asked for and not there yet."""
-        if not asked["name"].startswith(chosen) or tasks.made(rows, asked):
+        if not name.startswith(chosen) or tasks.made(rows, {"name": name, **asked}):
             return
-        config, data, models = case(asked["name"])
         try:
-            row = find(config, data, models)
+            row = find(*case(name), **asked)
         except plan.MissingCompilerError as error:
-            print(f"{asked}: {error}\n", flush=True)
+            print(f"{name} for {asked['topology']}: {error}\n", flush=True)
             return
-        file, changes, _ = CASES[asked["name"]]
-        origin = {"name": asked["name"], "config": file, "changes": changes}
+        file, changes, _ = CASES[name]
+        origin = {"name": name, "config": file, "changes": changes}
         rows.append({**origin, **row, **provenance(), "jax": jax.__version__})
         write_json(OUT, result)
-        print(f"{asked['name']}\n{text(row)}\n", flush=True)
+        print(f"{name}\n{text(row)}\n", flush=True)
 
+    steps, drawn = result["rows"], result.setdefault("sampling", [])
     for name, (_, _, places) in CASES.items():
         for topology, parallel in places:
-
-            def step(config, data, models, topology=topology, parallel=parallel):
-                config.parallel = parallel
-                return command.planned(config, data, topology, models)
-
-            asked = {"name": name, "topology": topology, "parallel": parallel}
-            add(result["rows"], asked, step, command.text)
-    for name, places in SAMPLED.items():
-        for (topology, batch_size), scale in itertools.product(places, SCALES):
-            options = {"batch_size": batch_size, "guidance_scale": scale}
-
-            def samples(config, data, models, topology=topology, options=options):
-                model = experiment.make_model(config, data)
-                return plan.sampling(model, topology, command.sampler(config), **options)
-
-            asked = {"name": name, "topology": topology, **options}
-            add(result.setdefault("sampling", []), asked, samples, command.sampling_text)
+            add(steps, name, step, command.text, topology=topology, parallel=parallel)
+    for name, sizes in SAMPLED.items():
+        for (topology, size), scale in itertools.product(sizes, SCALES):
+            asked = {"topology": topology, "batch_size": size, "guidance_scale": scale}
+            add(drawn, name, samples, command.sampling_text, **asked)
 
 
 if __name__ == "__main__":

@@ -188,12 +188,12 @@ class Comparison(Bench):
         sampled = [done(m.workdir(seed)) for m in first.values()]
         start = (done("classifier"), done(self.base(seed)))
         needs = (*start, done("weak"), f"generated_{self.base(seed)}.npz")
-        at_once = {
+        for_all = {  # strengths by class need a file and cost nothing
             place: {key: value for key, value in changes.items() if key != "class_strengths"}
             for place, changes in tuned.items()
         }
         return [
-            self.probe("step_flops", start, at_once, seed, output="guidance_free_flops"),
+            self.probe("step_flops", start, for_all, seed, output="guidance_free_flops"),
             self.probe("speed", (*sampled, *needs), first, seed, output="guidance_free_speed"),
             self.probe("step_cost", needs, tuned, seed, output="guidance_free_cost"),
         ]

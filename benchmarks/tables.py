@@ -379,17 +379,21 @@ def settings() -> str:
     return table(["training, images/s", *heads], body)
 
 
+def _memory(row: dict) -> str:
+    """GiB that a compiled program needs, of those of the chip."""
+    memory, chip = row["memory_per_chip_bytes"]["peak"], row["chip_memory_bytes"]
+    needed = "more" if memory is None else f"{memory / 2**30:.2g}"
+    return f"{needed} / {chip / 2**30:.4g}{'' if row['fits'] else ': does not fit'}"
+
+
 def compiled() -> str:
     """What steps cost on TPUs and GPUs, by their compilers."""
 
     def line(row: dict) -> list[str]:
-        memory, chip = row["memory_per_chip_bytes"]["peak"], row["chip_memory_bytes"]
         exchanged = sum(each["bytes"] for each in row["collectives"].values())
-        needed = "more" if memory is None else f"{memory / 2**30:.2g}"
         return [
             row["name"], f"{row['topology']}, `{row['parallel']}`",
-            f"{row['parameters'] / 1e6:.3g}",
-            f"{needed} / {chip / 2**30:.4g}{'' if row['fits'] else ': does not fit'}",
+            f"{row['parameters'] / 1e6:.3g}", _memory(row),
             f"{row['flops_per_step'] / 1e12:.2g}", f"{exchanged / 2**20:.3g}",
             f"{1000 * row['roofline']['seconds_per_step']:.2g}", f"{row['device_hours']:.2g}",
             f"{row['compile_seconds']:.0f}",
@@ -404,13 +408,11 @@ def sampled() -> str:
     """What drawing samples costs on TPUs and GPUs, by their compilers."""
 
     def line(row: dict) -> list[str]:
-        each, memory = row["thousand_samples"], row["memory_per_chip_bytes"]["peak"]
-        scale = row["guidance_scale"]
+        each, scale = row["thousand_samples"], row["guidance_scale"]
         return [
             row["name"], row["topology"], str(row["batch_size"]),
             "none" if scale == 1 else f"CFG, {scale:g}", str(each["network_calls"]),
-            f"{memory / 2**30:.2g} / {row['chip_memory_bytes'] / 2**30:.4g}",
-            f"{each['flops'] / 1e15:.2g}", f"{each['chip_seconds']:.2g}",
+            _memory(row), f"{each['flops'] / 1e15:.2g}", f"{each['chip_seconds']:.2g}",
             f"{row['compile_seconds']:.0f}",
         ]  # fmt: skip
 

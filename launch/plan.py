@@ -141,6 +141,10 @@ def _memory(cost: Mapping[str, Any]) -> str:
     return f"{listed or 'unknown'}: {'fits' if cost['fits'] else 'DOES NOT FIT'}"
 
 
+def _listed(lines: Mapping[str, str]) -> str:
+    return "\n".join(f"{name:21s} {line}" for name, line in lines.items())
+
+
 def sampling_text(cost: Mapping[str, Any]) -> str:
     """What `plan.sampling` found, for humans."""
     each = cost["thousand_samples"]
@@ -152,7 +156,7 @@ def sampling_text(cost: Mapping[str, Any]) -> str:
         "chip-seconds",
         "... compiled in": f"{cost['compile_seconds']:.1f} s",
     }
-    return "\n".join(f"{name:21s} {line}" for name, line in lines.items())
+    return _listed(lines)
 
 
 def text(cost: Mapping[str, Any]) -> str:
@@ -182,7 +186,7 @@ def text(cost: Mapping[str, Any]) -> str:
         f"{samples['flops']:.4g} FLOPs, at least {samples['chip_seconds']:.3g} chip-seconds",
         "compiled in": f"{cost['compile_seconds']:.1f} s",
     }
-    return "\n".join(f"{name:21s} {line}" for name, line in lines.items())
+    return _listed(lines)
 
 
 def command() -> None:

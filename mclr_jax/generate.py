@@ -22,9 +22,11 @@ from mclr_jax.training.devices import AXIS, Devices
 from mclr_jax.types import DenoiseFn
 
 
-def shardings() -> tuple[NamedSharding, NamedSharding]:
-    """Rows divided among all devices, and a copy on each device."""
-    mesh = Devices("data").mesh
+def shardings(
+    devices: tuple[jax.Device, ...] | None = None,
+) -> tuple[NamedSharding, NamedSharding]:
+    """Rows divided among the devices, by default all, and a copy on each of them."""
+    mesh = Devices("data", devices).mesh
     return NamedSharding(mesh, PartitionSpec(AXIS)), NamedSharding(mesh, PartitionSpec())
 
 

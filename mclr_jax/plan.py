@@ -371,7 +371,7 @@ def sampling(
     chip, all_devices = topology(name)
     if model.is_classifier:
         raise ValueError("The network is a classifier, which draws no samples.")
-    mesh, chips = Devices("data", all_devices).mesh, len(all_devices) // chip.devices
+    (rows, whole), chips = generate.shardings(all_devices), len(all_devices) // chip.devices
     if batch_size % len(all_devices):
         raise ValueError(
             f"A batch of {batch_size} samples on {len(all_devices)} devices; expected a multiple."
@@ -379,7 +379,6 @@ def sampling(
     sigmas = sampler.grid(model.preconditioning.levels)
     scales = generate.scales_by_label(model, guidance_scale, None)
     run = generate.program(model, sampler.method, generate.is_guided(model, guidance_scale))
-    whole, rows = (NamedSharding(mesh, PartitionSpec(*axis)) for axis in ([], [AXIS]))
     scalars = jax.eval_shape(
         lambda: jax.tree.map(np.float32, (sigmas, scales, (0.0, np.inf), Churn()))
     )

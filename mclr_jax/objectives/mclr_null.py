@@ -139,7 +139,7 @@ class NullMCLR(Objective):
         difference for examples with a contrast; with `wrong_label` the `negative_ratio`, r at c~.
         """
         noisy = perturb(problem, batch.x0, batch.condition, keys, self.label_dropout)
-        k_wrong, k_beta, *k_mixed = split(noisy.keys, 5)
+        k_wrong, k_beta, k_mixed = split(noisy.keys, 3)
         beta, condition = draw_strength(noisy.condition, k_beta, problem, self.beta, arcsine_law)
         noisy = noisy._replace(condition=condition)
         x, sigma, condition, _ = noisy
@@ -195,7 +195,7 @@ class NullMCLR(Objective):
         if not self._asks_posterior:
             return problem.null_label
         x, sigma, condition, _ = noisy
-        k_null, k_label, k_posterior = keys
+        k_null, k_label, k_posterior = split(keys, 3)
         label = draw_label(k_label, models.posterior(x, sigma, condition, k_posterior))
         null = jax.vmap(jax.random.uniform)(k_null) < self.null_share
         null &= inside(sigma, self.null_interval)
