@@ -26,11 +26,6 @@ import pytest  # noqa: E402
 gc.set_threshold(200_000, 50, 1000)
 
 
-def pytest_collection_finish():
-    """What the imports made stays until the end: the collector need not look at it again."""
-    gc.freeze()
-
-
 @pytest.fixture(autouse=True, scope="module")
 def no_programs_of_other_modules():
     """Compiled programs are dropped with their module: those of all tests take gigabytes."""
