@@ -14,6 +14,7 @@ second judge of the samples needs pip install -e '.[features]'.
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import statistics
@@ -63,7 +64,9 @@ ONCE = {
     "mclr posterior up to sigma 3": NULL | GUIDED | {"objective.null_share": 0.0},
     "mclr half null, half posterior": NULL | GUIDED | {"objective.null_share": 0.5},
     "mclr null, posterior above sigma 3": NULL | {"objective.null_interval": INTERVAL},
+    "mclr weak, beta 0.5": NULL | {"objective.wrong": "weak", "objective.beta": 0.5},
 }
+NEEDS = {"ddo": ("generated_{base}.npz",), "mclr weak, beta 0.5": ("weak/done.json",)}
 # These are fine-tuned a second time, with the strengths by class that launch.calibrate finds
 # between the base's weights and those of the first time (seed 0).
 BY_CLASS = (
@@ -72,6 +75,9 @@ BY_CLASS = (
     "mclr null, beta 1",
     "mclr null and wrong label, beta 0.5",
 )
+# These are fine-tuned at other learning rates than the config's, too, by the factors.
+SEARCHED = ("dsm", *BY_CLASS)
+LEARNING_RATES = (0.5, 2.0)
 
 
 def place_of(method: str) -> str:
@@ -106,7 +112,7 @@ class Comparison(Bench):
             }
         for name, options in ONCE.items():
             changes = {**options, **NOISE}
-            needs = ("generated_{base}.npz",) if name == "ddo" else ()
+            needs = NEEDS.get(name, ())
             methods[name] = {
                 place: Model(place_of(name), 0.0, seeds, changes, place, needs=needs)
                 for place in INTERPOLATIONS
@@ -115,6 +121,17 @@ class Comparison(Bench):
             changes = {**ONCE[name], **NOISE, "class_strengths": strengths_of(name)}
             tuned, needs = place_of(f"{name} by class"), (strengths_of(name),)
             methods[f"{name} by class"] = {1.0: Model(tuned, 0.0, seeds, changes, needs=needs)}
+        rate = self.config("_mclr").optimizer.learning_rate
+        for name, factor in itertools.product(SEARCHED, LEARNING_RATES):
+            method = f"{name}, learning rate x {factor:g}"
+            options = plain if name == "dsm" else ONCE[name]
+            changes = {**options, **NOISE, "optimizer.learning_rate": factor * rate}
+            at = functools.partial(Model, place_of(method), seeds=seeds, changes=changes)
+            if name == "dsm":
+                method = f"CFG in an interval{method.removeprefix(name)}"
+                methods[method] = {g: at(gamma=g, interval=INTERVAL) for g in gammas}
+            else:
+                methods[method] = {p: at(gamma=0.0, interpolation=p) for p in INTERPOLATIONS}
         return methods
 
     def models(self, seeds: tuple[int, ...]) -> dict[str, Model]:
@@ -129,16 +146,18 @@ class Comparison(Bench):
             found = json.loads((self.root / changes["class_strengths"]).read_text())
             changes = changes | {"class_strengths": tuple(found["class_strengths"])}
         config = super().fine_tuning(seed, changes)
+        if config.objective.get("wrong") == "weak":
+            config.companions.weak = str(self.root / "weak")
         if config.objective.name == "ddo":
             generated = self.root / f"generated_{self.base(seed)}.npz"
             config.data.generated = f"npz:{generated}"
         return config
 
     def train_weak(self) -> None:
-        """The weak model of autoguidance: half as wide, and a sixth of the steps."""
+        """The weak model of autoguidance: half as wide, and a sixth of the base's steps."""
         config = self.config()
         config.network.width //= 2
-        config.num_steps //= 6
+        config.num_steps = (self.base_steps or config.num_steps) // 6
         self.train("weak", self.configs, config)
 
     def calibrate(self, method: str) -> None:
@@ -183,7 +202,10 @@ class Comparison(Bench):
 
     def probes(self, models: dict[str, Model], seed: int) -> list[Task]:
         methods = self.methods((seed,))
-        first = {name: next(iter(rows.values())) for name, rows in methods.items()}
+        first = {
+            name: next(iter(rows.values())) for name, rows in methods.items()
+            if "learning rate" not in name  # costs the same
+        }  # fmt: skip
         tuned = {m.workdir(seed): m.changes for m in first.values() if m.changes}
         sampled = [done(m.workdir(seed)) for m in first.values()]
         start = (done("classifier"), done(self.base(seed)))
