@@ -133,6 +133,7 @@ def fashion() -> str:
 
 EQUAL = [0.8, 1.5]  # noise levels of every method of the comparison at equal noise
 SECOND = "efficientnet_lite0"  # key of what the second judge says
+RATE = ", learning rate x "  # after it a factor, in names of methods
 
 
 def _second(rows: list[dict]) -> str:
@@ -177,7 +178,7 @@ def _rival_rows(
 def _rivals(data: str, chosen: Iterable[str] = (), equal: bool = False, every: bool = False) -> str:
     keys = [key for key in QUALITY if equal or key != "per_class_frechet"]
     result, methods = load(f"guidance_free_{data}"), {}
-    for name in chosen or result["methods"]:
+    for name in chosen or (name for name in result["methods"] if RATE not in name):
         if rows := [r for r in result["methods"][name] if (r["noise"] == EQUAL) == equal]:
             methods[name] = rows
     head = ["method", "strength", *(QUALITY[k][0] for k in keys), "step cost", "step, FLOPs",
@@ -210,6 +211,22 @@ def equal_noise_digits() -> str:
 
 def equal_noise_two_digits() -> str:
     return _rivals("two_digits", equal=True)
+
+
+def learning_rates() -> str:
+    """FD and FD by class of seed 0 at the strength of the best FD, by the learning rate."""
+    methods = load("guidance_free_fashion_mnist")["methods"]
+
+    def cell(name: str) -> str:
+        rows = (r for r in methods[name] if r["noise"] == EQUAL and r["seed"] == 0)
+        best = min(rows, key=lambda row: row["frechet"])
+        return " / ".join([*quality(best, ("frechet", "per_class_frechet")),
+                           f"{best['strength']:g}"])  # fmt: skip
+
+    searched = dict.fromkeys(name.partition(RATE)[0] for name in methods if RATE in name)
+    rates = [f"{RATE}0.5", "", f"{RATE}2"]
+    head = ["FD / FD by class / strength", "half of the rate", "the rate", "twice the rate"]
+    return table(head, ([name, *(cell(name + rate) for rate in rates)] for name in searched))
 
 
 def comparison() -> str:
@@ -256,7 +273,7 @@ def icr() -> str:
     return table(["claim", "found", "numbers"], rows)
 
 
-# ---- speed ---------------------------------------------------------------------------------------
+# ---- assimilation --------------------------------------------------------------------------------
 
 
 def assimilation() -> str:
@@ -353,6 +370,9 @@ def navier_stokes() -> str:
         and (method == "model" or regime in ("frame", "batch"))
     )  # fmt: skip
     return table(head, found)
+
+
+# ---- speed ---------------------------------------------------------------------------------------
 
 
 def throughput() -> str:
