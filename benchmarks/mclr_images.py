@@ -69,7 +69,7 @@ JUDGES = {
         "weight_decay": 0.3,
     },
 }
-METRICS = ("fd", "fd_class", "fd_inter", "is", "pr")  # and accuracy
+METRICS = ("fd", "fd_class", "fd_inter", "is", "pr", "dc")  # and accuracy, and copies
 # A second judge, which has seen neither these images nor these classes: ImageNet features.
 SECOND, SECOND_METRICS, SECOND_REFERENCE = "efficientnet_lite0", ("fd", "fd_class"), 10_000
 # Changes of configs/DATA_mclr.py, at its own beta; of the first seed alone.
@@ -252,6 +252,7 @@ class Bench(Files):
                 kept = features.Features(file["features"], nothing, file["labels"])
             real = evaluate.Reference(metrics.moments(kept.features), kept, "")
             row |= evaluate.measure(found, real, METRICS, self.judged("accuracy", pixels, labels))
+            row["memorized"] = evaluate.memorized(pixels, sources.load(self.source, "train"))
         save_arrays(
             self.root / "sets" / f"{name}.npz", features=found.features, labels=labels,
             images=images.to_uint8(np.asarray(pixels)),
