@@ -46,7 +46,8 @@ CONFIGS = {
     "sections.py": "from ml_collections import ConfigDict\ndef get_config():\n"
     "    return ConfigDict({'num_steps': 1})\n",
 }  # fmt: skip
-PATHS = ("workdir", "out", "features", "judge", "autoguidance", "cache", "observations", "continue")
+PATHS = ("workdir", "out", "features", "judge", "autoguidance", "cache", "observations", "continue",
+         "classifier", "init_from")  # fmt: skip
 # Where no command can write, or in a folder that is removed: a command that works leaves files.
 PLACES = ("/proc/x/y", "/dev/null/x", "FILE", "x" * 300, "é\u2028/x", "../out/./y")
 
@@ -130,12 +131,16 @@ def command(rng: random.Random, folder: pathlib.Path) -> tuple[str, list[str]]:
                        "out": out / "x.npz", "ensemble": 2, "plan": "steps=2,first_steps=2",
                        "regime": "fixed_lag", "lag": "1", "forecast": 1, "figure": False,
                        "seed": 0, "batch_size": 8, "ema": "halflife", "continue": ""},
+        "calibrate": {"workdir": run, "classifier": folder / "judge", "out": out / "x.json",
+                      "samples_per_class": 2, "grid": 2, "max_strength": 1.0, "sigma": 0.3,
+                      "guidance_interval": "0.1,5", "interpolation": False, "init_from": run,
+                      "autoguidance": run, **common_flags},
         "report": {"out": out / "x.html", "guidance_scales": "1", "per_class": 1, "seed": 0},
         "demo": {"per_class": 0, "workdir": out / "d"},
     }  # fmt: skip
-    module = rng.choices([*valid], (5, 4, 1.5, 1.5, 2, 1, 0.3))[0]
+    module = rng.choices([*valid], (5, 4, 1.5, 1.5, 2, 1, 1, 0.3))[0]
     flags = {name: str(value) for name, value in valid[module].items()}
-    kept = {"sample": 3, "evaluate": 11, "icr": 5, "assimilate": 5}.get(module, 99)
+    kept = {"sample": 3, "evaluate": 11, "icr": 5, "assimilate": 5, "calibrate": 5}.get(module, 99)
     extra: list[str] = small_flags(cheap) if module == "train" else []
     extra += [str(run)] if module == "report" else []
     keys = sorted(flat(cheap.to_dict()))
