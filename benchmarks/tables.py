@@ -88,6 +88,7 @@ def mixture_by_strength() -> str:
 QUALITY = {"frechet": ("FD", 1, 3), "accuracy": ("accuracy, %", 100, 1),
            "per_class_frechet": ("FD by class", 1, 2), "precision": ("precision", 1, 3),
            "recall": ("recall", 1, 3), "network_calls": ("network calls", 1, 0)}  # fmt: skip
+MORE = {"density": ("density", 1, 2), "coverage": ("coverage", 1, 2)}  # in later rows
 SPREAD = ("frechet", "accuracy")  # shown with their standard deviation over seeds
 MODELS = {
     "base": "control, unguided",
@@ -115,7 +116,7 @@ def quality(row: dict, keys: Iterable[str]) -> list[str]:
     """Cells of a row of results, with the standard deviation over seeds where it has one."""
     cells = []
     for key in keys:
-        _, scale, digits = QUALITY[key]
+        _, scale, digits = (QUALITY | MORE)[key]
         cell = f"{scale * row[key]:.{digits}f}" if key in row else ""
         if key in SPREAD and f"{key}_std" in row:
             cell += f" ± {scale * row[f'{key}_std']:.{digits}f}"
@@ -176,13 +177,14 @@ def _rival_rows(
 
 
 def _rivals(data: str, chosen: Iterable[str] = (), equal: bool = False, every: bool = False) -> str:
-    keys = [key for key in QUALITY if equal or key != "per_class_frechet"]
     result, methods = load(f"guidance_free_{data}"), {}
     for name in chosen or (name for name in result["methods"] if RATE not in name):
         if rows := [r for r in result["methods"][name] if (r["noise"] == EQUAL) == equal]:
             methods[name] = rows
-    head = ["method", "strength", *(QUALITY[k][0] for k in keys), "step cost", "step, FLOPs",
-            "FD, ImageNet"]  # fmt: skip
+    keys = [key for key in QUALITY if equal or key != "per_class_frechet"]
+    keys += [key for key in MORE if all(key in row for rows in methods.values() for row in rows)]
+    head = ["method", "strength", *((QUALITY | MORE)[k][0] for k in keys), "step cost",
+            "step, FLOPs", "FD, ImageNet"]  # fmt: skip
     floor, *rows = _rival_rows(result, methods, keys, every)
     measured = [any(column) for column in zip(*rows, strict=True)]
     head, *lines = (list(itertools.compress(row, measured)) for row in (head, floor, *rows))
