@@ -228,6 +228,8 @@ def learning_rates() -> str:
     methods = load("guidance_free_fashion_mnist_6000")["methods"]
 
     def cell(name: str) -> str:
+        if name not in methods:
+            return ""
         best = min(methods[name], key=lambda row: row["frechet"])
         return " / ".join([*quality(best, ("frechet", "per_class_frechet")),
                            f"{best['strength']:g}"])  # fmt: skip
