@@ -235,8 +235,8 @@ def learning_rates() -> str:
                            f"{best['strength']:g}"])  # fmt: skip
 
     searched = dict.fromkeys(name.partition(RATE)[0] for name in methods if RATE in name)
-    rates = [f"{RATE}0.5", "", f"{RATE}2"]
-    head = ["FD / FD by class / strength", "half of the rate", "the rate", "twice the rate"]
+    rates = ["", f"{RATE}2", f"{RATE}4"]
+    head = ["FD / FD by class / strength", "the config's rate", "twice", "four times"]
     return table(head, ([name, *(cell(name + rate) for rate in rates)] for name in searched))
 
 
