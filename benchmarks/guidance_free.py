@@ -24,6 +24,7 @@ import sys
 import mclr_figures
 import numpy as np
 from mclr_images import SECOND, Bench, Model, done, run_all, trainings
+from tables import RATE
 from tasks import RESULTS, ROOT, Task, training
 
 from mclr_jax import generate, images
@@ -124,7 +125,7 @@ class Comparison(Bench):
             methods[f"{name} by class"] = {1.0: Model(tuned, 0.0, seeds, changes, needs=needs)}
         rate = self.config("_mclr").optimizer.learning_rate
         for name, factor in itertools.product(SEARCHED, LEARNING_RATES):
-            method = f"{name}, learning rate x {factor:g}"
+            method = f"{name}{RATE}{factor:g}"
             options = plain if name == "dsm" else ONCE[name]
             changes = {**options, **NOISE, "optimizer.learning_rate": factor * rate}
             at = functools.partial(Model, place_of(method), seeds=seeds, changes=changes)
@@ -205,7 +206,7 @@ class Comparison(Bench):
         methods = self.methods((seed,))
         first = {
             name: next(iter(rows.values())) for name, rows in methods.items()
-            if "learning rate" not in name  # costs the same
+            if RATE not in name  # costs the same
         }  # fmt: skip
         tuned = {m.workdir(seed): m.changes for m in first.values() if m.changes}
         sampled = [done(m.workdir(seed)) for m in first.values()]
