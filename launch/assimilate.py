@@ -31,7 +31,7 @@ from mclr_jax import runs
 from mclr_jax.assimilation import figure, metrics, observe, regimes
 from mclr_jax.assimilation.schedules import Plan, lags
 from mclr_jax.files import digest, flat, named, provenance, save_arrays, write_atomically
-from mclr_jax.names import nearest
+from mclr_jax.schema import nearest
 from mclr_jax.training.devices import banner
 from mclr_jax.training.log import Progress
 

@@ -18,15 +18,16 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from mclr_jax import cpu
+from mclr_jax import cpu, runs
 from mclr_jax.files import digest, named, provenance, write_atomically
-from mclr_jax.names import class_factors, nearest
+from mclr_jax.generate import Guidance
+from mclr_jax.model import Model
+from mclr_jax.schema import class_factors, nearest
 from mclr_jax.training.devices import banner
 
 # Help of flags that several commands have.
 DATA = "Where the data of the run are now: as config.data.name, or the folder config.data.path."
 INIT_FROM = "Where the run is now that this one was started from, for --interpolation."
-CLASS_STRENGTHS = "File of launch.calibrate, NAME.json: factors of the guidance strength by class."
 
 # Errors of the library on bad input or a broken run; other errors are bugs, shown in full.
 USER_ERRORS = (ValueError, OSError, RuntimeError, FloatingPointError)
@@ -61,6 +62,30 @@ def numbers(flag, kind: type, count: int | None = None) -> list | None:
         wanted = f"{count or 'some'} numbers separated by commas"
         stop(f"--{flag.name} is {','.join(flag.value)!r}; expected {wanted}.")
     return values
+
+
+def define_guidance() -> None:
+    """The flags of guidance, beside its scale, which `guidance` reads."""
+    flags.DEFINE_string(
+        "class_strengths", None,
+        "File of launch.calibrate, NAME.json: factors of the guidance strength by class.",
+    )  # fmt: skip
+    flags.DEFINE_list("guidance_interval", None, "Guide only at noise levels in LO,HI.")
+    flags.DEFINE_string(
+        "autoguidance", None, "Directory of a weaker run, the weak model of the guidance."
+    )
+
+
+def guidance(model: Model, scale: float = 1.0) -> Guidance:
+    """The guidance that the flags ask for."""
+    found = flags.FLAGS.flag_values_dict()
+    interval = numbers(flags.FLAGS["guidance_interval"], float, 2)
+    factors = class_strengths(found["class_strengths"], model.null_label)
+    weak = None
+    if path := found["autoguidance"]:
+        run = runs.load(path)
+        weak = run.model, run.weights()[0]
+    return Guidance(scale, factors, tuple(interval) if interval else None, weak)
 
 
 def class_strengths(name: str | None, num_classes: int) -> list[float] | None:

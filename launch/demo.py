@@ -21,7 +21,7 @@ from mclr_jax import generate, images, runs
 from mclr_jax.data import sources
 from mclr_jax.files import provenance, write_json
 from mclr_jax.main import train
-from mclr_jax.names import in_range
+from mclr_jax.schema import in_range
 from mclr_jax.training.devices import banner
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Directory of the runs; made if missing.")
@@ -56,9 +56,11 @@ def main() -> None:
     ]:
         run = runs.load(workdir / directory)
         params, step = run.weights()
-        samples = generate.generate(run.model, params, labels, run.sampler, guidance_scale=scale)
+        samples = generate.generate(
+            run.model, params, labels, run.sampler, guided=generate.Guidance(scale)
+        )
         accuracy = float((classifier.predict(_features(samples)) == labels).mean())
-        calls = generate.network_calls(run.model, run.sampler, guidance_scale=scale)
+        calls = generate.Guidance(scale).calls(run.model, run.sampler)
         table.append({"name": name, "steps": step, "accuracy": accuracy, "network_calls": calls})
         print(f"  {name:8s} {accuracy:8.1%} {calls:13d}")
         grids.append(images.picture(samples, labels))

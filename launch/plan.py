@@ -26,8 +26,8 @@ from mclr_jax import experiment, generate, main, plan, runs, target
 from mclr_jax.data import sources
 from mclr_jax.files import flat, provenance, write_json
 from mclr_jax.model import DataInfo, Model
-from mclr_jax.names import construct, fields, resolve
 from mclr_jax.samplers import Sampler
+from mclr_jax.schema import construct, fields, resolve
 from mclr_jax.training.devices import MODES
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, configs/NAME.py.")

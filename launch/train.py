@@ -16,11 +16,14 @@ from absl import flags
 from ml_collections import config_flags
 
 from launch import common, hosts
-from mclr_jax.experiment import NETWORKS
+from mclr_jax import schema
+from mclr_jax.config import Training
 from mclr_jax.main import train
-from mclr_jax.names import resolve
+from mclr_jax.parts import NETWORKS
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, configs/NAME.py.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file, configs/NAME.py. Its keys: " + "; ".join(schema.explain(Training))
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; made if missing.")
 RESTART = flags.DEFINE_bool("restart", False, "Move the run to WORKDIR/replaced, and begin anew.")
 
@@ -28,7 +31,7 @@ RESTART = flags.DEFINE_bool("restart", False, "Move the run to WORKDIR/replaced,
 def main() -> None:
     hosts.connect()
     config = CONFIG.value
-    common.use_cores(resolve(NETWORKS, config.network.name, "network"), config.batch_size)
+    common.use_cores(schema.resolve(NETWORKS, config.network.name, "network"), config.batch_size)
     train(config, WORKDIR.value, restart=RESTART.value)
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mclr_jax.names import in_range, pair
+from mclr_jax.schema import in_range, pair
 from mclr_jax.types import Condition, DenoiseFn, MomentsFn, as_condition, expand
 
 # (x (B, ...), c_noise (B,) or (B, F), condition) -> raw output (B, ...)

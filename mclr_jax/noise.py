@@ -5,7 +5,7 @@
 
 import dataclasses
 import math
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import numpy as np
 from jax.scipy.special import ndtri
 
 from mclr_jax.denoiser import V
-from mclr_jax.names import in_range
+from mclr_jax.schema import Keys, in_range, key
 
 LEVELS = 1e-9, 1e9  # a float32 holds their squares
 
@@ -26,15 +26,13 @@ class NoiseLevels(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class LogNormal:
+class LogNormal(Keys):
     """ln sigma ~ N(mean, std^2); the training distribution of EDM (Karras et al. 2022, Table 1)."""
 
-    mean: float = -1.2
-    std: float = 1.2
+    mean: float = key(-1.2, -20.0, 20.0, says="of ln sigma")
+    std: float = key(1.2, 0.0, 10.0, says="of ln sigma")
 
-    def __post_init__(self):
-        in_range("noise.mean", self.mean, -20.0, 20.0)
-        in_range("noise.std", self.std, 0.0, 10.0)
+    where: ClassVar[str] = "noise"
 
     def sample(self, key: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
         return jnp.exp(self.mean + self.std * jax.random.normal(key, shape))
@@ -126,7 +124,7 @@ class Forcing:
 
 
 @dataclasses.dataclass(frozen=True)
-class CausalForcing:
+class CausalForcing(Keys):
     """Causality-aware levels of diffusion forcing for data assimilation (arXiv 2605.14285).
 
     Levels are those of the preconditioning `v` at its steps. With probability 1 - rho the steps of
@@ -136,14 +134,11 @@ class CausalForcing:
     and level 0, clean data, the lowest step: the loss has no finite weight for data without noise.
     """
 
-    rho: float = 0.25
-    stages: int = 100
-    context: int = 0  # at most frames - 1; 0 for frames - 1
+    rho: float = key(0.25, 0.0, 1.0, says="probability of a pyramid")
+    stages: int = key(100, 1, says="levels of the pyramid")
+    context: int = key(0, 0, says="largest number of first frames; 0: all but one")
 
-    def __post_init__(self):
-        in_range("noise.rho", self.rho, 0.0, 1.0)
-        in_range("noise.stages", self.stages, 1)
-        in_range("noise.context", self.context, 0)
+    where: ClassVar[str] = "noise"
 
     def steps(self, key: jax.Array, frames: int) -> jax.Array:
         """The steps (frames,) of one example, -1 for clean data."""

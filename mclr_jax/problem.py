@@ -8,8 +8,8 @@ import jax
 from flax import struct
 
 from mclr_jax.metrics import Metrics
-from mclr_jax.names import class_factors
 from mclr_jax.noise import NoiseLevels
+from mclr_jax.schema import class_factors
 from mclr_jax.types import Condition, DenoiseFn, MomentsFn
 
 # (x (B, ...), sigma (B,) or (B, F), condition) -> log-odds of the classes (B, K)

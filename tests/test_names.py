@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mclr_jax.names import (
+from mclr_jax.schema import (
     check_keys,
     construct,
     in_range,

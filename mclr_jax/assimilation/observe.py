@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mclr_jax.files import named, save_arrays
-from mclr_jax.names import as_tuple, fields, in_range, look_up, nearest, of_kind
+from mclr_jax.schema import as_tuple, fields, in_range, look_up, nearest, of_kind
 
 FUNCTIONS: dict[str, Callable] = {"identity": lambda z: z} | {
     name: getattr(jnp, name) for name in ("arctan", "tanh", "square", "abs", "exp", "log")

@@ -30,8 +30,8 @@ from mclr_jax.assimilation import guide
 from mclr_jax.assimilation.observe import Observations, Operator
 from mclr_jax.assimilation.schedules import GUIDANCE, Plan, Update, levels, matrix, updates
 from mclr_jax.generate import check_memory
-from mclr_jax.names import in_range
 from mclr_jax.noise import normal_like, sample_keys
+from mclr_jax.schema import in_range
 from mclr_jax.types import expand
 
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mclr_jax.names import in_range, look_up
 from mclr_jax.noise import LEVELS
 from mclr_jax.samplers import METHODS
+from mclr_jax.schema import in_range, look_up
 
 GUIDANCE = {"posterior": ("c", "overlap", "reach"), "conjugate": ("iterations",),
             "norm": ("zeta", "g")}  # fmt: skip

@@ -22,9 +22,9 @@ from mclr_jax.data.pixels import to_float
 from mclr_jax.data.protocol import Source, evenly
 from mclr_jax.evaluation.features import Extractor
 from mclr_jax.model import Model
-from mclr_jax.names import in_range
 from mclr_jax.noise import LEVELS
 from mclr_jax.samplers import Sampler
+from mclr_jax.schema import in_range
 
 HELD_OUT = 10_000  # at most so many held-out images, evenly spaced
 
@@ -95,7 +95,8 @@ def calibrate(
     sigma: float = 0.3,
     seed: int = 1,
     progress: Callable[[int], Any] = lambda count: None,  # called with the number of new samples
-    **options: Any,  # interval, weak and batch_size of `generate.generate`
+    guided: generate.Guidance = generate.NONE,  # at the scales 1 + strength
+    batch_size: int = 256,
 ) -> dict[str, Any]:
     """Strengths by class, as JSON: those of the rule above, and what they were found from.
 
@@ -118,15 +119,15 @@ def calibrate(
     real, real_error = recognition(classifier, examples, classes, sigma, seed)
     labels = np.resize(np.arange(model.null_label), model.null_label * samples_per_class)
     strengths, rows, calls = np.linspace(0.0, max_strength, grid), [], 0
-    cost = {name: options[name] for name in ("interval", "weak") if name in options}
     for strength in strengths:
-        guided = {} if weights else {"guidance_scale": 1 + strength}
+        here = generate.NONE if weights else guided.at(1 + strength)
         params = weights(strength) if weights else params
         samples = generate.generate(
-            model, params, labels, sampler, seed=seed, progress=progress, **guided, **options
-        )
+            model, params, labels, sampler, guided=here, seed=seed, batch_size=batch_size,
+            progress=progress,
+        )  # fmt: skip
         rows.append(recognition(classifier, images.clip(samples), labels, sigma, seed))
-        calls += len(labels) * generate.network_calls(model, sampler, **guided, **cost)
+        calls += len(labels) * here.calls(model, sampler)
     means = np.array([mean for mean, _ in rows])
 
     def factors(wanted: np.ndarray) -> list[float]:

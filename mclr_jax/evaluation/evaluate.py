@@ -23,8 +23,7 @@ from mclr_jax.data.protocol import Source, evenly
 from mclr_jax.evaluation import metrics
 from mclr_jax.evaluation.features import BATCH, Extractor, Features
 from mclr_jax.files import digest, provenance, save_arrays, write_json
-from mclr_jax.model import Model
-from mclr_jax.names import look_up
+from mclr_jax.schema import look_up
 from mclr_jax.training.devices import banner, exists, is_first
 
 KEPT = 10_000  # examples of the reference whose features are kept, for neighbours and classes
@@ -139,12 +138,10 @@ def evaluate(
     judge: Extractor | None = None,  # that accuracy is judged by; default: `extractor`
     num_samples: int = 10_000,  # of each row, with equally many of each class
     seed: int = 0,
-    guidance_scales: Iterable[float] = (1.0,),
+    guided: generate.Guidance = generate.NONE,
+    guidance_scales: Iterable[float] = (1.0,),  # in place of that of `guided`
     averages: Iterable[str] = ("",),
     interpolations: Iterable[float] = (1.0,),
-    class_strengths: Sequence[float] | None = None,
-    interval: tuple[float, float] | None = None,
-    weak: tuple[Model, Any] | None = None,
     training: Source | None = None,  # images, to find copies of them: column `memorized`
     batch_size: int = 256,
     progress: Callable[[int], Any] = lambda count: None,  # called with the number of new samples
@@ -160,14 +157,12 @@ def evaluate(
     made_by = {**provenance(), "device": banner()}
     labels = np.resize(np.arange(run.model.null_label), num_samples)
     fixed: dict[str, Any] = {
-        "guidance_interval": interval, "sampler": dataclasses.asdict(run.sampler), "seed": seed,
+        **guided.settings(), "sampler": dataclasses.asdict(run.sampler), "seed": seed,
         "samples": num_samples, "rounding": "8 bits", "metrics": list(names),
         "features": extractor.name, "features_weights": extractor.digest,
         "judge": (judge or extractor).name, "judge_weights": (judge or extractor).digest,
         "reference": real.digest, "reference_examples": real.moments.count,
     }  # fmt: skip
-    fixed |= {"autoguidance": digest(weak[1])} if weak else {}  # other rows keep their keys
-    fixed |= {} if class_strengths is None else {"class_strengths": list(class_strengths)}
     fixed |= {"memorized_from": _content(training)} if training is not None else {}
     for average, interpolation in itertools.product(averages, interpolations):
         params, step = run.weights(average, interpolation=interpolation)
@@ -181,15 +176,13 @@ def evaluate(
                 rows.append(json.loads(path.read_text()))
                 progress(num_samples)
                 continue
-            guided: dict[str, Any] = {"guidance_scale": scale, "class_strengths": class_strengths,
-                                      "interval": interval, "weak": weak}  # fmt: skip
-            start = time.perf_counter()
+            start, here = time.perf_counter(), guided.at(scale)
             samples = generate.generate(
                 run.model, params, labels, run.sampler,
-                seed=seed, batch_size=batch_size, progress=progress, **guided,
+                guided=here, seed=seed, batch_size=batch_size, progress=progress,
             )  # fmt: skip
             cost = {
-                "network_calls": generate.network_calls(run.model, run.sampler, **guided),
+                "network_calls": here.calls(run.model, run.sampler),
                 "samples_per_second": num_samples / (time.perf_counter() - start),
             }
             pixels = images.as_8_bits(samples)

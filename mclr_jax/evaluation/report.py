@@ -36,6 +36,7 @@ def read(
     workdir: str | pathlib.Path,
     guidance_scales: Sequence[float] = (),
     per_class: int = 6,
+    guided: generate.Guidance = generate.NONE,
     **options: Any,
 ) -> Run:
     """The data of the run in `workdir`; FileNotFoundError if it is not the directory of a run.
@@ -59,10 +60,10 @@ def read(
         labels = np.tile(np.arange(run.model.null_label), per_class)
         for scale in map(float, guidance_scales):
             samples = generate.generate(
-                run.model, params, labels, run.sampler, guidance_scale=scale, **options
+                run.model, params, labels, run.sampler, guided=guided.at(scale), **options
             )
             grids[scale] = images.png(images.picture(images.clip(samples), labels, per_class))
-    return Run(workdir.name, flat(run.config.to_dict()), curves, rows, grids)
+    return Run(workdir.name, flat(dict(run.config)), curves, rows, grids)
 
 
 def page(runs: Sequence[Run]) -> str:

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.nn.initializers import lecun_normal, normal, zeros
 
-from mclr_jax.names import in_range
 from mclr_jax.networks import layers
 from mclr_jax.networks.layers import Dropout, Linear, Network, RelativeBias
 from mclr_jax.networks.layers import positional_embedding as timestep_embedding
+from mclr_jax.schema import in_range
 from mclr_jax.types import Condition
 
 

@@ -16,7 +16,7 @@ from jax.nn.initializers import Initializer, ones, xavier_uniform, zeros
 from jax.sharding import AxisType
 
 from mclr_jax import target
-from mclr_jax.names import in_range, look_up
+from mclr_jax.schema import in_range, key, look_up
 from mclr_jax.types import Condition
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -278,7 +278,8 @@ class Network(nn.Module, kw_only=True):
     augment_dim: int = 0  # length of the augmentation vector, 0 for none
     takes_strength: bool = False  # whether the guidance strength is an input
     dropout: float = 0.0  # rate in each block, used if the condition has dropout keys
-    dtype: Any = jnp.float32  # of the computation; parameters, norms, softmax, output are float32
+    # Of the computation; parameters, norms, softmax and output are float32.
+    dtype: Any = key(jnp.float32, words=dict.fromkeys(("float32", "bfloat16")))
     remat: bool = False  # recompute blocks in the backward pass, to save memory
     remat_policy: str = "nothing"  # name of KEPT: what is not computed again
     optional_inputs: ClassVar[tuple[str, ...]] = ("map_strength", "map_augment")

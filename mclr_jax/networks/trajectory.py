@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.nn.initializers import normal, zeros
 
-from mclr_jax.names import in_range
 from mclr_jax.networks import layers
 from mclr_jax.networks.dit import Block, feed_forward, modulated, self_attention
 from mclr_jax.networks.layers import Dropout, Linear, Network, depth_to_space, space_to_depth
 from mclr_jax.networks.mlp import noise_embedding
+from mclr_jax.schema import in_range
 from mclr_jax.types import Condition
 
 

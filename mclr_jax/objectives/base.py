@@ -7,9 +7,9 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from mclr_jax.names import in_range, pair
 from mclr_jax.noise import normal_like, split
 from mclr_jax.problem import Batch, Loss, Models, Problem
+from mclr_jax.schema import check, pair
 from mclr_jax.types import Condition, DenoiseFn, expand, with_label
 
 
@@ -19,10 +19,10 @@ class Objective(Protocol):
     The loss of an example may not depend on other examples: devices and accumulation split batches.
     """
 
-    takes_class_strengths: ClassVar[bool] = False  # whether it calls `strength_factor`
+    where: ClassVar[str] = "config.objective"
 
     def __post_init__(self):
-        in_range("objective.label_dropout", getattr(self, "label_dropout", 0.0), 0.0, 1.0)
+        check(self)
 
     @property
     def needs(self) -> frozenset[str]:

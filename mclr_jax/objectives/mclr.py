@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 
 from mclr_jax.metrics import effective_share, maximum, mean
-from mclr_jax.names import in_range
 from mclr_jax.noise import split
 from mclr_jax.objectives.base import (
     Objective,
@@ -38,6 +37,7 @@ from mclr_jax.objectives.base import (
     square_error,
 )
 from mclr_jax.problem import Batch, Loss, Models, Problem
+from mclr_jax.schema import in_range
 from mclr_jax.types import with_label
 
 WORDS = {
@@ -75,8 +75,6 @@ class MCLR(Objective):
       sigma_interval: (low, high): contrast only if low < sigma <= high, in all frames.
     """
 
-    takes_class_strengths = True
-
     beta: float = 1.0
     label_dropout: float = 0.1
     negatives: str = "posterior"
@@ -106,6 +104,7 @@ class MCLR(Objective):
     def needs(self) -> frozenset[str]:
         reference = self._held or self.target == "reference"
         needs = {"class_prior": True, "posterior": self._equivalent, "reference": reference}
+        needs |= {"class_strengths": True}
         return frozenset(name for name, needed in needs.items() if needed)
 
     @property

@@ -34,7 +34,6 @@ import jax
 import jax.numpy as jnp
 
 from mclr_jax.metrics import Metrics, mean
-from mclr_jax.names import in_range
 from mclr_jax.noise import split
 from mclr_jax.objectives.base import (
     Objective,
@@ -55,6 +54,7 @@ from mclr_jax.objectives.base import (
     strength_factor,
 )
 from mclr_jax.problem import Batch, Loss, Models, Problem
+from mclr_jax.schema import in_range
 from mclr_jax.types import expand, with_label
 
 WORDS = {
@@ -90,8 +90,6 @@ class NullMCLR(Objective):
       negative_share: 1, 0.5 or 0.25: the second contrast is for every example, every second or
         every fourth, scaled so that its mean stays the same.
     """
-
-    takes_class_strengths = True
 
     beta: float = 1.0
     label_dropout: float = 0.1
@@ -129,7 +127,7 @@ class NullMCLR(Objective):
             "weak": self.wrong == "weak",
             "posterior": self._asks_posterior,
         }
-        found = {name for name, needed in needs.items() if needed}
+        found = {name for name, needed in needs.items() if needed} | {"class_strengths"}
         return frozenset(found | ({"reference", "class_prior"} if self.wrong_label else set()))
 
     def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:

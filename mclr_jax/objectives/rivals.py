@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from mclr_jax.metrics import Metrics, mean
-from mclr_jax.names import in_range, pair
 from mclr_jax.noise import normal_like, split
 from mclr_jax.objectives.base import (
     Objective,
@@ -26,6 +25,7 @@ from mclr_jax.objectives.base import (
     strength_factor,
 )
 from mclr_jax.problem import Batch, Loss, Models, Problem
+from mclr_jax.schema import in_range, pair
 from mclr_jax.types import Condition, expand, with_label
 
 
@@ -44,14 +44,12 @@ class CCA(Objective):
     `second_positives` c~ is drawn by that law, independently, for dropped labels too.
     """
 
-    takes_class_strengths = True
-
     beta: float = 0.02  # inverse temperature; a larger beta is a weaker contrast
     negative_weight: float = 1000.0  # lambda
     label_dropout: float = 0.1
     second_positives: bool = False
 
-    needs = frozenset({"reference", "class_prior"})
+    needs = frozenset({"reference", "class_prior", "class_strengths"})
 
     def __post_init__(self):
         super().__post_init__()
@@ -240,12 +238,10 @@ class GFT(Objective):
     input is the strength, of which b is a function.
     """
 
-    takes_class_strengths = True
-
     beta: float = 1.0  # the strength, if it is no input of the network
     label_dropout: float = 0.1
 
-    needs = frozenset({"self"})
+    needs = frozenset({"self", "class_strengths"})
 
     def __post_init__(self):
         super().__post_init__()
@@ -282,15 +278,13 @@ class ModelGuidance(Objective):
     not one of decay 0.9999.
     """
 
-    takes_class_strengths = True
-
     scale: float = 0.45  # w, in [0, 1); for other values there is no fixed point
     # (low, high): targets are guided where low < sigma / sigma_data <= high. The paper's t < 0.75
     # of flow matching is sigma / sigma_data = t / (1 - t) < 3.
     relative_interval: tuple[float, float] = (0.0, 3.0)
     label_dropout: float = 0.1
 
-    needs = frozenset({"average"})
+    needs = frozenset({"average", "class_strengths"})
 
     def __post_init__(self):
         super().__post_init__()
