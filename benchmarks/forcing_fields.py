@@ -35,7 +35,7 @@ from lorenz63 import analyse
 from tasks import RESULTS, made
 
 from mclr_jax import runs
-from mclr_jax.assimilation import metrics, observe, regimes
+from mclr_jax.assimilation import observe, regimes, scores
 from mclr_jax.assimilation.schedules import Plan, lags
 from mclr_jax.files import digest, provenance, write_json
 from mclr_jax.training.devices import banner
@@ -88,10 +88,10 @@ def forecast_row(run, params, path, plan: Plan, options: dict) -> dict:
     ).members  # fmt: skip
     early, late = ((members[:, :, part], truth[:, part])
                    for part in (slice(0, frames), slice(frames, None)))  # fmt: skip
-    seen = {} if initial is not None else metrics.summary(*early, ())
+    seen = {} if initial is not None else scores.summary(*early, ())
     by_frame = np.sqrt(((members.mean(1) - truth) ** 2).mean((0, 2)))
     return {
-        **{f"observed_{key}": value for key, value in seen.items()}, **metrics.summary(*late, ()),
+        **{f"observed_{key}": value for key, value in seen.items()}, **scores.summary(*late, ()),
         "rmse_by_frame": np.round(by_frame.astype(float), 3).tolist(),
         "climatology": float(truth.std()), "seconds": time.monotonic() - start,
     }  # fmt: skip

@@ -23,11 +23,11 @@ import time
 
 import numpy as np
 from assimilation import PROTOCOLS
-from assimilation_baselines import scores
+from assimilation_baselines import score
 from tasks import RESULTS, made
 
 from mclr_jax import runs
-from mclr_jax.assimilation import metrics, observe, regimes
+from mclr_jax.assimilation import observe, regimes, scores
 from mclr_jax.assimilation.schedules import Plan, lags
 from mclr_jax.files import digest, provenance, write_json
 from mclr_jax.training.devices import banner
@@ -63,13 +63,13 @@ def analyse(run, params, path: pathlib.Path, system, regime: str, plan: Plan, op
         batch_size=options.get("batch_size", 512), progress=calls.append,
     )  # fmt: skip
     x, truth = found.members, arrays["truth"][some]
-    row = scores(
+    row = score(
         system, truth, np.asarray(seen.values), x.mean(1), x.std(1, ddof=1), x, kind[0] == "batch",
         arrays["scale"],
     )  # fmt: skip
     # the mean of E members has (E + 1) / E of the error of the exact mean, as the spread is judged
     row["spread_skill"] *= (1 + 1 / x.shape[1]) ** 0.5
-    row["ranks"] = metrics.rank_histogram(x, truth).tolist()
+    row["ranks"] = scores.rank_histogram(x, truth).tolist()
     name = f"{regime.removesuffix('_norm')}_mean"
     exact = np.sqrt(((arrays.get(name, np.nan * x.mean(1))[some] - truth) ** 2).mean())
     return {

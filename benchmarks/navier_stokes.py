@@ -37,7 +37,7 @@ from scipy.stats import norm
 from tasks import RESULTS, ROOT, made
 
 from mclr_jax import runs
-from mclr_jax.assimilation import metrics, observe, regimes
+from mclr_jax.assimilation import observe, regimes, scores
 from mclr_jax.assimilation.schedules import Plan, lags
 from mclr_jax.assimilation.trajectories import Trajectories
 from mclr_jax.files import digest, provenance, save_arrays, write_atomically, write_json
@@ -109,13 +109,13 @@ def errors(mean: np.ndarray, truth: np.ndarray) -> dict:
     """Numbers of a row that a mean has."""
     size = lambda x: np.sqrt((x**2).sum((2, 3, 4)))  # noqa: E731
     each = size(mean - truth) / size(truth)
-    rmse = metrics.rmse(mean, truth)
+    rmse = scores.rmse(mean, truth)
     return {"nrmse": float(each.mean()), "nrmse_by_frame": each.mean(0).tolist(), "rmse": rmse,
             "spectrum_mean": spectrum(mean)}  # fmt: skip
 
 
 def spectrum(fields: np.ndarray) -> list[float]:
-    found = metrics.energy_spectrum(fields[..., 0])
+    found = scores.energy_spectrum(fields[..., 0])
     return found.reshape(-1, found.shape[-1]).mean(0).tolist()
 
 
@@ -149,7 +149,7 @@ def analyse(run, params, name: str, regime: str, which: str) -> tuple[dict, np.n
         run.model, params, obs, plan, lags(*_kind(regime)), ensemble=MEMBERS, batch_size=BATCH
     ).members
     row = errors(members.mean(1), truth)
-    row |= metrics.summary(members, truth, run.model.data.scale)
+    row |= scores.summary(members, truth, run.model.data.scale)
     return row | {"spectrum_members": spectrum(members),
                   "seconds": time.monotonic() - start}, members  # fmt: skip
 

@@ -28,7 +28,7 @@ from absl import flags, logging
 
 from launch import common
 from mclr_jax import runs
-from mclr_jax.assimilation import figure, metrics, observe, regimes
+from mclr_jax.assimilation import figure, observe, regimes, scores
 from mclr_jax.assimilation.schedules import Plan, lags
 from mclr_jax.files import digest, flat, named, provenance, save_arrays, write_atomically
 from mclr_jax.schema import nearest
@@ -174,7 +174,7 @@ def main() -> None:
     if truth is not None:
         shared = slice(begins, begins + min(truth.shape[1], members.shape[2] - begins))
         truth = truth[:, : shared.stop - shared.start]
-        for name, value in metrics.summary(
+        for name, value in scores.summary(
             members[:, :, shared], truth, run.model.data.scale
         ).items():
             print(f"{name:15s} {value:.4g}")

@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mclr_jax.metrics import effective_share, maximum, mean
 from mclr_jax.noise import split
 from mclr_jax.objectives.base import (
     Objective,
@@ -37,6 +36,7 @@ from mclr_jax.objectives.base import (
     square_error,
 )
 from mclr_jax.problem import Batch, Loss, Models, Problem
+from mclr_jax.reductions import effective_share, maximum, mean
 from mclr_jax.schema import in_range
 from mclr_jax.types import with_label
 

@@ -33,7 +33,6 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from mclr_jax.metrics import Metrics, mean
 from mclr_jax.noise import split
 from mclr_jax.objectives.base import (
     Objective,
@@ -54,6 +53,7 @@ from mclr_jax.objectives.base import (
     strength_factor,
 )
 from mclr_jax.problem import Batch, Loss, Models, Problem
+from mclr_jax.reductions import Metrics, mean
 from mclr_jax.schema import in_range
 from mclr_jax.types import expand, with_label
 

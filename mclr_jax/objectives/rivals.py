@@ -10,7 +10,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mclr_jax.metrics import Metrics, mean
 from mclr_jax.noise import normal_like, split
 from mclr_jax.objectives.base import (
     Objective,
@@ -25,6 +24,7 @@ from mclr_jax.objectives.base import (
     strength_factor,
 )
 from mclr_jax.problem import Batch, Loss, Models, Problem
+from mclr_jax.reductions import Metrics, mean
 from mclr_jax.schema import in_range, pair
 from mclr_jax.types import Condition, expand, with_label
 

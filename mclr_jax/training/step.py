@@ -10,7 +10,7 @@ import optax
 from flax import struct
 
 from mclr_jax import target
-from mclr_jax.metrics import Metrics, mean, over_devices, over_rows
+from mclr_jax.reductions import Metrics, mean, over_devices, over_rows
 from mclr_jax.task import Task
 
 BLOCK = 4  # rows that accumulation keeps together, for losses of every second or fourth row
