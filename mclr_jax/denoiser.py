@@ -3,8 +3,8 @@
     D(x, sigma, condition) = c_skip x + c_out F(c_in x, c_noise, condition)
 
 Each published convention is a frozen dataclass with `scales(sigma)`, the four factors, and
-`levels`, the range of noise levels that sampling may use. Code that calls a `DenoiseFn` does not
-depend on the convention. With the natural loss weight 1 / c_out^2 the loss is |F - F_exact|^2.
+`sigma_range`, the noise levels that sampling may use. Code that calls a `DenoiseFn` does not depend
+on the convention. With the natural loss weight 1 / c_out^2 the loss is |F - F_exact|^2.
 """
 
 import abc
@@ -37,7 +37,7 @@ class Preconditioning(Protocol):
     """The interface of all conventions; frozen dataclasses, which compare and hash by value."""
 
     @property
-    def levels(self) -> tuple[float, float]:
+    def sigma_range(self) -> tuple[float, float]:
         """Lowest and highest noise level of the training."""
 
     def scales(self, sigma: jax.Array) -> Scales: ...
@@ -55,7 +55,7 @@ class EDM:
     def __post_init__(self):
         in_range("preconditioning.sigma_data", self.sigma_data, 1e-9, 1e9)
 
-    levels = (0.0, float("inf"))
+    sigma_range = (0.0, float("inf"))
 
     def scales(self, sigma: jax.Array) -> Scales:
         total = sigma**2 + self.sigma_data**2
@@ -76,7 +76,7 @@ class Velocity:
 
     data_at: int = 1
 
-    levels = (0.0, float("inf"))
+    sigma_range = (0.0, float("inf"))
 
     def __post_init__(self):
         if self.data_at not in (0, 1):
@@ -117,7 +117,7 @@ class _Discrete(abc.ABC):
         return np.sqrt(1 / np.cumprod(self.alphas) - 1)
 
     @property
-    def levels(self) -> tuple[float, float]:
+    def sigma_range(self) -> tuple[float, float]:
         return float(self.table[0]), float(self.table[-1])
 
     def _clock(self, sigma: jax.Array) -> jax.Array:

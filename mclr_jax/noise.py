@@ -15,7 +15,7 @@ from jax.scipy.special import ndtri
 from mclr_jax.denoiser import V
 from mclr_jax.schema import Keys, in_range, key
 
-LEVELS = 1e-9, 1e9  # a float32 holds their squares
+SIGMA_RANGE = 1e-9, 1e9  # a float32 holds their squares
 
 
 class NoiseLevels(Protocol):
@@ -46,8 +46,8 @@ class LogUniform:
     sigma_max: float = 80.0
 
     def __post_init__(self):
-        in_range("noise.sigma_min", self.sigma_min, *LEVELS)
-        in_range("noise.sigma_max", self.sigma_max, float(self.sigma_min), LEVELS[1])
+        in_range("noise.sigma_min", self.sigma_min, *SIGMA_RANGE)
+        in_range("noise.sigma_max", self.sigma_max, float(self.sigma_min), SIGMA_RANGE[1])
 
     def sample(self, key: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
         low, high = np.log(self.sigma_min), np.log(self.sigma_max)

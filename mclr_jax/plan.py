@@ -376,7 +376,7 @@ def sampling(
         raise ValueError(
             f"A batch of {batch_size} samples on {len(all_devices)} devices; expected a multiple."
         )
-    sigmas = sampler.grid(model.preconditioning.levels)
+    sigmas = sampler.grid(model.preconditioning.sigma_range)
     scales = generate.scales_by_label(model, guidance_scale, None)
     run = generate.program(model, sampler.method, generate.is_guided(model, guidance_scale))
     scalars = jax.eval_shape(

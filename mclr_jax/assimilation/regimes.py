@@ -231,7 +231,7 @@ def _course(
 
 
 def assimilate(
-    model: Any,  # with moments(params), data, null_label and preconditioning.levels
+    model: Any,  # with moments(params), data, null_label and preconditioning.sigma_range
     params: Any,
     observations: Observations,
     scheme: Scheme,
@@ -260,7 +260,8 @@ def assimilate(
     blocks = np.isinf(lags).any() and window < frames
     context = scheme.context or (window // 4 if blocks else 0)
     out = np.full((len(path), len(until), *path.shape[2:]), np.nan, np.float32)
-    run, high = _compiled(model, obs.operator, scheme, ensemble), model.preconditioning.levels[1]
+    run = _compiled(model, obs.operator, scheme, ensemble)
+    high = min(scheme.sigma_max, model.preconditioning.sigma_range[1])
     size = batch_size // ensemble * ensemble or (batch_size if scheme.revise else ensemble)
     for rows, real in _chunks(len(path), size):
         keys, here, group = member_keys(seed, rows, ensemble), path[rows], rows // ensemble
@@ -273,7 +274,7 @@ def assimilate(
             if not state and obs.initial is not None:
                 clean |= k == 0
             steps = scheme.steps if old.any() else scheme.first_steps
-            grid = levels(scheme, ~old, clean, steps, min(scheme.sigma_max, high))
+            grid = levels(scheme, ~old, clean, steps, high)
             resampled = bool(informed and not scheme.revise and old.any())
             grid = np.pad(grid, ((0, 0), (0, ahead)), constant_values=grid.max())
             shown = slice(end, end + window + ahead)
@@ -309,7 +310,7 @@ def scheduled(
     """
     obs = observations.for_states(tuple(model.data.shape[1:]), model.data.time_step)
     count, frames, _ = obs.values.shape
-    high = min(scheme.sigma_max, model.preconditioning.levels[1])
+    high = min(scheme.sigma_max, model.preconditioning.sigma_range[1])
     curve = levels(scheme, np.ones(1, bool), np.zeros(1, bool), scheme.steps, high)[:, 0]
     first = _whole_tokens(model, frames) - frames  # unobserved frames before frame 0
     grid = curve[scheme.steps - matrix(first + frames, scheme.steps, u)].astype(np.float32)

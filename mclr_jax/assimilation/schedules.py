@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mclr_jax.noise import LEVELS
+from mclr_jax.noise import SIGMA_RANGE
 from mclr_jax.samplers import METHODS
 from mclr_jax.schema import in_range, look_up
 
@@ -46,12 +46,12 @@ class Scheme:
         look_up(GUIDANCE, self.guidance, "guidance")
         limits: dict = dict.fromkeys(("steps", "first_steps", "iterations"), (1, 100_000))
         limits |= dict.fromkeys(("window", "context"), (0,))
-        limits |= dict.fromkeys(("c", "overlap", "zeta", "g"), (0.0,)) | {"sigma_min": LEVELS}
+        limits |= dict.fromkeys(("c", "overlap", "zeta", "g"), (0.0,)) | {"sigma_min": SIGMA_RANGE}
         limits["inflation"] = 0.0, 100.0
         limits |= {"reach": (0.0, None, "("), "screen": (0.0, 1.0, "(")}
         for key, limit in limits.items():
             in_range(f"scheme.{key}", getattr(self, key), *limit)
-        in_range("scheme.sigma_max", self.sigma_max, float(self.sigma_min), LEVELS[1])
+        in_range("scheme.sigma_max", self.sigma_max, float(self.sigma_min), SIGMA_RANGE[1])
         in_range("scheme.restart", self.restart, self.sigma_min, self.sigma_max, open="(")
 
 
