@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 from ml_collections import ConfigDict
 
-from mclr_jax import schema, target
+from mclr_jax import backend, schema
 from mclr_jax.data.augment import LABEL_SIZE
 from mclr_jax.data.protocol import Source
 from mclr_jax.data.protocol import sigma_data as measured_sigma
@@ -163,7 +163,7 @@ class Training(Keys):
     @property
     def dispatch(self) -> int:
         """Steps of a call: XLA:CPU is up to 59 times slower at gradients of convolutions in a loop."""
-        return self.steps_per_dispatch or (1 if target.backend() == "cpu" else 8)
+        return self.steps_per_dispatch or (1 if backend.traced_for() == "cpu" else 8)
 
     @property
     def save_periods(self) -> tuple[int, int]:
