@@ -15,15 +15,15 @@ from mclr_jax.denoiser import EDM, Epsilon, V, Velocity
 from mclr_jax.evaluation import likelihood
 from mclr_jax.networks.dit import DiT
 from mclr_jax.networks.mlp import MLP
+from mclr_jax.objectives.base import Batch, Models, Problem
 from mclr_jax.objectives.classify import Classify
 from mclr_jax.objectives.dsm import DSM
 from mclr_jax.objectives.mclr import MCLR
 from mclr_jax.objectives.mclr_null import NullMCLR
 from mclr_jax.objectives.rivals import CCA, DDO, DPO, GFT, ContrastiveFlow, ModelGuidance
-from mclr_jax.problem import Answers, Batch, Models, Problem
 from mclr_jax.representation import perturb
 from mclr_jax.training.step import init_state, make_update
-from mclr_jax.types import Condition
+from mclr_jax.types import Answers, Condition
 
 B, EXACT = 6, mixture.toy()
 SIGMA = jnp.array([0.02, 0.3, 0.7, 1.5, 4.0, 20.0])
