@@ -22,7 +22,7 @@ FLOORS = [
     ["experiment"],
     ["training/"],
     ["runs", "generate", "images"],
-    ["plan"],
+    ["plan", "calibrate"],
     ["pretrained/", "assimilation/"],
     ["evaluation/"],
     ["representation/"],
