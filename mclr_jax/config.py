@@ -15,14 +15,14 @@ from typing import Any, ClassVar
 import numpy as np
 from ml_collections import ConfigDict
 
-from mclr_jax import schema, target
+from mclr_jax import backend, schema
 from mclr_jax.data.augment import LABEL_SIZE
 from mclr_jax.data.protocol import Source
 from mclr_jax.data.protocol import sigma_data as measured_sigma
 from mclr_jax.data.sources import Data
 from mclr_jax.denoiser import fused_snr_weight, natural_weight
 from mclr_jax.model import DataInfo, Model
-from mclr_jax.noise import LEVELS, CausalForcing, Forcing, LogNormal, LogUniform, NoiseLevels
+from mclr_jax.noise import SIGMA_RANGE, CausalForcing, Forcing, LogNormal, LogUniform, NoiseLevels
 from mclr_jax.objectives.base import Objective
 from mclr_jax.objectives.classify import Classify
 from mclr_jax.objectives.dsm import DSM
@@ -59,7 +59,7 @@ class ICR(Keys):
 
     every_steps: int = key(0, 0, says="measure and write a checkpoint; 0 for never")
     num_images: int = key(2048, 2, says="training images, at least twice the length of features")
-    sigma: float = key(0.29, 0.0, LEVELS[1], "(", says="noise level at which features are read")
+    sigma: float = key(0.29, 0.0, SIGMA_RANGE[1], "(", says="noise level of the features")
     layer: str = key("", says="name of a block; empty for the middle one")
     samples: int = key(0, 0, says="samples for the memorized fraction; 0 for none")
 
@@ -97,7 +97,7 @@ class Training(Keys):
     keep_checkpoints: int = key(2, 1, says="newest ones; the one with the lowest held-out loss too")
     eval_examples: int = key(1024, 0, says="held-out examples for that loss; 0 for none")
     sample_every: int = key(0, 0, says="steps between two grids of samples; 0 for never")
-    sigma_data: float = key(0.0, 0.0, LEVELS[1], says="standard deviation; 0 measures it")
+    sigma_data: float = key(0.0, 0.0, SIGMA_RANGE[1], says="standard deviation; 0 measures it")
     strength: tuple[float, ...] = key((), says="(low, high) of the guidance strength as an input")
     class_strengths: tuple[float, ...] = key((), says="factors of the objective's strength by "
                                              "class, of launch.calibrate; empty: 1")  # fmt: skip
@@ -173,7 +173,7 @@ class Training(Keys):
 
         XLA:CPU computes gradients of convolutions up to 59 times slower inside a loop.
         """
-        return self.steps_per_dispatch or (1 if target.backend() == "cpu" else 8)
+        return self.steps_per_dispatch or (1 if backend.traced_for() == "cpu" else 8)
 
     @property
     def save_periods(self) -> tuple[int, int]:

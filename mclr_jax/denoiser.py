@@ -3,8 +3,8 @@
     D(x, sigma, condition) = c_skip x + c_out F(c_in x, c_noise, condition)
 
 Each published convention is a frozen dataclass with `scales(sigma)`, the four factors, and
-`levels`, the range of noise levels that sampling may use. Code that calls a `DenoiseFn` does not
-depend on the convention. With the natural loss weight 1 / c_out^2 the loss is |F - F_exact|^2.
+`sigma_range`, the noise levels that sampling may use. Code that calls a `DenoiseFn` does not depend
+on the convention. With the natural loss weight 1 / c_out^2 the loss is |F - F_exact|^2.
 """
 
 import abc
@@ -37,7 +37,7 @@ class Preconditioning(Protocol):
     """The interface of all conventions; frozen dataclasses, which compare and hash by value."""
 
     @property
-    def levels(self) -> tuple[float, float]:
+    def sigma_range(self) -> tuple[float, float]:
         """Lowest and highest noise level of the training."""
 
     def scales(self, sigma: jax.Array) -> Scales: ...
@@ -53,7 +53,7 @@ class EDM(Keys):
     sigma_data: float = key(0.5, 1e-9, 1e9, says="standard deviation of the data")
 
     where: ClassVar[str] = "config.preconditioning"
-    levels = (0.0, float("inf"))
+    sigma_range = (0.0, float("inf"))
 
     def scales(self, sigma: jax.Array) -> Scales:
         total = sigma**2 + self.sigma_data**2
@@ -75,7 +75,7 @@ class Velocity(Keys):
     data_at: int = key(1, words=(0, 1), says="time of the data: 1 of SiT, 0 of REPA")
 
     where: ClassVar[str] = "config.preconditioning"
-    levels = (0.0, float("inf"))
+    sigma_range = (0.0, float("inf"))
 
     def scales(self, sigma: jax.Array) -> Scales:
         data, noise = 1 / (1 + sigma), sigma / (1 + sigma)  # 1 - t and t
@@ -113,7 +113,7 @@ class _Discrete(Keys, abc.ABC):
         return np.sqrt(1 / np.cumprod(self.alphas) - 1)
 
     @property
-    def levels(self) -> tuple[float, float]:
+    def sigma_range(self) -> tuple[float, float]:
         return float(self.table[0]), float(self.table[-1])
 
     def _clock(self, sigma: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from jax.scipy.special import ndtri
 from mclr_jax.denoiser import V
 from mclr_jax.schema import Keys, in_range, key
 
-LEVELS = 1e-9, 1e9  # a float32 holds their squares
+SIGMA_RANGE = 1e-9, 1e9  # a float32 holds their squares
 
 
 class NoiseLevels(Protocol):
@@ -42,14 +42,14 @@ class LogNormal(Keys):
 class LogUniform(Keys):
     """ln sigma uniform between ln sigma_min and ln sigma_max."""
 
-    sigma_min: float = key(0.002, *LEVELS, says="lowest level")
-    sigma_max: float = key(80.0, *LEVELS, says="highest level")
+    sigma_min: float = key(0.002, *SIGMA_RANGE, says="lowest level")
+    sigma_max: float = key(80.0, *SIGMA_RANGE, says="highest level")
 
     where: ClassVar[str] = "config.noise"
 
     def __post_init__(self):
         super().__post_init__()
-        in_range("config.noise.sigma_max", self.sigma_max, float(self.sigma_min), LEVELS[1])
+        in_range("config.noise.sigma_max", self.sigma_max, float(self.sigma_min), SIGMA_RANGE[1])
 
     def sample(self, key: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
         low, high = np.log(self.sigma_min), np.log(self.sigma_max)
@@ -69,8 +69,8 @@ class Forcing(LogUniform):
     else log-normal. Quantiles are uniform, and rise linearly where levels rise.
     """
 
-    sigma_min: float = key(0.004, *LEVELS, says="lowest level")
-    sigma_max: float = key(20.0, *LEVELS, says="highest level")
+    sigma_min: float = key(0.004, *SIGMA_RANGE, says="lowest level")
+    sigma_max: float = key(20.0, *SIGMA_RANGE, says="highest level")
     shared: float = key(0.35, 0.0, 1.0, says="share with one level for all frames")
     independent: float = key(0.15, 0.0, 1.0, says="share with a level of its own for each frame")
     prefix: float = key(0.25, 0.0, 1.0, says="share with a lower level in the first frames")

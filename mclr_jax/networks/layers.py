@@ -15,7 +15,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.nn.initializers import Initializer, ones, xavier_uniform, zeros
 from jax.sharding import AxisType
 
-from mclr_jax import target
+from mclr_jax import backend
 from mclr_jax.schema import check, key
 from mclr_jax.types import Condition
 
@@ -30,7 +30,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None =
     store the (B, heads, N, N) weights. It has no forward-mode derivative.
     """
     fits = q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and bias is None
-    fused = fits and target.backend() == "gpu" and _cudnn_attention()
+    fused = fits and backend.traced_for() == "gpu" and _cudnn_attention()
     return jax.nn.dot_product_attention(q, k, v, bias, implementation="cudnn" if fused else "xla")
 
 
@@ -91,7 +91,7 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: Any = "S
     """x (B, H, W, C), kernel (kh, kw, C, D) of its dtype -> (B, H', W', D); XLA's `padding`."""
     margins = tuple(size // 2 for size in kernel.shape[:2])
     odd = all(size % 2 for size in kernel.shape[:2])
-    if target.backend() == "cpu" and stride == 1 and padding == "SAME" and odd:
+    if backend.traced_for() == "cpu" and stride == 1 and padding == "SAME" and odd:
         return _convolution.bind(x, kernel, margins=margins)
     return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=NHWC)
 

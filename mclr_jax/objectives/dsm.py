@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mclr_jax.metrics import mean
 from mclr_jax.objectives.base import (
     Objective,
     label_dropout,
@@ -14,6 +13,7 @@ from mclr_jax.objectives.base import (
     square_error,
 )
 from mclr_jax.problem import Batch, Loss, Models, Problem
+from mclr_jax.reductions import mean
 from mclr_jax.schema import key
 from mclr_jax.types import expand
 

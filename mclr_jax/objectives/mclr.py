@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mclr_jax.metrics import effective_share, maximum, mean
 from mclr_jax.noise import split
 from mclr_jax.objectives.base import (
     Objective,

@@ -33,7 +33,6 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from mclr_jax.metrics import Metrics, mean
 from mclr_jax.noise import split
 from mclr_jax.objectives.base import (
     Objective,
