@@ -38,6 +38,7 @@ from mclr_jax.objectives.base import (
     square_error,
 )
 from mclr_jax.problem import Batch, Loss, Models, Problem
+from mclr_jax.reductions import effective_share, maximum, mean
 from mclr_jax.schema import key
 from mclr_jax.types import with_label
 

@@ -55,6 +55,7 @@ from mclr_jax.objectives.base import (
     strength_factor,
 )
 from mclr_jax.problem import Batch, Loss, Models, Problem
+from mclr_jax.reductions import Metrics, mean
 from mclr_jax.schema import key
 from mclr_jax.types import expand, with_label
 
