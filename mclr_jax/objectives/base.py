@@ -11,7 +11,7 @@ from flax import struct
 
 from mclr_jax.noise import NoiseLevels, normal_like, split
 from mclr_jax.reductions import Metrics
-from mclr_jax.schema import check, class_factors, pair
+from mclr_jax.schema import check, class_factors, key
 from mclr_jax.types import (
     Answers,
     Condition,
@@ -109,6 +109,22 @@ class Objective(Protocol):
         return "Lower config.optimizer.learning_rate, set optimizer.clip_norm, or use float32."
 
 
+def label_dropout(default: float = 0.1) -> Any:
+    """A key: the probability of the null label in place of an example's own."""
+    return key(default, 0.0, 1.0, says="probability of the null label in place of an example's")
+
+
+def sigma_interval(what: str = "contrast only") -> Any:
+    """A key: noise levels (low, high]."""
+    return key((), 0.0, ordered=True, says=f"{what} if low < sigma <= high, in all frames")
+
+
+def negative_share(what: str = "the contrast") -> Any:
+    """A key: the share of rows with a negative term."""
+    says = f"share of examples with {what}, which is scaled so that its mean stays the same"
+    return key(1.0, words=(1.0, 0.5, 0.25), says=says)
+
+
 class Noisy(NamedTuple):
     """The inputs of a network, and keys (B,) for further random draws."""
 
@@ -174,16 +190,6 @@ def contrast_strength(
     label = noisy.condition.label
     there = inside(noisy.sigma, interval) & (label != problem.null_label)
     return jnp.where(there, strength * strength_factor(problem, label), 0.0)
-
-
-def check_words(objective: Objective, words: Mapping[str, tuple]) -> None:
-    """ValueError unless each option has one of its words, and each interval is a range or ()."""
-    for name in ("sigma_interval", "null_interval"):
-        if interval := getattr(objective, name, ()):
-            pair(f"objective.{name}", interval, 0.0)
-    for name, known in words.items():
-        if (value := getattr(objective, name)) not in known:
-            raise ValueError(f"objective.{name} is {value!r}; expected one of {known}.")
 
 
 def rows_with_negatives(share: float, rows: int) -> int:
