@@ -12,7 +12,6 @@ from absl.testing import parameterized
 from mclr_jax import denoiser, ema, guidance, mixture, model, noise, posterior, samplers
 from mclr_jax.data import augment, pixels
 from mclr_jax.denoiser import EDM, Epsilon, V, Velocity
-from mclr_jax.evaluation import likelihood
 from mclr_jax.networks.dit import DiT
 from mclr_jax.networks.mlp import MLP
 from mclr_jax.objectives.base import Batch, Models, Problem
@@ -132,12 +131,6 @@ CASES = {
     "view": (
         lambda seed, x, sigma: perturb.view(x, sigma, keys(seed), perturb.Augmentation(flip=True)),
         (SEED, IMAGES, SIGMA),
-    ),
-    "log_likelihood": (
-        lambda x, label: likelihood.log_likelihood(
-            EXACT.denoise, x, label, jnp.array([0.1, 1.0, 5.0]), sigma_data=1.0
-        ),
-        (X, LABEL),
     ),
     "dsm": (of_objective(DSM()), DATA),
     "classify": (of_objective(Classify()), DATA),
