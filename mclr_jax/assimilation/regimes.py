@@ -116,8 +116,10 @@ def _compiled(model: Any, operator: Operator, scheme: Scheme, ensemble: int) -> 
             chosen = jax.vmap(systematic)(weights.reshape(-1, ensemble), _fold(keys[::ensemble], 2))
             past = x[(chosen + ensemble * jnp.arange(len(chosen))[:, None]).ravel()]
             x = jnp.where(expand(sigma, x) > 0, x, past)
-        options = {"keys": _fold(keys, 1), "correct": scheme.correct(operator, seen)}
-        x = samplers.sample(moments, x, label, grid, scheme.method, **options)
+        correct = scheme.correct(operator, seen)
+        x = samplers.sample(
+            moments, x, label, grid, scheme.method, keys=_fold(keys, 1), correct=correct
+        )
         if scheme.screen == 1:
             return x
         return screened(x, plausible(operator, seen, x, scheme.screen), group, _fold(keys, 3))

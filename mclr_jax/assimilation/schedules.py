@@ -23,9 +23,7 @@ GUIDANCE = {"posterior": ("c", "overlap", "reach"), "norm": ("zeta", "g")}
 class Scheme(Keys):
     """How `regimes` samples; the defaults suit states of standard deviation 1."""
 
-    window: int = key(
-        0, 0, says="frames; 0: as many as in training, in the batch regime all"
-    )
+    window: int = key(0, 0, says="frames; 0: as many as in training, in the batch regime all")
     steps: int = key(16, 1, 100_000, says="of each update")
     first_steps: int = key(32, 1, 100_000, says="of the first one, which starts from noise alone")
     sigma_min: float = key(0.006, *SIGMA_RANGE, says="last noise level before 0")
