@@ -388,8 +388,8 @@ class Part:
     ) -> "Part":
         """From a section, whose key `name` is looked up by `resolve`.
 
-        Options of another name of the table are dropped if they have their default: they are left
-        from before the name was changed. ValueError: the name is unknown or names no dataclass, or
+        Options that another name of the table has are dropped if all have its defaults: they are
+        left from before the name was changed. ValueError: the name is unknown or names no dataclass, or
         an option is unknown, or has a value of another kind or out of its range.
         """
         if not (name := given.get("name", "")):
@@ -400,16 +400,16 @@ class Part:
                 f"{where}.name is {name!r}, a {type(factory).__name__}; expected a dataclass, "
                 "whose fields are config keys."
             )
-        known, values = fields(factory), {}
-        for key, value in given.items():
-            if key in known and key != "name":
-                values[key] = _value(known[key], value, f"{where}.{key}")
-            elif key != "name" and not _left_over(table, key, as_tuple(value)):
-                raise ValueError(
-                    f"{where}.{key}: {name!r} has no such option. "
-                    f"{nearest(key, known.keys() - set(late))} Each name has its own options: in a "
-                    f"config file, base.options({name!r})."
-                )
+        known, options = fields(factory), {k: x for k, x in given.items() if k != "name"}
+        values = {k: _value(known[k], x, f"{where}.{k}") for k, x in options.items() if k in known}
+        more = {key: as_tuple(value) for key, value in options.items() if key not in known}
+        if more and not any(_are_defaults(other, more) for other in table.values()):
+            key = next(iter(more))
+            raise ValueError(
+                f"{where}.{key}: {name!r} has no such option. "
+                f"{nearest(key, known.keys() - set(late))} Each name has its own options: in a "
+                f"config file, base.options({name!r})."
+            )
         return cls(factory, values, where, name)
 
     def make(self, **filled_in: Any) -> Any:
@@ -426,9 +426,9 @@ class Part:
         return self.factory(**values)
 
 
-def _left_over(table: Mapping[str, Any], key: str, value: Any) -> bool:
-    others = (fields(factory).get(key) for factory in table.values())
-    return any(x and _plain_default(key, x.default) == value for x in others)
+def _are_defaults(factory: Any, values: Mapping[str, Any]) -> bool:
+    known = fields(factory)
+    return all(k in known and _plain_default(k, known[k].default) == x for k, x in values.items())
 
 
 def _plain_default(key: str, default: Any) -> Any:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.base import base
-from mclr_jax import ema
+from mclr_jax.training import ema
 
 REF = reference.load("edm2_heun_trajectory_and_phema")
 

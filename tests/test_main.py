@@ -14,7 +14,8 @@ import pytest
 import tiny
 
 from configs import base as configs_base
-from mclr_jax import experiment, main, reductions, runs
+from mclr_jax import experiment, main, record, reductions, runs
+from mclr_jax.config import Training
 from mclr_jax.data import sources
 from mclr_jax.training import loop
 from mclr_jax.training.checkpoint import Checkpoints, MismatchError
@@ -75,7 +76,7 @@ def test_the_held_out_loss_is_that_of_the_average_on_the_test_split(tmp_path):
     images, labels = sources.load(config.data.test)[np.arange(16) % 5]
     batch = {"index": np.arange(16), "image": images, "label": labels}
     source = sources.from_config(config.data, "train", 0)
-    task = experiment.make_task(config, experiment.data_info(config, source), {})
+    task = Training.parse(config).task(Training.parse(config).data_info(source), {})
     params, _ = runs.load(tmp_path / "run").weights("halflife")
     found = make_evaluate(task)(params, {}, {name: rows[None] for name, rows in batch.items()})
     expected = reductions.report(jax.device_get(found))
@@ -296,7 +297,7 @@ def test_a_start_without_checkpoints_leaves_nothing_to_another_config(base, tmp_
     main.train(config, tmp_path / "run")
     assert (tmp_path / "run" / "frozen").exists()
     chex.assert_trees_all_equal(load(tmp_path / "run", interpolation=0.0), (load(other)[0], 12))
-    (entry,) = runs.read(tmp_path / "run")["history"]
+    (entry,) = record.read(tmp_path / "run")["history"]
     assert entry["changes"] == {}
     assert len(list((tmp_path / "run" / "replaced").iterdir())) == 1
 

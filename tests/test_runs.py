@@ -13,10 +13,12 @@ import pytest
 import tiny
 
 from configs import base
-from mclr_jax import experiment, runs
+from mclr_jax import parts, record, runs
+from mclr_jax.config import Training
 from mclr_jax.data import sources
 from mclr_jax.objectives.dsm import DSM
 from mclr_jax.samplers import Sampler
+from mclr_jax.training import lock
 from mclr_jax.training.checkpoint import Checkpoints, MismatchError
 
 
@@ -25,14 +27,14 @@ def source_of(config):
 
 
 def model_of(config):
-    return experiment.make_model(config, experiment.data_info(config, source_of(config)))
+    return Training.parse(config).model(Training.parse(config).data_info(source_of(config)))
 
 
 def describe(workdir, companions=(), **changes):
     config = tiny.config(**changes)
     model = model_of(config)
-    description = runs.describe(config, model, dict(companions), source_of(config))
-    runs.record(workdir, description, runs.changes(workdir, description), 0)
+    description = record.describe(config, model, dict(companions), source_of(config))
+    record.write(workdir, description, record.changes(workdir, description), 0)
     return config, model
 
 
@@ -181,7 +183,7 @@ def test_a_description_with_values_of_other_types_is_named(tmp_path, keys, value
 
 
 def hold(workdir, held, done):
-    with runs.locked(pathlib.Path(workdir)):
+    with lock.locked(pathlib.Path(workdir)):
         held.set()
         done.wait(60)
 
@@ -193,13 +195,13 @@ def test_a_second_trainer_is_refused_and_a_dead_ones_lock_is_taken_over(tmp_path
     process.start()
     assert held.wait(60)
     where = f"Process {process.pid} on {socket.gethostname()} has trained in .* since"
-    with pytest.raises(RuntimeError, match=where), runs.locked(tmp_path):
+    with pytest.raises(RuntimeError, match=where), lock.locked(tmp_path):
         pass
     process.kill()
     process.join()
     assert (tmp_path / "lock").exists()
-    with runs.locked(tmp_path), pytest.raises(RuntimeError, match=f"Process {os.getpid()} "):
-        with runs.locked(tmp_path):
+    with lock.locked(tmp_path), pytest.raises(RuntimeError, match=f"Process {os.getpid()} "):
+        with lock.locked(tmp_path):
             pass
     assert not any(tmp_path.iterdir())
 
@@ -207,7 +209,7 @@ def test_a_second_trainer_is_refused_and_a_dead_ones_lock_is_taken_over(tmp_path
 def test_a_lock_of_another_host_is_respected(tmp_path):
     holder = {"host": "elsewhere", "pid": 1, "since": "today", "born": "7"}
     (tmp_path / "lock").write_text(json.dumps(holder))
-    with pytest.raises(RuntimeError, match=r"on elsewhere .*delete .*lock"), runs.locked(tmp_path):
+    with pytest.raises(RuntimeError, match=r"on elsewhere .*delete .*lock"), lock.locked(tmp_path):
         pass
     assert json.loads((tmp_path / "lock").read_text()) == holder
 
@@ -216,13 +218,13 @@ def test_a_lock_of_another_host_is_taken_over_without_signs_of_life(tmp_path, mo
     monkeypatch.setattr(runs, "BEAT", 0.02)
     monkeypatch.setattr(runs, "SILENCE", 0.3)
     monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
-    with runs.locked(tmp_path):
+    with lock.locked(tmp_path):
         held = (tmp_path / "lock").read_text()
         monkeypatch.setattr(socket, "gethostname", lambda: "here")
-        with pytest.raises(RuntimeError, match="on elsewhere"), runs.locked(tmp_path):
+        with pytest.raises(RuntimeError, match="on elsewhere"), lock.locked(tmp_path):
             pass
     (tmp_path / "lock").write_text(held)  # as if that host had lost its power
-    with runs.locked(tmp_path):
+    with lock.locked(tmp_path):
         assert json.loads((tmp_path / "lock").read_text())["host"] == "here"
     assert not any(tmp_path.iterdir())
 
@@ -230,7 +232,7 @@ def test_a_lock_of_another_host_is_taken_over_without_signs_of_life(tmp_path, mo
 @pytest.mark.parametrize("content", ["", "{", "[3]", "{}"])
 def test_a_lock_that_nobody_can_read_is_respected(tmp_path, content):
     (tmp_path / "lock").write_text(content)
-    with pytest.raises(RuntimeError, match=r"unknown .*delete .*lock"), runs.locked(tmp_path):
+    with pytest.raises(RuntimeError, match=r"unknown .*delete .*lock"), lock.locked(tmp_path):
         pass
     assert (tmp_path / "lock").read_text() == content
 
@@ -240,8 +242,8 @@ def test_a_lock_needs_no_hard_links(tmp_path, monkeypatch):
         raise OSError("Operation not supported")
 
     monkeypatch.setattr(os, "link", no_links)
-    with runs.locked(tmp_path), pytest.raises(RuntimeError, match=f"Process {os.getpid()} "):
-        with runs.locked(tmp_path):
+    with lock.locked(tmp_path), pytest.raises(RuntimeError, match=f"Process {os.getpid()} "):
+        with lock.locked(tmp_path):
             pass
     assert not any(tmp_path.iterdir())
 
@@ -249,7 +251,7 @@ def test_a_lock_needs_no_hard_links(tmp_path, monkeypatch):
 def test_a_number_that_another_process_has_got_is_no_holder(tmp_path):
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": "then", "born": "7"}
     (tmp_path / "lock").write_text(json.dumps(holder))
-    with runs.locked(tmp_path):
+    with lock.locked(tmp_path):
         assert json.loads((tmp_path / "lock").read_text())["born"] != "7"
 
 
@@ -257,7 +259,7 @@ def test_a_run_is_set_aside_whole(tmp_path):
     _, model = describe(tmp_path)
     with_weights(tmp_path, {"params": model.init(jax.random.key(0))})
     (tmp_path / "samples").mkdir()
-    runs.set_aside(tmp_path)
+    record.set_aside(tmp_path)
     (moved,) = (tmp_path / "replaced").iterdir()
     assert {path.name for path in moved.iterdir()} == {"run.json", "checkpoints"}
     assert {path.name for path in tmp_path.iterdir()} == {"replaced", "samples"}
@@ -378,8 +380,8 @@ def others(tmp_path):
     """Directories of a denoiser and of a classifier for the mixture, without weights."""
     describe(tmp_path / "denoiser")
     config = tiny.classifier()
-    description = runs.describe(config, model_of(config), {}, source_of(config))
-    runs.record(tmp_path / "classifier", description, {}, 0)
+    description = record.describe(config, model_of(config), {}, source_of(config))
+    record.write(tmp_path / "classifier", description, {}, 0)
     return tmp_path
 
 
@@ -413,9 +415,9 @@ def test_numbers_of_numpy_are_described_as_those_of_python():
     with config.ignore_type():
         config.num_steps, config.network.width = np.int64(7), np.int64(16)
     source = sources.load("mixture")
-    found = runs.describe(config, model_of(config), {}, source)
+    found = record.describe(config, model_of(config), {}, source)
     assert (found["config"]["num_steps"], found["model"]["network"]["width"]) == (7, 16)
-    assert experiment.model_of(found["model"]) == model_of(tiny.config())
+    assert parts.model_of(found["model"]) == model_of(tiny.config())
 
 
 def test_what_is_wrong_with_companions_is_said(others):
@@ -466,7 +468,7 @@ def test_a_run_that_holds_its_companions_needs_their_directories_no_more(others,
     config = mclr(**{"init_from": "gone", "companions.classifier": "gone too"})
     model, judge = model_of(tiny.config()), model_of(tiny.classifier())
     held = {"reference": model, "classifier": judge}
-    runs.record(tmp_path / "run", runs.describe(config, model, held, source_of(config)), {}, 0)
+    record.write(tmp_path / "run", record.describe(config, model, held, source_of(config)), {}, 0)
     (tmp_path / "run" / "checkpoints" / "3").mkdir(parents=True)
     found = runs.companions(config, model.data, tmp_path / "run")
     assert found == {"reference": model, "classifier": judge}
