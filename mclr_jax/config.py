@@ -7,8 +7,6 @@ takes the typed value. A name is a key of a table, or `package.module:Name`, whi
 
 import dataclasses
 import functools
-import json
-import operator
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -21,6 +19,7 @@ from mclr_jax.data.protocol import Source
 from mclr_jax.data.protocol import sigma_data as measured_sigma
 from mclr_jax.data.sources import Data
 from mclr_jax.denoiser import fused_snr_weight, natural_weight
+from mclr_jax.files import as_json
 from mclr_jax.model import DataInfo, Model
 from mclr_jax.noise import SIGMA_RANGE, CausalForcing, Forcing, LogNormal, LogUniform, NoiseLevels
 from mclr_jax.objectives.base import Objective, Problem
@@ -98,7 +97,7 @@ class Training(Keys):
     sample_every: int = key(0, 0, says="steps between two grids of samples; 0 for never")
     sigma_data: float = key(0.0, 0.0, SIGMA_RANGE[1], says="standard deviation; 0 measures it")
     strength: tuple[float, ...] = key((), says="(low, high) of the guidance strength as an input")
-    class_strengths: tuple[float, ...] = key((), says="factors of the objective's strength by "
+    class_strengths: tuple[float, ...] = key((), 0.0, says="factors of the objective's strength by "
                                              "class, of launch.calibrate; empty: 1")  # fmt: skip
     weight: str = key("natural", words=WEIGHTS, says="1 / c_out^2, or fused_snr by frame")
     companions: dict = schema.texts(
@@ -141,9 +140,7 @@ class Training(Keys):
             return config
         config = config.to_dict() if isinstance(config, ConfigDict) else config
         found = schema.read(cls, config, "config")
-        numbers = operator.methodcaller("item")  # NumPy's as Python's
-        plain = json.loads(json.dumps(schema.filled(cls, config), default=numbers))
-        return dataclasses.replace(found, config=plain)
+        return dataclasses.replace(found, config=as_json(schema.filled(cls, config)))
 
     @functools.cached_property
     def needs(self) -> frozenset[str]:
