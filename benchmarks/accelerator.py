@@ -24,7 +24,7 @@ from typing import Any
 import tasks
 
 from mclr_jax.files import provenance, write_json
-from mclr_jax.names import nearest
+from mclr_jax.schema import nearest
 
 SECTIONS = ("parity", "throughput", "plan", "torch", "sampling", "resume", "objectives", "layouts",
             "rivals")  # in the order of their value, if time ends  # fmt: skip

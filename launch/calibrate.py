@@ -23,10 +23,9 @@ import jax
 from absl import flags
 
 from launch import common
-from mclr_jax import runs
-from mclr_jax.evaluation import calibrate
+from mclr_jax import calibrate, runs
 from mclr_jax.evaluation.features import Extractor
-from mclr_jax.files import digest, write_json
+from mclr_jax.files import write_json
 from mclr_jax.training.log import Progress
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of launch.train.")
@@ -45,12 +44,7 @@ SIGMA = flags.DEFINE_float("sigma", 0.3, "Noise level at which images are classi
 SEED = flags.DEFINE_integer(
     "seed", 1, "Seed of the starting noise, another one than that of an evaluation.", lower_bound=0
 )
-GUIDANCE_INTERVAL = flags.DEFINE_list(
-    "guidance_interval", None, "Guide only at noise levels in LO,HI."
-)
-AUTOGUIDANCE = flags.DEFINE_string(
-    "autoguidance", None, "Directory of a weaker run, the weak model of the guidance."
-)
+common.define_guidance()
 INTERPOLATION = flags.DEFINE_bool(
     "interpolation",
     False,
@@ -68,16 +62,15 @@ def main() -> None:
     run = runs.load(WORKDIR.value, INIT_FROM.value, DATA.value)
     out = common.output(OUT.value, ".json")
     common.use_cores(run.model.network)
-    interval = common.numbers(GUIDANCE_INTERVAL, float, 2)
-    weak = runs.load_model(AUTOGUIDANCE.value) if AUTOGUIDANCE.value else None
+    guided = common.guidance(run.model)
     classifier, weights = runs.load_model(CLASSIFIER.value)
-    runs.check_companion("classifier", CLASSIFIER.value, classifier, run.model.data, run.config)
+    runs.check_companion("classifier", CLASSIFIER.value, classifier, run.model.data)
     apply = functools.partial(classifier.features, sigma=SIGMA.value)
     extractor = Extractor(f"classifier:{CLASSIFIER.value}", jax.device_get(weights), apply)
     params, step = run.weights(EMA.value, CHECKPOINT.value)
     weights = None
     if INTERPOLATION.value:
-        if interval or weak or run.model.strength:
+        if guided.interval or guided.weak or run.model.strength:
             raise ValueError(
                 "--interpolation is in place of guidance: leave out --guidance_interval and "
                 "--autoguidance, and take a run without config.strength, whose network needs none."
@@ -100,8 +93,7 @@ def main() -> None:
             samples_per_class=SAMPLES_PER_CLASS.value,
             sigma=SIGMA.value,
             seed=SEED.value,
-            interval=(interval[0], interval[1]) if interval else None,
-            weak=weak,
+            guided=guided,
             batch_size=BATCH_SIZE.value,
             progress=progress.update,
         )
@@ -110,8 +102,7 @@ def main() -> None:
         "classifier": CLASSIFIER.value,
         "classifier_weights": extractor.digest,
         "sampler": dataclasses.asdict(run.sampler),
-        "guidance_interval": interval,
-        "autoguidance": digest(weak[1]) if weak else None,
+        **guided.settings(),
         "interpolation": INTERPOLATION.value,
     }
     write_json(out, found | settings)

@@ -21,7 +21,7 @@ from mclr_jax import generate, images, runs
 from mclr_jax.data import sources
 from mclr_jax.files import provenance, write_json
 from mclr_jax.main import train
-from mclr_jax.names import in_range
+from mclr_jax.schema import in_range
 from mclr_jax.training.devices import banner
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Directory of the runs; made if missing.")
@@ -49,27 +49,19 @@ def main() -> None:
     grids, table = [], []
     print(f"\nAccuracy judged by a classifier of real digits, {len(labels)} samples each:")
     print(f"  {'':8s} {'accuracy':>8s} {'network calls':>13s}")
-    for name, directory, scale in [
-        ("base", "base", 1.0),
-        ("CFG", "base", GUIDANCE_SCALE.value),
-        ("MCLR", "mclr", 1.0),
-    ]:
-        run = runs.load(workdir / directory)
+    rows = ("base", "base", 1.0), ("CFG", "base", GUIDANCE_SCALE.value), ("MCLR", "mclr", 1.0)
+    for name, directory, scale in rows:
+        run, guided = runs.load(workdir / directory), generate.Guidance(scale)
         params, step = run.weights()
-        samples = generate.generate(run.model, params, labels, run.sampler, guidance_scale=scale)
+        samples = generate.generate(run.model, params, labels, run.sampler, guided=guided)
         accuracy = float((classifier.predict(_features(samples)) == labels).mean())
-        calls = generate.network_calls(run.model, run.sampler, guidance_scale=scale)
+        calls = guided.calls(run.model, run.sampler)
         table.append({"name": name, "steps": step, "accuracy": accuracy, "network_calls": calls})
         print(f"  {name:8s} {accuracy:8.1%} {calls:13d}")
         grids.append(images.picture(samples, labels))
     images.save(workdir / "samples.png", np.concatenate(grids, axis=1))
-    result = {
-        **provenance(),
-        "guidance_scale": GUIDANCE_SCALE.value,
-        "samples": len(labels),
-        "table": table,
-        "device": banner(),
-    }
+    result = {**provenance(), "guidance_scale": GUIDANCE_SCALE.value, "samples": len(labels),
+              "table": table, "device": banner()}  # fmt: skip
     write_json(workdir / "result.json", result)
     print(f"Picture: {workdir / 'samples.png'}; numbers: {workdir / 'result.json'}")
 

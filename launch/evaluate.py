@@ -36,22 +36,15 @@ from mclr_jax.training.log import Progress
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of launch.train.")
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.json.")
 FEATURES = flags.DEFINE_string(
-    "features",
-    None,
+    "features", None,
     "Extractor: classifier:WORKDIR, efficientnet_lite0, inception:FILE or dinov2:FILE.",
-)
+)  # fmt: skip
 JUDGE = flags.DEFINE_string("judge", None, "Extractor that judges accuracy; default: --features.")
 METRICS = flags.DEFINE_list("metrics", sorted(evaluate.METRICS), "What to measure; see above.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 10_000, "Of each row.", lower_bound=2)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the starting noise.", lower_bound=0)
 GUIDANCE_SCALES = flags.DEFINE_list("guidance_scales", ["1"], "Scales, as 1,1.5,2.")
-CLASS_STRENGTHS = flags.DEFINE_string("class_strengths", None, common.CLASS_STRENGTHS)
-GUIDANCE_INTERVAL = flags.DEFINE_list(
-    "guidance_interval", None, "Guide only at noise levels in LO,HI."
-)
-AUTOGUIDANCE = flags.DEFINE_string(
-    "autoguidance", None, "Directory of a weaker run, the weak model of the guidance."
-)
+common.define_guidance()
 MEMORIZED = flags.DEFINE_bool("memorized", False, "Look for copies of training images.")
 EMAS = flags.DEFINE_list("emas", [""], "Averages of the weights, as --ema of launch.sample.")
 INTERPOLATIONS = flags.DEFINE_list(
@@ -69,45 +62,29 @@ def main() -> None:
     hosts.connect()
     scales = common.numbers(GUIDANCE_SCALES, float) or [1.0]
     places = common.numbers(INTERPOLATIONS, float) or [1.0]
-    interval = common.numbers(GUIDANCE_INTERVAL, float, 2)
     run = runs.load(WORKDIR.value, INIT_FROM.value, DATA.value)
-    class_strengths = common.class_strengths(CLASS_STRENGTHS.value, run.model.null_label)
     first = is_first()
     out = common.output(OUT.value, ".json") if first else None
     common.use_cores(run.model.network)
-    weak = runs.load_model(AUTOGUIDANCE.value) if AUTOGUIDANCE.value else None
+    guided = common.guidance(run.model)
     extractor = features.load(FEATURES.value)
     judge = features.load(JUDGE.value) if JUDGE.value else None
     train, test = run.source("train"), run.source("test")
     cache = pathlib.Path(CACHE.value).expanduser()
     with Progress(len(train), "real image", quiet=not first) as progress:
-        real = evaluate.reference(extractor, train, cache, progress.update)
+        real = evaluate.real_statistics(extractor, train, cache, progress.update)
+    shown = {"names": METRICS.value, "judge": judge, "training": train if MEMORIZED.value else None}
     held_out, labels = test[np.arange(min(NUM_SAMPLES.value, len(test)))]
-    judged = judge(held_out, labels) if judge else None
-    measured = evaluate.measure(extractor(held_out, labels), real, METRICS.value, judged)
-    floor = {"samples": len(labels), **measured}
-    if MEMORIZED.value:
-        floor["memorized"] = evaluate.memorized(held_out, train)
+    floor = {
+        "samples": len(labels), **evaluate.judged(held_out, labels, extractor, real, **shown)
+    }  # fmt: skip
     total = NUM_SAMPLES.value * len(scales) * len(EMAS.value) * len(places)
     with Progress(total, "sample", quiet=not first) as progress:
         rows = evaluate.evaluate(
-            run,
-            extractor,
-            real,
-            names=METRICS.value,
-            judge=judge,
-            num_samples=NUM_SAMPLES.value,
-            seed=SEED.value,
-            guidance_scales=scales,
-            averages=EMAS.value,
-            interpolations=places,
-            class_strengths=class_strengths,
-            interval=(interval[0], interval[1]) if interval else None,
-            weak=weak,
-            training=train if MEMORIZED.value else None,
-            batch_size=BATCH_SIZE.value,
-            progress=progress.update,
-        )
+            run, extractor, real, **shown, num_samples=NUM_SAMPLES.value, seed=SEED.value,
+            guided=guided, guidance_scales=scales, averages=EMAS.value, interpolations=places,
+            batch_size=BATCH_SIZE.value, progress=progress.update,
+        )  # fmt: skip
     if out is None:
         return
     write_json(out, {"floor": floor, "rows": rows})

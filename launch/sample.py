@@ -33,13 +33,7 @@ RHO = flags.DEFINE_float("rho", None, "Exponent of the grid; larger: more steps 
 GUIDANCE_SCALE = flags.DEFINE_float(
     "guidance_scale", 1.0, "Guidance: weak + scale * (conditional - weak), weak the null label."
 )
-CLASS_STRENGTHS = flags.DEFINE_string("class_strengths", None, common.CLASS_STRENGTHS)
-GUIDANCE_INTERVAL = flags.DEFINE_list(
-    "guidance_interval", None, "Guide only at noise levels in LO,HI."
-)
-AUTOGUIDANCE = flags.DEFINE_string(
-    "autoguidance", None, "Directory of a weaker run, the weak model of the guidance."
-)
+common.define_guidance()
 INTERPOLATION = flags.DEFINE_float(
     "interpolation", 1.0, "Of a fine-tuned run: 0 for the weights that it started from, 1 for its "
     "own, 0.5 for the weights half-way between."
@@ -67,23 +61,18 @@ def main() -> None:
     sampler = dataclasses.replace(run.sampler, **{k: v for k, v in given.items() if v is not None})
     classes = common.numbers(LABELS, int) or range(run.model.null_label)
     labels = np.resize(np.array(classes), NUM_SAMPLES.value)
-    interval = common.numbers(GUIDANCE_INTERVAL, float, 2)
-    class_strengths = common.class_strengths(CLASS_STRENGTHS.value, run.model.null_label)
+    guided = common.guidance(run.model, GUIDANCE_SCALE.value)
     params, _ = run.weights(EMA.value, CHECKPOINT.value, INTERPOLATION.value)
     first = is_first()
     out = common.output(OUT.value, ".npz") if first else None
-    weak = runs.load_model(AUTOGUIDANCE.value) if AUTOGUIDANCE.value else None
     with Progress(len(labels), "sample", quiet=not first) as progress:
         samples = generate.generate(
             run.model,
             params,
             labels,
             sampler,
+            guided=guided,
             seed=SEED.value,
-            guidance_scale=GUIDANCE_SCALE.value,
-            class_strengths=class_strengths,
-            interval=tuple(interval) if interval else None,
-            weak=weak,
             churn=samplers.Churn(CHURN.value) if CHURN.value else None,
             batch_size=BATCH_SIZE.value,
             progress=progress.update,

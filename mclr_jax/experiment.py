@@ -1,200 +1,133 @@
-"""Makes models and tasks from configs.
-
-A name in a config is a key of the tables below, or `package.module:Name`, which is imported.
-"""
+"""A training in its directory: all that follows from both, each part made once, when asked for."""
 
 import dataclasses
 import functools
-import math
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
+import jax
+import jax.numpy as jnp
+from absl import logging
 
-from mclr_jax import ema, names
-from mclr_jax.data.augment import LABEL_SIZE
+from mclr_jax import record, runs
+from mclr_jax.config import Training
+from mclr_jax.data import sources
 from mclr_jax.data.protocol import Source
-from mclr_jax.data.protocol import sigma_data as measured_sigma
-from mclr_jax.denoiser import EDM, Epsilon, V, Velocity, fused_snr_weight, natural_weight
-from mclr_jax.model import DataInfo, Model
-from mclr_jax.names import check_keys, construct, look_up, make
-from mclr_jax.networks.classifier import ConvClassifier, MLPClassifier
-from mclr_jax.networks.dit import DiT
-from mclr_jax.networks.mlp import MLP
-from mclr_jax.networks.trajectory import FrameDiT, Trajectory
-from mclr_jax.networks.unet import UNet
-from mclr_jax.noise import CausalForcing, Forcing, LogNormal, LogUniform
-from mclr_jax.objectives.classify import Classify
-from mclr_jax.objectives.dsm import DSM
-from mclr_jax.objectives.mclr import MCLR
-from mclr_jax.objectives.mclr_null import NullMCLR
-from mclr_jax.objectives.rivals import CCA, DDO, DPO, GFT, ContrastiveFlow, ModelGuidance
-from mclr_jax.optimizer import learning_rate, optimizer
-from mclr_jax.posterior import Classifier, Denoiser, Exact
-from mclr_jax.problem import Problem
-from mclr_jax.task import Task, needs_of
-
-CLASSIFIERS: dict[str, Any] = {"mlp_classifier": MLPClassifier, "conv_classifier": ConvClassifier}
-NETWORKS: dict[str, Any] = {"mlp": MLP, "unet": UNet, "dit": DiT, "trajectory": Trajectory,
-                            "frame_dit": FrameDiT, **CLASSIFIERS}  # fmt: skip
-OBJECTIVES: dict[str, Any] = {
-    "dsm": DSM,
-    "mclr": MCLR,
-    "mclr_null": NullMCLR,
-    "classify": Classify,
-    "cca": CCA,
-    "contrastive_flow": ContrastiveFlow,
-    "ddo": DDO,
-    "dpo": DPO,
-    "gft": GFT,
-    "model_guidance": ModelGuidance,
-}
-PRECONDITIONINGS: dict[str, Any] = {"edm": EDM, "velocity": Velocity, "epsilon": Epsilon, "v": V}
-POSTERIORS: dict[str, Any] = {"exact": Exact, "classifier": Classifier, "denoiser": Denoiser}
-NOISE_LEVELS: dict[str, Any] = {
-    "lognormal": LogNormal,
-    "loguniform": LogUniform,
-    "forcing": Forcing,
-    "causal_forcing": CausalForcing,
-}
-WEIGHTS: dict[str, Any] = {"natural": natural_weight, "fused_snr": fused_snr_weight}
-UNITS = ("offset", "scale", "time_step")  # of the data; optional attributes of a source
-DTYPES = ("float32", "bfloat16")
-# Fields that are not keys of a config: those set in this file, and those of Flax.
-MADE = ("num_classes", "out_channels", "augment_dim", "takes_strength", "sigma_data")
-FLAX = ("parent", "name")
+from mclr_jax.files import digest
+from mclr_jax.model import DataInfo, Model, shapes_of
+from mclr_jax.runs import Run
+from mclr_jax.task import Task
+from mclr_jax.training.checkpoint import Checkpoints, digests
+from mclr_jax.training.devices import Devices, placed
+from mclr_jax.training.step import TrainState, init_state
 
 
-def options(name: str, **values: Any) -> dict[str, Any]:
-    """A config section for an objective, network, posterior, ...: its defaults except `values`."""
-    tables = OBJECTIVES | NETWORKS | POSTERIORS | PRECONDITIONINGS | NOISE_LEVELS
-    return names.options(tables, name, values, MADE + FLAX)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Experiment:
+    """What `main.train` trains; properties raise the ValueError of what they read."""
 
+    training: Training
+    workdir: pathlib.Path
 
-def make_model(config: Any, data: DataInfo) -> Model:
-    """The model that a config describes, for this data set."""
-    if (dtype := config.network.get("dtype", "float32")) not in DTYPES:
-        raise ValueError(f"Unknown network.dtype {dtype!r}; expected one of {DTYPES}.")
-    inputs = {
-        "augment_dim": LABEL_SIZE if config.data.augment else 0,
-        "takes_strength": bool(config.strength),
-    }
-    shape = {"num_classes": data.num_classes, "out_channels": data.shape[-1]}
-    network = make(NETWORKS, config.network, "network", **shape, **inputs)
-    for field, wanted in inputs.items():
-        if wanted and not hasattr(network, field):
+    @functools.cached_property
+    def devices(self) -> Devices:
+        devices = Devices(self.training.parallel)
+        devices.check_batch_size(self.training.batch_size, self.training.grad_accumulation)
+        return devices
+
+    @functools.cached_property
+    def source(self) -> Source:
+        return self.training.data.source("train", self.training.seed)
+
+    @functools.cached_property
+    def data(self) -> DataInfo:
+        return self.training.data_info(self.source)
+
+    @functools.cached_property
+    def companions(self) -> Mapping[str, Run]:
+        """The runs that the objective reads, by name."""
+        return runs.companions(self.training, self.data, self.workdir)
+
+    @functools.cached_property
+    def task(self) -> Task:
+        models = {name: run.model for name, run in self.companions.items()}
+        return self.training.task(self.data, models)
+
+    @functools.cached_property
+    def _weights(self) -> dict[str, tuple[Any, int]]:
+        """The companions' weights, on the devices, and their steps."""
+        read = {name: run.weights() for name, run in self.companions.items()}
+        return {name: (self.devices.put_state(tree), step) for name, (tree, step) in read.items()}
+
+    @property
+    def frozen(self) -> dict[str, Any]:
+        """The companions' weights, on the devices."""
+        return {name: tree for name, (tree, _) in self._weights.items()}
+
+    @functools.cached_property
+    def extra(self) -> dict[str, Source]:
+        """Further sources that the objective reads: other data, samples of the frozen model."""
+        extra = {"other": self.source} if "other" in self.task.needs else {}
+        if "generated" not in self.task.needs:
+            return extra
+        if not (path := self.training.data.generated):
             raise ValueError(
-                f"Network {config.network.name!r} has no field {field!r}, which config.strength or "
-                "config.data.augment needs: add it, or leave that key empty."
+                "This objective needs samples of the model that training starts from: write them "
+                "with python -m launch.sample and set config.data.generated=npz:FILE."
             )
-    preconditioning = make(
-        PRECONDITIONINGS, config.preconditioning, "preconditioning", sigma_data=data.sigma_data
-    )
-    return Model(network, preconditioning, data, tuple(config.strength))
+        generated = sources.load(path)
+        if (shape := tuple(generated.shape)) != self.data.shape:
+            raise ValueError(
+                f"config.data.generated: examples of shape {shape}; expected {self.data.shape}."
+            )
+        return extra | {"generated": generated}
 
+    @functools.cached_property
+    def held_out(self) -> dict[str, Source]:
+        """The held-out examples, named "", and those of `extra`."""
+        test, data = self.training.data.source("test", self.training.seed), self.data
+        if tuple(test.shape) != data.shape or test.num_classes > data.num_classes:
+            raise ValueError(
+                f"The held-out set has examples of shape {tuple(test.shape)} in {test.num_classes} "
+                f"classes, the training set {data.shape} in {data.num_classes}: change data.test."
+            )
+        # No samples of the frozen model are held out.
+        others = {f"{name}_": {"other": test}.get(name, x) for name, x in self.extra.items()}
+        return {"": test, **others}
 
-def describe(model: Model) -> dict[str, Any]:
-    """All values of the model, as JSON; the inverse of `model_of`."""
+    @functools.cached_property
+    def description(self) -> dict[str, Any]:
+        """What run.json says of it, without the history."""
+        found = record.describe(self.training, self.task.model, self.task.companions, self.source)
+        if self.frozen:
+            found["frozen"] = digest(digests(self.devices.to_global(self.frozen)))
+        return found
 
-    def resolved(part: Any, table: Mapping[str, Any]) -> dict[str, Any]:
-        cls = type(part)
-        found = (name for name, factory in table.items() if factory is cls)
-        keys = [key for key in names.fields(cls) if key not in FLAX]
-        values = {key: _plain(key, getattr(part, key)) for key in keys}
-        return {"name": next(found, f"{cls.__module__}:{cls.__qualname__}")} | values
+    def first_state(self) -> tuple[TrainState, dict[str, Any] | None]:
+        """The state before the first step, and the origin of its weights, if it is a run."""
+        training, task, devices = self.training, self.task, self.devices
+        state = devices.initialise(task.init, functools.partial(init_state, task))
+        if not (path := training.init_from):
+            return state, None
+        base = self.companions.get("reference") or runs.load(path)
+        weights, step = self._weights.get("reference") or base.weights()
+        steps = base.config.get("num_steps", step)
+        log = logging.warning if step < steps else logging.info
+        log("Weights from step %d of %d of %s.", step, steps, path)
+        params = devices.put_state(runs.fitted(weights, task.model, path))
+        params, *copies = (jax.tree.map(jnp.copy, params) for _ in range(1 + len(state.ema)))
+        averages = dict(zip(state.ema, copies, strict=True))
+        return state.replace(params=params, ema=averages), {"run": path, "step": step}
 
-    return {
-        "network": resolved(model.network, NETWORKS),
-        "preconditioning": resolved(model.preconditioning, PRECONDITIONINGS),
-        "data": {
-            key: _plain(key, value)
-            for key, value in dataclasses.asdict(model.data).items()
-            if value or key not in UNITS  # as in descriptions of earlier versions
-        },
-        "strength": list(model.strength),
-    }
+    def stored_state(self, checkpoints: Checkpoints) -> tuple[TrainState, int] | None:
+        """State and step of the newest checkpoint; None: there is no checkpoint."""
+        devices = self.devices
+        shapes = jax.eval_shape(functools.partial(init_state, self.task), shapes_of(self.model))
+        layout = Devices("data") if devices.parallel == "pmap" else devices
+        restored = checkpoints.restore(placed(shapes, layout.state_shardings(shapes)))
+        return (devices.from_global(restored[0]), restored[1]) if restored else None
 
-
-def model_of(description: Mapping[str, Any]) -> Model:
-    """The model with this description; a network from outside the package is imported."""
-    return Model(
-        make(NETWORKS, description["network"], "network"),
-        make(PRECONDITIONINGS, description["preconditioning"], "preconditioning"),
-        construct(DataInfo, description["data"], "data"),
-        tuple(description["strength"]),
-    )
-
-
-def _plain(key: str, value: Any) -> Any:
-    """The value of a field for JSON: lists, names of types, null for infinity."""
-    if key == "dtype":
-        return np.dtype(value).name
-    if isinstance(value, tuple):
-        return [_plain(key, part) for part in value]
-    return None if isinstance(value, float) and math.isinf(value) else value
-
-
-def _objective(config: Any) -> tuple[Any, Any]:
-    """The objective and the posterior, which is None if config.posterior.name is empty."""
-    objective = make(OBJECTIVES, config.objective, "objective")
-    if config.posterior.name:
-        return objective, make(POSTERIORS, config.posterior, "posterior")
-    check_keys("config.posterior without a name", config.posterior.keys(), ["name"])
-    if "posterior" in objective.needs:
-        raise ValueError(
-            "This objective needs a posterior: set config.posterior.name to 'exact', 'classifier' "
-            "or 'denoiser'."
-        )
-    return objective, None
-
-
-def needs(config: Any) -> frozenset[str]:
-    """The needs of the objective and its posterior, see `objectives.base.Objective`."""
-    return needs_of(*_objective(config))
-
-
-def make_task(config: Any, data: DataInfo, companions: Mapping[str, Model]) -> Task:
-    """The training that a config describes; its objective may call the companions."""
-    model = make_model(config, data)
-    objective, posterior = _objective(config)
-    weight = look_up(WEIGHTS, config.weight, "config.weight")
-    problem = Problem(
-        levels=make(NOISE_LEVELS, config.noise, "noise"),
-        weight=functools.partial(weight, model.preconditioning),
-        null_label=model.null_label,
-        class_prior=data.class_prior,
-        sigma_data=data.sigma_data,
-        frames=model.frames,
-        strength=model.strength,
-        class_strengths=tuple(config.class_strengths),
-    )
-    return Task(
-        model=model,
-        objective=objective,
-        problem=problem,
-        optimizer=optimizer(config.optimizer, config.num_steps),
-        learning_rate=learning_rate(config.optimizer, config.num_steps),
-        averages=ema.tracks(config.ema),
-        posterior=posterior,
-        companions=companions,
-        flip=config.data.flip,
-        augment=config.data.augment,
-        grad_accumulation=config.grad_accumulation,
-        seed=config.seed,
-    )
-
-
-def data_info(config: Any, source: Source) -> DataInfo:
-    """The `DataInfo` of a data source; sigma_data is measured if config.sigma_data is 0."""
-    sigma_data = config.sigma_data or measured_sigma(source)
-    if not 0 < sigma_data < np.inf:
-        raise ValueError(
-            f"The data have standard deviation {sigma_data}; expected a positive number. Check the "
-            "images of config.data, or set config.sigma_data."
-        )
-    prior: tuple[float, ...] = ()
-    if "class_prior" in needs(config):  # reads all labels of a lazy source
-        counts = np.bincount(source.labels, minlength=source.num_classes)
-        prior = tuple((counts / len(source)).tolist())
-    units = {name: getattr(source, name) for name in UNITS if hasattr(source, name)}
-    return DataInfo(tuple(source.shape), source.num_classes, float(sigma_data), prior, **units)
+    @property
+    def model(self) -> Model:
+        return self.task.model

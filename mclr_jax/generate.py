@@ -1,9 +1,8 @@
 """Samples from a trained model, in batches, on all devices."""
 
+import dataclasses
 import functools
 import math
-import mmap
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,38 +10,76 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.sharding import NamedSharding, PartitionSpec
 
 from mclr_jax import guidance, samplers
+from mclr_jax.files import digest
 from mclr_jax.model import Model
-from mclr_jax.names import class_factors, in_range
 from mclr_jax.noise import normal_like, sample_keys
 from mclr_jax.samplers import Sampler
-from mclr_jax.training.devices import AXIS, Devices
+from mclr_jax.schema import class_factors, in_range
+from mclr_jax.training.devices import check_memory, in_batches, replicated, shardings, spread_size
 from mclr_jax.types import DenoiseFn
 
 
-def shardings(
-    devices: tuple[jax.Device, ...] | None = None,
-) -> tuple[NamedSharding, NamedSharding]:
-    """Rows divided among the devices, by default all, and a copy on each of them."""
-    mesh = Devices("data", devices).mesh
-    return NamedSharding(mesh, PartitionSpec(AXIS)), NamedSharding(mesh, PartitionSpec())
+@dataclasses.dataclass(frozen=True, eq=False)
+class Guidance:
+    """How samples are guided: towards their class, away from the null label or a weak model.
+
+    A sample of class c has the scale 1 + (scale - 1) class_strengths[c]. A network with the
+    strength as an input gets that scale - 1 instead of a second call. Autoguidance
+    (arXiv:2406.02507) has a smaller or less trained model in place of the null label.
+    """
+
+    scale: float = 1.0  # of classifier-free guidance; 1 is none
+    class_strengths: Sequence[float] | None = None  # factors of scale - 1, (num_classes,)
+    interval: tuple[float, float] | None = None  # (low, high] of sigma; None: all
+    weak: tuple[Model, Any] | None = None  # (model, params) for autoguidance
+
+    def __post_init__(self):
+        in_range("guidance_scale", self.scale, -math.inf)
+        if self.interval is not None and not 0 <= self.interval[0] < self.interval[1]:
+            raise ValueError(
+                f"The guidance interval is {tuple(self.interval)}; expected 0 <= low < high."
+            )
+
+    def at(self, scale: float) -> "Guidance":
+        """The same guidance with another scale."""
+        return dataclasses.replace(self, scale=float(scale))
+
+    def scales(self, num_classes: int) -> np.ndarray:
+        """The scale of each class and of the null label, (num_classes + 1,) float64."""
+        if self.class_strengths is None:
+            return np.full(num_classes + 1, self.scale, np.float64)
+        factors = np.asarray(self.class_strengths).tolist()
+        class_factors("class_strengths", factors, num_classes)
+        # This form returns exactly `scale` at factor 1.
+        return self.scale + (self.scale - 1) * (np.append(factors, 1.0) - 1)
+
+    def is_second_call(self, model: Model, scale: float | None = None) -> bool:
+        """Whether guidance at a scale, by default its own, needs a second network call."""
+        scale = self.scale if scale is None else scale
+        return scale != 1 and (self.weak is not None or not model.strength)
+
+    def calls(self, model: Model, sampler: Sampler) -> int:
+        """Network calls for one sample.
+
+        A second call is for all samples of a batch: classes of strength 0 have it beside others.
+        """
+        grid = sampler.grid(model.preconditioning.sigma_range)
+        levels = samplers.call_levels(grid, sampler.method)
+        low, high = self.interval or (0.0, np.inf)
+        guided = any(self.is_second_call(model, s) for s in self.scales(model.null_label)[:-1])
+        return len(levels) + int(((low < levels) & (levels <= high) & guided).sum())
+
+    def settings(self) -> dict[str, Any]:
+        """What a file says of the guidance, beside its scale; other files keep their keys."""
+        found: dict[str, Any] = {"guidance_interval": self.interval}
+        found |= {"autoguidance": digest(self.weak[1])} if self.weak else {}
+        strengths = self.class_strengths
+        return found | ({} if strengths is None else {"class_strengths": list(strengths)})
 
 
-def replicated(tree: Any) -> Any:
-    """The arrays of a tree copied to each device, unless all devices have them."""
-    if all(len(x.sharding.device_set) == jax.device_count() for x in jax.tree.leaves(tree)):
-        return tree
-    if jax.process_count() > 1:  # arrays of one process do not move to the devices of others
-        tree = jax.device_get(tree)
-    return jax.device_put(tree, shardings()[1])
-
-
-def spread_size(batch_size: int, count: int) -> int:
-    """The batch size for `count` examples: at most `count`, rounded up to a multiple of devices."""
-    batch_size = min(batch_size, max(count, 1))
-    return batch_size + -batch_size % jax.device_count()
+NONE = Guidance()
 
 
 def _with_strength(denoise: DenoiseFn, strength: Any, interval: Any) -> DenoiseFn:
@@ -61,7 +98,7 @@ def program(
 ) -> Callable:
     """(both models' params, seed, indices, labels, sigmas, scales, interval, churn) -> x.
 
-    The scales (num_classes + 1,) are those of `scales_by_label`.
+    The scales (num_classes + 1,) are those of `Guidance.scales`.
     """
 
     def run(all_params, seed, indices, labels, sigmas, scales, interval, churn):
@@ -88,69 +125,14 @@ def compiled(*options: Any) -> Callable:
     return jax.jit(program(*options), out_shardings=shardings()[1])
 
 
-def scales_by_label(
-    model: Model, guidance_scale: float, class_strengths: Sequence[float] | None
-) -> np.ndarray:
-    """Guidance scale of each class and of the null label, (num_classes + 1,) float64.
-
-    That of class c is 1 + (guidance_scale - 1) class_strengths[c], that of the null label
-    guidance_scale. ValueError: not a factor of at least 0 for each class.
-    """
-    if class_strengths is None:
-        return np.full(model.null_label + 1, guidance_scale, np.float64)
-    factors = np.asarray(class_strengths).tolist()
-    class_factors("class_strengths", factors, model.null_label)
-    # This form returns exactly `guidance_scale` at factor 1.
-    return guidance_scale + (guidance_scale - 1) * (np.append(factors, 1.0) - 1)
-
-
-def is_guided(model: Model, guidance_scale: float, weak: Any = None) -> bool:
-    """Whether guidance at this scale needs a second network call."""
-    return guidance_scale != 1 and (weak is not None or not model.strength)
-
-
-def network_calls(
-    model: Model,
-    sampler: Sampler,
-    *,
-    guidance_scale: float = 1.0,
-    class_strengths: Sequence[float] | None = None,
-    interval: tuple[float, float] | None = None,
-    weak: tuple[Model, Any] | None = None,
-) -> int:
-    """Network calls for one sample of `generate` with these arguments.
-
-    A second call is for all samples of a batch: classes of strength 0 have it beside others.
-    """
-    levels = samplers.call_levels(sampler.grid(model.preconditioning.levels), sampler.method)
-    low, high = interval or (0.0, np.inf)
-    scales = scales_by_label(model, guidance_scale, class_strengths)[:-1]
-    guided = any(is_guided(model, scale, weak) for scale in scales)
-    second = (low < levels) & (levels <= high) & guided
-    return len(levels) + int(second.sum())
-
-
-def check_memory(what: str, numbers: int, remedy: str) -> None:
-    """ValueError if so many float32 numbers do not fit into the memory of this machine."""
-    pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else np.inf
-    if 4 * numbers > (memory := pages * mmap.PAGESIZE):
-        raise ValueError(
-            f"{what} need {4 * numbers / 1e9:.3g} GB; this machine has {memory / 1e9:.3g} GB. "
-            f"{remedy}"
-        )
-
-
 def _checked(
-    model: Model, labels: np.ndarray, scales: np.ndarray, weak: Any, interval: Any, churn: Any,
-    seed: int,
-) -> np.ndarray:  # fmt: skip
+    model: Model, labels: np.ndarray, guided: Guidance, churn: Any, seed: int
+) -> np.ndarray:
     """Labels as int32; ValueError on arguments of `generate` without a meaning."""
-    labels = np.asarray(labels)
+    labels, weak = np.asarray(labels), guided.weak
     if labels.size and labels.dtype.kind not in "iu":
         raise ValueError(f"Got labels of {labels.dtype}; expected integers.")
     in_range("seed", seed, 0, 2**32 - 1)
-    if interval is not None and not 0 <= interval[0] < interval[1]:
-        raise ValueError(f"The guidance interval is {tuple(interval)}; expected 0 <= low < high.")
     for name, value in (churn._asdict() if churn else {}).items():
         in_range(f"churn.{name}", value, 0.0)
     what = f"{labels.size} samples of shape {model.data.shape}"
@@ -166,7 +148,7 @@ def _checked(
             f"{model.data.shape}, the shape of the guided model's."
         )
     if weak is None and model.strength:
-        low, high = model.strength
+        (low, high), scales = model.strength, guided.scales(model.null_label)
         for scale in sorted({scales.min(), scales.max()}):
             if not low <= scale - 1 <= high:
                 logging.warning(
@@ -182,50 +164,40 @@ def generate(
     labels: np.ndarray,  # (n,) classes
     sampler: Sampler,  # method and grid, of which the model's range of noise levels is used
     *,
+    guided: Guidance = NONE,
     seed: int = 0,  # sample i starts from the noise of key fold_in(seed, i)
-    guidance_scale: float = 1.0,  # of classifier-free guidance; 1 is none
-    class_strengths: Sequence[float] | None = None,  # factors of guidance_scale - 1, (num_classes,)
-    interval: tuple[float, float] | None = None,  # (low, high] of sigma with guidance; None: all
-    weak: tuple[Model, Any] | None = None,  # (model, params) for autoguidance
     churn: samplers.Churn | None = None,  # stochastic sampling; None is deterministic
     batch_size: int = 256,  # rounded up to a multiple of the devices
     progress: Callable[[int], Any] = lambda count: None,  # called with the number of new samples
 ) -> np.ndarray:
     """Samples (n, ...) of the classes, float32 in the units of the scaled data.
 
-    Sample i depends on (seed, i, labels[i]) alone, not on batch size or devices. A change of grid,
-    guidance scale, class strengths or interval does not recompile. A sample of class c is guided
-    with the scale 1 + (guidance_scale - 1) class_strengths[c]. A network with the strength as an
-    input receives that scale - 1 instead of guidance. Autoguidance (arXiv:2406.02507) uses a
-    smaller or less trained model in place of the null label. ValueError: a label is outside
-    [0, num_classes], class_strengths are not num_classes factors of at least 0, or the weak model
-    has another data shape.
+    Sample i depends on (seed, i, labels[i]) alone, not on batch size or devices. A change of grid
+    or guidance does not recompile. ValueError: a label is outside [0, num_classes], class_strengths
+    are not num_classes factors of at least 0, or the weak model has another data shape.
     """
-    in_range("guidance_scale", guidance_scale, -np.inf)
-    scales = scales_by_label(model, guidance_scale, class_strengths)
-    labels = _checked(model, labels, scales, weak, interval, churn, seed)
-    guided = is_guided(model, guidance_scale, weak)
-    weak_model, weak_params = weak or (None, {})
-    run = compiled(model, sampler.method, guided, churn is not None, weak_model)
+    scales, labels = guided.scales(model.null_label), _checked(model, labels, guided, churn, seed)
+    weak_model, weak_params = guided.weak or (None, {})
+    second = guided.is_second_call(model)
+    run = compiled(model, sampler.method, second, churn is not None, weak_model)
+    sigmas = sampler.grid(model.preconditioning.sigma_range)
+    interval = guided.interval or (0.0, np.inf)
+    scalars = jax.tree.map(np.float32, (sigmas, scales, interval, churn or samplers.Churn()))
+    both, (spread, _) = replicated((params, weak_params)), shardings()
 
-    sigmas, interval = sampler.grid(model.preconditioning.levels), interval or (0.0, np.inf)
-    options = (sigmas, scales, interval, churn or samplers.Churn())
-    scalars = jax.tree.map(np.float32, options)
-    both, (rows, _) = replicated((params, weak_params)), shardings()
-    batch_size = spread_size(batch_size, len(labels))
+    def draw(rows: np.ndarray, labels: np.ndarray) -> jax.Array:
+        return run(both, np.uint32(seed), *jax.device_put((rows, labels), spread), *scalars)
+
     out = np.zeros((len(labels), *model.data.shape), np.float32)
-    for start in range(0, len(labels), batch_size):
-        here = labels[start : start + batch_size]
-        # The last batch is padded to the same size, so that one program runs all batches.
-        padded = np.arange(start, start + batch_size), np.resize(here, batch_size)
-        samples = run(both, np.uint32(seed), *jax.device_put(padded, rows), *scalars)
-        out[start : start + batch_size] = here_out = np.asarray(samples)[: len(here)]
-        finite = np.isfinite(here_out).reshape(len(here), -1).all(1)
+    size = spread_size(batch_size, len(labels))
+    for rows, samples in in_batches(draw, len(labels), size, labels):
+        out[rows] = samples
+        finite = np.isfinite(samples).reshape(len(rows), -1).all(1)
         if not finite.all():
             raise FloatingPointError(
                 f"{(~finite).sum()} samples are not finite, the first is sample "
-                f"{start + finite.argmin()}, with guidance_scale={guidance_scale:g}, {sampler} and "
+                f"{rows[finite.argmin()]}, with guidance_scale={guided.scale:g}, {sampler} and "
                 f"churn={churn}. Lower the guidance scale, or check the weights."
             )
-        progress(len(here))
+        progress(len(rows))
     return out

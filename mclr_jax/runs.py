@@ -1,254 +1,59 @@
-"""The directory of a run: its model, its weights and its companions.
+"""A run: a directory with a model and its weights, trained here or published by others.
 
-`run.json` holds the config, the model and its companions with all values resolved; `checkpoints/`
-the training state; `snapshots/` averages of earlier steps for post-hoc EMA; `frozen/` the weights
-of the companions, so that the run needs no other directory.
+`run.json` (`record`) has the model and the sampler, and the config of a training; `checkpoints/`
+the training state, or the weights alone; `snapshots/` averages of earlier steps for post-hoc EMA;
+`frozen/NAME/` copies of the runs that the objective reads, so that no other directory is needed.
 """
 
-import contextlib
 import dataclasses
 import itertools
-import json
-import operator
-import os
 import pathlib
-import socket
-import threading
-import time
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from absl import logging
 from flax import traverse_util
 
-from mclr_jax import __version__, ema, experiment
-from mclr_jax.data import sources
-from mclr_jax.data.formats import FORMATS
-from mclr_jax.data.protocol import Source, evenly
-from mclr_jax.files import digest, flat, provenance, write_atomically, write_json
+from mclr_jax import parts, record
+from mclr_jax.config import Training
+from mclr_jax.data.protocol import Source
+from mclr_jax.data.sources import Data
 from mclr_jax.model import DataInfo, Model, shapes_of
-from mclr_jax.names import construct
 from mclr_jax.samplers import Sampler
-from mclr_jax.task import MADE_HERE
+from mclr_jax.schema import read
+from mclr_jax.training import ema
 from mclr_jax.training.checkpoint import Checkpoints, check_same
-from mclr_jax.training.devices import banner, placed
-
-# Values of run.json that a run with checkpoints cannot change: they decide what its weights mean.
-FIXED = ("model.", "companions.", "data.")
-BEAT = 20.0  # seconds between two signs of life that a trainer gives in its lock
-SILENCE = 120.0  # seconds without one, after which a trainer on another host has ended
-# Parts of run.json that may differ without a warning.
-APART = ("history", "start", "paths", "frozen")
-
-
-def describe(
-    config: Any, model: Model, companions: Mapping[str, Model], source: Source
-) -> dict[str, Any]:
-    """The description of a run, without its history, as JSON."""
-    others = {name: experiment.describe(other) for name, other in companions.items()}
-    examples = {"number": len(source), "digest": digest(source[evenly(source, 64)])}
-    parts = {"config": config.to_dict(), "model": experiment.describe(model), "data": examples}
-    numbers = operator.methodcaller("item")  # NumPy's as Python's
-    return json.loads(json.dumps({**parts, "companions": others}, default=numbers))
-
-
-def _paths(config: Mapping[str, Any]) -> dict[str, str]:
-    """The files and directories that a config names, by key."""
-    values = {"init_from": config["init_from"], "data.path": config["data"]["path"]}
-    values |= {f"companions.{name}": path for name, path in config["companions"].items()}
-    for key in ("name", "test", "generated"):
-        kind, _, path = config["data"][key].partition(":")
-        values[f"data.{key}"] = path if kind in ("npz", "zip") else ""
-    return {key: path for key, path in values.items() if path}
-
-
-def changes(workdir: pathlib.Path, description: Mapping[str, Any]) -> dict[str, list]:
-    """key: [old, new] of the values that differ from those in run.json; warns of each.
-
-    Raises ValueError if the directory has checkpoints, which these values do not describe.
-    """
-    before, now = flat(read(workdir)), flat(dict(description))
-    if not before:
-        return {}
-    keys = [k for k in before.keys() | now.keys() if not k.startswith(APART)]
-    keys = [k for k in keys if k in before or not k.startswith("data.")]  # of an older version
-    found = {k: [before.get(k), now.get(k)] for k in sorted(keys) if before.get(k) != now.get(k)}
-    texts = {key: "is now {1}; it was {0}".format(*map(json.dumps, v)) for key, v in found.items()}
-    fixed = [f"{key} {text}" for key, text in texts.items() if key.startswith(FIXED)]
-    if fixed and has_checkpoints(workdir):
-        raise ValueError(
-            f"{workdir} has checkpoints of another model or other data: {'; '.join(fixed)}. Use "
-            "another --workdir, the old values, or --restart to begin again in this one."
-        )
-    for key, text in texts.items():
-        logging.warning("%s %s, when this run was started.", key, text)
-    return found
-
-
-def record(
-    workdir: pathlib.Path, description: Mapping[str, Any], changed: Mapping[str, list],
-    step: int, start: Any = None,
-) -> None:  # fmt: skip
-    """Write run.json: the description, its history, and `start`, the origin of the weights.
-
-    Paths are also stored in absolute form and relative to `workdir`, so that `load` finds the files
-    from another current directory, and in a run that was moved together with them.
-    """
-    old = read(workdir)
-    made_by = {**provenance(), "version": __version__, "device": banner()}
-    entry = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step, **made_by}
-    history = [*old.get("history", []), {**entry, "changes": dict(changed)}]
-    origin = {"start": found} if (found := start or old.get("start")) else {}
-    absolute = {key: os.path.abspath(name) for key, name in _paths(description["config"]).items()}
-    here = os.path.realpath(workdir)
-    paths = {
-        k: [name, os.path.relpath(os.path.realpath(name), here)] for k, name in absolute.items()
-    }
-    parts = {**description, **origin, "paths": paths, "history": history}
-    write_json(workdir / "run.json", parts)
-
-
-def has_checkpoints(workdir: pathlib.Path) -> bool:
-    """Whether a directory has checkpoints of a training, readable or not."""
-    return any((workdir / "checkpoints").glob("[0-9]*"))
-
-
-def read(workdir: pathlib.Path) -> dict[str, Any]:
-    """The content of run.json; empty without the file; ValueError: it is damaged or old."""
-    path = workdir / "run.json"
-    if not path.exists():
-        return {}
-    try:
-        description = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); restore it from a copy.") from error
-    if not isinstance(description, dict) or "model" not in description:
-        raise ValueError(f"{path} was written by an older version; train that run again.")
-    for key in ("config", "model", "companions"):
-        if not isinstance(description.get(key), dict):
-            raise ValueError(f"{path} is damaged ({key!r} has no keys); restore it from a copy.")
-    return description
-
-
-@contextlib.contextmanager
-def locked(workdir: pathlib.Path) -> Iterator[None]:
-    """Hold the lock of a directory, so that only one process trains in it.
-
-    Raises RuntimeError if another process holds the lock, unless that process of this host has
-    ended, or its host has given no sign of life for SILENCE seconds.
-    """
-    path, host = workdir / "lock", socket.gethostname()
-    born = _born(os.getpid())
-    mine = {"host": host, "pid": os.getpid(), "since": time.ctime(), "born": born, "beat": BEAT}
-    while not _create(path, json.dumps(mine)):
-        with contextlib.suppress(FileNotFoundError):  # the lock was released in between
-            try:
-                holder = json.loads(path.read_text())
-                here = holder["host"] == host
-                ended = _born(holder["pid"]) != holder["born"] if here else False
-            except (ValueError, KeyError, TypeError):
-                holder, here, ended = dict.fromkeys(mine, "unknown"), True, False
-            if not (ended or (not here and "beat" in holder and _is_silent(path))):
-                raise RuntimeError(
-                    f"Process {holder['pid']} on {holder['host']} has trained in {workdir} since "
-                    f"{holder['since']}; wait for its end, or use another --workdir. If that host "
-                    f"no longer runs it, delete {path}."
-                )
-            path.unlink()
-    done = threading.Event()
-    beating = threading.Thread(target=_beat, args=(path, done), daemon=True)
-    beating.start()
-    try:
-        yield
-    finally:
-        done.set()
-        beating.join()
-        path.unlink(missing_ok=True)
-
-
-def _beat(path: pathlib.Path, done: threading.Event) -> None:
-    """Change the time of a file every BEAT seconds, until `done` is set."""
-    while not done.wait(BEAT):
-        with contextlib.suppress(OSError):
-            os.utime(path)
-
-
-def _is_silent(path: pathlib.Path) -> bool:
-    """Whether the time of a file stays the same for SILENCE seconds; clocks may differ."""
-    logging.warning("Waiting at most %.0f s for a sign of life in %s.", SILENCE, path)
-    before, end = path.stat().st_mtime_ns, time.monotonic() + SILENCE
-    while time.monotonic() < end:
-        time.sleep(min(SILENCE, 1.0))
-        if path.stat().st_mtime_ns != before:
-            return False
-    return True
-
-
-def _create(path: pathlib.Path, text: str) -> bool:
-    """Make a file with this text at once; False if the file exists."""
-    own = path.with_name(f"{path.name}.{os.getpid()}")
-    write_atomically(own, text)
-    try:
-        os.link(own, path)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without hard links
-        try:
-            with path.open("x") as file:
-                file.write(text)
-        except FileExistsError:
-            return False
-    finally:
-        own.unlink()
-    return True
-
-
-def _born(pid: int) -> str | None:
-    """What tells a running process from later ones with its number; None if there is none."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:  # of another user
-        pass
-    stat = pathlib.Path(f"/proc/{pid}/stat")
-    return stat.read_text().rpartition(")")[2].split()[19] if stat.exists() else ""
-
-
-def set_aside(workdir: pathlib.Path) -> None:
-    """Move a run, except pictures and evaluations, to the folder `replaced` of its directory."""
-    target = workdir / "replaced" / time.strftime("%Y%m%d-%H%M%S")
-    names = ("run.json", "metrics.jsonl", "checkpoints", "snapshots", "frozen", "tensorboard")
-    for path in (workdir / name for name in names):
-        if path.exists():
-            target.mkdir(parents=True, exist_ok=True)
-            path.rename(target / path.name)
+from mclr_jax.training.devices import barrier, is_first, placed
+from mclr_jax.training.ema import EMA
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A trained model, its directory, its config, and the companions of its training by name."""
+    """A model with weights, the directory that has them, and how to sample."""
 
     workdir: pathlib.Path
-    config: ml_collections.FrozenConfigDict
     model: Model
-    companions: Mapping[str, Model]
+    sampler: Sampler
+    averages: tuple[str, ...] = ()  # names of EMA tracks; the first is the default
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # empty: not trained here
+    data: Data = Data(name="")
+    stored: tuple[str, str] = ("checkpoints", "params")  # folder and branch of the raw parameters
 
     def source(self, split: str) -> Source:
-        """The data of training, or the held-out data for split "test"."""
-        try:
-            return sources.from_config(self.config.data, split, self.config.seed)
-        except FileNotFoundError as error:
-            origin = f"{self.workdir} was trained on {self.config.data.name}"
-            raise FileNotFoundError(f"{error}. {origin}; give its new place by --data.") from error
+        """The data of training, or the held-out data for split "test".
 
-    @property
-    def sampler(self) -> Sampler:
-        """config.sampler as a Sampler."""
-        return construct(Sampler, self.config.sampler, "sampler")
+        ValueError: the run does not name its data. FileNotFoundError: they are not there.
+        """
+        if not self.data.name:
+            raise ValueError(f"{self.workdir} names no data; name them by --data.")
+        try:
+            return self.data.source(split, self.config.get("seed", 0))
+        except FileNotFoundError as error:
+            origin = f"{self.workdir} was trained on {self.data.name}"
+            raise FileNotFoundError(f"{error}. {origin}; give its new place by --data.") from error
 
     def weights(
         self, average: str = "", step: int | None = None, interpolation: float = 1.0
@@ -269,40 +74,37 @@ class Run:
             tuned, step = self.weights(average, step)
             start = self._start()
             return jax.tree.map(lambda a, b: a + interpolation * (b - a), start, tuned), step
-        like, names = _like(self.model), list(ema.tracks(self.config.ema))
-        average = average or (names[0] if names else "none")
-        if average not in (*names, "none"):
-            return self._reconstruct(like, average, names, step)
-        branch = {"params": like} if average == "none" else {"ema": {average: like}}
-        with Checkpoints(self.workdir / "checkpoints", keep=None) as checkpoints:
+        like, (folder, raw) = _like(self.model), self.stored
+        average = average or (*self.averages, "none")[0]
+        if average not in (*self.averages, "none"):
+            return self._reconstruct(like, average, step)
+        branch = {raw: like} if average == "none" else {"ema": {average: like}}
+        with Checkpoints(self.workdir / folder, keep=None) as checkpoints:
             restored = checkpoints.restore(branch, step)
         if restored is None:
             raise FileNotFoundError(f"{self.workdir} has no checkpoint yet.")
         state, step = restored
-        return (state["params"] if average == "none" else state["ema"][average]), step
+        return (state[raw] if average == "none" else state["ema"][average]), step
 
     def _start(self) -> Any:
         """The weights that training started from: the run's copy, or those of config.init_from."""
-        if not self.config.init_from:
+        if not (path := self.config.get("init_from")):
             raise ValueError(
                 f"{self.workdir} was not started from another run (config.init_from is empty): its "
                 "only interpolation is 1."
             )
-        if "reference" in self.companions and (self.workdir / "frozen").exists():
-            with Checkpoints(self.workdir / "frozen", keep=None) as store:
-                restored = store.restore({"reference": _like(self.companions["reference"])})
-            if restored is not None:
-                return fitted(restored[0]["reference"], self.model, f"{self.workdir}/frozen")
         try:
-            return start_weights(self.config.init_from, self.model)[0]
+            start = _held(self.workdir, "reference") or load(path)
+            return fitted(start.weights()[0], self.model, str(start.workdir))
         except FileNotFoundError as error:
-            origin = f"{self.workdir} was started from {self.config.init_from}"
+            origin = f"{self.workdir} was started from {path}"
             raise FileNotFoundError(
                 f"{error} {origin}; give its new place by --init_from."
             ) from error
 
-    def _reconstruct(self, like: Any, average: str, names: list[str], step: int | None):
+    def _reconstruct(self, like: Any, average: str, step: int | None):
         """Post-hoc EMA: a weighted sum of the snapshots up to `step`, read one at a time."""
+        names = self.averages
         try:
             width = float(average)
             stds = [float(name.removeprefix("power_")) for name in names if "power_" in name]
@@ -334,45 +136,44 @@ def load(workdir: str | pathlib.Path, init_from: str = "", data: str = "") -> Ru
     config.data.path) are new places that replace those of the config.
     """
     workdir = pathlib.Path(workdir)
-    if not (description := read(workdir)):
+    if not (description := record.read(workdir)):
         raise FileNotFoundError(
             f"{workdir} is not the directory of a run: no run.json. Pass the --workdir of training."
         )
     try:
-        config = ml_collections.ConfigDict(description["config"])
-        config.update_from_flattened_dict(_found(description, workdir))
-        others = {name: experiment.model_of(d) for name, d in description["companions"].items()}
-        model = experiment.model_of(description["model"])
-        hash((model, *others.values()))  # fails for values of other types
+        config = record.at_new_places(description, workdir)
+        config |= {"init_from": init_from} if init_from else {}
+        held = read(Data, config["data"], "config.data") if config else Data(name="")
+        if data:
+            held = held.moved(data)
+        model = parts.model_of(description["model"])
+        hash(model)  # fails for values of other types
+        sampler = read(Sampler, description.get("sampler") or config["sampler"], "config.sampler")
+        averages = description.get("averages")  # which earlier versions did not write
+        if averages is None:
+            averages = read(EMA, config["ema"], "config.ema").tracks
     except (KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{workdir}/run.json is damaged ({reason}); restore it.") from error
     except ValueError as error:
         raise ValueError(f"{workdir}/run.json: {error}") from error
-    if init_from:
-        config.init_from = init_from
-    if data and (":" in data or data in FORMATS):
-        config.data.update({"name": data, "path": ""})
-    elif data:
-        config.data.path = data
-    return Run(workdir, ml_collections.FrozenConfigDict(config), model, others)
-
-
-def _found(description: Mapping[str, Any], workdir: pathlib.Path) -> dict[str, str]:
-    """The config's files and directories, by key, where they are now."""
-    found, written = {}, flat(description["config"])
-    for key, name in _paths(description["config"]).items():
-        absolute, relative = description.get("paths", {}).get(key, [name, name])
-        places = [pathlib.Path(absolute), workdir / relative]
-        place = str(next((place for place in places if place.exists()), absolute))
-        found[key] = written[key].removesuffix(name) + place
-    return found
+    return Run(workdir, model, sampler, tuple(averages), config, held)
 
 
 def load_model(workdir: str | pathlib.Path, interpolation: float = 1.0) -> tuple[Model, Any]:
     """(model, parameters) of a run: its last step and its first average, if it has one."""
     run = load(workdir)
     return run.model, run.weights(interpolation=interpolation)[0]
+
+
+def publish(
+    workdir: pathlib.Path, model: Model, params: Any, sampler: Sampler, step: int = 0
+) -> None:
+    """Write parameters, on the devices of all processes, as a run without a training."""
+    with Checkpoints(workdir / "checkpoints", keep=None) as checkpoints:
+        checkpoints.save(step, {"params": params})
+    if is_first():
+        record.write(workdir, record.of_model(model, [], dataclasses.asdict(sampler)))
 
 
 def _like(model: Model) -> Any:
@@ -388,58 +189,56 @@ def fitted(weights: Any, model: Model, source: str) -> Any:
     were zero in sampling, are removed. MismatchError: another difference.
     """
     optional = set(getattr(model.network, "optional_inputs", ()))
-    wanted, given = (traverse_util.flatten_dict(tree) for tree in (shapes_of(model), weights))
+    expected = shapes_of(model)
+    wanted, given = (traverse_util.flatten_dict(tree) for tree in (expected, weights))
     changed = {path for path in wanted.keys() ^ given.keys() if optional & set(path)}
     result = {path: x for path, x in given.items() if path not in changed}
     for path in changed & wanted.keys():
         result[path] = jnp.zeros(wanted[path].shape, wanted[path].dtype)
     tree = traverse_util.unflatten_dict(result)
-    check_same(shapes_of(model), tree, source)
-    check_same(tree, shapes_of(model), "the network of this run")
+    check_same(expected, tree, source)
+    check_same(tree, expected, "the network of this run")
     return tree
 
 
-def start_weights(path: str, model: Model) -> tuple[Any, int]:
-    """The default weights of the run in `path`, `fitted` to a model, and their step."""
-    run = load(path)
-    weights, step = run.weights()
-    log = logging.warning if step < run.config.num_steps else logging.info
-    log("Weights from step %d of %d of %s.", step, run.config.num_steps, path)
-    return fitted(weights, model, path), step
+def companions(training: Training, data: DataInfo, workdir: pathlib.Path) -> dict[str, Run]:
+    """The runs that the objective reads, by name: the copies of a training with checkpoints.
 
-
-def companion_paths(config: Any) -> dict[str, str]:
-    """The directories of the runs that the objective reads, by name; ValueError: one is not set."""
-    paths = {**config.companions, "reference": config.init_from}
-    special = {"reference": "a frozen reference", "classifier": "a classifier"}
-    needed = sorted(experiment.needs(config) - MADE_HERE)
-    for name in needed:
-        if not paths.get(name):
-            what = special.get(name, f"the companion run {name!r}")
-            key = "config.init_from" if name == "reference" else f"config.companions.{name}"
-            raise ValueError(f"This objective needs {what}: set {key} to the directory of its run.")
-    return {name: paths[name] for name in needed}
-
-
-def companions(config: Any, data: DataInfo, workdir: pathlib.Path) -> dict[str, Model]:
-    """The models that the objective reads, by name; from run.json if `workdir` has checkpoints.
-
-    ValueError: a model is missing, of the wrong kind, or for other data.
+    ValueError: a run is not named, of the wrong kind, or for other data.
     """
-    paths, found = companion_paths(config), {}
-    held: Mapping[str, Model] = {}
-    if has_checkpoints(workdir):
-        held = load(workdir).companions
-    for name in sorted(n for n, path in config.companions.items() if path and n not in paths):
+    unused = {name for name, path in training.companions.items() if path} - training.runs.keys()
+    for name in sorted(unused):
         logging.warning("config.companions.%s is not used: this objective reads %s.",
-                        name, ", ".join(paths) or "no companion")  # fmt: skip
-    for name, path in paths.items():
-        found[name] = held[name] if name in held else load(path).model
-        check_companion(name, path, found[name], data, config)
+                        name, ", ".join(training.runs) or "no companion")  # fmt: skip
+    found, resumed = {}, record.has_checkpoints(workdir)
+    for name, path in training.runs.items():
+        found[name] = (resumed and _held(workdir, name)) or load(path)
+        check_companion(name, path, found[name].model, data)
     return found
 
 
-def check_companion(name: str, path: str, model: Model, data: DataInfo, config: Any) -> None:
+def keep(companions: Mapping[str, Run], weights: Mapping[str, Any], workdir: pathlib.Path) -> None:
+    """Copy runs, whose weights are on the devices of all processes, to `workdir`/frozen."""
+    if companions and not record.has_checkpoints(workdir):
+        if is_first():  # copies of a start that was stopped before its first checkpoint
+            shutil.rmtree(workdir / "frozen", ignore_errors=True)
+        barrier("companions")
+    for name, run in companions.items():
+        if run.workdir != (place := workdir / "frozen" / name):
+            publish(place, run.model, weights[name], run.sampler)
+
+
+def _held(workdir: pathlib.Path, name: str) -> Run | None:
+    """The copy of a companion in the directory of a training, if there is one."""
+    if ((place := workdir / "frozen" / name) / "run.json").exists():
+        return load(place)
+    described = record.read(workdir).get("companions", {})
+    if name in described and (workdir / "frozen" / "0").exists():  # of version 0.1: one tree of all
+        return Run(workdir, parts.model_of(described[name]), Sampler(), stored=("frozen", name))
+    return None
+
+
+def check_companion(name: str, path: str, model: Model, data: DataInfo) -> None:
     """ValueError unless the model of the run in `path` is of the kind and data that `name` needs.
 
     `data` are those of config.data: a companion has their shape and number of classes. The one
@@ -451,6 +250,5 @@ def check_companion(name: str, path: str, model: Model, data: DataInfo, config: 
     if (kind, got) != (wanted, expected):
         raise ValueError(
             f"Companion {name!r} in {path!r}: expected {wanted}, data shape and number of "
-            f"classes {expected}, those of config.data.name={config.data.name!r}; it is {kind} "
-            f"of {got}."
+            f"classes {expected}, those of config.data; it is {kind} of {got}."
         )

@@ -9,16 +9,16 @@ import optax
 
 from mclr_jax.data.augment import augment
 from mclr_jax.data.pixels import random_flip, to_float
-from mclr_jax.ema import Decay
-from mclr_jax.metrics import Metrics
 from mclr_jax.model import Model
 from mclr_jax.noise import split
-from mclr_jax.objectives.base import Objective
-from mclr_jax.problem import Answers, Batch, Models, PosteriorFn, Problem
-from mclr_jax.types import Condition, as_condition
+from mclr_jax.objectives.base import Batch, Models, Objective, Problem
+from mclr_jax.reductions import Metrics
+from mclr_jax.training.ema import Decay
+from mclr_jax.types import Answers, Condition, PosteriorFn, as_condition
 
 # Needs of an objective that no other run provides.
-MADE_HERE = frozenset({"self", "average", "posterior", "class_prior", "other", "generated"})
+MADE_HERE = frozenset({"self", "average", "posterior", "class_prior", "class_strengths", "other",
+                       "generated"})  # fmt: skip
 
 
 class Posterior(Protocol):
@@ -49,15 +49,6 @@ class Task:
     augment: float = 0.0  # probability of EDM's augmentations
     grad_accumulation: int = 1  # number of parts of a batch
     seed: int = 0  # of the initial parameters and of the training
-
-    def __post_init__(self):
-        takes = getattr(self.objective, "takes_class_strengths", False)
-        if self.problem.class_strengths and not takes:
-            raise ValueError(
-                f"The objective {type(self.objective).__name__} reads no config.class_strengths: "
-                "leave it empty, or give the objective takes_class_strengths = True and use "
-                "`objectives.base.strength_factor`."
-            )
 
     @property
     def needs(self) -> frozenset[str]:

@@ -14,7 +14,7 @@ from absl import logging
 
 from mclr_jax.assimilation.dynamics import SYSTEMS, Dynamics
 from mclr_jax.files import write_atomically
-from mclr_jax.names import in_range, resolve
+from mclr_jax.schema import in_range, resolve
 
 CACHE = "~/.cache/mclr_jax/trajectories"
 FORMAT = 1  # to be raised when a system gives other numbers than before

@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Collection, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from mclr_jax.data.formats import FORMATS
 from mclr_jax.data.protocol import Source, as_images, as_labels, check_values, limit
 from mclr_jax.files import named
-from mclr_jax.names import fields, look_up, nearest, resolve
+from mclr_jax.schema import Keys, fields, key, look_up, nearest, resolve, rest
 
 
 def load(name: str, split: str = "train", **options) -> Source:
@@ -53,18 +53,38 @@ def _check_options(name: str, options: Iterable[str], known: Collection[str]) ->
             raise ValueError(f"got option {option!r} for {name!r}; {nearest(option, known)}")
 
 
-def from_config(data: Any, split: str, seed: int) -> Source:
-    """The data set of `config.data`; for split 'train', a subset of `data.limit` drawn by `seed`.
+@dataclasses.dataclass(frozen=True)
+class Data(Keys):
+    """The keys of config.data: a data set and what training takes of it."""
 
-    Options of `load` are path, resolution and num_classes, unless empty or 0, and all keys that
-    configs/base.py does not have.
-    """
-    if split == "test" and data.get("test"):
-        return load(data.test)
-    unset = [key for key in ("path", "resolution", "num_classes") if not data.get(key)]
-    others = ["name", "test", "generated", "limit", "flip", "augment", *unset]
-    source = load(data.name, split, **{k: v for k, v in data.items() if k not in others})
-    return limit(source, data.limit, seed) if data.get("limit") and split == "train" else source
+    name: str = key("digits", says="digits, fashion_mnist, mixture, tfds:NAME, zip:PATH, npz:PATH, "
+                    "or package.module:Name, a source of your own")  # fmt: skip
+    path: str = key("", says="folder of the files (fashion_mnist, tfds); empty for the default")
+    test: str = key("", says="source of held-out examples; empty for the test split of the name")
+    num_classes: int = key(0, 0, says="0 counts them in the labels (zip, npz)")
+    resolution: int = key(0, 0, says="crop and resize to this size (tfds); 0 for the original")
+    generated: str = key("", says="source with samples of the run in init_from (objective ddo)")
+    limit: int = key(0, 0, says="train on a random subset of this size; 0 for all")
+    flip: bool = key(False, says="random horizontal flips")
+    augment: float = key(0.0, 0.0, 1.0, says="probability of EDM's non-leaking augmentations")
+    options: dict = rest("options of a source of your own")
+
+    where: ClassVar[str] = "config.data"
+
+    def source(self, split: str, seed: int) -> Source:
+        """The data set, in training a subset of `limit` examples drawn by `seed`."""
+        if split == "test" and self.test:
+            return load(self.test)
+        given = {"path": self.path, "resolution": self.resolution, "num_classes": self.num_classes}
+        given = {name: value for name, value in given.items() if value}
+        source = load(self.name, split, **given, **self.options)
+        return limit(source, self.limit, seed) if self.limit and split == "train" else source
+
+    def moved(self, place: str) -> "Data":
+        """The same data at another place: a source, see `load`, or the folder `path`."""
+        if ":" in place or place in FORMATS:
+            return dataclasses.replace(self, name=place, path="")
+        return dataclasses.replace(self, path=place)
 
 
 def _checked(source: Any, what: str) -> Source:

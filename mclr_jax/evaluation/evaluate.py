@@ -23,15 +23,14 @@ from mclr_jax.data.protocol import Source, evenly
 from mclr_jax.evaluation import metrics
 from mclr_jax.evaluation.features import BATCH, Extractor, Features
 from mclr_jax.files import digest, provenance, save_arrays, write_json
-from mclr_jax.model import Model
-from mclr_jax.names import look_up
+from mclr_jax.schema import look_up
 from mclr_jax.training.devices import banner, exists, is_first
 
-KEPT = 10_000  # examples of the reference whose features are kept, for neighbours and classes
+KEPT = 10_000  # real examples whose features are kept, for neighbours and classes
 
 
 @dataclasses.dataclass(frozen=True)
-class Reference:
+class RealStatistics:
     """Statistics of real data, with which samples are compared."""
 
     moments: metrics.Moments  # of the features of all examples
@@ -46,9 +45,9 @@ METRICS = {"fd": "frechet", "fd_class": "per_class_frechet", "fd_inter": "inter_
 
 
 def measure(
-    fake: Features, real: Reference, names: Sequence[str], judged: Features | None = None
+    fake: Features, real: RealStatistics, names: Sequence[str], judged: Features | None = None
 ) -> dict[str, float]:
-    """The accuracy of samples, and the named metrics (see METRICS) against a reference.
+    """The accuracy of samples, and the named metrics (see METRICS) against real data.
 
     The accuracy is the share of samples whose most probable class, according to the extractor of
     `judged` (default: `fake`), is their label. Extractors without classes give neither accuracy nor
@@ -86,12 +85,24 @@ def memorized(samples: np.ndarray, training: Source) -> float:
     return metrics.memorized_fraction(real, flat(samples))
 
 
-def reference(
+def judged(
+    pixels: np.ndarray, labels: np.ndarray, extractor: Extractor, real: RealStatistics,
+    names: Sequence[str], judge: Extractor | None = None, training: Source | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """The measures of images with these labels; the options are those of `evaluate`."""
+    other = judge(pixels, labels) if judge else None
+    found = measure(extractor(pixels, labels), real, names, other)
+    if training is not None:
+        found["memorized"] = memorized(pixels, training)
+    return found
+
+
+def real_statistics(
     extractor: Extractor,
     source: Source,
     cache: pathlib.Path | None = None,
     progress: Callable[[int], Any] = lambda count: None,
-) -> Reference:
+) -> RealStatistics:
     """Statistics of a data set, read in batches and stored in the folder `cache`.
 
     The file is named by a hash of the extractor, all labels and 256 evenly spaced images.
@@ -101,7 +112,9 @@ def reference(
     if path is not None and exists(path):
         with np.load(path) as file:
             moments = metrics.Moments(int(file["count"]), file["mean"], file["cov"])
-            return Reference(moments, Features(*(file[name] for name in Features._fields)), key)
+            return RealStatistics(
+                moments, Features(*(file[name] for name in Features._fields)), key
+            )
     chosen, kept = np.isin(np.arange(len(source)), evenly(source, KEPT)), []
 
     def read(rows: np.ndarray) -> metrics.Moments:
@@ -113,7 +126,7 @@ def reference(
     some = Features(*(np.concatenate(arrays) for arrays in zip(*kept, strict=True)))
     if path is not None and is_first():
         save_arrays(path, count=total.count, mean=total.mean, cov=total.cov, **some._asdict())
-    return Reference(total, some, key)
+    return RealStatistics(total, some, key)
 
 
 def _batches(source: Source) -> list[np.ndarray]:
@@ -133,18 +146,16 @@ def _hash(text: str) -> str:
 def evaluate(
     run: runs.Run,
     extractor: Extractor,
-    real: Reference,  # of the same extractor
+    real: RealStatistics,  # of the same extractor
     *,
     names: Sequence[str] = tuple(METRICS),
     judge: Extractor | None = None,  # that accuracy is judged by; default: `extractor`
     num_samples: int = 10_000,  # of each row, with equally many of each class
     seed: int = 0,
-    guidance_scales: Iterable[float] = (1.0,),
+    guided: generate.Guidance = generate.NONE,
+    guidance_scales: Iterable[float] = (1.0,),  # in place of that of `guided`
     averages: Iterable[str] = ("",),
     interpolations: Iterable[float] = (1.0,),
-    class_strengths: Sequence[float] | None = None,
-    interval: tuple[float, float] | None = None,
-    weak: tuple[Model, Any] | None = None,
     training: Source | None = None,  # images, to find copies of them: column `memorized`
     batch_size: int = 256,
     progress: Callable[[int], Any] = lambda count: None,  # called with the number of new samples
@@ -160,14 +171,12 @@ def evaluate(
     made_by = {**provenance(), "device": banner()}
     labels = np.resize(np.arange(run.model.null_label), num_samples)
     fixed: dict[str, Any] = {
-        "guidance_interval": interval, "sampler": dataclasses.asdict(run.sampler), "seed": seed,
+        **guided.settings(), "sampler": dataclasses.asdict(run.sampler), "seed": seed,
         "samples": num_samples, "rounding": "8 bits", "metrics": list(names),
         "features": extractor.name, "features_weights": extractor.digest,
         "judge": (judge or extractor).name, "judge_weights": (judge or extractor).digest,
         "reference": real.digest, "reference_examples": real.moments.count,
     }  # fmt: skip
-    fixed |= {"autoguidance": digest(weak[1])} if weak else {}  # other rows keep their keys
-    fixed |= {} if class_strengths is None else {"class_strengths": list(class_strengths)}
     fixed |= {"memorized_from": _content(training)} if training is not None else {}
     for average, interpolation in itertools.product(averages, interpolations):
         params, step = run.weights(average, interpolation=interpolation)
@@ -181,22 +190,17 @@ def evaluate(
                 rows.append(json.loads(path.read_text()))
                 progress(num_samples)
                 continue
-            guided: dict[str, Any] = {"guidance_scale": scale, "class_strengths": class_strengths,
-                                      "interval": interval, "weak": weak}  # fmt: skip
-            start = time.perf_counter()
+            start, here = time.perf_counter(), guided.at(scale)
             samples = generate.generate(
                 run.model, params, labels, run.sampler,
-                seed=seed, batch_size=batch_size, progress=progress, **guided,
+                guided=here, seed=seed, batch_size=batch_size, progress=progress,
             )  # fmt: skip
             cost = {
-                "network_calls": generate.network_calls(run.model, run.sampler, **guided),
+                "network_calls": here.calls(run.model, run.sampler),
                 "samples_per_second": num_samples / (time.perf_counter() - start),
             }
             pixels = images.as_8_bits(samples)
-            judged = judge(pixels, labels) if judge else None
-            found = measure(extractor(pixels, labels), real, names, judged)
-            if training is not None:
-                found["memorized"] = memorized(pixels, training)
+            found = judged(pixels, labels, extractor, real, names, judge, training)
             rows.append({**settings, **found, **cost, **made_by})
             if is_first():
                 write_json(path, rows[-1])

@@ -9,12 +9,13 @@ import jax
 import numpy as np
 import scipy.special
 
-from mclr_jax import generate, runs
+from mclr_jax import runs
 from mclr_jax.data.pixels import to_float
 from mclr_jax.evaluation import dinov2, efficientnet, inception
 from mclr_jax.files import digest
-from mclr_jax.names import look_up
 from mclr_jax.pretrained import torch_file
+from mclr_jax.schema import look_up
+from mclr_jax.training.devices import in_batches, shardings, spread_size
 
 BATCH = 512
 # (weights, images (b, ...) in [-1, 1]) -> features (b, d), logits (b, K); without classes K = 0.
@@ -44,7 +45,7 @@ class Extractor:
     @functools.cached_property
     def _compiled(self) -> Callable:
         # The weights are an argument, since gigabytes of constants in a program do not compile.
-        whole = generate.shardings()[1]  # weights and features, on every device
+        whole = shardings()[1]  # weights and features, on every device
         weights = jax.device_put(self.weights, whole)
         return functools.partial(jax.jit(self.apply, out_shardings=whole), weights)
 
@@ -55,13 +56,14 @@ class Extractor:
 
         `progress` is called with the number of new images.
         """
-        rows, _ = generate.shardings()
-        size, kept = BATCH + -BATCH % jax.device_count(), []
-        for chunk in np.split(images, range(size, len(images), size)):
-            padded = np.resize(chunk, (size, *chunk.shape[1:]))  # one shape, one program
-            outputs = self._compiled(to_float(jax.device_put(padded, rows)))
-            kept.append([np.asarray(array, np.float64)[: len(chunk)] for array in outputs])
-            progress(len(chunk))
+        spread, kept = shardings()[0], []
+
+        def compute(rows: np.ndarray) -> Any:
+            return self._compiled(to_float(jax.device_put(images[rows], spread)))
+
+        for rows, outputs in in_batches(compute, len(images), spread_size(BATCH, BATCH)):
+            kept.append([array.astype(np.float64) for array in outputs])
+            progress(len(rows))
         features, logits = (np.concatenate(arrays) for arrays in zip(*kept, strict=True))
         log_probs = scipy.special.log_softmax(logits, axis=1) if logits.size else logits
         return Features(features, log_probs, np.asarray(labels, np.int32))

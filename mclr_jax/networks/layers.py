@@ -10,16 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 from jax.nn.initializers import Initializer, ones, xavier_uniform, zeros
 from jax.sharding import AxisType
 
-from mclr_jax import target
-from mclr_jax.names import in_range, look_up
+from mclr_jax import backend
+from mclr_jax.networks.convolution import convolution_p, convolve
+from mclr_jax.schema import check, key
 from mclr_jax.types import Condition
 
-NHWC = ("NHWC", "HWIO", "NHWC")
 LAYER_NORM_EPSILON = 1e-6
 
 
@@ -30,7 +28,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None =
     store the (B, heads, N, N) weights. It has no forward-mode derivative.
     """
     fits = q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and bias is None
-    fused = fits and target.backend() == "gpu" and _cudnn_attention()
+    fused = fits and backend.traced_for() == "gpu" and _cudnn_attention()
     return jax.nn.dot_product_attention(q, k, v, bias, implementation="cudnn" if fused else "xla")
 
 
@@ -87,66 +85,10 @@ def _layer_norm_jvp(
     return answer, derivative(answer, factor, *change)
 
 
-def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: Any = "SAME") -> jax.Array:
-    """x (B, H, W, C), kernel (kh, kw, C, D) of its dtype -> (B, H', W', D); XLA's `padding`."""
-    margins = tuple(size // 2 for size in kernel.shape[:2])
-    odd = all(size % 2 for size in kernel.shape[:2])
-    if target.backend() == "cpu" and stride == 1 and padding == "SAME" and odd:
-        return _convolution.bind(x, kernel, margins=margins)
-    return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=NHWC)
-
-
-# XLA:CPU has fast kernels for the layout NHWC, HWIO -> NHWC alone. It rewrites the convolutions of
-# gradients to this layout, but not inside loops, where a gradient then takes 50 times as long. On
-# the CPU, a convolution of stride 1 with `margins` zeros at each end of height and width is
-# therefore a primitive, whose transposes are convolutions of this layout. The primitive is
-# bilinear, so that it has derivatives of any order.
-
-
-def _by_xla(x: jax.Array, kernel: jax.Array, *, margins: tuple[int, ...]) -> jax.Array:
-    padding = [(margin, margin) for margin in margins]
-    return lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=NHWC)
-
-
-def _transpose_x(g: jax.Array, x: Any, kernel: jax.Array, *, margins: tuple[int, ...]):
-    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-    rest = tuple(size - 1 - m for size, m in zip(kernel.shape[:2], margins, strict=True))
-    return _convolution.bind(g, flipped, margins=rest)
-
-
-def _transpose_kernel(g: jax.Array, x: jax.Array, kernel: Any, *, margins: tuple[int, ...]):
-    """Batch and channels are swapped: each channel of x is correlated with each channel of g."""
-    x, g = jnp.transpose(x, (3, 1, 2, 0)), jnp.transpose(g, (1, 2, 0, 3))
-    return _convolution.bind(x, g, margins=margins).transpose(1, 2, 0, 3)
-
-
-def _batched(arguments, axes, *, margins: tuple[int, ...]):
-    """Kernels are mapped one by one: XLA's own rule, grouped convolution, is slow on the CPU."""
-    (x, kernel), (x_axis, kernel_axis) = arguments, axes
-    convolution = partial(_convolution.bind, margins=margins)
-    if x_axis is None:
-        return lax.map(partial(convolution, x), jnp.moveaxis(kernel, kernel_axis, 0)), 0
-    x = jnp.moveaxis(x, x_axis, 0)
-    if kernel_axis is None:  # the mapped axis joins the batch
-        y = convolution(x.reshape(-1, *x.shape[2:]), kernel)
-        return y.reshape(*x.shape[:2], *y.shape[1:]), 0
-    return lax.map(lambda pair: convolution(*pair), (x, jnp.moveaxis(kernel, kernel_axis, 0))), 0
-
-
-_convolution = Primitive("convolution")
-_convolution.def_impl(jax.jit(_by_xla, static_argnames="margins"))
-_convolution.def_abstract_eval(
-    lambda x, kernel, *, margins: jax.core.ShapedArray(
-        jax.eval_shape(partial(_by_xla, margins=margins), x, kernel).shape, x.dtype
-    )
-)
-mlir.register_lowering(_convolution, mlir.lower_fun(_by_xla, multiple_results=False))
-ad.defbilinear(_convolution, _transpose_x, _transpose_kernel)
-batching.primitive_batchers[_convolution] = _batched
-
-
 def check_sizes(x: jax.Array, patch_size: int, levels: int, field: str) -> None:
     """Raises ValueError unless x (B, H, W, C) divides into patches and halves at each level."""
+    if not levels:
+        raise ValueError(f"config.network.{field} is (); expected a value for each level.")
     divisor = patch_size * 2 ** (levels - 1)
     if any(size % divisor for size in x.shape[1:3]):
         raise ValueError(
@@ -251,12 +193,11 @@ def positional_embedding(t: jax.Array, dim: int = 256, endpoint: bool = False) -
 
 
 # The largest sizes that a network may have: beyond them is a mistake that no machine can hold.
-SIZES = {"width": 2**16, "depth": 2**10, "heads": 2**10, "patch_size": 2**10, "channels": 2**16,
-         "num_blocks": 2**8, "channel_mult": 2**8}  # fmt: skip
+WIDEST, DEEPEST = 2**16, 2**10
 
 
 def _products(primitive: Any, *_: Any, **__: Any) -> bool:
-    return primitive in (lax.dot_general_p, lax.conv_general_dilated_p, _convolution)
+    return primitive in (lax.dot_general_p, lax.conv_general_dilated_p, convolution_p)
 
 
 # What recomputed blocks keep of the forward pass.
@@ -277,22 +218,16 @@ class Network(nn.Module, kw_only=True):
 
     augment_dim: int = 0  # length of the augmentation vector, 0 for none
     takes_strength: bool = False  # whether the guidance strength is an input
-    dropout: float = 0.0  # rate in each block, used if the condition has dropout keys
-    dtype: Any = jnp.float32  # of the computation; parameters, norms, softmax, output are float32
-    remat: bool = False  # recompute blocks in the backward pass, to save memory
-    remat_policy: str = "nothing"  # name of KEPT: what is not computed again
+    dropout: float = key(0.0, 0.0, 1.0, ")", says="rate in each block, in training")
+    dtype: Any = key(jnp.float32, words=("float32", "bfloat16"), says="of the computation; "
+                     "parameters, norms, softmax and output are float32")  # fmt: skip
+    remat: bool = key(False, says="recompute blocks in the backward pass, to save memory")
+    remat_policy: str = key("nothing", words=KEPT, says="values that are not computed again")
+    where: ClassVar[str] = "config.network"
     optional_inputs: ClassVar[tuple[str, ...]] = ("map_strength", "map_augment")
 
     def __post_init__(self):
-        in_range("network.dropout", self.dropout, 0.0, 1.0, ")")
-        look_up(KEPT, self.remat_policy, "network.remat_policy")
-        for name, most in SIZES.items():
-            value = getattr(self, name, 1)
-            sizes = value if isinstance(value, tuple) else (value,)
-            for size in sizes:
-                in_range(f"network.{name}", size, 1, most)
-            if not sizes:
-                raise ValueError(f"network.{name} is (); expected a value for each level.")
+        check(self)
         super().__post_init__()
 
     def block(self, kind: type[nn.Module], looped: bool = False) -> type[nn.Module]:

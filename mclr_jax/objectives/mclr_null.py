@@ -33,85 +33,48 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from mclr_jax.metrics import Metrics, mean
-from mclr_jax.names import in_range
 from mclr_jax.noise import split
-from mclr_jax.objectives.base import (
-    Objective,
-    arcsine_law,
-    at_labels,
-    check_words,
-    contrast_strength,
-    draw_label,
-    draw_strength,
-    in_one_call,
-    inside,
-    log_prior,
-    log_ratio,
-    per_example,
-    perturb,
-    rows_with_negatives,
-    square_error,
-    strength_factor,
-)
-from mclr_jax.problem import Batch, Loss, Models, Problem
+from mclr_jax.objectives import base
+from mclr_jax.objectives.base import Batch, Loss, Models, Objective, Problem
+from mclr_jax.reductions import Metrics, mean
+from mclr_jax.schema import key
 from mclr_jax.types import expand, with_label
-
-WORDS = {
-    "wrong": ("null", "weak"),
-    "teacher": ("reference", "average"),
-    "target": ("data", "mixed", "reference"),
-    "negative_share": (1.0, 0.5, 0.25),
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class NullMCLR(Objective):
     """The loss of each example; see the formula above. Dropped labels get plain DSM.
 
-    Attributes:
-      beta: gamma of the optimum; times config.class_strengths, or replaced by config.strength.
-      label_dropout: as in `DSM`.
-      wrong: e is the teacher's answer at the "null" label, or that of config.companions.weak at the
-        same label ("weak": autoguidance, arXiv 2406.02507, in one call).
-      null_share: alpha, the probability that the label of e is null and not from the posterior.
-      null_interval: (low, high): alpha is 0 unless low < sigma <= high, in all frames.
-      teacher: the frozen network: "reference" (config.init_from) or "average" (of the weights in
-        training, as `ema` keeps it first).
-      target: "data", "mixed" or "reference", see above.
-      sigma_interval: (low, high): contrast only if low < sigma <= high, in all frames. A network
-        with the strength as an input needs none: the optimum is one for each (x_s, sigma), and
-        sampling gives it strength 0 outside an interval.
-      wrong_label: factor of a second contrast, with a random label c~ != c at any noise level:
-        wrong_label gamma (2 / (a d)) log(1 + exp(a r)), a = wrong_label_scale / gamma, with r the
-        log ratio of model and reference at c~ (`base.log_ratio`, CCA's) and d the dimensions.
-        Where r = 0 it has the gradient of -wrong_label gamma weight |D(x_s, c~) - x|^2, the plain
-        MCLR's negative term. It is bounded: where r goes below -1 / a, the gradient vanishes.
-      negative_share: 1, 0.5 or 0.25: the second contrast is for every example, every second or
-        every fourth, scaled so that its mean stays the same.
+    A network with the strength as an input needs no interval: the optimum is one for each (x_s,
+    sigma), and sampling gives it strength 0 outside an interval. The second contrast has a random
+    label c~ != c at any noise level: wrong_label gamma (2 / (a d)) log(1 + exp(a r)), a =
+    wrong_label_scale / gamma, with r the log ratio of model and reference at c~ (`base.log_ratio`,
+    CCA's) and d the dimensions. Where r = 0 it has the gradient of -wrong_label gamma weight
+    |D(x_s, c~) - x|^2, the plain MCLR's negative term. It is bounded: where r goes below -1 / a,
+    the gradient vanishes.
     """
 
-    takes_class_strengths = True
-
-    beta: float = 1.0
-    label_dropout: float = 0.1
-    wrong: str = "null"
-    null_share: float = 1.0
-    null_interval: tuple[float, ...] = ()
-    teacher: str = "reference"
-    target: str = "mixed"
-    sigma_interval: tuple[float, ...] = ()
-    wrong_label: float = 0.0
-    wrong_label_scale: float = 0.025
-    negative_share: float = 1.0
+    beta: float = key(1.0, 0.0, 1e6, says="gamma of the optimum; times config.class_strengths, or "
+                      "replaced by config.strength")  # fmt: skip
+    label_dropout: float = base.label_dropout()
+    wrong: str = key("null", words=("null", "weak"), says="e is the teacher's answer at the null "
+                     "label, or that of config.companions.weak at the same label (autoguidance, "
+                     "arXiv 2406.02507, in one call)")  # fmt: skip
+    null_share: float = key(1.0, 0.0, 1.0, says="alpha: probability that the label of e is null "
+                            "and not from the posterior")  # fmt: skip
+    null_interval: tuple[float, ...] = key(
+        (), 0.0, ordered=True, says="alpha is 0 unless low < sigma <= high, in all frames"
+    )
+    teacher: str = key("reference", words=("reference", "average"), says="frozen network: that of "
+                       "config.init_from, or the first average of the weights")  # fmt: skip
+    target: str = key("mixed", words=("data", "mixed", "reference"), says="see the formula")
+    sigma_interval: tuple[float, ...] = base.sigma_interval()
+    wrong_label: float = key(0.0, 0.0, 1e6, says="factor of the contrast with a random wrong label")
+    wrong_label_scale: float = key(0.025, 0.0, 1e9, "(", says="a gamma of that contrast")
+    negative_share: float = base.negative_share("that contrast")
 
     def __post_init__(self):
         super().__post_init__()
-        in_range("objective.beta", self.beta, 0.0, 1e6)
-        in_range("objective.null_share", self.null_share, 0.0, 1.0)
-        in_range("objective.wrong_label", self.wrong_label, 0.0, 1e6)
-        in_range("objective.wrong_label_scale", self.wrong_label_scale, 0.0, 1e9, "(")
-        check_words(self, WORDS)
         if self.wrong == "weak" and self._asks_posterior:
             raise ValueError(
                 "objective.null_share and null_interval mix the null label with labels from the "
@@ -129,7 +92,7 @@ class NullMCLR(Objective):
             "weak": self.wrong == "weak",
             "posterior": self._asks_posterior,
         }
-        found = {name for name, needed in needs.items() if needed}
+        found = {name for name, needed in needs.items() if needed} | {"class_strengths"}
         return frozenset(found | ({"reference", "class_prior"} if self.wrong_label else set()))
 
     def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
@@ -138,12 +101,12 @@ class NullMCLR(Objective):
         Metrics: `error`, |D - x|^2, and `negative_error`, |D - e|^2 (unweighted); `margin`, their
         difference for examples with a contrast; with `wrong_label` the `negative_ratio`, r at c~.
         """
-        noisy = perturb(problem, batch.x0, batch.condition, keys, self.label_dropout)
+        noisy = base.perturb(problem, batch.x0, batch.condition, keys, self.label_dropout)
         k_wrong, k_beta, k_mixed = split(noisy.keys, 3)
-        beta, condition = draw_strength(noisy.condition, k_beta, problem, self.beta, arcsine_law)
+        beta, condition = base.draw_strength(noisy.condition, k_beta, problem, self.beta)
         noisy = noisy._replace(condition=condition)
         x, sigma, condition, _ = noisy
-        gamma = contrast_strength(problem, noisy, beta, self.sigma_interval)
+        gamma = base.contrast_strength(problem, noisy, beta, self.sigma_interval)
         if self.teacher == "average" and not problem.strength:  # which has learned the guidance
             gamma = gamma / (1 + gamma)
         metrics: Metrics = {}
@@ -151,26 +114,29 @@ class NullMCLR(Objective):
         if not self.wrong_label:
             denoised, contrast = models.denoise(x, sigma, condition), jnp.zeros(len(x))
         else:
-            every = rows_with_negatives(self.negative_share, len(x))
+            every = base.rows_with_negatives(self.negative_share, len(x))
             some = functools.partial(jax.tree.map, lambda values: values[::every])
-            wrong = draw_label(k_wrong, log_prior(problem))
+            wrong = base.draw_label(k_wrong, base.log_prior(problem))
             labelled = condition.label != problem.null_label
             there = labelled & (wrong != batch.condition.label)
-            strength = beta * strength_factor(problem, wrong)
+            strength = beta * base.strength_factor(problem, wrong)
             x0, own_sigma, there, strength = some((batch.x0, sigma, there, strength))
             shown = some((x, sigma, with_label(condition, wrong)))
-            denoised, at_wrong = in_one_call(models.denoise, (x, sigma, condition), shown)
+            denoised, at_wrong = base.in_one_call(models.denoise, (x, sigma, condition), shown)
             frozen = models.frozen["reference"].denoise(*shown)
-            ratio = log_ratio(problem, own_sigma, at_wrong, frozen, x0)
+            ratio = base.log_ratio(problem, own_sigma, at_wrong, frozen, x0)
             there &= strength > 0
             a = self.wrong_label_scale / jnp.where(there, strength, 1.0)
             bounded = 2 / (a * x0[0].size) * jax.nn.softplus(a * ratio)
             bounded = jnp.where(there, self.wrong_label * strength * bounded, 0.0)
             contrast = jnp.zeros(len(x)).at[::every].set(every * bounded)
             metrics["negative_ratio"] = mean(ratio, where=there)
-        loss = per_example(problem.weight(sigma) * square_error(denoised, target, sigma)) + contrast
-        error = per_example(square_error(denoised, batch.x0, sigma))
-        negative_error = per_example(square_error(denoised, explanation, sigma))
+        loss = (
+            base.per_example(problem.weight(sigma) * base.square_error(denoised, target, sigma))
+            + contrast
+        )
+        error = base.per_example(base.square_error(denoised, batch.x0, sigma))
+        negative_error = base.per_example(base.square_error(denoised, explanation, sigma))
         metrics |= {"error": mean(error), "negative_error": mean(negative_error)}
         metrics["margin"] = mean(negative_error - error, where=gamma > 0)
         return loss, metrics
@@ -183,7 +149,7 @@ class NullMCLR(Objective):
             labels = [] if self.target == "data" else [condition.label]
             if self.wrong == "null":
                 labels.append(self._wrong_label_of(models, problem, noisy, keys))
-            answers = at_labels(models.frozen[self.teacher].denoise, noisy, labels)
+            answers = base.at_labels(models.frozen[self.teacher].denoise, noisy, labels)
             right, wrong = x0 if self.target == "data" else answers[0], answers[-1]
         if self.wrong == "weak":
             wrong = models.frozen["weak"].denoise(x, sigma, condition)
@@ -196,7 +162,7 @@ class NullMCLR(Objective):
             return problem.null_label
         x, sigma, condition, _ = noisy
         k_null, k_label, k_posterior = split(keys, 3)
-        label = draw_label(k_label, models.posterior(x, sigma, condition, k_posterior))
+        label = base.draw_label(k_label, models.posterior(x, sigma, condition, k_posterior))
         null = jax.vmap(jax.random.uniform)(k_null) < self.null_share
-        null &= inside(sigma, self.null_interval)
+        null &= base.inside(sigma, self.null_interval)
         return jnp.where(null, problem.null_label, label)

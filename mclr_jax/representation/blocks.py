@@ -10,11 +10,11 @@ import numpy as np
 
 from mclr_jax.data.pixels import to_float
 from mclr_jax.data.protocol import Source
-from mclr_jax.generate import replicated, shardings, spread_size
 from mclr_jax.model import Model
-from mclr_jax.names import look_up
 from mclr_jax.noise import sample_keys
 from mclr_jax.representation import perturb
+from mclr_jax.schema import look_up
+from mclr_jax.training.devices import in_batches, replicated, shardings, spread_size
 
 BATCH = 256
 
@@ -86,10 +86,12 @@ def extract(
         raise ValueError(f"Got sigma {sigma}; expected above 0. For clean images use 0.002.")
     run = _compiled(model, layers, number_of_views, augmentation)
     (spread, _), params = shardings(), replicated(params)
-    batch_size = spread_size(batch_size, len(rows))
-    for some in np.split(rows, range(batch_size, len(rows), batch_size)):
-        padded = np.resize(some, batch_size)  # one shape, one program
-        inputs = jax.device_put((source[padded][0], padded.astype(np.uint32)), spread)
-        features = jax.device_get(run(params, *inputs, np.uint32(seed), np.float32(sigma)))
-        yield {name: h[:, : len(some)] for name, h in features.items()}
+
+    def compute(_: np.ndarray, chosen: np.ndarray) -> Any:
+        inputs = jax.device_put((source[chosen][0], chosen.astype(np.uint32)), spread)
+        return run(params, *inputs, np.uint32(seed), np.float32(sigma))
+
+    size = spread_size(batch_size, len(rows))
+    for some, features in in_batches(compute, len(rows), size, rows, axis=1):
+        yield features
         progress(len(some))

@@ -5,8 +5,10 @@ A step is written once, for one shard, with an optional axis name; `Devices.comp
 """
 
 import dataclasses
+import mmap
+import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -85,8 +87,12 @@ class Devices:
 
     def put_state(self, state: Any) -> Any:
         """A tree of host or device arrays, placed by `state_shardings`."""
-        host = jax.tree.map(np.asarray, state)
-        return jax.device_put(host, self.state_shardings(host))
+
+        def put(x, sharding):
+            there = getattr(x, "sharding", None) == sharding
+            return x if there else jax.device_put(np.asarray(x), sharding)
+
+        return jax.tree.map(put, state, self.state_shardings(state))
 
     def put_batches(self, batches: Any) -> Any:
         """Host arrays (K, rows of this process, ...) -> device arrays, rows spread over devices."""
@@ -159,6 +165,61 @@ def placed(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     )
+
+
+def shardings(
+    devices: tuple[jax.Device, ...] | None = None,
+) -> tuple[NamedSharding, NamedSharding]:
+    """Rows divided among the devices, by default all, and a copy on each of them."""
+    mesh = Devices("data", devices).mesh
+    return NamedSharding(mesh, PartitionSpec(AXIS)), NamedSharding(mesh, PartitionSpec())
+
+
+def replicated(tree: Any) -> Any:
+    """The arrays of a tree copied to each device, unless all devices have them."""
+    if all(len(x.sharding.device_set) == jax.device_count() for x in jax.tree.leaves(tree)):
+        return tree
+    if jax.process_count() > 1:  # arrays of one process do not move to the devices of others
+        tree = jax.device_get(tree)
+    return jax.device_put(tree, shardings()[1])
+
+
+def spread_size(batch_size: int, count: int) -> int:
+    """The batch size for `count` examples: at most `count`, rounded up to a multiple of devices."""
+    batch_size = min(batch_size, max(count, 1))
+    return batch_size + -batch_size % jax.device_count()
+
+
+def in_batches(
+    function: Callable[..., Any], count: int, size: int, *arrays: np.ndarray, axis: int = 0
+) -> Iterator[tuple[np.ndarray, Any]]:
+    """(rows (n,), function(rows, *rows of the arrays)) for `size` of `count` rows at a time.
+
+    The last batch is padded by its own rows, so that one program computes all batches; the results
+    are trees of NumPy arrays with n rows along `axis`.
+    """
+    for start in range(0, count, size):
+        rows = np.arange(start, min(start + size, count))
+        padded = np.resize(rows, size)
+        found = function(padded, *(array[padded] for array in arrays))
+        kept = (slice(None),) * axis + (slice(len(rows)),)
+        yield rows, jax.tree.map(lambda x, kept=kept: np.asarray(x)[kept], found)
+
+
+def check_memory(what: str, numbers: int, remedy: str) -> None:
+    """ValueError if so many float32 numbers do not fit into the memory of this machine."""
+    pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else np.inf
+    if 4 * numbers > (memory := pages * mmap.PAGESIZE):
+        raise ValueError(
+            f"{what} need {4 * numbers / 1e9:.3g} GB; this machine has {memory / 1e9:.3g} GB. "
+            f"{remedy}"
+        )
+
+
+def barrier(name: str) -> None:
+    """Return when all processes have come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
 
 
 def is_first() -> bool:

@@ -3,12 +3,14 @@
 Each track has a decay beta(step) and the update ema <- beta ema + (1 - beta) params.
 """
 
+import dataclasses
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 
-from mclr_jax.names import check_keys, in_range, of_kind
+from mclr_jax.schema import Keys, key
 
 Decay = Callable[[jnp.ndarray], jnp.ndarray]  # number of updates done () -> beta ()
 
@@ -51,19 +53,25 @@ def power(std: float) -> Decay:
     return lambda step: (1 - 1 / (jnp.asarray(step, jnp.float32) + 1)) ** (exponent + 1)
 
 
-def tracks(config) -> dict[str, Decay]:
-    """The tracks of `config.ema` by name: `halflife`, if its steps are not 0, then `power_STD`."""
-    known = ("halflife_steps", "ramp_up", "power_stds", "snapshot_every")
-    check_keys("config.ema", config.keys(), known)
-    in_range("config.ema.halflife_steps", config.halflife_steps, 0.0, 1e9)
-    in_range("config.ema.ramp_up", config.ramp_up, 0.0, 1.0)
-    in_range("config.ema.snapshot_every", config.snapshot_every, 0)
-    of_kind("config.ema.power_stds", config.power_stds, tuple[float, ...])
-    classic = {"halflife": halflife(config.halflife_steps, config.ramp_up)}
-    for index, std in enumerate(config.power_stds):
-        in_range(f"config.ema.power_stds[{index}]", std, 0.0, 12**-0.5, "()")
-    powers = {f"power_{std}": power(std) for std in config.power_stds}
-    return (classic if config.halflife_steps else {}) | powers
+@dataclasses.dataclass(frozen=True)
+class EMA(Keys):
+    """The tracks of a training: `halflife`, if its steps are not 0, then `power_STD`."""
+
+    halflife_steps: float = key(1000.0, 0.0, 1e9, says="0 for none")
+    ramp_up: float = key(0.05, 0.0, 1.0, says="the half-life's largest share of the steps done")
+    power_stds: tuple[float, ...] = key(
+        (), 0.0, 12**-0.5, "()", says="relative widths of power-function averages, as 0.05,0.1"
+    )
+    snapshot_every: int = key(0, 0, says="store them for post-hoc reconstruction; 0 for never")
+
+    where: ClassVar[str] = "config.ema"
+
+    @property
+    def tracks(self) -> dict[str, Decay]:
+        """The decay of each track by its name."""
+        classic = {"halflife": halflife(self.halflife_steps, self.ramp_up)}
+        powers = {f"power_{std}": power(std) for std in self.power_stds}
+        return (classic if self.halflife_steps else {}) | powers
 
 
 def posthoc_coefficients(in_steps, in_stds, out_step: float, out_std: float) -> np.ndarray:

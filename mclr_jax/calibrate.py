@@ -20,13 +20,14 @@ import numpy as np
 from mclr_jax import generate, images
 from mclr_jax.data.pixels import to_float
 from mclr_jax.data.protocol import Source, evenly
-from mclr_jax.evaluation.features import Extractor
 from mclr_jax.model import Model
-from mclr_jax.names import in_range
-from mclr_jax.noise import LEVELS
+from mclr_jax.noise import SIGMA_RANGE
 from mclr_jax.samplers import Sampler
+from mclr_jax.schema import in_range
 
 HELD_OUT = 10_000  # at most so many held-out images, evenly spaced
+# (images (n, ...), labels (n,)) -> a value with log_probs (n, K), as evaluation.features.Extractor.
+ClassifyFn = Callable[[np.ndarray, np.ndarray], Any]
 
 
 def crossings(grid: np.ndarray, means: np.ndarray, real: np.ndarray) -> np.ndarray:
@@ -52,7 +53,7 @@ def crossings(grid: np.ndarray, means: np.ndarray, real: np.ndarray) -> np.ndarr
 
 
 def recognition(
-    classifier: Extractor, examples: np.ndarray, labels: np.ndarray, sigma: float, seed: int
+    classifier: ClassifyFn, examples: np.ndarray, labels: np.ndarray, sigma: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean of p(label | x + sigma n) over the examples x of each class, and its standard error.
 
@@ -85,7 +86,7 @@ def calibrate(
     model: Model,
     params: Any,
     sampler: Sampler,
-    classifier: Extractor,  # of images with noise of level `sigma`; see `recognition`
+    classifier: ClassifyFn,  # of images with noise of level `sigma`; see `recognition`
     held_out: Source,
     *,
     weights: Callable[[float], Any] | None = None,  # parameters by strength, without guidance
@@ -95,7 +96,8 @@ def calibrate(
     sigma: float = 0.3,
     seed: int = 1,
     progress: Callable[[int], Any] = lambda count: None,  # called with the number of new samples
-    **options: Any,  # interval, weak and batch_size of `generate.generate`
+    guided: generate.Guidance = generate.NONE,  # at the scales 1 + strength
+    batch_size: int = 256,
 ) -> dict[str, Any]:
     """Strengths by class, as JSON: those of the rule above, and what they were found from.
 
@@ -113,20 +115,20 @@ def calibrate(
     in_range("max_strength", max_strength, 0.0, 1e6, "(")
     in_range("grid", grid, 2)
     in_range("samples_per_class", samples_per_class, 2)
-    in_range("sigma", sigma, 0.0, LEVELS[1], "(")
+    in_range("sigma", sigma, 0.0, SIGMA_RANGE[1], "(")
     examples, classes = held_out[evenly(held_out, HELD_OUT)]
     real, real_error = recognition(classifier, examples, classes, sigma, seed)
     labels = np.resize(np.arange(model.null_label), model.null_label * samples_per_class)
     strengths, rows, calls = np.linspace(0.0, max_strength, grid), [], 0
-    cost = {name: options[name] for name in ("interval", "weak") if name in options}
     for strength in strengths:
-        guided = {} if weights else {"guidance_scale": 1 + strength}
+        here = generate.NONE if weights else guided.at(1 + strength)
         params = weights(strength) if weights else params
         samples = generate.generate(
-            model, params, labels, sampler, seed=seed, progress=progress, **guided, **options
-        )
+            model, params, labels, sampler, guided=here, seed=seed, batch_size=batch_size,
+            progress=progress,
+        )  # fmt: skip
         rows.append(recognition(classifier, images.clip(samples), labels, sigma, seed))
-        calls += len(labels) * generate.network_calls(model, sampler, **guided, **cost)
+        calls += len(labels) * here.calls(model, sampler)
     means = np.array([mean for mean, _ in rows])
 
     def factors(wanted: np.ndarray) -> list[float]:

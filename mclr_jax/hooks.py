@@ -1,0 +1,155 @@
+"""What happens beside the update: functions of a Moment, as frozen dataclasses of typed parts."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from mclr_jax import generate, images
+from mclr_jax.data.protocol import Source
+from mclr_jax.experiment import Experiment
+from mclr_jax.reductions import report
+from mclr_jax.task import Task
+from mclr_jax.training.checkpoint import Checkpoints, not_finite
+from mclr_jax.training.devices import Devices, is_first
+from mclr_jax.training.log import Writer
+from mclr_jax.training.loop import Hook, Moment, NonFiniteError
+from mclr_jax.training.step import make_evaluate
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Snapshots:
+    """Stores power-function averages, from which `Run.weights` reconstructs any width."""
+
+    store: Checkpoints
+
+    def __call__(self, moment: Moment) -> None:
+        powers = {n: x for n, x in moment.state.ema.items() if n.startswith("power_")}
+        self.store.save(moment.step, powers)
+        self.store.wait()  # before a checkpoint of this step exists
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HeldOut:
+    """Loss and metrics on held-out examples, always with the same noise.
+
+    Of the sources the one named "" gives the images; row i of another is its example i + 1.
+    """
+
+    task: Task
+    frozen: Mapping[str, Any]  # weights of the companions
+    sources: Mapping[str, Source]
+    count: int  # examples, rounded up to whole batches
+    size: int  # of a batch, over all processes
+
+    @functools.cached_property
+    def batches(self) -> dict[str, np.ndarray]:
+        """Arrays (K, rows of this process, ...)."""
+        total = len(self.sources[""])
+        count = -(-min(self.count, total) // self.size)
+        rows = np.resize(np.arange(total), (count, self.size))
+        local = np.array_split(np.arange(self.size), jax.process_count())[jax.process_index()]
+        batches = {"index": np.broadcast_to(local.astype(np.int32), (count, len(local)))}
+        for prefix, examples in self.sources.items():
+            parts = [examples[(r[local] + bool(prefix)) % len(examples)] for r in rows]
+            batches[f"{prefix}image"] = np.stack([found for found, _ in parts])
+            batches[f"{prefix}label"] = np.stack([labels for _, labels in parts])
+        return batches
+
+    @functools.cached_property
+    def evaluate(self) -> Callable:
+        devices = Devices("data")
+        program = jax.jit(devices.in_mesh(make_evaluate(self.task)))
+        return lambda params: program(params, self.frozen, devices.put_batches(self.batches))
+
+    def __call__(self, moment: Moment) -> dict[str, float]:
+        params = self.task.default(moment.state.params, moment.state.ema)
+        found = jax.device_get(self.evaluate(params))
+        return {f"eval_{name}": value for name, value in report(found).items()}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Read:
+    """A reading of the weights for sampling, such as that of `representation.monitor`."""
+
+    task: Task
+    read: Callable[[int, Any], dict[str, float]]
+
+    def __call__(self, moment: Moment) -> dict[str, float]:
+        return self.read(moment.step, self.task.default(moment.state.params, moment.state.ema))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Samples:
+    """A picture of 8 images, or 500 points, of each of the first 10 classes, from fixed seeds."""
+
+    experiment: Experiment
+    writer: Writer
+
+    def __call__(self, moment: Moment) -> None:
+        task, workdir = self.experiment.task, self.experiment.workdir
+        model, params = task.model, task.default(moment.state.params, moment.state.ema)
+        number = 8 if len(model.data.shape) == 3 else 500
+        labels = np.repeat(np.arange(min(model.null_label, 10)), number)
+        try:
+            found = generate.generate(model, params, labels, self.experiment.training.sampler)
+        except FloatingPointError as error:  # a picture is no reason to stop a run
+            logging.warning("No picture at step %d: %s", moment.step, error)
+            return
+        if is_first():
+            grid = images.picture(found, labels)
+            images.save(workdir / "samples" / f"{moment.step:08d}.png", grid)
+            self.writer.image(moment.step, "samples", grid)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Save:
+    """Writes a checkpoint with the readings that rank it."""
+
+    checkpoints: Checkpoints
+
+    def last(self) -> int | None:
+        """The step of the last checkpoint, when all are on disk."""
+        self.checkpoints.wait()
+        return max(self.checkpoints.steps(), default=None)
+
+    def __call__(self, moment: Moment) -> None:
+        found = {"loss": "eval_loss", "icr": "icr"}
+        metrics = {k: moment.readings[n] for k, n in found.items() if n in moment.readings}
+        if bad := not_finite(moment.state):
+            raise NonFiniteError(
+                f"{bad[0]} is not finite after step {moment.step}, which is not saved. The last "
+                f"good checkpoint is of step {self.last()}."
+            )
+        self.checkpoints.save(moment.step, moment.state, metrics)
+
+
+def profile(experiment: Experiment) -> list[Hook]:
+    """Trace some steps for TensorBoard's profiler."""
+    options, folder = experiment.training.profile, str(experiment.workdir / "profile")
+    start, stop = options.start, options.start + options.num_steps
+    return [] if stop == start else [
+        Hook(0, lambda moment: jax.profiler.start_trace(folder), at=(start,)),
+        Hook(0, lambda moment: jax.profiler.stop_trace(), at=(stop,)),
+    ]  # fmt: skip
+
+
+def readings(experiment: Experiment, start: int) -> list[Hook]:
+    """The readings of the model that the config asks for, in a run from step `start`."""
+    training, task, found = experiment.training, experiment.task, []
+    if count := training.eval_examples:
+        frozen = experiment.devices.to_global(experiment.frozen)
+        held_out = HeldOut(task, frozen, experiment.held_out, count, training.batch_size)
+        found.append(Hook(training.save_periods, held_out, when_stopped=True))
+    if every := training.icr.every_steps:
+        from mclr_jax.representation.monitor import Monitor  # with scikit-learn: it takes a second
+
+        sampler, flip = training.sampler, bool(training.data.flip or training.data.augment)
+        monitor = Monitor(training.icr, task.model, sampler, experiment.source, flip,
+                          experiment.workdir, start)  # fmt: skip
+        found.append(Hook(every, Read(task, monitor)))
+    return found

@@ -1,0 +1,151 @@
+"""`run.json`: what a run is and what was done with it, and how it differs from what is asked."""
+
+import json
+import os
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from absl import logging
+
+from mclr_jax import __version__, parts
+from mclr_jax.config import Training
+from mclr_jax.data.protocol import Source, evenly
+from mclr_jax.files import as_json, digest, flat, provenance, write_json
+from mclr_jax.model import Model
+from mclr_jax.training.devices import banner
+
+# Values that a run with checkpoints cannot change: they decide what its weights mean.
+FIXED = ("model.", "companions.", "data.")
+# Parts that may differ without a warning.
+APART = ("history", "start", "paths", "frozen", "averages", "sampler")
+
+
+def describe(
+    training: Training, model: Model, companions: Mapping[str, Model], source: Source
+) -> dict[str, Any]:
+    """The description of a run, without its history, as JSON."""
+    return {
+        "config": dict(training.config),
+        **of_model(model, list(training.ema.tracks), training.config["sampler"]),
+        "data": {"number": len(source), "digest": digest(source[evenly(source, 64)])},
+        "companions": {name: parts.describe(other) for name, other in companions.items()},
+    }
+
+
+def of_model(model: Model, averages: list[str], sampler: Mapping[str, Any]) -> dict[str, Any]:
+    """What sampling needs, which every run has: also one that was not trained here."""
+    found = {"model": parts.describe(model), "averages": averages, "sampler": dict(sampler)}
+    return as_json(found)
+
+
+def places(config: Mapping[str, Any]) -> dict[str, str]:
+    """The files and directories that a config names, by key."""
+    if not config:
+        return {}
+    values = {"init_from": config["init_from"], "data.path": config["data"]["path"]}
+    values |= {f"companions.{name}": path for name, path in config["companions"].items()}
+    for key in ("name", "test", "generated"):
+        kind, _, path = config["data"][key].partition(":")
+        values[f"data.{key}"] = path if kind in ("npz", "zip") else ""
+    return {key: path for key, path in values.items() if path}
+
+
+def changes(workdir: pathlib.Path, description: Mapping[str, Any]) -> dict[str, list]:
+    """key: [old, new] of the values that differ from those in run.json; warns of each.
+
+    Raises ValueError if the directory has checkpoints, which these values do not describe.
+    """
+    before, now = flat(read(workdir)), flat(dict(description))
+    if not before:
+        return {}
+    if has_checkpoints(workdir) and (known := before.get("frozen")) != now.get("frozen", known):
+        raise ValueError(
+            f"The frozen weights of {', '.join(description['companions'])} have digest "
+            f"{now['frozen']}; this run was started with {known}. Restore {workdir}/frozen and the "
+            "runs of config.init_from and config.companions from a copy, or begin again by "
+            "--restart."
+        )
+    keys = [k for k in before.keys() | now.keys() if not k.startswith(APART)]
+    keys = [k for k in keys if k in before or not k.startswith("data.")]  # of an older version
+    found = {k: [before.get(k), now.get(k)] for k in sorted(keys) if before.get(k) != now.get(k)}
+    texts = {key: "is now {1}; it was {0}".format(*map(json.dumps, v)) for key, v in found.items()}
+    fixed = [f"{key} {text}" for key, text in texts.items() if key.startswith(FIXED)]
+    if fixed and has_checkpoints(workdir):
+        raise ValueError(
+            f"{workdir} has checkpoints of another model or other data: {'; '.join(fixed)}. Use "
+            "another --workdir, the old values, or --restart to begin again in this one."
+        )
+    for key, text in texts.items():
+        logging.warning("%s %s, when this run was started.", key, text)
+    return found
+
+
+def write(
+    workdir: pathlib.Path, description: Mapping[str, Any], changed: Mapping[str, list] = {},
+    step: int = 0, start: Any = None,
+) -> None:  # fmt: skip
+    """Write run.json: the description, its history, and `start`, the origin of the weights.
+
+    Paths are also stored in absolute form and relative to `workdir`, so that `runs.load` finds the
+    files from another current directory, and in a run that was moved together with them.
+    """
+    old = read(workdir)
+    made_by = {**provenance(), "version": __version__, "device": banner()}
+    entry = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step, **made_by}
+    history = [*old.get("history", []), {**entry, "changes": dict(changed)}]
+    origin = {"start": found} if (found := start or old.get("start")) else {}
+    named = places(description.get("config", {}))
+    absolute = {key: os.path.abspath(name) for key, name in named.items()}
+    here = os.path.realpath(workdir)
+    paths = {
+        k: [name, os.path.relpath(os.path.realpath(name), here)] for k, name in absolute.items()
+    }
+    write_json(workdir / "run.json", {**description, **origin, "paths": paths, "history": history})
+
+
+def at_new_places(description: Mapping[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
+    """The config, empty without one, with its files and directories where they are now."""
+    config, written = dict(description.get("config", {})), flat(description.get("config", {}))
+    for key, name in places(config).items():
+        absolute, relative = description.get("paths", {}).get(key, [name, name])
+        options = [pathlib.Path(absolute), workdir / relative]
+        place = str(next((place for place in options if place.exists()), absolute))
+        section, _, last = key.rpartition(".")
+        value = {last: written[key].removesuffix(name) + place}
+        config |= {section: {**config[section], **value}} if section else value
+    return config
+
+
+def has_checkpoints(workdir: pathlib.Path) -> bool:
+    """Whether a directory has checkpoints of a training, readable or not."""
+    return any((workdir / "checkpoints").glob("[0-9]*"))
+
+
+def read(workdir: pathlib.Path) -> dict[str, Any]:
+    """The content of run.json; empty without the file; ValueError: it is damaged or old."""
+    path = workdir / "run.json"
+    if not path.exists():
+        return {}
+    try:
+        description = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); restore it from a copy.") from error
+    if not isinstance(description, dict) or "model" not in description:
+        raise ValueError(f"{path} was written by an older version; train that run again.")
+    trained = ("config", "companions") if description.keys() & {"config", "companions"} else ()
+    for key in ("model", *trained):
+        if not isinstance(description.get(key), dict):
+            raise ValueError(f"{path} is damaged ({key!r} has no keys); restore it from a copy.")
+    return description
+
+
+def set_aside(workdir: pathlib.Path) -> None:
+    """Move a run, except pictures and evaluations, to the folder `replaced` of its directory."""
+    target = workdir / "replaced" / time.strftime("%Y%m%d-%H%M%S")
+    names = ("run.json", "metrics.jsonl", "checkpoints", "snapshots", "frozen", "tensorboard")
+    for path in (workdir / name for name in names):
+        if path.exists():
+            target.mkdir(parents=True, exist_ok=True)
+            path.rename(target / path.name)
