@@ -7,6 +7,7 @@ import collections
 import gc
 import os
 import pathlib
+import sys
 import textwrap
 
 # Tests compile far more than they compute. These flags take the compilation of a training step from
@@ -23,6 +24,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+if sys.dont_write_bytecode:  # a dozen processes would compile all of JAX and SciPy each
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(CACHE / "bytecode")}
+    sys.dont_write_bytecode, sys.pycache_prefix = False, os.environ["PYTHONPYCACHEPREFIX"]
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
