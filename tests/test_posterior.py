@@ -19,7 +19,6 @@ The first test compares with L_c at the two ends that are used, the second ends 
 """
 
 import functools
-import itertools
 
 import cases
 import chex
@@ -83,24 +82,24 @@ def smoothed(mixture, x, sigma, tau):
     return np.einsum("n,bnk->bk", weights, values)
 
 
-@functools.partial(jax.jit, static_argnames=("levels", "candidates", "image"))
-def _estimate(mixture, x, sigma, label, seeds, levels, candidates, image):
+@functools.partial(jax.jit, static_argnames=("levels", "image"))
+def _estimate(mixture, x, sigma, label, seeds, levels, image):
     def denoise(x, sigma, condition):
         return mixture.denoise(x.reshape(len(x), -1), sigma, condition).reshape(x.shape)
 
-    run = posterior.from_denoiser(denoise, mixture.class_prior, SIGMA_DATA, levels, candidates)
+    run = posterior.from_denoiser(denoise, mixture.class_prior, SIGMA_DATA, levels)
     keys = jax.vmap(jax.random.key)(seeds)
     return run(x.reshape(len(x), *image), sigma, Condition(label), keys)
 
 
-def estimate(mixture, x, sigma, label=None, seeds=None, levels=2, candidates=0, image=(2,)):
+def estimate(mixture, x, sigma, label=None, seeds=None, levels=2, image=(2,)):
     """`from_denoiser` with the mixture's exact denoiser and a seed for each example, (B, K)."""
     sigma = np.broadcast_to(np.float32(sigma), len(x))
     null = mixture.num_classes
     label = np.broadcast_to(np.int32(null if label is None else label), len(x))
     seeds = np.arange(len(x)) if seeds is None else seeds
     x = np.asarray(x, np.float32)
-    return np.asarray(_estimate(mixture, x, sigma, label, seeds, levels, candidates, image))
+    return np.asarray(_estimate(mixture, x, sigma, label, seeds, levels, image))
 
 
 def total_variation(log_p, log_q):
@@ -137,15 +136,13 @@ def test_exact_refuses_data_of_another_shape():
         posterior.exact(plane())(jnp.zeros((5, 8, 8, 1)), jnp.ones(5), None, None)
 
 
-# With all 3 classes as candidates there is no choice, and nothing to correct for.
-@pytest.mark.parametrize(("levels", "candidates"), [(1, 0), (5, 3)])
+@pytest.mark.parametrize("levels", [1, 5])
 @pytest.mark.parametrize("sigma", [0.4, 2.0])
-def test_log_likelihood_differences_are_unbiased(sigma, levels, candidates):
+def test_log_likelihood_differences_are_unbiased(sigma, levels):
     """Their means over keys are the integral; it is log p_sigma(x|a) - log p_sigma(x|b) nearly."""
     mixture = plane()
     x = np.array([[0.0, 0.0], [-1.0, 0.5], [1.2, 0.9], [0.3, -1.0]])
-    options = {"label": 1, "levels": levels, "candidates": candidates}
-    log_p = estimate(mixture, np.repeat(x, DRAWS, axis=0), sigma, **options)
+    log_p = estimate(mixture, np.repeat(x, DRAWS, axis=0), sigma, label=1, levels=levels)
     likelihood = log_p.astype(np.float64) - np.log(PRIOR)
     difference = (likelihood[:, :1] - likelihood[:, 1:]).reshape(len(x), DRAWS, 2)
     low, high = sigma / 10, 20 * SIGMA_DATA + 10 * sigma
@@ -184,7 +181,7 @@ def test_each_example_depends_on_its_own_key_alone():
     sigma, seeds = rng.uniform(0.3, 2, DRAWS), np.arange(DRAWS)
 
     def run(rows, seeds):
-        log_p = estimate(mixture, x[rows], sigma[rows], label[rows], seeds, candidates=3)
+        log_p = estimate(mixture, x[rows], sigma[rows], label[rows], seeds)
         return np.exp(log_p)
 
     first = run(seeds, seeds)
@@ -194,63 +191,6 @@ def test_each_example_depends_on_its_own_key_alone():
     other = run(seeds, np.where(changed, seeds + DRAWS, seeds))
     np.testing.assert_allclose(other[~changed], first[~changed], rtol=1e-4, atol=1e-6)
     assert (np.abs(other - first).max(axis=1) > 1e-3)[changed].mean() > 0.9
-
-
-# At this noise every class is as likely as any other: the posterior is the prior.
-FAR = 1000.0
-
-
-@functools.cache
-def at_high_noise(label, prior, candidates):
-    mixture = points(prior)
-    x = FAR * np.random.default_rng(0).normal(size=(DRAWS, 2))
-    return np.exp(estimate(mixture, x, FAR, label=label, candidates=candidates))
-
-
-@pytest.mark.parametrize("candidates", [2, 3])
-def test_the_label_is_always_tried_and_the_others_equally_often(candidates):
-    for label in (0, 3):
-        p = at_high_noise(label, UNEQUAL, candidates)
-        tried = p > 0
-        np.testing.assert_array_equal(tried.sum(axis=1), candidates)
-        assert tried[:, label].all()
-        share = (candidates - 1) / 4
-        error = np.sqrt(share * (1 - share) / len(p))
-        assert np.abs(np.delete(tried.mean(axis=0), label) - share).max() < 4 * error
-        np.testing.assert_allclose(p.sum(axis=1), 1, rtol=1e-5)
-
-
-@pytest.mark.parametrize("candidates", [2, 3])
-def test_those_drawn_stand_for_those_not_drawn(candidates):
-    """1 / p(label) = 1 + sum of the odds of the others, whose estimate is unbiased."""
-    for label in (0, 3):
-        inverse = 1 / at_high_noise(label, UNEQUAL, candidates)[:, label].astype(np.float64)
-        error = inverse.std() / np.sqrt(len(inverse))
-        assert abs(inverse.mean() - 1 / UNEQUAL[label]) < 4 * error
-        # Equal classes: the sum is known whoever is drawn, and p(label) is right every time.
-        p = at_high_noise(label, (0.2,) * 5, candidates)
-        np.testing.assert_allclose(p[:, label], 0.2, atol=0.006)
-        np.testing.assert_allclose(p.mean(axis=0), 0.2, atol=0.02)
-
-
-@pytest.mark.parametrize("candidates", [2, 3])
-@pytest.mark.parametrize("prior", [UNEQUAL, (0.2,) * 5])
-def test_without_a_label_all_classes_are_tried_equally_often(prior, candidates):
-    """The mean of p is that over all subsets of the classes, each with its own normaliser."""
-    p = at_high_noise(None, prior, candidates)
-    np.testing.assert_array_equal((p > 0).sum(axis=1), candidates)
-    subsets = list(itertools.combinations(range(5), candidates))
-    expected = np.zeros(5)
-    for subset in subsets:
-        expected[list(subset)] += np.array(prior)[list(subset)] / np.take(prior, subset).sum()
-    error = p.std(axis=0) / np.sqrt(len(p))
-    assert np.all(np.abs(p.mean(axis=0) - expected / len(subsets)) < 4 * error + 1e-3)
-
-
-@pytest.mark.parametrize("candidates", [1, 4, -1])
-def test_a_number_of_candidates_that_makes_no_sense_is_refused(candidates):
-    with pytest.raises(ValueError, match=f"candidates is {candidates}; expected 0, or 2 to 3"):
-        posterior.from_denoiser(plane().denoise, PRIOR, 1.0, candidates=candidates)
 
 
 def test_a_classifier_is_asked_without_a_label_and_normalised():
@@ -319,9 +259,9 @@ def test_the_options_of_a_config_make_the_same_posteriors():
     np.testing.assert_allclose(found, bayes(mixture, x, np.asarray(sigma)[:, None, None]), 1e-4)
     found = posterior.Classifier()(frozen, problem)(*inputs)
     np.testing.assert_allclose(found, log_softmax(3 * x[:, :1] * np.arange(3), axis=1), 1e-4)
-    options = posterior.Denoiser(levels=3, candidates=2)
+    options = posterior.Denoiser(levels=3)
     found = options(frozen, problem)(*inputs)
-    by_hand = posterior.from_denoiser(mixture.denoise, (0.5, 0.2, 0.3), 1.3, 3, 2)
+    by_hand = posterior.from_denoiser(mixture.denoise, (0.5, 0.2, 0.3), 1.3, 3)
     np.testing.assert_allclose(found, by_hand(*inputs), rtol=1e-5)
     needs = [posterior.Exact().needs, posterior.Classifier().needs, options.needs]
     assert needs == [set(), {"classifier"}, {"reference", "class_prior"}]
@@ -408,5 +348,3 @@ def test_calibration_refuses_shapes_that_do_not_fit(shape, labels, message):
 def test_options_out_of_range_are_refused_before_they_are_used():
     with pytest.raises(ValueError, match="levels is 0; expected an integer of at least 1"):
         posterior.Denoiser(levels=0)
-    with pytest.raises(ValueError, match="candidates is -1; expected an integer of at least 0"):
-        posterior.Denoiser(candidates=-1)

@@ -315,7 +315,7 @@ def companions_of(config, workdir, data=None):
 
 def mclr(**changes):
     config = tiny.config("mixture")
-    config.objective = base.options("mclr", reference_penalty=0.5)
+    config.objective = base.options("mclr", target="reference")
     config.posterior = base.options("classifier")
     config.update_from_flattened_dict(changes)
     return config
