@@ -75,7 +75,8 @@ def test_a_row_is_what_the_metrics_say_of_the_samples_and_is_made_once(made):
     run = runs.load(folder / "base")
     params, step = run.weights()
     labels = np.arange(COUNT) % 10
-    samples = generate.generate(run.model, params, labels, run.sampler, guidance_scale=2.0)
+    guided = generate.Guidance(2.0)
+    samples = generate.generate(run.model, params, labels, run.sampler, guided=guided)
     rounded = np.clip(np.round((samples + 1) * 127.5), 0, 255).astype(np.uint8)
     fake = extractor(rounded, labels)
     expected = metrics.frechet_distance(metrics.moments(fake.features), real.moments)
@@ -103,6 +104,7 @@ def test_autoguidance_and_copies_are_rows_of_their_own(made):
     run = runs.load(folder / "base")
     params, _ = run.weights()
     weak = run.model, jax.tree.map(lambda x: x + 0.05, params)
+    autoguided = generate.Guidance(2.0, weak=weak)
     arguments = {"names": ["fd"], "num_samples": COUNT, "guidance_scales": [2.0]}
 
     def row(**more):
@@ -110,10 +112,11 @@ def test_autoguidance_and_copies_are_rows_of_their_own(made):
         (row,) = evaluate.evaluate(run, extractor, real, **arguments | more)
         return row
 
-    plain, auto, copies = row(), row(weak=weak), row(training=training)
+    plain, auto, copies = row(), row(guided=autoguided), row(training=training)
     assert "interpolation" not in plain
     factors = [0.0] * 10  # no class is guided
-    none, unguided = row(class_strengths=factors), row(guidance_scales=[1.0])
+    none = row(guided=generate.Guidance(class_strengths=factors))
+    unguided = row(guidance_scales=[1.0])
     assert none["class_strengths"] == factors
     assert none["network_calls"] == unguided["network_calls"] == 5
     np.testing.assert_allclose(none["frechet"], unguided["frechet"], rtol=1e-4)
@@ -122,9 +125,9 @@ def test_autoguidance_and_copies_are_rows_of_their_own(made):
     assert set(copies) - set(plain) == {"memorized", "memorized_from"}
     assert auto["network_calls"] == plain["network_calls"] == 10
     assert auto["autoguidance"] == files.digest(weak[1])
-    assert row(weak=weak) == auto  # stored
+    assert row(guided=autoguided) == auto  # stored
     samples = images.as_8_bits(generate.generate(
-        run.model, params, np.arange(COUNT) % 10, run.sampler, guidance_scale=2.0, weak=weak
+        run.model, params, np.arange(COUNT) % 10, run.sampler, guided=autoguided
     ))  # fmt: skip
     fake = extractor(samples, np.arange(COUNT) % 10).features
     expected = metrics.frechet_distance(metrics.moments(fake), real.moments)
