@@ -10,7 +10,6 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mclr_jax import mixture
 from mclr_jax.mixture import GaussianMixture
@@ -133,30 +132,3 @@ def from_denoiser(
         return jax.nn.log_softmax(log_likelihoods + jnp.log(jnp.asarray(class_prior)))
 
     return log_posterior
-
-
-def calibration_error(
-    log_posterior: np.ndarray, label: np.ndarray, bins: int = 15
-) -> dict[str, float]:
-    """Calibration of log probabilities (n, K) against true labels (n,).
-
-    Returns:
-      `expected_calibration_error`: sum over `bins` bins of equal width in the confidence of (share
-      of examples) |accuracy - confidence| (Naeini et al. 2015; Guo et al. 2017, arXiv:1706.04599);
-      `accuracy`; `cross_entropy` (nats).
-    """
-    log_posterior, label = np.asarray(log_posterior, np.float64), np.asarray(label)
-    if log_posterior.ndim != 2 or label.shape != log_posterior.shape[:1] or not label.size:
-        raise ValueError(
-            f"Got log probabilities {log_posterior.shape} and labels {label.shape}; expected "
-            "(n, K) and (n,), n > 0."
-        )
-    confidence = np.exp(log_posterior.max(axis=1))
-    correct = (log_posterior.argmax(axis=1) == label).astype(np.float64)
-    index = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = np.bincount(index, weights=correct - confidence, minlength=bins)
-    return {
-        "expected_calibration_error": float(np.abs(gaps).sum() / len(label)),
-        "accuracy": float(correct.mean()),
-        "cross_entropy": float(-log_posterior[np.arange(len(label)), label].mean()),
-    }

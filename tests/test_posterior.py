@@ -1,4 +1,4 @@
-"""Posteriors against Bayes' rule in float64, and how far a posterior can be believed.
+"""Posteriors against Bayes' rule in float64.
 
 The identity of `posterior.from_denoiser`, for noisy data
 ---------------------------------------------------------
@@ -21,13 +21,10 @@ The first test compares with L_c at the two ends that are used, the second ends 
 import functools
 
 import cases
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy.special import log_softmax, logsumexp
 
 from mclr_jax import posterior
@@ -265,84 +262,6 @@ def test_the_options_of_a_config_make_the_same_posteriors():
     np.testing.assert_allclose(found, by_hand(*inputs), rtol=1e-5)
     needs = [posterior.Exact().needs, posterior.Classifier().needs, options.needs]
     assert needs == [set(), {"classifier"}, {"reference", "class_prior"}]
-
-
-def binary(confidence, correct):
-    """Two classes, always sure of class 0 by `confidence` (n,); it is right where `correct`."""
-    confidence = np.asarray(confidence, np.float64)
-    log_p = np.log(np.stack([confidence, 1 - confidence], axis=1))
-    return log_p, np.where(correct, 0, 1)
-
-
-def share(n, accuracy):
-    return np.arange(n) < round(n * accuracy)
-
-
-def test_calibration_error_in_closed_form():
-    calibrated = binary([0.7] * 10 + [0.95] * 20, [*share(10, 0.7), *share(20, 0.95)])
-    actual = posterior.calibration_error(*calibrated)
-    assert actual["expected_calibration_error"] == pytest.approx(0, abs=1e-12)
-    assert actual["accuracy"] == pytest.approx(26 / 30)
-    entropy = [-(p * np.log(p) + (1 - p) * np.log(1 - p)) for p in (0.7, 0.95)]
-    assert actual["cross_entropy"] == pytest.approx((10 * entropy[0] + 20 * entropy[1]) / 30)
-
-    overconfident = posterior.calibration_error(*binary([0.9] * 50, share(50, 0.6)))
-    assert overconfident["expected_calibration_error"] == pytest.approx(0.3)
-    # Gaps of +0.2 (share 1/4) and -0.1 (3/4) add up by size; in one bin they cancel in part.
-    two = binary([0.6] * 20 + [0.9] * 60, [*share(20, 0.8), *share(60, 0.8)])
-    separate, together = (posterior.calibration_error(*two, bins=b) for b in (15, 1))
-    assert separate["expected_calibration_error"] == pytest.approx(0.2 / 4 + 0.1 * 3 / 4)
-    assert together["expected_calibration_error"] == pytest.approx(abs(0.2 / 4 - 0.1 * 3 / 4))
-    # Certainty belongs to the last bin.
-    certain = np.log([[1.0, 1e-300]] * 4)
-    certain = posterior.calibration_error(certain, np.array([0, 0, 0, 1]))
-    assert certain["expected_calibration_error"] == pytest.approx(0.25)
-
-
-def test_the_exact_posterior_is_calibrated_and_a_sharpened_one_is_not():
-    mixture = plane()
-    x, label = noisy(mixture, 40_000, 0.8)
-    log_p = bayes(mixture, x, 0.8)
-    exact = posterior.calibration_error(log_p, label)
-    confidence = np.exp(log_p.max(axis=1))
-    assert exact["expected_calibration_error"] < 0.015
-    assert abs(exact["accuracy"] - confidence.mean()) < 0.01
-    assert exact["cross_entropy"] == pytest.approx(
-        -(np.exp(log_p) * log_p).sum(-1).mean(), abs=0.01
-    )
-    sharp = log_softmax(3 * log_p, axis=1)  # the same choices, and each bin overconfident
-    gap = np.exp(sharp.max(axis=1)).mean() - confidence.mean()
-    assert gap > 0.1
-    actual = posterior.calibration_error(sharp, label)
-    assert actual["expected_calibration_error"] == pytest.approx(gap, abs=0.012)
-    assert actual["cross_entropy"] > exact["cross_entropy"] + 0.05
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**31), st.integers(1, 60), st.integers(2, 6), st.integers(1, 20))
-def test_calibration_ignores_the_order_of_examples_and_of_classes(seed, n, classes, bins):
-    rng = np.random.default_rng(seed)
-    log_p = log_softmax(rng.uniform(0, 8) * rng.normal(size=(n, classes)), axis=1)
-    label = rng.integers(classes, size=n)
-    actual = posterior.calibration_error(log_p, label, bins)
-    assert 0 <= actual["expected_calibration_error"] <= 1
-    # |mean accuracy - mean confidence| is the error of a single bin, and no more bins can lower it.
-    single = posterior.calibration_error(log_p, label, 1)["expected_calibration_error"]
-    assert actual["expected_calibration_error"] >= single - 1e-12
-    order, names = rng.permutation(n), rng.permutation(classes)
-    shuffled = posterior.calibration_error(log_p[order], label[order], bins)
-    renamed = posterior.calibration_error(log_p[:, names], np.argsort(names)[label], bins)
-    chex.assert_trees_all_close(shuffled, actual, rtol=1e-12, atol=1e-12)
-    chex.assert_trees_all_close(renamed, actual, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("shape", "labels", "message"),
-    [((4,), (4,), r"\(4,\) and labels \(4,\)"), ((4, 3), (5,), r"\(4, 3\) and labels \(5,\)")],
-)
-def test_calibration_refuses_shapes_that_do_not_fit(shape, labels, message):
-    with pytest.raises(ValueError, match=message + r"; expected \(n, K\) and \(n,\)"):
-        posterior.calibration_error(np.zeros(shape), np.zeros(labels, int))
 
 
 def test_options_out_of_range_are_refused_before_they_are_used():
