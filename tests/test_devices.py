@@ -58,7 +58,7 @@ def assert_same(got, expected):
 
 # Each kind of row, frozen model and share of the negatives; tests/test_task.py has all cases.
 DIVIDED = [
-    "dsm", "dsm variance", "contrastive_flow", "gft strength", "mclr candidates",
+    "dsm", "dsm variance", "contrastive_flow", "gft strength", "mclr denoiser",
     *(pytest.param(name, marks=pytest.mark.slow)
       for name in ("ddo", "mclr_null average", "mclr classifier", *cases.ROWS[::6])),
 ]  # fmt: skip
