@@ -75,6 +75,27 @@ def test_digits_are_scikit_learns_split_in_equal_shares():
     )  # each example is in exactly one
 
 
+# mixture
+
+
+def test_the_mixture_is_held_out_from_other_draws():
+    """Both splits have the moments of the mixture by its definition, and no point in common."""
+    from mclr_jax.mixture import toy
+
+    train, test = load("mixture"), load("mixture", "test")
+    assert (len(train), len(test), train.shape, train.num_classes) == (65_536, 8192, (2,), 3)
+    assert not {*map(bytes, train.images)} & {*map(bytes, test.images)}
+    with pytest.raises(ValueError, match="expected one of"):
+        load("mixture", "all")
+    for source in (train, test):
+        for c, means in enumerate(np.asarray(toy().means)):
+            points = source.images[source.labels == c]
+            assert len(points) / len(source) == pytest.approx(1 / 3, abs=0.02)
+            spread = (means**2).mean(0) + 0.45**2 - means.mean(0) ** 2
+            np.testing.assert_allclose(points.mean(0), means.mean(0), atol=0.12)
+            np.testing.assert_allclose(points.var(0), spread, rtol=0.05)
+
+
 # fashion_mnist
 
 
