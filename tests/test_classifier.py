@@ -8,8 +8,10 @@ import numpy as np
 import optax
 import pytest
 
+from mclr_jax import target
 from mclr_jax.mixture import GaussianMixture
 from mclr_jax.networks.classifier import ConvClassifier, MLPClassifier
+from mclr_jax.plan import flops
 from mclr_jax.types import Condition
 
 BATCH = 6
@@ -244,6 +246,30 @@ def test_bfloat16_changes_little(name, variables, apply):
     half = jax.jit(half.apply)(variables[name], X[name], C_NOISE, CONDITION)
     assert half.dtype == jnp.float32
     assert 1e-6 < np.abs(half - full).max() < 0.05 * np.abs(full).max()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_blocks_are_recomputed_in_the_backward_pass_if_asked_for(name, variables):
+    """More products, if nothing is kept, and the same gradients."""
+    keys = CONDITION.replace(dropout_keys=KEYS)
+
+    def gradient(**options):
+        def loss(variables):
+            net = NETWORKS[name].clone(**options)
+            return jnp.mean(net.apply(variables, X[name], C_NOISE, keys) ** 2)
+
+        return jax.grad(loss)
+
+    def cost(**options):
+        with target.programs_for_others():
+            return flops(jax.make_jaxpr(gradient(**options))(variables[name]).jaxpr)
+
+    assert cost(remat=True) > 1.1 * cost()
+    assert cost(remat=True, remat_policy="products") == cost()
+    found, expected = (jax.jit(gradient(remat=again))(variables[name]) for again in (True, False))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), found, expected
+    )
 
 
 def test_vectors_are_sent_to_the_other_classifier():
