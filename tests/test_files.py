@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mclr_jax import files
+from mclr_jax import __version__, files
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
@@ -113,3 +113,13 @@ def test_a_revision_says_whether_files_have_changed(tmp_path, monkeypatch):
     assert files.provenance()["revision"] == f"{commit}-dirty"
     git("checkout", "-q", ".")
     assert files.provenance()["revision"] == commit
+
+
+def test_without_a_checkout_the_revision_is_the_version_or_that_of_the_environment(
+    tmp_path, monkeypatch
+):
+    monkeypatch.delenv("MCLR_JAX_REVISION", raising=False)
+    monkeypatch.setattr(files, "__file__", str(tmp_path / "mclr_jax" / "files.py"))
+    assert files.provenance()["revision"] == f"version {__version__}"
+    monkeypatch.setenv("MCLR_JAX_REVISION", "abc")
+    assert files.provenance()["revision"] == "abc"

@@ -443,3 +443,39 @@ def test_center_crop_takes_the_middle():
     got = np.asarray(formats.center_crop(Image.fromarray(array), 4), np.float64)
     expected = array[:, 4:20].reshape(4, 4, 4, 4).mean((1, 3))
     np.testing.assert_allclose(got, expected, atol=2)  # halving rounds up
+
+
+@pytest.mark.parametrize("size", [(24, 16), (16, 25), (5, 4), (4, 4)])
+def test_center_crop_is_centred_whichever_side_is_longer(size):
+    """A step in the middle of the image stays in the middle; (height, width)."""
+    for axis in (0, 1):
+        array = np.zeros(size, np.uint8)
+        array[np.s_[: size[0] // 2] if axis == 0 else np.s_[:, : size[1] // 2]] = 200
+        got = np.asarray(formats.center_crop(Image.fromarray(array), 4), np.float64)
+        assert got.shape == (4, 4)
+        line = got.mean(1 - axis)
+        shift = 50 * (size[axis] % 2)  # an odd side has its middle half a pixel later
+        np.testing.assert_allclose(line, [200, 200 - shift, 0, 0], atol=60)
+        assert np.ptp(got, axis=1 - axis).max() <= 2  # nothing along the other side
+
+
+def test_what_is_small_is_in_memory(tmp_path, monkeypatch):
+    """Of 2 images of 60 bytes the limit is above 120 bytes."""
+    files = {f"{i}.png": png(PIXELS[i]) for i in range(2)}
+    name = write_zip(tmp_path / "a.zip", files, [[file, 0] for file in files])
+    assert load(name).in_memory
+    for limit, expected in [(121, True), (120, False), (60, False)]:
+        monkeypatch.setattr(formats, "IN_MEMORY_BYTES", limit)
+        assert load(name).in_memory == expected
+
+
+def test_images_with_a_palette_or_transparency_become_colour(tmp_path):
+    """The palette has PIXELS' first 20 colours; transparency is left out."""
+    image = Image.fromarray(np.arange(20, dtype=np.uint8).reshape(5, 4), "P")
+    image.putpalette(PIXELS[0].ravel().tolist())
+    clear = np.dstack([PIXELS[0], np.full((5, 4), 7, np.uint8)])
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    files = {"0.png": buffer.getvalue(), "1.png": png(clear)}
+    images, _ = everything(load(write_zip(tmp_path / "a.zip", files, [[f, 0] for f in files])))
+    np.testing.assert_array_equal(images, [PIXELS[0], PIXELS[0]])
