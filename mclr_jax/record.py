@@ -27,8 +27,8 @@ def describe(
 ) -> dict[str, Any]:
     """The description of a run, without its history, as JSON."""
     return {
-        "config": dict(training.given),
-        **of_model(model, list(training.ema.tracks), training.given["sampler"]),
+        "config": dict(training.config),
+        **of_model(model, list(training.ema.tracks), training.config["sampler"]),
         "data": {"number": len(source), "digest": digest(source[evenly(source, 64)])},
         "companions": {name: parts.describe(other) for name, other in companions.items()},
     }
@@ -42,6 +42,8 @@ def of_model(model: Model, averages: list[str], sampler: Mapping[str, Any]) -> d
 
 def places(config: Mapping[str, Any]) -> dict[str, str]:
     """The files and directories that a config names, by key."""
+    if not config:
+        return {}
     values = {"init_from": config["init_from"], "data.path": config["data"]["path"]}
     values |= {f"companions.{name}": path for name, path in config["companions"].items()}
     for key in ("name", "test", "generated"):
@@ -93,7 +95,7 @@ def write(
     entry = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step, **made_by}
     history = [*old.get("history", []), {**entry, "changes": dict(changed)}]
     origin = {"start": found} if (found := start or old.get("start")) else {}
-    named = places(description["config"]) if "config" in description else {}
+    named = places(description.get("config", {}))
     absolute = {key: os.path.abspath(name) for key, name in named.items()}
     here = os.path.realpath(workdir)
     paths = {
@@ -102,15 +104,17 @@ def write(
     write_json(workdir / "run.json", {**description, **origin, "paths": paths, "history": history})
 
 
-def found(description: Mapping[str, Any], workdir: pathlib.Path) -> dict[str, str]:
-    """The config's files and directories, by key, where they are now."""
-    result, written = {}, flat(description["config"])
-    for key, name in places(description["config"]).items():
+def at_new_places(description: Mapping[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
+    """The config, empty without one, with its files and directories where they are now."""
+    config, written = dict(description.get("config", {})), flat(description.get("config", {}))
+    for key, name in places(config).items():
         absolute, relative = description.get("paths", {}).get(key, [name, name])
         options = [pathlib.Path(absolute), workdir / relative]
         place = str(next((place for place in options if place.exists()), absolute))
-        result[key] = written[key].removesuffix(name) + place
-    return result
+        section, _, last = key.rpartition(".")
+        value = {last: written[key].removesuffix(name) + place}
+        config |= {section: {**config[section], **value}} if section else value
+    return config
 
 
 def has_checkpoints(workdir: pathlib.Path) -> bool:
