@@ -6,13 +6,16 @@ import jax
 import jax.numpy as jnp
 
 from mclr_jax.objectives.base import (
+    Batch,
+    Loss,
+    Models,
     Objective,
+    Problem,
     label_dropout,
     per_example,
     perturb,
     square_error,
 )
-from mclr_jax.problem import Batch, Loss, Models, Problem
 from mclr_jax.reductions import mean
 from mclr_jax.schema import key
 from mclr_jax.types import expand

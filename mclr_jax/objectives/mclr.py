@@ -22,7 +22,11 @@ import jax.numpy as jnp
 
 from mclr_jax.noise import split
 from mclr_jax.objectives.base import (
+    Batch,
+    Loss,
+    Models,
     Objective,
+    Problem,
     arcsine_law,
     contrast_strength,
     draw_label,
@@ -37,7 +41,6 @@ from mclr_jax.objectives.base import (
     sigma_interval,
     square_error,
 )
-from mclr_jax.problem import Batch, Loss, Models, Problem
 from mclr_jax.reductions import effective_share, maximum, mean
 from mclr_jax.schema import key
 from mclr_jax.types import with_label

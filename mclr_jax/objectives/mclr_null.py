@@ -35,7 +35,11 @@ import jax.numpy as jnp
 
 from mclr_jax.noise import split
 from mclr_jax.objectives.base import (
+    Batch,
+    Loss,
+    Models,
     Objective,
+    Problem,
     arcsine_law,
     at_labels,
     contrast_strength,
@@ -54,7 +58,6 @@ from mclr_jax.objectives.base import (
     square_error,
     strength_factor,
 )
-from mclr_jax.problem import Batch, Loss, Models, Problem
 from mclr_jax.reductions import Metrics, mean
 from mclr_jax.schema import key
 from mclr_jax.types import expand, with_label

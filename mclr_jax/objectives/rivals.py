@@ -12,7 +12,11 @@ import jax.numpy as jnp
 
 from mclr_jax.noise import normal_like, split
 from mclr_jax.objectives.base import (
+    Batch,
+    Loss,
+    Models,
     Objective,
+    Problem,
     at_labels,
     draw_label,
     draw_strength,
@@ -24,7 +28,6 @@ from mclr_jax.objectives.base import (
     square_error,
     strength_factor,
 )
-from mclr_jax.problem import Batch, Loss, Models, Problem
 from mclr_jax.reductions import Metrics, mean
 from mclr_jax.schema import key
 from mclr_jax.types import Condition, expand, with_label
