@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from mclr_jax import target
+from mclr_jax import backend
 from mclr_jax.mixture import GaussianMixture
 from mclr_jax.networks.classifier import ConvClassifier, MLPClassifier
 from mclr_jax.plan import flops
@@ -261,7 +261,7 @@ def test_blocks_are_recomputed_in_the_backward_pass_if_asked_for(name, variables
         return jax.grad(loss)
 
     def cost(**options):
-        with target.programs_for_others():
+        with backend.programs_for_others():
             return flops(jax.make_jaxpr(gradient(**options))(variables[name]).jaxpr)
 
     assert cost(remat=True) > 1.1 * cost()

@@ -108,25 +108,38 @@ def test_frames_at_rest_are_not_changed_and_their_observations_not_seen(form):
     np.testing.assert_array_equal(d[:, :3], alone[:, :3])
 
 
-def test_the_norm_form_is_the_papers_step_of_its_own_variable():
-    """z = x / sqrt(1 + sigma^2); the gradient in z by finite differences of L, in float64."""
+@pytest.mark.parametrize("curved", [False, True])
+def test_the_norm_form_is_the_papers_step_of_its_own_variable(curved):
+    """z = x / sqrt(1 + sigma^2); the gradient in z by finite differences of L, in float64.
+
+    The weights are constants; of arctan((H x - 0.3) / 2) they have the slope at the estimate.
+    """
     x, y = case()
+    operator = Operator(OPERATOR.linear, "arctan", 0.3, 2.0) if curved else OPERATOR
     zeta, g, frames = 0.7, 0.03, range(1, FRAMES)
     sigma, stop = np.float64(LEVELS), np.float64(LEVELS) / 2
     covariance = PROCESS.covariance(FRAMES)
     gain = covariance @ np.linalg.inv(covariance + np.diag(np.repeat(sigma**2, 2)))
     rows = np.array(OPERATOR.linear.rows)
 
+    def estimate(z):
+        return (gain @ (z * np.sqrt(1 + sigma**2)[:, None]).ravel()).reshape(FRAMES, 2)
+
+    def told(state):  # and its slope
+        inner = (rows @ state - 0.3) / 2
+        return (np.arctan(inner), 0.5 / (1 + inner**2)) if curved else (rows @ state, 1.0)
+
+    z = np.float64(x[0]) / np.sqrt(1 + sigma**2)[:, None]
+    slopes = [told(state)[1] for state in estimate(z)]
+
     def loss(z):
-        d = (gain @ (z * np.sqrt(1 + sigma**2)[:, None]).ravel()).reshape(FRAMES, 2)
-        total = 0
+        d, total = estimate(z), 0
         for k in frames:
-            error = y[0, k] - rows @ d[k]
-            weight = 1 / (STD**2 + g * sigma[k] ** 2 * (rows**2).sum(1))
+            error = y[0, k] - told(d[k])[0]
+            weight = 1 / (STD**2 + g * slopes[k] ** 2 * sigma[k] ** 2 * (rows**2).sum(1))
             total += np.nansum(weight * error**2)
         return np.sqrt(total)
 
-    z = np.float64(x[0]) / np.sqrt(1 + sigma**2)[:, None]
     gradient, h = np.zeros_like(z), 1e-5
     for index in np.ndindex(*z.shape):
         step = np.zeros_like(z)
@@ -135,7 +148,7 @@ def test_the_norm_form_is_the_papers_step_of_its_own_variable():
     expected = -zeta * gradient * np.sqrt(1 + stop**2)[:, None]  # back in x, at the new level
     seen = guide.Seen(jnp.asarray(y), jnp.asarray(STD))
     here = level()
-    d, shift = guide.norm(OPERATOR, seen, zeta=zeta, g=g)(PROCESS.moments(None), x, here, None)
+    d, shift = guide.norm(operator, seen, zeta=zeta, g=g)(PROCESS.moments(None), x, here, None)
     np.testing.assert_allclose(shift[0, 1:], expected[1:], rtol=2e-3, atol=1e-4)
     np.testing.assert_allclose(d, PROCESS.moments(None)(x, here.sigma, None)[0], rtol=1e-5)
 
@@ -256,6 +269,25 @@ def test_frames_that_say_the_same_are_not_counted_twice():
     np.testing.assert_allclose(twice, np.sqrt(v * (1 + frames / 0.75)), rtol=1e-4)  # the bound
     independent = one_step(of_matrix(v * np.eye(frames)), frames)
     np.testing.assert_allclose(independent, v / (0.25 + v), rtol=1e-4)
+
+
+def test_an_operator_that_is_not_linear_is_linearised_under_the_estimate():
+    """Of ((x - 1) / 2)^2 mean, slope and what is left have closed forms; frames are independent."""
+    rng, size = np.random.default_rng(4), 8
+    v, x = rng.uniform(0.1, 0.6, size), 0.4 * rng.normal(size=size)
+    d, y, units = v * x, 0.5 + 0.2 * rng.normal(size=size), {"offset": 0.3, "scale": 1.5}
+    seen = guide.Seen(jnp.float32(y)[None, :, None], jnp.float32(0.4), **units)
+    here = Level(*(jnp.full((1, size), a) for a in (1.0, 0.5, True)))
+    correct = guide.posterior(Operator(function="square", offset=1.0, scale=2.0), seen)
+    got, _ = correct(of_matrix(np.diag(v)), jnp.float32(x)[None, :, None], here, None)
+    z, s = (0.3 + 1.5 * d - 1) / 2, 1.5**2 * v / 4  # mean and variance of the operator's argument
+    slope = 2 * z * 1.5 / 2  # by x of the model's units
+    total = 0.4**2 + 2 * s**2 + slope**2 * v
+    expected = d + v * slope * (y - z**2 - s) / total
+    bound = np.sqrt(v * (1 + (y - z**2 - s) ** 2 / total))
+    np.testing.assert_allclose(got[0, :, 0], expected, rtol=2e-3, atol=1e-3)
+    assert np.all(np.abs(expected - d) < bound)
+    assert np.abs(expected - d).max() > 0.05
 
 
 def test_a_diagonal_that_is_too_large_does_not_shorten_the_step():
