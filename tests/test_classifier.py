@@ -11,6 +11,7 @@ import pytest
 from mclr_jax import backend
 from mclr_jax.mixture import GaussianMixture
 from mclr_jax.networks.classifier import ConvClassifier, MLPClassifier
+from mclr_jax.networks.mlp import MLP
 from mclr_jax.plan import flops
 from mclr_jax.types import Condition
 
@@ -160,6 +161,17 @@ def test_the_convolutional_network_is_its_description_in_numpy(variables, apply)
     expected = layer("out_linear", features)
 
     actual = apply["conv"](variables["conv"], X["conv"], C_NOISE, CONDITION)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_mlp_ends_with_a_linear_map_of_the_activated_trunk(variables, apply):
+    """The trunk is the MLP of tests/test_mlp.py, which is shown label 0 of its one label."""
+    params, own = variables["mlp"]["params"], {"augment_dim": 2, "takes_strength": True}
+    trunk = MLP(out_channels=16, num_classes=0, width=16, depth=2, **own)
+    shown = CONDITION.replace(label=0 * LABEL)
+    h = np.asarray(jax.jit(trunk.apply)({"params": params["trunk"]}, X["mlp"], C_NOISE, shown))
+    expected = silu(h) @ params["out_linear"]["kernel"] + params["out_linear"]["bias"]
+    actual = apply["mlp"](variables["mlp"], X["mlp"], C_NOISE, CONDITION)
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
 
 
