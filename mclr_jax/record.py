@@ -12,7 +12,7 @@ from absl import logging
 from mclr_jax import __version__, parts
 from mclr_jax.config import Training
 from mclr_jax.data.protocol import Source, evenly
-from mclr_jax.files import digest, flat, provenance, write_json
+from mclr_jax.files import as_json, digest, flat, provenance, write_json
 from mclr_jax.model import Model
 from mclr_jax.training.devices import banner
 
@@ -37,7 +37,7 @@ def describe(
 def of_model(model: Model, averages: list[str], sampler: Mapping[str, Any]) -> dict[str, Any]:
     """What sampling needs, which every run has: also one that was not trained here."""
     found = {"model": parts.describe(model), "averages": averages, "sampler": dict(sampler)}
-    return json.loads(json.dumps(found))
+    return as_json(found)
 
 
 def places(config: Mapping[str, Any]) -> dict[str, str]:
@@ -133,8 +133,9 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no JSON ({error}); restore it from a copy.") from error
     if not isinstance(description, dict) or "model" not in description:
         raise ValueError(f"{path} was written by an older version; train that run again.")
-    for key in ("config", "model", "companions"):
-        if not isinstance(description.get(key, {}), dict):
+    trained = ("config", "companions") if description.keys() & {"config", "companions"} else ()
+    for key in ("model", *trained):
+        if not isinstance(description.get(key), dict):
             raise ValueError(f"{path} is damaged ({key!r} has no keys); restore it from a copy.")
     return description
 

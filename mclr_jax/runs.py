@@ -160,6 +160,12 @@ def load(workdir: str | pathlib.Path, init_from: str = "", data: str = "") -> Ru
     return Run(workdir, model, sampler, tuple(averages), config, held)
 
 
+def load_model(workdir: str | pathlib.Path, interpolation: float = 1.0) -> tuple[Model, Any]:
+    """(model, parameters) of a run: its last step and its first average, if it has one."""
+    run = load(workdir)
+    return run.model, run.weights(interpolation=interpolation)[0]
+
+
 def publish(
     workdir: pathlib.Path, model: Model, params: Any, sampler: Sampler, step: int = 0
 ) -> None:
