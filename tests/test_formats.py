@@ -143,7 +143,7 @@ def test_idx_errors(tmp_path):
 
 @pytest.fixture(scope="module")
 def tfds_dir(tmp_path_factory):
-    """Two sets made without TensorFlow: of equal size (PNG), and unequal (JPEG among PNG)."""
+    """Sets made without TensorFlow: of equal size (PNG), grey, and unequal (JPEG among PNG)."""
     folder = tmp_path_factory.mktemp("tfds")
 
     def prepare(set_name, shape, examples):
@@ -168,6 +168,7 @@ def tfds_dir(tmp_path_factory):
         Builder(data_dir=folder, file_format="array_record").download_and_prepare()
 
     prepare("mclr_equal", (5, 4, 3), [png(image) for image in PIXELS])
+    prepare("mclr_grey", (5, 4, 1), [png(image[..., 0]) for image in PIXELS])
     wide = np.zeros((16, 40, 3), np.uint8)
     wide[:, 12:28] = [200, 100, 50]
     prepare("mclr_unequal", (None, None, 3), [png(wide), png(wide[:, ::2].copy(), "JPEG")])
@@ -188,6 +189,12 @@ def test_tfds(tfds_dir, in_memory):
     np.testing.assert_array_equal(source.labels, labels)
     assert (source.shape, source.num_classes, source.in_memory) == ((5, 4, 3), 4, in_memory)
     assert (images.dtype, labels.dtype) == (np.uint8, np.int32)
+
+
+def test_tfds_of_grey_images_has_one_channel(tfds_dir):
+    images, _ = everything(load("tfds:mclr_grey", path=tfds_dir))
+    assert sorted(map(bytes, images)) == sorted(map(bytes, PIXELS[..., :1].copy()))
+    assert load("tfds:mclr_grey", path=tfds_dir).shape == images.shape[1:] == (5, 4, 1)
 
 
 def test_tfds_unequal_sizes_are_cropped_and_resized(tfds_dir):
