@@ -45,8 +45,8 @@ def test_a_trajectory_depends_on_seed_split_and_number_alone(tmp_path, monkeypat
 
 
 def test_files_of_other_splits_and_lengths_are_not_taken(tmp_path, monkeypatch):
-    """2 trajectories in a file: the held-out ones are as many, and have the file's numbers."""
-    monkeypatch.setattr(trajectories, "PART", 2 * 12 * 3)
+    """2 trajectories in a file, as many as are held out: the names of files are alike."""
+    monkeypatch.setattr(trajectories, "PART", 2 * 13 * 3)
 
     def windows(**changes):
         options = {"path": str(tmp_path), **SMALL, **changes}
