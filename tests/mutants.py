@@ -8,42 +8,36 @@ survived if the test passes or cannot be run. All tests must pass without errors
 benchmarks/results/mutants.json (not with --only) and exits with status 1 if an error survives.
 
 Outcomes are kept as they come: a run that was interrupted goes on where it stopped, unless the tree
-is dirty, which has no name.
+is dirty, which has no name. Tests run in forks of this process, which has imported the libraries.
 """
 
 import argparse
-import concurrent.futures
 import hashlib
+import importlib
 import json
 import os
 import pathlib
-import queue
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import tomllib
+from collections.abc import Iterator
 from typing import Any
+
+import conftest  # sets what JAX reads when it is imported
+import pytest
 
 from mclr_jax.files import append, provenance, write_json
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COPIED = ("mclr_jax", "launch", "configs", "tests", "benchmarks", "docs", "notebooks",
           "pyproject.toml", "setup.py", "README.md")  # fmt: skip
-KEPT = ROOT / ".pytest_cache" / "mutants.jsonl"  # outcomes: rows with the revision
+LIBRARIES = ("chex", "flax.linen", "grain", "hypothesis", "jax.experimental.multihost_utils",
+             "optax", "orbax.checkpoint", "scipy.stats", "sklearn.utils",
+             "tensorboardX")  # fmt: skip
+KEPT = conftest.CACHE.parent / "mutants.jsonl"  # outcomes of all revisions
 SECONDS = 900  # after which a test is stopped: the error may have made an endless loop
-
-
-def pytest(root: pathlib.Path, tests: list[str], *options: str, seconds: Any = None) -> tuple:
-    """Exit status and the last line of the output; -1: not finished in so many seconds."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    try:
-        run = subprocess.run(
-            [*command, *options, *tests], cwd=root, capture_output=True, text=True, timeout=seconds
-        )
-    except subprocess.TimeoutExpired:
-        return -1, f"it took more than {seconds} seconds"
-    return run.returncode, (run.stdout.strip().splitlines() or [run.stderr])[-1]
 
 
 def copied(folder: pathlib.Path) -> pathlib.Path:
@@ -55,62 +49,80 @@ def copied(folder: pathlib.Path) -> pathlib.Path:
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy2(source, folder / name)
-    (ROOT / ".pytest_cache").mkdir(exist_ok=True)
-    (folder / ".pytest_cache").symlink_to(ROOT / ".pytest_cache")
+    (folder / ".pytest_cache").symlink_to(KEPT.parent)
     return folder
 
 
-def attempt(mutant: dict, root: pathlib.Path) -> dict:
-    """What became of one error, tried in the copy `root`, which is as before afterwards."""
-    file = root / mutant["file"]
-    text = file.read_text()
+def start(root: pathlib.Path, test: str) -> int:
+    """The number of a process that runs a test in a copy, and exits with pytest's status."""
+    if process := os.fork():
+        return process
+    signal.alarm(SECONDS)  # ends the process
+    os.chdir(root)
+    sys.path[:] = [path for path in sys.path if path != str(ROOT / "tests")]
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("mclr_jax", "conftest")]:
+        del sys.modules[name]  # those of the copy are imported
+    output = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os._exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--rootdir=.", test]))
+
+
+def insert(mutant: dict, root: pathlib.Path) -> str:
+    """Replace the text of an error in a copy; why that was not possible, or nothing."""
+    if "file" not in mutant:  # the tests without errors
+        return ""
+    text = (ROOT / mutant["file"]).read_text()
     if text.count(mutant["old"]) != 1:
-        found = f"the old text occurs {text.count(mutant['old'])} times in {mutant['file']}"
-        return {**mutant, "outcome": f"not tried: {found}"}
-    before = file.stat()
-    file.write_text(text.replace(mutant["old"], mutant["new"]))
-    try:
-        status, last = pytest(root, [mutant["test"]], seconds=SECONDS)
-    finally:  # with its old time, at which Python knows the compiled file of the old text
-        file.write_text(text)
-        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
-    return {**mutant, "outcome": {0: "survived", 1: "killed"}.get(status, f"not tried: {last}")}
+        return f"the old text occurs {text.count(mutant['old'])} times in {mutant['file']}"
+    (root / mutant["file"]).write_text(text.replace(mutant["old"], mutant["new"]))
+    return ""
+
+
+def outcomes(mutants: list[dict], jobs: int) -> Iterator[dict]:
+    """Each error with its outcome, as they come; of `jobs` at a time."""
+    left, running = list(mutants), {}
+    with tempfile.TemporaryDirectory() as folder:
+        free = [copied(pathlib.Path(folder) / str(number)) for number in range(jobs)]
+        while left or running:
+            while left and free:
+                mutant, root = left.pop(0), free.pop()
+                if reason := insert(mutant, root):
+                    free.append(root)
+                    yield {**mutant, "outcome": f"not tried: {reason}"}
+                else:
+                    running[start(root, mutant["test"])] = mutant, root
+            if running:
+                process, status = os.wait()
+                mutant, root = running.pop(process)
+                if "file" in mutant:  # with its time, at which Python knows the compiled file
+                    shutil.copy2(ROOT / mutant["file"], root / mutant["file"])
+                free.append(root)
+                code = os.waitstatus_to_exitcode(status)
+                known = {0: "survived", 1: "killed"}
+                yield {**mutant, "outcome": known.get(code, f"not tried: pytest's status {code}")}
 
 
 def identity(mutant: dict, revision: str) -> str:
-    """Names an error and the code in which it was tried."""
+    """Names an error, or a test without one, and the code in which it was tried."""
     told = {key: value for key, value in mutant.items() if key != "outcome"}
     return hashlib.sha256(json.dumps([told, revision], sort_keys=True).encode()).hexdigest()
 
 
-def kept(revision: str) -> dict[str, dict]:
-    """Rows of an interrupted run by their identity."""
+def complete(mutants: list[dict], revision: str, jobs: int) -> list[dict]:
+    """The rows of all errors in their order: those kept, and new ones, which are kept."""
     lines = KEPT.read_text().splitlines() if KEPT.exists() else []
     rows = [] if revision.endswith("-dirty") else map(json.loads, lines)
-    return {row.pop("identity"): row for row in rows}
-
-
-def outcomes(chosen: list[dict], revision: str, jobs: int) -> list[dict]:
-    """The rows of the errors in their order; each new one is printed and kept."""
-    done, copies = kept(revision), queue.Queue[pathlib.Path]()
-
-    def row(mutant: dict) -> dict:
-        if (name := identity(mutant, revision)) in done:
-            return done[name]
-        root = copies.get()
-        try:
-            found = attempt(mutant, root)
-        finally:
-            copies.put(root)
-        print(f"{found['outcome']:9s} {mutant['what']}", flush=True)
-        append(KEPT, json.dumps(found | {"identity": name}) + "\n")
-        return found
-
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(jobs):
-            copies.put(copied(pathlib.Path(folder) / str(number)))
-        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-            return list(pool.map(row, chosen))
+    done: dict[str, Any] = {row.pop("identity"): row for row in rows}
+    names = [identity(mutant, revision) for mutant in mutants]
+    left = [mutant for mutant, name in zip(mutants, names, strict=True) if name not in done]
+    for row in outcomes(left, jobs):
+        words = {"survived": "passes", "killed": "fails"} if "what" not in row else {}
+        told = words.get(row["outcome"], row["outcome"])
+        print(f"{told:9s} {row.get('what', row['test'])}", flush=True)
+        done[name := identity(row, revision)] = row
+        append(KEPT, json.dumps(row | {"identity": name}) + "\n")
+    return [done[name] for name in names]
 
 
 def main() -> None:
@@ -120,22 +132,21 @@ def main() -> None:
     arguments = parser.parse_args()
     everything = tomllib.loads((ROOT / "tests" / "mutants.toml").read_text())["mutant"]
     chosen = [mutant for mutant in everything if arguments.only in mutant["what"]]
-    made_by = provenance()
-    left = [m for m in chosen if identity(m, made_by["revision"]) not in kept(made_by["revision"])]
-    several = ("-n", str(arguments.jobs)) if arguments.jobs > 1 else ()
-    status, last = pytest(ROOT, sorted({mutant["test"] for mutant in left}), *several)
-    if left and status:
-        sys.exit(f"The tests fail without any error: {last}")
-    rows = outcomes(chosen, made_by["revision"], arguments.jobs)
+    made_by, jobs = provenance(), arguments.jobs
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    tests = [{"test": test} for test in dict.fromkeys(mutant["test"] for mutant in chosen)]
+    plain = complete(tests, made_by["revision"], jobs)
+    if failed := [row["test"] for row in plain if row["outcome"] != "survived"]:
+        sys.exit(f"These tests fail without any error: {' '.join(failed)}")
+    rows = complete(chosen, made_by["revision"], jobs)
     alive = [row for row in rows if row["outcome"] != "killed"]
     for row in alive:
         print(f"{row['what']}: {row['outcome']} ({row['test']})")
     print(f"{len(rows) - len(alive)} of {len(rows)} errors killed.")
     if not arguments.only:
-        counts = {"errors": len(rows), "killed": len(rows) - len(alive)}
-        write_json(
-            ROOT / "benchmarks" / "results" / "mutants.json", made_by | counts | {"rows": rows}
-        )
+        made_by |= {"errors": len(rows), "killed": len(rows) - len(alive)}
+        write_json(ROOT / "benchmarks" / "results" / "mutants.json", made_by | {"rows": rows})
     sys.exit(bool(alive))
 
 
