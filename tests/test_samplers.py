@@ -48,13 +48,14 @@ def test_order_of_convergence(method, order):
     np.testing.assert_allclose(rates, order, atol=0.2)
 
 
-def test_churn_matches_algorithm_2_written_out():
+@pytest.mark.parametrize("amount", [3.0, 40.0])  # below and above the bound sqrt(2) - 1
+def test_churn_matches_algorithm_2_written_out(amount):
     """EDM Algorithm 2 with S_churn, S_min, S_max, S_noise, in plain Python; S_min and S_max are
     levels of the grid, which are inside."""
     mix = reference.mixture()
     sigmas = np.float32(rho_grid(10, 0.01, 20.0))
     low, high = float(sigmas[7]), float(sigmas[2])
-    churn = samplers.Churn(amount=3.0, sigma_min=low, sigma_max=high, noise_scale=1.01)
+    churn = samplers.Churn(amount=amount, sigma_min=low, sigma_max=high, noise_scale=1.01)
     keys, labels = sample_keys(7, range(4)), jnp.array([0, 1, 2, 3])
     x = x_init = sigmas[0] * normal_like(keys, jnp.zeros((4, 2)))
     call = 0

@@ -4,9 +4,12 @@ A regime is a lag for each frame: how many frames after it may be seen in its es
 filter, infinity the batch smoother, and each frame may have its own.
 """
 
+import ast
+import contextlib
 import dataclasses
 import math
-from typing import ClassVar, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -14,7 +17,7 @@ from mclr_jax.assimilation import guide
 from mclr_jax.assimilation.observe import Operator
 from mclr_jax.noise import SIGMA_RANGE
 from mclr_jax.samplers import METHODS, CorrectFn
-from mclr_jax.schema import Keys, in_range, key, look_up
+from mclr_jax.schema import Keys, in_range, key, look_up, read
 
 GUIDANCE = {"posterior": ("c", "overlap", "reach"), "norm": ("zeta", "g")}
 
@@ -23,9 +26,7 @@ GUIDANCE = {"posterior": ("c", "overlap", "reach"), "norm": ("zeta", "g")}
 class Scheme(Keys):
     """How `regimes` samples; the defaults suit states of standard deviation 1."""
 
-    window: int = key(
-        0, 0, says="frames; 0: as many as in training, in the batch regime all"
-    )
+    window: int = key(0, 0, says="frames; 0: as many as in training, in the batch regime all")
     steps: int = key(16, 1, 100_000, says="of each update")
     first_steps: int = key(32, 1, 100_000, says="of the first one, which starts from noise alone")
     sigma_min: float = key(0.006, *SIGMA_RANGE, says="last noise level before 0")
@@ -52,6 +53,16 @@ class Scheme(Keys):
         in_range("scheme.sigma_max", self.sigma_max, float(self.sigma_min), SIGMA_RANGE[1])
         in_range("scheme.restart", self.restart, self.sigma_min, self.sigma_max, open="(")
 
+    @classmethod
+    def parse(cls, texts: Iterable[str]) -> "Scheme":
+        """Of texts KEY=VALUE; ValueError: the first unknown key or wrong value."""
+        values: dict[str, Any] = {}
+        for name, _, text in (text.partition("=") for text in texts):
+            with contextlib.suppress(ValueError, SyntaxError):  # then it is a word
+                text = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+            values[name] = text
+        return read(cls, values, cls.where)
+
     def correct(self, operator: Operator, seen: guide.Seen) -> CorrectFn:
         """The guidance of an update, see `samplers.sample`."""
         options = {key: getattr(self, key) for key in GUIDANCE[self.guidance]}
@@ -63,6 +74,22 @@ def lags(regime: str, frames: int, lag: int = 0) -> np.ndarray:
     in_range("lag", lag, 0)
     table = {"filter": 0.0, "fixed_lag": lag, "batch": math.inf}
     return np.full(frames, look_up(table, regime, "regime"))
+
+
+def segments(texts: Sequence[str], frames: int) -> np.ndarray:
+    """The lag of each frame, (frames,), of segments FRAME:LAG; LAG alone begins with frame 0."""
+    try:
+        parts = [text.rpartition(":") for text in texts]
+        starts, ahead = [int(part[0] or 0) for part in parts], [float(part[2]) for part in parts]
+    except ValueError:
+        starts, ahead = [], []
+    whole = all(lag >= 0 and (lag == math.inf or lag.is_integer()) for lag in ahead)
+    if starts[:1] != [0] or starts != sorted({*starts}) or starts[-1] >= frames or not whole:
+        raise ValueError(
+            f"The lag is {','.join(texts)!r}; expected a number of frames or inf, or segments "
+            f"FRAME:LAG,... from frame 0 on, of frames below {frames} in rising order."
+        )
+    return np.repeat(ahead, np.diff([*starts, frames]))
 
 
 class Update(NamedTuple):

@@ -9,19 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from mclr_jax import types
 from mclr_jax.noise import NoiseLevels, normal_like, split
 from mclr_jax.reductions import Metrics
 from mclr_jax.schema import check, class_factors, key
-from mclr_jax.types import (
-    Answers,
-    Condition,
-    DenoiseFn,
-    LogitsFn,
-    MomentsFn,
-    PosteriorFn,
-    expand,
-    with_label,
-)
+from mclr_jax.types import Answers, Condition, DenoiseFn, expand, with_label
 
 # The result of an objective: loss (B,), and metrics whose parts have a leading axis of rows.
 Loss = tuple[jax.Array, Metrics]
@@ -34,10 +26,12 @@ class Models(NamedTuple):
     """
 
     denoise: DenoiseFn
-    logits: LogitsFn
+    logits: types.LogitsFn
     frozen: Mapping[str, Answers] = {}
-    posterior: PosteriorFn | None = None  # if "posterior" is in `needs`
-    moments: MomentsFn | None = None  # of the model in training, if its network has a variance
+    posterior: types.PosteriorFn | None = None  # if "posterior" is in `needs`
+    moments: types.MomentsFn | None = (
+        None  # of the model in training, if its network has a variance
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,12 +220,17 @@ def strength_factor(problem: Problem, label: jax.Array) -> jax.Array:
     return jnp.asarray(factors, jnp.float32)[label]
 
 
+def arcsine_law(uniform: jax.Array, low: float, high: float) -> jax.Array:
+    """Strengths that are near the ends of the range more often than uniform ones."""
+    return low + (high - low) * jnp.sin(jnp.pi / 2 * uniform) ** 2
+
+
 def draw_strength(
     condition: Condition,
     keys: jax.Array,
     problem: Problem,
     fixed: Any,
-    law: Callable[[jax.Array, float, float], jax.Array],
+    law: Callable[[jax.Array, float, float], jax.Array] = arcsine_law,
 ) -> tuple[Any, Condition]:
     """The strength of each example, and the condition with it.
 
@@ -242,11 +241,6 @@ def draw_strength(
         return fixed, condition
     strength = law(jax.vmap(jax.random.uniform)(keys), *problem.strength)
     return strength, condition.replace(strength=strength)
-
-
-def arcsine_law(uniform: jax.Array, low: float, high: float) -> jax.Array:
-    """Strengths that are near the ends of the range more often than uniform ones."""
-    return low + (high - low) * jnp.sin(jnp.pi / 2 * uniform) ** 2
 
 
 def log_ratio(
