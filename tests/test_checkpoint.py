@@ -2,6 +2,7 @@ import pathlib
 import resource
 import shutil
 import types
+import zlib
 
 import chex
 import jax
@@ -297,6 +298,16 @@ def test_a_checkpoint_of_an_older_version_is_read_with_a_warning(tmp_path, caplo
     assert "10 has no digest" in caplog.text
 
 
+def test_a_step_that_breaks_again_is_set_aside_beside_the_first(tmp_path):
+    for _ in range(3):
+        write(tmp_path / "c", [10, 20])
+        shutil.rmtree(tmp_path / "c" / "20" / "state")
+        with Checkpoints(tmp_path / "c") as checkpoints:
+            assert checkpoints.restore(like(state_at(0)))[1] == 10
+    found = sorted(path.name for path in (tmp_path / "broken").iterdir())
+    assert found == ["20", "20_", "20__"]
+
+
 def test_a_reader_moves_nothing(tmp_path):
     write(tmp_path / "c", [10, 20])
     shutil.rmtree(tmp_path / "c" / "20" / "state")
@@ -316,6 +327,26 @@ def test_the_digest_tells_every_bit_place_and_type():
     others = [x.T, x[::-1], x.reshape(5, 3), x.astype(jnp.bfloat16), jnp.zeros((3, 5))]
     assert len({first, *(digests({"a": other})["a"] for other in others)}) == 6
     assert digests({"b": {"c": x, "d": jnp.int32(3)}}).keys() == {"b/c", "b/d"}
+
+
+def test_the_digest_is_its_definition_and_that_of_earlier_versions():
+    """In whole numbers of Python; with other digests, old checkpoints would count as broken."""
+    arrays = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "b": {"c": np.array([1, -2], np.int32), "d": np.array([True, False])},
+        "e": jnp.array([1.5], jnp.bfloat16),
+    }
+    bits = {"a": [np.float32(n).view(np.uint32) for n in range(6)], "b/c": [1, 2**32 - 2],
+            "b/d": [1, 0], "e": [0x3FC0]}  # fmt: skip
+    kinds = {"a": "(2, 3)float32", "b/c": "(2,)int32", "b/d": "(2,)bool", "e": "(1,)bfloat16"}
+    expected = {
+        name: (zlib.crc32(kinds[name].encode())
+               + sum(int(n) * (2 * (i + 1) * 2654435761 + 1) for i, n in enumerate(bits[name])))
+        % 2**32
+        for name in bits
+    }  # fmt: skip
+    assert digests(arrays) == expected
+    assert expected == {"a": 2986991379, "b/c": 1536961548, "b/d": 4104545962, "e": 3512861366}
 
 
 def test_another_architecture_names_the_first_differing_parameter(tmp_path):

@@ -165,6 +165,24 @@ def test_the_posterior_of_a_denoiser_converges_to_the_exact_one(prior):
     assert many < 0.012
 
 
+@pytest.mark.parametrize("candidates", [0, 2])
+def test_the_posterior_does_not_depend_on_the_units_of_the_data(candidates):
+    """Data, noise level and sigma_data times 4, of the same keys: the same estimate."""
+    mixture = plane()
+    x, label = noisy(mixture, 50, 0.5)
+    keys = jax.vmap(jax.random.key)(np.arange(50))
+
+    def run(unit):
+        def denoise(x, sigma, condition):
+            return unit * mixture.denoise(x / unit, sigma / unit, condition)
+
+        of = posterior.from_denoiser(denoise, PRIOR, unit * SIGMA_DATA, 4, candidates)
+        sigma = jnp.full(50, unit * 0.5, jnp.float32)
+        return jax.jit(of)(unit * jnp.asarray(x, jnp.float32), sigma, Condition(label), keys)
+
+    np.testing.assert_allclose(run(4.0), run(1.0), rtol=1e-4, atol=1e-4)
+
+
 def test_images_are_vectors():
     mixture = points(UNEQUAL, dim=4)
     x, _ = noisy(mixture, 200, 0.6)

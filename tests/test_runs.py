@@ -15,6 +15,7 @@ from mclr_jax.config import Training
 from mclr_jax.data import sources
 from mclr_jax.objectives.dsm import DSM
 from mclr_jax.samplers import Sampler
+from mclr_jax.training import ema
 from mclr_jax.training.checkpoint import Checkpoints, MismatchError
 
 
@@ -277,6 +278,23 @@ def test_weights_lie_on_the_line_from_where_the_run_started(tmp_path):
         expected = jax.tree.map(lambda a, b, t=t: (1 - t) * a + t * b, start, tuned)
         chex.assert_trees_all_close(params, expected, atol=1e-6)
         chex.assert_trees_all_equal(runs.load_model(tmp_path / "run", t)[1], params)
+
+
+@pytest.mark.parametrize(("step", "used"), [(None, (6, 12)), (12, (6, 12)), (11, (6,)), (6, (6,))])
+def test_a_width_is_reconstructed_from_the_snapshots_up_to_a_step(tmp_path, step, used):
+    _, model = describe(tmp_path, **tiny.POWER)
+    stored = [(s, std) for s in (6, 12) for std in (0.05, 0.1)]
+    trees = {pair: model.init(jax.random.key(seed)) for seed, pair in enumerate(stored)}
+    with Checkpoints(tmp_path / "snapshots", keep=None) as store:
+        for s in (6, 12):
+            store.save(s, {f"power_{std}": trees[s, std] for std in (0.05, 0.1)})
+    found, last = runs.load(tmp_path).weights("0.07", step)
+    pairs = [pair for pair in stored if pair[0] in used]
+    weights = ema.posthoc_coefficients(*zip(*pairs, strict=True), used[-1], 0.07)
+    parts = zip(pairs, weights, strict=True)
+    tree = [jax.tree.map(lambda x, w=w: w * x, trees[pair]) for pair, w in parts]
+    chex.assert_trees_all_close(found, jax.tree.map(lambda *x: sum(x), *tree), atol=1e-5)
+    assert last == used[-1]
 
 
 # ---- weights of another model --------------------------------------------------------------------

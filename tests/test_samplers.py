@@ -48,11 +48,14 @@ def test_order_of_convergence(method, order):
     np.testing.assert_allclose(rates, order, atol=0.2)
 
 
-def test_churn_matches_algorithm_2_written_out():
-    """EDM Algorithm 2 with S_churn, S_min, S_max, S_noise, in plain Python."""
+@pytest.mark.parametrize("amount", [3.0, 40.0])  # below and above the bound sqrt(2) - 1
+def test_churn_matches_algorithm_2_written_out(amount):
+    """EDM Algorithm 2 with S_churn, S_min, S_max, S_noise, in plain Python; S_min and S_max are
+    levels of the grid, which are inside."""
     mix = reference.mixture()
     sigmas = np.float32(rho_grid(10, 0.01, 20.0))
-    churn = samplers.Churn(amount=3.0, sigma_min=0.1, sigma_max=5.0, noise_scale=1.01)
+    low, high = float(sigmas[7]), float(sigmas[2])
+    churn = samplers.Churn(amount=amount, sigma_min=low, sigma_max=high, noise_scale=1.01)
     keys, labels = sample_keys(7, range(4)), jnp.array([0, 1, 2, 3])
     x = x_init = sigmas[0] * normal_like(keys, jnp.zeros((4, 2)))
     call = 0
@@ -72,6 +75,14 @@ def test_churn_matches_algorithm_2_written_out():
         call += 2
     got = samplers.sample(mix.denoise, x_init, labels, sigmas, churn=churn, keys=keys)
     np.testing.assert_allclose(got, x, rtol=1e-4, atol=1e-4)
+
+
+def test_the_defaults_are_those_of_edm():
+    """Karras et al. 2022, Table 1, and Table 5 for ImageNet-64."""
+    assert samplers.Churn() == (40.0, 0.05, 50.0, 1.003)
+    roots = 80 ** (1 / 7) + np.arange(18) / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))
+    np.testing.assert_allclose(samplers.Sampler().grid(), [*roots**7, 0], rtol=1e-12)
+    assert samplers.Sampler().method == "heun"
 
 
 def test_churn_keeps_the_distribution():
