@@ -22,7 +22,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from launch import common
-from mclr_jax import experiment, generate, main, plan, runs, target
+from mclr_jax import backend, experiment, generate, main, plan, runs
 from mclr_jax.data import sources
 from mclr_jax.files import flat, provenance, write_json
 from mclr_jax.model import DataInfo, Model
@@ -97,7 +97,7 @@ def planned(
     models = companions(config, data) if models is None else models
     task = experiment.make_task(config, data, models)
     calls = 0 if task.model.is_classifier else generate.network_calls(task.model, sampler(config))
-    with target.programs_for_others():
+    with backend.programs_for_others():
         steps = main.steps_per_dispatch(config)
     return plan.plan(
         task, topology, config.parallel, batch_size=config.batch_size, steps_per_dispatch=steps,

@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mclr_jax import generate, target
+from mclr_jax import backend, generate
 from mclr_jax.hlo import collectives
 from mclr_jax.model import Model, shapes_of
 from mclr_jax.samplers import Churn, Sampler
@@ -301,7 +301,7 @@ def forward_flops(model: Model) -> int:
     def call(params, x, sigma):
         return answer(params)(x, sigma, np.zeros(1, np.int32))
 
-    with target.programs_for_others():
+    with backend.programs_for_others():
         return flops(jax.make_jaxpr(call)(shapes_of(model), *inputs).jaxpr)
 
 
@@ -315,7 +315,7 @@ def shapes(task: Task, batch_size: int, length: int = 1) -> tuple:
 
 def step_flops(task: Task, batch_size: int) -> int:
     """FLOPs of a training step, of all devices together."""
-    with target.programs_for_others():
+    with backend.programs_for_others():
         return flops(jax.make_jaxpr(make_update(task))(*shapes(task, batch_size)).jaxpr)
 
 
@@ -339,7 +339,7 @@ def plan(
     devices.check_batch_size(batch_size, task.grad_accumulation)
     in_step, in_call = step_flops(task, batch_size), forward_flops(task.model)
     arguments = shapes(task, batch_size, steps_per_dispatch)
-    with target.programs_for_others():
+    with backend.programs_for_others():
         program = functools.partial(lowered, task, devices, arguments)
         cost = _costs(chip, name, chips, program, in_step)
     sampling = 1000 * network_calls * in_call
@@ -376,7 +376,7 @@ def sampling(
         raise ValueError(
             f"A batch of {batch_size} samples on {len(all_devices)} devices; expected a multiple."
         )
-    sigmas = sampler.grid(model.preconditioning.levels)
+    sigmas = sampler.grid(model.preconditioning.sigma_range)
     scales = generate.scales_by_label(model, guidance_scale, None)
     run = generate.program(model, sampler.method, generate.is_guided(model, guidance_scale))
     scalars = jax.eval_shape(
@@ -387,7 +387,7 @@ def sampling(
     every = jax.ShapeDtypeStruct((batch_size,), np.int32)
     put = functools.partial(jax.tree.map, lambda x: placed(x, whole))
     arguments = (*put((params, seed)), *placed((every, every), (rows, rows)), *put(scalars))
-    with target.programs_for_others():
+    with backend.programs_for_others():
         in_batch = flops(jax.make_jaxpr(run)(*arguments).jaxpr)
         program = functools.partial(jax.jit(run, out_shardings=whole).lower, *arguments)
         steps = generate.network_calls(model, sampler)

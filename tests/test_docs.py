@@ -6,11 +6,11 @@ A number of a result is followed by a comment that names its file and key, in on
   62%<!-- fashion_mnist_mclr: guidance_by_noise_level.by_sigma[5].bayes_in_mclr * 250 -->
   29.4<!-- guidance_free_fashion_mnist: mean of methods[CFG][strength=0.6, noise.0=0.8].frechet -->
 
-FILE is benchmarks/results/FILE.json, a config (configs/digits), or a module with constants. A path has keys, those with
-other characters than letters in brackets. In brackets after a list: a place, or conditions that a
-row meets, where KEY=* asks for the key alone; [*] is all of a list or of a section. A path leads
-to one value, or to several after `mean of`, `min of`, `max of` and `count of`. Paths and numbers
-are joined by + - * / with spaces, from left to right.
+FILE is benchmarks/results/FILE.json, a config (configs/digits), or a module with constants. A path
+has keys, those with other characters than letters in brackets. In brackets after a list: a place,
+or conditions that a row meets, where KEY=* asks for the key alone; [*] is all of a list or of a
+section. A path leads to one value, or to several after `mean of`, `min of`, `max of` and `count
+of`. Paths and numbers are joined by + - * / with spaces, from left to right.
 """
 
 import ast
@@ -38,7 +38,8 @@ SETTING += r"|[^.;]* logs? that (?:is|are) not kept"  # the text says that there
 UNITS = r"percent|seconds?|s|ms|minutes?|hours?|days?|samples?|images?|steps?|epochs?|parameters?"
 UNITS += r"|particles|trajectories|members|times|points?|[KMG]i?B|bytes|examples|cases|errors"
 RESULT = re.compile(
-    rf"\d+\.\d+|(?<![\dx])\d[\d,]*\s?(?:(?:{UNITS})\b|%)|\d[\d,]* (?:to|and|or) \d[\d,]* (?:{UNITS})\b"
+    rf"\d+\.\d+|(?<![\dx])\d[\d,]*\s?(?:(?:{UNITS})\b|%)"
+    rf"|\d[\d,]* (?:to|and|or) \d[\d,]* (?:{UNITS})\b"
     r"|\b(?:an?|one|two|three|four|five|six|ten|twenty|half an?) (?:minutes?|hours?|days?)\b"
     r"|\b(?:two|three|four|five|six|ten|twenty) seconds\b",
     re.IGNORECASE,
