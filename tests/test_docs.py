@@ -162,6 +162,16 @@ def test_links_lead_to_files_and_headings(page):
             assert anchor in map(slug, headings), f"{link}#{anchor}"
 
 
+def test_named_files_exist(page):
+    """Those of the folders of this repository, also in commands; tests without their folder."""
+    text = PAGES[page]
+    paths = re.findall(r"(?<![\w/$])((?:tests|configs|benchmarks|launch|mclr_jax)/[\w/]+\.\w+)", text)
+    paths += [f"tests/{name}" for name in re.findall(r"\btest_\w+\.py", text)]
+    paths += [f"launch/{name}.py" for name in re.findall(r"\blaunch\.(\w+)", text)]
+    missing = [path for path in paths if "NAME" not in path and not (ROOT / path).exists()]
+    assert not missing
+
+
 def test_every_page_is_linked():
     linked = {
         (ROOT / page).parent.joinpath(link).resolve()
