@@ -8,9 +8,10 @@ A number of a result is followed by a comment that names its file and key, in on
 
 FILE is benchmarks/results/FILE.json, a config (configs/digits), or a module with constants. A path
 has keys, those with other characters than letters in brackets. In brackets after a list: a place,
-or conditions that a row meets, where KEY=* asks for the key alone; [*] is all of a list or of a
-section. A path leads to one value, or to several after `mean of`, `min of`, `max of` and `count
-of`. Paths and numbers are joined by + - * / with spaces, from left to right.
+or conditions that a row meets, of which KEY=* asks for the key alone and KEY=*TEXT for the end of
+the value; [*] is all of a list or of a section. A path leads to one value, or to several after
+`mean of`, `min of`, `max of` and `count of`. Paths and numbers are joined by + - * / with spaces,
+from left to right.
 """
 
 import ast
@@ -97,7 +98,9 @@ def holds(row, condition):
         row = row[int(key)] if isinstance(row, list) else (row or {}).get(key)
     if re.fullmatch(r"-?[\d.]+", wanted):
         return row == float(wanted)
-    return row is not None if wanted == "*" else str(row) == wanted
+    if wanted.startswith("*"):
+        return row is not None and str(row).endswith(wanted[1:])
+    return str(row) == wanted
 
 
 def test_tables_are_those_of_the_results(page):
@@ -117,6 +120,28 @@ def test_every_measured_number_names_its_result(page):
         text = pattern.sub(" ", text)
     assert not re.findall(r"<!-- (?!table: |end of table).*", text), "a comment names no number"
     assert not RESULT.findall(re.sub(SETTING, " ", " ".join(text.split())))
+
+
+def revisions(node):
+    """The revisions that a result file names."""
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        if key == "revision":
+            yield value
+        elif isinstance(value, dict | list):
+            yield from revisions(value)
+
+
+def test_results_name_the_revision_that_made_them():
+    """With the exceptions that docs/verification.md lists."""
+    dirty, absent = {}, []
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        found = [*revisions(tables.load(path.stem))]
+        if not found:
+            absent.append(path.stem)
+        if count := sum(not re.fullmatch("[0-9a-f]{40}", revision) for revision in found):
+            dirty[path.stem] = count
+    assert absent == ["costs"]
+    assert dirty == {"lorenz63": 14, "forcing_fields": 6, "robustness": 1}
 
 
 def test_a_changed_number_is_found():
@@ -165,7 +190,9 @@ def test_links_lead_to_files_and_headings(page):
 def test_named_files_exist(page):
     """Those of the folders of this repository, also in commands; tests without their folder."""
     text = PAGES[page]
-    paths = re.findall(r"(?<![\w/$])((?:tests|configs|benchmarks|launch|mclr_jax)/[\w/]+\.\w+)", text)
+    paths = re.findall(
+        r"(?<![\w/$])((?:tests|configs|benchmarks|launch|mclr_jax)/[\w/]+\.\w+)", text
+    )
     paths += [f"tests/{name}" for name in re.findall(r"\btest_\w+\.py", text)]
     paths += [f"launch/{name}.py" for name in re.findall(r"\blaunch\.(\w+)", text)]
     missing = [path for path in paths if "NAME" not in path and not (ROOT / path).exists()]
