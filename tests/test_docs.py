@@ -16,6 +16,7 @@ from left to right.
 
 import ast
 import importlib
+import json
 import operator
 import pathlib
 import re
@@ -215,15 +216,23 @@ def test_the_front_door_is_short():
 def sentences(text):
     """The sentences of a page, without tables, code, headings and comments."""
     text = re.sub(r"(?s:```.*?```)|<!--.*?-->|^#.*|^ *\|.*", "", text, flags=re.MULTILINE)
-    text = LINK.sub(r"\1", CODE.sub("X", text))
+    text = LINK.sub(r"\1", re.sub(r"\$\$[^$]*\$\$|\$[^$]*\$", "X", CODE.sub("X", text)))
     for block in re.split(
         r"\n\s*\n", re.sub(r"^ *(?:[-*]|\d+\.) ", "\n\n", text, flags=re.MULTILINE)
     ):
         yield from re.split(r"(?<!et al\.)(?<=[.!?])\**\s+", " ".join(block.split()))
 
 
-def test_sentences_are_short(page):
-    long = [sentence for sentence in sentences(PAGES[page]) if len(sentence.split()) > 35]
+def notebook(name):
+    """The text of a notebook."""
+    cells = json.loads((ROOT / "notebooks" / name).read_text())["cells"]
+    return "\n\n".join("".join(x["source"]) for x in cells if x["cell_type"] == "markdown")
+
+
+@pytest.mark.parametrize("name", [*PAGES, *(x.name for x in (ROOT / "notebooks").glob("*.ipynb"))])
+def test_sentences_are_short(name):
+    text = PAGES[name] if name in PAGES else notebook(name)
+    long = [sentence for sentence in sentences(text) if len(sentence.split()) > 35]
     assert not long, "\n".join(f"{len(each.split())} words: {each}" for each in long)
 
 
