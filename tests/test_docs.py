@@ -26,6 +26,9 @@ import tomllib
 import pytest
 import tables
 
+from mclr_jax.config import Training
+from mclr_jax.objectives.rivals import CCA
+
 ROOT = pathlib.Path(__file__).parent.parent
 CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 LINK = re.compile(r"!?\[([^]]*)\]\([^)]*\)")
@@ -198,6 +201,25 @@ def test_named_files_exist(page):
     paths += [f"launch/{name}.py" for name in re.findall(r"\blaunch\.(\w+)", text)]
     missing = [path for path in paths if "NAME" not in path and not (ROOT / path).exists()]
     assert not missing
+
+
+def test_flags_of_commands_exist(page):
+    for module, rest in re.findall(r"launch\.(\w+)([^`\n#]*)", PAGES[page].replace("\\\n", " ")):
+        files = [ROOT / f"launch/{name}.py" for name in (module, "common", "hosts")]
+        code = "".join(file.read_text() for file in files)
+        known = {"config", "help", *re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", code)}
+        assert {*re.findall(r"(?<!\S)--(\w+)", rest)} <= known, f"launch.{module}{rest}"
+
+
+def test_python_on_the_pages_runs(capsys):
+    """The README's example, and a config; tests/test_extension.py has those of extending.md."""
+    blocks = [re.findall(r"```python\n(.*?)```", PAGES[name], re.DOTALL)
+              for name in ("README.md", "docs/rivals.md")]  # fmt: skip
+    (example,), (config,) = blocks
+    exec(example, {})
+    assert float(capsys.readouterr().out) > 0.95  # guided samples are of their class
+    exec(config, names := {})
+    assert Training.parse(names["get_config"]()).objective == CCA(negative_weight=1.0)
 
 
 def test_every_page_is_linked():
