@@ -138,6 +138,8 @@ class Training(Keys):
     @classmethod
     def parse(cls, config: Any) -> "Training":
         """The training that a config describes; ValueError names the first wrong key."""
+        if isinstance(config, cls):
+            return config
         config = config.to_dict() if isinstance(config, ConfigDict) else config
         found = schema.read(cls, config, "config")
         numbers = operator.methodcaller("item")  # NumPy's as Python's

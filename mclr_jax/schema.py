@@ -214,7 +214,9 @@ def part(
             known = {key: field for key, field in fields(factory).items() if key not in late}
             for line in _explained(known, f"{name}."):
                 of.setdefault(line, []).append(word)
-        options = [f"{line} [{', '.join(words)}]" for line, words in of.items()]
+        for line, words in of.items():
+            of[line] = [] if len(words) == len(table) else words
+        options = [f"{line} [{', '.join(words)}]".removesuffix(" []") for line, words in of.items()]
         return [f"{name}.name={default!r}: {says}; one of {', '.join(table)}", *options]
 
     return _section(Section(read_one, filled_one, explain_one, says, table, late), lambda: None)
@@ -446,7 +448,8 @@ def options(
     for key in values:
         if key not in known:
             raise ValueError(f"{name!r} has no option {key!r}. {nearest(key, known)}")
-    found = {key: _plain_default(key, field.default) for key, field in known.items()} | values
+    found = {key: _plain_default(key, field.default) for key, field in known.items()}
+    found |= values
     for key, value in found.items():
         if value is dataclasses.MISSING:
             raise ValueError(f"Option {key!r} of {name!r} has no default; give it a value.")
