@@ -62,9 +62,10 @@ def changes(workdir: pathlib.Path, description: Mapping[str, Any]) -> dict[str, 
         return {}
     if has_checkpoints(workdir) and (known := before.get("frozen")) != now.get("frozen", known):
         raise ValueError(
-            f"The frozen weights have digest {now['frozen']}; this run was started with {known}. "
-            f"Restore {workdir}/frozen and the runs of config.init_from and config.companions from "
-            "a copy, or begin again by --restart."
+            f"The frozen weights of {', '.join(description['companions'])} have digest "
+            f"{now['frozen']}; this run was started with {known}. Restore {workdir}/frozen and the "
+            "runs of config.init_from and config.companions from a copy, or begin again by "
+            "--restart."
         )
     keys = [k for k in before.keys() | now.keys() if not k.startswith(APART)]
     keys = [k for k in keys if k in before or not k.startswith("data.")]  # of an older version

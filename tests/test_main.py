@@ -199,7 +199,7 @@ NAN, INF = float("nan"), float("inf")
     ("sampler.method", "huen", "Did you mean 'heun'"),
 ])  # fmt: skip
 def test_values_that_spoil_a_run_are_refused_before_it_is_written(tmp_path, key, value, expected):
-    config = tiny.config(sample_every=6)
+    config = tiny.config(sample_every=6, **{"objective.name": "gft"})
     with config.ignore_type():
         config.update_from_flattened_dict({key: value})
     with pytest.raises(ValueError, match=expected) as error:
