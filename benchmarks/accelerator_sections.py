@@ -27,8 +27,8 @@ from mclr_jax.files import digest
 from mclr_jax.model import DataInfo, Model, shapes_of
 from mclr_jax.networks import layers
 from mclr_jax.noise import LogNormal
+from mclr_jax.objectives.base import Problem
 from mclr_jax.posterior import Classifier
-from mclr_jax.problem import Problem
 from mclr_jax.reductions import report
 from mclr_jax.samplers import Sampler
 from mclr_jax.task import Task
