@@ -25,9 +25,11 @@ import tomllib
 
 import pytest
 import tables
+from test_floors import FLOORS
 
-from mclr_jax.config import Training
+from mclr_jax.config import OBJECTIVES, Training
 from mclr_jax.objectives.rivals import CCA
+from mclr_jax.schema import fields
 
 ROOT = pathlib.Path(__file__).parent.parent
 CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
@@ -203,6 +205,11 @@ def test_named_files_exist(page):
     assert not missing
 
 
+def test_options_of_objectives_exist(page):
+    known = {name for objective in OBJECTIVES.values() for name in fields(objective)} | {"name"}
+    assert {*re.findall(r"(?<!/)\bobjective\.(\w+)", PAGES[page])} - {"c"} <= known
+
+
 def test_flags_of_commands_exist(page):
     for module, rest in re.findall(r"launch\.(\w+)([^`\n#]*)", PAGES[page].replace("\\\n", " ")):
         files = [ROOT / f"launch/{name}.py" for name in (module, "common", "hosts")]
@@ -229,6 +236,15 @@ def test_every_page_is_linked():
         for link in re.findall(r"\]\(([^)#:]+\.md)", text)
     }
     assert {path for path in tables.PAGES if path.name != "README.md"} <= linked
+
+
+def test_the_floors_of_architecture_are_those_of_the_imports():
+    listed = re.search(r"## Floors.*?```text\n(.*?)```", PAGES["docs/architecture.md"], re.DOTALL)[
+        1
+    ]
+    names = (re.findall(r"[\w/]+(?:\.py|/)(?!\S)", line) for line in listed.splitlines())
+    found = [{name.removesuffix(".py") for name in floor} for floor in names]
+    assert found[::-1] == [set(floor) for floor in FLOORS]
 
 
 def test_the_front_door_is_short():
