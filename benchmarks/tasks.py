@@ -8,7 +8,6 @@ import argparse
 import dataclasses
 import importlib
 import json
-import math
 import os
 import pathlib
 import re
@@ -24,6 +23,36 @@ RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))
 
 from mclr_jax.files import flat, provenance, write_json  # noqa: E402
+
+
+class Rows:
+    """The rows of a result file, by default benchmarks/results/NAME.json; each is made once."""
+
+    def __init__(self, path: str | pathlib.Path, summary: Callable[[list], Mapping] | None = None):
+        self.path = RESULTS / f"{path}.json" if isinstance(path, str) else path
+        self.summary = summary
+
+    def content(self) -> dict[str, Any]:
+        """All that is stored, read anew: another process may have written since."""
+        return json.loads(self.path.read_text()) if self.path.exists() else {"rows": []}
+
+    def row(
+        self, asked: Mapping[str, Any], make: Callable[[], Mapping[str, Any]], kind: str = "rows"
+    ) -> dict[str, Any]:
+        """The first row that has all that is asked; if there is none it is made and stored."""
+        asked = json.loads(json.dumps(asked))
+        if found := made(self.content().get(kind, []), asked):
+            return found
+        from mclr_jax.training.devices import banner
+
+        new = {**asked, **make(), **provenance(), "device": banner()}
+        content = self.content()
+        content[kind] = [*content.get(kind, []), new]
+        if self.summary:
+            content["summary"] = self.summary(content["rows"])
+        write_json(self.path, content)
+        print({k: v for k, v in new.items() if not isinstance(v, list | dict)}, flush=True)
+        return new
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,11 +158,12 @@ def made(rows: Sequence[dict], asked: Mapping[str, Any]) -> dict | None:
 
 
 def parameters(model: Any) -> int:
-    """How many numbers a model's network has to learn."""
+    """The number of parameters of a model's network."""
     import jax
 
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    from mclr_jax.model import shapes_of
+
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes_of(model)))
 
 
 # ---- running them --------------------------------------------------------------------------------
