@@ -4,7 +4,7 @@ after fine-tuning.
   python benchmarks/icr.py                # all parts, --jobs tasks at a time, one core each
   python benchmarks/icr.py --parts=b      # data-rich against data-limited training alone
 
-Parts a and c read the runs of benchmarks/mclr_images.py (--runs), b its judge of features. Every
+Parts a and c read the runs of benchmarks/guidance_free.py (--runs), b its judge of features. Every
 task makes a file under runs/icr_fashion_mnist, so that the same command continues after an
 interruption. The complete parts go to benchmarks/results/icr_fashion_mnist.json and
 docs/icr_fashion_mnist.png. Needs the package installed (pip install -e .).
@@ -16,39 +16,42 @@ import functools
 import pathlib
 import time
 
+import figures
+import guidance_free
 import jax
-import mclr_figures
 import numpy as np
 from matplotlib.figure import Figure
 from tasks import ROOT, Files, Task, add_flags, config_of, run
 
-from mclr_jax import experiment, generate, images, runs
-from mclr_jax.data import pipeline, sources
+from mclr_jax import generate, images, runs
+from mclr_jax.config import Training
+from mclr_jax.data import pipeline
 from mclr_jax.evaluation import evaluate, features, metrics
+from mclr_jax.experiment import Experiment
 from mclr_jax.files import write_json
-from mclr_jax.main import steps_per_dispatch
 from mclr_jax.representation import blocks, monitor, perturb, sweep
-from mclr_jax.training.devices import Devices
-from mclr_jax.training.step import init_state, make_update
+from mclr_jax.training.step import make_update
 
 STEPS = {256: 30000, 1024: 24000, 4096: 6000, 0: 8000}  # by number of images; 0 is all
 READINGS = 20  # along each run
 SAMPLES = 1000  # at each reading
 EARLY = 0.01  # memorized fraction from which samples count as memorized
 INTERVAL = 1000  # steps between readings, for their cost
-# Fine-tuned runs by work directory, of the first seed. gft's input of strength is 0 here, as for a
-# sample without guidance.
+# Fine-tuned runs of guidance_free.py, of the first seed, by the words of their method. An input of
+# strength is 0 here, as for a sample without guidance.
 TUNED = {
-    "control_0": "DSM control",
-    "posterior_beta0.4_0": "MCLR beta 0.4",
-    "posterior_beta1_0": "MCLR beta 1",
-    "plain_clip_0": "MCLR plain, clipped",
-    "gft_0": "GFT",
-    "cca_0": "CCA",
-    "ddo_0": "DDO",
-    "dpo_0": "DPO",
-    "contrastive_flow_0": "contrastive flow",
-    "model_guidance_0": "model guidance",
+    f"{guidance_free.place_of(method)}_0": words
+    for method, words in {
+        "dsm": "DSM control",
+        "mclr": "MCLR",
+        "mclr null, beta 1": "null",
+        "gft": "GFT",
+        "cca": "CCA",
+        "ddo": "DDO",
+        "dpo": "DPO",
+        "contrastive_flow": "contrastive flow",
+        "model_guidance": "model guidance",
+    }.items()
 }
 
 
@@ -58,7 +61,7 @@ class Bench(Files):
 
     Attributes:
       root: of the outputs.
-      runs: of benchmarks/mclr_images.py.
+      runs: of benchmarks/guidance_free.py.
       scale: share of the steps, samples and images, to try things out.
     """
 
@@ -80,13 +83,12 @@ class Bench(Files):
 
     def measured(self, found: runs.Run, params, **options) -> list[dict]:
         """Rows of `sweep.sweep`, of the run's own data."""
-        config = found.config
-        train, test = (sources.from_config(config.data, s, config.seed) for s in ("train", "test"))
-        shown = perturb.Augmentation(flip=bool(config.data.flip or config.data.augment))
-        count = self.scaled(4096, 256)
+        data, count = found.training.data, self.scaled(4096, 256)
         return sweep.sweep(
-            found.model, params, train, test, augmentation=shown, num_images=count, **options
-        )
+            found.model, params, found.source("train"), found.source("test"),
+            augmentation=perturb.Augmentation(flip=bool(data.flip or data.augment)),
+            num_images=count, **options,
+        )  # fmt: skip
 
     # ---- b: few images and many ---------------------------------------------------------------
 
@@ -112,19 +114,18 @@ class Bench(Files):
         """Beside each reading: copies among samples, their distance to held-out images, a probe."""
         workdir = self.root / name_of(limit)
         found = runs.load(workdir)
-        config, model = found.config, found.model
-        train, test = (sources.from_config(config.data, s, config.seed) for s in ("train", "test"))
+        model, train, test = found.model, found.source("train"), found.source("test")
         judge = features.load(f"classifier:{self.runs / 'judge_features'}")
         held_out = metrics.moments(judge(*test[np.arange(len(test))]).features)
         labels = np.resize(np.arange(model.null_label), self.scaled(SAMPLES, 20))
         sampler = dataclasses.replace(found.sampler, method="dpmpp_2m")
         rows = []
-        for step, value in monitor.past(workdir, config.num_steps):
+        for step, value in monitor.past(workdir, found.training.num_steps):
             params, _ = found.weights(step=step)
             samples = images.clip(generate.generate(model, params, labels, sampler, batch_size=50))
             judged = metrics.moments(judge(samples, labels).features)
             share = evaluate.memorized(samples, train)
-            (seen,) = self.measured(found, params, sigmas=[config.icr.sigma])
+            (seen,) = self.measured(found, params, sigmas=[found.training.icr.sigma])
             rows.append(
                 seen
                 | {"step": step, "icr_in_training": value, "memorized": share}
@@ -136,15 +137,17 @@ class Bench(Files):
         """Time of a reading as a share of the steps between two, at configs/fashion_mnist.py."""
         config = config_of("fashion_mnist")
         config.icr.every_steps = INTERVAL
-        source = sources.from_config(config.data, "train", config.seed)
-        base, devices = runs.load(self.runs / "base"), Devices(config.parallel)
-        params, _ = base.weights()
-        task = experiment.make_task(config, experiment.data_info(config, source), {})
-        state = devices.initialise(task.init, functools.partial(init_state, task))
+        experiment, base = (
+            Experiment(Training.parse(config), self.root),
+            runs.load(self.runs / "base"),
+        )
+        training, task, devices = experiment.training, experiment.task, experiment.devices
+        (params, _), (state, _) = base.weights(), experiment.first_state()
         update = devices.compile(make_update(task, devices.axis_name))
-        stream = pipeline.stream(source, config.batch_size, config.seed)
-        read = monitor.make(config, task.model, source, self.root, 0)
-        dispatches, length = self.scaled(20, 1), steps_per_dispatch(config)
+        stream = pipeline.stream(experiment.source, training.batch_size, training.seed)
+        read = monitor.Monitor(training.icr, task.model, training.sampler, experiment.source,
+                               bool(training.data.flip or training.data.augment), self.root, 0)  # fmt: skip
+        dispatches, length = self.scaled(20, 1), training.dispatch
         seconds: dict[str, list[float]] = {"steps": [], "reading": []}
         for _ in range(4):  # the first compiles
             start = time.perf_counter()
@@ -294,7 +297,7 @@ def collect(bench: Bench) -> dict:
     configs = {"base": bench.runs / "base", **{n: bench.root / n for n in curves}}
     return {
         "config": {
-            name: runs.load(path).config.to_dict()
+            name: dict(runs.load(path).config)
             for name, path in configs.items()
             if (path / "run.json").exists()
         },
@@ -341,7 +344,7 @@ def figure(result: dict, path: pathlib.Path) -> None:
         for panel, (key, title) in zip(panels[1], titles.items(), strict=False):
             draw(panel, title, rows, "step", key, words(name))
     panels[1, 2].set_yscale("log")
-    mclr_figures.save(drawing, path, dpi=90)
+    figures.save(drawing, path, dpi=90)
 
 
 def main() -> None:

@@ -15,26 +15,17 @@ members inflated by the inverse of spread/skill on the validation set. Writes
 benchmarks/results/lorenz63.json, row by row; rows that are there are not made again.
 """
 
-import argparse
 import dataclasses
 import json
-import pathlib
-import time
 
-import numpy as np
 from assimilation import PROTOCOLS
-from assimilation_baselines import scores
-from tasks import RESULTS, made
+from tasks import RESULTS, Rows
+from trajectory_rows import Subject, analysed, chosen, parser, stored_rmse
 
-from mclr_jax import runs
-from mclr_jax.assimilation import metrics, observe, regimes
-from mclr_jax.assimilation.schedules import Plan, lags
-from mclr_jax.files import digest, provenance, write_json
-from mclr_jax.training.devices import banner
+from mclr_jax.assimilation.schedules import Plan
 
 REGIMES = {"filter": ("filter", 0), "lag8": ("fixed_lag", 8), "lag16": ("fixed_lag", 16),
            "batch": ("batch", 0), "batch_norm": ("batch", 0)}  # fmt: skip
-FILE = RESULTS / "lorenz63.json"
 GRIDS = {"posterior": ("c", (0.25, 0.5, 1.0)), "norm": ("zeta", (0.01, 0.03, 0.1, 0.3, 1.0, 3.0))}
 CHOSEN_ON = {"filter": 16, "batch": 64, "batch_norm": 64}  # trajectories
 # the frame that a fixed lag reads has frames on both sides of it in the window
@@ -44,40 +35,6 @@ PLANS = {
     "batch": Plan(),
     "batch_norm": Plan(guidance="norm"),  # the guidance of the paper
 }
-
-
-def analyse(run, params, path: pathlib.Path, system, regime: str, plan: Plan, options) -> dict:
-    """One row: `regime` on the first trajectories of a file of the baselines."""
-    arrays = observe.load(path)
-    whole = observe.parse(arrays, path)
-    some = slice(0, options["trajectories"])
-    initial = None if whole.initial is None else whole.initial[some]
-    seen = dataclasses.replace(whole, values=whole.values[some], initial=initial)
-    frames, kind = seen.values.shape[1], REGIMES[regime]
-    ahead = lags(kind[0], frames, kind[1])
-    if kind[0] == "fixed_lag":  # fewer updates: a frame is read where up to so many see the same
-        ahead = ahead - np.arange(frames) % options.get("together", 1)
-    start, calls = time.monotonic(), []
-    found = regimes.assimilate(
-        run.model, params, seen, plan, ahead, ensemble=options["ensemble"], seed=0,
-        batch_size=options.get("batch_size", 512), progress=calls.append,
-    )  # fmt: skip
-    x, truth = found.members, arrays["truth"][some]
-    row = scores(
-        system, truth, np.asarray(seen.values), x.mean(1), x.std(1, ddof=1), x, kind[0] == "batch",
-        arrays["scale"],
-    )  # fmt: skip
-    # the mean of E members has (E + 1) / E of the error of the exact mean, as the spread is judged
-    row["spread_skill"] *= (1 + 1 / x.shape[1]) ** 0.5
-    row["ranks"] = metrics.rank_histogram(x, truth).tolist()
-    name = f"{regime.removesuffix('_norm')}_mean"
-    exact = np.sqrt(((arrays.get(name, np.nan * x.mean(1))[some] - truth) ** 2).mean())
-    return {
-        "regime": regime, "ratio": float(row["rmse"] / exact), **row,
-        "particle_filter_rmse": float(exact), "members": x.shape[1], "trajectories": len(x),
-        "c": plan.c, "zeta": plan.zeta, "lags": np.unique(ahead[np.isfinite(ahead)]).tolist(),
-        "updates_of_members": int(sum(calls)), "seconds": time.monotonic() - start,
-    }  # fmt: skip
 
 
 def changed(plan: Plan) -> dict:
@@ -111,48 +68,43 @@ def summary(rows: list[dict]) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", type=pathlib.Path, required=True)
-    parser.add_argument("--folder", type=pathlib.Path, required=True)
-    parser.add_argument("--ensemble", type=int, default=16)
-    parser.add_argument("--protocols", choices=PROTOCOLS, nargs="+", default=[*PROTOCOLS])
-    parser.add_argument("--regimes", choices=PLANS, nargs="+", default=[*PLANS])
-    flags = parser.parse_args()
-    run = runs.load(flags.workdir)
-    params, step = run.weights()
-    result = json.loads(FILE.read_text()) if FILE.exists() else {"rows": []}
-    weights = digest(params)
+    found = parser(__doc__)
+    found.add_argument("--protocols", choices=PROTOCOLS, nargs="+", default=[*PROTOCOLS])
+    found.add_argument("--regimes", choices=PLANS, nargs="+", default=[*PLANS])
+    flags = found.parse_args()
+    subject, rows = Subject(flags.workdir), Rows("lorenz63", summary)
+
+    def row(name: str, which: str, regime: str, settings: dict, trajectories: int) -> dict:
+        plan = dataclasses.replace(PLANS[regime], **settings)
+        path = flags.folder / f"{name}_{which}.npz"
+        asked = {"set": which, "protocol": name, "regime": regime, **subject.name,
+                 "trajectories": trajectories, "members": flags.ensemble,
+                 "plan": changed(plan)}  # fmt: skip
+
+        def make() -> dict:
+            new = analysed(
+                subject, path, PROTOCOLS[name].system, REGIMES[regime], plan, trajectories,
+                together=4 if PROTOCOLS[name].every == 1 else 1, ensemble=flags.ensemble,
+                batch_size=512,
+            )  # fmt: skip
+            exact = stored_rmse(path, regime.removesuffix("_norm"), trajectories)["rmse"]
+            return {"ratio": new["rmse"] / exact, **new, "particle_filter_rmse": exact}
+
+        return rows.row(asked, make)
+
     for name in flags.protocols:
-
-        def row(
-            which: str, regime: str, value: float, trajectories: int, inflation: float = 1.0,
-            name: str = name,
-        ) -> dict:  # fmt: skip
-            settings = {GRIDS[PLANS[regime].guidance][0]: value, "inflation": inflation}
-            plan = dataclasses.replace(PLANS[regime], **settings)
-            asked = {"set": which, "protocol": name, "regime": regime, "step": step,
-                     "weights": weights, "trajectories": trajectories,
-                     "members": flags.ensemble, "plan": changed(plan)}  # fmt: skip
-            if old := made(result["rows"], asked):
-                return old
-            path = flags.folder / f"{name}_{which}.npz"
-            options = {"trajectories": trajectories, "ensemble": flags.ensemble,
-                       "together": 4 if PROTOCOLS[name].every == 1 else 1}  # fmt: skip
-            new = analyse(run, params, path, PROTOCOLS[name].system, regime, plan, options)
-            result["rows"].append({**asked, **new, **provenance(), "device": banner()})
-            write_json(FILE, {"rows": result["rows"], "summary": summary(result["rows"])})
-            print(name, which, value, {k: new[k] for k in ("regime", "ratio", "spread_skill")},
-                  flush=True)  # fmt: skip
-            return result["rows"][-1]
-
         for regime in flags.regimes:
             judge = "filter" if regime == "lag16" else regime
             key, values = GRIDS[PLANS[regime].guidance]
-            tried = [row("validation", judge, value, CHOSEN_ON[judge]) for value in values]
-            best = min(tried, key=lambda r: r["rmse"])
-            row("test", regime, best[key], 64)
+
+            def tried(settings: dict, name: str = name, judge: str = judge) -> dict:
+                return row(name, "validation", judge, settings, CHOSEN_ON[judge])
+
+            best = chosen(tried, {}, {key: values})
+            row(name, "test", regime, best, 64)
             if regime == "batch":
-                row("test", regime, best[key], 64, inflation=1 / best["spread_skill"])
+                inflated = {"inflation": 1 / tried(best)["spread_skill"]}
+                row(name, "test", regime, best | inflated, 64)
 
 
 if __name__ == "__main__":

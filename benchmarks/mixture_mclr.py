@@ -112,7 +112,8 @@ class Bench(Files):
           interpolation: place on the line from the base's weights to the run's.
           draws: of data and noise levels.
         """
-        model, params = runs.load_model(self.root / self.workdir(name), interpolation)
+        found = runs.load(self.root / self.workdir(name))
+        model, (params, _) = found.model, found.weights(interpolation=interpolation)
         oracle = mixture.toy()
         x0, label = oracle.sample(jax.random.key(5), draws)
         levels = noise.LogNormal(mean=-0.4, std=1.2)

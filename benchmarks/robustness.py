@@ -7,7 +7,7 @@ error in the words of a library; SILENT, a wrong result without an error; LOST, 
 could not be continued to the same weights. Sections that are not run again keep their results. The
 exit status is 1 if a case is bad.
 
-  values     10,000 configs with odd values, through main.train up to the first compiled step
+  values     10,000 configs with odd values, up to the first compiled step, which is traced
   commands   500 command lines with mistakes
   runs       500 damages of a run, which is then read, and one in 10 continued
   files      500 damaged or hostile files of data and weights

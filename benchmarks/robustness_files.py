@@ -23,9 +23,11 @@ from PIL import Image
 from robustness_values import small
 from tasks import ROOT
 
-from mclr_jax import experiment, main, runs
+from mclr_jax import main, runs
+from mclr_jax.config import Training
 from mclr_jax.data import sources
 from mclr_jax.files import read_lines
+from mclr_jax.model import shapes_of
 from mclr_jax.pretrained import torch_file
 from mclr_jax.representation import monitor
 
@@ -132,8 +134,8 @@ def damaged_runs(seed: int, count: int, folder: pathlib.Path) -> Iterator[Case]:
     rng = random.Random(seed)
     changes = {"num_steps": 6, "checkpoint_every": 2, "keep_checkpoints": 3, "log_every": 2,
                "optimizer.schedule": "constant"}  # fmt: skip
-    longer = small("digits", {**changes, "num_steps": 8}, folder)
-    main.train(small("digits", changes, folder), folder / "run")
+    longer = small("digits", {**changes, "num_steps": 8})
+    main.train(small("digits", changes), folder / "run")
     main.train(longer, folder / "whole")
     names = ("none", "halflife")
     intact = {n: {s: runs.load(folder / "run").weights(n, s)[0] for s in (2, 4, 6)} for n in names}
@@ -375,9 +377,8 @@ def load(kind: str, path: pathlib.Path) -> Any:
     else:
         source = sources.load(f"{kind}:{path}")
     rows = source[np.arange(len(source))]
-    config = small("digits", {}, path.parent)
-    task = experiment.make_task(config, experiment.data_info(config, source), {})
-    jax.eval_shape(task.init)
+    training = Training.parse(small("digits", {}))
+    shapes_of(training.model(training.data_info(source)))
     return rows
 
 

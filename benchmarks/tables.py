@@ -3,7 +3,7 @@
   python benchmarks/tables.py
 
 A table stands between the comments `<!-- table: NAME -->` and `<!-- end of table -->`; NAME is a
-function below. The tests compare every table with its result file.
+key of TABLES. The tests compare every table with its result file.
 """
 
 import itertools
@@ -11,12 +11,13 @@ import json
 import pathlib
 import re
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(?=<!-- end of table -->)", re.DOTALL)
+Row = Mapping[str, Any]
 
 
 def load(name: str) -> Any:
@@ -30,15 +31,20 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join([lines[0], "|---" * lines[0].count(" | ") + "|---|", *lines[1:]]) + "\n"
 
 
+def of(rows: Iterable[Row], head: str, cells: str, **more: Callable[[Row], Any]) -> str:
+    """A table with a line for each row: `cells` with the row's values, and with `more` of it."""
+    values = ({**row, **{name: find(row) for name, find in more.items()}} for row in rows)
+    return table(head.split(" | "), (cells.format(**row).split(" | ") for row in values))
+
+
 def digits() -> str:
     names = {"base": "unguided", "CFG": "CFG, `guidance_scale=2`", "MCLR": "MCLR, unguided"}
-    return table(
-        ["10 digits, 8x8", "accuracy of 500 samples, %", "network calls"],
-        (
-            [names[row["name"]], f"{100 * row['accuracy']:.1f}", str(row["network_calls"])]
-            for row in load("demo")["table"]
-        ),
-    )
+    return of(
+        load("demo")["table"],
+        "10 digits, 8x8 | accuracy of 500 samples, % | network calls",
+        "{words} | {percent:.1f} | {network_calls}",
+        words=lambda row: names[row["name"]], percent=lambda row: 100 * row["accuracy"],
+    )  # fmt: skip
 
 
 # ---- the mixture ---------------------------------------------------------------------------------
@@ -70,7 +76,7 @@ def mixture() -> str:
             return "diverges" + re.search(r" in step \d+", value)[0]
         return f"{value:.4f}" if value < 1 else f"{value:.1f}"
 
-    rows = ([words, outcome(found[name])] for name, words in MIXTURE.items())
+    rows = ([text, outcome(found[name])] for name, text in MIXTURE.items())
     return table(["4,000 steps, beta 1", "distance to CFG"], rows)
 
 
@@ -78,8 +84,8 @@ def mixture_by_strength() -> str:
     found = load("mixture_mclr")["by_strength"]
     kinds = {"base": "base", "input": "MCLR, strength as an input",
              "share": "MCLR beta 1, interpolation = strength"}  # fmt: skip
-    rows = ([words, *(f"{row[kind]:.3f}" for row in found.values())]
-            for kind, words in kinds.items())  # fmt: skip
+    rows = ([text, *(f"{row[kind]:.3f}" for row in found.values())]
+            for kind, text in kinds.items())  # fmt: skip
     return table(["strength", *found], rows)
 
 
@@ -127,9 +133,9 @@ def quality(row: dict, keys: Iterable[str]) -> list[str]:
 def fashion() -> str:
     result = load("fashion_mnist_mclr")
     rows = [("real, held out: the floor", result["floor"])]
-    rows += [(words, result["table"][name]) for name, words in MODELS.items()]
+    rows += [(text, result["table"][name]) for name, text in MODELS.items()]
     head = ["", *(QUALITY[key][0] for key in QUALITY)]
-    return table(head, ([words, *quality(row, QUALITY)] for words, row in rows))
+    return table(head, ([text, *quality(row, QUALITY)] for text, row in rows))
 
 
 EQUAL = [0.8, 1.5]  # noise levels of every method of the comparison at equal noise
@@ -189,38 +195,6 @@ def _rivals(data: str, chosen: Iterable[str] = (), equal: bool = False, every: b
     measured = [any(column) for column in zip(*rows, strict=True)]
     head, *lines = (list(itertools.compress(row, measured)) for row in (head, floor, *rows))
     return table(head, lines)
-
-
-def rivals() -> str:
-    return _rivals("fashion_mnist")
-
-
-def rivals_digits() -> str:
-    return _rivals("digits")
-
-
-def equal_noise() -> str:
-    return _rivals("fashion_mnist", equal=True)
-
-
-def equal_noise_40000() -> str:
-    return _rivals("fashion_mnist_40000", equal=True, every=True)
-
-
-def equal_noise_digits() -> str:
-    return _rivals("digits", equal=True)
-
-
-def equal_noise_two_digits() -> str:
-    return _rivals("two_digits", equal=True)
-
-
-def equal_noise_6000() -> str:
-    return _rivals("fashion_mnist_6000", equal=True, every=True)
-
-
-def equal_noise_digits_1000() -> str:
-    return _rivals("digits_1000", equal=True, every=True)
 
 
 def learning_rates() -> str:
@@ -286,104 +260,119 @@ def icr() -> str:
 
 # ---- assimilation --------------------------------------------------------------------------------
 
+REGIMES = {"frame": "one frame", "filter": "filter", "lag8": "fixed lag 8",
+           "lag16": "fixed lag 16", "batch": "batch", "batch_norm": "batch, `norm`",
+           "fixed_lag": "fixed lag 3"}  # fmt: skip
+SYSTEMS = {"lorenz96": "Lorenz-96", "ks": "Kuramoto-Sivashinsky"}
+
+
+def _regime(row: Row) -> str:
+    inflation = row.get("plan", {}).get("inflation")
+    return REGIMES[row["regime"]] + (f", inflated by {inflation:.2f}" if inflation else "")
+
+
+def _test_rows(name: str) -> list[Row]:
+    return [row for row in load(name)["rows"] if row["set"] == "test"]
+
 
 def assimilation() -> str:
     """The trajectory model and the particle filter on Lorenz-63, test trajectories."""
-    rows = [row for row in load("lorenz63")["rows"] if row["set"] == "test"]
-    names = {"filter": "filter", "lag16": "fixed lag 16", "batch": "batch",
-             "batch_norm": "batch, `norm`"}  # fmt: skip
-    head = ["protocol", "regime", "RMSE", "particle filter", "ratio", "spread/skill", "CRPS",
-            "ranks"]  # fmt: skip
-    keys = ("rmse", "particle_filter_rmse", "ratio", "spread_skill", "crps")
 
-    def line(row):
-        inflation = row["plan"].get("inflation")
-        name = names[row["regime"]] + (f", inflated by {inflation:.2f}" if inflation else "")
-        uneven = sum(abs(share - 1 / len(row["ranks"])) for share in row["ranks"]) / 2
-        return [row["protocol"], name, *(f"{row[key]:.2f}" for key in keys), f"{uneven:.2f}"]
+    def uneven(row: Row) -> float:
+        shares = row["ranks"]
+        return sum(abs(share - 1 / len(shares)) for share in shares) / 2
 
-    order = ["lo", "hi", "flowdas"], [*names]
-    rows.sort(key=lambda r: (order[0].index(r["protocol"]), order[1].index(r["regime"])))
-    return table(head, map(line, rows))
-
-
-SYSTEMS = {"lorenz96": "Lorenz-96", "ks": "Kuramoto-Sivashinsky"}
+    order, regimes = ["lo", "hi", "flowdas"], [*REGIMES]
+    rows = sorted(
+        _test_rows("lorenz63"),
+        key=lambda r: (order.index(r["protocol"]), regimes.index(r["regime"])),
+    )
+    return of(
+        rows,
+        "protocol | regime | RMSE | particle filter | ratio | spread/skill | CRPS | ranks",
+        "{protocol} | {name} | {rmse:.2f} | {particle_filter_rmse:.2f} | {ratio:.2f} | "
+        "{spread_skill:.2f} | {crps:.2f} | {uneven:.2f}",
+        name=_regime, uneven=uneven,
+    )  # fmt: skip
 
 
 def fields() -> str:
     """The trajectory model, and dapper's method of the lowest RMSE, on test trajectories."""
     result, baselines, lines = load("forcing_fields"), load("assimilation_baselines"), []
-    for row in sorted(result["rows"], key=lambda row: row["system"], reverse=True):
-        system, task = row["system"], row["task"]
-        if row["set"] != "test" or task in ("forecast", "known"):
+    for row in sorted(_test_rows("forcing_fields"), key=lambda row: row["system"], reverse=True):
+        if row["task"] in ("forecast", "known"):
             continue
-        rows = [r for r in baselines[f"dapper_{system}"]["rows"]
-                if (r["set"], r["regime"]) == ("test", task)]  # fmt: skip
+        rows = [r for r in baselines[f"dapper_{row['system']}"]["rows"]
+                if (r["set"], r["regime"]) == ("test", row["task"])]  # fmt: skip
         best = min(rows, key=lambda r: r["rmse"], default={})
         key = {name: row[name] for name in ("system", "task", "trajectories")}
-        same = [r for r in result["dapper"] if key.items() <= r.items()]
-        theirs = same[0] if same else best
-        numbers = [row["rmse"], theirs.get("rmse"), row["rmse_second_half"],
-                   theirs.get("rmse_second_half"), row["spread_skill"], best.get("spread_skill"),
-                   row["crps"]]  # fmt: skip
+        same = next((r for r in result["dapper"] if key.items() <= r.items()), best)
+        theirs = {k: f"{x:.2f}" if (x := found.get(k)) else "" for k, found in
+                  {"rmse": same, "rmse_second_half": same, "spread_skill": best}.items()}  # fmt: skip
         seconds = f"{row['seconds'] / row['trajectories']:.0f}"
-        if best:
-            seconds += f" / {best['seconds'] / 16:.1f}"
-        cells = ["" if x is None else f"{x:.2f}" for x in numbers]
-        name = best["method"].split("(")[0] if best else ""
-        lines.append([SYSTEMS[system], task, name, *cells, seconds])
-    head = ["system", "regime", "dapper's method", "RMSE", "dapper", "second half", "dapper",
-            "spread/skill", "dapper", "CRPS", "seconds a trajectory / dapper"]  # fmt: skip
-    return table(head, lines)
+        seconds += f" / {best['seconds'] / 16:.1f}" if best else ""
+        method = best.get("method", "").split("(")[0]
+        lines.append({**row, "theirs": theirs, "seconds": seconds, "method": method,
+                      "system": SYSTEMS[row["system"]]})  # fmt: skip
+    return of(
+        lines,
+        "system | regime | dapper's method | RMSE | dapper | second half | dapper | spread/skill | "
+        "dapper | CRPS | seconds a trajectory / dapper",
+        "{system} | {task} | {method} | {rmse:.2f} | {theirs[rmse]} | {rmse_second_half:.2f} | "
+        "{theirs[rmse_second_half]} | {spread_skill:.2f} | {theirs[spread_skill]} | {crps:.2f} | "
+        "{seconds}",
+    )
 
 
 def forecasts() -> str:
     """RMSE of forecasts of Lorenz-96 by frames after the last observation."""
-    rows = [r for r in load("forcing_fields")["rows"]
-            if r["set"] == "test" and r["task"] in ("forecast", "known")]  # fmt: skip
-    leads = (1, 4, 8, 16, 32, 64)
     names = {2: "one step at a time", 32: "trajectories of 32 frames"}
-    body = [
-        [f"1 of {r['every']}" if r["task"] == "forecast" else "true state of one frame",
-         names[r["frames"]], f"{r.get('observed_rmse', 0):.2f}",
-         *(f"{r['rmse_by_frame'][lead - 69]:.2f}" for lead in leads), f"{r['climatology']:.2f}",
-         f"{r['crps']:.2f}"]
-        for r in rows
-    ]  # fmt: skip
-    head = ["observed", "model", "observed frames", *(f"{lead} ahead" for lead in leads),
-            "no skill", "CRPS"]  # fmt: skip
-    return table(head, body)
+    leads = (1, 4, 8, 16, 32, 64)
+    rows = [row for row in _test_rows("forcing_fields") if row["task"] in ("forecast", "known")]
+    return of(
+        rows,
+        f"observed | model | observed frames | {' | '.join(f'{n} ahead' for n in leads)} | "
+        "no skill | CRPS",
+        "{seen} | {model} | {before:.2f} | {ahead} | {climatology:.2f} | {crps:.2f}",
+        seen=lambda row: f"1 of {row['every']}" if row["task"] == "forecast" else
+        "true state of one frame",
+        model=lambda row: names[row["frames"]],
+        before=lambda row: row.get("observed_rmse", 0),
+        ahead=lambda row: " | ".join(f"{row['rmse_by_frame'][n - 69]:.2f}" for n in leads),
+    )  # fmt: skip
 
 
 def linear_gaussian() -> str:
     """Exact denoiser and trained network on the linear-Gaussian process, against Kalman."""
-    names = {"filter": "filter", "fixed_lag": "fixed lag 3", "batch": "batch"}
-    head = ["regime", "denoiser", "distance of the mean", "spread ratio", "RMSE ratio"]
-    body = ([names[r["regime"]], r["model"],
-             *(f"{r[key]:.2f}" for key in ("error", "spread", "rmse_ratio"))]
-            for r in load("linear_gaussian")["rows"])  # fmt: skip
-    return table(head, body)
+    return of(
+        load("linear_gaussian")["rows"],
+        "regime | denoiser | distance of the mean | spread ratio | RMSE ratio",
+        "{name} | {model} | {error:.2f} | {spread:.2f} | {rmse_ratio:.2f}", name=_regime,
+    )  # fmt: skip
 
 
 def navier_stokes() -> str:
     """The trajectory model and optimal interpolation on Navier-Stokes, test trajectories."""
-    rows = [row for row in load("navier_stokes")["rows"] if row["set"] == "test"]
-    cells = {(r["operator"], r["regime"], r["method"]): r for r in rows}
-    names = {"frame": "one frame", "filter": "filter", "lag8": "fixed lag 8", "batch": "batch"}
-    words = {"model": "model", "interpolation": "optimal interpolation"}
-    keys = ("nrmse", "standardised", "crps", "spread_skill")
-    head = ["observations", "regime", "method", "NRMSE", "RMSE", "CRPS", "spread/skill", "seconds"]
+    cells = {(r["operator"], r["regime"], r["method"]): r for r in _test_rows("navier_stokes")}
+    methods = {"model": "model", "interpolation": "optimal interpolation"}
     found = (
-        [operator, names[regime], words[method], *(f"{row[key]:.2f}" for key in keys),
-         f"{row['seconds']:.1f}"]
-        for operator in ("random", "downsample") for regime in names for method in words
-        if (row := cells.get((operator, regime, method)))
-        and (method == "model" or regime in ("frame", "batch"))
+        cells.get(key) for key in itertools.product(("random", "downsample"), REGIMES, methods)
+        if key[2] == "model" or key[1] in ("frame", "batch")
     )  # fmt: skip
-    return table(head, found)
+    return of(
+        filter(None, found),
+        "observations | regime | method | NRMSE | RMSE | CRPS | spread/skill | seconds",
+        "{operator} | {name} | {words} | {nrmse:.2f} | {standardised:.2f} | {crps:.2f} | "
+        "{spread_skill:.2f} | {seconds:.1f}",
+        name=_regime, words=lambda row: methods[row["method"]],
+    )  # fmt: skip
 
 
 # ---- speed ---------------------------------------------------------------------------------------
+
+
+def threads(count: int) -> str:
+    return f"{count} thread{'s' if count > 1 else ''}"
 
 
 def throughput() -> str:
@@ -393,24 +382,23 @@ def throughput() -> str:
         torch = max(value for name, value in speed.items() if name.startswith("torch"))
         ratio = f"{speed['ours']:.3g} / {torch:.3g} = {row['ours_over_torch']:.2f}x"
         cells[row["task"], row["threads"], row["model"]] = ratio
-    words = {"training": "training", "sampling": "18 Heun steps"}
-    rows = ([f"{words[task]}, {threads} thread{'s'[: threads - 1]}",
-             cells[task, threads, "unet"], cells[task, threads, "dit"]]
-            for task in words for threads in (1, 2))  # fmt: skip
+    kinds = {"training": "training", "sampling": "18 Heun steps"}
+    rows = ([f"{kinds[task]}, {threads(n)}", cells[task, n, "unet"], cells[task, n, "dit"]]
+            for task in kinds for n in (1, 2))  # fmt: skip
     return table(["images/s, ours / PyTorch's best", "EDM U-Net, 1.75M", "DiT, 4.2M"], rows)
 
 
 def settings() -> str:
     rows = [row for row in load("throughput")["rows"] if row["task"] == "training"]
     names = dict.fromkeys(name for row in rows for name in row["images_per_second"])
-    heads = ({"unet": "U-Net", "dit": "DiT"}[row["model"]] + f", {row['threads']} thread"
-             + "s"[: row["threads"] - 1] for row in rows)  # fmt: skip
+    models = {"unet": "U-Net", "dit": "DiT"}
+    heads = (f"{models[row['model']]}, {threads(row['threads'])}" for row in rows)
     body = ([name, *(f"{v:.3g}" if (v := row["images_per_second"].get(name)) else ""
                      for row in rows)] for name in names)  # fmt: skip
     return table(["training, images/s", *heads], body)
 
 
-def _memory(row: dict) -> str:
+def _memory(row: Row) -> str:
     """GiB that a compiled program needs, of those of the chip."""
     memory, chip = row["memory_per_chip_bytes"]["peak"], row["chip_memory_bytes"]
     needed = "more" if memory is None else f"{memory / 2**30:.2g}"
@@ -418,64 +406,58 @@ def _memory(row: dict) -> str:
 
 
 def compiled() -> str:
-    """What steps cost on TPUs and GPUs, by their compilers."""
-
-    def line(row: dict) -> list[str]:
-        exchanged = sum(each["bytes"] for each in row["collectives"].values())
-        return [
-            row["name"], f"{row['topology']}, `{row['parallel']}`",
-            f"{row['parameters'] / 1e6:.3g}", _memory(row),
-            f"{row['flops_per_step'] / 1e12:.2g}", f"{exchanged / 2**20:.3g}",
-            f"{1000 * row['roofline']['seconds_per_step']:.2g}", f"{row['device_hours']:.2g}",
-            f"{row['compile_seconds']:.0f}",
-        ]  # fmt: skip
-
-    head = ["config", "chips", "parameters, M", "memory / chip's, GiB", "TFLOP", "collectives, MiB",
-            "ms at least", "chip-hours at least", "compilation, s"]  # fmt: skip
-    return table(head, map(line, load("compiled")["rows"]))
+    """The cost of steps on TPUs and GPUs, by their compilers."""
+    return of(
+        load("compiled")["rows"],
+        "config | chips | parameters, M | memory / chip's, GiB | TFLOP | collectives, MiB | "
+        "ms at least | chip-hours at least | compilation, s",
+        "{name} | {topology}, `{parallel}` | {millions:.3g} | {memory} | {teraflops:.2g} | "
+        "{exchanged:.3g} | {ms:.2g} | {device_hours:.2g} | {compile_seconds:.0f}",
+        millions=lambda row: row["parameters"] / 1e6,
+        memory=_memory,
+        teraflops=lambda row: row["flops_per_step"] / 1e12,
+        exchanged=lambda row: sum(x["bytes"] for x in row["collectives"].values()) / 2**20,
+        ms=lambda row: 1000 * row["roofline"]["seconds_per_step"],
+    )
 
 
 def sampled() -> str:
-    """What drawing samples costs on TPUs and GPUs, by their compilers."""
+    """The cost of samples on TPUs and GPUs, by their compilers."""
 
-    def line(row: dict) -> list[str]:
-        each, scale = row["thousand_samples"], row["guidance_scale"]
-        return [
-            row["name"], row["topology"], str(row["batch_size"]),
-            "none" if scale == 1 else f"CFG, {scale:g}", str(each["network_calls"]),
-            _memory(row), f"{each['flops'] / 1e15:.2g}", f"{each['chip_seconds']:.2g}",
-            f"{row['compile_seconds']:.0f}",
-        ]  # fmt: skip
+    def guidance(row: Row) -> str:
+        return "none" if row["guidance_scale"] == 1 else f"CFG, {row['guidance_scale']:g}"
 
-    head = ["config", "chips", "at once", "guidance", "network calls", "memory / chip's, GiB",
-            "PFLOP / 1,000", "chip-seconds / 1,000, at least", "compilation, s"]  # fmt: skip
-    return table(head, map(line, load("compiled")["sampling"]))
+    return of(
+        load("compiled")["sampling"],
+        "config | chips | at once | guidance | network calls | memory / chip's, GiB | "
+        "PFLOP / 1,000 | chip-seconds / 1,000, at least | compilation, s",
+        "{name} | {topology} | {batch_size} | {guidance} | {thousand_samples[network_calls]} | "
+        "{memory} | {petaflops:.2g} | {thousand_samples[chip_seconds]:.2g} | {compile_seconds:.0f}",
+        guidance=guidance, memory=_memory,
+        petaflops=lambda row: row["thousand_samples"]["flops"] / 1e15,
+    )  # fmt: skip
 
 
 def accelerator() -> str:
     """Training steps on a card, before and after what docs/devices.md says of them."""
     made = {(row["section"], row["name"]): row for row in load("accelerator_h200")["rows"]}
-
-    def line(name: str, words: str, row: dict, step: dict) -> list[str]:
-        return [
-            name, words, str(row["batch_size"]), f"{step['examples_per_second']:.0f}",
-            f"{100 * step['utilisation']:.1f}%", f"{1000 * step['seconds_per_step']:.1f}",
-            f"{step['peak_bytes'] / 2**30:.0f}", f"{step['compile_seconds']:.0f}",
-            row["revision"][:7],
-        ]  # fmt: skip
-
-    lines = []
+    rows: list[Row] = []
     for name in ("DiT-XL/2", "DiT-B/2", "CIFAR-10 U-Net"):
         before, after = made["throughput", name], made.get(("layouts", name), {})
-        old = "unchanged" if not after else "scanned, XLA's attention, before"
-        lines += [line(name, f"{old}: {o}", before, before[k])
-                  for k, o in (("dsm", "DSM"), ("mclr", "MCLR"))]  # fmt: skip
-        for key, words in (("ours", "now"), ("scanned", "scanned"), ("XLA's attention",) * 2):
-            if key in after:
-                lines.append(line(name, f"{words}: DSM", after, after[key]))
-    head = ["network", "step", "batch", "examples/s", "share of the peak", "ms", "memory, GiB",
-            "compilation, s", "revision"]  # fmt: skip
-    return table(head, lines)
+        old = "scanned, XLA's attention, before" if after else "unchanged"
+        steps = [(before, "dsm", f"{old}: DSM"), (before, "mclr", f"{old}: MCLR"),
+                 (after, "ours", "now: DSM"), (after, "scanned", "scanned: DSM"),
+                 (after, "XLA's attention", "XLA's attention: DSM")]  # fmt: skip
+        rows += [{**row[key], "text": text, "row": row} for row, key, text in steps if key in row]
+    return of(
+        rows,
+        "network | step | batch | examples/s | share of the peak | ms | memory, GiB | "
+        "compilation, s | revision",
+        "{row[name]} | {text} | {row[batch_size]} | {examples_per_second:.0f} | {utilisation:.1%} "
+        "| {ms:.1f} | {peak:.0f} | {compile_seconds:.0f} | {row[revision]:.7}",
+        ms=lambda row: 1000 * row["seconds_per_step"],
+        peak=lambda row: row["peak_bytes"] / 2**30,
+    )
 
 
 def mclr_over_dsm() -> str:
@@ -486,37 +468,54 @@ def mclr_over_dsm() -> str:
 def hosts() -> str:
     """Four processes on this machine of which one is killed; the run continued by fewer."""
 
-    def line(row: dict) -> list[str]:
-        apart = row["relative_difference_by_processes"]
-        kilobytes = (f"{row[key] / 1000:.0f}" for key in ("checkpoint_bytes", "state_bytes"))
-        return [
-            f"`{row['parallel']}`", "yes" if row["same_bits"] else "no",
-            *(f"{apart[count]:.1e}" if apart[count] else "0" for count in ("2", "1")),
-            " / ".join(kilobytes), f"{row['seconds_to_end']:.0f}",
-        ]  # fmt: skip
+    def apart(count: str) -> Callable[[Row], str]:
+        key = "relative_difference_by_processes"
+        return lambda row: f"{row[key][count]:.1e}" if row[key][count] else "0"
 
-    rows = [row for row in load("hosts")["rows"] if row["name"].startswith("kill")]
-    head = ["layout", "four again: same bits", "two continue: difference", "one: difference",
-            "checkpoint / state, kB", "seconds until the others ended"]  # fmt: skip
-    return table(head, map(line, rows))
+    return of(
+        [row for row in load("hosts")["rows"] if row["name"].startswith("kill")],
+        "layout | four again: same bits | two continue: difference | one: difference | "
+        "checkpoint / state, kB | seconds until the others ended",
+        "`{parallel}` | {same} | {two} | {one} | {kilobytes} | {seconds_to_end:.0f}",
+        same=lambda row: "yes" if row["same_bits"] else "no", two=apart("2"), one=apart("1"),
+        kilobytes=lambda row: " / ".join(
+            f"{row[f'{part}_bytes'] / 1000:.0f}" for part in ("checkpoint", "state")
+        ),
+    )  # fmt: skip
 
 
 def feed() -> str:
     """What one host reads, and what four chips of TPU v5e can train on at most."""
-    rows = [row for row in load("hosts")["rows"] if row["name"].startswith("input")]
-    body = ([row["name"].removeprefix("input, "), f"{row['read_per_second']:,.0f}",
-             f"{row['trained_per_second_at_most']:,.0f}", f"{row['ratio']:.1f}"]
-            for row in rows)  # fmt: skip
-    return table(["data, on one core", "read per second", "trained on per second", "ratio"],
-                 body)  # fmt: skip
+    return of(
+        [row for row in load("hosts")["rows"] if row["name"].startswith("input")],
+        "data, on one core | read per second | trained on per second | ratio",
+        "{data} | {read_per_second:,.0f} | {trained_per_second_at_most:,.0f} | {ratio:.1f}",
+        data=lambda row: row["name"].removeprefix("input, "),
+    )
 
 
 # ---- pages ---------------------------------------------------------------------------------------
 
+TABLES: dict[str, Callable[[], str]] = {
+    made.__name__: made
+    for made in (digits, mixture, mixture_by_strength, fashion, learning_rates, comparison, icr,
+                 assimilation, fields, forecasts, linear_gaussian, navier_stokes, throughput,
+                 settings, compiled, sampled, accelerator, mclr_over_dsm, hosts, feed)
+} | {
+    "rivals": lambda: _rivals("fashion_mnist"),
+    "rivals_digits": lambda: _rivals("digits"),
+    "equal_noise": lambda: _rivals("fashion_mnist", equal=True),
+    "equal_noise_40000": lambda: _rivals("fashion_mnist_40000", equal=True, every=True),
+    "equal_noise_6000": lambda: _rivals("fashion_mnist_6000", equal=True, every=True),
+    "equal_noise_digits": lambda: _rivals("digits", equal=True),
+    "equal_noise_digits_1000": lambda: _rivals("digits_1000", equal=True, every=True),
+    "equal_noise_two_digits": lambda: _rivals("two_digits", equal=True),
+}  # fmt: skip
+
 
 def filled(text: str) -> str:
     """A page with its tables made anew."""
-    return TABLE.sub(lambda match: match[1] + globals()[match[2]](), text)
+    return TABLE.sub(lambda match: match[1] + TABLES[match[2]](), text)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The pictures of benchmarks/mclr_images.py, from its results and its runs."""
+"""The figure of benchmarks/guidance_free.py, and how figures are saved."""
 
 import io
 import pathlib
@@ -7,62 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from tasks import ROOT
 
-from mclr_jax import generate, images
 from mclr_jax.files import write_atomically
-
-
-def picture(bench, summary: dict, seed: int, columns: int = 8) -> None:
-    """docs/DATA_mclr.png: unguided, best CFG and best MCLR side by side, from the same noise."""
-    labels = np.repeat(np.arange(10), columns)
-    grids = []
-    for part in ("base", "cfg_best", "mclr"):
-        model = bench.models((seed,))[summary[part]["name"]]
-        run, params = bench.load(model.workdir(seed), model.interpolation)
-        samples = generate.generate(
-            run.model, params, labels, run.sampler, seed=seed, guidance_scale=1 + model.gamma
-        )
-        grids.append(images.picture(samples, labels))
-    images.save(ROOT / "docs" / f"{bench.name}_mclr.png", np.concatenate(grids, axis=1))
-
-
-def figure(bench, result: dict) -> None:
-    """docs/DATA_mclr_curve.png: fidelity against distance and diversity, mean and spread."""
-    table, settings = result["table"], bench.settings
-    curves = {
-        "CFG, 2 calls a step": ["base"] + [f"cfg {g:g}" for g in settings["cfg"]],
-        "MCLR, 1 call": [f"mclr {b:g}" for b in settings["beta"]],
-        "MCLR, part of the way, 1 call": [
-            *(f"mclr share {place:g}" for place in settings["interpolation"] if place < 1),
-            f"mclr {max(settings['beta']):g}",
-            *(f"mclr share {place:g}" for place in settings["interpolation"] if place > 1),
-        ],
-        "MCLR, strength as input, 1 call": [f"mclr strength {b:g}" for b in settings["strength"]],
-    }
-    styles = [("o-", "#0072B2"), ("s", "#D55E00"), ("D-", "#CC79A7"), ("^--", "#009E73")]
-    drawing = Figure(figsize=(10, 4), layout="constrained")
-    panels = drawing.subplots(1, 2)
-    for panel, key, name in zip(
-        panels, ("frechet", "recall"), ("Frechet distance", "recall"), strict=True
-    ):
-        for (label, rows), (style, colour) in zip(curves.items(), styles, strict=True):
-            x, y = ([table[row][k] for row in rows] for k in ("accuracy", key))
-            spread = {
-                f"{axis}err": [table[row].get(f"{k}_std", 0.0) for row in rows]
-                for axis, k in (("x", "accuracy"), ("y", key))
-            }
-            panel.errorbar(x, y, **spread, fmt=style, color=colour, label=label, elinewidth=0.8)
-            for row, at in zip(rows, zip(x, y, strict=True), strict=True):
-                value = row.split()[-1] if row != "base" else "unguided"
-                panel.annotate(value, at, xytext=(4, 4), textcoords="offset points", fontsize=7)
-        panel.axhline(result["floor"][key], color="grey", linewidth=0.8, linestyle=":")
-        panel.axvline(result["floor"]["accuracy"], color="grey", linewidth=0.8, linestyle=":")
-        panel.set_xlabel("class accuracy (dotted: held-out real images)")
-        panel.set_ylabel(name)
-        panel.set_ylim(bottom=0 if key == "frechet" else None)
-    panels[0].legend(fontsize=8)
-    drawing.suptitle(f"{bench.name}: {len(result['seeds'])} seeds; numbers are gamma and beta")
-    save(drawing, ROOT / "docs" / f"{bench.name}_mclr_curve.png")
-
 
 # The methods of the figure, others are in the table alone: name there, words, colour.
 SHOWN = {
