@@ -48,6 +48,7 @@ def inside(
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
     import accelerator_sections as measured
+    import alternation
     import jax
 
     if not jax.config.jax_compilation_cache_dir:  # as launch.common.keep_compiled
@@ -77,7 +78,7 @@ def inside(
             try:
                 found = function(stored)
             except Exception as error:
-                found = {"error": measured.first_lines(error)}
+                found = {"error": alternation.first_lines(error)}
             seconds = round(time.perf_counter() - start, 2)
             store(out, {**begun, **found, "seconds_of_row": seconds})
             print(f"{section}, {name} ({seconds} s): {summary(found)}", flush=True)

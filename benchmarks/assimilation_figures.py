@@ -1,7 +1,7 @@
 """Figures of docs/assimilation.md, of runs and of the files of their benchmarks.
 
   python benchmarks/assimilation_figures.py --workdir=DIR --folder=FOLDER    # assimilation.gif
-  python benchmarks/assimilation_figures.py --workdir=DIR --navier_stokes    # navier_stokes.{png,gif}
+  python benchmarks/assimilation_figures.py --workdir=DIR --navier_stokes    # navier_stokes.*
 
 assimilation.gif is Lorenz-63 while observations come in, filter and smoother of one model; DIR and
 FOLDER are those of lorenz63.py. The trajectory is the first one of the test set `lo`. The filter

@@ -94,8 +94,9 @@ def main() -> None:
     frames = subject.run.model.data.shape[0]
 
     def row(task: str, which: str, plan: dict, trajectories: int) -> dict:
-        asked = {"system": flags.system, "task": task, "set": which, "plan": plan, "frames": frames,
-                 **subject.name, "trajectories": trajectories, "members": flags.ensemble}  # fmt: skip
+        asked = {"system": flags.system, "task": task, "set": which, "plan": plan,
+                 "frames": frames, **subject.name, "trajectories": trajectories,
+                 "members": flags.ensemble}  # fmt: skip
         is_forecast = task in ("forecast", "known")
         asked |= {"every": flags.every} if is_forecast else {}
         make = forecast if is_forecast else assimilated

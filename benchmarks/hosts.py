@@ -29,16 +29,15 @@ from typing import Any
 import jax
 import numpy as np
 import tasks
-from compiled import LATENTS, XL
+from compiled import LATENTS, XL, info
 from PIL import Image
 
-from mclr_jax import experiment, plan
+from mclr_jax import plan
+from mclr_jax.config import Training
 from mclr_jax.data import pipeline, sources
-from mclr_jax.files import provenance, read_lines, write_json
-from mclr_jax.model import DataInfo
-from mclr_jax.training.devices import MODES, banner
+from mclr_jax.files import read_lines
+from mclr_jax.training.devices import MODES
 
-OUT = tasks.RESULTS / "hosts.json"
 PROCESSES, STEPS, SAVED, KILLED = 4, 36, 12, 16
 SMALL = {
     "network.width": 64, "network.depth": 1, "batch_size": 32, "log_every": 4,
@@ -49,12 +48,12 @@ SMALL = {
 # ---- several processes ---------------------------------------------------------------------------
 
 
-def start(count: int, module: str, *arguments: str) -> list[subprocess.Popen]:
-    """`count` processes of one command, which meet on this machine."""
+def start(count: int, *arguments: str) -> list[subprocess.Popen]:
+    """`count` processes of launch.train, which meet on this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    command = [sys.executable, "-m", f"launch.{module}", *arguments]
+    command = [sys.executable, "-m", "launch.train", *arguments]
     command += [f"--coordinator={address}", f"--num_processes={count}"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(tasks.ROOT)}
     return [
@@ -70,7 +69,7 @@ def train(count: int, workdir: pathlib.Path, parallel: str, kill_at: int = 0) ->
     """
     flags = [f"--config.{key}={value}" for key, value in {**SMALL, "parallel": parallel}.items()]
     config = "--config=configs/mixture.py"
-    processes = start(count, "train", config, f"--workdir={workdir}", *flags)
+    processes = start(count, config, f"--workdir={workdir}", *flags)
     killed = 0.0
     while kill_at and all(process.poll() is None for process in processes):
         if any(r["step"] >= kill_at for r in read_lines(workdir / "metrics.jsonl")):
@@ -187,14 +186,13 @@ def feed(name: str, in_memory: bool) -> dict[str, Any]:
     The bound is the peak of the chips over the FLOPs of an example in a step.
     """
     file, changes, shape, classes = INPUT[name]
-    config = tasks.config_of(file, changes)
-    data = DataInfo(shape, classes, 1.0, (1 / classes,) * classes)
-    task = experiment.make_task(config, data, {})
+    training = Training.parse(tasks.config_of(file, changes))
+    task, size = training.task(info(shape, classes), {}), training.batch_size
     with tempfile.TemporaryDirectory() as folder:
         write_zip(path := pathlib.Path(folder) / "images.zip", shape, classes)
         source = sources.load(f"zip:{path}", in_memory=in_memory)
-        read = rate(pipeline.stream(source, config.batch_size, 0, 0, 0, PROCESSES))
-    flops = plan.step_flops(task, config.batch_size) / config.batch_size
+        read = rate(pipeline.stream(source, size, 0, 0, 0, PROCESSES))
+    flops = plan.step_flops(task, size) / size
     trained = 4 * plan.CHIPS["v5e"].flops / flops
     return {
         "read_per_second": read, "flops_per_example": flops, "trained_per_second_at_most": trained,
@@ -215,14 +213,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="rows whose name has this text")
     chosen = parser.parse_args().only
-    result = json.loads(OUT.read_text()) if OUT.exists() else {"rows": []}
+    stored = tasks.Rows("hosts")
     for name, make in ROWS.items():
-        if chosen not in name or tasks.made(result["rows"], {"name": name}):
-            continue
-        row = {"name": name, **make(), **provenance(), "device": banner()}
-        result["rows"].append(row)
-        write_json(OUT, result)
-        print(json.dumps(row, indent=1), flush=True)
+        if chosen in name:
+            stored.row({"name": name}, make)
 
 
 if __name__ == "__main__":

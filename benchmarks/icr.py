@@ -145,8 +145,9 @@ class Bench(Files):
         (params, _), (state, _) = base.weights(), experiment.first_state()
         update = devices.compile(make_update(task, devices.axis_name))
         stream = pipeline.stream(experiment.source, training.batch_size, training.seed)
-        read = monitor.Monitor(training.icr, task.model, training.sampler, experiment.source,
-                               bool(training.data.flip or training.data.augment), self.root, 0)  # fmt: skip
+        flip = bool(training.data.flip or training.data.augment)
+        read = monitor.Monitor(training.icr, task.model, training.sampler, experiment.source, flip,
+                               self.root, 0)  # fmt: skip
         dispatches, length = self.scaled(20, 1), training.dispatch
         seconds: dict[str, list[float]] = {"steps": [], "reading": []}
         for _ in range(4):  # the first compiles

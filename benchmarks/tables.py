@@ -307,8 +307,8 @@ def fields() -> str:
         best = min(rows, key=lambda r: r["rmse"], default={})
         key = {name: row[name] for name in ("system", "task", "trajectories")}
         same = next((r for r in result["dapper"] if key.items() <= r.items()), best)
-        theirs = {k: f"{x:.2f}" if (x := found.get(k)) else "" for k, found in
-                  {"rmse": same, "rmse_second_half": same, "spread_skill": best}.items()}  # fmt: skip
+        other = {"rmse": same, "rmse_second_half": same, "spread_skill": best}
+        theirs = {k: f"{found[k]:.2f}" if k in found else "" for k, found in other.items()}
         seconds = f"{row['seconds'] / row['trajectories']:.0f}"
         seconds += f" / {best['seconds'] / 16:.1f}" if best else ""
         method = best.get("method", "").split("(")[0]

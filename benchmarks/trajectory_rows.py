@@ -1,4 +1,4 @@
-"""What the benchmarks of trajectory models share: the run, an estimate as a row, chosen settings."""
+"""Shared by the benchmarks of trajectory models: the run, an estimate as a row, settings."""
 
 import argparse
 import dataclasses
