@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tasks import ROOT
 
 from mclr_jax import plan
 from mclr_jax.metrics import report
@@ -29,7 +29,6 @@ from mclr_jax.training.devices import Devices
 from mclr_jax.training.step import TrainState, init_state
 
 SIGMA_DATA = 0.5
-SCRIPTS = os.path.dirname(os.path.abspath(__file__))
 
 
 # ---- alternation ---------------------------------------------------------------------------------
@@ -70,7 +69,7 @@ class Worker:
         self, script: str, *arguments: str, prefix: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
     ):  # fmt: skip
-        command = [*prefix, sys.executable, os.path.join(SCRIPTS, script), *arguments]
+        command = [*prefix, sys.executable, str(ROOT / "benchmarks" / script), *arguments]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
