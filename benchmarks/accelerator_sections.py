@@ -35,7 +35,7 @@ from alternation import (
     timed,
 )
 
-from mclr_jax import generate, plan
+from mclr_jax import chips, generate, plan
 from mclr_jax.config import OBJECTIVES, Training
 from mclr_jax.files import digest
 from mclr_jax.model import DataInfo, Model, shapes_of
@@ -376,7 +376,7 @@ def calibration(name: str, stored: Sequence[dict]) -> dict[str, Any]:
     if not measured or not row or "error" in {**measured, **row}:
         return {"skipped": "it needs the rows peaks of plan, and this one of throughput"}
     published, found = chip_of_device(), {}
-    own = plan.Chip(0, measured["flops_per_second"], measured["bytes_per_second"], 1.0, "measured")
+    own = chips.Chip(0, measured["flops_per_second"], measured["bytes_per_second"], 1.0, "measured")
     for objective in ("dsm", "mclr"):
         if "error" in (step := row[objective]):
             continue

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from tasks import ROOT
 
-from mclr_jax import plan
-from mclr_jax.metrics import report
+from mclr_jax import chips, plan
 from mclr_jax.model import shapes_of
 from mclr_jax.networks import layers
+from mclr_jax.reductions import report
 from mclr_jax.task import Task
 from mclr_jax.training.devices import Devices
 from mclr_jax.training.step import TrainState, init_state
@@ -303,9 +303,9 @@ def speed(seconds: Sequence[float], batch: int, flops: float) -> dict[str, Any]:
     }
 
 
-def chip_of_device() -> plan.Chip | None:
+def chip_of_device() -> chips.Chip | None:
     """The published peaks of the first device, if they are known."""
-    return plan.KINDS_OF_CHIP.get(jax.devices()[0].device_kind)
+    return chips.KINDS_OF_CHIP.get(jax.devices()[0].device_kind)
 
 
 def cpu() -> jax.Device:

@@ -23,7 +23,7 @@ from tasks import ROOT, Rows
 from trajectory_rows import Subject, parser
 
 from mclr_jax.assimilation import observe
-from mclr_jax.assimilation.schedules import Plan, lags
+from mclr_jax.assimilation.schedules import Scheme, lags
 from mclr_jax.files import provenance, write_atomically
 
 FIELDS = "random", "downsample"  # operators of Navier-Stokes
@@ -125,7 +125,7 @@ def animation(subject: Subject, folder: pathlib.Path, ensemble: int, out: pathli
     seen = dataclasses.replace(seen, values=seen.values[:1])
     frames, members = seen.values.shape[1], {}
     for regime in COLORS:
-        found, _ = subject.estimate(seen, Plan(), lags(regime, frames), ensemble=ensemble)
+        found, _ = subject.estimate(seen, Scheme(), lags(regime, frames), ensemble=ensemble)
         members[regime] = found[0]
     shown = [picture(k, seen.values[0], arrays["truth"], members) for k in range(frames)]
     times = [120] * (frames - 1) + [3000]  # ms

@@ -9,6 +9,7 @@ and for the rows of GPUs '.[gpu-compile]': rows whose compiler is missing are le
 """
 
 import argparse
+import dataclasses
 import itertools
 import pathlib
 from collections.abc import Callable, Mapping
@@ -17,10 +18,9 @@ from typing import Any
 import jax
 import tasks
 
-from mclr_jax import plan, target
+from mclr_jax import chips, plan
 from mclr_jax.config import Training
 from mclr_jax.files import provenance, write_json
-from mclr_jax.generate import Guidance
 from mclr_jax.model import DataInfo, Model
 
 # Shape of an example and number of classes, so that no data set need be there.
@@ -92,15 +92,8 @@ class Case:
 
     def step(self, topology: str, parallel: str) -> dict[str, Any]:
         """The cost of training."""
-        training, task = self.training, self.training.task(self.data, self.models)
-        classifies = task.model.is_classifier
-        with target.programs_for_others():
-            steps = training.dispatch
-        return plan.plan(
-            task, topology, parallel, batch_size=training.batch_size, steps_per_dispatch=steps,
-            num_steps=training.num_steps,
-            network_calls=0 if classifies else Guidance().calls(task.model, training.sampler),
-        )  # fmt: skip
+        training = dataclasses.replace(self.training, parallel=parallel)
+        return plan.planned(training, self.data, topology, self.models)
 
     def samples(self, topology: str, **options: Any) -> dict[str, Any]:
         """The cost of drawing samples."""
@@ -181,7 +174,7 @@ def main() -> None:
 
         try:
             stored.row({"name": name, **asked}, make, kind)
-        except plan.MissingCompilerError as error:
+        except chips.MissingCompilerError as error:
             print(f"{name} for {asked['topology']}: {error}\n", flush=True)
 
     for name, (_, _, places) in CASES.items():

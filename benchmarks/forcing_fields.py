@@ -29,8 +29,8 @@ import numpy as np
 from tasks import Rows
 from trajectory_rows import Subject, analysed, chosen, parser, stored_rmse
 
-from mclr_jax.assimilation import metrics, observe
-from mclr_jax.assimilation.schedules import Plan, lags
+from mclr_jax.assimilation import observe, scores
+from mclr_jax.assimilation.schedules import Scheme, lags
 from mclr_jax.files import provenance, write_json
 
 REGIMES = {"filter": ("filter", 0), "lag8": ("fixed_lag", 8), "batch": ("batch", 0)}
@@ -51,14 +51,14 @@ def assimilated(subject: Subject, path, asked: dict, **options) -> dict:
     """The numbers of a regime."""
     rows = observe.load(path)["H"]
     system = assimilation.System(lambda x: x, 1.0, lambda x: x @ rows.T)
-    row = analysed(subject, path, system, REGIMES[asked["task"]], Plan(**asked["plan"]),
+    row = analysed(subject, path, system, REGIMES[asked["task"]], Scheme(**asked["plan"]),
                    asked["trajectories"], **options)  # fmt: skip
     return {key: row[key] for key in KEPT}
 
 
 def forecast(subject: Subject, path, asked: dict, **options) -> dict:
     """Frames 0 .. 31 from observations that are made here, and a forecast of the others."""
-    truth, plan = observe.load(path)["truth"], Plan(**asked["plan"])
+    truth, scheme = observe.load(path)["truth"], Scheme(**asked["plan"])
     every, some = asked["every"], slice(0, asked["trajectories"])
     noise = np.random.default_rng(0).standard_normal(truth[:, :OBSERVED, ::every].shape)
     values, truth, initial = (truth[:, :OBSERVED, ::every] + noise)[some], truth[some], None
@@ -68,16 +68,16 @@ def forecast(subject: Subject, path, asked: dict, **options) -> dict:
     operator = observe.Operator(observe.Select(tuple(range(0, truth.shape[2], every))))
     frames = values.shape[1]
     members, seconds = subject.estimate(
-        observe.Observations(values, operator, 1.0, initial), plan,
-        lags("batch" if plan.revise else "filter", frames), forecast=truth.shape[1] - frames,
+        observe.Observations(values, operator, 1.0, initial), scheme,
+        lags("batch" if scheme.revise else "filter", frames), forecast=truth.shape[1] - frames,
         **options,
     )  # fmt: skip
     early, late = ((members[:, :, part], truth[:, part])
                    for part in (slice(0, frames), slice(frames, None)))  # fmt: skip
-    seen = {} if initial is not None else metrics.summary(*early, ())
+    seen = {} if initial is not None else scores.summary(*early, ())
     by_frame = np.sqrt(((members.mean(1) - truth) ** 2).mean((0, 2)))
     return {
-        **{f"observed_{key}": value for key, value in seen.items()}, **metrics.summary(*late, ()),
+        **{f"observed_{key}": value for key, value in seen.items()}, **scores.summary(*late, ()),
         "rmse_by_frame": np.round(by_frame.astype(float), 3).tolist(),
         "climatology": float(truth.std()), "seconds": seconds,
     }  # fmt: skip

@@ -32,7 +32,7 @@ import tasks
 from compiled import LATENTS, XL, info
 from PIL import Image
 
-from mclr_jax import plan
+from mclr_jax import chips, plan
 from mclr_jax.config import Training
 from mclr_jax.data import pipeline, sources
 from mclr_jax.files import read_lines
@@ -193,7 +193,7 @@ def feed(name: str, in_memory: bool) -> dict[str, Any]:
         source = sources.load(f"zip:{path}", in_memory=in_memory)
         read = rate(pipeline.stream(source, size, 0, 0, 0, PROCESSES))
     flops = plan.step_flops(task, size) / size
-    trained = 4 * plan.CHIPS["v5e"].flops / flops
+    trained = 4 * chips.CHIPS["v5e"].flops / flops
     return {
         "read_per_second": read, "flops_per_example": flops, "trained_per_second_at_most": trained,
         "ratio": read / trained, "cores": len(os.sched_getaffinity(0)),

@@ -286,9 +286,9 @@ def done(workdir: str) -> str:
     return f"{workdir}/done.json"
 
 
-def reference(path: pathlib.Path) -> evaluate.Reference:
+def reference(path: pathlib.Path) -> evaluate.RealStatistics:
     """The stored features of training images, to compare others with."""
     with np.load(path) as file:
         nothing = np.zeros((len(file["labels"]), 0))
         kept = features.Features(file["features"], nothing, file["labels"])
-    return evaluate.Reference(metrics.moments(kept.features), kept, "")
+    return evaluate.RealStatistics(metrics.moments(kept.features), kept, "")

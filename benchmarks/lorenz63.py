@@ -22,24 +22,24 @@ from assimilation import PROTOCOLS
 from tasks import RESULTS, Rows
 from trajectory_rows import Subject, analysed, chosen, parser, stored_rmse
 
-from mclr_jax.assimilation.schedules import Plan
+from mclr_jax.assimilation.schedules import Scheme
 
 REGIMES = {"filter": ("filter", 0), "lag8": ("fixed_lag", 8), "lag16": ("fixed_lag", 16),
            "batch": ("batch", 0), "batch_norm": ("batch", 0)}  # fmt: skip
 GRIDS = {"posterior": ("c", (0.25, 0.5, 1.0)), "norm": ("zeta", (0.01, 0.03, 0.1, 0.3, 1.0, 3.0))}
 CHOSEN_ON = {"filter": 16, "batch": 64, "batch_norm": 64}  # trajectories
 # the frame that a fixed lag reads has frames on both sides of it in the window
-PLANS = {
-    "filter": Plan(window=32, steps=12),
-    "lag16": Plan(window=52, steps=12),
-    "batch": Plan(),
-    "batch_norm": Plan(guidance="norm"),  # the guidance of the paper
+SCHEMES = {
+    "filter": Scheme(window=32, steps=12),
+    "lag16": Scheme(window=52, steps=12),
+    "batch": Scheme(),
+    "batch_norm": Scheme(guidance="norm"),  # the guidance of the paper
 }
 
 
-def changed(plan: Plan) -> dict:
-    """The settings that are not those of `Plan()`."""
-    return {k: v for k, v in dataclasses.asdict(plan).items() if v != getattr(Plan(), k)}
+def changed(scheme: Scheme) -> dict:
+    """The settings that are not those of `Scheme()`."""
+    return {k: v for k, v in dataclasses.asdict(scheme).items() if v != getattr(Scheme(), k)}
 
 
 def summary(rows: list[dict]) -> dict:
@@ -70,20 +70,20 @@ def summary(rows: list[dict]) -> dict:
 def main() -> None:
     found = parser(__doc__)
     found.add_argument("--protocols", choices=PROTOCOLS, nargs="+", default=[*PROTOCOLS])
-    found.add_argument("--regimes", choices=PLANS, nargs="+", default=[*PLANS])
+    found.add_argument("--regimes", choices=SCHEMES, nargs="+", default=[*SCHEMES])
     flags = found.parse_args()
     subject, rows = Subject(flags.workdir), Rows("lorenz63", summary)
 
     def row(name: str, which: str, regime: str, settings: dict, trajectories: int) -> dict:
-        plan = dataclasses.replace(PLANS[regime], **settings)
+        scheme = dataclasses.replace(SCHEMES[regime], **settings)
         path = flags.folder / f"{name}_{which}.npz"
         asked = {"set": which, "protocol": name, "regime": regime, **subject.name,
                  "trajectories": trajectories, "members": flags.ensemble,
-                 "plan": changed(plan)}  # fmt: skip
+                 "plan": changed(scheme)}  # fmt: skip
 
         def make() -> dict:
             new = analysed(
-                subject, path, PROTOCOLS[name].system, REGIMES[regime], plan, trajectories,
+                subject, path, PROTOCOLS[name].system, REGIMES[regime], scheme, trajectories,
                 together=4 if PROTOCOLS[name].every == 1 else 1, ensemble=flags.ensemble,
                 batch_size=512,
             )  # fmt: skip
@@ -95,7 +95,7 @@ def main() -> None:
     for name in flags.protocols:
         for regime in flags.regimes:
             judge = "filter" if regime == "lag16" else regime
-            key, values = GRIDS[PLANS[regime].guidance]
+            key, values = GRIDS[SCHEMES[regime].guidance]
 
             def tried(settings: dict, name: str = name, judge: str = judge) -> dict:
                 return row(name, "validation", judge, settings, CHOSEN_ON[judge])

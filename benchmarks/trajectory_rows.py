@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 from assimilation import System
-from assimilation_baselines import scores
+from assimilation_baselines import score
 
 from mclr_jax import runs
-from mclr_jax.assimilation import metrics, observe, regimes
-from mclr_jax.assimilation.schedules import Plan, lags
+from mclr_jax.assimilation import observe, regimes, scores
+from mclr_jax.assimilation.schedules import Scheme, lags
 from mclr_jax.files import digest
 
 Grid = Mapping[str, Iterable[Any]]
@@ -28,11 +28,11 @@ class Subject:
         self.name = {"step": step, "weights": digest(self.params)}
 
     def estimate(
-        self, seen: observe.Observations, plan: Plan, ahead: np.ndarray, **options: Any
+        self, seen: observe.Observations, scheme: Scheme, ahead: np.ndarray, **options: Any
     ) -> tuple[np.ndarray, float]:
         """Members (N, E, T, ...), and the seconds that they took; options as of `assimilate`."""
         start = time.monotonic()
-        found = regimes.assimilate(self.run.model, self.params, seen, plan, ahead, **options)
+        found = regimes.assimilate(self.run.model, self.params, seen, scheme, ahead, **options)
         return found.members, time.monotonic() - start
 
 
@@ -47,7 +47,7 @@ def parser(doc: str | None, folder: bool = True) -> argparse.ArgumentParser:
 
 
 def analysed(
-    subject: Subject, path: pathlib.Path, system: System, kind: tuple[str, int], plan: Plan,
+    subject: Subject, path: pathlib.Path, system: System, kind: tuple[str, int], scheme: Scheme,
     trajectories: int, together: int = 1, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """A row: the regime `kind` (name, lag) on the first trajectories of a file of the baselines.
@@ -62,17 +62,17 @@ def analysed(
     ahead = lags(kind[0], frames, kind[1])
     if kind[0] == "fixed_lag":  # fewer updates: a frame is read where up to so many see the same
         ahead = ahead - np.arange(frames) % together
-    x, seconds = subject.estimate(seen, plan, ahead, progress=calls.append, **options)
+    x, seconds = subject.estimate(seen, scheme, ahead, progress=calls.append, **options)
     truth, mean = arrays["truth"][some], x.mean(1)
-    row = scores(
+    row = score(
         system, truth, np.asarray(seen.values), mean, x.std(1, ddof=1), x, kind[0] == "batch",
         arrays["scale"],
     )  # fmt: skip
     # the mean of E members has (E + 1) / E of the error of the exact mean, as the spread is judged
     row["spread_skill"] *= (1 + 1 / x.shape[1]) ** 0.5
-    row["ranks"] = metrics.rank_histogram(x, truth).tolist()
+    row["ranks"] = scores.rank_histogram(x, truth).tolist()
     return {
-        **row, "members": x.shape[1], "trajectories": len(x), "c": plan.c, "zeta": plan.zeta,
+        **row, "members": x.shape[1], "trajectories": len(x), "c": scheme.c, "zeta": scheme.zeta,
         "lags": np.unique(ahead[np.isfinite(ahead)]).tolist(),
         "updates_of_members": int(sum(calls)), "seconds": seconds,
     }  # fmt: skip

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mclr_jax import plan
+from mclr_jax import chips
 from mclr_jax.config import OBJECTIVES
 from mclr_jax.model import shapes_of
 from mclr_jax.networks import layers
@@ -198,7 +198,7 @@ def test_a_step_that_does_not_fit_or_fails(monkeypatch):
     monkeypatch.setattr(alternation, "_limit", lambda: 300)
     monkeypatch.setattr(alternation, "seconds_of", lambda run, count: 2.0 * count)
     monkeypatch.setattr(alternation.plan, "step_flops", lambda task, batch: 1000 * batch)
-    chip = plan.Chip(1, 16000.0, 1.0, 1.0, "")
+    chip = chips.Chip(1, 16000.0, 1.0, 1.0, "")
     monkeypatch.setattr(alternation, "chip_of_device", lambda: chip)
     names = {"whole": ("good", 1), "bad": ("bad", 1), "several": ("good", 4)}
     candidates = {n: alternation.Candidate(t, length=length) for n, (t, length) in names.items()}

@@ -16,7 +16,8 @@ import pytest
 import tiny
 from jax.experimental import multihost_utils
 
-from mclr_jax import experiment, generate, main, metrics, runs
+from mclr_jax import generate, main, record, reductions, runs
+from mclr_jax.config import Training
 from mclr_jax.data import pipeline, sources
 from mclr_jax.training import step
 from mclr_jax.training.devices import MODES, Devices, exists, require_accelerator
@@ -39,7 +40,7 @@ def five_steps(task, parallel="data", device_count=1):
     for _ in range(5):
         state, found = update(state, frozen, batch, devices.put_state(np.int32(1)))
         found = jax.tree.map(lambda x: x[0], jax.device_get(found))
-        numbers.append(metrics.report(found))
+        numbers.append(reductions.report(found))
         if gradients is None:  # momentum has seen nothing else yet
             gradients = jax.device_get(state.opt_state[0].trace)
     return numbers, gradients, jax.device_get(state.params)
@@ -94,7 +95,7 @@ def train(parallel, device_count, steps=20):
     """Metrics and final state of 20 steps of digits on the first devices."""
     config = tiny.config("digits")
     source = sources.from_config(config.data, "train", config.seed)
-    task = experiment.make_task(config, experiment.data_info(config, source), {})
+    task = Training.parse(config).task(Training.parse(config).data_info(source), {})
     devices = Devices(parallel, tuple(jax.devices()[:device_count]))
     state = devices.initialise(task.init, functools.partial(step.init_state, task))
     update = devices.compile(step.make_update(task, devices.axis_name))
@@ -103,7 +104,7 @@ def train(parallel, device_count, steps=20):
     with jax.transfer_guard("disallow"):
         state, found = update(state, {}, data, devices.put_state(np.int32(steps)))
     found = jax.device_get(found)
-    rows = [metrics.report(jax.tree.map(lambda x: x[i], found)) for i in range(steps)]  # noqa: B023
+    rows = [reductions.report(jax.tree.map(lambda x: x[i], found)) for i in range(steps)]  # noqa: B023
     return rows, state
 
 
@@ -232,7 +233,7 @@ def test_one_of_two_is_killed_and_the_same_command_ends_with_the_same_bits(train
     other.join()
     processes, logs = together(tiny.train_together, lambda *place: arguments(*place)[:-1], tmp_path)
     end(processes, logs)
-    assert [entry["step"] for entry in runs.read(tmp_path / "run")["history"]] == [0, 6]
+    assert [entry["step"] for entry in record.read(tmp_path / "run")["history"]] == [0, 6]
     states = [main.train(tiny.config(), path) for path in (trained("fsdp"), tmp_path / "run")]
     chex.assert_trees_all_equal(*map(jax.device_get, states))
 

@@ -12,7 +12,8 @@ import pytest
 import tiny
 from commands import call
 
-from mclr_jax import experiment, runs
+from mclr_jax import record
+from mclr_jax.config import Training
 from mclr_jax.data import sources
 from mclr_jax.evaluation import report
 from mclr_jax.main import train
@@ -52,7 +53,7 @@ def made(name, **changes):
         "rows": [{"step": 20, "average": "", "guidance_scale": 1.0, "frechet": 0.25, "seed": 0}],
         "grids": {1.0: b"one", 2.0: b"two"},
     }
-    return report.Run(**options | changes)
+    return report.Column(**options | changes)
 
 
 def test_the_page_holds_the_curves_metrics_samples_and_differences():
@@ -130,8 +131,8 @@ def test_runs_of_one_name_are_told_apart_and_empty_ones_say_so():
 def described(config, workdir):
     """The directory of a run that has not begun."""
     source = sources.load("digits")
-    model = experiment.make_model(config, experiment.data_info(config, source))
-    runs.record(workdir, runs.describe(config, model, {}, source), {}, 0)
+    model = Training.parse(config).model(Training.parse(config).data_info(source))
+    record.write(workdir, record.describe(config, model, {}, source), {}, 0)
 
 
 def test_a_damaged_log_is_read_as_far_as_it_goes(tmp_path):
