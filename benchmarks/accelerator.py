@@ -4,10 +4,10 @@
   python benchmarks/accelerator.py --out=accelerator.json --only=parity,torch
   python benchmarks/accelerator.py --out=tiny.json --tiny                     # any machine
 
-It needs jax, flax, optax and NumPy; the section `torch` needs PyTorch. Run again, it makes the rows
-that are missing or have failed. Each section runs in a process of its own, and each row of
-`throughput`, `layouts` and `rivals`, so that its peak of memory is its own; a process that dies
-leaves the other rows. docs/devices.md explains the sections.
+It needs jax, flax, optax, ml_collections and NumPy; the section `torch` needs PyTorch. Run again,
+it makes the rows that are missing or have failed. Each section runs in a process of its own, and
+each row of `throughput`, `layouts` and `rivals`, so that its peak of memory is its own; a process
+that dies leaves the other rows. docs/devices.md explains the sections.
 """
 
 import argparse
@@ -95,12 +95,9 @@ def versions() -> dict[str, str]:
 
     device = jax.devices()[0]
     parts = {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
-    return {
-        "device": device.device_kind,
-        "platform": str(getattr(device.client, "platform_version", device.platform)),
-        "python": platform.python_version(),
-        **parts,
-    }
+    system = str(getattr(device.client, "platform_version", device.platform))
+    return {"device": device.device_kind, "platform": system,
+            "python": platform.python_version(), **parts}  # fmt: skip
 
 
 def summary(found: Mapping[str, Any]) -> str:
@@ -108,15 +105,12 @@ def summary(found: Mapping[str, Any]) -> str:
     for key in ("error", "skipped"):
         if key in found:
             return f"{key}: {found[key]}"
-    picked = {key: found[key] for key in ("passed", "batch_size", "over_first") if key in found}
-    for name, part in found.items():
-        if isinstance(part, dict) and "examples_per_second" in part:
-            share = part["utilisation"]
-            text = f"{part['examples_per_second']:.4g}/s"
-            picked[name] = text if share is None else f"{text}, {100 * share:.1f}% of the peak"
-        elif isinstance(part, dict) and "error" in part:
-            picked[name] = part["error"][:80]
-    return str(picked or found)[:400]
+    shown = ("passed", "batch_size", "over_first", "examples_per_second", "utilisation", "error")
+    parts = {"": found} | {name: part for name, part in found.items() if isinstance(part, dict)}
+    picked = {
+        name: {key: part[key] for key in shown if key in part} for name, part in parts.items()
+    }
+    return str({name: part for name, part in picked.items() if part} or found)[:400]
 
 
 # ---- the file ------------------------------------------------------------------------------------

@@ -11,29 +11,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import alternation as timing
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import tasks
-from alternation import (
-    SIGMA_DATA,
-    Candidate,
-    Step,
-    Worker,
-    alternate,
-    attention_of,
-    chip_of_device,
-    cpu,
-    frozen_of,
-    numbers,
-    peak_bytes,
-    rows,
-    seconds_of,
-    speed,
-    state_of,
-    timed,
-)
+from alternation import SIGMA_DATA, Candidate, alternate, numbers, speed, timed
 
 from mclr_jax import chips, generate, plan
 from mclr_jax.config import OBJECTIVES, Training
@@ -190,12 +174,12 @@ def parity(case: Case) -> dict[str, Any]:
     The gradient is that of a random linear function of the output, in the parameters and the input.
     """
     reference, found, asked = _answers(case, *PARITY["float32"][:2]), {}, dict(PARITY)
-    wanted = reference(cpu())
+    wanted = reference(timing.cpu())
     if jax.default_backend() == "gpu" and case.network == "dit":
         asked[BY_XLA] = PARITY["bfloat16"]
     for name, (dtype, precision, *limits) in asked.items():
         answers = reference if name == "float32" else _answers(case, dtype, precision)
-        with attention_of("xla" if name == BY_XLA else None):
+        with timing.attention_of("xla" if name == BY_XLA else None):
             got = answers(jax.devices()[0])
         errors = {part: error(got[part], wanted[part]) for part in wanted}
         tolerances = dict(zip(wanted, limits, strict=True))
@@ -231,18 +215,15 @@ def _answers(case: Case, dtype: str, precision: str) -> Callable[[jax.Device], d
 def objective_step(name: str, size: Size) -> dict[str, Any]:
     """Errors of an objective's metrics and of its update of the state, for one step of an MLP."""
     options = {"width": size.width, "depth": size.depth}
-    judge = Case("mlp_classifier", options, (2,), 3)
-    case = (
-        judge
-        if name == "classify"
-        else Case("mlp", options, (2,), 3, judge=(judge.network, options))
-    )
+    case = Case("mlp", options, (2,), 3, judge=("mlp_classifier", options))
+    if name == "classify":
+        case = dataclasses.replace(case, network="mlp_classifier")
     # With a large eps Adam's first update is about the gradient, and not its sign.
     task = dataclasses.replace(case.task(name), optimizer=optax.adam(1e-2, eps=1e-2))
     if name == "dpo":  # its default, 5000, enlarges rounding errors of the answers
         task = dataclasses.replace(task, objective=dataclasses.replace(task.objective, beta=10.0))
-    state = state_of(task, 0.1)
-    arguments = state, frozen_of(task, 0.2), rows(task, 16, 1), np.int32(1)
+    state = timing.state_of(task, 0.1)
+    arguments = state, timing.frozen_of(task, 0.2), timing.rows(task, 16, 1), np.int32(1)
     update = jax.jit(make_update(task))
 
     def step(device: jax.Device) -> tuple[Any, Any]:
@@ -250,7 +231,7 @@ def objective_step(name: str, size: Size) -> dict[str, Any]:
             new, metrics = jax.device_get(update(*jax.device_put(arguments, device)))
         return jax.tree.map(np.subtract, new, state), metrics
 
-    (change, metrics), (wanted, wanted_metrics) = map(step, (jax.devices()[0], cpu()))
+    (change, metrics), (wanted, wanted_metrics) = map(step, (jax.devices()[0], timing.cpu()))
     both = zip(jax.tree.leaves(metrics), jax.tree.leaves(wanted_metrics), strict=True)
     errors = {"update": error(change, wanted), "metrics": max(error(*pair) for pair in both)}
     passed = all(value <= STEP_TOLERANCE for value in errors.values())
@@ -263,26 +244,25 @@ def resume(case: Case) -> dict[str, Any]:
     Where two uninterrupted trainings differ, the device's own operations are not deterministic.
     """
     task, length = case.task("dsm", dropout=0.1), 4
-    step = Step(Candidate(task, length=length), case.batch)
+    step = timing.Step(Candidate(task, length=length), case.batch)
 
     def train(state: TrainState, first: int, last: int) -> TrainState:
         for number in range(first, last):
-            data = step.devices.put_batches(rows(task, case.batch, length, seed=number))
+            data = step.devices.put_batches(timing.rows(task, case.batch, length, seed=number))
             state, _ = step.compiled(state, {}, data, step.count)
         return jax.tree.map(np.array, state)  # copies on the host
 
-    start, put = state_of(task), step.devices.put_state
+    start, put = timing.state_of(task), step.devices.put_state
     whole, again = (train(put(start), 0, 4) for _ in range(2))
     stopped = train(put(start), 0, 2)
     resumed = train(put(stopped), 2, 4)
     digests = {"uninterrupted": digest(whole), "again": digest(again), "resumed": digest(resumed)}
     return {
-        "steps": 4 * length,
-        "digests": digests,
+        "steps": 4 * length, "digests": digests,
         "deterministic": digests["again"] == digests["uninterrupted"],
         "difference": error(resumed.params, whole.params),
         "passed": digests["resumed"] == digests["uninterrupted"],
-    }
+    }  # fmt: skip
 
 
 # ---- the rows that are timed ---------------------------------------------------------------------
@@ -332,8 +312,9 @@ def sampling(case: Case, size: Size) -> dict[str, Any]:
     for name, guided in kinds.items():
         calls = guided.calls(model, sampler)
         found[name] = {
-            "first_call_seconds": seconds_of(runs[name], 1), "network_calls": calls,
-            "flops": plan.forward_flops(model) * calls * case.batch, "peak_bytes": peak_bytes(),
+            "first_call_seconds": timing.seconds_of(runs[name], 1),
+            "peak_bytes": timing.peak_bytes(), "network_calls": calls,
+            "flops": plan.forward_flops(model) * calls * case.batch,
         }  # fmt: skip
     for name, seconds in alternate(runs, size.rounds, size.seconds).items():
         found[name] |= speed(seconds, case.batch, found[name]["flops"])
@@ -375,28 +356,22 @@ def calibration(name: str, stored: Sequence[dict]) -> dict[str, Any]:
     row = tasks.made(stored, {"section": "throughput", "name": name})
     if not measured or not row or "error" in {**measured, **row}:
         return {"skipped": "it needs the rows peaks of plan, and this one of throughput"}
-    published, found = chip_of_device(), {}
+    published, found = timing.chip_of_device(), {}
     own = chips.Chip(0, measured["flops_per_second"], measured["bytes_per_second"], 1.0, "measured")
     for objective in ("dsm", "mclr"):
         if "error" in (step := row[objective]):
             continue
-        work, memory = step["flops_per_step"], step["memory_bytes"]
+        seconds, memory = step["seconds_per_step"], step["memory_bytes"]
         bounds = {
-            kind: plan.roofline(chip, work, memory, {})["seconds"]
-            for kind, chip in {"published": published, "measured": own}.items()
-            if chip
-        }
-        planned = memory["arguments"] + memory["temporaries"]
+            kind: plan.roofline(chip, step["flops_per_step"], memory, {})["seconds"]
+            for kind, chip in {"published": published, "measured": own}.items() if chip
+        }  # fmt: skip
+        planned, peak = memory["arguments"] + memory["temporaries"], step["peak_bytes"]
+        over = {kind: seconds / max(parts.values()) for kind, parts in bounds.items()}
         found[objective] = {
-            "seconds_per_step": step["seconds_per_step"],
-            "bounds": bounds,
-            "over_bound": {
-                kind: step["seconds_per_step"] / max(parts.values())
-                for kind, parts in bounds.items()
-            },
-            "planned_bytes": planned,
-            "peak_over_planned": step["peak_bytes"] and step["peak_bytes"] / planned,
-        }
+            "seconds_per_step": seconds, "bounds": bounds, "over_bound": over,
+            "planned_bytes": planned, "peak_over_planned": peak and peak / planned,
+        }  # fmt: skip
     return found
 
 
@@ -414,10 +389,10 @@ def torch_training(case: Case, mode: str, size: Size) -> dict[str, Any]:
         return {"skipped": "PyTorch's compiler is for GPUs here"}
     settings = {"network": case.network, "options": case.torch, "shape": case.shape,
                 "device": "cpu" if on_cpu else "cuda", "mode": TORCH[mode]}  # fmt: skip
-    workers: list[Worker] = []
+    workers: list[timing.Worker] = []
 
     def others(batch: int) -> dict[str, Callable[[int], Any]]:
-        workers.append(Worker("torch_models.py", json.dumps({**settings, "batch": batch})))
+        workers.append(timing.Worker("torch_models.py", json.dumps({**settings, "batch": batch})))
         return {"torch": workers[0].run}
 
     try:

@@ -37,12 +37,10 @@ SIGMA_DATA = 0.5
 def alternate(
     runs: Mapping[str, Callable[[int], Any]], rounds: int, seconds: float
 ) -> dict[str, list[float]]:
-    """Seconds of one call of each function, which are repeated in alternation.
+    """Seconds of one call of each function, in `rounds` repetitions in alternation.
 
-    Args:
-      runs: functions of a number of calls, which return when the device is done. They are warm.
-      rounds: repetitions of each.
-      seconds: length of a repetition, at least.
+    `runs` are warm functions of a number of calls, which return when the device is done; a
+    repetition has at least these seconds.
     """
     counts, times = {}, {name: [] for name in runs}
     for name, run in runs.items():
@@ -189,11 +187,9 @@ class Step:
             lowered = plan.lowered(self.task, self.devices, arguments)
         traced = time.perf_counter()
         self.compiled = lowered.compile()
-        self.origin = {
-            "trace_seconds": traced - start,
-            "compile_seconds": time.perf_counter() - traced,
-            "from_cache": len(_cached) > before,
-        }
+        compiled = time.perf_counter()
+        self.origin = {"trace_seconds": traced - start, "compile_seconds": compiled - traced,
+                       "from_cache": len(_cached) > before}  # fmt: skip
         self.memory = plan.memory_of(self.compiled)
 
     @property
@@ -227,33 +223,23 @@ class Holder:
         return loss
 
 
-def fitted(candidate: Candidate, batch: int) -> Step:
-    """The step with the batch halved until it fits into the memory of the device."""
-    while (step := Step(candidate, batch)).needed > _limit() and batch > 1:
-        batch //= 2
-    return step
-
-
 def timed(
     candidates: Mapping[str, Candidate], batch: int, size: Any,
     others: Callable[[int], Mapping[str, Callable[[int], Any]]] = lambda batch: {},
 ) -> dict[str, Any]:  # fmt: skip
     """Speed, memory and compilation of training steps, in alternation, on one state.
 
-    The batch is halved until the first candidate fits. A candidate that fails has its error.
-
-    Args:
-      candidates: steps by name; their networks have the same parameters.
-      batch: examples in a step.
-      size: how long to measure: `rounds` and `seconds` of `alternate`.
-      others: the batch that fits -> functions of a number of calls, with which the steps alternate,
-        and which do the work of the first candidate.
+    The networks of the candidates have the same parameters. The batch is halved until the first one
+    fits. A candidate that fails has its error. `size` has `rounds` and `seconds` of `alternate`;
+    `others` gives, of the batch that fits, functions that alternate with the steps and do the work
+    of the first candidate.
     """
+    limit = peak_bytes("bytes_limit") or math.inf
     steps, found, holder = {}, {}, None
     for name, candidate in candidates.items():
         try:
-            step = fitted(candidate, batch) if not steps else Step(candidate, batch)
-            batch = step.batch
+            while (step := Step(candidate, batch)).needed > limit and batch > 1 and not steps:
+                batch //= 2
             step.load()
             holder = holder or Holder(candidate.task, step.devices)
             holder.run(step, 2)
@@ -264,13 +250,8 @@ def timed(
             continue
         work = plan.step_flops(candidate.work or candidate.task, batch)
         steps[name] = step
-        found[name] = {
-            **step.origin,
-            "loss": loss,
-            "flops_per_step": work,
-            "memory_bytes": step.memory,
-            "peak_bytes": peak_bytes(),
-        }
+        found[name] = {**step.origin, "loss": loss, "flops_per_step": work,
+                       "memory_bytes": step.memory, "peak_bytes": peak_bytes()}  # fmt: skip
     if not steps:
         return {"batch_size": batch, **found}
     first = next(iter(steps))
@@ -295,12 +276,10 @@ def speed(seconds: Sequence[float], batch: int, flops: float) -> dict[str, Any]:
     """The median of several times of a step, and what follows from it."""
     median, chip = float(np.median(seconds)), chip_of_device()
     return {
-        "seconds_per_step": median,
-        "examples_per_second": batch / median,
-        "flops_per_second": flops / median,
+        "seconds_per_step": median, "examples_per_second": batch / median,
+        "flops_per_second": flops / median, "seconds": list(seconds),
         "utilisation": flops / median / chip.flops if chip else None,
-        "seconds": list(seconds),
-    }
+    }  # fmt: skip
 
 
 def chip_of_device() -> chips.Chip | None:
@@ -312,17 +291,9 @@ def cpu() -> jax.Device:
     return jax.devices("cpu")[0]
 
 
-def _stats() -> Mapping[str, int]:
-    return jax.devices()[0].memory_stats() or {}
-
-
-def peak_bytes() -> int | None:
-    """Bytes that were in use at most since the process began."""
-    return _stats().get("peak_bytes_in_use")
-
-
-def _limit() -> float:
-    return _stats().get("bytes_limit", math.inf)
+def peak_bytes(key: str = "peak_bytes_in_use") -> int | None:
+    """Bytes that were in use at most since the process began; `key` is of JAX's statistics."""
+    return (jax.devices()[0].memory_stats() or {}).get(key)
 
 
 def first_lines(failed: BaseException) -> str:

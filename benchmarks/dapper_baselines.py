@@ -17,10 +17,7 @@ lorenz96       40 coordinates, forcing 8, dt = .05, no process noise; every seco
 ks             Kuramoto-Sivashinsky, 128 points, length 32 pi, dt = .5, a frame every 2 steps, all
                points at each of 100 frames, std 1; 16 trajectories a set; writes DIR/ks_SET.npz
 
-Numbers of a row as in assimilation_baselines.py. Ensembles start from independent states of the
-attractor, one period of observation before the first frame, since dapper never observes its first
-state. iEnKS of dapper has no process noise: only inflation replaces it. EnKS and iEnKS of lag L
-use the observations up to L frames ahead, as the regime lagL. LETKF on Lorenz-63 is not localized.
+results/README.md explains the rows and the settings.
 """
 
 import argparse

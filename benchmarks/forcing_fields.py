@@ -4,9 +4,8 @@
   python benchmarks/dapper_baselines.py --part lorenz96 --folder FOLDER
   python benchmarks/forcing_fields.py --system=lorenz96 --workdir=DIR --folder=FOLDER
 
-and the same for ks with configs/kuramoto_sivashinsky_forcing.py. Protocols, trajectories and the
-numbers of a row are those of dapper_baselines.py. Settings of the sampling are chosen one after the
-other, by the RMSE on the first trajectories of the validation set.
+and the same for ks with configs/kuramoto_sivashinsky_forcing.py. Settings of the sampling are
+chosen one after the other, by the RMSE on the first trajectories of the validation set.
 
   python -m launch.train --config=configs/lorenz96_forcing.py --workdir=ONE \\
       --config.data.frames=2 --config.network.frames_per_token=1 --config.batch_size=64 \\
@@ -15,13 +14,8 @@ other, by the RMSE on the first trajectories of the validation set.
   python benchmarks/forcing_fields.py --system=lorenz96 --workdir=DIR|ONE --folder=FOLDER \\
       --tasks forecast known --trajectories 16 --every 2
 
-Every fourth coordinate of Lorenz-96 (--every) is observed in the first 32 frames (std 1), and the
-other 68 are a forecast: by a trajectory model, which estimates the 32 frames together, and by a
-model of two frames, p(x_k+1 | x_k), which draws frame after frame with guidance, after its members
-were resampled by the likelihood. Both have the same blocks. In the task "known" nothing is
-observed, and all members start from the true state of the last of the 32 frames, here number 0.
-`rmse_by_frame` is of the mean of the members. Writes benchmarks/results/forcing_fields.json, row by
-row; rows that are there are not made again.
+makes forecasts by two models. results/README.md explains the rows. Writes
+benchmarks/results/forcing_fields.json; rows that are there are kept.
 """
 
 import assimilation

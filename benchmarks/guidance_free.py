@@ -73,12 +73,7 @@ ONCE = {
 NEEDS = {"ddo": ("generated_{base}.npz",), "mclr weak, beta 0.5": ("weak/done.json",)}
 # These are fine-tuned a second time, with the strengths by class that launch.calibrate finds
 # between the base's weights and those of the first time (seed 0).
-BY_CLASS = (
-    "cca",
-    "model_guidance",
-    "mclr null, beta 1",
-    "mclr null and wrong label, beta 0.5",
-)
+BY_CLASS = ("cca", "model_guidance", "mclr null, beta 1", "mclr null and wrong label, beta 0.5")
 # These are fine-tuned at other learning rates than the config's, too, by the factors: upwards,
 # since model guidance and the null contrast gained by twice the rate.
 SEARCHED = ("dsm", *BY_CLASS)

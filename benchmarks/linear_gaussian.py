@@ -5,9 +5,7 @@
 Trains configs/lorenz63_forcing.py with CHANGES on the process of tests/oracle.py, of two
 coordinates, and estimates 16 frames of which coordinate 1 is observed (std .3) in all but two, in
 each regime: with the exact denoiser and with the network, by the same guidance and settings.
-`error` is the RMS distance of the members' mean from Kalman's mean in posterior standard
-deviations, without the error of a finite ensemble; `spread` the ratio of the standard deviations;
-`rmse_ratio` that of the two means' RMSE. Writes benchmarks/results/linear_gaussian.json.
+Writes benchmarks/results/linear_gaussian.json; results/README.md explains the rows.
 """
 
 import dataclasses

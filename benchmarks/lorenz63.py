@@ -4,15 +4,8 @@
   python benchmarks/assimilation_baselines.py --folder=FOLDER
   python benchmarks/lorenz63.py --workdir=DIR --folder=FOLDER
 
-Protocols and the numbers of a row are those of assimilation.py and assimilation_baselines.py; all
-regimes use the same weights. `c` of the guidance, or `zeta` of the paper's in "batch_norm", is
-chosen on the validation set, by the RMSE: for each protocol in the batch regime on all of its
-trajectories, and in the filter on the first 16, for the fixed lag as well. Where each frame is
-observed, an update serves four frames, whose lags are 13 to 16. The rows of the set "test" are on
-other trajectories. `ratio` is the RMSE over that of the particle filter or smoother; `ranks` the
-shares of the truths with 0, 1, ... E members below them. A second row of the batch regime has
-members inflated by the inverse of spread/skill on the validation set. Writes
-benchmarks/results/lorenz63.json, row by row; rows that are there are not made again.
+Protocols are those of assimilation.py; results/README.md explains the rows and how the strength of
+the guidance is chosen. Writes benchmarks/results/lorenz63.json; rows that are there are kept.
 """
 
 import dataclasses

@@ -84,10 +84,7 @@ class Bench(Files):
         return Task(workdir, train, f"{workdir}/done.json", tuple(f"{n}/done.json" for n in needs))
 
     def tasks(self) -> list[Task]:
-        tasks = [
-            self.task("base", "mixture", {}),
-            self.task("classifier", "mixture", CLASSIFIER),
-        ]
+        tasks = [self.task("base", "mixture", {}), self.task("classifier", "mixture", CLASSIFIER)]
         for name, changes in VARIANTS.items():
             needs = ["base"]
             if changes.get("posterior.name") == "classifier":

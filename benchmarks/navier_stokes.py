@@ -4,20 +4,10 @@
   python benchmarks/navier_stokes.py --workdir=DIR
   python benchmarks/assimilation_figures.py --navier_stokes --workdir=DIR   # docs/navier_stokes.*
 
-Truth: 8 trajectories of 16 frames, of other seeds than the training data. Each frame is observed
-with noise of .05 of the field's scale: a tenth of the points, the same ones in each frame (random),
-or bilinear interpolation at every fourth point (downsample). The settings of filter and
-batch in SCHEMES were chosen on the set "validation" with half as many trajectories and members,
-those of lag8 are the same; the rows are of the set "test", and --set=validation makes the others.
-
-Baseline: optimal interpolation, the exact answer under a Gaussian law with the covariance of the
-training frames; `frame` from the observations of one frame alone, the regimes with the correlation
-in time of the training data times the covariance in space.
-
-Numbers of a row: nrmse, the mean of |estimate - truth| / |truth| of a frame; rmse and crps in units
-of the vorticity, standardised in units of its scale; spectra, the mean over all frames of variance
-by wave number. Writes benchmarks/results/navier_stokes.json row by row, and the members of the
-first trajectory into DIR; rows that are there are not made again.
+results/README.md explains the protocol and the rows. The settings in SCHEMES were chosen on the set
+"validation" with half as many trajectories and members. Writes the rows of the set "test" (or
+--set=validation) into benchmarks/results/navier_stokes.json, and the members of the first
+trajectory into DIR; rows that are there are kept.
 """
 
 import dataclasses

@@ -221,8 +221,11 @@ def accepted(config: Any, mutations: dict, defaults: dict) -> str:
     found = flat(config.to_dict())
     for key, value in mutations.items():
         value = found.get(key, value)  # ConfigDict makes 0.0 of False
-        if value is DELETED or any(name.startswith(f"{key}.") for name in defaults):
+        gone = value is DELETED or mutations.get(key.partition(".")[0]) is DELETED
+        if gone or any(name.startswith(f"{key}.") for name in defaults):
             continue  # a default, or a section
+        if key.startswith("companions.") and isinstance(value, str):
+            continue  # of any name; a training warns of one that it does not use
         if key not in defaults:
             return f"{key} is no key, and is ignored"
         if not fits(key, value, defaults[key]):

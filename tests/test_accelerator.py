@@ -26,12 +26,13 @@ ROOT = pathlib.Path(__file__).parent.parent
 SELECTION = [("parity", "dit"), ("throughput", "MLP"), ("plan", ""), ("torch", ""),
              ("sampling", "MLP"), ("resume", ""), ("objectives", "contrastive"),
              ("layouts", "small"), ("layouts", "MLP"), ("rivals", "MLP")]  # fmt: skip
-# Only what jax, flax, optax and NumPy bring can be imported, and the project itself.
+# Only what jax, flax, optax, ml_collections and NumPy bring can be imported, and the project.
 PROGRAM = """
 import importlib.machinery, sys
 import jax, flax.linen, optax, numpy
 
 own = {"mclr_jax", "tasks", "accelerator", "accelerator_sections", "alternation"}
+own |= {"ml_collections", "absl", "yaml"}  # and what it imports
 known = {name.split(".")[0] for name in sys.modules} | sys.stdlib_module_names | own
 
 class Known(importlib.machinery.PathFinder):
@@ -195,7 +196,7 @@ def test_a_step_that_does_not_fit_or_fails(monkeypatch):
     """The batch is halved until it fits; a step that fails leaves those of others."""
     monkeypatch.setattr(alternation, "Step", FakeStep)
     monkeypatch.setattr(alternation, "Holder", FakeHolder)
-    monkeypatch.setattr(alternation, "_limit", lambda: 300)
+    monkeypatch.setattr(alternation, "peak_bytes", lambda key="": 300)
     monkeypatch.setattr(alternation, "seconds_of", lambda run, count: 2.0 * count)
     monkeypatch.setattr(alternation.plan, "step_flops", lambda task, batch: 1000 * batch)
     chip = chips.Chip(1, 16000.0, 1.0, 1.0, "")
