@@ -42,9 +42,9 @@ def pareto(bench, result: dict, second: str) -> None:
     for panel, (title, found) in zip(np.ravel(drawing.subplots(1, len(panels))), panels.items(),
                                      strict=True):  # fmt: skip
         x, y = PANELS[title]
-        for points, colour in found.values():
+        for words, (points, colour) in found.items():
             across, up, calls, strengths = zip(*points, strict=True)
-            panel.plot(across, up, "-", color=colour, linewidth=0.8)
+            panel.plot(across, up, "-", color=colour, linewidth=0.8, label=words)
             panel.scatter(across, up, calls, [colour], zorder=3)
             for strength, *at in zip(strengths, across, up, strict=True):
                 panel.annotate(
@@ -55,9 +55,7 @@ def pareto(bench, result: dict, second: str) -> None:
         panel.set_title(f"{title} (held-out: {floor})", fontsize=9)
         panel.set_xlabel(AXES[x.removeprefix("second.")])
         panel.set_ylabel(AXES[y.removeprefix("second.")])
-        beside(
-            panel, {words: (points[-1][:2], colour) for words, (points, colour) in found.items()}
-        )
+        panel.legend(fontsize=8)
     drawing.suptitle(
         f"{bench.name}: numbers are strengths; the larger a marker, the more network calls",
         fontsize=10,
@@ -88,20 +86,6 @@ def value(row: dict, key: str, second: str) -> float | None:
     """A number of a row, or of what the second judge says of it, or None if that is not there."""
     judge, _, name = key.rpartition(".")
     return (row.get(second, {}) if judge else row).get(name)
-
-
-def beside(panel, names: dict[str, tuple]) -> None:
-    """Names -> (place, colour), written at the right of a panel, apart from each other."""
-    low, high = panel.get_ylim()
-    height = 0.0
-    for words, (at, colour) in sorted(names.items(), key=lambda item: item[1][0][1]):
-        height = max(height, (at[1] - low) / (high - low))
-        panel.annotate(
-            words, at, xytext=(1.03, height), textcoords="axes fraction", va="center",
-            fontsize=8, color=colour, annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.4},
-        )  # fmt: skip
-        height += 0.05
 
 
 def save(drawing: Figure, path: pathlib.Path, dpi: int = 110) -> None:

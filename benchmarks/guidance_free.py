@@ -18,7 +18,6 @@ import functools
 import itertools
 import json
 import math
-import statistics
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -251,12 +250,6 @@ def identity(row: dict) -> tuple:
     return row["strength"], row["seed"], tuple(row["noise"])
 
 
-def mean(rows: list[dict], key: str) -> tuple[float, float]:
-    """Mean over seeds and standard deviation."""
-    values = [row[key] for row in rows]
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", choices=sorted(GAMMAS), default="fashion_mnist")
@@ -276,12 +269,6 @@ def main() -> None:
         if (own := [row for row in rows if row["noise"] == [*NOISE.values()]])
     }  # fmt: skip
     figures.pareto(bench, result | {"methods": equal}, SECOND)
-    for method, rows in result["methods"].items():
-        for key in dict.fromkeys((row["strength"], *row["noise"]) for row in rows):
-            own = [row for row in rows if (row["strength"], *row["noise"]) == key]
-            keys = ("frechet", "per_class_frechet", "accuracy", "precision", "recall")
-            print(f"{method:26s}", *key, *("{} {:.3f} +- {:.3f}".format(k, *mean(own, k))
-                                          for k in keys))  # fmt: skip
 
 
 if __name__ == "__main__":

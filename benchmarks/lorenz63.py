@@ -35,29 +35,25 @@ def changed(scheme: Scheme) -> dict:
     return {k: v for k, v in dataclasses.asdict(scheme).items() if v != getattr(Scheme(), k)}
 
 
+KEYS = {"rmse": "rmse", "rmse_flowdas": "rmse_flowdas", "w1": "w1_to_truth",
+        "w1_standardised": "w1_standardised", "w1_floor": "w1_floor", "log_prior": "log_prior",
+        "log_prior_members": "log_prior_members",
+        "log_likelihood": "log_likelihood_members"}  # fmt: skip
+
+
 def summary(rows: list[dict]) -> dict:
     """The numbers on FlowDAS's protocol, test set, and those of the particle filter."""
     baselines = json.loads((RESULTS / "assimilation_baselines.json").read_text())
-    exact = {
-        r["regime"]: r for r in baselines["particle_filter_flowdas"]["rows"] if r["set"] == "test"
-    }
-    keys = {"rmse": "rmse", "rmse_flowdas": "rmse_flowdas", "w1": "w1_to_truth",
-            "w1_standardised": "w1_standardised", "w1_floor": "w1_floor",
-            "log_prior": "log_prior", "log_prior_members": "log_prior_members",
-            "log_likelihood": "log_likelihood_members"}  # fmt: skip
-    short = lambda row: {key: row.get(name) for key, name in keys.items()}  # noqa: E731
-    ours = {
-        r["regime"]: r for r in rows
+    exact = {r["regime"]: r for r in baselines["particle_filter_flowdas"]["rows"]
+             if r["set"] == "test"}  # fmt: skip
+    found = {
+        REGIMES[r["regime"]][0] + "_norm" * (r["regime"] == "batch_norm"): r for r in rows
         if (r["protocol"], r["set"]) == ("flowdas", "test") and "inflation" not in r["plan"]
     }  # fmt: skip
-    names = {"filter": "filter", "lag16": "fixed_lag", "batch": "batch", "batch_norm": "batch_norm"}
-    found = {names[regime]: short(row) for regime, row in ours.items()}
-    best = min(ours.values(), key=lambda row: row["rmse"], default=None)
-    found |= {"best": short(best) | {"regime": best["regime"]}} if best else {}
-    return found | {
-        "particle_filter": short(exact["filter"]),
-        "particle_smoother": short(exact["batch"]),
-    }
+    if found:
+        found["best"] = min(found.values(), key=lambda row: row["rmse"])
+    found |= {"particle_filter": exact["filter"], "particle_smoother": exact["batch"]}
+    return {name: {key: row.get(of) for key, of in KEYS.items()} for name, row in found.items()}
 
 
 def main() -> None:

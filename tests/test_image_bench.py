@@ -15,7 +15,6 @@ import small_bench
 import tables
 import tasks
 import two_digits
-from matplotlib.figure import Figure
 from small_bench import MADE_BY, TRAINED
 
 from mclr_jax import runs
@@ -302,15 +301,6 @@ def test_curves_have_the_strengths_that_were_judged_for_all_seeds_of_the_control
         "no guidance": 9.0, "CCA": 3.0,
     }  # fmt: skip
     assert not figures.curves({"cca": methods["cca"]}, "frechet", "frechet", "judge")
-
-
-def test_names_beside_a_panel_are_apart_and_in_the_order_of_their_points():
-    panel = Figure().subplots()
-    panel.set_ylim(0, 2)
-    places = {"above": (0.1, 1.4), "first": (0.2, 0.4), "near": (0.3, 0.42), "equal": (0.4, 0.42)}
-    figures.beside(panel, {name: (at, "black") for name, at in places.items()})
-    heights = {text.get_text(): text.xyann[1] for text in panel.texts}
-    assert heights == pytest.approx({"first": 0.2, "near": 0.25, "equal": 0.3, "above": 0.7})
 
 
 # ---- ICR -----------------------------------------------------------------------------------------
