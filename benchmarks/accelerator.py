@@ -4,10 +4,10 @@
   python benchmarks/accelerator.py --out=accelerator.json --only=parity,torch
   python benchmarks/accelerator.py --out=tiny.json --tiny                     # any machine
 
-It needs jax, flax, optax, ml_collections and NumPy; the section `torch` needs PyTorch. Run again,
-it makes the rows that are missing or have failed. Each section runs in a process of its own, and
-each row of `throughput`, `layouts` and `rivals`, so that its peak of memory is its own; a process
-that dies leaves the other rows. docs/devices.md explains the sections.
+It needs jax, flax, optax, ml_collections, Pillow and NumPy, the section `torch` also PyTorch. Run
+again, it makes the rows that are missing or have failed. Each section runs in a process of its own,
+and each row of `throughput`, `layouts` and `rivals`, so that its peak of memory is its own; a
+process that dies leaves the other rows. docs/devices.md explains the sections.
 """
 
 import argparse
@@ -102,15 +102,8 @@ def versions() -> dict[str, str]:
 
 def summary(found: Mapping[str, Any]) -> str:
     """What a row says, in few words."""
-    for key in ("error", "skipped"):
-        if key in found:
-            return f"{key}: {found[key]}"
-    shown = ("passed", "batch_size", "over_first", "examples_per_second", "utilisation", "error")
-    parts = {"": found} | {name: part for name, part in found.items() if isinstance(part, dict)}
-    picked = {
-        name: {key: part[key] for key in shown if key in part} for name, part in parts.items()
-    }
-    return str({name: part for name, part in picked.items() if part} or found)[:400]
+    shown = ("passed", "batch_size", "over_first", "skipped", "error")
+    return str({key: found[key] for key in shown if key in found} or found)[:400]
 
 
 # ---- the file ------------------------------------------------------------------------------------

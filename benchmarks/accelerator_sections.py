@@ -1,7 +1,4 @@
-"""What benchmarks/accelerator.py measures: the rows of its sections, as functions.
-
-It imports what the ground floors of the package import: jax, flax, optax and NumPy.
-"""
+"""What benchmarks/accelerator.py measures: the rows of its sections, as functions."""
 
 import dataclasses
 import functools

@@ -1,8 +1,4 @@
-"""Programs that are timed in alternation, in this process and in others.
-
-Used by accelerator.py, throughput.py and startup.py. It imports what the ground floors of the
-package import: jax, flax, optax and NumPy.
-"""
+"""Programs that are timed in alternation, in this process and in others."""
 
 import contextlib
 import dataclasses

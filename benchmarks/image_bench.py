@@ -47,25 +47,15 @@ SECOND, SECOND_METRICS, SECOND_REFERENCE = "efficientnet_lite0", ("fd", "fd_clas
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A row of the table.
+    """A row of the table."""
 
-    Attributes:
-      tuned: name of the fine-tuning; with the seed, its work directory.
-      gamma: guidance, or the strength that is given to the network, when sampling.
-      changes: of configs/DATA_mclr.py, see `tasks.config_of`.
-      interpolation: place on the line from the base's weights to the fine-tuned ones.
-      interval: noise levels to guide in; None for all.
-      weak: work directory of the weaker model of autoguidance; "" for none.
-      needs: files that must be there before fine-tuning; {base} is replaced by the base's name.
-    """
-
-    tuned: str
-    gamma: float
-    changes: dict[str, Any]
-    interpolation: float = 1.0
-    interval: tuple[float, float] | None = None
-    weak: str = ""
-    needs: tuple[str, ...] = ()
+    tuned: str  # name of the fine-tuning; with the seed, its work directory
+    gamma: float  # guidance, or the strength that is given to the network, when sampling
+    changes: dict[str, Any]  # of configs/DATA_mclr.py, see `tasks.config_of`
+    interpolation: float = 1.0  # place on the line from the base's weights to the fine-tuned ones
+    interval: tuple[float, float] | None = None  # noise levels to guide in; None for all
+    weak: str = ""  # work directory of the weaker model of autoguidance
+    needs: tuple[str, ...] = ()  # files that must be there first; {base} is the base's name
 
     def workdir(self, seed: int) -> str:
         return f"{self.tuned}_{seed}"
@@ -142,8 +132,7 @@ class Bench(Files):
         config.network = configs_base.options(**JUDGES[judge]["network"], dropout=0.1)
         config.optimizer.weight_decay = JUDGES[judge]["weight_decay"]
         config.num_steps = self.settings["judge_steps"][judge]
-        config.batch_size = 64
-        config.seed = 100
+        config.batch_size, config.seed = 64, 100
         self.train(f"judge_{judge}", f"{self.configs}_classifier", config)
 
     def fine_tuning(self, seed: int, changes: Mapping[str, Any]) -> Any:

@@ -52,12 +52,6 @@ def named(values: Row, names: Iterable[str]) -> list[Row]:
     return [{"name": name, "value": values[name]} for name in names]
 
 
-def transposed(table: Mapping[str, Row]) -> dict[str, dict]:
-    """Key -> name -> value of a mapping name -> key -> value."""
-    keys = next(iter(table.values()))
-    return {key: {name: row[key] for name, row in table.items()} for key in keys}
-
-
 def outcome(value: Any) -> str:
     """A distance, or when the training has diverged."""
     if isinstance(value, str):
@@ -75,31 +69,20 @@ def of_test(result: Row) -> list[Row]:
     return [row for row in result["rows"] if row["set"] == "test"]
 
 
-def inflated(row: Row) -> str:
-    inflation = row["plan"].get("inflation")
-    return f", inflated by {inflation:.2f}" if inflation else ""
-
-
-def uneven(shares: list[float]) -> float:
-    """Distance of shares from equal ones."""
-    return sum(abs(share - 1 / len(shares)) for share in shares) / 2
-
-
-def two(row: Row, key: str) -> str:
-    return f"{row[key]:.2f}" if key in row else ""
-
-
 def beside_dapper(rows: Iterable[Row], on_few: Iterable[Row]) -> list[Row]:
-    """Rows of regimes with dapper's method of the lowest RMSE, and with its RMSE on as many."""
+    """Rows of regimes with texts of dapper's method of the lowest RMSE, and of it on as many."""
     found, baselines = [], load("assimilation_baselines")
+    none = dict.fromkeys(("method", "rmse", "rmse_second_half", "spread_skill", "seconds"), "")
     for row in sorted(rows, key=lambda row: row["system"], reverse=True):
         if row["task"] not in ("forecast", "known"):
             theirs = [r for r in baselines[f"dapper_{row['system']}"]["rows"]
                       if (r["set"], r["regime"]) == ("test", row["task"])]  # fmt: skip
-            best = min(theirs, key=lambda r: r["rmse"], default={})
+            best = min(theirs, key=lambda r: r["rmse"], default=none)
             key = {name: row[name] for name in ("system", "task", "trajectories")}
             same = next((r for r in on_few if key.items() <= r.items()), best)
-            found.append({**row, "dapper": best, "same": same})
+            two = lambda r: {k: f"{x:.2f}" if type(x) is float else x for k, x in r.items()}  # noqa: E731
+            each = {"seconds": f" / {best['seconds'] / 16:.1f}" if theirs else ""}
+            found.append({**row, "dapper": two(best) | each, "same": two(same)})
     return found
 
 
@@ -110,10 +93,6 @@ def of_both_methods(rows: Iterable[Row]) -> list[Row]:
     keys = itertools.product(("random", "downsample"), regimes, methods)
     kept = (key for key in keys if key[2] == "model" or key[1] in ("frame", "batch"))
     return [cells[key] for key in kept if key in cells]
-
-
-def threads_of(count: int) -> str:
-    return f"{count} thread{'s' if count > 1 else ''}"
 
 
 def against_torch(row: Row) -> str:
@@ -128,10 +107,6 @@ def transposed_speeds(rows: list[Row]) -> list[Row]:
     speeds = {name: [row["images_per_second"].get(name) for row in rows] for name in names}
     return [{"name": name, "speeds": [f"{x:.3g}" if x else "" for x in values]}
             for name, values in speeds.items()]  # fmt: skip
-
-
-def small(value: float) -> str:
-    return f"{value:.1e}" if value else "0"
 
 
 def memory(row: Row) -> str:

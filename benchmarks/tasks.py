@@ -93,11 +93,8 @@ class Files:
     def train(self, name: str, file: str, config: Any, may_diverge: bool = False) -> None:
         """Train to the end; only then is there NAME/done.json, which `training` reads.
 
-        Args:
-          name: work directory, under `root`.
-          file: configs/FILE.py, which `config` has come from.
-          config: what to train.
-          may_diverge: whether that is an end, too.
+        NAME is the work directory, under `root`; `config` has come from configs/FILE.py. With
+        `may_diverge` that is an end, too.
         """
         from mclr_jax import runs
         from mclr_jax.main import train
@@ -177,11 +174,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(root: pathlib.Path, tasks: Sequence[Task], arguments: argparse.Namespace) -> dict:
-    """Run the task of `arguments` and exit, or all that are missing.
-
-    Returns:
-      what collects the results: command, revision, device, jax, seconds.
-    """
+    """Run the task of `arguments` and exit, or all that are missing; the provenance of a result."""
     from launch.common import keep_compiled
     from mclr_jax.cpu import keep_freed_memory
 
@@ -198,24 +191,15 @@ def run(root: pathlib.Path, tasks: Sequence[Task], arguments: argparse.Namespace
 
     from mclr_jax.training.devices import banner
 
-    return {
-        **provenance(),
-        "device": banner(),
-        "jax": jax.__version__,
-        "seconds_of_this_call": round(time.time() - start),
-    }
+    made_by = {**provenance(), "device": banner(), "jax": jax.__version__}
+    return made_by | {"seconds_of_this_call": round(time.time() - start)}
 
 
 def schedule(root: pathlib.Path, tasks: Sequence[Task], command: Sequence[str], jobs: int) -> None:
-    """Run what is missing, `jobs` processes at a time, each on a core of its own.
+    """Run what is missing in this order, `jobs` processes at a time, each on a core of its own.
 
-    Where one fails, the others are told to stop, too, and this process exits.
-
-    Args:
-      root: folder of the outputs.
-      tasks: in the order in which to start them.
-      command: runs one of them, with --task=NAME added.
-      jobs: processes at a time.
+    `root` is the folder of the outputs; `command` runs one task, with --task=NAME added. If one
+    fails, the others are told to stop, too, and this process exits.
     """
     cores = sorted(os.sched_getaffinity(0))[:jobs]
     running: dict[int, tuple[Task, subprocess.Popen]] = {}
@@ -234,20 +218,14 @@ def schedule(root: pathlib.Path, tasks: Sequence[Task], command: Sequence[str], 
                     if process.returncode or not there(task.output):
                         sys.exit(f"{task.name} failed; see {logs / task.name}.log")
                     print(f"{time.strftime('%H:%M:%S')} {task.name}", flush=True)
-            ready = [
-                task for task in tasks
-                if task.name not in started and not there(task.output)
-                and all(map(there, task.needs))
-            ]  # fmt: skip
+            left = (task for task in tasks if task.name not in started and not there(task.output))
+            ready = [task for task in left if all(map(there, task.needs))]
             for core in [c for c in cores if c not in running][: len(ready)]:
                 task = ready.pop(0)
                 started.add(task.name)
+                own = ["taskset", "-c", str(core), *command, f"--task={task.name}"]
                 with (logs / f"{task.name}.log").open("ab") as log:
-                    running[core] = task, subprocess.Popen(
-                        ["taskset", "-c", str(core), *command, f"--task={task.name}"],
-                        stdout=log,
-                        stderr=log,
-                    )  # fmt: skip
+                    running[core] = task, subprocess.Popen(own, stdout=log, stderr=log)
             time.sleep(0.5)
     finally:
         for _, process in running.values():

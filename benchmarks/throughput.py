@@ -16,7 +16,9 @@ What the project does for speed on the CPU, each also measured without it:
 """
 
 import argparse
+import collections
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -218,22 +220,13 @@ def profile(model: str) -> dict[str, float]:
         with jax.profiler.trace(folder):
             run()
         (file,) = Path(folder).rglob("*.xplane.pb")
-        data = jax.profiler.ProfileData.from_file(str(file))
-        total: dict[str, float] = {}
-        for plane in data.planes:
-            for line in plane.lines:
-                for event in line.events:
-                    stats = dict(event.stats)
-                    if "hlo_op" in stats:
-                        kind = event.name.split(".")[0]
-                        total[kind] = total.get(kind, 0.0) + event.duration_ns
+        data, total = jax.profiler.ProfileData.from_file(str(file)), collections.Counter()
+        for line in (line for plane in data.planes for line in plane.lines):
+            for event in line.events:
+                if "hlo_op" in dict(event.stats):
+                    total[event.name.split(".")[0]] += event.duration_ns
     whole = sum(total.values())
-    shares = {kind: round(t / whole, 3) for kind, t in total.items() if t / whole >= 0.01}
-    return dict(sorted(shares.items(), key=lambda item: -item[1]))
-
-
-def installed(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
+    return {kind: round(t / whole, 3) for kind, t in total.most_common() if t / whole >= 0.01}
 
 
 def main() -> None:
@@ -248,35 +241,26 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        worker(*json.loads(args.worker))
-        return
+        return worker(*json.loads(args.worker))
     if args.profile:
-        print(json.dumps(profile(args.profile), indent=1))
-        return
+        return print(json.dumps(profile(args.profile), indent=1))
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     chip = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
-    result = {
+    known = (name for name in ("jax", "jaxlib", "torch") if importlib.util.find_spec(name))
+    models, threads = args.models.split(), map(int, args.threads.split())
+    result: dict = {
         "machine": f"{chip or platform.processor()}, {os.cpu_count()} cores",
-        "versions": {name: version(name) for name in ("jax", "jaxlib", "torch") if installed(name)},
-        "python": platform.python_version(),
-        **provenance(),
-        "load_average": os.getloadavg(),
-        "rows": [],
-    }
-    for task in args.cases.split():
-        for model in args.models.split():
-            for threads in map(int, args.threads.split()):
-                result["rows"].append(measure(task, model, threads, args.rounds, args.skip))
-                row = result["rows"][-1]
-                print(task, model, threads, row["ours_over_torch"], row["images_per_second"],
-                      row["first_round_seconds"], flush=True)  # fmt: skip
-                write_json(args.out, result)
-    for model in args.models.split():
-        output = subprocess.run(
-            ["taskset", "-c", "0", sys.executable, __file__, f"--profile={model}"],
-            check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT,
-        ).stdout  # fmt: skip
-        result.setdefault("training_time_by_operation", {})[model] = json.loads(output)
+        "versions": {name: version(name) for name in known}, "python": platform.python_version(),
+        **provenance(), "load_average": os.getloadavg(), "rows": [],
+    }  # fmt: skip
+    for case in itertools.product(args.cases.split(), models, threads):
+        result["rows"].append(row := measure(*case, args.rounds, args.skip))
+        print(*case, row["images_per_second"], row["first_round_seconds"], flush=True)
+        write_json(args.out, result)
+    shares = result["training_time_by_operation"] = {}
+    for model in models:
+        command = ["taskset", "-c", "0", sys.executable, __file__, f"--profile={model}"]
+        shares[model] = json.loads(subprocess.check_output(command, text=True, cwd=ROOT))
     write_json(args.out, result)
 
 
