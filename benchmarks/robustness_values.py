@@ -17,7 +17,6 @@ from mclr_jax import hooks, plan
 from mclr_jax.config import Training
 from mclr_jax.experiment import Experiment
 from mclr_jax.files import flat
-from mclr_jax.model import shapes_of
 from mclr_jax.training.step import make_update
 
 SMALL = {
@@ -80,18 +79,8 @@ def small(file: str, changes: dict[str, Any]) -> Any:
     return config
 
 
-SOURCES: dict[str, Any] = {}
-
-
 class Bare(Experiment):
     """An experiment whose companions have no runs: small models without weights."""
-
-    @functools.cached_property
-    def source(self) -> Any:
-        data, seed = self.training.data, self.training.seed
-        if (key := f"{data} {seed}") not in SOURCES:
-            SOURCES[key] = data.source("train", seed)
-        return SOURCES[key]
 
     @functools.cached_property
     def companions(self) -> Any:
@@ -104,16 +93,9 @@ class Bare(Experiment):
     frozen = functools.cached_property(lambda self: {})
 
 
-def build(config: Any) -> Bare:
-    """The parts of a training, with the shapes of its parameters."""
-    experiment = Bare(Training.parse(config), pathlib.Path("nowhere"))
-    shapes_of(experiment.task.model)
-    return experiment
-
-
 def trace(config: Any) -> None:
     """Everything of a training before its first compiled step, which is traced."""
-    experiment = build(config)
+    experiment = Bare(Training.parse(config), pathlib.Path("nowhere"))
     training, task = experiment.training, experiment.task
     hooks.readings(experiment, 0)
     experiment.devices.check_batch_size(training.batch_size, training.grad_accumulation)
@@ -193,7 +175,7 @@ def judge(
 ) -> Case:
     """The outcome of using a config with these mutations.
 
-    What `parse` accepts and should not must be refused by `build`.
+    What `parse` accepts and should not must be refused by `trace`.
     """
 
     def call() -> None:
@@ -204,7 +186,7 @@ def judge(
     outcome, detail, _ = attempt(call)
     wrong = accepted(config, mutations, defaults) if outcome == WORKS else ""
     if wrong and use is parse:
-        outcome, detail, _ = attempt(lambda: build(config))
+        outcome, detail, _ = attempt(lambda: trace(config))
     if wrong and outcome == WORKS:
         return Case(what, SILENT, wrong)
     words = {word for key, value in mutations.items()

@@ -23,8 +23,7 @@ import jax
 from absl import flags
 
 from launch import common
-from mclr_jax import runs
-from mclr_jax.evaluation import calibrate
+from mclr_jax import calibrate, runs
 from mclr_jax.evaluation.features import Extractor
 from mclr_jax.files import write_json
 from mclr_jax.training.log import Progress

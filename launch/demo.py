@@ -49,29 +49,19 @@ def main() -> None:
     grids, table = [], []
     print(f"\nAccuracy judged by a classifier of real digits, {len(labels)} samples each:")
     print(f"  {'':8s} {'accuracy':>8s} {'network calls':>13s}")
-    for name, directory, scale in [
-        ("base", "base", 1.0),
-        ("CFG", "base", GUIDANCE_SCALE.value),
-        ("MCLR", "mclr", 1.0),
-    ]:
-        run = runs.load(workdir / directory)
+    rows = ("base", "base", 1.0), ("CFG", "base", GUIDANCE_SCALE.value), ("MCLR", "mclr", 1.0)
+    for name, directory, scale in rows:
+        run, guided = runs.load(workdir / directory), generate.Guidance(scale)
         params, step = run.weights()
-        samples = generate.generate(
-            run.model, params, labels, run.sampler, guided=generate.Guidance(scale)
-        )
+        samples = generate.generate(run.model, params, labels, run.sampler, guided=guided)
         accuracy = float((classifier.predict(_features(samples)) == labels).mean())
-        calls = generate.Guidance(scale).calls(run.model, run.sampler)
+        calls = guided.calls(run.model, run.sampler)
         table.append({"name": name, "steps": step, "accuracy": accuracy, "network_calls": calls})
         print(f"  {name:8s} {accuracy:8.1%} {calls:13d}")
         grids.append(images.picture(samples, labels))
     images.save(workdir / "samples.png", np.concatenate(grids, axis=1))
-    result = {
-        **provenance(),
-        "guidance_scale": GUIDANCE_SCALE.value,
-        "samples": len(labels),
-        "table": table,
-        "device": banner(),
-    }
+    result = {**provenance(), "guidance_scale": GUIDANCE_SCALE.value, "samples": len(labels),
+              "table": table, "device": banner()}  # fmt: skip
     write_json(workdir / "result.json", result)
     print(f"Picture: {workdir / 'samples.png'}; numbers: {workdir / 'result.json'}")
 

@@ -36,10 +36,9 @@ from mclr_jax.training.log import Progress
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of launch.train.")
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.json.")
 FEATURES = flags.DEFINE_string(
-    "features",
-    None,
+    "features", None,
     "Extractor: classifier:WORKDIR, efficientnet_lite0, inception:FILE or dinov2:FILE.",
-)
+)  # fmt: skip
 JUDGE = flags.DEFINE_string("judge", None, "Extractor that judges accuracy; default: --features.")
 METRICS = flags.DEFINE_list("metrics", sorted(evaluate.METRICS), "What to measure; see above.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 10_000, "Of each row.", lower_bound=2)
@@ -74,30 +73,18 @@ def main() -> None:
     cache = pathlib.Path(CACHE.value).expanduser()
     with Progress(len(train), "real image", quiet=not first) as progress:
         real = evaluate.real_statistics(extractor, train, cache, progress.update)
+    shown = {"names": METRICS.value, "judge": judge, "training": train if MEMORIZED.value else None}
     held_out, labels = test[np.arange(min(NUM_SAMPLES.value, len(test)))]
-    judged = judge(held_out, labels) if judge else None
-    measured = evaluate.measure(extractor(held_out, labels), real, METRICS.value, judged)
-    floor = {"samples": len(labels), **measured}
-    if MEMORIZED.value:
-        floor["memorized"] = evaluate.memorized(held_out, train)
+    floor = {
+        "samples": len(labels), **evaluate.judged(held_out, labels, extractor, real, **shown)
+    }  # fmt: skip
     total = NUM_SAMPLES.value * len(scales) * len(EMAS.value) * len(places)
     with Progress(total, "sample", quiet=not first) as progress:
         rows = evaluate.evaluate(
-            run,
-            extractor,
-            real,
-            names=METRICS.value,
-            judge=judge,
-            num_samples=NUM_SAMPLES.value,
-            seed=SEED.value,
-            guided=guided,
-            guidance_scales=scales,
-            averages=EMAS.value,
-            interpolations=places,
-            training=train if MEMORIZED.value else None,
-            batch_size=BATCH_SIZE.value,
-            progress=progress.update,
-        )
+            run, extractor, real, **shown, num_samples=NUM_SAMPLES.value, seed=SEED.value,
+            guided=guided, guidance_scales=scales, averages=EMAS.value, interpolations=places,
+            batch_size=BATCH_SIZE.value, progress=progress.update,
+        )  # fmt: skip
     if out is None:
         return
     write_json(out, {"floor": floor, "rows": rows})

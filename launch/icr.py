@@ -48,18 +48,10 @@ def main() -> None:
     test = run.source("test") if PROBE.value else None
     with Progress(None, "image") as progress:
         rows = sweep.sweep(
-            run.model,
-            params,
-            train,
-            test,
+            run.model, params, train, test, sigmas=sigmas, layers=layers, seed=SEED.value,
             augmentation=perturb.Augmentation(flip=bool(data.flip or data.augment)),
-            sigmas=sigmas,
-            layers=layers,
-            num_images=NUM_IMAGES.value,
-            seed=SEED.value,
-            batch_size=BATCH_SIZE.value,
-            progress=progress.update,
-        )
+            num_images=NUM_IMAGES.value, batch_size=BATCH_SIZE.value, progress=progress.update,
+        )  # fmt: skip
     settings = {
         **common.made_by(WORKDIR.value, step, EMA.value, params),
         "num_images": len(evenly(train, NUM_IMAGES.value)),

@@ -16,9 +16,9 @@ from mclr_jax.training.log import Progress
 
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.html.")
 GUIDANCE_SCALES = flags.DEFINE_list("guidance_scales", ["1", "1.5", "2"], "Scales to sample at.")
-CLASS_STRENGTHS = flags.DEFINE_string("class_strengths", None, common.CLASS_STRENGTHS)
 PER_CLASS = flags.DEFINE_integer("per_class", 6, "Samples of each class.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the starting noise.", lower_bound=0)
+common.define_guidance()
 
 
 def main(workdirs: list[str]) -> None:
@@ -26,15 +26,15 @@ def main(workdirs: list[str]) -> None:
         common.stop("No run was named: python -m launch.report DIR [DIR ...] --out=report.html")
     scales = common.numbers(GUIDANCE_SCALES, float) or []
     models = [runs.load(workdir).model for workdir in workdirs]
-    factors = [common.class_strengths(CLASS_STRENGTHS.value, m.null_label) for m in models]
+    guidances = [common.guidance(model) for model in models]
     out = common.output(OUT.value, ".html")
     common.use_cores(models[0].network)
     classes = sum(model.null_label for model in models if not model.is_classifier)
     with Progress(classes * len(scales) * PER_CLASS.value, "sample") as progress:
         options = {"seed": SEED.value, "progress": progress.update}
         pages = [
-            report.read(workdir, scales, PER_CLASS.value, class_strengths=own, **options)
-            for workdir, own in zip(workdirs, factors, strict=True)
+            report.read(workdir, scales, PER_CLASS.value, guided, **options)
+            for workdir, guided in zip(workdirs, guidances, strict=True)
         ]
     write_atomically(out, report.page(pages))
     print(f"Wrote {out}.")

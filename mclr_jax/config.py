@@ -22,7 +22,7 @@ from mclr_jax.denoiser import fused_snr_weight, natural_weight
 from mclr_jax.files import as_json
 from mclr_jax.model import DataInfo, Model
 from mclr_jax.noise import SIGMA_RANGE, CausalForcing, Forcing, LogNormal, LogUniform, NoiseLevels
-from mclr_jax.objectives.base import Objective
+from mclr_jax.objectives.base import Objective, Problem
 from mclr_jax.objectives.classify import Classify
 from mclr_jax.objectives.dsm import DSM
 from mclr_jax.objectives.mclr import MCLR
@@ -30,7 +30,6 @@ from mclr_jax.objectives.mclr_null import NullMCLR
 from mclr_jax.objectives.rivals import CCA, DDO, DPO, GFT, ContrastiveFlow, ModelGuidance
 from mclr_jax.parts import NETWORKS, PRECONDITIONINGS, UNITS
 from mclr_jax.posterior import Classifier, Denoiser, Exact
-from mclr_jax.problem import Problem
 from mclr_jax.samplers import Sampler
 from mclr_jax.schema import Keys, Part, key, part, section
 from mclr_jax.task import MADE_HERE, Posterior, Task

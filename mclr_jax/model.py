@@ -12,9 +12,8 @@ from flax import traverse_util
 
 from mclr_jax.denoiser import NetworkFn, Preconditioning, denoiser, moments
 from mclr_jax.networks.layers import divided
-from mclr_jax.problem import Answers, LogitsFn
 from mclr_jax.schema import in_range
-from mclr_jax.types import Condition, DenoiseFn, MomentsFn, as_condition, expand
+from mclr_jax.types import Answers, Condition, DenoiseFn, LogitsFn, MomentsFn, as_condition, expand
 
 
 @dataclasses.dataclass(frozen=True)

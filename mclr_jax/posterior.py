@@ -15,9 +15,9 @@ import numpy as np
 from mclr_jax import mixture
 from mclr_jax.mixture import GaussianMixture
 from mclr_jax.noise import normal_like, split
-from mclr_jax.problem import Answers, LogitsFn, PosteriorFn, Problem
+from mclr_jax.objectives.base import Problem
 from mclr_jax.schema import Keys, in_range, key
-from mclr_jax.types import DenoiseFn, expand, with_label
+from mclr_jax.types import Answers, DenoiseFn, LogitsFn, PosteriorFn, expand, with_label
 
 
 @dataclasses.dataclass(frozen=True)

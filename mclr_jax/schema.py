@@ -446,7 +446,7 @@ def options(
     for key in values:
         if key not in known:
             raise ValueError(f"{name!r} has no option {key!r}. {nearest(key, known)}")
-    found = _defaults(factory, late) | values
+    found = {**_defaults(factory, late), **values}
     for key in known - found.keys():
         raise ValueError(f"Option {key!r} of {name!r} has no default; give it a value.")
     return {"name": name, **found}

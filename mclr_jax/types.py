@@ -1,7 +1,7 @@
-"""Types that all modules share: a denoising function and its condition."""
+"""Types that all modules share: the functions of a network and their condition."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,18 @@ class Condition(struct.PyTreeNode):
 DenoiseFn = Callable[[jax.Array, jax.Array, Any], jax.Array]
 # The same inputs -> the estimate and the variance of each coordinate of x0 given x, as x.
 MomentsFn = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array]]
+# The same inputs -> log-odds of the classes (B, K).
+LogitsFn = Callable[[jax.Array, jax.Array, Any], jax.Array]
+# (x, sigma, condition, keys (B,)) -> log p(class | x_sigma = x), (B, K). Random estimates draw from
+# `keys`; an estimate that tries a subset of the classes includes condition.label.
+PosteriorFn = Callable[[jax.Array, jax.Array, Condition, jax.Array], jax.Array]
+
+
+class Answers(NamedTuple):
+    """The two functions of a network; only one of them is valid for a given network."""
+
+    denoise: DenoiseFn
+    logits: LogitsFn
 
 
 def as_condition(condition: Condition | jax.Array) -> Condition:

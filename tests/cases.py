@@ -16,9 +16,9 @@ import tiny
 from mclr_jax.config import Training
 from mclr_jax.mixture import toy
 from mclr_jax.model import DataInfo, Model
-from mclr_jax.problem import Answers, Models, Problem
+from mclr_jax.objectives.base import Models, Problem
 from mclr_jax.task import Task
-from mclr_jax.types import label_of
+from mclr_jax.types import Answers, label_of
 
 # ---- objectives alone ----------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""A stationary linear-Gaussian process with its exact denoiser and its exact posteriors."""
+"""A stationary linear-Gaussian process: its exact denoiser, guidance and posteriors."""
 
 import dataclasses
 import functools
@@ -7,7 +7,10 @@ import types
 import jax.numpy as jnp
 import numpy as np
 
+from mclr_jax.assimilation import guide
 from mclr_jax.assimilation.observe import Observations, Operator, Select
+from mclr_jax.assimilation.schedules import Scheme
+from mclr_jax.types import expand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,3 +112,39 @@ def errors(members, mean, std):
     spread = members.var(1, ddof=1) / std**2
     rms = np.sqrt(max(wrong.mean() - (spread / members.shape[1]).mean(), 0))
     return rms, np.sqrt(spread.mean())
+
+
+def conjugate(operator, seen, iterations=5):
+    """E[x0 | x, y] = D + V A'^T (A' V A'^T + R)^-1 (y - A D), where V is exact.
+
+    Conjugate gradients with the preconditioner R + v; each iteration is a vector-Jacobian product.
+    The Jacobian of a network is not symmetric, so that iterations after the first can diverge.
+    """
+
+    def correct(moments, x, level, condition):
+        def dot(a, b):
+            return (a * b).sum((1, 2), keepdims=True)
+
+        d, _, residual, noise, spread, gain, project = guide.linearised(
+            operator, seen, moments, x, level, condition
+        )
+        total = noise + spread
+        p = residual / total
+        size = dot(residual, p)
+        for _ in range(iterations):
+            step = gain(p)
+            effect = project(step) + noise * p
+            length = size / jnp.maximum(dot(p, effect), 1e-30)
+            d, residual = d + expand(length[:, 0, 0], x) * step, residual - length * effect
+            before, size = size, dot(residual, residual / total)
+            p = residual / total + size / jnp.maximum(before, 1e-30) * p
+        return d, jnp.zeros_like(d)
+
+    return correct
+
+
+class Exact(Scheme):
+    """Guidance that is exact where the denoiser is."""
+
+    def correct(self, operator, seen):
+        return conjugate(operator, seen)

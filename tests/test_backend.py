@@ -6,7 +6,7 @@ import tiny
 
 from mclr_jax import backend
 from mclr_jax.config import Training
-from mclr_jax.networks import layers
+from mclr_jax.networks.convolution import convolve
 
 
 def test_programs_for_others_are_not_those_of_the_cpu():
@@ -15,7 +15,7 @@ def test_programs_for_others_are_not_those_of_the_cpu():
     training = Training.parse(tiny.config("digits", steps_per_dispatch=0))
 
     def operations():
-        traced = jax.make_jaxpr(lambda *arrays: layers.convolve(*arrays))(*map(jnp.zeros, shapes))
+        traced = jax.make_jaxpr(lambda *arrays: convolve(*arrays))(*map(jnp.zeros, shapes))
         return [equation.primitive.name for equation in traced.eqns]
 
     assert "conv_general_dilated" not in operations()

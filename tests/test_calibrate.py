@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mclr_jax.calibrate import calibrate, crossings, recognition
 from mclr_jax.data.protocol import Arrays
 from mclr_jax.denoiser import EDM
-from mclr_jax.evaluation.calibrate import calibrate, crossings, recognition
 from mclr_jax.evaluation.features import Extractor
 from mclr_jax.mixture import toy
 from mclr_jax.model import DataInfo, Model

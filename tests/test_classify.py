@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from scipy.special import log_softmax, logsumexp
 
 from mclr_jax import noise
+from mclr_jax.objectives.base import Batch, Models
 from mclr_jax.objectives.classify import Classify
-from mclr_jax.problem import Batch, Models
 from mclr_jax.types import Condition
 
 DRAWS = 40_000

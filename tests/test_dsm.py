@@ -10,9 +10,8 @@ from cases import Level
 
 from mclr_jax import noise
 from mclr_jax.denoiser import EDM, natural_weight
-from mclr_jax.objectives.base import perturb
+from mclr_jax.objectives.base import Batch, perturb
 from mclr_jax.objectives.dsm import DSM
-from mclr_jax.problem import Batch
 from mclr_jax.types import Condition, label_of
 
 LEVELS = noise.LogNormal(-0.4, 1.2)

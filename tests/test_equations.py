@@ -16,10 +16,10 @@ from cases import Observed, answer, error, log_sigmoid
 from mclr_jax import noise, posterior
 from mclr_jax.mixture import toy
 from mclr_jax.noise import normal_like
+from mclr_jax.objectives.base import Batch
 from mclr_jax.objectives.mclr import MCLR
 from mclr_jax.objectives.mclr_null import NullMCLR
 from mclr_jax.objectives.rivals import CCA, DDO, DPO, GFT, ContrastiveFlow, ModelGuidance
-from mclr_jax.problem import Batch
 from mclr_jax.types import Condition
 
 NULL = 3

@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 
 from mclr_jax import guidance, noise, posterior, reductions
 from mclr_jax.mixture import GaussianMixture, toy
-from mclr_jax.objectives.base import perturb
+from mclr_jax.objectives.base import Batch, perturb
 from mclr_jax.objectives.dsm import DSM
 from mclr_jax.objectives.mclr import MCLR
-from mclr_jax.problem import Batch
 from mclr_jax.types import Condition, label_of
 
 SIGMA, BETA, DRAWS = 0.8, 0.7, 300_000

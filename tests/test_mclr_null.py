@@ -12,8 +12,8 @@ from cases import Level
 
 from mclr_jax import guidance, posterior
 from mclr_jax.mixture import toy
+from mclr_jax.objectives.base import Batch
 from mclr_jax.objectives.mclr_null import NullMCLR
-from mclr_jax.problem import Batch
 from mclr_jax.types import Condition, label_of, with_label
 
 BETA, NULL, PRIOR, DRAWS = 1.5, 3, (1 / 3, 1 / 3, 1 / 3), 30_000

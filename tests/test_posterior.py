@@ -33,8 +33,7 @@ from scipy.special import log_softmax, logsumexp
 
 from mclr_jax import posterior
 from mclr_jax.mixture import GaussianMixture, toy
-from mclr_jax.problem import Answers
-from mclr_jax.types import Condition
+from mclr_jax.types import Answers, Condition
 
 PRIOR = (0.6, 0.3, 0.1)
 UNEQUAL = (0.4, 0.3, 0.15, 0.1, 0.05)

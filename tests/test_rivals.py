@@ -16,7 +16,7 @@ from configs import base
 from mclr_jax import guidance, noise
 from mclr_jax.mixture import toy
 from mclr_jax.noise import normal_like
-from mclr_jax.objectives.base import perturb
+from mclr_jax.objectives.base import Batch, perturb
 from mclr_jax.objectives.rivals import (
     CCA,
     DDO,
@@ -25,7 +25,6 @@ from mclr_jax.objectives.rivals import (
     ContrastiveFlow,
     ModelGuidance,
 )
-from mclr_jax.problem import Batch
 from mclr_jax.training.step import TrainState, example_keys, make_update
 from mclr_jax.types import Condition, label_of, with_label
 

@@ -3,24 +3,7 @@
 import numpy as np
 import pytest
 
-from mclr_jax.assimilation.schedules import Scheme, Update, lags, levels, matrix, updates
-
-
-def test_the_matrix_of_the_paper_entry_by_entry():
-    np.testing.assert_array_equal(matrix(3, 2, 0), [[2, 2, 2], [1, 1, 1], [0, 0, 0]])
-    pyramid = [[2, 3, 4], [1, 2, 3], [0, 1, 2], [0, 0, 1], [0, 0, 0]]
-    np.testing.assert_array_equal(matrix(3, 2, 1), np.minimum(pyramid, 2))
-    one_by_one = [[2, 2], [1, 2], [0, 2], [0, 1], [0, 0]]
-    np.testing.assert_array_equal(matrix(2, 2, 2), one_by_one)
-    for frames, steps, u in [(7, 10, 2.5), (4, 3, 3), (5, 8, 0.4), (1, 4, 1)]:
-        k = matrix(frames, steps, u)
-        for m, f in np.ndindex(*k.shape):
-            assert k[m, f] == min(max(steps + int(u * f) - m, 0), steps)
-        assert k.shape == (steps + int(u * (frames - 1)) + 1, frames)
-        assert not k[-1].any()
-        assert k[-2].any()
-    with pytest.raises(ValueError, match="u is 5; expected"):
-        matrix(3, 4, 5)
+from mclr_jax.assimilation.schedules import Scheme, Update, lags, levels, updates
 
 
 def until(lag, frames, before=0):
@@ -91,7 +74,7 @@ def test_a_regime_is_a_lag():
         ({"restart": 30.0}, "scheme.restart is 30.0; expected a number above 0.006 and at most 20"),
         ({"sigma_min": 1e-40}, "scheme.sigma_min is 1e-40; expected a number of at least 1e-09"),
         ({"sigma_max": 1e38}, r"scheme.sigma_max is 1e\+38; expected"),
-        ({"iterations": 10**6}, "scheme.iterations is 1000000; expected an integer of at"),
+        ({"first_steps": 10**6}, "scheme.first_steps is 1000000; expected an integer of at"),
         ({"method": "ancestor"}, "Did you mean 'ancestral'"),
         ({"c": -1.0}, "scheme.c is -1.0"),
     ],

@@ -4,7 +4,6 @@ import itertools
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from mclr_jax.assimilation import scores
 
@@ -54,31 +53,6 @@ def test_rank_histogram():
     np.testing.assert_allclose(tied, [0, 1 / 3, 1 / 3, 1 / 3])
     x, y = RNG.normal(size=(1, 4, 100_000, 1)), RNG.normal(size=(1, 100_000, 1))
     np.testing.assert_allclose(scores.rank_histogram(x, y), 0.2, atol=0.01)
-
-
-@pytest.mark.parametrize("count", [40, 57])
-def test_w1_is_scipys(count):
-    a, b = RNG.normal(size=(40, 3)), 2 * RNG.normal(size=(count, 3)) + 1
-    expected = [stats.wasserstein_distance(a[:, i], b[:, i]) for i in range(3)]
-    np.testing.assert_allclose(scores.wasserstein1(a, b), expected, rtol=1e-10)
-
-
-def test_log_prior_and_likelihood_are_those_of_scipy():
-    """The prior of a linear process is one normal density of the whole path."""
-    step, std = np.array([[0.9, 0.2], [-0.1, 0.8]]), np.array([0.3, 0.5])
-    path = RNG.normal(size=(4, 6, 2))
-    expected = [
-        sum(
-            stats.multivariate_normal.logpdf(x[k + 1], step @ x[k], np.diag(std**2))
-            for k in range(5)
-        )
-        for x in path
-    ]
-    np.testing.assert_allclose(scores.log_prior(path, lambda x: x @ step.T, std), expected)
-    values = path[..., :1] + 0.1
-    values[:, 2] = np.nan
-    got = scores.log_likelihood(values, path[..., :1], 0.25)
-    np.testing.assert_allclose(got, 5 * stats.norm.logpdf(0.1, scale=0.25))
 
 
 def test_spectrum_of_single_waves_and_of_all():

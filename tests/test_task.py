@@ -22,13 +22,12 @@ from mclr_jax.data.pixels import random_flip
 from mclr_jax.denoiser import EDM, Scales, denoiser
 from mclr_jax.model import DataInfo, Model
 from mclr_jax.noise import LogNormal
-from mclr_jax.objectives.base import split
+from mclr_jax.objectives.base import Batch, Problem, split
 from mclr_jax.objectives.dsm import DSM
 from mclr_jax.objectives.mclr import MCLR
 from mclr_jax.objectives.mclr_null import NullMCLR
 from mclr_jax.objectives.rivals import CCA, DDO, DPO, GFT, ModelGuidance
 from mclr_jax.posterior import Classifier, Denoiser, Exact
-from mclr_jax.problem import Batch, Problem
 from mclr_jax.task import Task
 from mclr_jax.types import Condition
 

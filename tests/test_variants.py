@@ -12,18 +12,17 @@ from absl.testing import parameterized
 from mclr_jax import denoiser, ema, guidance, mixture, model, noise, posterior, samplers
 from mclr_jax.data import augment, pixels
 from mclr_jax.denoiser import EDM, Epsilon, V, Velocity
-from mclr_jax.evaluation import likelihood
 from mclr_jax.networks.dit import DiT
 from mclr_jax.networks.mlp import MLP
+from mclr_jax.objectives.base import Batch, Models, Problem
 from mclr_jax.objectives.classify import Classify
 from mclr_jax.objectives.dsm import DSM
 from mclr_jax.objectives.mclr import MCLR
 from mclr_jax.objectives.mclr_null import NullMCLR
 from mclr_jax.objectives.rivals import CCA, DDO, DPO, GFT, ContrastiveFlow, ModelGuidance
-from mclr_jax.problem import Answers, Batch, Models, Problem
 from mclr_jax.representation import perturb
 from mclr_jax.training.step import init_state, make_update
-from mclr_jax.types import Condition
+from mclr_jax.types import Answers, Condition
 
 B, EXACT = 6, mixture.toy()
 SIGMA = jnp.array([0.02, 0.3, 0.7, 1.5, 4.0, 20.0])
@@ -132,12 +131,6 @@ CASES = {
     "view": (
         lambda seed, x, sigma: perturb.view(x, sigma, keys(seed), perturb.Augmentation(flip=True)),
         (SEED, IMAGES, SIGMA),
-    ),
-    "log_likelihood": (
-        lambda x, label: likelihood.log_likelihood(
-            EXACT.denoise, x, label, jnp.array([0.1, 1.0, 5.0]), sigma_data=1.0
-        ),
-        (X, LABEL),
     ),
     "dsm": (of_objective(DSM()), DATA),
     "classify": (of_objective(Classify()), DATA),

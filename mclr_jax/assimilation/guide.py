@@ -46,7 +46,7 @@ def innovation(
     return known, residual, seen.std**2 + rest, slope**2 * operator.linear(variance, 2), slope
 
 
-def _linearised(operator: Operator, seen: Seen, moments: Any, x, level: Level, condition) -> tuple:
+def linearised(operator: Operator, seen: Seen, moments: Any, x, level: Level, condition) -> tuple:
     """The observations as linear functions A' of x0 around D, under N(D, V): a tuple.
 
     D and v, as x; y - A D (B, F, m), 0 where y is unknown; the noise and spread of `innovation`;
@@ -87,7 +87,7 @@ def posterior(
     """
 
     def correct(moments: Any, x: jax.Array, level: Level, condition: Any):
-        d, v, residual, noise, spread, gain, project = _linearised(
+        d, v, residual, noise, spread, gain, project = linearised(
             operator, seen, moments, x, level, condition
         )
         distance = np.abs(np.subtract.outer(np.arange(x.shape[1]), np.arange(x.shape[1])))
@@ -100,35 +100,6 @@ def posterior(
         length = size / jnp.maximum(size + overlap * jnp.maximum(among, 0), 1e-30)
         bound = expand(jnp.sqrt(1 + size), x) * jnp.sqrt(v)
         return d + (expand(length, x) * step).clip(-bound, bound), jnp.zeros_like(x)
-
-    return correct
-
-
-def conjugate(operator: Operator, seen: Seen, *, iterations: int = 5) -> CorrectFn:
-    """E[x0 | x, y] = D + V A'^T (A' V A'^T + R)^-1 (y - A D), where V is exact.
-
-    Conjugate gradients with the preconditioner R + v; each iteration is a vector-Jacobian product.
-    The Jacobian of a network is not symmetric, so that iterations after the first can diverge.
-    """
-
-    def correct(moments: Any, x: jax.Array, level: Level, condition: Any):
-        def dot(a, b):
-            return (a * b).sum((1, 2), keepdims=True)
-
-        d, _, residual, noise, spread, gain, project = _linearised(
-            operator, seen, moments, x, level, condition
-        )
-        total = noise + spread
-        p = residual / total
-        size = dot(residual, p)
-        for _ in range(iterations):
-            step = gain(p)
-            effect = project(step) + noise * p
-            length = size / jnp.maximum(dot(p, effect), 1e-30)
-            d, residual = d + expand(length[:, 0, 0], x) * step, residual - length * effect
-            before, size = size, dot(residual, residual / total)
-            p = residual / total + size / jnp.maximum(before, 1e-30) * p
-        return d, jnp.zeros_like(d)
 
     return correct
 

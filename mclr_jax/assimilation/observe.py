@@ -280,3 +280,19 @@ def parse(arrays: Mapping[str, np.ndarray], path: str | os.PathLike) -> Observat
         time_step = float(arrays.get("time_step", 0))
         std, initial = arrays["std"], arrays.get("initial")
         return Observations(arrays["values"], operator, std, initial, time_step)
+
+
+def truth_of(
+    arrays: Mapping[str, np.ndarray], count: int, shape: tuple[int, ...], path: str | os.PathLike
+) -> np.ndarray | None:
+    """The truth (count, T, *shape) in the arrays of a file, or (T, *shape) of one trajectory."""
+    if (truth := arrays.get("truth")) is None:
+        return None
+    found = truth if truth.ndim == 2 + len(shape) else truth[None]
+    fits = found.ndim == 2 + len(shape) and (len(found), *found.shape[2:]) == (count, *shape)
+    if not fits or not found.size or found.dtype.kind not in "fiu" or not np.isfinite(found).all():
+        raise ValueError(
+            f"{path}: truth has shape {truth.shape} and type {truth.dtype}; expected finite "
+            f"numbers ({count}, T, {', '.join(map(str, shape))})."
+        )
+    return found

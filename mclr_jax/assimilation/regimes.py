@@ -10,25 +10,27 @@
 Each update revises the window, and frame k is read from the last update that has seen no later
 observation than its lag allows. Before the first frame the window holds unobserved frames. With
 `Scheme.revise` False each update draws the new frames given the past of each member, after the
-members were resampled by the likelihood of the new observations. `scheduled` has the schedules of
-the ForcingDAS paper (Jia et al. 2026, arXiv 2605.14285), in one call of the sampler.
+members were resampled by the likelihood of the new observations.
 """
 
-import dataclasses
 import functools
+import json
 import math
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from scipy.special import gammaincinv
 
 from mclr_jax import samplers
 from mclr_jax.assimilation import guide
-from mclr_jax.assimilation.observe import Observations, Operator
-from mclr_jax.assimilation.schedules import GUIDANCE, Scheme, Update, levels, matrix, updates
+from mclr_jax.assimilation.observe import Observations, Operator, load
+from mclr_jax.assimilation.schedules import Scheme, Update, levels, updates
+from mclr_jax.files import flat, named, save_arrays
 from mclr_jax.generate import check_memory
 from mclr_jax.noise import normal_like, sample_keys
 from mclr_jax.schema import in_range
@@ -46,7 +48,45 @@ class State(NamedTuple):
 class Result(NamedTuple):
     members: np.ndarray  # (N, E, frames, *state) in physical units
     first: int  # number of the first of these frames; a continued run continues the numbers
-    state: State | None
+    before: int  # the number of these frames that an earlier run had too
+    state: State
+
+
+FIXED = (
+    "weights",
+    "operator",
+    "std",
+)  # settings that a run and the one it continues have in common
+
+
+def write(path: str | os.PathLike, result: Result, settings: Mapping[str, Any]) -> None:
+    """Write an npz file of members, mean and std, which `earlier` reads."""
+    state = {f"state_{name}": value for name, value in result.state._asdict().items()}
+    members = result.members
+    save_arrays(path, members=members, mean=members.mean(1), std=members.std(1),
+                first=result.first, settings_json=json.dumps(settings), **state)  # fmt: skip
+
+
+def earlier(path: str | os.PathLike, settings: Mapping[str, Any]) -> State:
+    """The state in a file of `write`, to continue from with other `settings`.
+
+    Warns of another scheme or seed; ValueError: another value of FIXED, or no such file.
+    """
+    arrays = load(path)
+    with named(f"{path} is no file of an earlier --out"):
+        old = json.loads(str(arrays["settings_json"]))
+        scheme = old.pop("plan", old.get("scheme", {}))  # "plan" in older files
+        old["scheme"] = {key: x for key, x in scheme.items() if key in settings["scheme"]}
+        values = arrays["state_members"], arrays["state_values"], int(arrays["state_frames"])
+    before, now = flat(old), flat(json.loads(json.dumps(settings)))
+    for key in sorted(before.keys() | now.keys()):
+        was, new = before.get(key), now.get(key)
+        if was != new and key.startswith((*FIXED, "scheme", "seed")):
+            text = f"{path} was made with {key} {was}; this command has {new}."
+            if key.startswith(FIXED):
+                raise ValueError(f"{text} Only a run of the same model and operator continues it.")
+            logging.warning(text)
+    return State(*values)
 
 
 # ---- one update ----------------------------------------------------------------------------------
@@ -118,10 +158,10 @@ def _compiled(model: Any, operator: Operator, scheme: Scheme, ensemble: int) -> 
             chosen = jax.vmap(systematic)(weights.reshape(-1, ensemble), _fold(keys[::ensemble], 2))
             past = x[(chosen + ensemble * jnp.arange(len(chosen))[:, None]).ravel()]
             x = jnp.where(expand(sigma, x) > 0, x, past)
-        options = {key: getattr(scheme, key) for key in GUIDANCE[scheme.guidance]}
-        correct = getattr(guide, scheme.guidance)(operator, seen, **options)
-        options = {"keys": _fold(keys, 1), "correct": correct}
-        x = samplers.sample(moments, x, label, grid, scheme.method, **options)
+        correct = scheme.correct(operator, seen)
+        x = samplers.sample(
+            moments, x, label, grid, scheme.method, keys=_fold(keys, 1), correct=correct
+        )
         if scheme.screen == 1:
             return x
         return screened(x, plausible(operator, seen, x, scheme.screen), group, _fold(keys, 3))
@@ -289,40 +329,4 @@ def assimilate(
     members = _physical(model, out, ensemble, scheme)
     kept = slice(frames if state else max(frames, order[0].end), window + frames)
     past = path[:, kept].reshape(-1, ensemble, *path[:, kept].shape[1:])
-    return Result(members, done - before, State(past, values[:, kept], done + frames))
-
-
-def scheduled(
-    model: Any,
-    params: Any,
-    observations: Observations,
-    scheme: Scheme,
-    u: float,  # see schedules.matrix
-    *,
-    ensemble: int = 16,
-    seed: int = 0,
-    batch_size: int = 256,
-) -> Result:
-    """Members of each trajectory by a schedule of the paper, `scheme.steps` steps for each frame.
-
-    Frames wait at sigma_max until they start, and see the observations of frames that move together
-    with them. All frames are given to the network at once.
-    """
-    obs = observations.for_states(tuple(model.data.shape[1:]), model.data.time_step)
-    count, frames, _ = obs.values.shape
-    high = min(scheme.sigma_max, model.preconditioning.sigma_range[1])
-    curve = levels(scheme, np.ones(1, bool), np.zeros(1, bool), scheme.steps, high)[:, 0]
-    first = _whole_tokens(model, frames) - frames  # unobserved frames before frame 0
-    grid = curve[scheme.steps - matrix(first + frames, scheme.steps, u)].astype(np.float32)
-    values = np.pad(obs.values, ((0, 0), (first, 0), (0, 0)), constant_values=np.nan)
-    x = np.zeros((count * ensemble, first + frames, *model.data.shape[1:]), np.float32)
-    if obs.initial is not None:
-        grid[:, first], x[:, first] = 0, _initial(model, obs.initial, ensemble)
-        grid = grid[np.append(True, (np.diff(grid, axis=0) != 0).any(1))]
-    causal = dataclasses.replace(scheme, screen=1.0)  # later observations choose no earlier frame
-    run = _compiled(model, obs.operator, causal, ensemble)
-    for rows, real in _chunks(len(x), batch_size):
-        keys, group = member_keys(seed, rows, ensemble), rows // ensemble
-        new = run(params, x[rows], values[group], obs.std, group, keys, grid, False)
-        x[rows[:real]] = new[:real]
-    return Result(_physical(model, x[:, first:], ensemble, scheme), 0, None)
+    return Result(members, done - before, before, State(past, values[:, kept], done + frames))

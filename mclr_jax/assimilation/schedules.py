@@ -1,58 +1,72 @@
-"""Which frames are denoised when, and under which observations: values in NumPy, no model.
+"""Which frames are denoised when, and under which observations.
 
 A regime is a lag for each frame: how many frames after it may be seen in its estimate. 0 is the
 filter, infinity the batch smoother, and each frame may have its own.
 """
 
+import ast
+import contextlib
 import dataclasses
 import math
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from mclr_jax.assimilation import guide
+from mclr_jax.assimilation.observe import Operator
 from mclr_jax.noise import SIGMA_RANGE
-from mclr_jax.samplers import METHODS
-from mclr_jax.schema import in_range, look_up
+from mclr_jax.samplers import METHODS, CorrectFn
+from mclr_jax.schema import Keys, in_range, key, look_up, read
 
-GUIDANCE = {"posterior": ("c", "overlap", "reach"), "conjugate": ("iterations",),
-            "norm": ("zeta", "g")}  # fmt: skip
+GUIDANCE = {"posterior": ("c", "overlap", "reach"), "norm": ("zeta", "g")}
 
 
 @dataclasses.dataclass(frozen=True)
-class Scheme:
+class Scheme(Keys):
     """How `regimes` samples; the defaults suit states of standard deviation 1."""
 
-    window: int = 0  # frames; 0: those of the model's training, in the batch regime all frames
-    steps: int = 16  # of each update
-    first_steps: int = 32  # of the first one, which starts from noise alone
-    sigma_min: float = 0.006
-    sigma_max: float = 20.0
-    restart: float = 5.0  # noise on the frames already estimated
-    context: int = 0  # first frames of a window that are not revised; in blocks 0 is a quarter
-    revise: bool = True  # False: no frame is revised, members are resampled by likelihood
-    screen: float = 0.999  # members whose misfit is beyond this quantile are replaced; 1: none
-    inflation: float = 1.0  # of the result's members about their mean
-    method: str = "ancestral_2m"
-    guidance: str = "posterior"  # or conjugate, norm: the functions of guide.py
-    c: float = 1.0  # of posterior
-    overlap: float = 0.5
-    reach: float = 4.0
-    iterations: int = 5  # of conjugate
-    zeta: float = 2.0  # of norm
-    g: float = 0.01
+    window: int = key(0, 0, says="frames; 0: as many as in training, in the batch regime all")
+    steps: int = key(16, 1, 100_000, says="of each update")
+    first_steps: int = key(32, 1, 100_000, says="of the first one, which starts from noise alone")
+    sigma_min: float = key(0.006, *SIGMA_RANGE, says="last noise level before 0")
+    sigma_max: float = key(20.0, *SIGMA_RANGE, says="first noise level of new frames")
+    restart: float = key(5.0, 0.0, says="first noise level of frames already estimated")
+    context: int = key(0, 0, says="first frames of a window that are not revised; in blocks 0 is a "
+                       "quarter")  # fmt: skip
+    revise: bool = key(True, says="False: no frame is revised, members are resampled by likelihood")
+    screen: float = key(0.999, 0.0, 1.0, "(", says="members whose misfit is beyond this quantile "
+                        "are replaced; 1: none")  # fmt: skip
+    inflation: float = key(1.0, 0.0, 100.0, says="of the result's members about their mean")
+    method: str = key("ancestral_2m", words=METHODS, says="of sampling")
+    guidance: str = key("posterior", words=GUIDANCE, says="function of guide.py")
+    c: float = key(1.0, 0.0, says="of posterior")
+    overlap: float = key(0.5, 0.0, says="of posterior")
+    reach: float = key(4.0, 0.0, ends="(", says="of posterior, in frames")
+    zeta: float = key(2.0, 0.0, says="of norm")
+    g: float = key(0.01, 0.0, says="of norm")
+
+    where: ClassVar[str] = "scheme"
 
     def __post_init__(self):
-        look_up(METHODS, self.method, "sampler")
-        look_up(GUIDANCE, self.guidance, "guidance")
-        limits: dict = dict.fromkeys(("steps", "first_steps", "iterations"), (1, 100_000))
-        limits |= dict.fromkeys(("window", "context"), (0,))
-        limits |= dict.fromkeys(("c", "overlap", "zeta", "g"), (0.0,)) | {"sigma_min": SIGMA_RANGE}
-        limits["inflation"] = 0.0, 100.0
-        limits |= {"reach": (0.0, None, "("), "screen": (0.0, 1.0, "(")}
-        for key, limit in limits.items():
-            in_range(f"scheme.{key}", getattr(self, key), *limit)
+        super().__post_init__()
         in_range("scheme.sigma_max", self.sigma_max, float(self.sigma_min), SIGMA_RANGE[1])
         in_range("scheme.restart", self.restart, self.sigma_min, self.sigma_max, open="(")
+
+    @classmethod
+    def parse(cls, texts: Iterable[str]) -> "Scheme":
+        """Of texts KEY=VALUE; ValueError: the first unknown key or wrong value."""
+        values: dict[str, Any] = {}
+        for name, _, text in (text.partition("=") for text in texts):
+            with contextlib.suppress(ValueError, SyntaxError):  # then it is a word
+                text = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+            values[name] = text
+        return read(cls, values, cls.where)
+
+    def correct(self, operator: Operator, seen: guide.Seen) -> CorrectFn:
+        """The guidance of an update, see `samplers.sample`."""
+        options = {key: getattr(self, key) for key in GUIDANCE[self.guidance]}
+        return getattr(guide, self.guidance)(operator, seen, **options)
 
 
 def lags(regime: str, frames: int, lag: int = 0) -> np.ndarray:
@@ -60,6 +74,22 @@ def lags(regime: str, frames: int, lag: int = 0) -> np.ndarray:
     in_range("lag", lag, 0)
     table = {"filter": 0.0, "fixed_lag": lag, "batch": math.inf}
     return np.full(frames, look_up(table, regime, "regime"))
+
+
+def segments(texts: Sequence[str], frames: int) -> np.ndarray:
+    """The lag of each frame, (frames,), of segments FRAME:LAG; LAG alone begins with frame 0."""
+    try:
+        parts = [text.rpartition(":") for text in texts]
+        starts, ahead = [int(part[0] or 0) for part in parts], [float(part[2]) for part in parts]
+    except ValueError:
+        starts, ahead = [], []
+    whole = all(lag >= 0 and (lag == math.inf or lag.is_integer()) for lag in ahead)
+    if starts[:1] != [0] or starts != sorted({*starts}) or starts[-1] >= frames or not whole:
+        raise ValueError(
+            f"The lag is {','.join(texts)!r}; expected a number of frames or inf, or segments "
+            f"FRAME:LAG,... from frame 0 on, of frames below {frames} in rising order."
+        )
+    return np.repeat(ahead, np.diff([*starts, frames]))
 
 
 class Update(NamedTuple):
@@ -102,14 +132,3 @@ def levels(
     tops = np.log(np.where(new, high, scheme.restart))
     grid = np.exp(np.linspace(tops, math.log(scheme.sigma_min), steps))
     return np.append(grid, np.zeros((1, len(new))), 0) * ~clean
-
-
-def matrix(frames: int, steps: int, u: float) -> np.ndarray:
-    """The schedule of ForcingDAS, K[m, k] = clip(S + int(u k) - m, 0, S): steps left in row m.
-
-    u = S is filtering, one frame after the other; u = 0 is batch smoothing; between them, frame k
-    starts when frame k - S / u ends: a pyramid. The shape is (S + int(u (F - 1)) + 1, F).
-    """
-    in_range("u", u, 0.0, float(steps))
-    start = steps + (u * np.arange(frames)).astype(int)
-    return np.clip(start - np.arange(start[-1] + 1)[:, None], 0, steps)

@@ -4,11 +4,7 @@ Members have shape (N, E, T, *state), the truth (N, T, *state). All results are 
 trajectories, frames and coordinates, unless said otherwise.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
-from scipy import stats
 
 
 def rmse(mean: np.ndarray, truth: np.ndarray, scale: np.ndarray | float = 1.0) -> float:
@@ -53,21 +49,6 @@ def rank_histogram(members: np.ndarray, truth: np.ndarray) -> np.ndarray:
     counts = [np.bincount(np.minimum(below + i, size - 1), (i <= equal) / (equal + 1), size)
               for i in range(size)]  # fmt: skip
     return np.sum(counts, 0) / below.size
-
-
-def wasserstein1(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """W1 of samples a (n, d) and b (m, d), for each coordinate (d,): integral of |F_a - F_b|."""
-    return np.array([stats.wasserstein_distance(*pair) for pair in zip(a.T, b.T, strict=True)])
-
-
-def log_prior(path: np.ndarray, step: Callable, std: Any) -> np.ndarray:
-    """log p(x_2 .. x_T | x_1) of paths (..., T, d) under x_k+1 = step(x_k) + std * noise: (...)."""
-    return stats.norm.logpdf(path[..., 1:, :], step(path[..., :-1, :]), std).sum((-2, -1))
-
-
-def log_likelihood(values: np.ndarray, predicted: np.ndarray, std: Any) -> np.ndarray:
-    """log p(y | x) of values (..., T, m), given A(x) in `predicted`: (...); NaN is left out."""
-    return np.nansum(stats.norm.logpdf(values, predicted, std), (-2, -1))
 
 
 def energy_spectrum(field: np.ndarray) -> np.ndarray:

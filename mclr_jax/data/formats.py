@@ -17,16 +17,8 @@ import numpy as np
 from PIL import Image
 
 from mclr_jax import mixture
-from mclr_jax.data.protocol import (
-    Arrays,
-    Lazy,
-    Source,
-    as_images,
-    as_labels,
-    check_values,
-    count_classes,
-    limit,
-)
+from mclr_jax.data import protocol
+from mclr_jax.data.protocol import Arrays, Lazy, Source
 from mclr_jax.files import named
 
 IN_MEMORY_BYTES = 2**30
@@ -40,7 +32,7 @@ def _digits(_: str, split: str) -> Arrays:
     data = load_digits()
     images = np.round(data.images * (255 / 16)).astype(np.uint8)[..., None]
     everything, rows = Arrays(images, data.target.astype(np.int32), 10), np.arange(len(images))
-    train = limit(everything, 1497, seed=0).indices
+    train = protocol.limit(everything, 1497, seed=0).indices
     chosen = {"train": train, "test": np.setdiff1d(rows, train), "all": rows}[split]
     return Arrays(*everything[chosen], 10)
 
@@ -145,7 +137,7 @@ def _zip(
             f" such as {missing[0]}; add labels, or for a set without labels put data.unlabelled = "
             "True in the config file"
         )
-    labels = as_labels(found, len(files), path, num_classes or np.inf)
+    labels = protocol.as_labels(found, len(files), path, num_classes or np.inf)
 
     def read(index: int) -> tuple[np.ndarray, int]:
         file, label = files[index], int(labels[index])
@@ -155,9 +147,9 @@ def _zip(
             return _decode(content, f"{file} in {path}"), label
         with named(f"{path} is corrupt at {file}; get it again"):
             array = np.moveaxis(np.load(io.BytesIO(content)), 0, -1)
-        return as_images(array, f"{file} in {path}"), label
+        return protocol.as_images(array, f"{file} in {path}"), label
 
-    num_classes = num_classes or count_classes(labels, path)
+    num_classes = num_classes or protocol.count_classes(labels, path)
     return _source(len(files), num_classes, read, lambda: labels, in_memory)
 
 
@@ -177,10 +169,10 @@ def _npz(path: str, split: str, *, num_classes: int = 0) -> Arrays:
         images, labels = (archive[name] for name in names)
         if images.ndim < 2:
             raise ValueError(f"`{names[0]}` has shape {images.shape}, expected an axis of examples")
-    images = as_images(images[..., None] if images.ndim == 3 else images, path)
-    check_values(images, path)
-    labels = as_labels(labels, len(images), path)
-    return Arrays(images, labels, num_classes or count_classes(labels, path))
+    images = protocol.as_images(images[..., None] if images.ndim == 3 else images, path)
+    protocol.check_values(images, path)
+    labels = protocol.as_labels(labels, len(images), path)
+    return Arrays(images, labels, num_classes or protocol.count_classes(labels, path))
 
 
 def _mixture(_: str, split: str) -> Arrays:

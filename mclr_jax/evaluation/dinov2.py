@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mclr_jax.evaluation import convolutions
+from mclr_jax.evaluation import backbone
 from mclr_jax.networks.layers import attention, layer_norm, space_to_depth
 
 SIZE, PATCH, HEAD = 224, 14, 64  # pixels of image and patch, width of an attention head
 MEAN, STD = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], np.float32)  # of ImageNet
 
 
-def convert(state: convolutions.Weights) -> dict[str, Any]:
+def convert(state: backbone.Weights) -> dict[str, Any]:
     """The published state dict -> weights for `apply`; ValueError if a weight is missing.
 
     The weights of the blocks are stacked; the positions are resized to SIZE x SIZE pixels.
@@ -68,7 +68,7 @@ def _resized(positions: np.ndarray, antialias: bool) -> np.ndarray:
 
 def apply(weights: dict[str, Any], images: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Images (B, H, W, 1 or 3) in [-1, 1] -> class token (B, D), logits (B, 0) of no classes."""
-    x = convolutions.coloured(images, SIZE)  # resized as in EDM2
+    x = backbone.coloured(images, SIZE)  # resized as in EDM2
     x = space_to_depth((x / 2 + 0.5 - MEAN) / STD, PATCH).reshape(len(x), -1, 3 * PATCH**2)
     x = x @ weights["patch"] + weights["patch.bias"] + weights["positions"]
     tokens = jnp.broadcast_to(weights["tokens"], (len(x), *weights["tokens"].shape))

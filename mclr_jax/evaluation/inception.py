@@ -13,14 +13,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mclr_jax.evaluation import convolutions
+from mclr_jax.evaluation import backbone
 
 
-def convert(state: convolutions.Weights) -> convolutions.Weights:
+def convert(state: backbone.Weights) -> backbone.Weights:
     """The published state dict -> weights for `apply`; ValueError if a weight is missing."""
     names = [key.removesuffix(".weight") for key in state if key.endswith(".conv.weight")]
     try:
-        folded = convolutions.fold(state, {n: n.removesuffix("conv") + "bn" for n in names})
+        folded = backbone.fold(state, {n: n.removesuffix("conv") + "bn" for n in names})
         classes = {"fc": state["fc.weight"].T}
         found: Any = (len(names), classes["fc"].shape)
     except KeyError as error:
@@ -43,7 +43,7 @@ def resize(images: jax.Array, size: int = 299) -> jax.Array:
     )
 
 
-def apply(weights: convolutions.Weights, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+def apply(weights: backbone.Weights, images: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Images (B, H, W, 1 or 3) in [-1, 1] -> pool3 features (B, 2048) and logits (B, 1008)."""
     join = partial(jnp.concatenate, axis=-1)
     average = partial(nn.avg_pool, window_shape=(3, 3), padding="SAME", count_include_pad=False)
@@ -51,7 +51,7 @@ def apply(weights: convolutions.Weights, images: jax.Array) -> tuple[jax.Array, 
     reduced = partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2))
 
     def conv(x, name, stride=1, padding="SAME"):
-        return jax.nn.relu(convolutions.conv(weights, x, name, stride, padding))
+        return jax.nn.relu(backbone.conv(weights, x, name, stride, padding))
 
     def chain(x, block, path):  # "branch 1 2" is the convolutions branch_1 and branch_2
         branch, *layers = path.split()
@@ -63,7 +63,7 @@ def apply(weights: convolutions.Weights, images: jax.Array) -> tuple[jax.Array, 
         inner = [chain(x, block, path) for path in paths]
         return join([conv(x, f"{block}.branch1x1"), *inner, conv(pool(x), f"{block}.branch_pool")])
 
-    x = (resize(convolutions.coloured(images) * 127.5 + 127.5) - 128) / 128
+    x = (resize(backbone.coloured(images) * 127.5 + 127.5) - 128) / 128
     x = conv(x, "Conv2d_1a_3x3", 2, "VALID")
     x = conv(conv(x, "Conv2d_2a_3x3", 1, "VALID"), "Conv2d_2b_3x3")
     x = conv(reduced(x), "Conv2d_3b_1x1")

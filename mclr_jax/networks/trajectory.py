@@ -14,15 +14,7 @@ from jax.nn.initializers import normal, zeros
 
 from mclr_jax.networks import layers
 from mclr_jax.networks.dit import Block, feed_forward, modulated, self_attention
-from mclr_jax.networks.layers import (
-    DEEPEST,
-    WIDEST,
-    Dropout,
-    Linear,
-    Network,
-    depth_to_space,
-    space_to_depth,
-)
+from mclr_jax.networks.layers import DEEPEST, WIDEST, Dropout, Linear, Network
 from mclr_jax.networks.mlp import noise_embedding
 from mclr_jax.schema import key
 from mclr_jax.types import Condition
@@ -190,7 +182,10 @@ class FrameDiT(_TrajectoryNetwork):
             raise ValueError(f"fields are {height}x{width}, not divisible by patch_size {p}")
         rows, columns = height // p, width // p
         embedding = self._embedding(c_noise[..., None], condition, self.width)
-        h, near = space_to_depth(x.reshape(-1, *x.shape[2:]), p), range(-self.reach, self.reach + 1)
+        h, near = (
+            layers.space_to_depth(x.reshape(-1, *x.shape[2:]), p),
+            range(-self.reach, self.reach + 1),
+        )
         h = jnp.concatenate([jnp.roll(h, (i, j), (1, 2)) for i in near for j in near], axis=-1)
         h = Linear(self.width, dtype=self.dtype, name="in_linear")(h)
         place = self.param("place", normal(0.02), (rows, columns, self.width))
@@ -198,5 +193,5 @@ class FrameDiT(_TrajectoryNetwork):
         for index in range(self.depth):
             h = self._block(FrameBlock, index)(h, embedding, condition.dropout_keys)
         h = self._output(h, embedding, p * p * self.out_channels * (1 + self.variance))
-        h = depth_to_space(h.reshape(-1, rows, columns, h.shape[-1]), p)
+        h = layers.depth_to_space(h.reshape(-1, rows, columns, h.shape[-1]), p)
         return h.reshape(batch, frames, *h.shape[1:])

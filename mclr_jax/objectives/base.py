@@ -1,16 +1,77 @@
-"""What an objective is, and the terms that several objectives share."""
+"""An objective, its inputs, and the terms that several objectives share."""
 
+import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-from mclr_jax.noise import normal_like, split
-from mclr_jax.problem import Batch, Loss, Models, Problem
-from mclr_jax.schema import check, key
-from mclr_jax.types import Condition, DenoiseFn, expand, with_label
+from mclr_jax import types
+from mclr_jax.noise import NoiseLevels, normal_like, split
+from mclr_jax.reductions import Metrics
+from mclr_jax.schema import check, class_factors, key
+from mclr_jax.types import Answers, Condition, DenoiseFn, expand, with_label
+
+# The result of an objective: loss (B,), and metrics whose parts have a leading axis of rows.
+Loss = tuple[jax.Array, Metrics]
+
+
+class Models(NamedTuple):
+    """The functions that an objective may call: of the model in training and of frozen models.
+
+    Frozen models, by their names in `needs`, have no gradient, no dropout and strength 0.
+    """
+
+    denoise: DenoiseFn
+    logits: types.LogitsFn
+    frozen: Mapping[str, Answers] = {}
+    posterior: types.PosteriorFn | None = None  # if "posterior" is in `needs`
+    moments: types.MomentsFn | None = (
+        None  # of the model in training, if its network has a variance
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Properties of the data and choices of the config."""
+
+    levels: NoiseLevels  # distribution of the noise levels in training
+    weight: Callable[[jax.Array], jax.Array]  # sigma -> loss weight of the shape of sigma
+    null_label: int  # num_classes
+    class_prior: tuple[float, ...] = ()  # share of each class in the data
+    sigma_data: float = 0.5  # standard deviation of the data
+    frames: tuple[int, ...] = ()  # shape of the noise levels of one example, () or (F,)
+    strength: tuple[float, ...] = ()  # (low, high) of the strength as an input, () without it
+    class_strengths: tuple[float, ...] = ()  # factors of the strength by class, () for all 1
+
+    def __post_init__(self):
+        if self.class_strengths:
+            class_factors("config.class_strengths", self.class_strengths, self.null_label)
+            if self.strength:
+                raise ValueError(
+                    "config.class_strengths is set, and the strength is an input of the network "
+                    "(config.strength): leave one of them empty. Such a network is given its "
+                    "strengths by class when sampling, by --class_strengths."
+                )
+
+
+class Batch(struct.PyTreeNode):
+    """Scaled and augmented examples; every leaf has a leading axis B.
+
+    Attributes:
+      x0: (B, ...) clean data.
+      condition: labels, augmentation parameters, dropout keys.
+      other: (B, ...) clean data of other examples, if "other" is in `needs`.
+      generated: samples (B, ...) of the frozen model and their labels (B,), if "generated" is.
+    """
+
+    x0: jax.Array
+    condition: Condition
+    other: jax.Array | None = None
+    generated: tuple[jax.Array, jax.Array] | None = None
 
 
 class Objective(Protocol):
@@ -159,12 +220,17 @@ def strength_factor(problem: Problem, label: jax.Array) -> jax.Array:
     return jnp.asarray(factors, jnp.float32)[label]
 
 
+def arcsine_law(uniform: jax.Array, low: float, high: float) -> jax.Array:
+    """Strengths that are near the ends of the range more often than uniform ones."""
+    return low + (high - low) * jnp.sin(jnp.pi / 2 * uniform) ** 2
+
+
 def draw_strength(
     condition: Condition,
     keys: jax.Array,
     problem: Problem,
     fixed: Any,
-    law: Callable[[jax.Array, float, float], jax.Array],
+    law: Callable[[jax.Array, float, float], jax.Array] = arcsine_law,
 ) -> tuple[Any, Condition]:
     """The strength of each example, and the condition with it.
 
@@ -175,11 +241,6 @@ def draw_strength(
         return fixed, condition
     strength = law(jax.vmap(jax.random.uniform)(keys), *problem.strength)
     return strength, condition.replace(strength=strength)
-
-
-def arcsine_law(uniform: jax.Array, low: float, high: float) -> jax.Array:
-    """Strengths that are near the ends of the range more often than uniform ones."""
-    return low + (high - low) * jnp.sin(jnp.pi / 2 * uniform) ** 2
 
 
 def log_ratio(

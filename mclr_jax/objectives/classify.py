@@ -5,8 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mclr_jax.objectives.base import Objective, perturb
-from mclr_jax.problem import Batch, Loss, Models, Problem
+from mclr_jax.objectives.base import Batch, Loss, Models, Objective, Problem, perturb
 from mclr_jax.reductions import mean
 
 

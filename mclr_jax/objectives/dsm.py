@@ -5,14 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mclr_jax.objectives.base import (
-    Objective,
-    label_dropout,
-    per_example,
-    perturb,
-    square_error,
-)
-from mclr_jax.problem import Batch, Loss, Models, Problem
+from mclr_jax.objectives import base
+from mclr_jax.objectives.base import Batch, Loss, Models, Objective, Problem
 from mclr_jax.reductions import mean
 from mclr_jax.schema import key
 from mclr_jax.types import expand
@@ -31,22 +25,22 @@ class DSM(Objective):
     2022, arXiv 2203.09168). Power 1 trains the mean by half the square error.
     """
 
-    label_dropout: float = label_dropout()
+    label_dropout: float = base.label_dropout()
     variance_power: float = key(0.5, 0.0, 1.0, says="see above, if the network has a variance")
 
     def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
         """Loss (B,); `error`, the unweighted mean square error; with a variance `error_ratio`, the
         mean of the square error over the variance, which is 1 for the true variance."""
-        noisy = perturb(problem, batch.x0, batch.condition, keys, self.label_dropout)
+        noisy = base.perturb(problem, batch.x0, batch.condition, keys, self.label_dropout)
         x, sigma, condition, _ = noisy
         if models.moments is None:
-            error = square_error(models.denoise(x, sigma, condition), batch.x0, sigma)
-            loss = per_example(problem.weight(sigma) * error)
-            return loss, {"error": mean(per_example(error))}
+            error = base.square_error(models.denoise(x, sigma, condition), batch.x0, sigma)
+            loss = base.per_example(problem.weight(sigma) * error)
+            return loss, {"error": mean(base.per_example(error))}
         estimate, variance = models.moments(x, sigma, condition)
         square = (estimate - batch.x0) ** 2
         unit = variance * expand(problem.weight(sigma), x)
         scale = jax.lax.stop_gradient(unit**self.variance_power)
-        loss = per_example((square / variance + jnp.log(unit)) / 2 * scale)
-        ratio = per_example(square / variance)
-        return loss, {"error": mean(per_example(square)), "error_ratio": mean(ratio)}
+        loss = base.per_example((square / variance + jnp.log(unit)) / 2 * scale)
+        ratio = base.per_example(square / variance)
+        return loss, {"error": mean(base.per_example(square)), "error_ratio": mean(ratio)}

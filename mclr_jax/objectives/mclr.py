@@ -21,23 +21,8 @@ import jax
 import jax.numpy as jnp
 
 from mclr_jax.noise import split
-from mclr_jax.objectives.base import (
-    Objective,
-    arcsine_law,
-    contrast_strength,
-    draw_label,
-    draw_strength,
-    in_one_call,
-    label_dropout,
-    log_prior,
-    negative_share,
-    per_example,
-    perturb,
-    rows_with_negatives,
-    sigma_interval,
-    square_error,
-)
-from mclr_jax.problem import Batch, Loss, Models, Problem
+from mclr_jax.objectives import base
+from mclr_jax.objectives.base import Batch, Loss, Models, Objective, Problem
 from mclr_jax.reductions import effective_share, maximum, mean
 from mclr_jax.schema import key
 from mclr_jax.types import with_label
@@ -57,14 +42,14 @@ class MCLR(Objective):
     """
 
     beta: float = key(1.0, 0.0, 1e12, says="strength of the contrast; config.strength replaces it")
-    label_dropout: float = label_dropout()
+    label_dropout: float = base.label_dropout()
     negatives: str = key(
         "posterior", words=("prior", "mismatched", "posterior"), says="law of the wrong label c~: "
         "p(c~), p(c~) without c, or p(c~ | x_s) without c with the weight 1 - p(c | x_s)"
     )  # fmt: skip
     weighting: str = key("none", words=("none", "cfg"), says="cfg weights negatives that are not "
                          "from the posterior to the CFG-equivalent form")  # fmt: skip
-    negative_share: float = negative_share()
+    negative_share: float = base.negative_share()
     bound: str = key("none", words=("none", "clip", "logistic"), says="bound of the plain form")
     clip_ratio: float = key(2.0, 0.0, 1e12, says="largest negative error over positive error")
     logistic_scale: float = key(10.0, 0.0, 1e12, "(", says="a of the logistic bound")
@@ -72,7 +57,7 @@ class MCLR(Objective):
         0.0, 0.0, 1e12, says="factor of weight(s) (|D - D_ref|^2 at c + |D - D_ref|^2 at c~)"
     )
     target: str = key("data", words=("data", "reference"), says="target of both errors")
-    sigma_interval: tuple[float, ...] = sigma_interval()
+    sigma_interval: tuple[float, ...] = base.sigma_interval()
 
     def __post_init__(self):
         super().__post_init__()
@@ -107,12 +92,12 @@ class MCLR(Objective):
         term, without beta; with a posterior `unbounded`, the share of examples for which the plain
         objective has no minimum at (x_s, c~).
         """
-        every = rows_with_negatives(self.negative_share, len(batch.x0))
-        noisy = perturb(problem, batch.x0, batch.condition, keys, self.label_dropout)
+        every = base.rows_with_negatives(self.negative_share, len(batch.x0))
+        noisy = base.perturb(problem, batch.x0, batch.condition, keys, self.label_dropout)
         k_negative, k_posterior, k_beta = split(noisy.keys, 3)
-        beta, condition = draw_strength(noisy.condition, k_beta, problem, self.beta, arcsine_law)
+        beta, condition = base.draw_strength(noisy.condition, k_beta, problem, self.beta)
         noisy = noisy._replace(condition=condition)
-        contrast = contrast_strength(problem, noisy, beta, self.sigma_interval)
+        contrast = base.contrast_strength(problem, noisy, beta, self.sigma_interval)
         log_posterior = None
         if models.posterior is not None:
             log_posterior = models.posterior(noisy.x, noisy.sigma, condition, k_posterior)
@@ -127,7 +112,7 @@ class MCLR(Objective):
         metrics |= {"weight": mean(omega), "weight_ess": effective_share(omega)}
         metrics["weight_max"] = maximum(omega)
         if log_posterior is not None:
-            ratio = jnp.exp(_at(log_posterior, wrong) - log_prior(problem)[wrong])
+            ratio = jnp.exp(_at(log_posterior, wrong) - base.log_prior(problem)[wrong])
             unbounded = ratio < contrast / (1 + contrast)
             metrics["unbounded"] = mean(unbounded.astype(loss.dtype))
         return loss, metrics
@@ -138,12 +123,12 @@ class MCLR(Objective):
         """c~ (B,), and weights (B,), without beta, of the errors of the right and wrong label."""
         ones = jnp.ones(len(own))
         if self.negatives == "posterior":
-            wrong = draw_label(keys, log_posterior, other_than=own)
+            wrong = base.draw_label(keys, log_posterior, other_than=own)
             other = -jnp.expm1(_at(log_posterior, own))  # 1 - p(c | x_s)
             return wrong, other, other
-        logits = log_prior(problem)
+        logits = base.log_prior(problem)
         mismatched = self.negatives == "mismatched"
-        wrong = draw_label(keys, logits, other_than=own if mismatched else None)
+        wrong = base.draw_label(keys, logits, other_than=own if mismatched else None)
         if self.weighting == "none":
             return wrong, ones, ones
         chance = logits[wrong]
@@ -162,13 +147,13 @@ class MCLR(Objective):
         x, sigma, condition, _ = noisy
         right = (x, sigma, condition)
         contrasted = some((x, sigma, with_label(condition, wrong)))
-        denoised, at_wrong = in_one_call(models.denoise, right, contrasted)
+        denoised, at_wrong = base.in_one_call(models.denoise, right, contrasted)
         explained = x0
         if "reference" in self.needs:
             reference = models.frozen["reference"].denoise
             shown = right if self.target == "reference" else some(right)
             if self._held:
-                frozen, frozen_wrong = in_one_call(reference, shown, contrasted)
+                frozen, frozen_wrong = base.in_one_call(reference, shown, contrasted)
             else:
                 frozen = reference(*shown)
             if self.target == "reference":
@@ -176,10 +161,10 @@ class MCLR(Objective):
         weight = problem.weight(sigma)
 
         def weighted(a, b):  # for the rows of `some`
-            return per_example(some(weight) * square_error(a, b, some(sigma)))
+            return base.per_example(some(weight) * base.square_error(a, b, some(sigma)))
 
-        error = square_error(denoised, explained, sigma)
-        plain = per_example(weight * error)
+        error = base.square_error(denoised, explained, sigma)
+        plain = base.per_example(weight * error)
         own, other = some(plain), weighted(at_wrong, some(explained))
         if self.bound == "clip":
             other = jnp.minimum(other, self.clip_ratio * jax.lax.stop_gradient(own))
@@ -195,8 +180,8 @@ class MCLR(Objective):
         every = len(x) // len(own)
         loss = plain.at[::every].add(every * contrast)
 
-        positive_error = per_example(error)
-        negative_error = per_example(square_error(at_wrong, some(explained), some(sigma)))
+        positive_error = base.per_example(error)
+        negative_error = base.per_example(base.square_error(at_wrong, some(explained), some(sigma)))
         return loss, {
             "error": mean(positive_error),
             "negative_error": mean(negative_error),

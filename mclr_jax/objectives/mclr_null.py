@@ -34,27 +34,8 @@ import jax
 import jax.numpy as jnp
 
 from mclr_jax.noise import split
-from mclr_jax.objectives.base import (
-    Objective,
-    arcsine_law,
-    at_labels,
-    contrast_strength,
-    draw_label,
-    draw_strength,
-    in_one_call,
-    inside,
-    label_dropout,
-    log_prior,
-    log_ratio,
-    negative_share,
-    per_example,
-    perturb,
-    rows_with_negatives,
-    sigma_interval,
-    square_error,
-    strength_factor,
-)
-from mclr_jax.problem import Batch, Loss, Models, Problem
+from mclr_jax.objectives import base
+from mclr_jax.objectives.base import Batch, Loss, Models, Objective, Problem
 from mclr_jax.reductions import Metrics, mean
 from mclr_jax.schema import key
 from mclr_jax.types import expand, with_label
@@ -75,7 +56,7 @@ class NullMCLR(Objective):
 
     beta: float = key(1.0, 0.0, 1e6, says="gamma of the optimum; times config.class_strengths, or "
                       "replaced by config.strength")  # fmt: skip
-    label_dropout: float = label_dropout()
+    label_dropout: float = base.label_dropout()
     wrong: str = key("null", words=("null", "weak"), says="e is the teacher's answer at the null "
                      "label, or that of config.companions.weak at the same label (autoguidance, "
                      "arXiv 2406.02507, in one call)")  # fmt: skip
@@ -87,10 +68,10 @@ class NullMCLR(Objective):
     teacher: str = key("reference", words=("reference", "average"), says="frozen network: that of "
                        "config.init_from, or the first average of the weights")  # fmt: skip
     target: str = key("mixed", words=("data", "mixed", "reference"), says="see the formula")
-    sigma_interval: tuple[float, ...] = sigma_interval()
+    sigma_interval: tuple[float, ...] = base.sigma_interval()
     wrong_label: float = key(0.0, 0.0, 1e6, says="factor of the contrast with a random wrong label")
     wrong_label_scale: float = key(0.025, 0.0, 1e9, "(", says="a gamma of that contrast")
-    negative_share: float = negative_share("that contrast")
+    negative_share: float = base.negative_share("that contrast")
 
     def __post_init__(self):
         super().__post_init__()
@@ -120,12 +101,12 @@ class NullMCLR(Objective):
         Metrics: `error`, |D - x|^2, and `negative_error`, |D - e|^2 (unweighted); `margin`, their
         difference for examples with a contrast; with `wrong_label` the `negative_ratio`, r at c~.
         """
-        noisy = perturb(problem, batch.x0, batch.condition, keys, self.label_dropout)
+        noisy = base.perturb(problem, batch.x0, batch.condition, keys, self.label_dropout)
         k_wrong, k_beta, k_mixed = split(noisy.keys, 3)
-        beta, condition = draw_strength(noisy.condition, k_beta, problem, self.beta, arcsine_law)
+        beta, condition = base.draw_strength(noisy.condition, k_beta, problem, self.beta)
         noisy = noisy._replace(condition=condition)
         x, sigma, condition, _ = noisy
-        gamma = contrast_strength(problem, noisy, beta, self.sigma_interval)
+        gamma = base.contrast_strength(problem, noisy, beta, self.sigma_interval)
         if self.teacher == "average" and not problem.strength:  # which has learned the guidance
             gamma = gamma / (1 + gamma)
         metrics: Metrics = {}
@@ -133,26 +114,29 @@ class NullMCLR(Objective):
         if not self.wrong_label:
             denoised, contrast = models.denoise(x, sigma, condition), jnp.zeros(len(x))
         else:
-            every = rows_with_negatives(self.negative_share, len(x))
+            every = base.rows_with_negatives(self.negative_share, len(x))
             some = functools.partial(jax.tree.map, lambda values: values[::every])
-            wrong = draw_label(k_wrong, log_prior(problem))
+            wrong = base.draw_label(k_wrong, base.log_prior(problem))
             labelled = condition.label != problem.null_label
             there = labelled & (wrong != batch.condition.label)
-            strength = beta * strength_factor(problem, wrong)
+            strength = beta * base.strength_factor(problem, wrong)
             x0, own_sigma, there, strength = some((batch.x0, sigma, there, strength))
             shown = some((x, sigma, with_label(condition, wrong)))
-            denoised, at_wrong = in_one_call(models.denoise, (x, sigma, condition), shown)
+            denoised, at_wrong = base.in_one_call(models.denoise, (x, sigma, condition), shown)
             frozen = models.frozen["reference"].denoise(*shown)
-            ratio = log_ratio(problem, own_sigma, at_wrong, frozen, x0)
+            ratio = base.log_ratio(problem, own_sigma, at_wrong, frozen, x0)
             there &= strength > 0
             a = self.wrong_label_scale / jnp.where(there, strength, 1.0)
             bounded = 2 / (a * x0[0].size) * jax.nn.softplus(a * ratio)
             bounded = jnp.where(there, self.wrong_label * strength * bounded, 0.0)
             contrast = jnp.zeros(len(x)).at[::every].set(every * bounded)
             metrics["negative_ratio"] = mean(ratio, where=there)
-        loss = per_example(problem.weight(sigma) * square_error(denoised, target, sigma)) + contrast
-        error = per_example(square_error(denoised, batch.x0, sigma))
-        negative_error = per_example(square_error(denoised, explanation, sigma))
+        loss = (
+            base.per_example(problem.weight(sigma) * base.square_error(denoised, target, sigma))
+            + contrast
+        )
+        error = base.per_example(base.square_error(denoised, batch.x0, sigma))
+        negative_error = base.per_example(base.square_error(denoised, explanation, sigma))
         metrics |= {"error": mean(error), "negative_error": mean(negative_error)}
         metrics["margin"] = mean(negative_error - error, where=gamma > 0)
         return loss, metrics
@@ -165,7 +149,7 @@ class NullMCLR(Objective):
             labels = [] if self.target == "data" else [condition.label]
             if self.wrong == "null":
                 labels.append(self._wrong_label_of(models, problem, noisy, keys))
-            answers = at_labels(models.frozen[self.teacher].denoise, noisy, labels)
+            answers = base.at_labels(models.frozen[self.teacher].denoise, noisy, labels)
             right, wrong = x0 if self.target == "data" else answers[0], answers[-1]
         if self.wrong == "weak":
             wrong = models.frozen["weak"].denoise(x, sigma, condition)
@@ -178,7 +162,7 @@ class NullMCLR(Objective):
             return problem.null_label
         x, sigma, condition, _ = noisy
         k_null, k_label, k_posterior = split(keys, 3)
-        label = draw_label(k_label, models.posterior(x, sigma, condition, k_posterior))
+        label = base.draw_label(k_label, models.posterior(x, sigma, condition, k_posterior))
         null = jax.vmap(jax.random.uniform)(k_null) < self.null_share
-        null &= inside(sigma, self.null_interval)
+        null &= base.inside(sigma, self.null_interval)
         return jnp.where(null, problem.null_label, label)

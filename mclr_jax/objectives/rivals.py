@@ -11,20 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from mclr_jax.noise import normal_like, split
-from mclr_jax.objectives.base import (
-    Objective,
-    at_labels,
-    draw_label,
-    draw_strength,
-    label_dropout,
-    log_prior,
-    log_ratio,
-    per_example,
-    perturb,
-    square_error,
-    strength_factor,
-)
-from mclr_jax.problem import Batch, Loss, Models, Problem
+from mclr_jax.objectives import base
+from mclr_jax.objectives.base import Batch, Loss, Models, Objective, Problem
 from mclr_jax.reductions import Metrics, mean
 from mclr_jax.schema import key
 from mclr_jax.types import Condition, expand, with_label
@@ -47,7 +35,7 @@ class CCA(Objective):
 
     beta: float = key(0.02, 0.0, 1e9, "(", says="inverse temperature; larger: weaker contrast")
     negative_weight: float = key(1000.0, 0.0, 1e9, says="lambda")
-    label_dropout: float = label_dropout()
+    label_dropout: float = base.label_dropout()
     second_positives: bool = key(False, says="the official code's law of wrong labels")
 
     needs = frozenset({"reference", "class_prior", "class_strengths"})
@@ -55,20 +43,21 @@ class CCA(Objective):
     def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
         """Metrics: `positive_ratio` and `negative_ratio`, r at c and at c~."""
         x0 = batch.x0
-        noisy = perturb(problem, x0, batch.condition, keys, self.label_dropout)
+        noisy = base.perturb(problem, x0, batch.condition, keys, self.label_dropout)
         shown = noisy.condition.label
         k_wrong, k_dropped = split(noisy.keys, 2)
-        wrong = draw_label(k_wrong, log_prior(problem))
+        wrong = base.draw_label(k_wrong, base.log_prior(problem))
         if self.second_positives:
             dropped = jax.vmap(jax.random.uniform)(k_dropped) < self.label_dropout
             wrong = jnp.where(dropped, problem.null_label, wrong)
         labels = (shown, wrong)
-        denoised = at_labels(models.denoise, noisy, labels)
-        frozen = at_labels(models.frozen["reference"].denoise, noisy, labels)
+        denoised = base.at_labels(models.denoise, noisy, labels)
+        frozen = base.at_labels(models.frozen["reference"].denoise, noisy, labels)
         positive, negative = (
-            log_ratio(problem, noisy.sigma, d, r, x0) for d, r in zip(denoised, frozen, strict=True)
+            base.log_ratio(problem, noisy.sigma, d, r, x0)
+            for d, r in zip(denoised, frozen, strict=True)
         )
-        weight = self.negative_weight * strength_factor(problem, wrong)
+        weight = self.negative_weight * base.strength_factor(problem, wrong)
         contrast = weight * jax.nn.softplus(self.beta * negative)
         if self.second_positives:
             second = (wrong == shown) | (wrong == problem.null_label)
@@ -97,29 +86,31 @@ class DPO(Objective):
     """
 
     beta: float = key(5000.0, 0.0, 1e9, "(", says="inverse temperature; larger: weaker contrast")
-    label_dropout: float = label_dropout()
+    label_dropout: float = base.label_dropout()
 
     needs = frozenset({"reference", "class_prior"})
 
     def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
         """Metrics: `error`, `negative_error` (unweighted), `accuracy`: share with m below 0."""
-        noisy = perturb(problem, batch.x0, batch.condition, keys, self.label_dropout)
+        noisy = base.perturb(problem, batch.x0, batch.condition, keys, self.label_dropout)
         sigma, shown = noisy.sigma, noisy.condition.label
-        wrong = draw_label(noisy.keys, log_prior(problem), other_than=batch.condition.label)
+        wrong = base.draw_label(
+            noisy.keys, base.log_prior(problem), other_than=batch.condition.label
+        )
 
         def errors(denoise):
-            answers = at_labels(denoise, noisy, (shown, wrong))
-            return [square_error(answer, batch.x0, sigma) for answer in answers]
+            answers = base.at_labels(denoise, noisy, (shown, wrong))
+            return [base.square_error(answer, batch.x0, sigma) for answer in answers]
 
         error, wrong_error = errors(models.denoise)
         error_then, wrong_then = errors(models.frozen["reference"].denoise)
         gain = (error - wrong_error) - (error_then - wrong_then)
-        margin, plain = per_example(gain / sigma**2), per_example(error / sigma**2)
+        margin, plain = base.per_example(gain / sigma**2), base.per_example(error / sigma**2)
         contrast = jax.nn.softplus(self.beta / 2 * margin)
         loss = jnp.where(shown == problem.null_label, self.beta / 4 * plain, contrast)
         return loss, {
-            "error": mean(per_example(error)),
-            "negative_error": mean(per_example(wrong_error)),
+            "error": mean(base.per_example(error)),
+            "negative_error": mean(base.per_example(wrong_error)),
             "accuracy": mean((margin < 0).astype(loss.dtype)),
         }
 
@@ -139,7 +130,7 @@ class DDO(Objective):
 
     beta: float = key(0.05, 0.0, 1e9, "(", says="inverse temperature")
     negative_weight: float = key(1.0, 0.0, 1e9, says="alpha")
-    label_dropout: float = label_dropout(0.0)
+    label_dropout: float = base.label_dropout(0.0)
 
     needs = frozenset({"reference", "generated"})
 
@@ -152,9 +143,9 @@ class DDO(Objective):
         reference = models.frozen["reference"].denoise
 
         def ratio(x0, condition, keys):
-            x, sigma, shown, _ = perturb(problem, x0, condition, keys, self.label_dropout)
+            x, sigma, shown, _ = base.perturb(problem, x0, condition, keys, self.label_dropout)
             denoised = models.denoise(x, sigma, shown)
-            return log_ratio(problem, sigma, denoised, reference(x, sigma, shown), x0)
+            return base.log_ratio(problem, sigma, denoised, reference(x, sigma, shown), x0)
 
         k_data, k_generated = split(keys, 2)
         positive = ratio(batch.x0, batch.condition, k_data)
@@ -179,7 +170,7 @@ class ContrastiveFlow(Objective):
     """
 
     contrast: float = key(0.05, 0.0, 1.0, ")", says="lambda; from 1 on the loss has no minimum")
-    label_dropout: float = label_dropout()
+    label_dropout: float = base.label_dropout()
 
     needs = frozenset({"other"})
 
@@ -187,18 +178,18 @@ class ContrastiveFlow(Objective):
         """Metrics: `error`, |D - x|^2, and `negative_error`, |v - v~|^2, unweighted."""
         x0, other = batch.x0, batch.other
         assert other is not None  # the Task gives it
-        x, sigma, shown, keys = perturb(problem, x0, batch.condition, keys, self.label_dropout)
+        x, sigma, shown, keys = base.perturb(problem, x0, batch.condition, keys, self.label_dropout)
         slope = 1 + 1 / sigma
         denoised = models.denoise(x, sigma, shown)
         velocity = x / expand(sigma, x) - expand(slope, x) * denoised
-        error = square_error(denoised, x0, sigma)
-        negative_error = square_error(velocity, normal_like(keys, x0) - other, sigma)
+        error = base.square_error(denoised, x0, sigma)
+        negative_error = base.square_error(velocity, normal_like(keys, x0) - other, sigma)
         contrast = self.contrast * negative_error / slope**2
         metrics: Metrics = {
-            "error": mean(per_example(error)),
-            "negative_error": mean(per_example(negative_error)),
+            "error": mean(base.per_example(error)),
+            "negative_error": mean(base.per_example(negative_error)),
         }
-        return per_example(problem.weight(sigma) * (error - contrast)), metrics
+        return base.per_example(problem.weight(sigma) * (error - contrast)), metrics
 
 
 def uniform_share(uniform: jax.Array, low: float, high: float) -> jax.Array:
@@ -222,17 +213,17 @@ class GFT(Objective):
     """
 
     beta: float = key(1.0, 0.0, 1e6, says="the strength, if it is no input of the network")
-    label_dropout: float = label_dropout()
+    label_dropout: float = base.label_dropout()
 
     needs = frozenset({"self", "class_strengths"})
 
     def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
         """Metrics: `error` of the combination, unweighted."""
-        x, sigma, shown, keys = perturb(
+        x, sigma, shown, keys = base.perturb(
             problem, batch.x0, batch.condition, keys, self.label_dropout
         )
-        fixed = self.beta * strength_factor(problem, shown.label)
-        strength, shown = draw_strength(shown, keys, problem, fixed, uniform_share)
+        fixed = self.beta * base.strength_factor(problem, shown.label)
+        strength, shown = base.draw_strength(shown, keys, problem, fixed, uniform_share)
         if shown.strength is not None:
             dropped = shown.label == problem.null_label
             shown = shown.replace(strength=jnp.where(dropped, 0.0, shown.strength))
@@ -240,9 +231,9 @@ class GFT(Objective):
         null = with_label(shown, problem.null_label)
         unconditional = models.frozen["self"].denoise(x, sigma, null)
         combined = b * models.denoise(x, sigma, shown) + (1 - b) * unconditional
-        error = square_error(combined, batch.x0, sigma)
-        loss = per_example(problem.weight(sigma) * error)
-        return loss, {"error": mean(per_example(error))}
+        error = base.square_error(combined, batch.x0, sigma)
+        loss = base.per_example(problem.weight(sigma) * error)
+        return loss, {"error": mean(base.per_example(error))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,23 +253,24 @@ class ModelGuidance(Objective):
     relative_interval: tuple[float, float] = key(
         (0.0, 3.0), 0.0, ordered=True, says="targets are guided if low < sigma / sigma_data <= high"
     )
-    label_dropout: float = label_dropout()
+    label_dropout: float = base.label_dropout()
 
     needs = frozenset({"average", "class_strengths"})
 
     def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
         """Metrics: `error`, |D - x|^2 unweighted."""
-        noisy = perturb(problem, batch.x0, batch.condition, keys, self.label_dropout)
+        noisy = base.perturb(problem, batch.x0, batch.condition, keys, self.label_dropout)
         x, sigma, shown, _ = noisy
         low, high = (end * problem.sigma_data for end in self.relative_interval)
         guided = (low < sigma) & (sigma <= high)  # at the null label the shift below is 0
         teacher = models.frozen["average"].denoise
-        right, unconditional = at_labels(teacher, noisy, (shown.label, problem.null_label))
-        share = self.scale * strength_factor(problem, shown.label)  # gamma = w / (1 - w) times s_c
+        right, unconditional = base.at_labels(teacher, noisy, (shown.label, problem.null_label))
+        share = self.scale * base.strength_factor(problem, shown.label)
+        # gamma = w / (1 - w) times s_c
         scale = share / (1 - self.scale + share)
         scale = jnp.where(guided, expand(scale, sigma), 0.0)
         shift = expand(scale, x) * (right - unconditional)
         denoised = models.denoise(x, sigma, shown)
-        loss = problem.weight(sigma) * square_error(denoised, batch.x0 + shift, sigma)
-        error = square_error(denoised, batch.x0, sigma)
-        return per_example(loss), {"error": mean(per_example(error))}
+        loss = problem.weight(sigma) * base.square_error(denoised, batch.x0 + shift, sigma)
+        error = base.square_error(denoised, batch.x0, sigma)
+        return base.per_example(loss), {"error": mean(base.per_example(error))}

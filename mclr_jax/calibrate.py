@@ -20,13 +20,14 @@ import numpy as np
 from mclr_jax import generate, images
 from mclr_jax.data.pixels import to_float
 from mclr_jax.data.protocol import Source, evenly
-from mclr_jax.evaluation.features import Extractor
 from mclr_jax.model import Model
 from mclr_jax.noise import SIGMA_RANGE
 from mclr_jax.samplers import Sampler
 from mclr_jax.schema import in_range
 
 HELD_OUT = 10_000  # at most so many held-out images, evenly spaced
+# (images (n, ...), labels (n,)) -> a value with log_probs (n, K), as evaluation.features.Extractor.
+ClassifyFn = Callable[[np.ndarray, np.ndarray], Any]
 
 
 def crossings(grid: np.ndarray, means: np.ndarray, real: np.ndarray) -> np.ndarray:
@@ -52,7 +53,7 @@ def crossings(grid: np.ndarray, means: np.ndarray, real: np.ndarray) -> np.ndarr
 
 
 def recognition(
-    classifier: Extractor, examples: np.ndarray, labels: np.ndarray, sigma: float, seed: int
+    classifier: ClassifyFn, examples: np.ndarray, labels: np.ndarray, sigma: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean of p(label | x + sigma n) over the examples x of each class, and its standard error.
 
@@ -85,7 +86,7 @@ def calibrate(
     model: Model,
     params: Any,
     sampler: Sampler,
-    classifier: Extractor,  # of images with noise of level `sigma`; see `recognition`
+    classifier: ClassifyFn,  # of images with noise of level `sigma`; see `recognition`
     held_out: Source,
     *,
     weights: Callable[[float], Any] | None = None,  # parameters by strength, without guidance

@@ -1,4 +1,4 @@
-"""Functions that feature extractors share: input images, and convolutions with batch norms."""
+"""Functions that published extractors share: input images, convolutions with batch norms."""
 
 import functools
 import operator
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mclr_jax.networks.layers import NHWC
+from mclr_jax.networks.convolution import convolve
 
 Weights = dict[str, np.ndarray]
 
@@ -30,8 +30,7 @@ def conv(weights: Weights, x: jax.Array, name: str, stride: int = 1, padding="SA
     """The convolution `name` of x (B, H, W, C), with its bias; depthwise if the kernel is."""
     kernel, bias = jnp.asarray(weights[name]), weights[f"{name}.bias"]
     if kernel.shape[2] == x.shape[-1]:
-        strides = (stride, stride)
-        return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=NHWC) + bias
+        return convolve(x, kernel, stride, padding) + bias
     return _depthwise(x, kernel[:, :, 0], stride, padding) + bias
 
 
