@@ -33,9 +33,6 @@ NO_DEVICE, AGAIN = 2, 3  # exit statuses of the process of a section
 SCRIPT = __file__
 
 
-# ---- the process of a section --------------------------------------------------------------------
-
-
 def inside(
     sections: Sequence[str], out: pathlib.Path, tiny: bool, row_name: str, session: str
 ) -> int:
@@ -70,7 +67,7 @@ def inside(
             asked = {"section": section, "name": name}
             stored = read(out)
             row = tasks.made(stored, asked)
-            if row and (finished(row) or row["session"] == session):
+            if row and (not row.keys() & {"error", "skipped"} or row["session"] == session):
                 continue
             begun = {**asked, "session": session, **made_by}
             store(out, {**begun, "error": "the process ended before the result was there"})
@@ -106,9 +103,6 @@ def summary(found: Mapping[str, Any]) -> str:
     return str({key: found[key] for key in shown if key in found} or found)[:400]
 
 
-# ---- the file ------------------------------------------------------------------------------------
-
-
 def read(out: pathlib.Path) -> list[dict[str, Any]]:
     """The rows that are stored."""
     return json.loads(out.read_text())["rows"] if out.exists() else []
@@ -120,18 +114,10 @@ def store(out: pathlib.Path, row: dict[str, Any]) -> None:
     write_json(out, {"rows": [*others, row]})
 
 
-def finished(row: Mapping[str, Any]) -> bool:
-    """Whether a row has a result, and is not made again."""
-    return not row.keys() & {"error", "skipped"}
-
-
 def good(row: Mapping[str, Any]) -> bool:
     """Whether nothing is wrong with a row: no error, also of a part, and no tolerance exceeded."""
     parts = [part for part in row.values() if isinstance(part, dict)]
     return row.get("passed", True) and not any("error" in part for part in (row, *parts))
-
-
-# ---- all sections --------------------------------------------------------------------------------
 
 
 def outside(
@@ -179,9 +165,7 @@ def result_file(text: str) -> pathlib.Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=result_file, required=True, help="file to write, NAME.json")
     parser.add_argument("--only", type=chosen, default=list(SECTIONS), metavar="SECTION,...",
                         help=", ".join(SECTIONS))  # fmt: skip

@@ -27,9 +27,6 @@ from mclr_jax.training.step import TrainState, init_state
 SIGMA_DATA = 0.5
 
 
-# ---- alternation ---------------------------------------------------------------------------------
-
-
 def alternate(
     runs: Mapping[str, Callable[[int], Any]], rounds: int, seconds: float
 ) -> dict[str, list[float]]:
@@ -92,9 +89,6 @@ def serve(first: Mapping[str, Any], run: Callable[[int], Mapping[str, Any]]) -> 
         print(json.dumps(run(int(line))), flush=True)
 
 
-# ---- arrays --------------------------------------------------------------------------------------
-
-
 def numbers(shapes: Any, seed: int = 0, classes: int = 1, scale: float = 0.03) -> Any:
     """Arrays of these shapes on the host, of which none is zero: zeros would be multiplied faster.
 
@@ -131,9 +125,6 @@ def frozen_of(task: Task, scale: float = 0.03) -> dict[str, Any]:
     """Random weights of the frozen models on the host."""
     models = enumerate(task.frozen.items())
     return {name: numbers(shapes_of(model), 1 + i, scale=scale) for i, (name, model) in models}
-
-
-# ---- training steps ------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -281,10 +272,6 @@ def speed(seconds: Sequence[float], batch: int, flops: float) -> dict[str, Any]:
 def chip_of_device() -> chips.Chip | None:
     """The published peaks of the first device, if they are known."""
     return chips.KINDS_OF_CHIP.get(jax.devices()[0].device_kind)
-
-
-def cpu() -> jax.Device:
-    return jax.devices("cpu")[0]
 
 
 def peak_bytes(key: str = "peak_bytes_in_use") -> int | None:

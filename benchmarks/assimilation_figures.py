@@ -16,6 +16,7 @@ import json
 import pathlib
 
 import numpy as np
+from figures import save
 from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.figure import Figure
 from PIL import Image
@@ -48,9 +49,8 @@ def picture(k: int, seen: np.ndarray, truths: np.ndarray, members: dict) -> Imag
     for name, x in members.items():
         plane.plot(*x[:, k, [0, 2]].T, ".", color=COLORS[name], ms=6, label=LABELS[name])
     plane.set(xlim=(-22, 22), ylim=(0, 52), xlabel="coordinate 1", ylabel="coordinate 3")
-    figure.legend(
-        *plane.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=7.5
-    )
+    shown = plane.get_legend_handles_labels()
+    figure.legend(*shown, loc="outside upper center", ncols=4, fontsize=7.5)
     for axis, i, limits in zip(curves, (0, 2), ((-24, 24), (0, 52)), strict=True):
         for name, x in members.items():
             axis.plot(x[:, : k + 1, i].T, color=COLORS[name], lw=0.6, alpha=0.5)
@@ -97,9 +97,7 @@ def navier_stokes_figures(workdir: pathlib.Path) -> None:
         line[5].set(xlim=(1, 32), ylim=(1e-6, 3))
         line[5].legend(fontsize=7)
     axes[0, 5].set_title("energy by wave number", fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    write_atomically(ROOT / "docs" / "navier_stokes.png", buffer.getvalue())
+    save(figure, ROOT / "docs" / "navier_stokes.png", 100)
 
     filtered, batch = found["random_filter"], found["random_batch"]
     panels = {"truth": batch["truth"], "observations": batch["seen"],
@@ -118,7 +116,7 @@ def navier_stokes_figures(workdir: pathlib.Path) -> None:
     film.save(ROOT / "docs" / "navier_stokes.gif", PillowWriter(fps=4), dpi=80)
 
 
-def animation(subject: Subject, folder: pathlib.Path, ensemble: int, out: pathlib.Path) -> None:
+def animation(subject: Subject, folder: pathlib.Path, ensemble: int) -> None:
     """The first trajectory of a file of Lorenz-63 as a GIF."""
     arrays = observe.load(path := folder / "lo_test.npz")
     seen = observe.parse(arrays, path)
@@ -132,7 +130,7 @@ def animation(subject: Subject, folder: pathlib.Path, ensemble: int, out: pathli
     buffer = io.BytesIO()
     shown[0].save(buffer, "GIF", save_all=True, append_images=shown[1:], duration=times, loop=0,
                   comment=json.dumps(provenance() | subject.name))  # fmt: skip
-    write_atomically(out, buffer.getvalue())
+    write_atomically(ROOT / "docs" / "assimilation.gif", buffer.getvalue())
 
 
 def main() -> None:
@@ -140,11 +138,10 @@ def main() -> None:
     found.add_argument("--folder", type=pathlib.Path)
     found.add_argument("--ensemble", type=int, default=32)
     found.add_argument("--navier_stokes", action="store_true")
-    found.add_argument("--out", type=pathlib.Path, default=ROOT / "docs" / "assimilation.gif")
     flags = found.parse_args()
     if flags.navier_stokes:
         return navier_stokes_figures(flags.workdir)
-    animation(Subject(flags.workdir), flags.folder, flags.ensemble, flags.out)
+    animation(Subject(flags.workdir), flags.folder, flags.ensemble)
 
 
 if __name__ == "__main__":

@@ -119,11 +119,8 @@ def ratios() -> dict[str, float]:
 def summary(row: Mapping[str, Any]) -> str:
     """Memory, time and compilation of a row in a line."""
     memory, seconds = row["memory_per_chip_bytes"]["peak"], row["roofline"]["seconds_per_step"]
-    needed = "unknown" if memory is None else f"{memory / 2**30:.3g} GiB"
-    return (
-        f"{needed}: {'fits' if row['fits'] else 'DOES NOT FIT'}; a step or sampling step takes at "
-        f"least {seconds:.2e} s; compiled in {row['compile_seconds']:.0f} s"
-    )
+    return (f"{memory} bytes of {row['chip_memory_bytes']}, at least {seconds:.2e} s a step, "
+            f"compiled in {row['compile_seconds']:.0f} s")  # fmt: skip
 
 
 def count(file: str) -> dict[str, Any]:
@@ -131,22 +128,15 @@ def count(file: str) -> dict[str, Any]:
     config = tasks.config_of(file)
     shape, classes = DATA[config.data.get("system", config.data.name)]
     model: Model = Training.parse(config).model(DataInfo(shape, classes, sigma_data=1.0))
-    return {
-        "config": f"configs/{file}.py",
-        "network": config.network.name,
-        "data": config.data.name,
-        "shape": shape,
-        "classes": classes,
-        "parameters": tasks.parameters(model),
-    }
+    return {"config": f"configs/{file}.py", "network": config.network.name,
+            "data": config.data.name, "shape": shape, "classes": classes,
+            "parameters": tasks.parameters(model)}  # fmt: skip
 
 
 def write_parameters() -> None:
     files = sorted(path.stem for path in (tasks.ROOT / "configs").glob("*.py"))
     rows = [count(file) for file in files if file not in ("__init__", "base")]
     write_json(tasks.RESULTS / "parameters.json", {**provenance(), "rows": rows})
-    for row in rows:
-        print(f"{row['config']:40s} {row['network']:16s} {row['parameters']:12,d}")
 
 
 def main() -> None:

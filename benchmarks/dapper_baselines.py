@@ -185,8 +185,7 @@ def lorenz63(name: str, folder: pathlib.Path) -> list[dict]:
     table = LORENZ63
     if protocol.known:  # an ensemble without spread and noise stays one point
         table = {key: tuple(w for w in words if "iEnKS" not in w) for key, words in table.items()}
-    rows = compare(case, table, data, protocol.system, 64)
-    return [{k: v for k, v in row.items() if k not in ("mean", "std")} for row in rows]
+    return compare(case, table, data, protocol.system, 64)
 
 
 def fields(name: str, folder: pathlib.Path) -> list[dict]:
@@ -230,7 +229,7 @@ def fields(name: str, folder: pathlib.Path) -> list[dict]:
             data[which] |= {f"{regime}_{key}": best[key] for key in ("mean", "std")}
         path = folder / f"{name}_{which}.npz"
         np.savez_compressed(path, **{k: np.asarray(v, np.float32) for k, v in data[which].items()})
-    return [{k: v for k, v in row.items() if k not in ("mean", "std")} for row in rows]
+    return rows
 
 
 def main() -> None:
@@ -243,6 +242,7 @@ def main() -> None:
     dapper.rc.liveplotting = False
     dapper.tools.progressbar.disable_progbar = True
     rows = parts[flags.part](flags.folder)
+    rows = [{k: v for k, v in row.items() if k not in ("mean", "std")} for row in rows]
     update(f"dapper_{flags.part}", rows, dapper=dapper.__version__)
 
 

@@ -213,36 +213,25 @@ def collect(bench: Comparison, seeds: tuple[int, ...], before: dict) -> dict:
     flops = bench.read(FLOPS) if bench.there(FLOPS) else {}
     floor, methods = bench.row("real_test"), before.get("methods", {})
     if before and not math.isclose(floor["frechet"], before["floor"]["frechet"], rel_tol=1e-3):
-        raise SystemExit(
-            "The judges are not those of the rows that are there: move that file away."
-        )
+        raise SystemExit("The judges are not those of the stored rows: move that file away.")
     for method, rows in bench.methods().items():
         found = [
-            {
-                "strength": strength,
-                "seed": seed,
-                "noise": [*NOISE.values()],
-                **bench.row(model.samples(seed)),
-                "step_flops_relative_to_dsm": flops.get(model.tuned),
-            }
-            for strength, model in rows.items()
-            for seed in seeds
+            {"strength": strength, "seed": seed, "noise": [*NOISE.values()],
+             **bench.row(model.samples(seed)),
+             "step_flops_relative_to_dsm": flops.get(model.tuned)}
+            for strength, model in rows.items() for seed in seeds
             if bench.there(f"sets/{model.samples(seed)}")
-        ]
+        ]  # fmt: skip
         for row in found:
             row["training_steps"] = row["run"]["steps"]
         made = {identity(row) for row in found}
         kept = [row for row in methods.get(method, []) if identity(row) not in made]
         if kept or found:
             methods[method] = kept + found
-    return {
-        "parameters": training(bench.root / bench.base(seeds[0]))["parameters"],
-        "floor": floor,
-        "interval": INTERVAL,
-        "options": INPUTS | ONCE,
-        "methods": methods,
-        "other_runs": bench.trainings(seeds, *(["weak"] if bench.there("weak/done") else [])),
-    }
+    weak = ["weak"] if bench.there("weak/done") else []
+    count = training(bench.root / bench.base(seeds[0]))["parameters"]
+    return {"parameters": count, "floor": floor, "interval": INTERVAL, "options": INPUTS | ONCE,
+            "methods": methods, "other_runs": bench.trainings(seeds, *weak)}  # fmt: skip
 
 
 def identity(row: dict) -> tuple:

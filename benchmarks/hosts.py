@@ -11,8 +11,6 @@ from its last checkpoint. Writes benchmarks/results/hosts.json.
 
 import argparse
 import functools
-import io
-import json
 import os
 import pathlib
 import shutil
@@ -22,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +27,7 @@ import jax
 import numpy as np
 import tasks
 from compiled import LATENTS, XL, info
-from PIL import Image
+from robustness_files import archive, npy, png
 
 from mclr_jax import chips, plan
 from mclr_jax.config import Training
@@ -45,9 +42,6 @@ SMALL = {
 }  # fmt: skip
 
 
-# ---- several processes ---------------------------------------------------------------------------
-
-
 def start(count: int, *arguments: str) -> list[subprocess.Popen]:
     """`count` processes of launch.train, which meet on this machine."""
     with socket.socket() as probe:
@@ -56,10 +50,8 @@ def start(count: int, *arguments: str) -> list[subprocess.Popen]:
     command = [sys.executable, "-m", "launch.train", *arguments]
     command += [f"--coordinator={address}", f"--num_processes={count}"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(tasks.ROOT)}
-    return [
-        subprocess.Popen([*command, f"--process_id={i}"], cwd=tasks.ROOT, env=environment)
-        for i in range(count)
-    ]
+    options = {"cwd": tasks.ROOT, "env": environment}
+    return [subprocess.Popen([*command, f"--process_id={i}"], **options) for i in range(count)]
 
 
 def train(count: int, workdir: pathlib.Path, parallel: str, kill_at: int = 0) -> dict[str, Any]:
@@ -92,10 +84,8 @@ def content(workdir: pathlib.Path, at: int = STEPS) -> dict[str, np.ndarray]:
         stored = reader.metadata(path).item_metadata.tree
         arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
         tree = reader.restore(path, restore_args=arguments)
-    return {
-        jax.tree_util.keystr(place): np.asarray(leaf)
-        for place, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(place): np.asarray(leaf) for place, leaf in leaves}
 
 
 def difference(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
@@ -107,20 +97,13 @@ def difference(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> floa
     )  # fmt: skip
 
 
-def size(folder: pathlib.Path) -> int:
-    """Bytes of all files under a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
 def kill(parallel: str) -> dict[str, Any]:
     """Kill one of four processes and start all again; continue by two, and by one."""
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         train(PROCESSES, folder / "whole", parallel)
         ended = train(PROCESSES, folder / "killed", parallel, KILLED)
-        saved = sorted(
-            int(path.name) for path in (folder / "killed" / "checkpoints").glob("[0-9]*")
-        )
+        saved = sorted(int(p.name) for p in (folder / "killed" / "checkpoints").glob("[0-9]*"))
         others = {count: folder / f"by_{count}" for count in (2, 1)}
         for path in others.values():
             shutil.copytree(folder / "killed", path, ignore=shutil.ignore_patterns("lock"))
@@ -136,13 +119,11 @@ def kill(parallel: str) -> dict[str, Any]:
             "relative_difference_by_processes": {
                 count: difference(whole, content(path)) for count, path in others.items()
             },
-            "checkpoint_bytes": size(checkpoint),
+            "checkpoint_bytes": sum(p.stat().st_size for p in checkpoint.rglob("*") if p.is_file()),
             "state_bytes": sum(array.nbytes for array in whole.values()),
             "temporary_checkpoints": len(list(checkpoint.parent.glob("*tmp*"))),
         }  # fmt: skip
 
-
-# ---- input ---------------------------------------------------------------------------------------
 
 # name -> (config, changes, shape of an example, classes): uint8 as PNG, latents as npy in a zip
 INPUT: dict[str, tuple[str, dict[str, Any], tuple[int, int, int], int]] = {
@@ -155,19 +136,17 @@ EXAMPLES, SECONDS = 8192, 10.0  # of the zip; of the measurement
 
 def write_zip(path: pathlib.Path, shape: tuple[int, int, int], classes: int) -> None:
     """A zip of random images, PNG, or of float32 latents if they have four channels."""
-    rng, height, width, channels = np.random.default_rng(0), *shape
-    labels = {}
-    with zipfile.ZipFile(path, "w") as archive:
-        for i in range(EXAMPLES):
-            buffer, name = io.BytesIO(), f"{i:06d}." + ("npy" if channels == 4 else "png")
-            if channels == 4:
-                np.save(buffer, rng.normal(size=(channels, height, width)).astype(np.float32))
-            else:
-                pixels = rng.integers(0, 256, shape, np.uint8)
-                Image.fromarray(pixels if channels == 3 else pixels[..., 0]).save(buffer, "PNG")
-            archive.writestr(name, buffer.getvalue())
-            labels[name] = i % classes
-        archive.writestr("dataset.json", json.dumps({"labels": list(labels.items())}))
+    rng, (height, width, channels) = np.random.default_rng(0), shape
+    files = {}
+    for i in range(EXAMPLES):
+        if channels == 4:
+            latents = rng.normal(size=(channels, height, width)).astype(np.float32)
+            files[f"{i:06d}.npy"] = npy(latents)
+        else:
+            pixels = rng.integers(0, 256, shape, np.uint8)
+            files[f"{i:06d}.png"] = png(pixels if channels == 3 else pixels[..., 0])
+    labels = [[name, i % classes] for i, name in enumerate(files)]
+    path.write_bytes(archive(files, {"labels": labels}))
 
 
 def rate(stream: Any) -> float:
@@ -199,8 +178,6 @@ def feed(name: str, in_memory: bool) -> dict[str, Any]:
         "ratio": read / trained, "cores": len(os.sched_getaffinity(0)),
     }  # fmt: skip
 
-
-# ---- rows ----------------------------------------------------------------------------------------
 
 ROWS: dict[str, Callable[[], dict[str, Any]]] = {
     **{f"kill, {mode}": functools.partial(kill, mode) for mode in MODES},

@@ -80,9 +80,6 @@ class Bench(Files):
             "keep_checkpoints": 10 * READINGS,  # all
         })  # fmt: skip
 
-    def train_on(self, limit: int) -> None:
-        self.train(name_of(limit), "fashion_mnist", self.config(limit))
-
     def curve(self, limit: int) -> None:
         """Beside each reading: copies among samples, their distance to held-out images, a probe."""
         workdir = self.root / name_of(limit)
@@ -140,7 +137,7 @@ class Bench(Files):
         for limit in STEPS:
             name, trained = name_of(limit), (f"{name_of(limit)}/done.json",)
             tasks += [
-                Task(name, do(self.train_on, limit), trained[0]),
+                Task(name, do(self.train, name, "fashion_mnist", self.config(limit)), trained[0]),
                 Task(f"curve_{name}", do(self.curve, limit), f"curves/{name}.json", trained),
                 Task(f"sweep_{name}", do(self.sweep, name, self.root / name, False),
                      f"sweeps/{name}.json", trained),
@@ -265,11 +262,8 @@ def figure(result: dict, path: pathlib.Path) -> None:
                 draw(panels[0, 1], "base, by block", some, "sigma", "probe_accuracy", layer)
             else:
                 draw(panels[0, 2], "at the end of training", some, "sigma", "icr", words(name))
-    titles = {
-        "icr_in_training": "along training",
-        "memorized": "share of samples that copy",
-        "frechet": "distance to held-out images",
-    }
+    titles = {"icr_in_training": "along training", "memorized": "share of samples that copy",
+              "frechet": "distance to held-out images"}  # fmt: skip
     for name, rows in result["curves"].items():
         for panel, (key, title) in zip(panels[1], titles.items(), strict=False):
             draw(panel, title, rows, "step", key, words(name))

@@ -104,8 +104,6 @@ class Bench(Files):
     def base(self, seed: int) -> str:
         return "base" if self.settings["one_base"] else f"base_{seed}"
 
-    # ---- trainings ---------------------------------------------------------------------------
-
     def train_base(self, seed: int) -> None:
         config = self.config()
         config.seed = seed
@@ -151,8 +149,6 @@ class Bench(Files):
         """(run, parameters) of this work directory."""
         found = runs.load(self.root / name)
         return found, found.weights(interpolation=interpolation)[0]
-
-    # ---- samples -----------------------------------------------------------------------------
 
     def guided(self, model: Model) -> generate.Guidance:
         """The guidance of a model's samples."""
@@ -231,8 +227,6 @@ class Bench(Files):
             each = Experiment(Training.parse(self.fine_tuning(seed, changes)), self.root)
             flops[name] = plan.step_flops(each.task, each.training.batch_size)
         return {name: value / flops["dsm"] for name, value in flops.items()}
-
-    # ---- all of them -------------------------------------------------------------------------
 
     def models(self) -> dict[str, Model]:
         """The rows by name."""

@@ -77,8 +77,7 @@ def main() -> None:
     value = {"rows": rows, **asked, "lag": LAG, **subject.name,
              "parameters": parameters(subject.run.model)}  # fmt: skip
     write_json(RESULTS / "linear_gaussian.json", value | provenance())
-    for one in rows:
-        print(one)
+    print(*rows, sep="\n")
 
 
 if __name__ == "__main__":

@@ -30,11 +30,6 @@ SCHEMES = {
 }
 
 
-def changed(scheme: Scheme) -> dict:
-    """The settings that are not those of `Scheme()`."""
-    return {k: v for k, v in dataclasses.asdict(scheme).items() if v != getattr(Scheme(), k)}
-
-
 KEYS = {"rmse": "rmse", "rmse_flowdas": "rmse_flowdas", "w1": "w1_to_truth",
         "w1_standardised": "w1_standardised", "w1_floor": "w1_floor", "log_prior": "log_prior",
         "log_prior_members": "log_prior_members",
@@ -65,10 +60,11 @@ def main() -> None:
 
     def row(name: str, which: str, regime: str, settings: dict, trajectories: int) -> dict:
         scheme = dataclasses.replace(SCHEMES[regime], **settings)
+        used = dataclasses.asdict(scheme).items()
         path = flags.folder / f"{name}_{which}.npz"
         asked = {"set": which, "protocol": name, "regime": regime, **subject.name,
                  "trajectories": trajectories, "members": flags.ensemble,
-                 "plan": changed(scheme)}  # fmt: skip
+                 "plan": {k: v for k, v in used if v != getattr(Scheme(), k)}}  # fmt: skip
 
         def make() -> dict:
             new = analysed(

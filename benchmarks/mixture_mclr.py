@@ -123,17 +123,11 @@ def collect(bench: Bench) -> dict:
             "base": bench.distance("base", beta),
             "input": bench.distance("strength as an input", beta, strength=beta),
             "share": bench.distance("mclr", beta, interpolation=beta),
-        }
-        for beta in STRENGTHS
-    }
-    return {
-        "config": "configs/mixture_mclr.py",
-        "parameters": trained["base"]["parameters"],
-        "distance_to_cfg": table,
-        "base_to_exact_unguided": bench.distance("base", 0.0),
-        "by_strength": strengths,
-        "runs": trained,
-    }
+        } for beta in STRENGTHS
+    }  # fmt: skip
+    return {"config": "configs/mixture_mclr.py", "parameters": trained["base"]["parameters"],
+            "distance_to_cfg": table, "base_to_exact_unguided": bench.distance("base", 0.0),
+            "by_strength": strengths, "runs": trained}  # fmt: skip
 
 
 def main() -> None:

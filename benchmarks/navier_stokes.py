@@ -28,7 +28,9 @@ from mclr_jax.files import provenance, save_arrays, write_json
 
 FRAMES, STD, MEMBERS, BATCH = 16, 0.05, 8, 16
 OPERATORS = {"random": observe.Random(0.1), "downsample": observe.Downsample(4)}
-REGIMES = {"filter": ("filter", 0), "lag8": ("fixed_lag", 8), "batch": ("batch", 0)}
+# arguments of `lags`
+REGIMES = {"filter": ("filter", FRAMES), "lag8": ("fixed_lag", FRAMES, 8),
+           "batch": ("batch", FRAMES)}  # fmt: skip
 LEVELS = {"sigma_min": 0.05, "sigma_max": 10.0}
 SCHEMES = {
     "filter": Scheme(window=4, steps=8, first_steps=16, **LEVELS),
@@ -105,7 +107,7 @@ def baseline(truth: np.ndarray, obs: observe.Observations, regime: str) -> dict:
     """A row of optimal interpolation."""
     climate_of_data = climate()
     start = time.monotonic()
-    ahead = None if regime == "frame" else np.minimum(lags(*_kind(regime)), FRAMES).astype(int)
+    ahead = None if regime == "frame" else np.minimum(lags(*REGIMES[regime]), FRAMES).astype(int)
     unit = np.eye(64**2, dtype=np.float32).reshape(-1, 1, 64, 64, 1)
     rows = np.asarray(obs.operator(unit))[:, 0]
     found = interpolated(obs.values, rows, obs.std, *climate_of_data, ahead)
@@ -116,11 +118,6 @@ def baseline(truth: np.ndarray, obs: observe.Observations, regime: str) -> dict:
     return {**row, "standardised": float(row["rmse"] * STD / obs.std), "crps": float(crps.mean()),
             "spread_skill": float(np.sqrt((std**2).mean()) / row["rmse"]),
             "seconds": time.monotonic() - start}  # fmt: skip
-
-
-def _kind(regime: str) -> tuple[str, int, int]:
-    """Arguments of `lags`."""
-    return REGIMES[regime][0], FRAMES, REGIMES[regime][1]
 
 
 def denoising(subject: Subject) -> dict[str, float]:
@@ -169,7 +166,7 @@ def main() -> None:
     def model(name: str, regime: str) -> dict:
         truth, obs = problem(name, flags.set)
         members, seconds = subject.estimate(
-            obs, SCHEMES[regime], lags(*_kind(regime)), ensemble=MEMBERS, batch_size=BATCH
+            obs, SCHEMES[regime], lags(*REGIMES[regime]), ensemble=MEMBERS, batch_size=BATCH
         )
         if flags.set == "test":
             save_arrays(

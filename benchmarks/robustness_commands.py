@@ -367,7 +367,9 @@ def _stopped(
         if number and status == -number:  # SIGTERM before the train loop ends at once
             yield Case(f"{what} after {moment:.2f} s", WORKS)
         elif status == 143:
-            steps = _checkpoint(workdir), _last(workdir)
+            saved = (int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*"))
+            done = (record["step"] for record in read_lines(workdir / "metrics.jsonl"))
+            steps = max(saved), max(done, default=0)
             outcome = WORKS if steps[0] == steps[1] else LOST
             yield Case(f"{what} after {moment:.2f} s", outcome, f"checkpoint, last step: {steps}")
         else:
@@ -375,14 +377,6 @@ def _stopped(
             wrong = difference(folder / "whole", workdir)
             yield Case(case.what, LOST, wrong) if wrong else case
             shutil.rmtree(workdir)
-
-
-def _last(workdir: pathlib.Path) -> int:
-    return max((record["step"] for record in read_lines(workdir / "metrics.jsonl")), default=0)
-
-
-def _checkpoint(workdir: pathlib.Path) -> int:
-    return max(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*"))
 
 
 def _crowded(flags: list[str], folder: pathlib.Path, samplers: int) -> Iterator[Case]:

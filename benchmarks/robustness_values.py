@@ -152,11 +152,6 @@ def cases(
         yield judge(f"{name}: {what}", config, mutations, defaults, use)
 
 
-def parse(config: Any) -> None:
-    """`Training.parse`."""
-    Training.parse(config)
-
-
 def mutation(rng: random.Random, key: str, defaults: dict[str, Any]) -> tuple[str, Any]:
     """A key, sometimes misspelt, and an odd value or one that is near the default."""
     if rng.random() < 0.03:
@@ -175,7 +170,7 @@ def judge(
 ) -> Case:
     """The outcome of using a config with these mutations.
 
-    What `parse` accepts and should not must be refused by `trace`.
+    What `Training.parse` accepts and should not must be refused by `trace`.
     """
 
     def call() -> None:
@@ -185,7 +180,7 @@ def judge(
 
     outcome, detail, _ = attempt(call)
     wrong = accepted(config, mutations, defaults) if outcome == WORKS else ""
-    if wrong and use is parse:
+    if wrong and use == Training.parse:
         outcome, detail, _ = attempt(lambda: trace(config))
     if wrong and outcome == WORKS:
         return Case(what, SILENT, wrong)

@@ -47,11 +47,6 @@ def specified(spec: Row) -> str:
 # ---- functions of tables.toml --------------------------------------------------------------------
 
 
-def named(values: Row, names: Iterable[str]) -> list[Row]:
-    """Rows of `name` and `value`."""
-    return [{"name": name, "value": values[name]} for name in names]
-
-
 def outcome(value: Any) -> str:
     """A distance, or when the training has diverged."""
     if isinstance(value, str):
@@ -84,15 +79,6 @@ def beside_dapper(rows: Iterable[Row], on_few: Iterable[Row]) -> list[Row]:
             each = {"seconds": f" / {best['seconds'] / 16:.1f}" if theirs else ""}
             found.append({**row, "dapper": two(best) | each, "same": two(same)})
     return found
-
-
-def of_both_methods(rows: Iterable[Row]) -> list[Row]:
-    """Rows in order; of the interpolation those of one frame and of the batch regime."""
-    cells = {(r["operator"], r["regime"], r["method"]): r for r in rows}
-    regimes, methods = ("frame", "filter", "lag8", "batch"), ("model", "interpolation")
-    keys = itertools.product(("random", "downsample"), regimes, methods)
-    kept = (key for key in keys if key[2] == "model" or key[1] in ("frame", "batch"))
-    return [cells[key] for key in kept if key in cells]
 
 
 def against_torch(row: Row) -> str:
@@ -214,61 +200,22 @@ def _rivals(data: str, chosen: Iterable[str] = (), equal: bool = False, every: b
     return table(head, lines)
 
 
-def learning_rates() -> str:
-    """FD and FD by class at the strength of the best FD, by the learning rate; one seed."""
-    methods = load("guidance_free_fashion_mnist_6000")["methods"]
-
-    def cell(name: str) -> str:
-        if name not in methods:
-            return ""
-        best = min(methods[name], key=lambda row: row["frechet"])
-        distances = (quality(best, key) for key in ("frechet", "per_class_frechet"))
-        return " / ".join([*distances, f"{best['strength']:g}"])
-
-    searched = dict.fromkeys(name.partition(RATE)[0] for name in methods if RATE in name)
-    rates = ["", f"{RATE}2", f"{RATE}4"]
-    head = ["FD / FD by class / strength", "the config's rate", "twice", "four times"]
-    return table(head, ([name, *(cell(name + rate) for rate in rates)] for name in searched))
+def at_best(rows: list[Row]) -> str:
+    """FD, FD by class and strength of the row of the lowest FD; empty without rows."""
+    best = min(rows, key=lambda row: row["frechet"], default={})
+    distances = (quality(best, key) for key in ("frechet", "per_class_frechet"))
+    return " / ".join([*distances, f"{best['strength']:g}"]) if best else ""
 
 
-def icr() -> str:
-    result = load("icr_fashion_mnist")
-    noise, probe, rises, *training, cost = result["claims"].values()
-    lowest = ", ".join(f"{value:.4f}" for value in rises["by_sigma"][:3])
-    rows = [
-        ["ICR is lowest at an intermediate noise level", "yes",
-         f"{noise['minimum']:.3f} at sigma {noise['sigma_of_minimum']}; at the lowest level "
-         f"{noise['at_lowest_sigma']:.3f}, at the highest {noise['at_highest_sigma']:.3f}"],
-        ["a linear probe is best near that level", "yes",
-         f"{100 * probe['peak']:.1f}% at sigma {probe['sigma_of_peak']}, "
-         f"{100 * probe['accuracy_at_minimum_of_icr']:.1f}% at the minimum of ICR"],
-        ["after memorization ICR rises from the lowest noise level", "no",
-         f"256 images: {lowest} at the three lowest levels"],
-    ]  # fmt: skip
-    verdicts = {"images_256": "in part", "images_1024": "false alarm", "images_4096": "no",
-                "images_all": "not tested"}  # fmt: skip
-    for (name, verdict), found in zip(verdicts.items(), training, strict=True):
-        count, steps = name.removeprefix("images_"), result["curves"][name][-1]["step"]
-        copies = f"{100 * found['memorized_at_the_end']:.1f}% copies at the end"
-        if first := found["first_step_with_memorized_samples"]:
-            copies = f"first copies at {first:,}, " + copies
-        warning = found["step_of_warning"]
-        rows.append([
-            f"ICR turns up before copies appear: {count} images" if count != "all" else
-            "ICR does not turn up with many images: 60,000", verdict,
-            f"lowest at step {found['step_of_minimum']:,} of {steps:,}, "
-            f"{f'warning at {warning:,}' if warning else 'no warning'}, {copies}"
-        ])  # fmt: skip
-    share = (
-        f"{100 * cost['share_of_training']:.1f}% with a reading every {cost['every_steps']:,} steps"
-    )
-    rows.append(["a monitor costs less than 3% of training", "yes", share])
-    return table(["claim", "found", "numbers"], rows)
-
-
-def mclr_over_dsm() -> str:
-    found = load("compiled")["mclr_over_dsm"]
-    return table(["config", *found], [["MCLR / DSM", *(f"{x:.2f}" for x in found.values())]])
+def along_training(result: Row, name: str) -> str:
+    """The readings of ICR in a training on a number of images, and its copies."""
+    (found,) = (claim for text, claim in result["claims"].items() if f"with {name}" in text)
+    copies = f"{100 * found['memorized_at_the_end']:.1f}% copies at the end"
+    if first := found["first_step_with_memorized_samples"]:
+        copies = f"first copies at {first:,}, " + copies
+    warning = f"warning at {step:,}" if (step := found["step_of_warning"]) else "no warning"
+    steps = result["curves"][f"images_{name.split()[0]}"][-1]["step"]
+    return f"lowest at step {found['step_of_minimum']:,} of {steps:,}, {warning}, {copies}"
 
 
 # ---- pages ---------------------------------------------------------------------------------------
@@ -285,7 +232,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "equal_noise_digits": lambda: _rivals("digits", equal=True),
     "equal_noise_digits_1000": lambda: _rivals("digits_1000", equal=True, every=True),
     "equal_noise_two_digits": lambda: _rivals("two_digits", equal=True),
-    "learning_rates": learning_rates, "icr": icr, "mclr_over_dsm": mclr_over_dsm,
 }  # fmt: skip
 
 

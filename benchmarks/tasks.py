@@ -65,9 +65,6 @@ class Task:
     needs: tuple[str, ...] = ()
 
 
-# ---- what tasks make -----------------------------------------------------------------------------
-
-
 class Files:
     """JSON files under a folder `root`, each with what made it."""
 
@@ -161,9 +158,6 @@ def parameters(model: Any) -> int:
     from mclr_jax.model import shapes_of
 
     return sum(leaf.size for leaf in jax.tree.leaves(shapes_of(model)))
-
-
-# ---- running them --------------------------------------------------------------------------------
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

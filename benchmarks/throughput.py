@@ -37,7 +37,6 @@ from tasks import RESULTS, ROOT
 
 from mclr_jax.files import provenance, write_json
 
-RESULT = RESULTS / "throughput.json"
 UNET = {"channels": 32, "channel_mult": (1, 2, 2), "num_blocks": 2, "attention_resolutions": (8,)}
 DIT = {"width": 192, "depth": 6, "heads": 3}
 BATCH, LOOP, HUGE = 16, 8, "glibc.malloc.hugetlb=1"
@@ -64,9 +63,6 @@ def candidates(task: str, model: str, threads: int) -> dict[str, dict]:
         if model == "unet":
             rows[f"torch {mode}, channels_last"] = {"torch": mode, "channels_last": True}
     return rows
-
-
-# ---- a candidate's process -----------------------------------------------------------------------
 
 
 def our_task(model: str):
@@ -141,26 +137,19 @@ def settle(settings: dict) -> None:
     if settings["gradients"] == "xla":
         from mclr_jax.networks import layers
 
-        def plain(x, kernel, stride=1, padding="SAME"):
-            numbers = ("NHWC", "HWIO", "NHWC")
-            return jax.lax.conv_general_dilated(
-                x, kernel, (stride, stride), padding, dimension_numbers=numbers
-            )
-
-        layers.convolve = plain
+        layers.convolve = lambda x, kernel, stride=1, padding="SAME": jax.lax.conv_general_dilated(
+            x, kernel, (stride,) * 2, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
 
 
 def worker(task: str, model: str, settings: dict) -> None:
     """Set up, say so, then run a round for every line of standard input."""
-    if "torch" in settings:
-        run, images = torch_run(
-            task, model, settings["torch"], settings.get("channels_last", False)
-        )
+    if mode := settings.get("torch"):
+        run, images = torch_run(task, model, mode, settings.get("channels_last", False))
     else:
         settle(settings)
-        run, images = (
-            our_training(model, settings["loop"]) if task == "training" else our_sampling(model)
-        )
+        training = task == "training"
+        run, images = our_training(model, settings["loop"]) if training else our_sampling(model)
 
     def rounds(count: int) -> dict[str, float]:
         start = time.perf_counter()
@@ -169,9 +158,6 @@ def worker(task: str, model: str, settings: dict) -> None:
         return {"rate": count * images / (time.perf_counter() - start)}
 
     serve({"first_round_seconds": images / rounds(1)["rate"]}, rounds)
-
-
-# ---- all of them in turns ------------------------------------------------------------------------
 
 
 def measure(task: str, model: str, threads: int, rounds: int, skip: str) -> dict:
@@ -237,7 +223,7 @@ def main() -> None:
     parser.add_argument("--threads", default="1 2")
     parser.add_argument("--skip", default="", help="regular expression of candidates to leave out")
     parser.add_argument("--profile", help="print the time of a step of this model by operation")
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--out", type=Path, default=RESULTS / "throughput.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:

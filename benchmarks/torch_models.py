@@ -230,11 +230,10 @@ def heun(denoise_fn, x, label, sigmas):
 
 
 def main() -> None:
-    """Train in bfloat16, for benchmarks/accelerator.py: a line of output for each line of input.
+    """Train in bfloat16, for accelerator_sections.py: the process of an `alternation.Worker`.
 
     The argument has the network, its options, the device, the mode of `torch.compile`, the batch
-    and the shape of an example in JSON. The first line of output says how long the first steps
-    took; a line of input is a number of steps.
+    and the shape of an example in JSON.
     """
     asked = json.loads(sys.argv[1])
     device, start = asked["device"], time.perf_counter()

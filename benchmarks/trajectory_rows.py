@@ -16,8 +16,6 @@ from mclr_jax.assimilation import observe, regimes, scores
 from mclr_jax.assimilation.schedules import Scheme, lags
 from mclr_jax.files import digest
 
-Grid = Mapping[str, Iterable[Any]]
-
 
 class Subject:
     """A trained run, and how its rows name it."""
@@ -87,7 +85,7 @@ def stored_rmse(path: pathlib.Path, regime: str, trajectories: int) -> dict[str,
     return {"rmse": float(square.mean() ** 0.5), "rmse_second_half": float(late.mean() ** 0.5)}
 
 
-def chosen(row: Callable[[dict], dict], start: Mapping[str, Any], grid: Grid) -> dict[str, Any]:
+def chosen(row: Callable[[dict], dict], start: dict, grid: Mapping[str, Iterable]) -> dict:
     """The settings of the lowest RMSE, found by one key after the other: settings -> row."""
     best = dict(start)
     for key, values in grid.items():

@@ -177,7 +177,7 @@ def test_an_outcome_tells_whose_words_an_error_has():
 
 
 def test_two_thousand_odd_configs_are_parsed_or_refused_in_words_of_this_project():
-    found = outcomes.summary(robustness_values.cases(1, 2000, use=robustness_values.parse))
+    found = outcomes.summary(robustness_values.cases(1, 2000, use=Training.parse))
     assert found["bad"] == []
     assert found["works"] > 300
     assert found["refused"] > 1000
@@ -192,7 +192,7 @@ def test_a_config_value_that_is_accepted_wrongly_is_found():
         copy = config.copy_and_resolve_references()
         return robustness_values.judge("", copy, own, defaults, use)
 
-    for use in (robustness_values.trace, robustness_values.parse):
+    for use in (robustness_values.trace, Training.parse):
         assert judged(use, seed=1).outcome == "works"
         assert judged(use, icr__layer=3).outcome == "refused"
     lax = lambda config: None  # noqa: E731
