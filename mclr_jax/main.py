@@ -85,18 +85,17 @@ def _train(experiment: Experiment, more_hooks: Sequence[Hook]) -> tuple[TrainSta
             len(experiment.source), experiment.data.shape, experiment.data.num_classes,
             experiment.data.sigma_data, parameters, start,
         )  # fmt: skip
+        every = training.ema.snapshot_every if training.ema.power_stds else 0
+        ours = [
+            *hooks.profile(experiment),
+            Hook(every, hooks.Snapshots(snapshots)),
+            *hooks.readings(experiment, start),
+        ]
+        last = Hook(training.save_periods, save := hooks.Save(checkpoints), when_stopped=True)
         with Writer(workdir, start, training.num_steps, is_first()) as writer:
-            save = hooks.Save(checkpoints)
-            every = training.ema.snapshot_every if training.ema.power_stds else 0
-            ours = [
-                *hooks.profile(experiment),
-                Hook(every, hooks.Snapshots(snapshots)),
-                *hooks.readings(experiment, start),
-                Hook(training.sample_every, hooks.Samples(experiment, writer)),
-            ]
-            last = Hook(training.save_periods, save, when_stopped=True)
+            samples = Hook(training.sample_every, hooks.Samples(experiment, writer))
             return loop.run(
-                task, state, experiment.frozen, stream, [*ours, *more_hooks, last], writer,
+                task, state, experiment.frozen, stream, [*ours, samples, *more_hooks, last], writer,
                 devices=devices, num_steps=training.num_steps, log_every=training.log_every,
                 steps_per_dispatch=training.dispatch, saved=save.last,
             )  # fmt: skip

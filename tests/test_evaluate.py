@@ -14,6 +14,7 @@ from commands import ROOT, call
 from mclr_jax import __version__, files, generate, images, runs
 from mclr_jax.data import sources
 from mclr_jax.evaluation import evaluate, features, metrics
+from mclr_jax.generate import Guidance
 from mclr_jax.main import train
 
 NAMES = ("fd", "fd_class", "fd_inter", "is", "kid", "pr", "dc")
@@ -75,7 +76,7 @@ def test_a_row_is_what_the_metrics_say_of_the_samples_and_is_made_once(made):
     run = runs.load(folder / "base")
     params, step = run.weights()
     labels = np.arange(COUNT) % 10
-    samples = generate.generate(run.model, params, labels, run.sampler, guidance_scale=2.0)
+    samples = generate.generate(run.model, params, labels, run.sampler, guided=Guidance(2.0))
     rounded = np.clip(np.round((samples + 1) * 127.5), 0, 255).astype(np.uint8)
     fake = extractor(rounded, labels)
     expected = metrics.frechet_distance(metrics.moments(fake.features), real.moments)
@@ -110,10 +111,10 @@ def test_autoguidance_and_copies_are_rows_of_their_own(made):
         (row,) = evaluate.evaluate(run, extractor, real, **arguments | more)
         return row
 
-    plain, auto, copies = row(), row(weak=weak), row(training=training)
+    plain, auto, copies = row(), row(guided=Guidance(weak=weak)), row(training=training)
     assert "interpolation" not in plain
     factors = [0.0] * 10  # no class is guided
-    none, unguided = row(class_strengths=factors), row(guidance_scales=[1.0])
+    none, unguided = row(guided=Guidance(class_strengths=factors)), row(guidance_scales=[1.0])
     assert none["class_strengths"] == factors
     assert none["network_calls"] == unguided["network_calls"] == 5
     np.testing.assert_allclose(none["frechet"], unguided["frechet"], rtol=1e-4)
@@ -122,9 +123,9 @@ def test_autoguidance_and_copies_are_rows_of_their_own(made):
     assert set(copies) - set(plain) == {"memorized", "memorized_from"}
     assert auto["network_calls"] == plain["network_calls"] == 10
     assert auto["autoguidance"] == files.digest(weak[1])
-    assert row(weak=weak) == auto  # stored
+    assert row(guided=Guidance(weak=weak)) == auto  # stored
     samples = images.as_8_bits(generate.generate(
-        run.model, params, np.arange(COUNT) % 10, run.sampler, guidance_scale=2.0, weak=weak
+        run.model, params, np.arange(COUNT) % 10, run.sampler, guided=Guidance(2.0, weak=weak)
     ))  # fmt: skip
     fake = extractor(samples, np.arange(COUNT) % 10).features
     expected = metrics.frechet_distance(metrics.moments(fake), real.moments)
@@ -219,7 +220,7 @@ def test_calibrate_writes_strengths_and_says_how_to_use_them(made, tmp_path):
     assert found["classifier_weights"] == files.digest(judge[1])
     assert (found["held_out"], found["network_calls"]) == (300, 30 * (5 + 10))
     with pytest.raises(ValueError, match=r"'classifier' in 'base': expected a classifier, data sh"):
-        runs.check_companion("classifier", "base", run.model, run.model.data, run.config)
+        runs.check_companion("classifier", "base", run.model, run.model.data)
 
 
 def test_the_command_writes_rows_and_the_floor(made, tmp_path):

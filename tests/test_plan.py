@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import digits as digits_config
 from launch import plan as command
-from mclr_jax import plan
+from mclr_jax import chips, plan
 from mclr_jax.config import Training
 from mclr_jax.model import DataInfo
 from mclr_jax.samplers import Sampler
@@ -87,8 +87,8 @@ def test_convolutions_and_branches_count_products_with_data():
 
 def test_sampling_costs_its_network_calls(monkeypatch):
     """With CFG twice as many, of which the bound is twice as long where products set it."""
-    chip = dataclasses.replace(plan.CHIPS["v5e"], flops=1.0)
-    monkeypatch.setattr(plan, "topology", lambda name: (chip, tuple(jax.devices())))
+    chip = dataclasses.replace(chips.CHIPS["v5e"], flops=1.0)
+    monkeypatch.setattr(chips, "topology", lambda name: (chip, tuple(jax.devices())))
     model, sampler = digits().model, Sampler("heun", 4)  # 7 calls
     costs = [
         plan.sampling(model, "", sampler, batch_size=16, guidance_scale=scale) for scale in (1, 2)
@@ -181,9 +181,9 @@ def test_fsdp_gathers_kernels_and_moves_no_activations(name):
 def test_peaks_are_near_those_of_the_documentation():
     """GB of memory in Google's tables, of which libtpu leaves most, and the FLOP for each byte."""
     published = {"v4": (32, 229), "v5e": (16, 241), "v5p": (95, 166), "v6e": (32, 560)}
-    assert published.keys() == plan.CHIPS.keys()
+    assert published.keys() == chips.CHIPS.keys()
     for name, (gigabytes, intensity) in published.items():
-        chip = plan.CHIPS[name]
+        chip = chips.CHIPS[name]
         assert 0.95 < chip.memory / gigabytes / 1e9 < 1.1
         assert chip.flops / chip.bandwidth == pytest.approx(intensity, abs=1)
 
@@ -201,17 +201,17 @@ def test_peaks_of_gpus_are_dense():
         "NVIDIA L4": (24, 300, 242 / 2),
         "Tesla T4": (16, 320, 130 / 2),
     }
-    gpus = {name: chip for name, chip in plan.KINDS_OF_CHIP.items() if "TPU" not in name}
+    gpus = {name: chip for name, chip in chips.KINDS_OF_CHIP.items() if "TPU" not in name}
     assert published.keys() == gpus.keys()
     for name, (gigabytes, bandwidth, teraflops) in published.items():
         assert gpus[name].memory == gigabytes * 10**9
         assert gpus[name].bandwidth == bandwidth * 1e9
         assert gpus[name].flops == pytest.approx(teraflops * 1e12, rel=1e-3)
-    assert {*plan.KINDS_OF_CHIP.values()} >= {*plan.CHIPS.values()}
+    assert {*chips.KINDS_OF_CHIP.values()} >= {*chips.CHIPS.values()}
 
 
 def test_the_roofline_is_the_longest_part():
-    chip = plan.Chip(100, flops=10.0, bandwidth=5.0, link=2.0, source="")
+    chip = chips.Chip(100, flops=10.0, bandwidth=5.0, link=2.0, source="")
     memory = {"arguments": 4, "outputs": 6, "temporaries": 20, "peak": 24}
     exchanged = {"all-reduce": {"count": 1, "bytes": 6}, "all-gather": {"count": 2, "bytes": 8}}
     found = plan.roofline(chip, 30.0, memory, exchanged)
@@ -246,14 +246,14 @@ def test_bad_topologies_and_a_missing_compiler_are_named(monkeypatch):
     for name in ("v5e", "v5e:4", "v5litepod-8", "v9:2x2", "v5e:0x2", "v5e:2x2x2x2", "v5e:2x2*0",
                  "cuda:h100", "cuda:b900x8", "cuda:h100x0"):  # fmt: skip
         with pytest.raises(ValueError, match=rf"'{re.escape(name)}'; expected .*v5e:1x1.*h100x8"):
-            plan.topology(name)
+            chips.topology(name)
     with pytest.raises(ValueError, match=r"9 GPUs on 2 hosts of 8; use a multiple of 2"):
-        plan.topology("cuda:h100x9")
+        chips.topology("cuda:h100x9")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match=r"libtpu.*pip install -e .*tpu-compile"):
-        plan.topology("v5e:2x2*2")
+        chips.topology("v5e:2x2*2")
     with pytest.raises(RuntimeError, match=r"CUDA plugin.*pip install -e .*gpu-compile"):
-        plan.topology("cuda:h100x8")
+        chips.topology("cuda:h100x8")
 
 
 def test_what_exceeds_the_memory_of_a_gpu_does_not_fit(monkeypatch):
@@ -262,8 +262,8 @@ def test_what_exceeds_the_memory_of_a_gpu_does_not_fit(monkeypatch):
     options = {"batch_size": 8, "steps_per_dispatch": 1, "num_steps": 1, "network_calls": 1}
     fits = []
     for memory in (2**30, 2**10):
-        chip = dataclasses.replace(plan.CHIPS["v5e"], memory=memory)
-        monkeypatch.setattr(plan, "topology", lambda name, chip=chip: (chip, (jax.devices()[0],)))
+        chip = dataclasses.replace(chips.CHIPS["v5e"], memory=memory)
+        monkeypatch.setattr(chips, "topology", lambda name, chip=chip: (chip, (jax.devices()[0],)))
         fits.append(plan.plan(task, "cuda:h100x1", "data", **options)["fits"])
     assert fits == [True, False]
 
@@ -274,12 +274,12 @@ def test_what_exceeds_the_memory_of_a_gpu_does_not_fit(monkeypatch):
 def test_a_shape_replaces_the_data(tmp_path):
     config = tiny.config("digits", **{"data.name": "zip:missing.zip"})
     with pytest.raises(FileNotFoundError, match=r"missing.*--shape=32,32,3 --num_classes=10"):
-        command.data_info(config, None, 0)
+        plan.data_info(Training.parse(config), None, 0)
     with pytest.raises(ValueError, match="--num_classes"):
-        command.data_info(config, [8, 8, 1], 0)
+        plan.data_info(Training.parse(config), [8, 8, 1], 0)
     with pytest.raises(ValueError, match="positive"):
-        command.data_info(config, [8, 0, 1], 4)
-    found = command.data_info(config, [8, 8, 1], 4)
+        plan.data_info(Training.parse(config), [8, 0, 1], 4)
+    found = plan.data_info(Training.parse(config), [8, 8, 1], 4)
     assert (found.shape, found.num_classes) == ((8, 8, 1), 4)
     assert math.isclose(sum(found.class_prior), 1)
 
@@ -288,12 +288,12 @@ def test_companions_without_a_run_are_those_of_their_configs(monkeypatch):
     monkeypatch.chdir(ROOT)
     config = tiny.config("digits", **{"objective.name": "mclr", "posterior.name": "classifier"})
     config.companions.classifier = "elsewhere/digits_classifier"
-    models = command.companions(config, DIGITS)
+    models = plan.companions(Training.parse(config), DIGITS)
     assert models.keys() == {"classifier"}
     assert models["classifier"].is_classifier
     config.companions.classifier = "runs/nothing"
     with pytest.raises(FileNotFoundError, match=r"'classifier'.*configs/nothing.py"):
-        command.companions(config, DIGITS)
+        plan.companions(Training.parse(config), DIGITS)
 
 
 def test_a_guidance_scale_is_that_of_samples():
@@ -307,13 +307,14 @@ def test_what_saves_memory_is_tried_alone_and_together(monkeypatch, capsys):
     config = tiny.config("digits", parallel="fsdp")
 
     def planned(changed, data, topology):
-        halves = changed.network.get("remat", False) + (changed.network.dtype == "bfloat16")
+        network = changed.network.values
+        halves = network["remat"] + (network["dtype"] == "bfloat16")
         if changed.grad_accumulation == 4 and not halves:
             raise ValueError("grad_accumulation is 4")
         return {"fits": halves == 2, "memory_per_chip_bytes": {"peak": 48 * 2**30 >> halves}}
 
-    monkeypatch.setattr(command, "planned", planned)
-    found = command.suggestions(config, DIGITS, "v5e:1x1")
+    monkeypatch.setattr(plan, "planned", planned)
+    found = plan.suggestions(Training.parse(config), DIGITS, "v5e:1x1", command._show)
     remat, dtype, parts = "network.remat=True", "network.dtype=bfloat16", "grad_accumulation=4"
     fits = {name: each["fits"] for name, each in found.items()}
     kept = f"{remat}, network.remat_policy=weight_products"
@@ -330,7 +331,7 @@ def test_the_text_has_every_part():
         "chip_memory_bytes": 2**30, "fits": False, "flops_per_step": 10**9,
         "flops_per_example": {"forward": 5, "step": 15}, "device_hours": 0.25,
         "collectives": {"all-reduce": {"count": 2, "bytes": 2**20}}, "compile_seconds": 1.5,
-        "roofline": plan.roofline(plan.CHIPS["v5e"], 197e12, dict.fromkeys(
+        "roofline": plan.roofline(chips.CHIPS["v5e"], 197e12, dict.fromkeys(
             ("arguments", "outputs", "temporaries")), {}),
         "thousand_samples": {"network_calls": 35, "flops": 10, "chip_seconds": 0.5},
     }  # fmt: skip
@@ -360,7 +361,7 @@ def test_digits_compile_for_chips(topology, parallel, chips):
     """Ten seconds each, with one program for all blocks."""
     config = digits_config.get_config()
     config.update({"parallel": parallel, "network": {"scan_blocks": True}})
-    cost = command.planned(config, DIGITS, topology, {})
+    cost = plan.planned(Training.parse(config), DIGITS, topology, {})
     memory, state = cost["memory_per_chip_bytes"], 4 * 4 * cost["parameters"]
     share = cost["chips"] if parallel == "fsdp" else 1
     assert cost["fits"]

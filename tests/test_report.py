@@ -131,8 +131,9 @@ def test_runs_of_one_name_are_told_apart_and_empty_ones_say_so():
 def described(config, workdir):
     """The directory of a run that has not begun."""
     source = sources.load("digits")
-    model = Training.parse(config).model(Training.parse(config).data_info(source))
-    record.write(workdir, record.describe(config, model, {}, source), {}, 0)
+    training = Training.parse(config)
+    model = training.model(training.data_info(source))
+    record.write(workdir, record.describe(training, model, {}, source), {}, 0)
 
 
 def test_a_damaged_log_is_read_as_far_as_it_goes(tmp_path):
