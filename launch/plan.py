@@ -24,7 +24,7 @@ from mclr_jax.config import Training
 from mclr_jax.files import provenance, write_json
 from mclr_jax.training.devices import MODES
 
-common.define_config()
+common.define("config")
 TOPOLOGY = flags.DEFINE_string("topology", None, "Kind and grid of chips; see above.")
 PARALLEL = flags.DEFINE_enum("parallel", None, MODES, "Default: the config's.")
 SHAPE = flags.DEFINE_list("shape", None, "Shape of an example, as 32,32,3, without the data.")

@@ -144,7 +144,7 @@ class Training(Keys):
 
     @functools.cached_property
     def needs(self) -> frozenset[str]:
-        """What the objective and its posterior need, see `objectives.base.Objective`."""
+        """The needs of the objective and of its posterior, see `objectives.base.Objective`."""
         found = self.objective.needs
         return found | self.posterior.needs if "posterior" in found else found  # type: ignore
 
