@@ -190,7 +190,7 @@ def _read_config(argv: list[str]) -> list[str]:
             try:
                 config[name] = new = ConfigDict(schema.switched(Training, config, name, word))
             except ValueError as error:
-                stop(f"--config.{name}.name={word}: {error}")
+                stop(str(error))
             if dropped := sorted({*section} - {*new}):
                 print(f"config.{name} is now {word}, without {', '.join(dropped)}", file=sys.stderr)
     _check_keys(config, keys)

@@ -66,7 +66,8 @@ def changes(workdir: pathlib.Path, description: Mapping[str, Any]) -> dict[str, 
     before, now = flat(read(workdir)), flat(dict(description))
     if not before:
         return {}
-    if has_checkpoints(workdir) and (known := before.get("frozen")) != now.get("frozen", known):
+    known = before.get("frozen", now.get("frozen"))  # none: of a training without companions
+    if has_checkpoints(workdir) and now.get("frozen", known) != known:
         raise ValueError(
             f"The frozen weights of {', '.join(description['companions'])} have digest "
             f"{now['frozen']}; this run was started with {known}. Restore {workdir}/frozen and the "
