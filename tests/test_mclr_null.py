@@ -86,14 +86,20 @@ def slopes_in_standard_errors(objective, points, **frozen):
     batch, keys = draws()
     problem = cases.problem(Level(0.8), class_prior=PRIOR)
 
-    def loss(denoise, along, size):
-        moved = lambda *inputs: denoise(*inputs) + size * along(*inputs)  # noqa: E731
-        return objective(cases.models(moved, **frozen), problem, batch, keys)[0]
+    def slope(place):  # of a parabola, for which this is exact
+        def loss(size):
+            def moved(*inputs):
+                start = jnp.stack([point(*inputs) for point in points])[place[0]]
+                return start + size * jnp.stack([along(*inputs) for along in DIRECTIONS])[place[1]]
 
-    @jax.jit
-    def slopes():  # of parabolas, for which this is exact
-        return [[(loss(point, along, 1.0) - loss(point, along, -1.0)) / 2
-                 for along in DIRECTIONS] for point in points]  # fmt: skip
+            return objective(cases.models(moved, **frozen), problem, batch, keys)[0]
+
+        return (loss(1.0) - loss(-1.0)) / 2
+
+    @jax.jit  # one loss for all places, which compiles in a tenth of the time
+    def slopes():
+        places = jnp.indices((len(points), len(DIRECTIONS))).reshape(2, -1).T
+        return jax.lax.map(slope, places).reshape(len(points), len(DIRECTIONS), DRAWS)
 
     found = np.asarray(slopes(), np.float64)  # (points, directions, DRAWS)
     return np.abs(found.mean(-1) / (found.std(-1) / np.sqrt(DRAWS) + 1e-6)).max(-1)
