@@ -208,12 +208,12 @@ def test_measures_take_samples_and_real_data_in_their_places():
         "precision": precision, "recall": recall, "density": density, "coverage": coverage,
     }  # fmt: skip
     assert precision != recall
-    found = evaluate.measure(fake, evaluate.Reference(whole, kept, "0"), NAMES, judged)
+    found = evaluate.measure(fake, evaluate.RealStatistics(whole, kept, "0"), NAMES, judged)
     assert found == pytest.approx(expected, rel=1e-9)
-    own = evaluate.measure(fake, evaluate.Reference(whole, kept, "0"), ["fd"])
+    own = evaluate.measure(fake, evaluate.RealStatistics(whole, kept, "0"), ["fd"])
     assert own["accuracy"] == (fake.log_probs.argmax(1) == labels).mean() != found["accuracy"]
     without = fake._replace(log_probs=np.zeros((30, 0)))
-    assert evaluate.measure(without, evaluate.Reference(whole, kept, "0"), ["is"]) == {}
+    assert evaluate.measure(without, evaluate.RealStatistics(whole, kept, "0"), ["is"]) == {}
 
 
 def test_errors_say_what_to_do(made):
