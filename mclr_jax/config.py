@@ -144,7 +144,7 @@ class Training(Keys):
 
     @functools.cached_property
     def needs(self) -> frozenset[str]:
-        """What the objective and its posterior need, see `objectives.base.Objective`."""
+        """Needs of the objective and its posterior, see `objectives.base.Objective`."""
         found = self.objective.needs
         return found | self.posterior.needs if "posterior" in found else found  # type: ignore
 
@@ -211,7 +211,7 @@ class Training(Keys):
         return Model(network, preconditioning, data, self.strength)
 
     def task(self, data: DataInfo, companions: Mapping[str, Model]) -> Task:
-        """What is trained; the objective may call the companions."""
+        """The task of this training; the objective may call the companions."""
         model = self.model(data)
         problem = Problem(
             levels=self.noise,
