@@ -91,7 +91,7 @@ def _create(path: pathlib.Path, text: str) -> bool:
 
 
 def _born(pid: int) -> str | None:
-    """The mark that tells a running process from later ones with its number; None if there is none."""
+    """The mark of a running process, beside its number; None if no process has the number."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
