@@ -116,7 +116,7 @@ def class_strengths(name: str | None, num_classes: int) -> list[float] | None:
 
 
 def made_by(workdir: str, step: int, average: str, params: Any) -> dict[str, Any]:
-    """What an output says of its origin: run, weights, command, revision and device."""
+    """Origin of an output: run, weights, command, revision and device."""
     return {
         "workdir": workdir,
         "step": step,
@@ -265,7 +265,7 @@ def _guarded(main: Callable[[], None]) -> None:
 
 
 def _shown(record: python_logging.LogRecord) -> bool:
-    """Whether to show a log record: those of this project, and errors of others in one line.
+    """True for log records to show: those of this project, and errors of others in one line.
 
     Orbax writes dozens of records a checkpoint.
     """

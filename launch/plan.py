@@ -1,4 +1,4 @@
-"""What a config costs on TPUs or GPUs, found by their compilers on a machine without any.
+"""Cost of a config on TPUs or GPUs, found by their compilers on a machine without any.
 
   python -m launch.plan --config=configs/digits.py --topology=v5e:4x4 --parallel=fsdp
 
@@ -52,7 +52,7 @@ def _listed(lines: Mapping[str, str]) -> str:
 
 
 def sampling_text(cost: Mapping[str, Any]) -> str:
-    """What `plan.sampling` found, for humans."""
+    """Findings of `plan.sampling`, for humans."""
     each = cost["thousand_samples"]
     lines = {
         "sampling": f"{cost['batch_size']} at once, guidance scale {cost['guidance_scale']:g}, "

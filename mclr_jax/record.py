@@ -41,7 +41,7 @@ def describe(
 
 
 def of_model(model: Model, averages: list[str], sampler: Mapping[str, Any]) -> dict[str, Any]:
-    """What sampling needs, which every run has: also one that was not trained here."""
+    """The part of a description that sampling needs: every run has it, trained here or not."""
     found = {"model": parts.describe(model), "averages": averages, "sampler": dict(sampler)}
     return as_json(found)
 
@@ -126,7 +126,7 @@ def at_new_places(description: Mapping[str, Any], workdir: pathlib.Path) -> dict
 
 
 def has_checkpoints(workdir: pathlib.Path) -> bool:
-    """Whether a directory has checkpoints of a training, readable or not."""
+    """True if a directory has checkpoints of a training, readable or not."""
     return any((workdir / "checkpoints").glob("[0-9]*"))
 
 
