@@ -24,6 +24,11 @@ class State:
     ema: dict
 
 
+def lowest(checkpoints):
+    """The step with the lowest loss, which is kept beside the newest; None: none has a loss."""
+    return checkpoints._lowest("loss", checkpoints.steps())
+
+
 def state_at(step):
     params = {"a": jnp.full((40, 30), float(step)), "b": {"c": jnp.arange(3.0) + step}}
     return State(jnp.int32(step), params, {"halflife": jax.tree.map(lambda x: 2 * x, params)})
@@ -62,7 +67,7 @@ def test_the_last_two_and_the_best_are_kept(tmp_path):
     write(tmp_path / "c", [1, 2, 3, 4, 5], losses=[3.0, 1.0, 2.0, 4.0, 5.0])
     with Checkpoints(tmp_path / "c") as checkpoints:
         assert checkpoints.steps() == [2, 4, 5]
-        assert checkpoints.best_step() == 2
+        assert lowest(checkpoints) == 2
 
 
 @pytest.mark.parametrize(("keep", "kept"), [(1, [1, 3, 6]), (3, [1, 3, 4, 5, 6]), (0, [1, 3])])
@@ -81,7 +86,7 @@ def test_the_lowest_of_either_metric_is_kept_across_runs(tmp_path, keep, kept):
             checkpoints.save(step, state_at(step), values)
     with Checkpoints(tmp_path / "c", keep) as checkpoints:
         assert checkpoints.steps() == kept
-        assert checkpoints.best_step() == 1
+        assert lowest(checkpoints) == 1
 
 
 def test_without_a_limit_all_are_kept(tmp_path):
@@ -89,9 +94,9 @@ def test_without_a_limit_all_are_kept(tmp_path):
         for step in range(5):
             checkpoints.save(step, state_at(step))
         assert checkpoints.steps() == [0, 1, 2, 3, 4]
-        assert checkpoints.best_step() is None
+        assert lowest(checkpoints) is None
         checkpoints.save(3, state_at(7), {"loss": 0.0})  # it is saved already
-        assert checkpoints.best_step() is None
+        assert lowest(checkpoints) is None
         chex.assert_trees_all_equal(checkpoints.restore(like(state_at(0)), 3), (state_at(3), 3))
 
 
@@ -102,14 +107,14 @@ def test_the_best_is_remembered_until_its_successor_is_on_disk(tmp_path):
         checkpoints.save(30, state_at(30), {"loss": 0.5})
         shutil.copy(tmp_path / "c" / "metrics.jsonl", tmp_path)
         checkpoints.wait()
-        assert (checkpoints.steps(), checkpoints.best_step()) == ([30], 30)
+        assert (checkpoints.steps(), lowest(checkpoints)) == ([30], 30)
     write(tmp_path / "killed", [10, 20])
     shutil.copy(tmp_path / "metrics.jsonl", tmp_path / "killed")
     with Checkpoints(tmp_path / "killed", keep=1) as checkpoints:
-        assert checkpoints.best_step() == 10  # not 30, of which there is a record only
+        assert lowest(checkpoints) == 10  # not 30, of which there is a record only
         checkpoints.save(30, state_at(30))  # now without metrics: the old record must go
         checkpoints.wait()
-        assert (checkpoints.steps(), checkpoints.best_step()) == ([10, 30], 10)
+        assert (checkpoints.steps(), lowest(checkpoints)) == ([10, 30], 10)
         checkpoints.save(40, state_at(40))
         records = list(read_lines(tmp_path / "killed" / "metrics.jsonl"))
         assert [record["step"] for record in records] == [10, 30, 40]  # it does not grow for ever
@@ -134,11 +139,11 @@ def test_damaged_metrics_only_hide_the_best(tmp_path, damage, best):
     write(tmp_path / "c", [10, 20], losses=[1.0, 2.0])
     damage(tmp_path / "c" / "metrics.jsonl")
     with Checkpoints(tmp_path / "c", keep=1) as checkpoints:
-        assert checkpoints.best_step() == best
+        assert lowest(checkpoints) == best
         chex.assert_trees_all_equal(checkpoints.restore(like(state_at(0))), (state_at(20), 20))
         checkpoints.save(30, state_at(30), {"loss": 3.0})
         assert checkpoints.steps() == ([30] if best is None else [best, 30])
-        assert checkpoints.best_step() == (best or 30)
+        assert lowest(checkpoints) == (best or 30)
 
 
 def cut_to_half(path):
@@ -171,11 +176,11 @@ def test_damage_to_any_file_falls_back_or_does_not_matter(tmp_path, caplog):
                     fell_back += 1
                     assert "20 cannot be read" in caplog.text
                     assert (run / "broken" / "20").exists()
-                    assert checkpoints.best_step() == 10
+                    assert lowest(checkpoints) == 10
                     checkpoints.save(20, state_at(20), {"loss": 0.0})  # the way is free again
                     checkpoints.wait()
                     assert checkpoints.steps() == [10, 20]
-                    assert checkpoints.best_step() == 20
+                    assert lowest(checkpoints) == 20
     assert fell_back > 3 / 4 * len(files)  # a quarter of all cases; the rest holds nothing needed
 
 

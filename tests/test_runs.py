@@ -53,6 +53,24 @@ def test_a_run_comes_back_from_its_directory(tmp_path):
     json.loads((tmp_path / "run.json").read_text(), parse_constant=pytest.fail)  # no Infinity
 
 
+def test_keys_of_earlier_versions_are_left_out_if_they_have_their_default(tmp_path):
+    """A run of MCLR whose config has options that were removed; another value is an error."""
+    config, _ = describe(tmp_path, config=tiny.config("mixture_mclr"))
+    path = tmp_path / "run.json"
+    older = json.loads(path.read_text())
+    older["config"]["objective"] |= {"logistic_scale": 10.0, "reference_penalty": 0.0}
+    older["config"]["posterior"] = {"name": "denoiser", "levels": 4, "candidates": 0}
+    path.write_text(json.dumps(older))
+    found = record.read(tmp_path)["config"]
+    assert found["posterior"] == {"name": "denoiser", "levels": 4}
+    assert found["objective"] == Training.parse(config).config["objective"]
+    Training.parse(runs.load(tmp_path).config)
+    older["config"]["objective"]["reference_penalty"] = 0.5
+    path.write_text(json.dumps(older))
+    with pytest.raises(ValueError, match="reference_penalty: 'mclr' has no such option"):
+        Training.parse(runs.load(tmp_path).config)
+
+
 def test_changed_values_are_named(tmp_path, caplog):
     describe(tmp_path)
     with caplog.at_level(logging.WARNING):
@@ -333,7 +351,7 @@ def companions_of(config, workdir, data=None):
 
 def mclr(**changes):
     config = tiny.config("mixture")
-    config.objective = base.options("mclr", reference_penalty=0.5)
+    config.objective = base.options("mclr", target="reference")
     config.posterior = base.options("classifier")
     config.update_from_flattened_dict(changes)
     return config
