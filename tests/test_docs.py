@@ -25,10 +25,9 @@ import tomllib
 
 import pytest
 import tables
-
-from launch import common
 from test_floors import FLOORS
 
+from launch import common
 from mclr_jax.config import OBJECTIVES, Training
 from mclr_jax.objectives.rivals import CCA
 from mclr_jax.schema import fields
