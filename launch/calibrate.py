@@ -48,11 +48,9 @@ SEED = flags.DEFINE_integer(
     "seed", 1, "Seed of the starting noise, another one than that of an evaluation.", lower_bound=0
 )
 INTERPOLATION = flags.DEFINE_bool(
-    "interpolation",
-    False,
-    "Strengths are places of the weights, as --interpolation of "
-    "launch.sample, in place of guidance.",
-)
+    "interpolation", False, "Strengths are places of the weights, as --interpolation of "
+    "launch.sample, in place of guidance."
+)  # fmt: skip
 
 
 def main() -> None:
@@ -79,21 +77,11 @@ def main() -> None:
     total = GRID.value * SAMPLES_PER_CLASS.value * run.model.null_label
     with Progress(total, "sample") as progress:
         found = calibrate.calibrate(
-            run.model,
-            params,
-            run.sampler,
-            extractor,
-            run.source("test"),
-            weights=weights,
-            max_strength=MAX_STRENGTH.value,
-            grid=GRID.value,
-            samples_per_class=SAMPLES_PER_CLASS.value,
-            sigma=SIGMA.value,
-            seed=SEED.value,
-            guided=guided,
-            batch_size=BATCH_SIZE.value,
-            progress=progress.update,
-        )
+            run.model, params, run.sampler, extractor, run.source("test"), weights=weights,
+            max_strength=MAX_STRENGTH.value, grid=GRID.value, sigma=SIGMA.value, seed=SEED.value,
+            samples_per_class=SAMPLES_PER_CLASS.value, guided=guided,
+            batch_size=BATCH_SIZE.value, progress=progress.update,
+        )  # fmt: skip
     settings = {
         **common.made_by(WORKDIR.value, step, EMA.value, params),
         "classifier": CLASSIFIER.value,

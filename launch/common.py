@@ -116,15 +116,9 @@ def class_strengths(name: str | None, num_classes: int) -> list[float] | None:
 
 
 def made_by(workdir: str, step: int, average: str, params: Any) -> dict[str, Any]:
-    """Origin of an output: run, weights, command, revision and device."""
-    return {
-        "workdir": workdir,
-        "step": step,
-        "average": average,
-        "weights": digest(params),
-        **provenance(),
-        "device": banner(),
-    }
+    """The origin of an output: run, weights, command, revision and device."""
+    found = {"workdir": workdir, "step": step, "average": average, "weights": digest(params)}
+    return {**found, **provenance(), "device": banner()}
 
 
 def output(name: str, ending: str) -> pathlib.Path:

@@ -49,11 +49,8 @@ def main() -> None:
             augmentation=perturb.Augmentation(flip=bool(data.flip or data.augment)),
             num_images=NUM_IMAGES.value, batch_size=BATCH_SIZE.value, progress=progress.update,
         )  # fmt: skip
-    settings = {
-        **common.made_by(WORKDIR.value, step, EMA.value, params),
-        "num_images": len(evenly(train, NUM_IMAGES.value)),
-        "seed": SEED.value,
-    }
+    settings = common.made_by(WORKDIR.value, step, EMA.value, params)
+    settings |= {"num_images": len(evenly(train, NUM_IMAGES.value)), "seed": SEED.value}
     write_json(out, {"settings": settings, "rows": rows})
     columns = [key for key in rows[0] if key != "layer"]
     print(f"{'':20s}", *(f"{name[:14]:>14s}" for name in columns))

@@ -46,13 +46,8 @@ def main() -> None:
     hosts.connect()
     run = runs.load(WORKDIR.value, INIT_FROM.value)
     common.use_cores(run.model.network)
-    given = {
-        "method": SAMPLER.value,
-        "num_steps": STEPS.value,
-        "sigma_min": SIGMA_MIN.value,
-        "sigma_max": SIGMA_MAX.value,
-        "rho": RHO.value,
-    }
+    given = {"method": SAMPLER.value, "num_steps": STEPS.value, "sigma_min": SIGMA_MIN.value,
+             "sigma_max": SIGMA_MAX.value, "rho": RHO.value}  # fmt: skip
     sampler = dataclasses.replace(run.sampler, **{k: v for k, v in given.items() if v is not None})
     classes = common.numbers(LABELS, int) or range(run.model.null_label)
     labels = np.resize(np.array(classes), NUM_SAMPLES.value)
@@ -62,16 +57,10 @@ def main() -> None:
     out = common.output(OUT.value, ".npz") if first else None
     with Progress(len(labels), "sample", quiet=not first) as progress:
         samples = generate.generate(
-            run.model,
-            params,
-            labels,
-            sampler,
-            guided=guided,
-            seed=SEED.value,
+            run.model, params, labels, sampler, guided=guided, seed=SEED.value,
             churn=samplers.Churn(CHURN.value) if CHURN.value else None,
-            batch_size=BATCH_SIZE.value,
-            progress=progress.update,
-        )
+            batch_size=BATCH_SIZE.value, progress=progress.update,
+        )  # fmt: skip
     if out is None:
         return
     samples = images.clip(samples)
