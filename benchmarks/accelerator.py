@@ -4,10 +4,10 @@
   python benchmarks/accelerator.py --out=accelerator.json --only=parity,torch
   python benchmarks/accelerator.py --out=tiny.json --tiny                     # any machine
 
-It needs jax, flax, optax and NumPy; the section `torch` needs PyTorch. Run again, it makes the rows
-that are missing or have failed. Each section runs in a process of its own, and each row of
-`throughput`, `layouts` and `rivals`, so that its peak of memory is its own; a process that dies
-leaves the other rows. docs/devices.md explains the sections.
+It needs jax, flax, optax, ml_collections, Pillow and NumPy, the section `torch` also PyTorch. Run
+again, it makes the rows that are missing or have failed. Each section runs in a process of its own,
+and each row of `throughput`, `layouts` and `rivals`, so that its peak of memory is its own; a
+process that dies leaves the other rows. docs/devices.md explains the sections.
 """
 
 import argparse
@@ -33,9 +33,6 @@ NO_DEVICE, AGAIN = 2, 3  # exit statuses of the process of a section
 SCRIPT = __file__
 
 
-# ---- the process of a section --------------------------------------------------------------------
-
-
 def inside(
     sections: Sequence[str], out: pathlib.Path, tiny: bool, row_name: str, session: str
 ) -> int:
@@ -48,6 +45,7 @@ def inside(
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
     import accelerator_sections as measured
+    import alternation
     import jax
 
     if not jax.config.jax_compilation_cache_dir:  # as launch.common.keep_compiled
@@ -69,7 +67,7 @@ def inside(
             asked = {"section": section, "name": name}
             stored = read(out)
             row = tasks.made(stored, asked)
-            if row and (finished(row) or row["session"] == session):
+            if row and (not row.keys() & {"error", "skipped"} or row["session"] == session):
                 continue
             begun = {**asked, "session": session, **made_by}
             store(out, {**begun, "error": "the process ended before the result was there"})
@@ -77,7 +75,7 @@ def inside(
             try:
                 found = function(stored)
             except Exception as error:
-                found = {"error": measured.first_lines(error)}
+                found = {"error": alternation.first_lines(error)}
             seconds = round(time.perf_counter() - start, 2)
             store(out, {**begun, **found, "seconds_of_row": seconds})
             print(f"{section}, {name} ({seconds} s): {summary(found)}", flush=True)
@@ -94,31 +92,15 @@ def versions() -> dict[str, str]:
 
     device = jax.devices()[0]
     parts = {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
-    return {
-        "device": device.device_kind,
-        "platform": str(getattr(device.client, "platform_version", device.platform)),
-        "python": platform.python_version(),
-        **parts,
-    }
+    system = str(getattr(device.client, "platform_version", device.platform))
+    return {"device": device.device_kind, "platform": system,
+            "python": platform.python_version(), **parts}  # fmt: skip
 
 
 def summary(found: Mapping[str, Any]) -> str:
     """What a row says, in few words."""
-    for key in ("error", "skipped"):
-        if key in found:
-            return f"{key}: {found[key]}"
-    picked = {key: found[key] for key in ("passed", "batch_size", "over_first") if key in found}
-    for name, part in found.items():
-        if isinstance(part, dict) and "examples_per_second" in part:
-            share = part["utilisation"]
-            text = f"{part['examples_per_second']:.4g}/s"
-            picked[name] = text if share is None else f"{text}, {100 * share:.1f}% of the peak"
-        elif isinstance(part, dict) and "error" in part:
-            picked[name] = part["error"][:80]
-    return str(picked or found)[:400]
-
-
-# ---- the file ------------------------------------------------------------------------------------
+    shown = ("passed", "batch_size", "over_first", "skipped", "error")
+    return str({key: found[key] for key in shown if key in found} or found)[:400]
 
 
 def read(out: pathlib.Path) -> list[dict[str, Any]]:
@@ -132,18 +114,10 @@ def store(out: pathlib.Path, row: dict[str, Any]) -> None:
     write_json(out, {"rows": [*others, row]})
 
 
-def finished(row: Mapping[str, Any]) -> bool:
-    """Whether a row has a result, and is not made again."""
-    return not row.keys() & {"error", "skipped"}
-
-
 def good(row: Mapping[str, Any]) -> bool:
     """Whether nothing is wrong with a row: no error, also of a part, and no tolerance exceeded."""
     parts = [part for part in row.values() if isinstance(part, dict)]
     return row.get("passed", True) and not any("error" in part for part in (row, *parts))
-
-
-# ---- all sections --------------------------------------------------------------------------------
 
 
 def outside(
@@ -191,9 +165,7 @@ def result_file(text: str) -> pathlib.Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=result_file, required=True, help="file to write, NAME.json")
     parser.add_argument("--only", type=chosen, default=list(SECTIONS), metavar="SECTION,...",
                         help=", ".join(SECTIONS))  # fmt: skip

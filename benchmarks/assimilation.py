@@ -113,9 +113,6 @@ PROTOCOLS = {
 }  # fmt: skip
 
 
-# ---- particle filter and smoothers ---------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class History:
     """Particles (T, N, d), their log weights (T, N), normalised, and ancestors (T, N) in T - 1."""

@@ -6,32 +6,7 @@ Writes DIR/{flowdas,lo,hi}_{validation,test}.npz (truth, observations, posterior
 deviations and members) and the keys particle_filter_{flowdas,lo,hi} of
 benchmarks/results/assimilation_baselines.json. The protocols are described in assimilation.py.
 
-Regimes: the law of frame k given the observations of frames up to k (filter), k + 8 (lag8), k + 16
-(lag16) or of all frames (batch). filter and both lags: bootstrap filter with 16,384 particles and
-their ancestors; batch: 256 trajectories by backward simulation through the same particles, whose
-mean has a Monte Carlo error of 1/16 of the posterior's standard deviation.
-
-Numbers of a row, in units of the state x; a mean is over trajectories, frames and coordinates:
-  rmse, rmse_standardised   sqrt(mean (posterior mean - truth)^2) of x, of z
-  rmse_error                standard error of rmse, from the differences between trajectories
-  rmse_second_half          rmse of the second half of the frames, when the start is forgotten
-  rmse_flowdas              mean over members and trajectories of sqrt(sum (z of member - z of
-                            truth)^2 / frames), as the code published with FlowDAS computes it;
-                            members that are drawn frame by frame (all but batch) have about a
-                            tenth more than trajectories would
-  spread_skill              sqrt(mean posterior variance) / rmse
-  crps                      mean(E|X - truth| - E|X - X'| / 2), unbiased, X and X' members
-  w1_to_truth, _standardised  mean E|X - truth| of x, of z: W1 of the members to the truth
-  w1_floor                  mean over marginals of W1 between two independent sets of 64 members:
-                            what exact inference with 64 members has to the 64 in the files
-  log_prior, _truth         log p(x_2:K | x_1), summed over steps and coordinates, of x and not z:
-                            of the posterior mean's sequence, of the truth; mean over trajectories.
-                            The true dynamics give (K - 1) 3/2 (-log(2 pi .025) - 1) on average,
-                            which is 17.87 for K = 15; the densities of z add (K - 1) 6.43. A
-                            sequence of means can be smoother than any trajectory and have more.
-  log_prior_members         the same of trajectories from the posterior; batch only: members of the
-                            other regimes are drawn frame by frame
-  log_likelihood, _truth, _members   log p(y | x), summed over observations
+The regimes and the numbers of a row are explained in results/README.md.
 """
 
 import argparse
@@ -105,7 +80,7 @@ def score(
     mean: np.ndarray, std: np.ndarray, members: np.ndarray, joint: bool = False,
     scale: np.ndarray = STD,
 ) -> dict:  # fmt: skip
-    """The numbers of the module's docstring; members (n, 2 E, T, d), joint where trajectories."""
+    """The numbers of results/README.md; members (n, 2 E, T, d), joint where trajectories."""
     square = (mean - truth) ** 2
     rmse = float(np.sqrt(square.mean()))
     each = square.mean((1, 2))

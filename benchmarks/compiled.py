@@ -2,34 +2,45 @@
 
   python benchmarks/compiled.py               # all rows that are missing, in minutes each
   python benchmarks/compiled.py --row=digits  # those whose name begins like this
+  python benchmarks/compiled.py --parameters  # parameters.json: the size of every config's network
 
 Writes benchmarks/results/compiled.json, row by row. It needs `pip install -e '.[tpu-compile]'`,
 and for the rows of GPUs '.[gpu-compile]': rows whose compiler is missing are left out.
 """
 
 import argparse
+import dataclasses
 import itertools
-import json
-from collections.abc import Callable
+import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import parameters
 import tasks
 
-from launch import plan as command
-from mclr_jax import experiment, plan
+from mclr_jax import chips, plan
+from mclr_jax.config import Training
 from mclr_jax.files import provenance, write_json
-from mclr_jax.model import DataInfo
+from mclr_jax.model import DataInfo, Model
 
-OUT = tasks.RESULTS / "compiled.json"
+# Shape of an example and number of classes, so that no data set need be there.
+DATA = {
+    "mixture": ((2,), 3),
+    "digits": ((8, 8, 1), 10),
+    "fashion_mnist": ((28, 28, 1), 10),
+    "tfds:cifar10": ((32, 32, 3), 10),
+    "lorenz63": ((32, 3), 1),
+    "lorenz96": ((32, 40), 1),
+    "kuramoto_sivashinsky": ((32, 128), 1),
+    "navier_stokes": ((16, 64, 64, 1), 1),
+}
 LATENTS = (32, 32, 4), 1000  # of ImageNet at 256x256
 # DiT-XL/2 as changes of a config; each block is recomputed, and one program serves all.
 XL = {"network.patch_size": 2, "network.width": 1152, "network.depth": 28, "network.heads": 16,
       "network.dtype": "bfloat16", "network.remat": True, "network.scan_blocks": True,
       "batch_size": 256, "num_steps": 400_000}  # fmt: skip
-CLASSIFIER = {"name": "conv_classifier", "channels": (128, 256, 256), "patch_size": 1,
-              "dtype": "bfloat16"}  # fmt: skip
+CLASSIFIER = {"network.name": "conv_classifier", "network.channels": (128, 256, 256),
+              "network.patch_size": 1, "network.dtype": "bfloat16"}  # fmt: skip
 HALF = {"objective.negative_share": 0.5}
 MODES = ("pmap", "data", "fsdp")
 # name -> (config, changes, topologies and layouts)
@@ -65,75 +76,104 @@ SAMPLED = {
 SCALES = (1.0, 1.5)
 
 
-def case(name: str) -> tuple[Any, DataInfo, dict[str, Any]]:
-    """The config, the data and the frozen models of a case."""
-    file, changes, _ = CASES[name]
-    config = tasks.config_of(file, changes)
-    shape, classes = LATENTS if name.startswith("DiT") else parameters.DATA[config.data.name]
-    data = DataInfo(shape, classes, config.sigma_data or 1.0, (1 / classes,) * classes)
-    if not name.startswith("DiT"):
-        return config, data, command.companions(config, data)
-    judge = tasks.config_of("digits_classifier", {"network.name": CLASSIFIER["name"]})
-    judge.network.update(CLASSIFIER)
-    models = {"reference": config, "classifier": judge}
-    return config, data, {key: experiment.make_model(each, data) for key, each in models.items()}
+class Case:
+    """A row of CASES: what is trained, on which data, with which frozen models."""
+
+    def __init__(self, name: str):
+        file, changes, _ = CASES[name]
+        self.training = Training.parse(tasks.config_of(file, changes))
+        latent = name.startswith("DiT")
+        shape, classes = LATENTS if latent else DATA[self.training.data.name]
+        self.data = info(shape, classes, self.training.sigma_data)
+        configs = {key: pathlib.Path(path).name for key, path in self.training.runs.items()}
+        own = {"reference": changes, "classifier": CLASSIFIER} if latent else {}
+        others = {k: tasks.config_of(file, own.get(k, {})) for k, file in configs.items()}
+        self.models = {key: Training.parse(c).model(self.data) for key, c in others.items()}
+
+    def step(self, topology: str, parallel: str) -> dict[str, Any]:
+        """The cost of training."""
+        training = dataclasses.replace(self.training, parallel=parallel)
+        return plan.planned(training, self.data, topology, self.models)
+
+    def samples(self, topology: str, **options: Any) -> dict[str, Any]:
+        """The cost of drawing samples."""
+        model = self.training.model(self.data)
+        return plan.sampling(model, topology, self.training.sampler, **options)
+
+
+def info(shape: tuple[int, ...], classes: int, sigma_data: float = 0.0) -> DataInfo:
+    """Data of this shape with equally frequent classes."""
+    return DataInfo(shape, classes, sigma_data or 1.0, (1 / classes,) * classes)
 
 
 def ratios() -> dict[str, float]:
     """FLOPs of a step of MCLR over those of DSM with the same batch, for each pair of cases."""
     found = {}
     for name in (name for name in CASES if f"{name}, MCLR" in CASES):
-        steps = []
-        for each in (name, f"{name}, MCLR"):
-            config, data, models = case(each)
-            steps.append(plan.step_flops(experiment.make_task(config, data, models), 64))
-        found[name] = steps[1] / steps[0]
+        pair = Case(name), Case(f"{name}, MCLR")
+        dsm, mclr = (plan.step_flops(c.training.task(c.data, c.models), 64) for c in pair)
+        found[name] = mclr / dsm
     return found
 
 
-def step(config: Any, data: DataInfo, models: dict, topology: str, parallel: str) -> dict:
-    config.parallel = parallel
-    return command.planned(config, data, topology, models)
+def summary(row: Mapping[str, Any]) -> str:
+    """Memory, time and compilation of a row in a line."""
+    memory, seconds = row["memory_per_chip_bytes"]["peak"], row["roofline"]["seconds_per_step"]
+    return (f"{memory} bytes of {row['chip_memory_bytes']}, at least {seconds:.2e} s a step, "
+            f"compiled in {row['compile_seconds']:.0f} s")  # fmt: skip
 
 
-def samples(config: Any, data: DataInfo, models: dict, topology: str, **options: Any) -> dict:
-    model = experiment.make_model(config, data)
-    return plan.sampling(model, topology, command.sampler(config), **options)
+def count(file: str) -> dict[str, Any]:
+    """The row of configs/FILE.py in parameters.json."""
+    config = tasks.config_of(file)
+    shape, classes = DATA[config.data.get("system", config.data.name)]
+    model: Model = Training.parse(config).model(DataInfo(shape, classes, sigma_data=1.0))
+    return {"config": f"configs/{file}.py", "network": config.network.name,
+            "data": config.data.name, "shape": shape, "classes": classes,
+            "parameters": tasks.parameters(model)}  # fmt: skip
+
+
+def write_parameters() -> None:
+    files = sorted(path.stem for path in (tasks.ROOT / "configs").glob("*.py"))
+    rows = [count(file) for file in files if file not in ("__init__", "base")]
+    write_json(tasks.RESULTS / "parameters.json", {**provenance(), "rows": rows})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--row", default="", help="beginning of the names of rows")
-    chosen = parser.parse_args().row
+    parser.add_argument("--parameters", action="store_true", help="write parameters.json alone")
+    arguments = parser.parse_args()
+    if arguments.parameters:
+        return write_parameters()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)  # seconds are those of compiling
-    result = json.loads(OUT.read_text()) if OUT.exists() else {"rows": []}
-    if "mclr_over_dsm" not in result:
-        result["mclr_over_dsm"] = ratios()
+    stored = tasks.Rows("compiled")
+    if "mclr_over_dsm" not in stored.content():
+        write_json(stored.path, stored.content() | {"mclr_over_dsm": ratios()})
 
-    def add(rows: list, name: str, find: Callable, text: Callable, **asked: Any) -> None:
-        """A row that is asked for and not there yet."""
-        if not name.startswith(chosen) or tasks.made(rows, {"name": name, **asked}):
-            return
-        try:
-            row = find(*case(name), **asked)
-        except plan.MissingCompilerError as error:
-            print(f"{name} for {asked['topology']}: {error}\n", flush=True)
+    def add(kind: str, name: str, find: Callable, **asked: Any) -> None:
+        if not name.startswith(arguments.row):
             return
         file, changes, _ = CASES[name]
-        origin = {"name": name, "config": file, "changes": changes}
-        rows.append({**origin, **row, **provenance(), "jax": jax.__version__})
-        write_json(OUT, result)
-        print(f"{name}\n{text(row)}\n", flush=True)
 
-    steps, drawn = result["rows"], result.setdefault("sampling", [])
+        def make() -> dict[str, Any]:
+            cost = find(Case(name), **asked)
+            print(f"{name}: {summary(cost)}", flush=True)
+            return {"config": file, "changes": changes, **cost, "jax": jax.__version__}
+
+        try:
+            stored.row({"name": name, **asked}, make, kind)
+        except chips.MissingCompilerError as error:
+            print(f"{name} for {asked['topology']}: {error}\n", flush=True)
+
     for name, (_, _, places) in CASES.items():
         for topology, parallel in places:
-            add(steps, name, step, command.text, topology=topology, parallel=parallel)
+            add("rows", name, Case.step, topology=topology, parallel=parallel)
     for name, sizes in SAMPLED.items():
         for (topology, size), scale in itertools.product(sizes, SCALES):
             asked = {"topology": topology, "batch_size": size, "guidance_scale": scale}
-            add(drawn, name, samples, command.sampling_text, **asked)
+            add("sampling", name, Case.samples, **asked)
 
 
 if __name__ == "__main__":

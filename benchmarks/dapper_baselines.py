@@ -1,6 +1,5 @@
-"""Ensemble Kalman filters and smoothers of dapper 1.7.1, on its experiments and on others.
+"""Ensemble Kalman filters and smoothers of dapper 1.7.1 on Lorenz-63 and on fields.
 
-  python benchmarks/dapper_baselines.py --part published                     # 2 minutes
   python benchmarks/dapper_baselines.py --part lo|hi|flowdas --folder DIR    # Lorenz-63
   python benchmarks/dapper_baselines.py --part lorenz96|ks --folder DIR
 
@@ -8,8 +7,6 @@ It needs dapper (pip install --no-deps dapper==1.7.1 struct-tools==0.2.5 mpl-too
 tabulate ipython matplotlib scipy tqdm dill pyyaml colorama threadpoolctl patlib pathos) beside jax
 and flax. Each part is a key, dapper_PART, of benchmarks/results/assimilation_baselines.json.
 
-published      experiments whose time-mean RMSE of the analysis dapper's source states; 1,000
-               cycles (KS: 2,000 of 20,000), one seed
 lo hi flowdas  the files of assimilation_baselines.py in DIR; of each method's settings (inflation,
                members, lag) the best RMSE on "validation" is chosen, and also run on "test"
 lorenz96       40 coordinates, forcing 8, dt = .05, no process noise; every second coordinate at
@@ -17,10 +14,7 @@ lorenz96       40 coordinates, forcing 8, dt = .05, no process noise; every seco
 ks             Kuramoto-Sivashinsky, 128 points, length 32 pi, dt = .5, a frame every 2 steps, all
                points at each of 100 frames, std 1; 16 trajectories a set; writes DIR/ks_SET.npz
 
-Numbers of a row as in assimilation_baselines.py. Ensembles start from independent states of the
-attractor, one period of observation before the first frame, since dapper never observes its first
-state. iEnKS of dapper has no process noise: only inflation replaces it. EnKS and iEnKS of lag L
-use the observations up to L frames ahead, as the regime lagL. LETKF on Lorenz-63 is not localized.
+results/README.md explains the rows and the settings.
 """
 
 import argparse
@@ -39,35 +33,9 @@ import jax
 import numpy as np
 from assimilation_baselines import score, update
 from dapper.mods import KS, Lorenz63, Lorenz96
-from dapper.mods.KS.bocquet2019 import HMM as KS_EXPERIMENT
-from dapper.mods.Lorenz63.sakov2012 import HMM as LORENZ63_EXPERIMENT
-from dapper.mods.Lorenz96.sakov2008 import HMM as LORENZ96_EXPERIMENT
 from dapper.stats import Stats
 from dapper.tools.localization import nd_Id_localization
 
-# methods as in dapper's source, and what it states
-PUBLISHED = {
-    "Lorenz-63": (LORENZ63_EXPERIMENT, 1000, {
-        "Climatology()": 7.6,
-        "OptInterp()": 1.25,
-        "EnKF('Sqrt', N=10, infl=1.02, rot=True)": 0.60,
-        "EnKF('PertObs', N=100, infl=1.01)": 0.56,
-        "iEnKS('Sqrt', N=10, infl=1.02, rot=True)": 0.31,
-        "PartFilt(N=800, reg=0.9, NER=0.2)": 0.28,
-    }),
-    "Lorenz-96": (LORENZ96_EXPERIMENT, 1000, {
-        "Climatology()": 3.6,
-        "OptInterp()": 0.95,
-        "Var3D(xB=0.02)": 0.41,
-        "EnKF('PertObs', N=40, infl=1.06)": 0.22,
-        "LETKF(N=7, rot=True, infl=1.04, loc_rad=4)": 0.22,
-    }),
-    "KS": (KS_EXPERIMENT, 2000, {
-        "Climatology()": 1.3,
-        "OptInterp()": 0.5,
-        "LETKF(N=16, loc_rad=51/1.82, infl=1.02, rot=True, taper='GC')": 0.11,
-    }),
-}  # fmt: skip
 INFLATION = (1.0, 1.02, 1.05, 1.1, 1.2)
 # regime -> method with {} for the inflation, the inflations; lags in frames
 LORENZ63 = {
@@ -99,33 +67,6 @@ def method(words: str, every: int = 1):
     if hasattr(experiment, "Lag"):
         experiment.Lag = -(-experiment.Lag // every)
     return experiment
-
-
-def published() -> list[dict]:
-    rows = []
-    for name, (system, cycles, table) in PUBLISHED.items():
-        system = system.copy()
-        if name == "KS":
-            system.tseq.BurnIn = cycles / 10
-        system.tseq.Ko = cycles
-        dapper.set_seed(3000)
-        truth, values = system.simulate()
-        for words, stated in table.items():
-            experiment, start = method(words), time.time()
-            dapper.set_seed(3000)
-            experiment.assimilate(system, truth, values)
-            experiment.stats.average_in_time()
-            error = experiment.avrgs.err.rms.a
-            rows.append({
-                "system": name, "cycles": cycles, "method": words, "stated": stated,
-                "rmse": float(error.val), "rmse_error": float(error.prec),
-                "seconds": round(time.time() - start, 1),
-            })  # fmt: skip
-            print(rows[-1], flush=True)
-    return rows
-
-
-# ---- other protocols -----------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,8 +185,7 @@ def lorenz63(name: str, folder: pathlib.Path) -> list[dict]:
     table = LORENZ63
     if protocol.known:  # an ensemble without spread and noise stays one point
         table = {key: tuple(w for w in words if "iEnKS" not in w) for key, words in table.items()}
-    rows = compare(case, table, data, protocol.system, 64)
-    return [{k: v for k, v in row.items() if k not in ("mean", "std")} for row in rows]
+    return compare(case, table, data, protocol.system, 64)
 
 
 def fields(name: str, folder: pathlib.Path) -> list[dict]:
@@ -289,20 +229,20 @@ def fields(name: str, folder: pathlib.Path) -> list[dict]:
             data[which] |= {f"{regime}_{key}": best[key] for key in ("mean", "std")}
         path = folder / f"{name}_{which}.npz"
         np.savez_compressed(path, **{k: np.asarray(v, np.float32) for k, v in data[which].items()})
-    return [{k: v for k, v in row.items() if k not in ("mean", "std")} for row in rows]
+    return rows
 
 
 def main() -> None:
-    parts = {"published": lambda folder: published()}
-    parts |= {name: functools.partial(lorenz63, name) for name in assimilation.PROTOCOLS}
+    parts = {name: functools.partial(lorenz63, name) for name in assimilation.PROTOCOLS}
     parts |= {name: functools.partial(fields, name) for name in FIELDS}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", choices=parts, required=True)
-    parser.add_argument("--folder", type=pathlib.Path)
+    parser.add_argument("--folder", type=pathlib.Path, required=True)
     flags = parser.parse_args()
     dapper.rc.liveplotting = False
     dapper.tools.progressbar.disable_progbar = True
     rows = parts[flags.part](flags.folder)
+    rows = [{k: v for k, v in row.items() if k not in ("mean", "std")} for row in rows]
     update(f"dapper_{flags.part}", rows, dapper=dapper.__version__)
 
 

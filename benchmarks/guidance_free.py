@@ -5,27 +5,29 @@
   python benchmarks/guidance_free.py --data=two_digits
   python benchmarks/guidance_free.py --data=fashion_mnist --base_steps=40000
 
-Base and judges are those of benchmarks/mclr_images.py with the same --data. Every method is
-fine-tuned from the base for as many steps and at the same noise levels, the control that is guided
-when sampling, too. Writes benchmarks/results/guidance_free_DATA.json and the figure
-docs/equal_noise_DATA.png; --collect writes the rows that are there, without making others. The
-second judge of the samples needs pip install -e '.[features]'.
+Every method is fine-tuned from the base for as many steps and at the same noise levels, the
+control that is guided when sampling, too; image_bench.py has the base and the judges. Writes
+benchmarks/results/guidance_free_DATA.json and the figure docs/equal_noise_DATA.png; --collect
+writes the rows that are there, without making others. The second judge of the samples needs
+pip install -e '.[features]'.
 """
 
+import argparse
 import dataclasses
 import functools
 import itertools
 import json
 import math
-import statistics
 import subprocess
 import sys
+from collections.abc import Mapping
+from typing import Any
 
-import mclr_figures
+import figures
 import numpy as np
-from mclr_images import SECOND, Bench, Model, done, run_all, trainings
+from image_bench import SECOND, Bench, Model, done
 from tables import RATE
-from tasks import RESULTS, ROOT, Task, training
+from tasks import RESULTS, ROOT, Task, add_flags, run, training
 
 from mclr_jax import generate, images
 from mclr_jax.files import save_arrays, write_json
@@ -62,24 +64,17 @@ ONCE = {
     "model_guidance": {"objective.name": "model_guidance", "objective.scale": 0.5},
     "mclr null, beta 1": NULL | GUIDED,
     "mclr null and wrong label, beta 0.5": NULL | GUIDED | WRONG | {"objective.beta": 0.5},
-    "mclr posterior up to sigma 3": NULL | GUIDED | {"objective.null_share": 0.0},
-    "mclr half null, half posterior": NULL | GUIDED | {"objective.null_share": 0.5},
-    "mclr null, posterior above sigma 3": NULL | {"objective.null_interval": INTERVAL},
     "mclr weak, beta 0.5": NULL | {"objective.wrong": "weak", "objective.beta": 0.5},
 }
 NEEDS = {"ddo": ("generated_{base}.npz",), "mclr weak, beta 0.5": ("weak/done.json",)}
 # These are fine-tuned a second time, with the strengths by class that launch.calibrate finds
 # between the base's weights and those of the first time (seed 0).
-BY_CLASS = (
-    "cca",
-    "model_guidance",
-    "mclr null, beta 1",
-    "mclr null and wrong label, beta 0.5",
-)
+BY_CLASS = ("cca", "model_guidance", "mclr null, beta 1", "mclr null and wrong label, beta 0.5")
 # These are fine-tuned at other learning rates than the config's, too, by the factors: upwards,
 # since model guidance and the null contrast gained by twice the rate.
 SEARCHED = ("dsm", *BY_CLASS)
 LEARNING_RATES = (2.0, 4.0)
+FLOPS = "guidance_free_flops"  # file of the cost of steps
 
 
 def place_of(method: str) -> str:
@@ -96,10 +91,10 @@ def strengths_of(method: str) -> str:
 class Comparison(Bench):
     """The Bench with all methods as its models."""
 
-    def methods(self, seeds: tuple[int, ...]) -> dict[str, dict[float, Model]]:
+    def methods(self) -> dict[str, dict[float, Model]]:
         """Rows by method and strength."""
         gammas, plain = GAMMAS[self.data], {"objective.name": "dsm", **NOISE}
-        control = functools.partial(Model, "equal_dsm", seeds=seeds, changes=plain)
+        control = functools.partial(Model, "equal_dsm", changes=plain)
         methods = {
             "DSM control": {0.0: control(gamma=0.0)},
             "CFG": {g: control(gamma=g) for g in gammas},
@@ -109,26 +104,24 @@ class Comparison(Bench):
         for name, options in INPUTS.items():
             changes = {**options, "strength": (0.0, HIGHEST), **NOISE}
             interval = INTERVAL if name.startswith("mclr") else None  # gft as published
-            methods[name] = {
-                g: Model(place_of(name), g, seeds, changes, interval=interval) for g in gammas
-            }
+            own = functools.partial(Model, place_of(name), changes=changes, interval=interval)
+            methods[name] = {g: own(g) for g in gammas}
         for name, options in ONCE.items():
-            changes = {**options, **NOISE}
+            own = functools.partial(Model, place_of(name), 0.0, {**options, **NOISE})
             needs = NEEDS.get(name, ())
-            methods[name] = {
-                place: Model(place_of(name), 0.0, seeds, changes, place, needs=needs)
-                for place in INTERPOLATIONS
-            }
+            methods[name] = {place: own(place, needs=needs) for place in INTERPOLATIONS}
         for name in BY_CLASS:
             changes = {**ONCE[name], **NOISE, "class_strengths": strengths_of(name)}
-            tuned, needs = place_of(f"{name} by class"), (strengths_of(name),)
-            methods[f"{name} by class"] = {1.0: Model(tuned, 0.0, seeds, changes, needs=needs)}
+            own = functools.partial(
+                Model, place_of(f"{name} by class"), needs=(strengths_of(name),)
+            )
+            methods[f"{name} by class"] = {1.0: own(0.0, changes)}
         rate = self.config("_mclr").optimizer.learning_rate
         for name, factor in itertools.product(SEARCHED, LEARNING_RATES):
             method = f"{name}{RATE}{factor:g}"
             options = plain if name == "dsm" else ONCE[name]
             changes = {**options, **NOISE, "optimizer.learning_rate": factor * rate}
-            at = functools.partial(Model, place_of(method), seeds=seeds, changes=changes)
+            at = functools.partial(Model, place_of(method), changes=changes)
             if name == "dsm":
                 method = f"CFG in an interval{method.removeprefix(name)}"
                 methods[method] = {g: at(gamma=g, interval=INTERVAL) for g in gammas}
@@ -136,17 +129,14 @@ class Comparison(Bench):
                 methods[method] = {p: at(gamma=0.0, interpolation=p) for p in INTERPOLATIONS}
         return methods
 
-    def models(self, seeds: tuple[int, ...]) -> dict[str, Model]:
-        return {
-            f"{method} {strength:g}": model
-            for method, rows in self.methods(seeds).items()
-            for strength, model in rows.items()
-        }
+    def models(self) -> dict[str, Model]:
+        return {f"{method} {strength:g}": model for method, rows in self.methods().items()
+                for strength, model in rows.items()}  # fmt: skip
 
-    def fine_tuning(self, seed: int, changes: dict | None):
-        if changes and "class_strengths" in changes:
+    def fine_tuning(self, seed: int, changes: Mapping[str, Any]) -> Any:
+        if "class_strengths" in changes:
             found = json.loads((self.root / changes["class_strengths"]).read_text())
-            changes = changes | {"class_strengths": tuple(found["class_strengths"])}
+            changes = {**changes, "class_strengths": tuple(found["class_strengths"])}
         config = super().fine_tuning(seed, changes)
         if config.objective.get("wrong") == "weak":
             config.companions.weak = str(self.root / "weak")
@@ -193,6 +183,8 @@ class Comparison(Bench):
                    (done(f"{place_of(name)}_0"), done("classifier"))) for name in BY_CLASS),
             *(tasks := super().tasks(seeds)),
             *(self._second(task) for task in tasks if task.output.startswith("sets/")),
+            Task("flops", functools.partial(self.flops, seeds[0]), f"{FLOPS}.json",
+                 (done("classifier"), done(self.base(seeds[0])))),
         ]  # fmt: skip
 
     def _second(self, task: Task) -> Task:
@@ -202,25 +194,12 @@ class Comparison(Bench):
         output, run = f"second/{name}.json", functools.partial(self.second, name)
         return Task(f"second_{name}", run, output, (task.output, *needs))
 
-    def probes(self, models: dict[str, Model], seed: int) -> list[Task]:
-        methods = self.methods((seed,))
-        first = {
-            name: next(iter(rows.values())) for name, rows in methods.items()
-            if RATE not in name  # costs the same
-        }  # fmt: skip
-        tuned = {m.workdir(seed): m.changes for m in first.values() if m.changes}
-        sampled = [done(m.workdir(seed)) for m in first.values()]
-        start = (done("classifier"), done(self.base(seed)))
-        needs = (*start, done("weak"), f"generated_{self.base(seed)}.npz")
-        for_all = {  # strengths by class need a file and cost nothing
-            place: {key: value for key, value in changes.items() if key != "class_strengths"}
-            for place, changes in tuned.items()
-        }
-        return [
-            self.probe("step_flops", start, for_all, seed, output="guidance_free_flops"),
-            self.probe("speed", (*sampled, *needs), first, seed, output="guidance_free_speed"),
-            self.probe("step_cost", needs, tuned, seed, output="guidance_free_cost"),
-        ]
+    def flops(self, seed: int) -> None:
+        """FLOPs of a step of each method; strengths by class need a file and cost nothing."""
+        first = (next(iter(r.values())) for name, r in self.methods().items() if RATE not in name)
+        tuned = {model.tuned: {k: v for k, v in model.changes.items() if k != "class_strengths"}
+                 for model in first}  # fmt: skip
+        self.write(FLOPS, self.step_flops(tuned, seed))
 
 
 def collect(bench: Comparison, seeds: tuple[int, ...], before: dict) -> dict:
@@ -228,45 +207,28 @@ def collect(bench: Comparison, seeds: tuple[int, ...], before: dict) -> dict:
 
     The floor of `before` must be this one's: its rows have the same judges then.
     """
-    speed, cost, flops = (
-        bench.read(name) if bench.there(name := f"guidance_free_{what}") else {}
-        for what in ("speed", "cost", "flops")
-    )
+    flops = bench.read(FLOPS) if bench.there(FLOPS) else {}
     floor, methods = bench.row("real_test"), before.get("methods", {})
     if before and not math.isclose(floor["frechet"], before["floor"]["frechet"], rel_tol=1e-3):
-        raise SystemExit(
-            "The judges are not those of the rows that are there: move that file away."
-        )
-    for method, rows in bench.methods(seeds).items():
-        first = next(iter(rows.values()))
+        raise SystemExit("The judges are not those of the stored rows: move that file away.")
+    for method, rows in bench.methods().items():
         found = [
-            {
-                "strength": strength,
-                "seed": seed,
-                "noise": [*NOISE.values()],
-                **bench.row(model.samples(seed)),
-                "samples_per_second": speed.get(method),
-                "step_cost_relative_to_dsm": cost.get(first.workdir(seeds[0])),
-                "step_flops_relative_to_dsm": flops.get(first.workdir(seeds[0])),
-            }
-            for strength, model in rows.items()
-            for seed in seeds
+            {"strength": strength, "seed": seed, "noise": [*NOISE.values()],
+             **bench.row(model.samples(seed)),
+             "step_flops_relative_to_dsm": flops.get(model.tuned)}
+            for strength, model in rows.items() for seed in seeds
             if bench.there(f"sets/{model.samples(seed)}")
-        ]
+        ]  # fmt: skip
         for row in found:
             row["training_steps"] = row["run"]["steps"]
         made = {identity(row) for row in found}
         kept = [row for row in methods.get(method, []) if identity(row) not in made]
         if kept or found:
             methods[method] = kept + found
-    return {
-        "parameters": training(bench.root / bench.base(seeds[0]))["parameters"],
-        "floor": floor,
-        "interval": INTERVAL,
-        "options": INPUTS | ONCE,
-        "methods": methods,
-        "other_runs": trainings(bench, seeds, *(["weak"] if bench.there("weak/done") else [])),
-    }
+    weak = ["weak"] if bench.there("weak/done") else []
+    count = training(bench.root / bench.base(seeds[0]))["parameters"]
+    return {"parameters": count, "floor": floor, "interval": INTERVAL, "options": INPUTS | ONCE,
+            "methods": methods, "other_runs": bench.trainings(seeds, *weak)}  # fmt: skip
 
 
 def identity(row: dict) -> tuple:
@@ -274,14 +236,17 @@ def identity(row: dict) -> tuple:
     return row["strength"], row["seed"], tuple(row["noise"])
 
 
-def mean(rows: list[dict], key: str) -> tuple[float, float]:
-    """Mean over seeds and standard deviation."""
-    values = [row[key] for row in rows]
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
 def main() -> None:
-    bench, seeds, result = run_all(Comparison, __doc__, GAMMAS)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", choices=sorted(GAMMAS), default="fashion_mnist")
+    parser.add_argument("--base_steps", type=int, default=0, help="another base than the config's")
+    parser.add_argument("--seeds", default="0,1,2", help="of fine-tuning and sampling")
+    add_flags(parser)
+    arguments = parser.parse_args()
+    seeds = tuple(map(int, arguments.seeds.split(",")))
+    bench = Comparison(arguments.data, arguments.base_steps)
+    bench.share()
+    result = run(bench.root, bench.tasks(seeds), arguments)
     path = RESULTS / f"guidance_free_{bench.name}.json"
     result |= collect(bench, seeds, json.loads(path.read_text()) if path.exists() else {})
     write_json(path, result)
@@ -289,13 +254,7 @@ def main() -> None:
         method: own for method, rows in result["methods"].items()
         if (own := [row for row in rows if row["noise"] == [*NOISE.values()]])
     }  # fmt: skip
-    mclr_figures.pareto(bench, result | {"methods": equal}, SECOND)
-    for method, rows in result["methods"].items():
-        for key in dict.fromkeys((row["strength"], *row["noise"]) for row in rows):
-            own = [row for row in rows if (row["strength"], *row["noise"]) == key]
-            keys = ("frechet", "per_class_frechet", "accuracy", "precision", "recall")
-            print(f"{method:26s}", *key, *("{} {:.3f} +- {:.3f}".format(k, *mean(own, k))
-                                          for k in keys))  # fmt: skip
+    figures.pareto(bench, result | {"methods": equal}, SECOND)
 
 
 if __name__ == "__main__":

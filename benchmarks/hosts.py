@@ -11,8 +11,6 @@ from its last checkpoint. Writes benchmarks/results/hosts.json.
 
 import argparse
 import functools
-import io
-import json
 import os
 import pathlib
 import shutil
@@ -22,23 +20,21 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 import tasks
-from compiled import LATENTS, XL
-from PIL import Image
+from compiled import LATENTS, XL, info
+from robustness_files import archive, npy, png
 
-from mclr_jax import experiment, plan
+from mclr_jax import chips, plan
+from mclr_jax.config import Training
 from mclr_jax.data import pipeline, sources
-from mclr_jax.files import provenance, read_lines, write_json
-from mclr_jax.model import DataInfo
-from mclr_jax.training.devices import MODES, banner
+from mclr_jax.files import read_lines
+from mclr_jax.training.devices import MODES
 
-OUT = tasks.RESULTS / "hosts.json"
 PROCESSES, STEPS, SAVED, KILLED = 4, 36, 12, 16
 SMALL = {
     "network.width": 64, "network.depth": 1, "batch_size": 32, "log_every": 4,
@@ -46,21 +42,16 @@ SMALL = {
 }  # fmt: skip
 
 
-# ---- several processes ---------------------------------------------------------------------------
-
-
-def start(count: int, module: str, *arguments: str) -> list[subprocess.Popen]:
-    """`count` processes of one command, which meet on this machine."""
+def start(count: int, *arguments: str) -> list[subprocess.Popen]:
+    """`count` processes of launch.train, which meet on this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    command = [sys.executable, "-m", f"launch.{module}", *arguments]
+    command = [sys.executable, "-m", "launch.train", *arguments]
     command += [f"--coordinator={address}", f"--num_processes={count}"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(tasks.ROOT)}
-    return [
-        subprocess.Popen([*command, f"--process_id={i}"], cwd=tasks.ROOT, env=environment)
-        for i in range(count)
-    ]
+    options = {"cwd": tasks.ROOT, "env": environment}
+    return [subprocess.Popen([*command, f"--process_id={i}"], **options) for i in range(count)]
 
 
 def train(count: int, workdir: pathlib.Path, parallel: str, kill_at: int = 0) -> dict[str, Any]:
@@ -70,7 +61,7 @@ def train(count: int, workdir: pathlib.Path, parallel: str, kill_at: int = 0) ->
     """
     flags = [f"--config.{key}={value}" for key, value in {**SMALL, "parallel": parallel}.items()]
     config = "--config=configs/mixture.py"
-    processes = start(count, "train", config, f"--workdir={workdir}", *flags)
+    processes = start(count, config, f"--workdir={workdir}", *flags)
     killed = 0.0
     while kill_at and all(process.poll() is None for process in processes):
         if any(r["step"] >= kill_at for r in read_lines(workdir / "metrics.jsonl")):
@@ -93,10 +84,8 @@ def content(workdir: pathlib.Path, at: int = STEPS) -> dict[str, np.ndarray]:
         stored = reader.metadata(path).item_metadata.tree
         arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
         tree = reader.restore(path, restore_args=arguments)
-    return {
-        jax.tree_util.keystr(place): np.asarray(leaf)
-        for place, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(place): np.asarray(leaf) for place, leaf in leaves}
 
 
 def difference(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
@@ -108,20 +97,13 @@ def difference(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> floa
     )  # fmt: skip
 
 
-def size(folder: pathlib.Path) -> int:
-    """Bytes of all files under a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
 def kill(parallel: str) -> dict[str, Any]:
     """Kill one of four processes and start all again; continue by two, and by one."""
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         train(PROCESSES, folder / "whole", parallel)
         ended = train(PROCESSES, folder / "killed", parallel, KILLED)
-        saved = sorted(
-            int(path.name) for path in (folder / "killed" / "checkpoints").glob("[0-9]*")
-        )
+        saved = sorted(int(p.name) for p in (folder / "killed" / "checkpoints").glob("[0-9]*"))
         others = {count: folder / f"by_{count}" for count in (2, 1)}
         for path in others.values():
             shutil.copytree(folder / "killed", path, ignore=shutil.ignore_patterns("lock"))
@@ -137,13 +119,11 @@ def kill(parallel: str) -> dict[str, Any]:
             "relative_difference_by_processes": {
                 count: difference(whole, content(path)) for count, path in others.items()
             },
-            "checkpoint_bytes": size(checkpoint),
+            "checkpoint_bytes": sum(p.stat().st_size for p in checkpoint.rglob("*") if p.is_file()),
             "state_bytes": sum(array.nbytes for array in whole.values()),
             "temporary_checkpoints": len(list(checkpoint.parent.glob("*tmp*"))),
         }  # fmt: skip
 
-
-# ---- input ---------------------------------------------------------------------------------------
 
 # name -> (config, changes, shape of an example, classes): uint8 as PNG, latents as npy in a zip
 INPUT: dict[str, tuple[str, dict[str, Any], tuple[int, int, int], int]] = {
@@ -156,19 +136,17 @@ EXAMPLES, SECONDS = 8192, 10.0  # of the zip; of the measurement
 
 def write_zip(path: pathlib.Path, shape: tuple[int, int, int], classes: int) -> None:
     """A zip of random images, PNG, or of float32 latents if they have four channels."""
-    rng, height, width, channels = np.random.default_rng(0), *shape
-    labels = {}
-    with zipfile.ZipFile(path, "w") as archive:
-        for i in range(EXAMPLES):
-            buffer, name = io.BytesIO(), f"{i:06d}." + ("npy" if channels == 4 else "png")
-            if channels == 4:
-                np.save(buffer, rng.normal(size=(channels, height, width)).astype(np.float32))
-            else:
-                pixels = rng.integers(0, 256, shape, np.uint8)
-                Image.fromarray(pixels if channels == 3 else pixels[..., 0]).save(buffer, "PNG")
-            archive.writestr(name, buffer.getvalue())
-            labels[name] = i % classes
-        archive.writestr("dataset.json", json.dumps({"labels": list(labels.items())}))
+    rng, (height, width, channels) = np.random.default_rng(0), shape
+    files = {}
+    for i in range(EXAMPLES):
+        if channels == 4:
+            latents = rng.normal(size=(channels, height, width)).astype(np.float32)
+            files[f"{i:06d}.npy"] = npy(latents)
+        else:
+            pixels = rng.integers(0, 256, shape, np.uint8)
+            files[f"{i:06d}.png"] = png(pixels if channels == 3 else pixels[..., 0])
+    labels = [[name, i % classes] for i, name in enumerate(files)]
+    path.write_bytes(archive(files, {"labels": labels}))
 
 
 def rate(stream: Any) -> float:
@@ -187,22 +165,19 @@ def feed(name: str, in_memory: bool) -> dict[str, Any]:
     The bound is the peak of the chips over the FLOPs of an example in a step.
     """
     file, changes, shape, classes = INPUT[name]
-    config = tasks.config_of(file, changes)
-    data = DataInfo(shape, classes, 1.0, (1 / classes,) * classes)
-    task = experiment.make_task(config, data, {})
+    training = Training.parse(tasks.config_of(file, changes))
+    task, size = training.task(info(shape, classes), {}), training.batch_size
     with tempfile.TemporaryDirectory() as folder:
         write_zip(path := pathlib.Path(folder) / "images.zip", shape, classes)
         source = sources.load(f"zip:{path}", in_memory=in_memory)
-        read = rate(pipeline.stream(source, config.batch_size, 0, 0, 0, PROCESSES))
-    flops = plan.step_flops(task, config.batch_size) / config.batch_size
-    trained = 4 * plan.CHIPS["v5e"].flops / flops
+        read = rate(pipeline.stream(source, size, 0, 0, 0, PROCESSES))
+    flops = plan.step_flops(task, size) / size
+    trained = 4 * chips.CHIPS["v5e"].flops / flops
     return {
         "read_per_second": read, "flops_per_example": flops, "trained_per_second_at_most": trained,
         "ratio": read / trained, "cores": len(os.sched_getaffinity(0)),
     }  # fmt: skip
 
-
-# ---- rows ----------------------------------------------------------------------------------------
 
 ROWS: dict[str, Callable[[], dict[str, Any]]] = {
     **{f"kill, {mode}": functools.partial(kill, mode) for mode in MODES},
@@ -215,14 +190,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="rows whose name has this text")
     chosen = parser.parse_args().only
-    result = json.loads(OUT.read_text()) if OUT.exists() else {"rows": []}
+    stored = tasks.Rows("hosts")
     for name, make in ROWS.items():
-        if chosen not in name or tasks.made(result["rows"], {"name": name}):
-            continue
-        row = {"name": name, **make(), **provenance(), "device": banner()}
-        result["rows"].append(row)
-        write_json(OUT, result)
-        print(json.dumps(row, indent=1), flush=True)
+        if chosen in name:
+            stored.row({"name": name}, make)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
-"""ICR on Fashion-MNIST: against the noise level, along training with few and many images, and
-after fine-tuning.
+"""ICR on Fashion-MNIST: against the noise level, and along training with few and many images.
 
-  python benchmarks/icr.py                # all parts, --jobs tasks at a time, one core each
-  python benchmarks/icr.py --parts=b      # data-rich against data-limited training alone
+  python benchmarks/icr.py                # --jobs tasks at a time, one core each
 
-Parts a and c read the runs of benchmarks/mclr_images.py (--runs), b its judge of features. Every
-task makes a file under runs/icr_fashion_mnist, so that the same command continues after an
-interruption. The complete parts go to benchmarks/results/icr_fashion_mnist.json and
+The noise levels are those of the base of benchmarks/guidance_free.py (--runs), whose judge measures
+features. Every task makes a file under runs/icr_fashion_mnist, so that the same command continues
+after an interruption. Complete parts go to benchmarks/results/icr_fashion_mnist.json and
 docs/icr_fashion_mnist.png. Needs the package installed (pip install -e .).
 """
 
@@ -15,41 +13,28 @@ import dataclasses
 import functools
 import pathlib
 import time
+from typing import Any
 
+import figures
 import jax
-import mclr_figures
 import numpy as np
 from matplotlib.figure import Figure
 from tasks import ROOT, Files, Task, add_flags, config_of, run
 
-from mclr_jax import experiment, generate, images, runs
-from mclr_jax.data import pipeline, sources
+from mclr_jax import generate, images, runs
+from mclr_jax.config import Training
+from mclr_jax.data import pipeline
 from mclr_jax.evaluation import evaluate, features, metrics
+from mclr_jax.experiment import Experiment
 from mclr_jax.files import write_json
-from mclr_jax.main import steps_per_dispatch
 from mclr_jax.representation import blocks, monitor, perturb, sweep
-from mclr_jax.training.devices import Devices
-from mclr_jax.training.step import init_state, make_update
+from mclr_jax.training.step import make_update
 
 STEPS = {256: 30000, 1024: 24000, 4096: 6000, 0: 8000}  # by number of images; 0 is all
 READINGS = 20  # along each run
 SAMPLES = 1000  # at each reading
 EARLY = 0.01  # memorized fraction from which samples count as memorized
 INTERVAL = 1000  # steps between readings, for their cost
-# Fine-tuned runs by work directory, of the first seed. gft's input of strength is 0 here, as for a
-# sample without guidance.
-TUNED = {
-    "control_0": "DSM control",
-    "posterior_beta0.4_0": "MCLR beta 0.4",
-    "posterior_beta1_0": "MCLR beta 1",
-    "plain_clip_0": "MCLR plain, clipped",
-    "gft_0": "GFT",
-    "cca_0": "CCA",
-    "ddo_0": "DDO",
-    "dpo_0": "DPO",
-    "contrastive_flow_0": "contrastive flow",
-    "model_guidance_0": "model guidance",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +43,7 @@ class Bench(Files):
 
     Attributes:
       root: of the outputs.
-      runs: of benchmarks/mclr_images.py.
+      runs: of benchmarks/guidance_free.py.
       scale: share of the steps, samples and images, to try things out.
     """
 
@@ -69,8 +54,6 @@ class Bench(Files):
     def scaled(self, number: int, least: int = 1) -> int:
         return max(round(number * self.scale), least)
 
-    # ---- a and c: noise levels ----------------------------------------------------------------
-
     def sweep(self, name: str, workdir: pathlib.Path, every_layer: bool) -> None:
         """ICR and probe accuracy of a run against sigma."""
         found = runs.load(workdir)
@@ -78,73 +61,58 @@ class Bench(Files):
         rows = self.measured(found, found.weights()[0], layers=layers)
         self.write(f"sweeps/{name}", rows, workdir)
 
-    def measured(self, found: runs.Run, params, **options) -> list[dict]:
+    def measured(self, found: runs.Run, params: Any, **options: Any) -> list[dict]:
         """Rows of `sweep.sweep`, of the run's own data."""
-        config = found.config
-        train, test = (sources.from_config(config.data, s, config.seed) for s in ("train", "test"))
-        shown = perturb.Augmentation(flip=bool(config.data.flip or config.data.augment))
-        count = self.scaled(4096, 256)
         return sweep.sweep(
-            found.model, params, train, test, augmentation=shown, num_images=count, **options
-        )
+            found.model, params, found.source("train"), found.source("test"),
+            augmentation=perturb.Augmentation(flip=flips(found.training)),
+            num_images=self.scaled(4096, 256), **options,
+        )  # fmt: skip
 
-    # ---- b: few images and many ---------------------------------------------------------------
-
-    def config(self, limit: int):
+    def config(self, limit: int) -> Any:
         """Patches of 7 make a step half as dear as configs/fashion_mnist.py has it; the rate is
         constant, so that the length of a run shapes nothing."""
-        config = config_of("fashion_mnist")
-        config.data.limit = limit
-        config.num_steps = self.scaled(STEPS[limit], READINGS)
-        config.network.patch_size = 7
-        config.network.depth = 6
-        config.optimizer.learning_rate = 3e-3
-        config.optimizer.schedule = "constant"
-        config.sample_every = 0
-        config.icr.every_steps = config.checkpoint_every = config.num_steps // READINGS
-        config.keep_checkpoints = 10 * READINGS  # all
-        return config
-
-    def train_on(self, limit: int) -> None:
-        self.train(name_of(limit), "fashion_mnist", self.config(limit))
+        steps = self.scaled(STEPS[limit], READINGS)
+        return config_of("fashion_mnist", {
+            "data.limit": limit, "num_steps": steps, "network.patch_size": 7, "network.depth": 6,
+            "optimizer.learning_rate": 3e-3, "optimizer.schedule": "constant", "sample_every": 0,
+            "icr.every_steps": steps // READINGS, "checkpoint_every": steps // READINGS,
+            "keep_checkpoints": 10 * READINGS,  # all
+        })  # fmt: skip
 
     def curve(self, limit: int) -> None:
         """Beside each reading: copies among samples, their distance to held-out images, a probe."""
         workdir = self.root / name_of(limit)
         found = runs.load(workdir)
-        config, model = found.config, found.model
-        train, test = (sources.from_config(config.data, s, config.seed) for s in ("train", "test"))
+        model, train, test = found.model, found.source("train"), found.source("test")
         judge = features.load(f"classifier:{self.runs / 'judge_features'}")
         held_out = metrics.moments(judge(*test[np.arange(len(test))]).features)
         labels = np.resize(np.arange(model.null_label), self.scaled(SAMPLES, 20))
         sampler = dataclasses.replace(found.sampler, method="dpmpp_2m")
         rows = []
-        for step, value in monitor.past(workdir, config.num_steps):
+        for step, value in monitor.past(workdir, found.training.num_steps):
             params, _ = found.weights(step=step)
             samples = images.clip(generate.generate(model, params, labels, sampler, batch_size=50))
             judged = metrics.moments(judge(samples, labels).features)
             share = evaluate.memorized(samples, train)
-            (seen,) = self.measured(found, params, sigmas=[config.icr.sigma])
-            rows.append(
-                seen
-                | {"step": step, "icr_in_training": value, "memorized": share}
-                | {"frechet": metrics.frechet_distance(judged, held_out)}
-            )
+            (seen,) = self.measured(found, params, sigmas=[found.training.icr.sigma])
+            distance = metrics.frechet_distance(judged, held_out)
+            rows.append({**seen, "step": step, "icr_in_training": value, "memorized": share,
+                         "frechet": distance})  # fmt: skip
         self.write(f"curves/{name_of(limit)}", rows, workdir)
 
     def cost(self) -> None:
         """Time of a reading as a share of the steps between two, at configs/fashion_mnist.py."""
-        config = config_of("fashion_mnist")
-        config.icr.every_steps = INTERVAL
-        source = sources.from_config(config.data, "train", config.seed)
-        base, devices = runs.load(self.runs / "base"), Devices(config.parallel)
+        config = config_of("fashion_mnist", {"icr.every_steps": INTERVAL})
+        experiment = Experiment(Training.parse(config), self.root)
+        training, task, devices = experiment.training, experiment.task, experiment.devices
+        base, (state, _) = runs.load(self.runs / "base"), experiment.first_state()
         params, _ = base.weights()
-        task = experiment.make_task(config, experiment.data_info(config, source), {})
-        state = devices.initialise(task.init, functools.partial(init_state, task))
         update = devices.compile(make_update(task, devices.axis_name))
-        stream = pipeline.stream(source, config.batch_size, config.seed)
-        read = monitor.make(config, task.model, source, self.root, 0)
-        dispatches, length = self.scaled(20, 1), steps_per_dispatch(config)
+        stream = pipeline.stream(experiment.source, training.batch_size, training.seed)
+        read = monitor.Monitor(training.icr, task.model, training.sampler, experiment.source,
+                               flips(training), self.root, 0)  # fmt: skip
+        dispatches, length = self.scaled(20, 1), training.dispatch
         seconds: dict[str, list[float]] = {"steps": [], "reading": []}
         for _ in range(4):  # the first compiles
             start = time.perf_counter()
@@ -163,32 +131,25 @@ class Bench(Files):
                             "share_of_training": reading / (INTERVAL * per_step)},
                    base.workdir)  # fmt: skip
 
-    # ---- the parts together -------------------------------------------------------------------
+    def tasks(self) -> list[Task]:
+        """Training, curve and noise levels for each number of images; noise levels of the base."""
+        do, tasks = functools.partial, []
+        for limit in STEPS:
+            name, trained = name_of(limit), (f"{name_of(limit)}/done.json",)
+            tasks += [
+                Task(name, do(self.train, name, "fashion_mnist", self.config(limit)), trained[0]),
+                Task(f"curve_{name}", do(self.curve, limit), f"curves/{name}.json", trained),
+                Task(f"sweep_{name}", do(self.sweep, name, self.root / name, False),
+                     f"sweeps/{name}.json", trained),
+            ]  # fmt: skip
+        sweep = do(self.sweep, "base", self.runs / "base", True)
+        return [*tasks, Task("sweep_base", sweep, "sweeps/base.json"),
+                Task("cost", self.cost, "cost.json")]  # fmt: skip
 
-    def tasks(self, parts: str) -> list[Task]:
-        tasks = []
 
-        def add(name, function, *arguments, output="", needs=()):
-            part = functools.partial(function, *arguments)
-            tasks.append(Task(name, part, output or f"{name}.json", needs))
-
-        if "b" in parts:
-            for limit in STEPS:
-                name = name_of(limit)
-                add(name, self.train_on, limit, output=f"{name}/done.json")
-            for limit in STEPS:
-                name = name_of(limit)
-                trained = (f"{name}/done.json",)
-                add(f"curve_{name}", self.curve, limit, output=f"curves/{name}.json", needs=trained)
-                add(f"sweep_{name}", self.sweep, name, self.root / name, False,
-                    output=f"sweeps/{name}.json", needs=trained)  # fmt: skip
-        names = ["base"] * ("a" in parts) + list(TUNED) * ("c" in parts)
-        for name in names:
-            add(f"sweep_{name}", self.sweep, name, self.runs / name, name == "base",
-                output=f"sweeps/{name}.json")  # fmt: skip
-        if "a" in parts:
-            add("cost", self.cost)
-        return tasks
+def flips(training: Training) -> bool:
+    """Whether training shows mirrored images."""
+    return bool(training.data.flip or training.data.augment)
 
 
 def name_of(limit: int) -> str:
@@ -250,18 +211,12 @@ def training_claims(curves: dict[str, list[dict]]) -> dict:
 
 def collect(bench: Bench) -> dict:
     """All complete parts, and the claims that they support."""
-
-    def there(name: str) -> bool:
-        return (bench.root / f"{name}.json").exists()
-
-    made_by: dict[str, dict] = {}
-
-    def found(folder: str) -> dict:
-        names = [n for n in [*map(name_of, STEPS), "base", *TUNED] if there(f"{folder}/{n}")]
-        made_by.update({f"{folder}/{name}": bench.made_by(f"{folder}/{name}") for name in names})
-        return {name: bench.read(f"{folder}/{name}") for name in names}
-
-    sweeps, curves = found("sweeps"), found("curves")
+    names = [*map(name_of, STEPS), "base"]
+    there = [f"{kind}/{name}" for kind in ("sweeps", "curves") for name in names]
+    there = [name for name in [*there, "cost"] if bench.there(name)]
+    found = {name: bench.read(name) for name in there}
+    sweeps, curves = ({name: found[f"{kind}/{name}"] for name in names if f"{kind}/{name}" in found}
+                      for kind in ("sweeps", "curves"))  # fmt: skip
     claims: dict[str, dict] = {}
     middle: dict[str, list] = {}
     for name, rows in sweeps.items():
@@ -277,40 +232,19 @@ def collect(bench: Bench) -> dict:
             "held": sorted(ratios) == ratios, "by_sigma": ratios,
         }  # fmt: skip
     claims |= training_claims(curves)
-    tuned = {
-        TUNED.get(name, name): {
-            "icr_minimum": min(row["icr"] for row in rows),
-            "sigma_of_minimum": min(rows, key=lambda row: row["icr"])["sigma"],
-            "probe_accuracy_peak": max(row["probe_accuracy"] for row in rows),
-        }
-        for name, rows in middle.items()
-        if not name.startswith("images_")
-    }
-    if there("cost"):
-        cost, made_by["cost"] = bench.read("cost"), bench.made_by("cost")
-        claims["a reading takes under 3% of training time"] = {
-            "held": cost["share_of_training"] < 0.03, **cost
-        }  # fmt: skip
-    configs = {"base": bench.runs / "base", **{n: bench.root / n for n in curves}}
-    return {
-        "config": {
-            name: runs.load(path).config.to_dict()
-            for name, path in configs.items()
-            if (path / "run.json").exists()
-        },
-        "scale": bench.scale,
-        "claims": claims,
-        "fine_tuning": tuned,
-        "sweeps": sweeps,
-        "curves": curves,
-        "made_by": made_by,
-    }
+    if cost := found.get("cost"):
+        held = cost["share_of_training"] < 0.03
+        claims["a reading takes under 3% of training time"] = {"held": held, **cost}
+    places = {"base": bench.runs / "base", **{n: bench.root / n for n in curves}}
+    configs = {n: dict(runs.load(p).config) for n, p in places.items() if (p / "run.json").exists()}
+    return {"config": configs, "scale": bench.scale, "claims": claims, "sweeps": sweeps,
+            "curves": curves, "made_by": {name: bench.made_by(name) for name in there}}  # fmt: skip
 
 
 def figure(result: dict, path: pathlib.Path) -> None:
     """Noise levels above, training below."""
-    drawing = Figure(figsize=(18, 8), layout="constrained")
-    panels = drawing.subplots(2, 4)
+    drawing = Figure(figsize=(14, 8), layout="constrained")
+    panels = drawing.subplots(2, 3)
 
     def draw(panel, title, rows, x, y, label):
         panel.plot([r[x] for r in rows], [r[y] for r in rows], "o-", markersize=3, label=label)
@@ -326,27 +260,19 @@ def figure(result: dict, path: pathlib.Path) -> None:
             if name == "base":
                 draw(panels[0, 0], "base, by block", some, "sigma", "icr", layer)
                 draw(panels[0, 1], "base, by block", some, "sigma", "probe_accuracy", layer)
-            elif name in TUNED:
-                title, label = "fine-tuned, middle block", TUNED[name]
-                draw(panels[0, 2], title, some, "sigma", "icr", label)
-                draw(panels[0, 3], title, some, "sigma", "probe_accuracy", label)
             else:
-                draw(panels[1, 3], "at the end of training", some, "sigma", "icr", words(name))
-    titles = {
-        "icr_in_training": "along training",
-        "memorized": "share of samples that copy",
-        "frechet": "distance to held-out images",
-    }
+                draw(panels[0, 2], "at the end of training", some, "sigma", "icr", words(name))
+    titles = {"icr_in_training": "along training", "memorized": "share of samples that copy",
+              "frechet": "distance to held-out images"}  # fmt: skip
     for name, rows in result["curves"].items():
         for panel, (key, title) in zip(panels[1], titles.items(), strict=False):
             draw(panel, title, rows, "step", key, words(name))
     panels[1, 2].set_yscale("log")
-    mclr_figures.save(drawing, path, dpi=90)
+    figures.save(drawing, path, dpi=90)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", default="abc", help="any of a, b and c")
     parser.add_argument("--root", type=pathlib.Path, default=ROOT / "runs" / "icr_fashion_mnist")
     parser.add_argument("--runs", type=pathlib.Path, default=ROOT / "runs" / "mclr_fashion_mnist")
     parser.add_argument("--scale", type=float, default=1.0, help="share of steps, to try it out")
@@ -354,7 +280,7 @@ def main() -> None:
     add_flags(parser)
     arguments = parser.parse_args()
     bench = Bench(arguments.root, arguments.runs, arguments.scale)
-    result = run(bench.root, bench.tasks(arguments.parts), arguments) | collect(bench)
+    result = run(bench.root, bench.tasks(), arguments) | collect(bench)
     write_json(arguments.out / "benchmarks" / "results" / "icr_fashion_mnist.json", result)
     figure(result, arguments.out / "docs" / "icr_fashion_mnist.png")
     for claim, found in result["claims"].items():

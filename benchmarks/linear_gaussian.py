@@ -5,14 +5,10 @@
 Trains configs/lorenz63_forcing.py with CHANGES on the process of tests/oracle.py, of two
 coordinates, and estimates 16 frames of which coordinate 1 is observed (std .3) in all but two, in
 each regime: with the exact denoiser and with the network, by the same guidance and settings.
-`error` is the RMS distance of the members' mean from Kalman's mean in posterior standard
-deviations, without the error of a finite ensemble; `spread` the ratio of the standard deviations;
-`rmse_ratio` that of the two means' RMSE. Writes benchmarks/results/linear_gaussian.json.
+Writes benchmarks/results/linear_gaussian.json; results/README.md explains the rows.
 """
 
-import argparse
 import dataclasses
-import pathlib
 import sys
 import time
 from typing import Any
@@ -21,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from tasks import RESULTS, ROOT, config_of, parameters
+from trajectory_rows import Subject, parser
 
-from mclr_jax import runs
 from mclr_jax.assimilation.dynamics import Dynamics
 from mclr_jax.assimilation.regimes import assimilate
 from mclr_jax.assimilation.schedules import Scheme, lags
-from mclr_jax.files import digest, provenance, write_json
+from mclr_jax.files import provenance, write_json
 from mclr_jax.main import train
 
 sys.path.insert(0, str(ROOT / "tests"))
@@ -69,23 +65,19 @@ def row(model: Any, params: Any, regime: str, trajectories: int, ensemble: int) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", type=pathlib.Path, required=True)
-    flags = parser.parse_args()
+    flags = parser(__doc__, folder=False).parse_args()
     train(config_of("lorenz63_forcing", CHANGES), flags.workdir)
-    run = runs.load(flags.workdir)
-    params, step = run.weights()
-    models = {"exact denoiser": (PROCESS, None), "network": (run.model, params)}
+    subject = Subject(flags.workdir)
+    models = {"exact denoiser": (PROCESS, None), "network": (subject.run.model, subject.params)}
     asked = {"trajectories": 32, "ensemble": 32}
     rows = [
         {"regime": regime, "model": name, **row(*model, regime, **asked)}
         for regime in ("filter", "fixed_lag", "batch") for name, model in models.items()
     ]  # fmt: skip
-    value = {"rows": rows, **asked, "lag": LAG, "step": step, "weights": digest(params),
-             "parameters": parameters(run.model)}  # fmt: skip
+    value = {"rows": rows, **asked, "lag": LAG, **subject.name,
+             "parameters": parameters(subject.run.model)}  # fmt: skip
     write_json(RESULTS / "linear_gaussian.json", value | provenance())
-    for one in rows:
-        print(one)
+    print(*rows, sep="\n")
 
 
 if __name__ == "__main__":

@@ -44,18 +44,11 @@ VARIANTS: dict[str, dict] = {
     "plain": PLAIN,
     "plain, beta 0.2": PLAIN | {"objective.beta": 0.2},
     "plain, clip": PLAIN | {"objective.bound": "clip"},
-    "plain, logistic": PLAIN | {"objective.bound": "logistic"},
-    "plain, reference penalty 1": PLAIN | {"objective.reference_penalty": 1.0},
 }
 CLASSIFIER = {
-    "objective.name": "classify",
-    "network.name": "mlp_classifier",
-    "network.width": 128,
-    "network.depth": 4,
-    "network.dropout": 0.0,
-    "num_steps": 6000,
-    "sample_every": 0,
-}
+    "objective.name": "classify", "network.name": "mlp_classifier", "network.width": 128,
+    "network.depth": 4, "network.dropout": 0.0, "num_steps": 6000, "sample_every": 0,
+}  # fmt: skip
 STRENGTHS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)
 
 
@@ -84,35 +77,24 @@ class Bench(Files):
         return Task(workdir, train, f"{workdir}/done.json", tuple(f"{n}/done.json" for n in needs))
 
     def tasks(self) -> list[Task]:
-        tasks = [
-            self.task("base", "mixture", {}),
-            self.task("classifier", "mixture", CLASSIFIER),
-        ]
+        tasks = [self.task("base", "mixture", {}), self.task("classifier", "mixture", CLASSIFIER)]
         for name, changes in VARIANTS.items():
-            needs = ["base"]
-            if changes.get("posterior.name") == "classifier":
-                needs.append("classifier")
+            judged = changes.get("posterior.name") == "classifier"
+            needs = ("base", "classifier") if judged else ("base",)
             tasks.append(self.task(name, "mixture_mclr", self.fine_tuning(changes), *needs))
         return tasks
 
     def distance(
-        self,
-        name: str,
-        beta: float,
-        strength: float = 0.0,
-        interpolation: float = 1.0,
+        self, name: str, beta: float, strength: float = 0.0, interpolation: float = 1.0,
         draws: int = 400_000,
-    ) -> float:
+    ) -> float:  # fmt: skip
         """E weight(sigma) |D(x, sigma, c) - D_cfg(x, sigma, c)|^2 of a run's averaged weights.
 
-        Args:
-          name: "base" or one of VARIANTS.
-          beta: strength of the exact CFG, guidance_scale - 1.
-          strength: what a network that takes it as an input is told.
-          interpolation: place on the line from the base's weights to the run's.
-          draws: of data and noise levels.
+        CFG is exact, of guidance_scale 1 + beta. The run is "base" or one of VARIANTS, its weights
+        at this place on the line from the base's; a network that takes a strength is told it.
         """
-        model, params = runs.load_model(self.root / self.workdir(name), interpolation)
+        found = runs.load(self.root / self.workdir(name))
+        model, (params, _) = found.model, found.weights(interpolation=interpolation)
         oracle = mixture.toy()
         x0, label = oracle.sample(jax.random.key(5), draws)
         levels = noise.LogNormal(mean=-0.4, std=1.2)
@@ -139,17 +121,11 @@ def collect(bench: Bench) -> dict:
             "base": bench.distance("base", beta),
             "input": bench.distance("strength as an input", beta, strength=beta),
             "share": bench.distance("mclr", beta, interpolation=beta),
-        }
-        for beta in STRENGTHS
-    }
-    return {
-        "config": "configs/mixture_mclr.py",
-        "parameters": trained["base"]["parameters"],
-        "distance_to_cfg": table,
-        "base_to_exact_unguided": bench.distance("base", 0.0),
-        "by_strength": strengths,
-        "runs": trained,
-    }
+        } for beta in STRENGTHS
+    }  # fmt: skip
+    return {"config": "configs/mixture_mclr.py", "parameters": trained["base"]["parameters"],
+            "distance_to_cfg": table, "base_to_exact_unguided": bench.distance("base", 0.0),
+            "by_strength": strengths, "runs": trained}  # fmt: skip
 
 
 def main() -> None:
@@ -158,10 +134,7 @@ def main() -> None:
     bench = Bench()
     result = run(bench.root, bench.tasks(), parser.parse_args()) | collect(bench)
     write_json(RESULTS / "mixture_mclr.json", result)
-    for name, value in result["distance_to_cfg"].items():
-        steps = result["runs"][name]["steps"]
-        print(f"{name:34s} {steps:6d}", f"{value:.4f}" if isinstance(value, float) else value)
-    print(json.dumps(result["by_strength"], indent=1))
+    print(json.dumps(result["distance_to_cfg"] | result["by_strength"], indent=1))
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def small_flags(config: Any) -> list[str]:
 def command(rng: random.Random, folder: pathlib.Path) -> tuple[str, list[str]]:
     """A random command line with one or two mistakes, as module and arguments."""
     run, out = folder / "run", folder / "out"
-    cheap = small("digits", {"num_steps": 1, "eval_examples": 0}, folder)
+    cheap = small("digits", {"num_steps": 1, "eval_examples": 0})
     common_flags = {"ema": "halflife", "checkpoint": 3, "batch_size": 8, "seed": 1}
     valid: dict[str, dict[str, Any]] = {
         "train": {"config": "configs/digits.py", "workdir": out / "w", "restart": False},
@@ -188,7 +188,7 @@ def silent(module: str, folder: pathlib.Path) -> str:
         params, _ = run.weights()
         if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
             bad.append("weights that are not finite")
-        for key, value in flat(run.config.to_dict()).items():
+        for key, value in flat(dict(run.config)).items():
             if key in defaults and value != defaults[key] and not fits(key, value, defaults[key]):
                 bad.append(f"{key}={value!r:.60}")
     return ", ".join(bad)
@@ -196,11 +196,11 @@ def silent(module: str, folder: pathlib.Path) -> str:
 
 def prepare(folder: pathlib.Path) -> None:
     """A run, a classifier and the files that command lines name."""
-    main.train(small("digits", {}, folder), folder / "run")
-    main.train(small("digits_classifier", {}, folder), folder / "judge")
+    main.train(small("digits", {}), folder / "run")
+    main.train(small("digits_classifier", {}), folder / "judge")
     sizes = {"data.trajectories": 4, "data.length": 16, "data.frames": 8,
              "data.path": str(folder / "trajectories")}  # fmt: skip
-    main.train(small("lorenz63_forcing", sizes, folder), folder / "forcing")
+    main.train(small("lorenz63_forcing", sizes), folder / "forcing")
     values = np.sin(np.arange(12.0)).reshape(2, 6, 1)
     select = Operator(Select((0,)))
     write(folder / "seen.npz", Observations(values, select, 1.0))
@@ -296,7 +296,7 @@ def processes(seed: int, count: int, folder: pathlib.Path) -> Iterator[Case]:
     every = 10 if few else 20
     config = small("digits", {"num_steps": steps, "checkpoint_every": every, "log_every": 5,
                               "optimizer.schedule": "constant",
-                              "network.dropout": 0.1, "eval_examples": 0}, folder)  # fmt: skip
+                              "network.dropout": 0.1, "eval_examples": 0})  # fmt: skip
     flags = ["--config=configs/digits.py", *small_flags(config)]
     whole, log = folder / "whole", folder / "log"
     start = time.monotonic()
@@ -367,7 +367,9 @@ def _stopped(
         if number and status == -number:  # SIGTERM before the train loop ends at once
             yield Case(f"{what} after {moment:.2f} s", WORKS)
         elif status == 143:
-            steps = _checkpoint(workdir), _last(workdir)
+            saved = (int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*"))
+            done = (record["step"] for record in read_lines(workdir / "metrics.jsonl"))
+            steps = max(saved), max(done, default=0)
             outcome = WORKS if steps[0] == steps[1] else LOST
             yield Case(f"{what} after {moment:.2f} s", outcome, f"checkpoint, last step: {steps}")
         else:
@@ -375,14 +377,6 @@ def _stopped(
             wrong = difference(folder / "whole", workdir)
             yield Case(case.what, LOST, wrong) if wrong else case
             shutil.rmtree(workdir)
-
-
-def _last(workdir: pathlib.Path) -> int:
-    return max((record["step"] for record in read_lines(workdir / "metrics.jsonl")), default=0)
-
-
-def _checkpoint(workdir: pathlib.Path) -> int:
-    return max(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*"))
 
 
 def _crowded(flags: list[str], folder: pathlib.Path, samplers: int) -> Iterator[Case]:

@@ -23,9 +23,11 @@ from PIL import Image
 from robustness_values import small
 from tasks import ROOT
 
-from mclr_jax import experiment, main, runs
+from mclr_jax import main, runs
+from mclr_jax.config import Training
 from mclr_jax.data import sources
 from mclr_jax.files import read_lines
+from mclr_jax.model import shapes_of
 from mclr_jax.pretrained import torch_file
 from mclr_jax.representation import monitor
 
@@ -132,8 +134,8 @@ def damaged_runs(seed: int, count: int, folder: pathlib.Path) -> Iterator[Case]:
     rng = random.Random(seed)
     changes = {"num_steps": 6, "checkpoint_every": 2, "keep_checkpoints": 3, "log_every": 2,
                "optimizer.schedule": "constant"}  # fmt: skip
-    longer = small("digits", {**changes, "num_steps": 8}, folder)
-    main.train(small("digits", changes, folder), folder / "run")
+    longer = small("digits", {**changes, "num_steps": 8})
+    main.train(small("digits", changes), folder / "run")
     main.train(longer, folder / "whole")
     names = ("none", "halflife")
     intact = {n: {s: runs.load(folder / "run").weights(n, s)[0] for s in (2, 4, 6)} for n in names}
@@ -194,20 +196,17 @@ class Evil:
 
 
 def npz(**arrays: Any) -> bytes:
-    file = io.BytesIO()
-    np.savez(file, **{"images": PIXELS, "labels": LABELS} | arrays)
+    np.savez(file := io.BytesIO(), **{"images": PIXELS, "labels": LABELS} | arrays)
     return file.getvalue()
 
 
-def npy(array: Any, **options: Any) -> bytes:
-    file = io.BytesIO()
-    np.save(file, array, **options)
+def npy(array: Any) -> bytes:
+    np.save(file := io.BytesIO(), array)
     return file.getvalue()
 
 
-def png(array: np.ndarray, mode: str = "") -> bytes:
-    file, image = io.BytesIO(), Image.fromarray(array)
-    (image.convert(mode) if mode else image).save(file, "PNG")
+def png(array: np.ndarray, mode: str | None = None) -> bytes:
+    Image.fromarray(array).convert(mode).save(file := io.BytesIO(), "PNG")
     return file.getvalue()
 
 
@@ -328,14 +327,6 @@ def hostile_idx() -> list[tuple[str, str, bytes]]:
 # ---- files of weights ----------------------------------------------------------------------------
 
 
-def torch_zip(tree: bytes, name: str = "a/data.pkl") -> bytes:
-    return archive({name: tree}, None)
-
-
-def deep(levels: int) -> bytes:
-    return b"\x80\x02" + b"]" * levels + b"a" * (levels - 1) + b"."
-
-
 def hostile_weights() -> list[tuple[str, str, bytes]]:
     """(what, format, content) of files that torch.save did not write."""
     intact = (ROOT / "tests/data/tensors.pt").read_bytes()
@@ -343,7 +334,8 @@ def hostile_weights() -> list[tuple[str, str, bytes]]:
     head = legacy[: legacy.index(b".", legacy.index(b".") + 1) + 1]
     evil, call = pickle.dumps(Evil(), 2), b"ctorch._utils\n_rebuild_tensor_v2\n"
     trees = {
-        "evil": evil, "nothing": b"", "a number": pickle.dumps(3), "deep": deep(10**6),
+        "evil": evil, "nothing": b"", "a number": pickle.dumps(3),
+        "deep": b"\x80\x02" + b"]" * 10**6 + b"a" * (10**6 - 1) + b".",
         "set": pickle.dumps({1}), "bytes": pickle.dumps(bytearray(9)), "class": b"cos\nsystem\n.",
     }  # fmt: skip
     for name, code in {
@@ -357,10 +349,10 @@ def hostile_weights() -> list[tuple[str, str, bytes]]:
         trees[name] = b"\x80\x02" + code
     made = {}
     for name, tree in trees.items():
-        made |= {f"zip {name}": torch_zip(tree), f"legacy {name}": tree}
+        made |= {f"zip {name}": archive({"a/data.pkl": tree}, None), f"legacy {name}": tree}
         made[f"legacy, after its head: {name}"] = head + tree
     made |= {"two trees": archive({"a/data.pkl": evil, "b/data.pkl": evil}, None), "npz": npz(),
-             "no tree": torch_zip(evil, "a/other.pkl"), "empty zip": archive({}, None),
+             "no tree": archive({"a/other.pkl": evil}, None), "empty zip": archive({}, None),
              "text": b"hello\n", "safetensors": struct.pack("<Q", 2) + b"{}",
              "a zip twice": intact * 2}  # fmt: skip
     return [(what, "torch", content) for what, content in made.items()]
@@ -375,9 +367,8 @@ def load(kind: str, path: pathlib.Path) -> Any:
     else:
         source = sources.load(f"{kind}:{path}")
     rows = source[np.arange(len(source))]
-    config = small("digits", {}, path.parent)
-    task = experiment.make_task(config, experiment.data_info(config, source), {})
-    jax.eval_shape(task.init)
+    training = Training.parse(small("digits", {}))
+    shapes_of(training.model(training.data_info(source)))
     return rows
 
 

@@ -1,24 +1,23 @@
-"""Config values of wrong kind or size, through `main.train` up to the first compiled step."""
+"""Config values of wrong kind or size: parsed, or used up to the first compiled step."""
 
-import contextlib
 import functools
 import math
 import pathlib
 import random
-import shutil
-import tempfile
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
-import sklearn.datasets
 from outcomes import FOREIGN, REFUSED, SILENT, WORKS, Case, attempt
 from tasks import config_of
 
-from mclr_jax import main, runs
+from mclr_jax import hooks, plan
+from mclr_jax.config import Training
+from mclr_jax.experiment import Experiment
 from mclr_jax.files import flat
-from mclr_jax.training.devices import Devices
+from mclr_jax.training.step import make_update
 
 SMALL = {
     "num_steps": 3, "batch_size": 8, "log_every": 3, "checkpoint_every": 3, "eval_examples": 8,
@@ -48,7 +47,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("mixture_mclr", {}),
     ("mixture_mclr", {"posterior.name": "denoiser"}),
     ("mixture_mclr", {"posterior.name": "classifier"}),
-    ("mixture_mclr", {"objective.bound": "logistic", "strength": (0.0, 2.0)}),
+    ("mixture_mclr", {"objective.bound": "clip", "strength": (0.0, 2.0)}),
     ("mixture_mclr", {"objective.negatives": "prior", "objective.bound": "clip"}),
     ("digits", {}),
     ("digits", {"data.augment": 0.1}),
@@ -69,64 +68,39 @@ AT_MOST_1 = ("label_dropout", "dropout", "augment", "ramp_up", "contrast", "scal
              "negative_share", "power_stds")  # fmt: skip
 
 
-class TracedError(BaseException):
-    """The training step has been traced: everything before it has accepted the config."""
-
-
-def _compile(self: Devices, update: Any, original: Any = Devices.compile) -> Any:
-    def traced(*arguments: Any) -> None:
-        jax.eval_shape(original(self, update), *arguments)
-        raise TracedError
-
-    return traced
-
-
-def _initialise(self: Devices, draw: Any, complete: Any) -> Any:
-    shapes = jax.eval_shape(lambda: complete(draw()))
-    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-
-
-@contextlib.contextmanager
-def traced_only() -> Iterator[None]:
-    """`main.train` stops at its first step, which is traced instead of compiled."""
-    kept = Devices.compile, Devices.initialise, runs.provenance, sklearn.datasets.load_digits
-    Devices.compile, Devices.initialise = _compile, _initialise
-    runs.provenance = functools.cache(kept[2])  # the same for all cases
-    sklearn.datasets.load_digits = functools.cache(kept[3])
-    try:
-        yield
-    finally:
-        Devices.compile, Devices.initialise, runs.provenance, sklearn.datasets.load_digits = kept
-
-
-def small(file: str, changes: dict[str, Any], folder: pathlib.Path) -> Any:
-    """configs/FILE.py with a network of no size; its companions are in `folder`."""
+def small(file: str, changes: dict[str, Any]) -> Any:
+    """configs/FILE.py with a network of no size."""
     config = config_of(file, changes)
     network = {f"network.{k}": v for k, v in NETWORKS[config.network.name].items()}
     config.update_from_flattened_dict(SMALL | network | changes)
-    base, judge = (str(folder / name) for name in ("mixture", "classifier"))
     if config.init_from:
-        used = judge if config.posterior.name == "classifier" else ""
-        config.init_from, config.companions.classifier = base, used
+        config.init_from = "a"
+        config.companions.classifier = "b" if config.posterior.name == "classifier" else ""
     return config
 
 
-def companions(folder: pathlib.Path) -> None:
-    """Train the runs that some configs start from, of 3 steps."""
-    main.train(small("mixture", {}, folder), folder / "mixture")
-    judge = {"data.name": "mixture", "sigma_data": 1.0}
-    main.train(small("digits_classifier", judge, folder), folder / "classifier")
+class Bare(Experiment):
+    """An experiment whose companions have no runs: small models without weights."""
+
+    @functools.cached_property
+    def companions(self) -> Any:
+        judge = small("digits_classifier", {"data.name": "mixture", "sigma_data": 1.0})
+        others = {name: small("mixture", {}) for name in self.training.runs}
+        others |= {"classifier": judge} if "classifier" in others else {}
+        models = {name: Training.parse(c).model(self.data) for name, c in others.items()}
+        return {name: types.SimpleNamespace(model=model) for name, model in models.items()}
+
+    frozen = functools.cached_property(lambda self: {})
 
 
-def train(config: Any) -> None:
-    """Train up to the first step, in a directory that is removed."""
-    workdir = tempfile.mkdtemp()
-    try:
-        main.train(config, workdir)
-    except TracedError:
-        pass
-    finally:
-        shutil.rmtree(workdir)
+def trace(config: Any) -> None:
+    """Everything of a training before its first compiled step, which is traced."""
+    experiment = Bare(Training.parse(config), pathlib.Path("nowhere"))
+    training, task = experiment.training, experiment.task
+    hooks.readings(experiment, 0)
+    experiment.devices.check_batch_size(training.batch_size, training.grad_accumulation)
+    shapes = plan.shapes(task, training.batch_size, training.dispatch)
+    jax.eval_shape(make_update(task), *shapes)
 
 
 def fits(key: str, value: Any, default: Any) -> bool:
@@ -157,57 +131,59 @@ def mutate(config: Any, key: str, value: Any) -> None:
         part[leaf] = value
 
 
-def cases(seed: int, count: int, folder: pathlib.Path) -> Iterator[Case]:
-    """`count` configs with one or two keys changed."""
-    rng = random.Random(seed)
-    companions(folder)
-    with traced_only():
-        for number in range(count):
-            if number % 500 == 0:
-                jax.clear_caches()
-            file, changes = rng.choice(VARIANTS)
-            config = small(file, changes, folder)
-            defaults = flat(config.to_dict())
-            mutations = {}
-            sections = {key.partition(".")[0] for key in defaults if "." in key}
-            known = sorted(defaults) + sorted(sections)
-            for key in sorted(rng.sample(known, rng.choice((1, 1, 1, 2))), key=known.index):
-                if rng.random() < 0.03:
-                    mutations[key] = DELETED
-                    continue
-                if key in defaults and rng.random() < 0.05:
-                    key = key[:-1]
-                default = defaults.get(key)
-                numeric = isinstance(default, int | float) and not isinstance(default, bool)
-                value = rng.choice(NUMBERS if rng.random() < (0.7 if numeric else 0.3) else OTHERS)
-                if numeric and rng.random() < 0.4:  # not far from the default
-                    value = default * rng.choice((0.5, 2, 3, 10)) + rng.choice((0, 0, 1))
-                    value = type(default)(value)
-                mutations[key] = value
-            variant = " ".join([file, *(f"{k}={v}" for k, v in changes.items())])
-            what = ", ".join(f"{key}={value!r:.60}" for key, value in mutations.items())
-            yield judge(f"{variant}: {what}", config, mutations, defaults)
+def cases(
+    seed: int, count: int, folder: Any = None, use: Callable[[Any], Any] = trace
+) -> Iterator[Case]:
+    """`count` configs with one or two keys changed; `use` raises the error of a wrong one."""
+    rng, made = random.Random(seed), functools.cache(lambda i: small(*VARIANTS[i]))
+    for number in range(count):
+        if number % 500 == 499 and use is trace:
+            jax.clear_caches()
+        variant = rng.randrange(len(VARIANTS))
+        config = made(variant).copy_and_resolve_references()
+        defaults = flat(config.to_dict())
+        sections = {key.partition(".")[0] for key in defaults if "." in key}
+        known = sorted(defaults) + sorted(sections)
+        keys = sorted(rng.sample(known, rng.choice((1, 1, 1, 2))), key=known.index)
+        mutations = dict(mutation(rng, key, defaults) for key in keys)
+        what = ", ".join(f"{key}={value!r:.60}" for key, value in mutations.items())
+        file, changes = VARIANTS[variant]
+        name = " ".join([file, *(f"{k}={v}" for k, v in changes.items())])
+        yield judge(f"{name}: {what}", config, mutations, defaults, use)
 
 
-def judge(what: str, config: Any, mutations: dict, defaults: dict) -> Case:
-    """The outcome of training a config with these mutations."""
+def mutation(rng: random.Random, key: str, defaults: dict[str, Any]) -> tuple[str, Any]:
+    """A key, sometimes misspelt, and an odd value or one that is near the default."""
+    if rng.random() < 0.03:
+        return key, DELETED
+    if key in defaults and rng.random() < 0.05:
+        key = key[:-1]
+    default = defaults.get(key)
+    numeric = isinstance(default, int | float) and not isinstance(default, bool)
+    if numeric and rng.random() < 0.4:
+        return key, type(default)(default * rng.choice((0.5, 2, 3, 10)) + rng.choice((0, 0, 1)))
+    return key, rng.choice(NUMBERS if rng.random() < (0.7 if numeric else 0.3) else OTHERS)
+
+
+def judge(
+    what: str, config: Any, mutations: dict, defaults: dict, use: Callable[[Any], Any] = trace
+) -> Case:
+    """The outcome of using a config with these mutations.
+
+    What `Training.parse` accepts and should not must be refused by `trace`.
+    """
 
     def call() -> None:
         for key, value in mutations.items():
             mutate(config, key, value)
-        train(config)
+        use(config)
 
     outcome, detail, _ = attempt(call)
-    if outcome == WORKS:
-        found = flat(config.to_dict())
-        for key, value in mutations.items():
-            value = found.get(key, value)  # ConfigDict makes 0.0 of False
-            if value is DELETED or any(name.startswith(f"{key}.") for name in defaults):
-                continue  # a default, or a section
-            if key not in defaults:
-                return Case(what, SILENT, f"{key} is no key, and is ignored")
-            if not fits(key, value, defaults[key]):
-                return Case(what, SILENT, f"{key} of kind {defaults[key]!r} accepts {value!r:.60}")
+    wrong = accepted(config, mutations, defaults) if outcome == WORKS else ""
+    if wrong and use == Training.parse:
+        outcome, detail, _ = attempt(lambda: trace(config))
+    if wrong and outcome == WORKS:
+        return Case(what, SILENT, wrong)
     words = {word for key, value in mutations.items()
              for word in (key.rpartition(".")[2], repr(value), str(value))}  # fmt: skip
     # A parameter of another shape is named with both shapes.
@@ -215,3 +191,20 @@ def judge(what: str, config: Any, mutations: dict, defaults: dict) -> Case:
     if outcome == REFUSED and not exempt and not any(word in detail for word in words):
         return Case(what, FOREIGN, f"names neither key nor value: {detail}")
     return Case(what, outcome, detail[:300])
+
+
+def accepted(config: Any, mutations: dict, defaults: dict) -> str:
+    """What is wrong with a config that was accepted, or nothing."""
+    found = flat(config.to_dict())
+    for key, value in mutations.items():
+        value = found.get(key, value)  # ConfigDict makes 0.0 of False
+        gone = value is DELETED or mutations.get(key.partition(".")[0]) is DELETED
+        if gone or any(name.startswith(f"{key}.") for name in defaults):
+            continue  # a default, or a section
+        if key.startswith("companions.") and isinstance(value, str):
+            continue  # of any name; a training warns of one that it does not use
+        if key not in defaults:
+            return f"{key} is no key, and is ignored"
+        if not fits(key, value, defaults[key]):
+            return f"{key} of kind {defaults[key]!r} accepts {value!r:.60}"
+    return ""

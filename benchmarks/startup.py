@@ -7,6 +7,7 @@ times each, first with an empty cache of compiled programs (cold), then with a f
 Writes benchmarks/results/startup.json, with the least of the three times.
 """
 
+import argparse
 import os
 import pathlib
 import subprocess
@@ -14,69 +15,52 @@ import sys
 import tempfile
 import time
 
-from absl import app, flags
+from tasks import RESULTS, ROOT
 
 from mclr_jax.files import provenance, write_json
 from mclr_jax.training.devices import banner
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-BEFORE = flags.DEFINE_string("before", None, "Checkout of an earlier revision.", required=True)
-REPEATS = flags.DEFINE_integer("repeats", 3, "Runs of each case.", lower_bound=1)
 
-
-def first_step(root: pathlib.Path, cache: pathlib.Path) -> float:
-    """Seconds until the demo says that the first step is done; then it is stopped."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "launch.demo", f"--workdir={folder}"]
-        environment = {**os.environ, "PYTHONPATH": str(root)}
-        environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
-        start = time.monotonic()
-        process = subprocess.Popen(
-            command, cwd=root, env=environment, stderr=subprocess.PIPE, text=True
-        )
-        assert process.stderr is not None
-        try:
-            for line in process.stderr:
-                if "Compiled in" in line:
-                    return time.monotonic() - start
-            raise RuntimeError(f"{command} in {root} ended before its first step.")
-        finally:
-            process.kill()
-            process.communicate()
-
-
-def imports(root: pathlib.Path) -> float:
-    """Seconds to import what training imports."""
-    environment = {**os.environ, "PYTHONPATH": str(root)}
+def seconds_until(line: str, root: pathlib.Path, cache: str, *arguments: str) -> float:
+    """Seconds until Python, with the modules of `root`, prints a line with this text, or ends."""
+    environment = {**os.environ, "PYTHONPATH": str(root), "JAX_COMPILATION_CACHE_DIR": cache}
     start = time.monotonic()
-    subprocess.run(
-        [sys.executable, "-c", "import launch.train"], cwd=root, env=environment, check=True
-    )
-    return time.monotonic() - start
+    with subprocess.Popen([sys.executable, *arguments], cwd=root, env=environment, text=True,
+                          stderr=subprocess.PIPE) as process:  # fmt: skip
+        found = any(line and line in each for each in process.stderr)  # type: ignore[union-attr]
+        seconds = time.monotonic() - start
+        process.kill()
+    if bool(line) != found or (not line and process.returncode):
+        raise RuntimeError(f"{arguments} in {root} ended with status {process.returncode}.")
+    return seconds
 
 
-def main(_) -> None:
-    roots = {"before": pathlib.Path(BEFORE.value), "after": ROOT}
-    times: dict[str, dict[str, list[float]]] = {
-        name: {"imports": [], "cold": [], "warm": []} for name in roots
-    }
-    for _ in range(REPEATS.value):
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--before", type=pathlib.Path, required=True)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS / "startup.json")
+    arguments = parser.parse_args()
+    roots = {"before": arguments.before.resolve(), "after": ROOT}
+    times: dict[str, dict[str, list[float]]] = {name: {} for name in roots}
+    for _ in range(arguments.repeats):
         for name, root in roots.items():
-            with tempfile.TemporaryDirectory() as folder:
-                times[name]["imports"].append(imports(root))
-                times[name]["cold"].append(first_step(root, pathlib.Path(folder)))
-                times[name]["warm"].append(first_step(root, pathlib.Path(folder)))
+            with tempfile.TemporaryDirectory() as cache, tempfile.TemporaryDirectory() as run:
+                demo = ("Compiled in", root, cache, "-m", "launch.demo")
+                for kind, given in {
+                    "imports": ("", root, cache, "-c", "import launch.train"),
+                    "cold": (*demo, f"--workdir={run}/cold"),
+                    "warm": (*demo, f"--workdir={run}/warm"),
+                }.items():
+                    times[name].setdefault(kind, []).append(seconds_until(*given))
     git = ["git", "rev-parse", "HEAD"]
-    before = subprocess.run(git, cwd=roots["before"], capture_output=True, text=True, check=True)
-    rows = [
-        {"name": name, **{key: min(values) for key, values in cases.items()}, "all": cases}
-        for name, cases in times.items()
-    ]
-    result = {**provenance(), "before": before.stdout.strip(), "unit": "s", "rows": rows}
-    path = ROOT / "benchmarks" / "results" / "startup.json"
-    write_json(path, {**result, "device": banner()})
-    print(path.read_text())
+    before = subprocess.check_output(git, cwd=arguments.before, text=True).strip()
+    rows = [{"name": name, **{key: min(values) for key, values in kinds.items()}, "all": kinds}
+            for name, kinds in times.items()]  # fmt: skip
+    result = {**provenance(), "before": before, "unit": "s", "rows": rows, "device": banner()}
+    write_json(arguments.out, result)
+    print(arguments.out.read_text())
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

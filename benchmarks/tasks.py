@@ -8,7 +8,6 @@ import argparse
 import dataclasses
 import importlib
 import json
-import math
 import os
 import pathlib
 import re
@@ -26,6 +25,36 @@ sys.path.insert(0, str(ROOT))
 from mclr_jax.files import flat, provenance, write_json  # noqa: E402
 
 
+class Rows:
+    """The rows of a result file, by default benchmarks/results/NAME.json; each is made once."""
+
+    def __init__(self, path: str | pathlib.Path, summary: Callable[[list], Mapping] | None = None):
+        self.path = RESULTS / f"{path}.json" if isinstance(path, str) else path
+        self.summary = summary
+
+    def content(self) -> dict[str, Any]:
+        """All that is stored, read anew: another process may have written since."""
+        return json.loads(self.path.read_text()) if self.path.exists() else {"rows": []}
+
+    def row(
+        self, asked: Mapping[str, Any], make: Callable[[], Mapping[str, Any]], kind: str = "rows"
+    ) -> dict[str, Any]:
+        """The first row that has all that is asked; if there is none it is made and stored."""
+        asked = json.loads(json.dumps(asked))
+        if found := made(self.content().get(kind, []), asked):
+            return found
+        from mclr_jax.training.devices import banner
+
+        new = {**asked, **make(), **provenance(), "device": banner()}
+        content = self.content()
+        content[kind] = [*content.get(kind, []), new]
+        if self.summary:
+            content["summary"] = self.summary(content["rows"])
+        write_json(self.path, content)
+        print({k: v for k, v in new.items() if not isinstance(v, list | dict)}, flush=True)
+        return new
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """One process: `run` makes the file `output`, once the files `needs` are there."""
@@ -34,9 +63,6 @@ class Task:
     run: Callable[[], None]
     output: str
     needs: tuple[str, ...] = ()
-
-
-# ---- what tasks make -----------------------------------------------------------------------------
 
 
 class Files:
@@ -64,11 +90,8 @@ class Files:
     def train(self, name: str, file: str, config: Any, may_diverge: bool = False) -> None:
         """Train to the end; only then is there NAME/done.json, which `training` reads.
 
-        Args:
-          name: work directory, under `root`.
-          file: configs/FILE.py, which `config` has come from.
-          config: what to train.
-          may_diverge: whether that is an end, too.
+        NAME is the work directory, under `root`; `config` has come from configs/FILE.py. With
+        `may_diverge` that is an end, too.
         """
         from mclr_jax import runs
         from mclr_jax.main import train
@@ -129,14 +152,12 @@ def made(rows: Sequence[dict], asked: Mapping[str, Any]) -> dict | None:
 
 
 def parameters(model: Any) -> int:
-    """How many numbers a model's network has to learn."""
+    """The number of parameters of a model's network."""
     import jax
 
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    from mclr_jax.model import shapes_of
 
-
-# ---- running them --------------------------------------------------------------------------------
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes_of(model)))
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -147,11 +168,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(root: pathlib.Path, tasks: Sequence[Task], arguments: argparse.Namespace) -> dict:
-    """Run the task of `arguments` and exit, or all that are missing.
-
-    Returns:
-      what collects the results: command, revision, device, jax, seconds.
-    """
+    """Run the task of `arguments` and exit, or all that are missing; the provenance of a result."""
     from launch.common import keep_compiled
     from mclr_jax.cpu import keep_freed_memory
 
@@ -168,24 +185,15 @@ def run(root: pathlib.Path, tasks: Sequence[Task], arguments: argparse.Namespace
 
     from mclr_jax.training.devices import banner
 
-    return {
-        **provenance(),
-        "device": banner(),
-        "jax": jax.__version__,
-        "seconds_of_this_call": round(time.time() - start),
-    }
+    made_by = {**provenance(), "device": banner(), "jax": jax.__version__}
+    return made_by | {"seconds_of_this_call": round(time.time() - start)}
 
 
 def schedule(root: pathlib.Path, tasks: Sequence[Task], command: Sequence[str], jobs: int) -> None:
-    """Run what is missing, `jobs` processes at a time, each on a core of its own.
+    """Run what is missing in this order, `jobs` processes at a time, each on a core of its own.
 
-    Where one fails, the others are told to stop, too, and this process exits.
-
-    Args:
-      root: folder of the outputs.
-      tasks: in the order in which to start them.
-      command: runs one of them, with --task=NAME added.
-      jobs: processes at a time.
+    `root` is the folder of the outputs; `command` runs one task, with --task=NAME added. If one
+    fails, the others are told to stop, too, and this process exits.
     """
     cores = sorted(os.sched_getaffinity(0))[:jobs]
     running: dict[int, tuple[Task, subprocess.Popen]] = {}
@@ -204,20 +212,14 @@ def schedule(root: pathlib.Path, tasks: Sequence[Task], command: Sequence[str], 
                     if process.returncode or not there(task.output):
                         sys.exit(f"{task.name} failed; see {logs / task.name}.log")
                     print(f"{time.strftime('%H:%M:%S')} {task.name}", flush=True)
-            ready = [
-                task for task in tasks
-                if task.name not in started and not there(task.output)
-                and all(map(there, task.needs))
-            ]  # fmt: skip
+            left = (task for task in tasks if task.name not in started and not there(task.output))
+            ready = [task for task in left if all(map(there, task.needs))]
             for core in [c for c in cores if c not in running][: len(ready)]:
                 task = ready.pop(0)
                 started.add(task.name)
+                own = ["taskset", "-c", str(core), *command, f"--task={task.name}"]
                 with (logs / f"{task.name}.log").open("ab") as log:
-                    running[core] = task, subprocess.Popen(
-                        ["taskset", "-c", str(core), *command, f"--task={task.name}"],
-                        stdout=log,
-                        stderr=log,
-                    )  # fmt: skip
+                    running[core] = task, subprocess.Popen(own, stdout=log, stderr=log)
             time.sleep(0.5)
     finally:
         for _, process in running.values():

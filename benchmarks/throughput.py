@@ -16,6 +16,9 @@ What the project does for speed on the CPU, each also measured without it:
 """
 
 import argparse
+import collections
+import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -24,14 +27,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from tasks import ROOT
+import numpy as np
+from alternation import Candidate, Holder, Step, Worker, numbers, serve
+from tasks import RESULTS, ROOT
 
 from mclr_jax.files import provenance, write_json
 
-RESULT = ROOT / "benchmarks" / "results" / "throughput.json"
 UNET = {"channels": 32, "channel_mult": (1, 2, 2), "num_blocks": 2, "attention_resolutions": (8,)}
 DIT = {"width": 192, "depth": 6, "heads": 3}
 BATCH, LOOP, HUGE = 16, 8, "glibc.malloc.hugetlb=1"
@@ -60,74 +65,40 @@ def candidates(task: str, model: str, threads: int) -> dict[str, dict]:
     return rows
 
 
-# ---- a candidate's process -----------------------------------------------------------------------
-
-
 def our_task(model: str):
-    """The task that is trained, and a batch (1, B, ...)."""
-    import numpy as np
-    from ml_collections import ConfigDict
-
+    """The task that is trained."""
     from configs import base
-    from mclr_jax import experiment
-    from mclr_jax.data.protocol import Arrays
+    from mclr_jax.config import Training
+    from mclr_jax.model import DataInfo
 
     config = base.base()
-    config.network = ConfigDict({"name": model, **(UNET if model == "unet" else DIT)})
-    config.sigma_data, config.objective.label_dropout = 0.5, 0.0
-    images = np.random.default_rng(0).normal(0, 0.5, (BATCH, 32, 32, 3)).astype(np.float32)
-    source = Arrays(images, np.zeros(BATCH, np.int32), 10)
-    task = experiment.make_task(config, experiment.data_info(config, source), {})
-    batch = {"image": images, "label": source.labels, "index": np.arange(BATCH, dtype=np.int32)}
-    return task, {name: rows[None] for name, rows in batch.items()}
+    config.network = base.options(model, **(UNET if model == "unet" else DIT))
+    config.objective.label_dropout = 0.0
+    return Training.parse(config).task(DataInfo((32, 32, 3), 10, 0.5), {})
 
 
-def our_training(model: str, loop: int):
+def our_training(model: str, loop: int) -> tuple[Callable, int]:
     """(function of a round, images of a round)."""
     import jax
-    import numpy as np
 
-    from mclr_jax.training.devices import Devices
-    from mclr_jax.training.step import init_state, make_update
-
-    task, batch = our_task(model)
-    devices = Devices("pmap")
-    shapes = jax.eval_shape(lambda: init_state(task))
-    random = np.random.default_rng(0)  # zero-initialised layers would make some work vanish
-
-    def filled(shape):
-        if np.issubdtype(shape.dtype, np.floating):
-            return random.normal(0, 0.03, shape.shape).astype(shape.dtype)
-        return np.zeros(shape.shape, shape.dtype)
-
-    state = devices.put_state(jax.tree.map(filled, shapes))
-    update = devices.compile(make_update(task, devices.axis_name))
-    data = devices.put_batches({n: np.repeat(x, loop, axis=0) for n, x in batch.items()})
-    count = devices.put_state(np.int32(loop))
-    holder = [state]
-
-    def run():
-        for _ in range(LOOP // loop):
-            holder[0], _ = update(holder[0], {}, data, count)
-        jax.block_until_ready(holder[0])
-
-    return run, LOOP * BATCH
+    task = our_task(model)
+    step = Step(Candidate(task, "pmap", loop, devices=tuple(jax.devices())), BATCH)
+    step.load()
+    holder = Holder(task, step.devices)
+    return lambda: holder.run(step, LOOP // loop), LOOP * BATCH
 
 
-def our_sampling(model: str):
+def our_sampling(model: str) -> tuple[Callable, int]:
     import jax
-    import numpy as np
 
     from mclr_jax import generate
+    from mclr_jax.model import shapes_of
     from mclr_jax.samplers import Sampler
+    from mclr_jax.training.devices import replicated
 
-    task, _ = our_task(model)
-    shapes = jax.eval_shape(task.init)
-    random = np.random.default_rng(0)
-    params = jax.tree.map(lambda s: random.normal(0, 0.03, s.shape).astype(s.dtype), shapes)
-    params = generate.replicated(jax.device_put(params))
-    labels = np.zeros(BATCH, np.int32)
-    return lambda: generate.generate(task.model, params, labels, Sampler()), BATCH
+    own, labels = our_task(model).model, np.zeros(BATCH, np.int32)
+    params = replicated(jax.device_put(numbers(shapes_of(own))))
+    return lambda: generate.generate(own, params, labels, Sampler()), BATCH
 
 
 def torch_run(task: str, model: str, mode: str, channels_last: bool = False):
@@ -166,85 +137,62 @@ def settle(settings: dict) -> None:
     if settings["gradients"] == "xla":
         from mclr_jax.networks import layers
 
-        def plain(x, kernel, stride=1, padding="SAME"):
-            numbers = ("NHWC", "HWIO", "NHWC")
-            return jax.lax.conv_general_dilated(
-                x, kernel, (stride, stride), padding, dimension_numbers=numbers
-            )
-
-        layers.convolve = plain
+        layers.convolve = lambda x, kernel, stride=1, padding="SAME": jax.lax.conv_general_dilated(
+            x, kernel, (stride,) * 2, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
 
 
 def worker(task: str, model: str, settings: dict) -> None:
     """Set up, say so, then run a round for every line of standard input."""
-    if "torch" in settings:
-        run, images = torch_run(
-            task, model, settings["torch"], settings.get("channels_last", False)
-        )
+    if mode := settings.get("torch"):
+        run, images = torch_run(task, model, mode, settings.get("channels_last", False))
     else:
         settle(settings)
-        run, images = (
-            our_training(model, settings["loop"]) if task == "training" else our_sampling(model)
-        )
-    start = time.perf_counter()
-    run()
-    first = time.perf_counter() - start
-    print(json.dumps({"first_round_seconds": first}), flush=True)
-    for _ in sys.stdin:
+        training = task == "training"
+        run, images = our_training(model, settings["loop"]) if training else our_sampling(model)
+
+    def rounds(count: int) -> dict[str, float]:
         start = time.perf_counter()
-        run()
-        print(json.dumps({"rate": images / (time.perf_counter() - start)}), flush=True)
+        for _ in range(count):
+            run()
+        return {"rate": count * images / (time.perf_counter() - start)}
 
-
-# ---- all of them in turns ------------------------------------------------------------------------
+    serve({"first_round_seconds": images / rounds(1)["rate"]}, rounds)
 
 
 def measure(task: str, model: str, threads: int, rounds: int, skip: str) -> dict:
     """One row: images per second by candidate."""
-    cores = sorted(os.sched_getaffinity(0))[:threads]
-    processes, first = {}, {}
-    rows = {
-        name: settings
-        for name, settings in candidates(task, model, threads).items()
-        if not (skip and re.search(skip, name))
-    }
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[:threads]))
+    rows = {name: settings for name, settings in candidates(task, model, threads).items()
+            if not (skip and re.search(skip, name))}  # fmt: skip
+    workers: dict[str, Worker] = {}
     with tempfile.TemporaryDirectory() as cache:
         for name, settings in rows.items():
-            environment = dict(os.environ)
-            environment.pop("GLIBC_TUNABLES", None)
-            if settings.get("memory") == "huge":
-                environment["GLIBC_TUNABLES"] = HUGE
+            huge = {"GLIBC_TUNABLES": HUGE if settings.get("memory") == "huge" else ""}
             # XLA's cache does not know the number of threads, and devices are another program.
-            environment["JAX_COMPILATION_CACHE_DIR"] = f"{cache}/{settings.get('devices')}"
-            worker = ["--worker", json.dumps([task, model, settings])]
-            process = subprocess.Popen(
-                ["taskset", "-c", ",".join(map(str, cores)), sys.executable, __file__, *worker],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
+            kept = {"JAX_COMPILATION_CACHE_DIR": f"{cache}/{settings.get('devices')}"}
+            workers[name] = Worker(
+                "throughput.py", "--worker", json.dumps([task, model, settings]),
+                prefix=["taskset", "-c", cores], environment={**os.environ, **huge, **kept},
             )  # fmt: skip
-            first[name] = json.loads(process.stdout.readline())["first_round_seconds"]
-            processes[name] = process
         rates: dict[str, list[float]] = {name: [] for name in rows}
         for number in range(rounds):
-            for name, process in processes.items():
-                if number and "XLA's" in name:
-                    continue  # once is enough: it is many times slower
-                print(file=process.stdin, flush=True)
-                rates[name].append(json.loads(process.stdout.readline())["rate"])
-        for process in processes.values():
-            process.stdin.close()
-            process.wait()
+            for name, each in workers.items():
+                if not (number and "XLA's" in name):  # once is enough: it is many times slower
+                    rates[name].append(each.run(1)["rate"])
+        for each in workers.values():
+            each.close()
     best = {name: round(max(values), 2) for name, values in rates.items()}
-    torch_best = max(rate for name, rate in best.items() if name.startswith("torch"))
+    torch_best = max(
+        (rate for name, rate in best.items() if name.startswith("torch")), default=None
+    )
+    first = {name: round(each.origin["first_round_seconds"], 1) for name, each in workers.items()}
     return {
-        "task": task,
-        "model": model,
-        "batch_size": BATCH,
-        "threads": threads,
-        "settings": rows,
+        "task": task, "model": model, "batch_size": BATCH, "threads": threads, "settings": rows,
         "images_per_second": best,
-        "ours_over_torch": round(best["ours"] / torch_best, 3),
-        "first_round_seconds": {name: round(value, 1) for name, value in first.items()},
-    }
+        "ours_over_torch": torch_best and round(best["ours"] / torch_best, 3),
+        "first_round_seconds": first,
+    }  # fmt: skip
 
 
 def profile(model: str) -> dict[str, float]:
@@ -258,18 +206,13 @@ def profile(model: str) -> dict[str, float]:
         with jax.profiler.trace(folder):
             run()
         (file,) = Path(folder).rglob("*.xplane.pb")
-        data = jax.profiler.ProfileData.from_file(str(file))
-        total: dict[str, float] = {}
-        for plane in data.planes:
-            for line in plane.lines:
-                for event in line.events:
-                    stats = dict(event.stats)
-                    if "hlo_op" in stats:
-                        kind = event.name.split(".")[0]
-                        total[kind] = total.get(kind, 0.0) + event.duration_ns
+        data, total = jax.profiler.ProfileData.from_file(str(file)), collections.Counter()
+        for line in (line for plane in data.planes for line in plane.lines):
+            for event in line.events:
+                if "hlo_op" in dict(event.stats):
+                    total[event.name.split(".")[0]] += event.duration_ns
     whole = sum(total.values())
-    shares = {kind: round(t / whole, 3) for kind, t in total.items() if t / whole >= 0.01}
-    return dict(sorted(shares.items(), key=lambda item: -item[1]))
+    return {kind: round(t / whole, 3) for kind, t in total.most_common() if t / whole >= 0.01}
 
 
 def main() -> None:
@@ -279,42 +222,32 @@ def main() -> None:
     parser.add_argument("--models", default="unet dit")
     parser.add_argument("--threads", default="1 2")
     parser.add_argument("--skip", default="", help="regular expression of candidates to leave out")
-    parser.add_argument(
-        "--profile", help="print where a training step of this model spends its time"
-    )
+    parser.add_argument("--profile", help="print the time of a step of this model by operation")
+    parser.add_argument("--out", type=Path, default=RESULTS / "throughput.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        worker(*json.loads(args.worker))
-        return
+        return worker(*json.loads(args.worker))
     if args.profile:
-        print(json.dumps(profile(args.profile), indent=1))
-        return
+        return print(json.dumps(profile(args.profile), indent=1))
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     chip = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
-    result = {
+    known = (name for name in ("jax", "jaxlib", "torch") if importlib.util.find_spec(name))
+    models, threads = args.models.split(), map(int, args.threads.split())
+    result: dict = {
         "machine": f"{chip or platform.processor()}, {os.cpu_count()} cores",
-        "versions": {name: version(name) for name in ("jax", "jaxlib", "torch")},
-        "python": platform.python_version(),
-        **provenance(),
-        "load_average": os.getloadavg(),
-        "rows": [],
-    }
-    for task in args.cases.split():
-        for model in args.models.split():
-            for threads in map(int, args.threads.split()):
-                result["rows"].append(measure(task, model, threads, args.rounds, args.skip))
-                row = result["rows"][-1]
-                print(task, model, threads, row["ours_over_torch"], row["images_per_second"],
-                      row["first_round_seconds"], flush=True)  # fmt: skip
-                write_json(RESULT, result)
-    for model in args.models.split():
-        output = subprocess.run(
-            ["taskset", "-c", "0", sys.executable, __file__, f"--profile={model}"],
-            check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT,
-        ).stdout  # fmt: skip
-        result.setdefault("training_time_by_operation", {})[model] = json.loads(output)
-    write_json(RESULT, result)
+        "versions": {name: version(name) for name in known}, "python": platform.python_version(),
+        **provenance(), "load_average": os.getloadavg(), "rows": [],
+    }  # fmt: skip
+    for case in itertools.product(args.cases.split(), models, threads):
+        result["rows"].append(row := measure(*case, args.rounds, args.skip))
+        print(*case, row["images_per_second"], row["first_round_seconds"], flush=True)
+        write_json(args.out, result)
+    shares = result["training_time_by_operation"] = {}
+    for model in models:
+        command = ["taskset", "-c", "0", sys.executable, __file__, f"--profile={model}"]
+        shares[model] = json.loads(subprocess.check_output(command, text=True, cwd=ROOT))
+    write_json(args.out, result)
 
 
 if __name__ == "__main__":

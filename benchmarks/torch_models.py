@@ -66,14 +66,9 @@ class UNet(nn.Module):
     """DDPM++ of EDM, one attention head."""
 
     def __init__(
-        self,
-        channels=32,
-        channel_mult=(1, 2, 2),
-        num_blocks=2,
-        attention_resolutions=(8,),
-        num_classes=10,
-        resolution=32,
-    ):
+        self, channels=32, channel_mult=(1, 2, 2), num_blocks=2, attention_resolutions=(8,),
+        num_classes=10, resolution=32,
+    ):  # fmt: skip
         super().__init__()
         self.num_classes = num_classes
         width = 4 * channels
@@ -94,12 +89,8 @@ class UNet(nn.Module):
                 self.encoder.append(ResidualBlock(current, channels * mult, width, "", attend))
                 current = channels * mult
                 skips.append(current)
-        self.middle = nn.ModuleList(
-            [
-                ResidualBlock(current, current, width, attend=True),
-                ResidualBlock(current, current, width),
-            ]
-        )
+        blocks = (ResidualBlock(current, current, width, attend=attend) for attend in (True, False))
+        self.middle = nn.ModuleList(blocks)
         for level in reversed(range(len(channel_mult))):
             if level < len(channel_mult) - 1:
                 self.decoder.append(ResidualBlock(current, current, width, "up"))
@@ -142,9 +133,8 @@ class TransformerBlock(nn.Module):
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x, condition):
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition)[
-            :, None
-        ].chunk(6, dim=-1)
+        parts = self.modulation(condition)[:, None].chunk(6, dim=-1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
         h = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale_a) + shift_a
         qkv = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         h = F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2)
@@ -240,11 +230,10 @@ def heun(denoise_fn, x, label, sigmas):
 
 
 def main() -> None:
-    """Train in bfloat16, for benchmarks/accelerator.py: a line of output for each line of input.
+    """Train in bfloat16, for accelerator_sections.py: the process of an `alternation.Worker`.
 
     The argument has the network, its options, the device, the mode of `torch.compile`, the batch
-    and the shape of an example in JSON. The first line of output says how long the first steps
-    took; a line of input is a number of steps.
+    and the shape of an example in JSON.
     """
     asked = json.loads(sys.argv[1])
     device, start = asked["device"], time.perf_counter()
@@ -263,11 +252,8 @@ def main() -> None:
         return value.item()  # waits for the device
 
     loss = run(3)
-    origin = {
-        "torch": torch.__version__,
-        "loss": loss,
-        "parameters": sum(map(torch.numel, trainer.parameters)),
-    }
+    count = sum(map(torch.numel, trainer.parameters))
+    origin = {"torch": torch.__version__, "loss": loss, "parameters": count}
     if device == "cuda":
         origin["peak_bytes"] = torch.cuda.max_memory_allocated()
     print(json.dumps({**origin, "first_steps_seconds": time.perf_counter() - start}), flush=True)

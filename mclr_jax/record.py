@@ -18,6 +18,12 @@ from mclr_jax.training.devices import banner
 
 # Values that a run with checkpoints cannot change: they decide what its weights mean.
 FIXED = ("model.", "companions.", "data.")
+# Keys of earlier versions, by section, with the only values that mean what no such key means now.
+RETIRED: dict[str, dict[str, Any]] = {
+    "objective": {"logistic_scale": 10.0, "reference_penalty": 0.0, "null_share": 1.0,
+                  "null_interval": []},
+    "posterior": {"candidates": 0},
+}  # fmt: skip
 # Parts that may differ without a warning.
 APART = ("history", "start", "paths", "frozen", "averages", "sampler")
 
@@ -35,7 +41,7 @@ def describe(
 
 
 def of_model(model: Model, averages: list[str], sampler: Mapping[str, Any]) -> dict[str, Any]:
-    """What sampling needs, which every run has: also one that was not trained here."""
+    """The part of a description that sampling needs: every run has it, trained here or not."""
     found = {"model": parts.describe(model), "averages": averages, "sampler": dict(sampler)}
     return as_json(found)
 
@@ -60,7 +66,8 @@ def changes(workdir: pathlib.Path, description: Mapping[str, Any]) -> dict[str, 
     before, now = flat(read(workdir)), flat(dict(description))
     if not before:
         return {}
-    if has_checkpoints(workdir) and (known := before.get("frozen")) != now.get("frozen", known):
+    known = before.get("frozen", now.get("frozen"))  # none: of a training without companions
+    if has_checkpoints(workdir) and now.get("frozen", known) != known:
         raise ValueError(
             f"The frozen weights of {', '.join(description['companions'])} have digest "
             f"{now['frozen']}; this run was started with {known}. Restore {workdir}/frozen and the "
@@ -119,7 +126,7 @@ def at_new_places(description: Mapping[str, Any], workdir: pathlib.Path) -> dict
 
 
 def has_checkpoints(workdir: pathlib.Path) -> bool:
-    """Whether a directory has checkpoints of a training, readable or not."""
+    """True if a directory has checkpoints of a training, readable or not."""
     return any((workdir / "checkpoints").glob("[0-9]*"))
 
 
@@ -138,6 +145,10 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
     for key in ("model", *trained):
         if not isinstance(description.get(key), dict):
             raise ValueError(f"{path} is damaged ({key!r} has no keys); restore it from a copy.")
+    for section, keys in RETIRED.items():
+        given = description.get("config", {}).get(section)
+        for key in [key for key in keys if isinstance(given, dict) and given.get(key) == keys[key]]:
+            del given[key]
     return description
 
 

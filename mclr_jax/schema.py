@@ -195,7 +195,9 @@ def part(
     def read_one(given: Any, where: str) -> Any:
         if optional and hasattr(given, "items") and not given.get("name", ""):
             if more := [name for name in given if name != "name"]:
-                raise ValueError(f"{where} without a name has no key {more[0]!r}.")
+                raise ValueError(
+                    f"{where} without a name has no key {more[0]!r}. {nearest(more[0], ['name'])}"
+                )
             return of_kind(f"{where}.name", given.get("name", ""), str)
         found = Part.read(table, given, where, late)
         return found if late else found.make()
@@ -313,7 +315,7 @@ def _explained(known: Mapping[str, dataclasses.Field], prefix: str) -> list[str]
         if part := field.metadata.get("section"):
             lines += part.explain(f"{prefix}{name}")
         elif found := field.metadata.get("key"):
-            value = np.dtype(field.default).name if name == "dtype" else field.default
+            value: Any = field.default if name != "dtype" else np.dtype(field.default).name  # type: ignore
             notes = "; ".join(filter(None, (found.says, found.limits().removeprefix("of "))))
             lines.append(f"{prefix}{name}={value!r}: {notes}")
         elif "rest" in field.metadata:
@@ -328,7 +330,7 @@ def switched(kind: Any, config: Mapping[str, Any], name: str, word: str) -> dict
     default of the old one, keep their values.
     """
     found, given = fields(kind)[name].metadata["section"], config[name]
-    known = fields(resolve(found.table, word, f"config.{name}.name"))
+    known = fields(Part.read(found.table, {"name": word}, f"config.{name}", found.late).factory)
     old = found.filled({"name": given["name"]}) if given.get("name") else {}
     kept = {key: x for key, x in given.items() if key in known and x != old.get(key)}
     return found.filled({**kept, "name": word})
@@ -429,7 +431,7 @@ def _are_defaults(factory: Any, values: Mapping[str, Any]) -> bool:
 
 def _defaults(factory: Any, left_out: Collection[str] = ()) -> dict[str, Any]:
     """The defaults of keys as a config holds them: of a type of numbers, the name."""
-    given = {k: x.default for k, x in fields(factory).items() if k not in left_out}
+    given: dict = {k: x.default for k, x in fields(factory).items() if k not in left_out}
     given = {k: x for k, x in given.items() if x is not dataclasses.MISSING}
     return given | ({"dtype": np.dtype(given["dtype"]).name} if "dtype" in given else {})
 

@@ -9,32 +9,33 @@ import sys
 
 import accelerator
 import accelerator_sections as sections
+import alternation
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mclr_jax import experiment, plan
+from mclr_jax import chips
+from mclr_jax.config import OBJECTIVES
 from mclr_jax.model import shapes_of
 from mclr_jax.networks import layers
+from mclr_jax.parts import NETWORKS
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Sections and beginnings of the names of rows: all that is not another network or objective.
 SELECTION = [("parity", "dit"), ("throughput", "MLP"), ("plan", ""), ("torch", ""),
              ("sampling", "MLP"), ("resume", ""), ("objectives", "contrastive"),
              ("layouts", "small"), ("layouts", "MLP"), ("rivals", "MLP")]  # fmt: skip
-# Only what jax, flax, optax and NumPy bring can be imported, and the project itself.
+# What jax, flax, optax, ml_collections, Pillow and NumPy do not bring cannot be imported.
 PROGRAM = """
 import importlib.machinery, sys
-import jax, flax.linen, optax, numpy
 
-own = {"mclr_jax", "tasks", "accelerator", "accelerator_sections"}
-known = {name.split(".")[0] for name in sys.modules} | sys.stdlib_module_names | own
+missing = {"sklearn", "matplotlib", "tensorboardX", "tensorflow_datasets", "tqdm", "torch", "chex"}
 
 class Known(importlib.machinery.PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        return super().find_spec(name, path, target) if name.split(".")[0] in known else None
+        return None if name.split(".")[0] in missing else super().find_spec(name, path, target)
 
 sys.meta_path = [Known if each is Known.__base__ else each for each in sys.meta_path]
 import accelerator
@@ -147,15 +148,15 @@ def test_every_network_and_objective_is_measured():
     rows = sections.all_rows(sections.FULL)
     assert tuple(rows) == accelerator.SECTIONS
     compared = {case.network for case in sections.families(sections.FULL).values()}
-    assert compared == experiment.NETWORKS.keys()
-    assert rows["objectives"].keys() == experiment.OBJECTIVES.keys()
-    assert {"dsm", "mclr", "classify", *sections.RIVALS} == experiment.OBJECTIVES.keys()
+    assert compared == NETWORKS.keys()
+    assert rows["objectives"].keys() == OBJECTIVES.keys()
+    assert {"dsm", "mclr", "classify", *sections.RIVALS} == OBJECTIVES.keys()
 
 
 def test_the_attention_of_cudnn_is_asked_for_and_left_again():
     """On a machine without CUDA, JAX says that there is none."""
     q, before = jnp.ones((1, 4, 2, 8), jnp.bfloat16), layers.attention
-    with pytest.raises(RuntimeError, match="cuDNN"), sections.attention_of("cudnn"):
+    with pytest.raises(RuntimeError, match="cuDNN"), alternation.attention_of("cudnn"):
         layers.attention(q, q, q)
     assert layers.attention is before
 
@@ -190,16 +191,16 @@ class FakeHolder:
 
 def test_a_step_that_does_not_fit_or_fails(monkeypatch):
     """The batch is halved until it fits; a step that fails leaves those of others."""
-    monkeypatch.setattr(sections, "Step", FakeStep)
-    monkeypatch.setattr(sections, "Holder", FakeHolder)
-    monkeypatch.setattr(sections, "_limit", lambda: 300)
-    monkeypatch.setattr(sections, "_seconds", lambda run, count: 2.0 * count)
-    monkeypatch.setattr(sections.plan, "step_flops", lambda task, batch: 1000 * batch)
-    chip = plan.Chip(1, 16000.0, 1.0, 1.0, "")
-    monkeypatch.setattr(sections, "chip_of_device", lambda: chip)
+    monkeypatch.setattr(alternation, "Step", FakeStep)
+    monkeypatch.setattr(alternation, "Holder", FakeHolder)
+    monkeypatch.setattr(alternation, "peak_bytes", lambda key="": 300)
+    monkeypatch.setattr(alternation, "seconds_of", lambda run, count: 2.0 * count)
+    monkeypatch.setattr(alternation.plan, "step_flops", lambda task, batch: 1000 * batch)
+    chip = chips.Chip(1, 16000.0, 1.0, 1.0, "")
+    monkeypatch.setattr(alternation, "chip_of_device", lambda: chip)
     names = {"whole": ("good", 1), "bad": ("bad", 1), "several": ("good", 4)}
-    candidates = {n: sections.Candidate(t, length=length) for n, (t, length) in names.items()}
-    found = sections.timed(candidates, 64, sections.TINY)
+    candidates = {n: alternation.Candidate(t, length=length) for n, (t, length) in names.items()}
+    found = alternation.timed(candidates, 64, sections.TINY)
     assert found["batch_size"] == 16
     assert found["bad"] == {"error": "RuntimeError: no such program"}
     assert found["whole"]["utilisation"] == 16000 / 2.0 / 16000

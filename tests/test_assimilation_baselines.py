@@ -1,20 +1,17 @@
 """Particle filter, smoothers and scores of benchmarks/ against exact Gaussian conditioning."""
 
-import pathlib
-import sys
-
+import assimilation
+import assimilation_baselines as baselines
+import assimilation_figures
 import jax
 import jax.numpy as jnp
+import linear_gaussian
+import navier_stokes
 import numpy as np
 import pytest
+import trajectory_rows
+from assimilation import System
 from scipy import stats
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import assimilation  # noqa: E402
-import assimilation_baselines as baselines  # noqa: E402
-from assimilation import System  # noqa: E402
 
 MOVE = np.array([[0.9, 0.5], [-0.4, 0.8]])
 START = np.array([1.0, -0.5])  # mean of the first state; its covariance is I
@@ -154,3 +151,65 @@ def test_scores_have_their_closed_forms():
     found = baselines.score(SYSTEM, truth[:3], truth[:3, ..., :1], 0 * truth[:3], truth[:3],
                              members[:3], scale=np.ones(2))  # fmt: skip
     assert found["w1_floor"] == pytest.approx(np.mean(want), rel=1e-5)
+
+
+# ---- rows and figures ----------------------------------------------------------------------------
+
+
+def test_settings_are_chosen_one_after_the_other():
+    """The lowest RMSE of the second key is searched at the best value of the first."""
+    tried = []
+
+    def row(settings):
+        tried.append(settings)
+        return {"rmse": (settings["a"] - 2) ** 2 + (settings.get("b", 9) - 10 * settings["a"]) ** 2}
+
+    best = trajectory_rows.chosen(row, {"a": 9, "c": 1}, {"a": (0, 1, 2), "b": (10, 20)})
+    assert best == {"a": 1, "b": 10, "c": 1}
+    assert tried[-1] == {"a": 1, "b": 20, "c": 1}
+    assert len(tried) == 5
+
+
+def test_the_animation_shows_a_frame_and_those_before_it():
+    rng = np.random.default_rng(0)
+    seen, truths = rng.normal(size=(4, 1)), rng.normal(size=(2, 4, 3))
+    members = {name: rng.normal(size=(3, 4, 3)) for name in ("filter", "batch")}
+
+    def shown(k, changed=0):
+        """Frame k, with other members and observations from frame `changed` on."""
+        later = np.arange(4) >= changed
+        other = {name: x + 5 * later[:, None] for name, x in members.items()}
+        return assimilation_figures.picture(k, seen + 5 * later[:, None], truths, other).tobytes()
+
+    assert shown(1, 2) == shown(1, 4)
+    assert shown(1, 1) != shown(1, 4)
+    assert shown(1, 4) != shown(2, 4)
+
+
+def test_interpolation_in_space_and_time_is_the_conditional_gaussian():
+    """Against one dense solve for each frame, with any frames ahead and with single frames."""
+    rng, count, frames = np.random.default_rng(0), 5, 4
+    half, rows = rng.normal(size=(count, count)), rng.normal(size=(count, 2))
+    space, course = half @ half.T, 0.6 ** np.arange(frames)
+    values = rng.normal(size=(3, frames, 2))
+    apart = abs(np.subtract.outer(np.arange(frames), np.arange(frames)))
+    for ahead in (None, np.array([0, 1, 0, 2])):
+        mean, std = navier_stokes.interpolated(values, rows, 0.3, space, course, ahead)
+        for k in range(frames):
+            seen = [k] if ahead is None else list(range(min(frames, k + ahead[k] + 1)))
+            seen_rows = np.kron(np.eye(frames)[:, seen], rows)
+            whole = np.kron(course[apart], space)
+            inverse = np.linalg.inv(seen_rows.T @ whole @ seen_rows + 0.09 * np.eye(2 * len(seen)))
+            gain = whole[k * count : (k + 1) * count] @ seen_rows @ inverse
+            np.testing.assert_allclose(mean[:, k], values[:, seen].reshape(3, -1) @ gain.T)
+            left = space - gain @ seen_rows.T @ whole[:, k * count : (k + 1) * count]
+            np.testing.assert_allclose(std[0, k], np.sqrt(np.diag(left)))
+
+
+def test_the_linear_process_has_the_covariance_of_its_oracle():
+    """Of two successive states, x' = A x + noise with x ~ N(0, I)."""
+    system, covariance = linear_gaussian.Linear(), linear_gaussian.PROCESS.covariance(2)
+    step = np.asarray(system.advance(np.eye(2, dtype=np.float32))).T
+    np.testing.assert_allclose(step, covariance[2:, :2], atol=1e-6)
+    later = step @ step.T + system.noise**2 * np.eye(2)
+    np.testing.assert_allclose(later, covariance[2:, 2:], atol=1e-6)

@@ -44,7 +44,7 @@ def mclr(base, **changes):
     return tiny.config("mixture_mclr", **{"init_from": str(base), "eval_examples": 0} | changes)
 
 
-HELD = {"objective.reference_penalty": 0.5, "optimizer.schedule": "constant"}
+HELD = {"objective.target": "reference", "optimizer.schedule": "constant"}
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The pictures of benchmarks/mclr_images.py, from its results and its runs."""
+"""The figure of benchmarks/guidance_free.py, and how figures are saved."""
 
 import io
 import pathlib
@@ -7,62 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from tasks import ROOT
 
-from mclr_jax import generate, images
 from mclr_jax.files import write_atomically
-
-
-def picture(bench, summary: dict, seed: int, columns: int = 8) -> None:
-    """docs/DATA_mclr.png: unguided, best CFG and best MCLR side by side, from the same noise."""
-    labels = np.repeat(np.arange(10), columns)
-    grids = []
-    for part in ("base", "cfg_best", "mclr"):
-        model = bench.models((seed,))[summary[part]["name"]]
-        run, params = bench.load(model.workdir(seed), model.interpolation)
-        samples = generate.generate(
-            run.model, params, labels, run.sampler, seed=seed, guidance_scale=1 + model.gamma
-        )
-        grids.append(images.picture(samples, labels))
-    images.save(ROOT / "docs" / f"{bench.name}_mclr.png", np.concatenate(grids, axis=1))
-
-
-def figure(bench, result: dict) -> None:
-    """docs/DATA_mclr_curve.png: fidelity against distance and diversity, mean and spread."""
-    table, settings = result["table"], bench.settings
-    curves = {
-        "CFG, 2 calls a step": ["base"] + [f"cfg {g:g}" for g in settings["cfg"]],
-        "MCLR, 1 call": [f"mclr {b:g}" for b in settings["beta"]],
-        "MCLR, part of the way, 1 call": [
-            *(f"mclr share {place:g}" for place in settings["interpolation"] if place < 1),
-            f"mclr {max(settings['beta']):g}",
-            *(f"mclr share {place:g}" for place in settings["interpolation"] if place > 1),
-        ],
-        "MCLR, strength as input, 1 call": [f"mclr strength {b:g}" for b in settings["strength"]],
-    }
-    styles = [("o-", "#0072B2"), ("s", "#D55E00"), ("D-", "#CC79A7"), ("^--", "#009E73")]
-    drawing = Figure(figsize=(10, 4), layout="constrained")
-    panels = drawing.subplots(1, 2)
-    for panel, key, name in zip(
-        panels, ("frechet", "recall"), ("Frechet distance", "recall"), strict=True
-    ):
-        for (label, rows), (style, colour) in zip(curves.items(), styles, strict=True):
-            x, y = ([table[row][k] for row in rows] for k in ("accuracy", key))
-            spread = {
-                f"{axis}err": [table[row].get(f"{k}_std", 0.0) for row in rows]
-                for axis, k in (("x", "accuracy"), ("y", key))
-            }
-            panel.errorbar(x, y, **spread, fmt=style, color=colour, label=label, elinewidth=0.8)
-            for row, at in zip(rows, zip(x, y, strict=True), strict=True):
-                value = row.split()[-1] if row != "base" else "unguided"
-                panel.annotate(value, at, xytext=(4, 4), textcoords="offset points", fontsize=7)
-        panel.axhline(result["floor"][key], color="grey", linewidth=0.8, linestyle=":")
-        panel.axvline(result["floor"]["accuracy"], color="grey", linewidth=0.8, linestyle=":")
-        panel.set_xlabel("class accuracy (dotted: held-out real images)")
-        panel.set_ylabel(name)
-        panel.set_ylim(bottom=0 if key == "frechet" else None)
-    panels[0].legend(fontsize=8)
-    drawing.suptitle(f"{bench.name}: {len(result['seeds'])} seeds; numbers are gamma and beta")
-    save(drawing, ROOT / "docs" / f"{bench.name}_mclr_curve.png")
-
 
 # The methods of the figure, others are in the table alone: name there, words, colour.
 SHOWN = {
@@ -97,9 +42,9 @@ def pareto(bench, result: dict, second: str) -> None:
     for panel, (title, found) in zip(np.ravel(drawing.subplots(1, len(panels))), panels.items(),
                                      strict=True):  # fmt: skip
         x, y = PANELS[title]
-        for points, colour in found.values():
+        for words, (points, colour) in found.items():
             across, up, calls, strengths = zip(*points, strict=True)
-            panel.plot(across, up, "-", color=colour, linewidth=0.8)
+            panel.plot(across, up, "-", color=colour, linewidth=0.8, label=words)
             panel.scatter(across, up, calls, [colour], zorder=3)
             for strength, *at in zip(strengths, across, up, strict=True):
                 panel.annotate(
@@ -110,9 +55,7 @@ def pareto(bench, result: dict, second: str) -> None:
         panel.set_title(f"{title} (held-out: {floor})", fontsize=9)
         panel.set_xlabel(AXES[x.removeprefix("second.")])
         panel.set_ylabel(AXES[y.removeprefix("second.")])
-        beside(
-            panel, {words: (points[-1][:2], colour) for words, (points, colour) in found.items()}
-        )
+        panel.legend(fontsize=8)
     drawing.suptitle(
         f"{bench.name}: numbers are strengths; the larger a marker, the more network calls",
         fontsize=10,
@@ -143,20 +86,6 @@ def value(row: dict, key: str, second: str) -> float | None:
     """A number of a row, or of what the second judge says of it, or None if that is not there."""
     judge, _, name = key.rpartition(".")
     return (row.get(second, {}) if judge else row).get(name)
-
-
-def beside(panel, names: dict[str, tuple]) -> None:
-    """Names -> (place, colour), written at the right of a panel, apart from each other."""
-    low, high = panel.get_ylim()
-    height = 0.0
-    for words, (at, colour) in sorted(names.items(), key=lambda item: item[1][0][1]):
-        height = max(height, (at[1] - low) / (high - low))
-        panel.annotate(
-            words, at, xytext=(1.03, height), textcoords="axes fraction", va="center",
-            fontsize=8, color=colour, annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.4},
-        )  # fmt: skip
-        height += 0.05
 
 
 def save(drawing: Figure, path: pathlib.Path, dpi: int = 110) -> None:

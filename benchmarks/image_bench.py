@@ -1,0 +1,277 @@
+"""One base of images, its judges, and models that are fine-tuned from it, sampled and judged.
+
+guidance_free.py compares methods by it. Every task (a training run, or the sampling and judging of
+one model at one guidance scale) is a process of its own on one core; its outcome is a file under
+runs/mclr_DATA, so that the same command continues after an interruption.
+"""
+
+import dataclasses
+import functools
+import itertools
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from tasks import ROOT, Files, Task, config_of, training
+
+from configs import base as configs_base
+from mclr_jax import generate, images, plan, runs
+from mclr_jax.config import Training
+from mclr_jax.data import sources
+from mclr_jax.data.pixels import to_float
+from mclr_jax.evaluation import evaluate, features, metrics
+from mclr_jax.experiment import Experiment
+from mclr_jax.files import save_arrays
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "fashion_mnist": {"samples": 5000, "one_base": True,
+                      "judge_steps": {"features": 1500, "accuracy": 2500}},
+    "digits": {"samples": 2000, "one_base": False,
+               "judge_steps": {"features": 600, "accuracy": 600}},
+    # 100 classes: the configs of digits with longer training.
+    "two_digits": {"samples": 5000, "one_base": True, "configs": "digits",
+                   "source": "two_digits:pairs", "steps": {"": 4000, "_classifier": 2000},
+                   "judge_steps": {"features": 2000, "accuracy": 3000}},
+}  # fmt: skip
+JUDGES: dict[str, dict[str, Any]] = {
+    "features": {"weight_decay": 0.0, "network": {
+        "name": "conv_classifier", "channels": (32, 64), "patch_size": 2}},
+    "accuracy": {"weight_decay": 0.3, "network": {
+        "name": "mlp_classifier", "width": 256, "depth": 2}},
+}  # fmt: skip
+METRICS = ("fd", "fd_class", "fd_inter", "is", "pr", "dc")  # and accuracy, and copies
+# A second judge, which has seen neither these images nor these classes: ImageNet features.
+SECOND, SECOND_METRICS, SECOND_REFERENCE = "efficientnet_lite0", ("fd", "fd_class"), 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A row of the table."""
+
+    tuned: str  # name of the fine-tuning; with the seed, its work directory
+    gamma: float  # guidance, or the strength that is given to the network, when sampling
+    changes: dict[str, Any]  # of configs/DATA_mclr.py, see `tasks.config_of`
+    interpolation: float = 1.0  # place on the line from the base's weights to the fine-tuned ones
+    interval: tuple[float, float] | None = None  # noise levels to guide in; None for all
+    weak: str = ""  # work directory of the weaker model of autoguidance
+    needs: tuple[str, ...] = ()  # files that must be there first; {base} is the base's name
+
+    def workdir(self, seed: int) -> str:
+        return f"{self.tuned}_{seed}"
+
+    def samples(self, seed: int) -> str:
+        more = ("_interval" if self.interval else "") + ("_weak" if self.weak else "")
+        share = f"_share_{self.interpolation:g}" if self.interpolation != 1 else ""
+        return f"{self.workdir(seed)}_at_{self.gamma:g}{share}{more}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench(Files):
+    """The place of everything, and how each part is made."""
+
+    data: str
+    base_steps: int = 0  # of another base than that of configs/DATA.py
+    batch: int = 50  # samples at a time: on a CPU core twice as fast as 250, which leaves its cache
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.data}_{self.base_steps}" if self.base_steps else self.data
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return SETTINGS[self.data]
+
+    @property
+    def root(self) -> pathlib.Path:  # type: ignore[override]
+        return ROOT / "runs" / f"mclr_{self.name}"
+
+    @property
+    def configs(self) -> str:
+        """How the names of its configs begin."""
+        return self.settings.get("configs", self.data)
+
+    @property
+    def source(self) -> str:
+        return self.settings.get("source", self.data)
+
+    def config(self, name: str = "", changes: Mapping[str, Any] = {}) -> Any:
+        steps = self.settings.get("steps", {}).get(name)
+        own = {"data.name": self.source} | ({"num_steps": steps} if steps else {})
+        return config_of(f"{self.configs}{name}", own | dict(changes))
+
+    def base(self, seed: int) -> str:
+        return "base" if self.settings["one_base"] else f"base_{seed}"
+
+    def train_base(self, seed: int) -> None:
+        config = self.config()
+        config.seed = seed
+        config.num_steps = self.base_steps or config.num_steps
+        config.sample_every = 0
+        self.train(self.base(seed), self.configs, config)
+
+    def share(self) -> None:
+        """Posterior and judges are those of the base of configs/DATA.py, where it has some."""
+        own = dataclasses.replace(self, base_steps=0).root
+        for name in ("classifier", *(f"judge_{j}" for j in JUDGES)):
+            if (own / done(name)).exists() and not (self.root / name).exists():
+                self.root.mkdir(parents=True, exist_ok=True)
+                (self.root / name).symlink_to(own / name)
+
+    def train_classifier(self) -> None:
+        """The posterior that MCLR draws from."""
+        self.train("classifier", f"{self.configs}_classifier", self.config("_classifier"))
+
+    def judge(self, judge: str) -> None:
+        """A classifier of clean images (noise of level 0.01), to judge samples with."""
+        config = self.config("_classifier")
+        config.noise = configs_base.options("loguniform", sigma_min=0.01, sigma_max=0.01)
+        config.network = configs_base.options(**JUDGES[judge]["network"], dropout=0.1)
+        config.optimizer.weight_decay = JUDGES[judge]["weight_decay"]
+        config.num_steps = self.settings["judge_steps"][judge]
+        config.batch_size, config.seed = 64, 100
+        self.train(f"judge_{judge}", f"{self.configs}_classifier", config)
+
+    def fine_tuning(self, seed: int, changes: Mapping[str, Any]) -> Any:
+        """The config of MCLR, or of another objective with the same steps and learning rates."""
+        config = self.config("_mclr", changes)
+        config.init_from = str(self.root / self.base(seed))
+        config.companions.classifier = str(self.root / "classifier")
+        config.seed = seed + 1
+        config.sample_every = 0
+        return config
+
+    def tune(self, name: str, seed: int, changes: Mapping[str, Any]) -> None:
+        self.train(name, f"{self.configs}_mclr", self.fine_tuning(seed, changes))
+
+    def load(self, name: str, interpolation: float = 1.0) -> tuple[runs.Run, Any]:
+        """(run, parameters) of this work directory."""
+        found = runs.load(self.root / name)
+        return found, found.weights(interpolation=interpolation)[0]
+
+    def guided(self, model: Model) -> generate.Guidance:
+        """The guidance of a model's samples."""
+        weak = None
+        if model.weak:
+            found, params = self.load(model.weak)
+            weak = found.model, params
+        return generate.Guidance(1 + model.gamma, interval=model.interval, weak=weak)
+
+    def sample(self, model: Model, seed: int) -> None:
+        """Samples of a model, judged; features are kept to compare sets of samples."""
+        found, params = self.load(model.workdir(seed), model.interpolation)
+        labels = np.resize(np.arange(found.model.null_label), self.settings["samples"])
+        guided = self.guided(model)
+        samples = generate.generate(
+            found.model, params, labels, found.sampler,
+            guided=guided, seed=seed, batch_size=self.batch,
+        )  # fmt: skip
+        calls = {"network_calls": guided.calls(found.model, found.sampler)}
+        self.store(model.samples(seed), images.as_8_bits(samples), labels, calls, found.workdir)
+
+    def real(self, split: str) -> None:
+        """The floor: real images judged as samples are. `train` is the reference itself."""
+        source = sources.load(self.source, split)
+        count = len(source) if split == "train" else min(self.settings["samples"], len(source))
+        pixels, labels = source[np.arange(count)]
+        self.store(f"real_{split}", np.asarray(to_float(pixels)), labels, {})
+
+    def store(
+        self, name: str, pixels: Any, labels: Any, more: dict, workdir: pathlib.Path | None = None
+    ) -> None:
+        """Features and metrics of images (n, ...) in [-1, 1] -> NAME.npz, NAME.json."""
+        found = self.judged("features", pixels, labels)
+        row: dict[str, Any] = {"samples": len(pixels), **more}
+        if name != "real_train":
+            real = reference(self.root / "sets" / "real_train.npz")
+            row |= evaluate.measure(found, real, METRICS, self.judged("accuracy", pixels, labels))
+            row["memorized"] = evaluate.memorized(pixels, sources.load(self.source, "train"))
+        save_arrays(
+            self.root / "sets" / f"{name}.npz", features=found.features, labels=labels,
+            images=images.to_uint8(np.asarray(pixels)),
+        )  # fmt: skip
+        self.write(f"sets/{name}", row, workdir)
+
+    def second(self, name: str) -> None:
+        """A set of images before the second judge -> second/NAME.json."""
+        kept = self.root / "second" / "real_train.npz"
+        with np.load(self.root / "sets" / f"{name}.npz") as file:
+            pixels, labels = file["images"], file["labels"]
+        if name == "real_train":
+            rows = np.linspace(0, len(labels) - 1, SECOND_REFERENCE).astype(int)
+            pixels, labels = pixels[rows], labels[rows]
+        found, row = features.load(SECOND)(pixels, labels), {"samples": len(labels)}
+        if name == "real_train":
+            save_arrays(kept, features=found.features, labels=labels)
+        else:
+            row |= evaluate.measure(found, reference(kept), SECOND_METRICS)
+            row.pop("accuracy")  # of ImageNet's classes
+        self.write(f"second/{name}", row)
+
+    def judged(self, judge: str, pixels: Any, labels: Any) -> features.Features:
+        """Features of images in [-1, 1] by a judge."""
+        return features.load(f"classifier:{self.root / f'judge_{judge}'}")(pixels, labels)
+
+    def row(self, name: str) -> dict[str, Any]:
+        """A set of images: what was measured, and its origin."""
+        row = self.read(f"sets/{name}") | self.made_by(f"sets/{name}")
+        if self.there(f"second/{name}"):
+            row[SECOND] = self.read(f"second/{name}") | self.made_by(f"second/{name}")
+        return row
+
+    def step_flops(self, tuned: Mapping[str, Mapping], seed: int) -> dict[str, float]:
+        """FLOPs of a training step of fine-tunings, by changes of the config, relative to DSM's."""
+        flops = {}
+        for name, changes in {"dsm": {"objective.name": "dsm"}, **tuned}.items():
+            each = Experiment(Training.parse(self.fine_tuning(seed, changes)), self.root)
+            flops[name] = plan.step_flops(each.task, each.training.batch_size)
+        return {name: value / flops["dsm"] for name, value in flops.items()}
+
+    def models(self) -> dict[str, Model]:
+        """The rows by name."""
+        raise NotImplementedError
+
+    def tasks(self, seeds: tuple[int, ...]) -> list[Task]:
+        """All tasks, each after those it needs."""
+        do, bases = functools.partial, dict.fromkeys(map(self.base, seeds))
+        tasks = [Task("classifier", self.train_classifier, done("classifier"))]
+        tasks += [Task(f"judge_{j}", do(self.judge, j), done(f"judge_{j}")) for j in JUDGES]
+        for seed in seeds[: len(bases)]:
+            name = self.base(seed)
+            tasks.append(Task(name, do(self.train_base, seed), done(name)))
+        judges = tuple(done(f"judge_{j}") for j in JUDGES)
+        for split, needs in {"train": judges, "test": ("sets/real_train.json",)}.items():
+            real = f"real_{split}"
+            tasks.append(Task(real, do(self.real, split), f"sets/{real}.json", needs))
+        trained = {task.name for task in tasks}
+        for seed, model in itertools.product(seeds, self.models().values()):
+            workdir, samples = model.workdir(seed), model.samples(seed)
+            needs = tuple(need.format(base=self.base(seed)) for need in model.needs)
+            start = (done(self.base(seed)), done("classifier"), *needs)
+            if workdir not in trained:
+                tune = do(self.tune, workdir, seed, model.changes)
+                tasks.append(Task(workdir, tune, done(workdir), start))
+                trained.add(workdir)
+            read = (*map(done, filter(None, (workdir, model.weak))), "sets/real_train.json")
+            tasks.append(Task(samples, do(self.sample, model, seed), f"sets/{samples}.json", read))
+        return tasks
+
+    def trainings(self, seeds: tuple[int, ...], *more: str) -> dict[str, dict]:
+        """How the runs were trained that no row shows: bases, classifier, judges."""
+        judges = (f"judge_{j}" for j in JUDGES)
+        names = [*dict.fromkeys(map(self.base, seeds)), "classifier", *judges, *more]
+        return {name: training(self.root / name) for name in names}
+
+
+def done(workdir: str) -> str:
+    """The file that says that a training has come to its end."""
+    return f"{workdir}/done.json"
+
+
+def reference(path: pathlib.Path) -> evaluate.RealStatistics:
+    """The stored features of training images, to compare others with."""
+    with np.load(path) as file:
+        nothing = np.zeros((len(file["labels"]), 0))
+        kept = features.Features(file["features"], nothing, file["labels"])
+    return evaluate.RealStatistics(metrics.moments(kept.features), kept, "")

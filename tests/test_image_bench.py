@@ -1,0 +1,331 @@
+"""Benchmarks of methods on images, ICR and the mixture, at a size of seconds."""
+
+import functools
+import json
+
+import figures
+import guidance_free
+import icr
+import image_bench
+import jax
+import mixture_mclr
+import numpy as np
+import pytest
+import small_bench
+import tables
+import tasks
+import two_digits
+from small_bench import MADE_BY, TRAINED
+
+from mclr_jax import runs
+from mclr_jax.config import Training
+from mclr_jax.data import sources
+from mclr_jax.evaluation import features
+from mclr_jax.model import DataInfo
+
+SETTINGS = {
+    "samples": 80,
+    "one_base": True,
+    "judge_steps": {"features": 2, "accuracy": 2},
+}
+JUDGE = {"network": {"name": "mlp_classifier", "width": 16, "depth": 1}, "weight_decay": 0.1}
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """The folder of all runs and results."""
+    monkeypatch.setattr(image_bench.Bench, "root", tmp_path)
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_the_config_of_the_null_contrast_is_that_of_its_row():
+    bench = guidance_free.Comparison("fashion_mnist")
+    changes = bench.methods()["mclr null, beta 1"][1.0].changes
+    row = bench.fine_tuning(0, changes)
+    places = {"init_from", "companions.classifier", "posterior.name", "seed", "sample_every"}
+    assert tasks.differences(row, "fashion_mnist_mclr_null").keys() == places
+
+
+@pytest.mark.parametrize("data", ["digits", "fashion_mnist"])
+def test_every_task_has_what_it_needs_and_every_objective_makes_a_task(data, root):
+    factors = (0.5,) * 10
+    for method in guidance_free.BY_CLASS:
+        file = root / guidance_free.strengths_of(method)
+        file.write_text(json.dumps({"class_strengths": factors}))
+    bench = guidance_free.Comparison(data)
+    listed = bench.tasks((0, 1))
+    made = [task.output for task in listed]
+    assert len(set(made)) == len(made)
+    assert {need for task in listed for need in task.needs} <= set(made)
+    shape = (8, 8, 1) if data == "digits" else (28, 28, 1)
+    info = DataInfo(shape, 10, 0.5, (0.1,) * 10)
+    for model in bench.models().values():
+        task = Training.parse(bench.fine_tuning(1, model.changes)).task(info, {})
+        assert bool(task.model.strength) == ("strength" in model.changes)
+        known = factors if "class_strengths" in model.changes else ()
+        assert task.problem.class_strengths == known
+
+
+def test_another_base_has_the_judges_of_the_config_s_own_and_files_of_its_own(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(image_bench, "ROOT", tmp_path)
+    own, long = (image_bench.Bench("fashion_mnist", steps) for steps in (0, 40_000))
+    own.write("classifier/done", {"steps": 3})
+    long.share()
+    long.share()  # again
+    assert long.read("classifier/done") == {"steps": 3}
+    assert not (long.root / "judge_features").exists()  # to be made
+    trained = []
+    monkeypatch.setattr(image_bench.Bench, "train", lambda self, *given: trained.append(given))
+    long.train_base(0)
+    assert trained[0][2].num_steps == 40_000
+    assert long.fine_tuning(0, {}).init_from == str(long.root / "base")
+    assert long.root != own.root
+
+
+def test_the_second_judge_measures_the_distances_of_its_own_features(root, monkeypatch):
+    """Its features are the pixels here: the distance of a set moved by 10 / 127.5 is known."""
+    monkeypatch.setattr(image_bench, "SECOND_REFERENCE", 400)
+
+    def apply(weights, images):
+        pixels = images.astype(float) / 127.5 if images.dtype == np.uint8 else images
+        return pixels.reshape(len(images), -1), np.zeros((len(images), 3))
+
+    judge = features.Extractor("pixels", {}, apply)
+    monkeypatch.setattr(image_bench.features, "load", lambda name: judge)
+    bench = image_bench.Bench("digits")
+    images = np.random.default_rng(0).integers(0, 245, (400, 2, 2, 1), np.uint8)
+    (root / "sets").mkdir()
+    for name, pixels in [("real_train", images), ("moved", images + np.uint8(10))]:
+        np.savez(root / "sets" / f"{name}.npz", images=pixels, labels=np.arange(400) % 4)
+        bench.second(name)
+    bench.write("sets/moved", {"frechet": 1.0})
+    row = bench.row("moved")
+    assert row["frechet"] == 1.0
+    found = row[image_bench.SECOND]
+    assert found.keys() == MADE_BY | {"samples", "frechet", "per_class_frechet"}
+    assert [found["frechet"], found["per_class_frechet"]] == pytest.approx(
+        [4 * (10 / 127.5) ** 2] * 2, rel=1e-3
+    )
+
+
+# ---- the mixture ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_mixture_distance_of_trained_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(mixture_mclr, "config_of", small_bench.config)
+    changes = {"strength": (0.0, 2.0), "objective.negative_share": 0.25}
+    monkeypatch.setattr(mixture_mclr, "VARIANTS", {"strength as an input": changes})
+    bench = mixture_mclr.Bench(tmp_path)
+    for task in bench.tasks():
+        if task.name != "classifier":
+            task.run()
+    done = tasks.training(tmp_path / "strength_as_an_input")
+    assert done.keys() == TRAINED
+    assert done["steps"] == 3
+    assert done["config"] == "configs/mixture_mclr.py"
+    assert done["changes"]["strength"] == [0.0, 2.0]
+    assert "data.name" not in done["changes"]
+    params, _ = runs.load(tmp_path / "strength_as_an_input").weights()
+    assert done["parameters"] == sum(x.size for x in jax.tree.leaves(params))
+
+    distance = functools.partial(bench.distance, beta=1.0, draws=1000)
+    base = distance("base")
+    assert base > 0
+    assert distance("strength as an input", interpolation=0.0) == pytest.approx(base)
+    told = {distance("strength as an input", strength=s) for s in (0.0, 1.0)}
+    assert len(told | {base}) == 3
+
+
+def test_mixture_rows_say_how_they_were_trained(tmp_path, monkeypatch):
+    bench = mixture_mclr.Bench(tmp_path)
+    for number, task in enumerate(bench.tasks()):
+        value = {"steps": number, "parameters": 5}
+        bench.write(
+            f"{task.name}/done", value | ({"diverged": "!"} if task.name == "plain" else {})
+        )
+    monkeypatch.setattr(mixture_mclr.Bench, "distance", lambda *_, **__: 0.5)
+    result = mixture_mclr.collect(bench)
+    assert result["runs"].keys() == {"base", "classifier", *mixture_mclr.VARIANTS}
+    assert [run["steps"] for run in result["runs"].values()] == list(range(17))
+    assert all(run.keys() >= MADE_BY for run in result["runs"].values())
+    assert result["parameters"] == 5
+    assert result["distance_to_cfg"]["plain"] == "!"
+    assert result["distance_to_cfg"]["a quarter of the negatives"] == 0.5
+    assert result["by_strength"]["1.5"].keys() == {"base", "input", "share"}
+
+
+# ---- digits --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """benchmarks/guidance_free.py from its first task to its last, with one row of each kind."""
+    root = tmp_path_factory.mktemp("digits")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(image_bench.SETTINGS, "digits", SETTINGS)
+        patch.setattr(image_bench, "JUDGES", dict.fromkeys(image_bench.JUDGES, JUDGE))
+        patch.setattr(image_bench, "config_of", small_bench.config)
+        patch.setattr(image_bench.Bench, "root", root)
+        patch.setattr(figures, "ROOT", root)
+        patch.setitem(guidance_free.GAMMAS, "digits", (0.5,))
+        patch.setattr(guidance_free, "INTERPOLATIONS", (0.5,))
+        patch.setattr(guidance_free, "INPUTS", {"mclr": {}})
+        once = {name: guidance_free.ONCE[name] for name in ("ddo", "mclr weak, beta 0.5")}
+        patch.setattr(guidance_free, "ONCE", once)
+        patch.setattr(guidance_free, "BY_CLASS", ())
+        patch.setattr(guidance_free, "SEARCHED", ())
+        bench = guidance_free.Comparison("digits", base_steps=6, batch=16)
+        left = [task for task in bench.tasks((0,)) if not task.name.startswith("second")]
+        while left:
+            ready = [t for t in left if all((root / need).exists() for need in t.needs)]
+            left.remove(ready[0])
+            ready[0].run()
+            assert (root / ready[0].output).exists()
+        result = guidance_free.collect(bench, (0,), {})
+        figures.pareto(bench, result, image_bench.SECOND)
+    return root, json.loads(json.dumps(result))
+
+
+@pytest.mark.slow
+def test_rows_of_digits_say_how_they_were_made(digits):
+    root, result = digits
+    assert result["methods"].keys() == {
+        "DSM control", "CFG", "CFG in an interval", "autoguidance", "mclr", "ddo",
+        "mclr weak, beta 0.5",
+    }  # fmt: skip
+    for (row,) in result["methods"].values():
+        assert row.keys() >= MADE_BY | {"frechet", "accuracy", "recall", "samples", "run"}
+        assert row["run"].keys() == TRAINED
+        assert row["run"]["config"] == "configs/digits_mclr.py"
+        assert row["training_steps"] == row["run"]["steps"] == 3
+    (control,), (guided,) = result["methods"]["DSM control"], result["methods"]["CFG"]
+    assert control["run"]["changes"]["objective.name"] == "dsm"
+    assert control["run"]["changes"]["init_from"] == str(root / "base")
+    assert (control["network_calls"], guided["network_calls"]) == (3, 6)
+    assert control["step_flops_relative_to_dsm"] == 1
+    assert 1 < result["methods"]["mclr"][0]["step_flops_relative_to_dsm"] < 3
+    assert {"base", "classifier", "judge_features", "weak"} <= result["other_runs"].keys()
+    assert result["parameters"] == result["other_runs"]["base"]["parameters"]
+    assert result["floor"].keys() >= MADE_BY
+    names = {path.name for path in (root / "docs").iterdir()}
+    assert names == {"equal_noise_digits_6.png"}
+
+
+def test_guidance_free_collects_what_its_tasks_have_written(root):
+    bench = guidance_free.Comparison("digits")
+    keys = ("frechet", "per_class_frechet", "accuracy", "precision", "recall")
+    measured = {key: 0.5 for key in keys}
+    done = {"steps": 7, "parameters": 5}
+    methods = bench.methods()
+    for task in bench.tasks((0,)):
+        name = task.output.removesuffix(".json")
+        if name.endswith("/done"):
+            bench.write(name, done)
+    for rows in methods.values():
+        for model in rows.values():
+            row = {**measured, "network_calls": 3}
+            bench.write(f"sets/{model.samples(0)}", row, root / model.workdir(0))
+    bench.write("sets/real_test", measured)
+    tuned = [model.tuned for rows in methods.values() for model in rows.values()]
+    bench.write(guidance_free.FLOPS, dict.fromkeys(tuned, 2.5))
+    floor = {"frechet": 0.5}
+    old = [
+        {**measured, "strength": 1.0, "seed": seed, "noise": noise, "network_calls": 9}
+        for seed, noise in [(0, [*guidance_free.NOISE.values()]), (0, [0.3, 1.2]), (1, [0.8, 1.5])]
+    ]
+    result = guidance_free.collect(bench, (0,), {"floor": floor, "methods": {"cca": old}})
+    (_, kept, seed_1), again = old, result["methods"]["cca"]
+    assert again[:2] == [kept, seed_1]  # the first was made again
+    assert len(again) == 2 + len(methods["cca"])
+    with pytest.raises(SystemExit, match="judges"):
+        guidance_free.collect(bench, (0,), {"floor": {"frechet": 0.6}, "methods": {}})
+    figures.pareto(bench, result, image_bench.SECOND)
+    assert (root / "docs" / "equal_noise_digits.png").exists()
+    assert result["parameters"] == 5
+    assert "weak" in result["other_runs"]
+    row = again[2]
+    assert row["training_steps"] == 7
+    assert row["run"]["name"] == "equal_cca_0"
+    assert row["step_flops_relative_to_dsm"] == 2.5
+
+
+def test_a_strength_with_fewer_seeds_is_not_compared_with_the_others():
+    """Seeds differ by more than strengths do."""
+    keys = [key for key in tables.QUALITY if key != "network_calls"]
+    row = lambda strength, fd: {  # noqa: E731
+        **dict.fromkeys(keys, 0.5), "frechet": fd, "strength": strength, "network_calls": 3,
+        "step_cost_relative_to_dsm": None, "step_flops_relative_to_dsm": 2.0,
+    }  # fmt: skip
+    rows = [row(0.5, 0.2), row(1.0, 0.3), row(1.0, 0.5), row(2.0, 0.3), row(2.0, 0.4)]
+    result = {"floor": row(0, 0.1)}
+    _, best = tables._rival_rows(result, {"cca": rows}, keys, every=False)
+    assert (best[0], best[1], best[2]) == ("`cca`", "2", "0.350 ± 0.071")
+    _, *both = tables._rival_rows(result, {"cca": rows}, keys, every=True)
+    assert [cells[1] for cells in both] == ["1", "2"]
+    assert both[0][-2] == "2.0"
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_two_digits_are_digits_of_their_split(split):
+    data, digits = two_digits.pairs(split), sources.load("digits", split)
+    label_of = {image.tobytes(): label for image, label in zip(*digits[:], strict=True)}
+    images, labels = data[np.arange(500)]
+    assert images.shape[1:] == (8, 16, 1)
+    halves = np.split(images, 2, axis=2)
+    tens, ones = ([label_of[image.tobytes()] for image in half] for half in halves)
+    np.testing.assert_array_equal(labels, 10 * np.array(tens) + ones)
+    assert len(np.unique(data.labels)) == 100
+    assert len({image.tobytes() for image in images}) > 490
+
+
+def test_curves_have_the_strengths_that_were_judged_for_all_seeds_of_the_control():
+    def row(strength, seed, value, second=None):
+        found = {"strength": strength, "seed": seed, "frechet": value, "network_calls": 35}
+        return found | ({"judge": {"frechet": second}} if second else {})
+
+    methods = {
+        "DSM control": [row(0, 0, 4.0, 9.0), row(0, 1, 6.0)],
+        "cca": [row(1, 0, 1.0, 3.0), row(1, 1, 2.0), row(0.5, 1, 0.1, 0.1)],
+        "gft": [row(1, 0, 1.0), row(1, 1, 1.0)],  # not shown
+    }
+    found = figures.curves(methods, "frechet", "frechet", "judge")
+    assert {words: points for words, (points, _) in found.items()} == {
+        "no guidance": [(5.0, 5.0, 35, 0)], "CCA": [(1.5, 1.5, 35, 1)],
+    }  # fmt: skip
+    found = figures.curves(methods, "second.frechet", "second.frechet", "judge")
+    assert {words: points[0][0] for words, (points, _) in found.items()} == {
+        "no guidance": 9.0, "CCA": 3.0,
+    }  # fmt: skip
+    assert not figures.curves({"cca": methods["cca"]}, "frechet", "frechet", "judge")
+
+
+# ---- ICR -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_icr_along_the_base_of_digits(digits, tmp_path, monkeypatch):
+    root, _ = digits
+    monkeypatch.setattr(icr, "config_of", lambda file, changes: small_bench.config("digits"))
+    monkeypatch.setattr(icr, "STEPS", {256: 6})
+    bench = icr.Bench(tmp_path, root, scale=0.01)
+    (tmp_path / "images_256").symlink_to(root / "base")
+    with (root / "base" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 6, "icr": 0.5}) + "\n")
+    bench.curve(256)
+    bench.sweep("base", root / "base", True)
+    bench.cost()
+    result = icr.collect(bench)
+    icr.figure(result, tmp_path / "icr.png")
+    (row,) = result["curves"]["images_256"]
+    assert row["icr_in_training"] == 0.5
+    assert 0 < row["icr"]
+    assert {row["layer"] for row in result["sweeps"]["base"]} == {"blocks.0"}
+    assert result["made_by"].keys() == {"curves/images_256", "sweeps/base", "cost"}
+    assert all(made["run"]["steps"] == 6 for made in result["made_by"].values())
+    assert len(result["claims"]) == 4
+    outputs = {task.output for task in bench.tasks()}
+    assert {"images_256/done.json", "curves/images_256.json", "cost.json"} <= outputs
