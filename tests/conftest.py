@@ -41,7 +41,10 @@ def no_programs_without_end():
     """Compiled programs serve the next modules too; they are dropped beyond 1.5 GB of memory."""
     yield
     memory = pathlib.Path("/proc/self/statm")  # of Linux
-    if not memory.exists() or int(memory.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > 1.5e9:
+    if (
+        not memory.exists()
+        or int(memory.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > 1.5e9
+    ):
         jax.clear_caches()
         gc.collect()
 

@@ -116,7 +116,11 @@ CONFIG = "--config=configs/digits.py"
         ),
         ("train", ["--config.num_steps=3"], "--config.num_steps needs --config=configs/NAME.py"),
         ("train", ["--config=configs/digit.py"], "Did you mean 'configs/digits.py'"),
-        ("train", [CONFIG + ":x"], "configs/digits.py:x cannot be loaded: TypeError: get_config() takes 0"),
+        (
+            "train",
+            [CONFIG + ":x"],
+            "configs/digits.py:x cannot be loaded: TypeError: get_config() takes 0",
+        ),
         ("train", ["--config=digits"], "Did you mean 'configs/digits.py'"),
         ("train", [CONFIG, "--wrkdir=x"], "Did you mean: workdir"),
         ("train", [CONFIG], "--workdir"),
