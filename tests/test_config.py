@@ -1,6 +1,7 @@
 """From a config to typed values, a model and a task; mistakes in a config."""
 
 import dataclasses
+import functools
 import importlib
 import json
 import pathlib
@@ -18,7 +19,7 @@ from mclr_jax import parts, runs, schema
 from mclr_jax.config import NOISE_LEVELS, OBJECTIVES, POSTERIORS, Training
 from mclr_jax.data import pipeline
 from mclr_jax.data.protocol import Lazy
-from mclr_jax.model import DataInfo
+from mclr_jax.model import DataInfo, shapes_of
 from mclr_jax.noise import LogUniform
 from mclr_jax.objectives.mclr import MCLR
 from mclr_jax.posterior import Denoiser
@@ -87,25 +88,28 @@ def built(request, tmp_path_factory):
     return config, source, training.task(data, companions)
 
 
+def weights(model, seed):
+    """Random parameters."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda x: np.asarray(0.1 * rng.normal(size=x.shape), x.dtype), shapes_of(model)
+    )
+
+
 def test_every_config_builds_and_takes_a_step(built):
     config, source, task = built
     assert set(config.keys()) >= TOP_LEVEL
-    key = jax.random.key(0)
-
-    @jax.jit
-    def beginning():
-        # A reference that is not the model: where both are equal MCLR may have nothing to learn.
-        frozen = {n: jax.tree.map(lambda x: x + 0.01, m.init(key)) for n, m in task.frozen.items()}
-        return step.init_state(task), frozen
-
-    state, frozen = beginning()
+    # Not initial ones, which take longer to compile than the step. The reference is another model:
+    # where both are equal MCLR may have nothing to learn.
+    frozen = {name: weights(model, 1) for name, model in task.frozen.items()}
+    state = jax.jit(functools.partial(step.init_state, task))(weights(task.model, 0))
     batches = pipeline.stack(pipeline.stream(source, 8, 0), 1, 1)
     new, metrics = jax.jit(step.make_update(task))(state, frozen, batches, 1)
     assert np.isfinite(metrics["loss"].parts[0][0])
     assert int(new.step) == 1
     assert not all(jax.tree.leaves(jax.tree.map(np.array_equal, state.params, new.params)))
     if config.init_from:  # and its weights are those of its start
-        runs.fitted(jax.jit(task.companions["start"].init)(key), task.model, config.init_from)
+        runs.fitted(weights(task.companions["start"], 0), task.model, config.init_from)
 
 
 def test_every_model_comes_back_from_its_description(built):
