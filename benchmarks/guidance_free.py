@@ -64,9 +64,6 @@ ONCE = {
     "model_guidance": {"objective.name": "model_guidance", "objective.scale": 0.5},
     "mclr null, beta 1": NULL | GUIDED,
     "mclr null and wrong label, beta 0.5": NULL | GUIDED | WRONG | {"objective.beta": 0.5},
-    "mclr posterior up to sigma 3": NULL | GUIDED | {"objective.null_share": 0.0},
-    "mclr half null, half posterior": NULL | GUIDED | {"objective.null_share": 0.5},
-    "mclr null, posterior above sigma 3": NULL | {"objective.null_interval": INTERVAL},
     "mclr weak, beta 0.5": NULL | {"objective.wrong": "weak", "objective.beta": 0.5},
 }
 NEEDS = {"ddo": ("generated_{base}.npz",), "mclr weak, beta 0.5": ("weak/done.json",)}

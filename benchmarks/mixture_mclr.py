@@ -44,8 +44,6 @@ VARIANTS: dict[str, dict] = {
     "plain": PLAIN,
     "plain, beta 0.2": PLAIN | {"objective.beta": 0.2},
     "plain, clip": PLAIN | {"objective.bound": "clip"},
-    "plain, logistic": PLAIN | {"objective.bound": "logistic"},
-    "plain, reference penalty 1": PLAIN | {"objective.reference_penalty": 1.0},
 }
 CLASSIFIER = {
     "objective.name": "classify", "network.name": "mlp_classifier", "network.width": 128,

@@ -47,7 +47,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("mixture_mclr", {}),
     ("mixture_mclr", {"posterior.name": "denoiser"}),
     ("mixture_mclr", {"posterior.name": "classifier"}),
-    ("mixture_mclr", {"objective.bound": "logistic", "strength": (0.0, 2.0)}),
+    ("mixture_mclr", {"objective.bound": "clip", "strength": (0.0, 2.0)}),
     ("mixture_mclr", {"objective.negatives": "prior", "objective.bound": "clip"}),
     ("digits", {}),
     ("digits", {"data.augment": 0.1}),

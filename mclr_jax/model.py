@@ -190,7 +190,6 @@ class Model:
         return run
 
 
-@functools.lru_cache(maxsize=8)
 @functools.lru_cache(maxsize=16)
 def shapes_of(model: Model) -> Any:
     """The shapes and types of a model's parameters."""

@@ -10,7 +10,6 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mclr_jax import mixture
 from mclr_jax.mixture import GaussianMixture
@@ -45,14 +44,13 @@ class Denoiser(Keys):
     """`from_denoiser` with the model in config.init_from."""
 
     levels: int = key(8, 1, 10_000, says="noise levels of the estimate")
-    candidates: int = key(0, 0, says="classes tried for each example; 0: all")
 
     where: ClassVar[str] = "config.posterior"
     needs = frozenset({"reference", "class_prior"})
 
     def __call__(self, frozen: Mapping[str, Answers], problem: Problem) -> PosteriorFn:
-        denoise, options = frozen["reference"].denoise, dataclasses.asdict(self)
-        return from_denoiser(denoise, problem.class_prior, problem.sigma_data, **options)
+        denoise = frozen["reference"].denoise
+        return from_denoiser(denoise, problem.class_prior, problem.sigma_data, self.levels)
 
 
 def exact(mixture: GaussianMixture) -> PosteriorFn:
@@ -83,11 +81,7 @@ def from_classifier(logits: LogitsFn, num_classes: int) -> PosteriorFn:
 
 
 def from_denoiser(
-    denoise: DenoiseFn,
-    class_prior: Sequence[float],
-    sigma_data: float,
-    levels: int = 8,
-    candidates: int = 0,
+    denoise: DenoiseFn, class_prior: Sequence[float], sigma_data: float, levels: int = 8
 ) -> PosteriorFn:
     """The posterior of a conditional denoiser: a diffusion classifier of noisy data.
 
@@ -98,7 +92,7 @@ def from_denoiser(
     up to a term that is the same for all classes, with score_c(y, s) = (D_c(y, s) - y) / s^2. The
     integral over tau in [sigma / 10, 20 sigma_data + 10 sigma] is a stratified sum, with +n and -n
     in each stratum and the same n for all classes. The estimate of the integral is unbiased, but
-    not that of the posterior. The cost is 2 * levels * (candidates or K) calls.
+    not that of the posterior. The cost is 2 * levels * K calls.
 
     Source: Kong et al. 2023 (arXiv:2302.03792) for the identity, Li et al. 2023 (arXiv:2303.16203)
     for the classifier; the form with noisy data is derived in the tests.
@@ -108,17 +102,11 @@ def from_denoiser(
       class_prior: (K,) probabilities.
       sigma_data: standard deviation of the clean data.
       levels: number of strata of the integral.
-      candidates: number of classes tried for each example, 0 for all: the label and randomly drawn
-        other classes, which also represent the classes not drawn. For the null label the classes
-        not drawn get probability 0.
     """
-    log_prior, num_classes = jnp.log(jnp.asarray(class_prior)), len(class_prior)
-    tried = candidates or num_classes
     in_range("posterior.levels", levels, 1)
-    if not 2 <= tried <= num_classes:
-        raise ValueError(f"candidates is {candidates}; expected 0, or 2 to {num_classes} classes.")
 
-    def log_likelihoods(x, sigma, condition, keys, classes):  # classes (B, M) -> (B, M)
+    def log_posterior(x, sigma, condition, keys):
+        _, keys = split(keys, 2)
         k_level, k_noise = split(keys, 2)
         low, high = jnp.log(sigma / 10), jnp.log(20 * sigma_data + 10 * sigma)
         offsets = jax.vmap(lambda key: jax.random.uniform(key, (levels,)))(k_level)
@@ -136,51 +124,11 @@ def from_denoiser(
                 residual = sign * noise + expand(tau, x) * score
                 return jnp.sum(residual**2, axis=tuple(range(1, x.ndim))) / 2
 
-            both = jax.lax.map(lambda c: square(1.0, c) + square(-1.0, c), classes.T)
+            classes = jnp.arange(len(class_prior))
+            both = jax.lax.map(lambda c: square(1.0, c) + square(-1.0, c), classes)
             return -steps[:, None] * both.T
 
-        return jax.lax.map(stratum, jnp.arange(levels)).sum(0)
-
-    def log_posterior(x, sigma, condition, keys):
-        label = condition.label[:, None]
-        k_classes, k_integral = split(keys, 2)
-        order = jax.vmap(lambda key: jax.random.uniform(key, (num_classes,)))(k_classes)
-        order = jnp.where(jnp.arange(num_classes) == label, -1, order)  # the label is always tried
-        classes = jnp.sort(jnp.argsort(order, axis=-1)[:, :tried], axis=-1)
-        # Of M tried classes each one beside a label represents (K - 1) / (M - 1) classes.
-        others = (label < num_classes) & (classes != label)
-        weight = jnp.where(others, jnp.log((num_classes - 1) / (tried - 1)), 0)
-        log_joint = log_likelihoods(x, sigma, condition, k_integral, classes)
-        log_joint += log_prior[classes] + weight
-        rows = jnp.arange(len(x))[:, None]
-        full = jnp.full((len(x), num_classes), -jnp.inf, x.dtype).at[rows, classes].set(log_joint)
-        return jax.nn.log_softmax(full)
+        log_likelihoods = jax.lax.map(stratum, jnp.arange(levels)).sum(0)
+        return jax.nn.log_softmax(log_likelihoods + jnp.log(jnp.asarray(class_prior)))
 
     return log_posterior
-
-
-def calibration_error(
-    log_posterior: np.ndarray, label: np.ndarray, bins: int = 15
-) -> dict[str, float]:
-    """Calibration of log probabilities (n, K) against true labels (n,).
-
-    Returns:
-      `expected_calibration_error`: sum over `bins` bins of equal width in the confidence of (share
-      of examples) |accuracy - confidence| (Naeini et al. 2015; Guo et al. 2017, arXiv:1706.04599);
-      `accuracy`; `cross_entropy` (nats).
-    """
-    log_posterior, label = np.asarray(log_posterior, np.float64), np.asarray(label)
-    if log_posterior.ndim != 2 or label.shape != log_posterior.shape[:1] or not label.size:
-        raise ValueError(
-            f"Got log probabilities {log_posterior.shape} and labels {label.shape}; expected "
-            "(n, K) and (n,), n > 0."
-        )
-    confidence = np.exp(log_posterior.max(axis=1))
-    correct = (log_posterior.argmax(axis=1) == label).astype(np.float64)
-    index = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = np.bincount(index, weights=correct - confidence, minlength=bins)
-    return {
-        "expected_calibration_error": float(np.abs(gaps).sum() / len(label)),
-        "accuracy": float(correct.mean()),
-        "cross_entropy": float(-log_posterior[np.arange(len(label)), label].mean()),
-    }

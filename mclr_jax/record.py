@@ -18,6 +18,12 @@ from mclr_jax.training.devices import banner
 
 # Values that a run with checkpoints cannot change: they decide what its weights mean.
 FIXED = ("model.", "companions.", "data.")
+# Keys of earlier versions, by section, with the only values that mean what no such key means now.
+RETIRED: dict[str, dict[str, Any]] = {
+    "objective": {"logistic_scale": 10.0, "reference_penalty": 0.0, "null_share": 1.0,
+                  "null_interval": []},
+    "posterior": {"candidates": 0},
+}  # fmt: skip
 # Parts that may differ without a warning.
 APART = ("history", "start", "paths", "frozen", "averages", "sampler")
 
@@ -138,6 +144,10 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
     for key in ("model", *trained):
         if not isinstance(description.get(key), dict):
             raise ValueError(f"{path} is damaged ({key!r} has no keys); restore it from a copy.")
+    for section, keys in RETIRED.items():
+        given = description.get("config", {}).get(section)
+        for key in [key for key in keys if isinstance(given, dict) and given.get(key) == keys[key]]:
+            del given[key]
     return description
 
 

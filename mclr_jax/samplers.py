@@ -169,20 +169,16 @@ def _checked(sigmas: jax.Array) -> None:
             )
 
 
-def _has_noise(method: str, churn: Churn | None, keys: jax.Array | None, eta: Any) -> bool:
-    """Whether there is fresh noise; raises ValueError if the arguments do not fit together."""
-    ancestral = method.startswith("ancestral") or eta is not None
-    if churn is not None and (keys is None or ancestral or method == "dpmpp_2m"):
+def _has_noise(method: str, churn: Churn | None, keys: jax.Array | None) -> bool:
+    """Fresh noise or none; raises ValueError if the arguments do not fit together."""
+    if churn is not None and (keys is None or method not in ("euler", "heun")):
         raise ValueError(
             f"Churn needs per-sample keys (got {'none' if keys is None else 'some'}) and a "
-            f"single-step method without fresh noise of its own, euler or heun (got {method!r}, "
-            f"eta {eta})."
+            f"single-step method without fresh noise of its own, euler or heun (got {method!r})."
         )
-    if ancestral and (keys is None or method == "heun"):
-        raise ValueError(
-            f"Fresh noise (method {method!r}, eta {eta}) needs per-sample keys (got "
-            f"{'none' if keys is None else 'some'}) and a method other than heun."
-        )
+    ancestral = method.startswith("ancestral")
+    if ancestral and keys is None:
+        raise ValueError(f"Fresh noise (method {method!r}) needs per-sample keys; got none.")
     return ancestral or churn is not None
 
 
@@ -195,7 +191,6 @@ def sample(
     *,
     churn: Churn | None = None,
     keys: jax.Array | None = None,
-    eta: Any = None,
     correct: CorrectFn | None = None,
 ) -> jax.Array:
     """Integrate from sigmas[0] to 0: samples of the shape and type of x_init.
@@ -210,17 +205,16 @@ def sample(
         each step "ancestral" (N, first order) or "ancestral_2m" (N, second order).
       churn: stochastic sampling with euler or heun; None for none.
       keys: (B,) typed keys, needed with fresh noise; example i uses only keys[i].
-      eta: share of fresh noise of all methods but heun (DDIM's eta, 0 to 1); None: the method's.
       correct: replaces the call of the denoiser: it gets `denoise`, x, a `Level` and the condition,
         and gives the estimate and a shift that is added to active frames at the end of the step.
 
     Raises:
-      ValueError: on an unknown method, an invalid grid, fresh noise without keys, or churn or eta
-        with a method that has none.
+      ValueError: on an unknown method, an invalid grid, fresh noise without keys, or churn with a
+        method that has none.
     """
     tabulate = look_up(METHODS, method, "sampler")
     condition = as_condition(condition)
-    noisy = _has_noise(method, churn, keys, eta)
+    noisy = _has_noise(method, churn, keys)
     _checked(sigmas)
     sigmas = jnp.asarray(sigmas, x_init.dtype)
     start, stop, fresh_noise = sigmas[:-1], sigmas[1:], None
@@ -230,7 +224,7 @@ def sample(
         # sqrt(raised^2 - start^2), in a form that rounding cannot make negative
         fresh_noise = start * jnp.sqrt(rise * (2 + rise)) * churn.noise_scale
         start = start * (1 + rise)
-    calls = tabulate(start, stop) if eta is None else tabulate(start, stop, eta=eta)
+    calls = tabulate(start, stop)
     noise_std = jnp.roll(calls.fresh, 1, axis=0)  # before the next call; the last one, at 0, is 0
     if fresh_noise is not None:  # added before the first call of each step
         begins_step = np.append(True, calls.ends_step[:-1])

@@ -313,7 +313,7 @@ def _explained(known: Mapping[str, dataclasses.Field], prefix: str) -> list[str]
         if part := field.metadata.get("section"):
             lines += part.explain(f"{prefix}{name}")
         elif found := field.metadata.get("key"):
-            value = np.dtype(field.default).name if name == "dtype" else field.default
+            value: Any = field.default if name != "dtype" else np.dtype(field.default).name  # type: ignore
             notes = "; ".join(filter(None, (found.says, found.limits().removeprefix("of "))))
             lines.append(f"{prefix}{name}={value!r}: {notes}")
         elif "rest" in field.metadata:
@@ -429,7 +429,7 @@ def _are_defaults(factory: Any, values: Mapping[str, Any]) -> bool:
 
 def _defaults(factory: Any, left_out: Collection[str] = ()) -> dict[str, Any]:
     """The defaults of keys as a config holds them: of a type of numbers, the name."""
-    given = {k: x.default for k, x in fields(factory).items() if k not in left_out}
+    given: dict = {k: x.default for k, x in fields(factory).items() if k not in left_out}
     given = {k: x for k, x in given.items() if x is not dataclasses.MISSING}
     return given | ({"dtype": np.dtype(given["dtype"]).name} if "dtype" in given else {})
 

@@ -10,7 +10,8 @@ import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SERVER = multiprocessing.get_context("forkserver")
-PRELOADED = ["mclr_jax.main", "mclr_jax.evaluation.report", "launch.common"]
+PRELOADED = ["mclr_jax.main", "mclr_jax.assimilation.regimes", "mclr_jax.evaluation.evaluate",
+             "mclr_jax.evaluation.report", "launch.common"]  # fmt: skip
 SERVER.set_forkserver_preload(PRELOADED)
 
 

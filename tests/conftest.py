@@ -1,8 +1,14 @@
-"""Settings of every test, made before JAX starts: 8 virtual CPU devices, and cheap compilation."""
+"""Settings of every test, made before JAX starts: 8 virtual CPU devices, and cheap compilation.
 
+A run ends with the CPU seconds of each test file, processes that it started included.
+"""
+
+import collections
 import gc
 import os
 import pathlib
+import sys
+import textwrap
 
 # Tests compile far more than they compute. These flags take the compilation of a training step from
 # 2.4 to 0.6 CPU seconds, and a program that several tests or processes use is compiled once: a
@@ -19,6 +25,10 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+if sys.dont_write_bytecode:  # a dozen processes would compile all of JAX and SciPy each
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(CACHE / "bytecode")}
+    sys.dont_write_bytecode, sys.pycache_prefix = False, os.environ["PYTHONPYCACHEPREFIX"]
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
@@ -27,8 +37,66 @@ gc.set_threshold(200_000, 50, 1000)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def no_programs_of_other_modules():
-    """Compiled programs are dropped with their module: those of all tests take gigabytes."""
+def no_programs_without_end():
+    """Compiled programs serve the next modules too; they are dropped beyond 1.5 GB of memory."""
     yield
-    jax.clear_caches()
-    gc.collect()
+    memory = pathlib.Path("/proc/self/statm")  # of Linux
+    if (
+        not memory.exists()
+        or int(memory.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > 1.5e9
+    ):
+        jax.clear_caches()
+        gc.collect()
+
+
+# ---- CPU seconds by file -------------------------------------------------------------------------
+
+BY_FILE = collections.Counter()
+SO_FAR = [0.0]  # at the end of the test before, in this process
+
+
+def cpu_seconds():
+    """CPU seconds of this process and of all that descend from it; other than on Linux, its own."""
+    if not pathlib.Path("/proc/self/stat").exists():
+        return sum(os.times()[:4])
+    parents, ticks = {}, {}
+    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # has ended meanwhile
+        process = int(path.parent.name)
+        parents[process], ticks[process] = int(fields[1]), sum(map(int, fields[11:15]))
+    family = {os.getpid()}
+    while new := {p for p, parent in parents.items() if parent in family} - family:
+        family |= new
+    return sum(ticks[process] for process in family) / os.sysconf("SC_CLK_TCK")
+
+
+def pytest_collection_finish():
+    SO_FAR[0] = cpu_seconds()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item, call):
+    """The report of a test's end has the CPU seconds since the end of the test before."""
+    if call.when == "teardown":
+        now = cpu_seconds()
+        item.user_properties.append(("cpu_seconds", now - SO_FAR[0]))
+        SO_FAR[0] = now
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "teardown":
+        name = pathlib.Path(report.nodeid.partition("::")[0]).stem
+        BY_FILE[name] += dict(report.user_properties)["cpu_seconds"]
+
+
+def pytest_terminal_summary(terminalreporter):
+    total, files = cpu_seconds(), BY_FILE.most_common()
+    rows = ", ".join(f"{name.removeprefix('test_')}\xa0{seconds:.1f}" for name, seconds in files)
+    terminalreporter.section(f"{total:.0f} CPU seconds")
+    start = total - BY_FILE.total()
+    terminalreporter.write_line(f"Start and collection {start:.1f}; tests by file:")
+    for line in textwrap.wrap(rows, 100):
+        terminalreporter.write_line(line.replace("\xa0", " "))

@@ -26,6 +26,16 @@ def same(a, b):
     return jax.tree.all(jax.tree.map(lambda x, y: bool(jnp.all(x == y)), a, b))
 
 
+def test_an_interval_includes_its_upper_end_and_not_its_lower_one():
+    """In one frame, and in all of several frames; without an interval every level is inside."""
+    levels = jnp.array([0.25, 0.5, 0.75, 1.5, 1.75])
+    expected = [False, False, True, True, False]
+    np.testing.assert_array_equal(base.inside(levels, (0.5, 1.5)), expected)
+    frames = jnp.array([[1.5, 0.75], [0.5, 0.75], [1.5, 1.75], [1.5, 1.5]])
+    np.testing.assert_array_equal(base.inside(frames, (0.5, 1.5)), [True, False, False, True])
+    np.testing.assert_array_equal(base.inside(frames, ()), [True] * 4)
+
+
 # ---- errors --------------------------------------------------------------------------------------
 
 

@@ -127,7 +127,6 @@ def test_changes_of_a_config_are_told_apart_by_key():
     assert tasks.differences(config, "mixture_mclr") == {
         "posterior.name": "denoiser",
         "posterior.levels": 4,
-        "posterior.candidates": 0,
         "strength": [0.0, 2.0],
         "init_from": "runs/base",
     }

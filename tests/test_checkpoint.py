@@ -2,6 +2,7 @@ import pathlib
 import resource
 import shutil
 import types
+import zlib
 
 import chex
 import jax
@@ -21,6 +22,11 @@ class State:
     step: jax.Array
     params: dict
     ema: dict
+
+
+def lowest(checkpoints):
+    """The step with the lowest loss, which is kept beside the newest; None: none has a loss."""
+    return checkpoints._lowest("loss", checkpoints.steps())
 
 
 def state_at(step):
@@ -61,7 +67,7 @@ def test_the_last_two_and_the_best_are_kept(tmp_path):
     write(tmp_path / "c", [1, 2, 3, 4, 5], losses=[3.0, 1.0, 2.0, 4.0, 5.0])
     with Checkpoints(tmp_path / "c") as checkpoints:
         assert checkpoints.steps() == [2, 4, 5]
-        assert checkpoints.best_step() == 2
+        assert lowest(checkpoints) == 2
 
 
 @pytest.mark.parametrize(("keep", "kept"), [(1, [1, 3, 6]), (3, [1, 3, 4, 5, 6]), (0, [1, 3])])
@@ -80,7 +86,7 @@ def test_the_lowest_of_either_metric_is_kept_across_runs(tmp_path, keep, kept):
             checkpoints.save(step, state_at(step), values)
     with Checkpoints(tmp_path / "c", keep) as checkpoints:
         assert checkpoints.steps() == kept
-        assert checkpoints.best_step() == 1
+        assert lowest(checkpoints) == 1
 
 
 def test_without_a_limit_all_are_kept(tmp_path):
@@ -88,9 +94,9 @@ def test_without_a_limit_all_are_kept(tmp_path):
         for step in range(5):
             checkpoints.save(step, state_at(step))
         assert checkpoints.steps() == [0, 1, 2, 3, 4]
-        assert checkpoints.best_step() is None
+        assert lowest(checkpoints) is None
         checkpoints.save(3, state_at(7), {"loss": 0.0})  # it is saved already
-        assert checkpoints.best_step() is None
+        assert lowest(checkpoints) is None
         chex.assert_trees_all_equal(checkpoints.restore(like(state_at(0)), 3), (state_at(3), 3))
 
 
@@ -101,14 +107,14 @@ def test_the_best_is_remembered_until_its_successor_is_on_disk(tmp_path):
         checkpoints.save(30, state_at(30), {"loss": 0.5})
         shutil.copy(tmp_path / "c" / "metrics.jsonl", tmp_path)
         checkpoints.wait()
-        assert (checkpoints.steps(), checkpoints.best_step()) == ([30], 30)
+        assert (checkpoints.steps(), lowest(checkpoints)) == ([30], 30)
     write(tmp_path / "killed", [10, 20])
     shutil.copy(tmp_path / "metrics.jsonl", tmp_path / "killed")
     with Checkpoints(tmp_path / "killed", keep=1) as checkpoints:
-        assert checkpoints.best_step() == 10  # not 30, of which there is a record only
+        assert lowest(checkpoints) == 10  # not 30, of which there is a record only
         checkpoints.save(30, state_at(30))  # now without metrics: the old record must go
         checkpoints.wait()
-        assert (checkpoints.steps(), checkpoints.best_step()) == ([10, 30], 10)
+        assert (checkpoints.steps(), lowest(checkpoints)) == ([10, 30], 10)
         checkpoints.save(40, state_at(40))
         records = list(read_lines(tmp_path / "killed" / "metrics.jsonl"))
         assert [record["step"] for record in records] == [10, 30, 40]  # it does not grow for ever
@@ -133,11 +139,11 @@ def test_damaged_metrics_only_hide_the_best(tmp_path, damage, best):
     write(tmp_path / "c", [10, 20], losses=[1.0, 2.0])
     damage(tmp_path / "c" / "metrics.jsonl")
     with Checkpoints(tmp_path / "c", keep=1) as checkpoints:
-        assert checkpoints.best_step() == best
+        assert lowest(checkpoints) == best
         chex.assert_trees_all_equal(checkpoints.restore(like(state_at(0))), (state_at(20), 20))
         checkpoints.save(30, state_at(30), {"loss": 3.0})
         assert checkpoints.steps() == ([30] if best is None else [best, 30])
-        assert checkpoints.best_step() == (best or 30)
+        assert lowest(checkpoints) == (best or 30)
 
 
 def cut_to_half(path):
@@ -170,11 +176,11 @@ def test_damage_to_any_file_falls_back_or_does_not_matter(tmp_path, caplog):
                     fell_back += 1
                     assert "20 cannot be read" in caplog.text
                     assert (run / "broken" / "20").exists()
-                    assert checkpoints.best_step() == 10
+                    assert lowest(checkpoints) == 10
                     checkpoints.save(20, state_at(20), {"loss": 0.0})  # the way is free again
                     checkpoints.wait()
                     assert checkpoints.steps() == [10, 20]
-                    assert checkpoints.best_step() == 20
+                    assert lowest(checkpoints) == 20
     assert fell_back > 3 / 4 * len(files)  # a quarter of all cases; the rest holds nothing needed
 
 
@@ -292,6 +298,16 @@ def test_a_checkpoint_of_an_older_version_is_read_with_a_warning(tmp_path, caplo
     assert "10 has no digest" in caplog.text
 
 
+def test_a_step_that_breaks_again_is_set_aside_beside_the_first(tmp_path):
+    for _ in range(3):
+        write(tmp_path / "c", [10, 20])
+        shutil.rmtree(tmp_path / "c" / "20" / "state")
+        with Checkpoints(tmp_path / "c") as checkpoints:
+            assert checkpoints.restore(like(state_at(0)))[1] == 10
+    found = sorted(path.name for path in (tmp_path / "broken").iterdir())
+    assert found == ["20", "20_", "20__"]
+
+
 def test_a_reader_moves_nothing(tmp_path):
     write(tmp_path / "c", [10, 20])
     shutil.rmtree(tmp_path / "c" / "20" / "state")
@@ -311,6 +327,26 @@ def test_the_digest_tells_every_bit_place_and_type():
     others = [x.T, x[::-1], x.reshape(5, 3), x.astype(jnp.bfloat16), jnp.zeros((3, 5))]
     assert len({first, *(digests({"a": other})["a"] for other in others)}) == 6
     assert digests({"b": {"c": x, "d": jnp.int32(3)}}).keys() == {"b/c", "b/d"}
+
+
+def test_the_digest_is_its_definition_and_that_of_earlier_versions():
+    """In whole numbers of Python; with other digests, old checkpoints would count as broken."""
+    arrays = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "b": {"c": np.array([1, -2], np.int32), "d": np.array([True, False])},
+        "e": jnp.array([1.5], jnp.bfloat16),
+    }
+    bits = {"a": [np.float32(n).view(np.uint32) for n in range(6)], "b/c": [1, 2**32 - 2],
+            "b/d": [1, 0], "e": [0x3FC0]}  # fmt: skip
+    kinds = {"a": "(2, 3)float32", "b/c": "(2,)int32", "b/d": "(2,)bool", "e": "(1,)bfloat16"}
+    expected = {
+        name: (zlib.crc32(kinds[name].encode())
+               + sum(int(n) * (2 * (i + 1) * 2654435761 + 1) for i, n in enumerate(bits[name])))
+        % 2**32
+        for name in bits
+    }  # fmt: skip
+    assert digests(arrays) == expected
+    assert expected == {"a": 2986991379, "b/c": 1536961548, "b/d": 4104545962, "e": 3512861366}
 
 
 def test_another_architecture_names_the_first_differing_parameter(tmp_path):

@@ -8,8 +8,11 @@ import numpy as np
 import optax
 import pytest
 
+from mclr_jax import backend
 from mclr_jax.mixture import GaussianMixture
 from mclr_jax.networks.classifier import ConvClassifier, MLPClassifier
+from mclr_jax.networks.mlp import MLP
+from mclr_jax.plan import flops
 from mclr_jax.types import Condition
 
 BATCH = 6
@@ -161,6 +164,17 @@ def test_the_convolutional_network_is_its_description_in_numpy(variables, apply)
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_the_mlp_ends_with_a_linear_map_of_the_activated_trunk(variables, apply):
+    """The trunk is the MLP of tests/test_mlp.py, which is shown label 0 of its one label."""
+    params, own = variables["mlp"]["params"], {"augment_dim": 2, "takes_strength": True}
+    trunk = MLP(out_channels=16, num_classes=0, width=16, depth=2, **own)
+    shown = CONDITION.replace(label=0 * LABEL)
+    h = np.asarray(jax.jit(trunk.apply)({"params": params["trunk"]}, X["mlp"], C_NOISE, shown))
+    expected = silu(h) @ params["out_linear"]["kernel"] + params["out_linear"]["bias"]
+    actual = apply["mlp"](variables["mlp"], X["mlp"], C_NOISE, CONDITION)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_features_are_what_the_last_layer_multiplies(name, variables):
     run = jax.jit(partial(NETWORKS[name].apply, mutable="intermediates"))
@@ -244,6 +258,30 @@ def test_bfloat16_changes_little(name, variables, apply):
     half = jax.jit(half.apply)(variables[name], X[name], C_NOISE, CONDITION)
     assert half.dtype == jnp.float32
     assert 1e-6 < np.abs(half - full).max() < 0.05 * np.abs(full).max()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_blocks_are_recomputed_in_the_backward_pass_if_asked_for(name, variables):
+    """More products, if nothing is kept, and the same gradients."""
+    keys = CONDITION.replace(dropout_keys=KEYS)
+
+    def gradient(**options):
+        def loss(variables):
+            net = NETWORKS[name].clone(**options)
+            return jnp.mean(net.apply(variables, X[name], C_NOISE, keys) ** 2)
+
+        return jax.grad(loss)
+
+    def cost(**options):
+        with backend.programs_for_others():
+            return flops(jax.make_jaxpr(gradient(**options))(variables[name]).jaxpr)
+
+    assert cost(remat=True) > 1.1 * cost()
+    assert cost(remat=True, remat_policy="products") == cost()
+    found, expected = (jax.jit(gradient(remat=again))(variables[name]) for again in (True, False))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), found, expected
+    )
 
 
 def test_vectors_are_sent_to_the_other_classifier():

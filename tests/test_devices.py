@@ -1,6 +1,8 @@
 import dataclasses
 import functools
 import json
+import mmap
+import os
 import shutil
 import signal
 import socket
@@ -20,7 +22,7 @@ from mclr_jax import generate, main, record, reductions, runs
 from mclr_jax.config import Training
 from mclr_jax.data import pipeline, sources
 from mclr_jax.training import step
-from mclr_jax.training.devices import MODES, Devices, exists, require_accelerator
+from mclr_jax.training.devices import MODES, Devices, check_memory, exists, require_accelerator
 
 # ---- every objective -----------------------------------------------------------------------------
 
@@ -58,7 +60,7 @@ def assert_same(got, expected):
 
 # Each kind of row, frozen model and share of the negatives; tests/test_task.py has all cases.
 DIVIDED = [
-    "dsm", "dsm variance", "contrastive_flow", "gft strength", "mclr candidates",
+    "dsm", "dsm variance", "contrastive_flow", "gft strength", "mclr denoiser",
     *(pytest.param(name, marks=pytest.mark.slow)
       for name in ("ddo", "mclr_null average", "mclr classifier", *cases.ROWS[::6])),
 ]  # fmt: skip
@@ -77,14 +79,13 @@ def test_eight_devices_in_four_parts_each_are_one_device(case, monkeypatch):
 
 
 def test_every_layout_is_one_device(monkeypatch):
-    """Frozen models are sharded beside the state; one device takes a batch in parts, too."""
+    """Frozen models are sharded beside the state; a batch that is spread is taken in parts, too."""
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")  # parts in a loop
     task = cases.task(next(name for name in cases.ROWS if "reference 0.25" in name))
     expected = five_steps(task)
     for parallel in ("pmap", "data", "fsdp"):
         assert_same(five_steps(task, parallel, 8), expected)
     in_parts = dataclasses.replace(task, grad_accumulation=4)
-    assert_same(five_steps(in_parts), expected)
     assert_same(five_steps(in_parts, "fsdp", 8), expected)
 
 
@@ -114,9 +115,12 @@ def one_device():
     return found, jax.device_get(state)
 
 
-@pytest.mark.parametrize("parallel", ["pmap", "data", "fsdp"])
+@pytest.mark.parametrize("parallel", ["pmap", "fsdp"])
 def test_eight_devices_train_as_one(parallel, one_device):
-    """With dropout, label dropout and random noise: all are addressed by example."""
+    """With dropout, label dropout and random noise: all are addressed by example.
+
+    The program of "data" is that of "fsdp", but for the places of the state.
+    """
     found, state = train(parallel, 8)
     chex.assert_trees_all_close(found, one_device[0], rtol=1e-5, atol=1e-5)
     got, expected = jax.device_get(state), one_device[1]
@@ -145,6 +149,27 @@ def test_a_new_state_has_the_parameters_of_the_seed(parallel):
     for drawn in found:
         np.testing.assert_allclose(np.array(drawn), np.array(many()), rtol=1e-6)
         assert drawn[0].sharding.is_fully_replicated == (parallel != "fsdp")
+
+
+def test_fsdp_divides_the_largest_axis_that_the_devices_divide():
+    """And copies what has none; the other layouts copy everything."""
+    shapes = {(8, 64): (None, "data"), (64, 8): ("data", None), (24, 16, 90): ("data", None, None),
+              (3, 3, 16, 8): (None, None, "data", None), (12, 7): (), (7,): (), (): (),
+              (16,): ("data",)}  # fmt: skip
+    leaves = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
+    for parallel in MODES:
+        found = Devices(parallel).state_shardings(leaves)
+        expected = [*shapes.values()] if parallel == "fsdp" else [()] * len(shapes)
+        assert [tuple(sharding.spec) for sharding in found] == expected
+
+
+def test_what_exceeds_the_memory_of_the_machine_is_refused(monkeypatch):
+    """250 pages have room for 256,000 numbers of 4 bytes, if a page has 4,096."""
+    monkeypatch.setattr(os, "sysconf", lambda name: 250)
+    monkeypatch.setattr(mmap, "PAGESIZE", 4096)
+    check_memory("samples", 256_000, "")
+    with pytest.raises(ValueError, match=r"samples need 0\.00102 GB; .* has 0\.00102 GB. Fewer"):
+        check_memory("samples", 256_001, "Fewer.")
 
 
 def test_the_old_state_is_donated():

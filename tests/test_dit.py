@@ -69,6 +69,36 @@ def test_position_and_time_tables():
     np.testing.assert_allclose(embedding, [np.cos(3), np.cos(0.03), np.sin(3), np.sin(0.03)], 1e-5)
 
 
+def test_patches_of_an_image_that_is_no_square_are_where_they_were():
+    """Fresh blocks change nothing: the output is one linear map of each normalised token."""
+    net, rng = NET.clone(depth=1), np.random.default_rng(0)
+    x = rng.normal(size=(1, 4, 6, KWARGS["in_channels"])).astype(np.float32)
+    condition = Condition(LABEL[:1])
+    params = dict(jax.jit(net.init)(jax.random.key(0), x, T[:1], condition)["params"])
+    size = 4 * net.out_channels
+    last = {"kernel": rng.normal(size=(48, size)), "bias": rng.normal(size=size)}
+    params["final_linear"] = jax.tree.map(jnp.float32, last)
+    got = jax.jit(net.apply)({"params": params}, x, T[:1], condition)[0]
+    embed = jax.tree.map(np.float64, params["x_embedder"])
+    for row, column in np.ndindex(2, 3):
+        place = np.s_[2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+        angles = np.outer([column, row], 1e-4 ** (np.arange(12) / 12))
+        position = np.concatenate([np.sin(angles), np.cos(angles)], axis=1).ravel()
+        token = x[0][place].ravel() @ embed["kernel"] + embed["bias"] + position
+        token = (token - token.mean()) / np.sqrt(token.var() + 1e-6)
+        expected = (token @ last["kernel"] + last["bias"]).reshape(2, 2, -1)
+        np.testing.assert_allclose(got[place], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_unit_conditions_start_larger_than_the_official_ones():
+    """The table of classes with variance 1, and the maps of the level with 1 / inputs."""
+    net = NET.clone(width=96, depth=1, num_classes=200, unit_condition=True)
+    params = jax.jit(net.init)(jax.random.key(0), *PLAIN)["params"]
+    assert np.std(params["y_embedder"]["embedding"]) == pytest.approx(1, rel=0.03)
+    for name, inputs in [("t_embedder_0", 256), ("t_embedder_2", 96)]:
+        assert np.std(params[name]["kernel"]) == pytest.approx(inputs**-0.5, rel=0.05)
+
+
 def _sin_cos(t):
     return np.sin(t), np.sin(t / 100), np.cos(t), np.cos(t / 100)
 

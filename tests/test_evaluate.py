@@ -2,16 +2,15 @@
 
 import dataclasses
 import json
-import re
 import shutil
 
 import jax
 import numpy as np
 import pytest
 import tiny
-from commands import ROOT, call
+from commands import call
 
-from mclr_jax import __version__, files, generate, images, runs
+from mclr_jax import files, generate, images, runs
 from mclr_jax.data import sources
 from mclr_jax.evaluation import evaluate, features, metrics
 from mclr_jax.generate import Guidance
@@ -181,13 +180,40 @@ def test_one_device_evaluates_as_eight_do(made, monkeypatch, tmp_path):
             assert eight[name] == one[name]
 
 
-def test_the_revision_is_that_of_the_checkout_or_else_the_version(monkeypatch, tmp_path):
-    if (ROOT / ".git").exists() and shutil.which("git"):
-        assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", files.provenance()["revision"])
-    monkeypatch.setattr(files, "__file__", str(tmp_path / "mclr_jax" / "files.py"))
-    assert files.provenance()["revision"] == f"version {__version__}"
-    monkeypatch.setenv("MCLR_JAX_REVISION", "abc")
-    assert files.provenance()["revision"] == "abc"
+def test_measures_take_samples_and_real_data_in_their_places():
+    """Of other numbers of samples than real features, which are sorted by class."""
+    rng = np.random.default_rng(0)
+
+    def drawn(count, shift):
+        labels = np.sort(np.arange(count) % 3)
+        logits = rng.normal(size=(count, 3))
+        probs = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        x = rng.normal(size=(count, 4)) * (1 + shift) + labels[:, None] + shift
+        return features.Features(x, np.log(probs), labels)
+
+    kept, fake, judged = drawn(60, 0.0), drawn(30, 0.4), drawn(30, 0.4)
+    whole = metrics.moments(rng.normal(size=(99, 4)))  # of more examples than those kept
+    x, labels = fake.features, fake.labels
+    some = kept.features[np.random.default_rng(0).permutation(60)[:30]]
+    precision, recall = metrics.precision_recall(some, x)
+    density, coverage = metrics.density_coverage(some, x)
+    by_class = metrics.per_class_frechet(x, labels, kept.features, kept.labels)
+    expected = {
+        "accuracy": (judged.log_probs.argmax(1) == judged.labels).mean(),
+        "frechet": metrics.frechet_distance(metrics.moments(x), whole),
+        "per_class_frechet": by_class.mean(),
+        "inter_class_frechet": metrics.inter_class_frechet(x, labels),
+        "inception_score": metrics.inception_score(np.exp(fake.log_probs)),
+        "kernel": metrics.kernel_distance(some, x),
+        "precision": precision, "recall": recall, "density": density, "coverage": coverage,
+    }  # fmt: skip
+    assert precision != recall
+    found = evaluate.measure(fake, evaluate.Reference(whole, kept, "0"), NAMES, judged)
+    assert found == pytest.approx(expected, rel=1e-9)
+    own = evaluate.measure(fake, evaluate.Reference(whole, kept, "0"), ["fd"])
+    assert own["accuracy"] == (fake.log_probs.argmax(1) == labels).mean() != found["accuracy"]
+    without = fake._replace(log_probs=np.zeros((30, 0)))
+    assert evaluate.measure(without, evaluate.Reference(whole, kept, "0"), ["is"]) == {}
 
 
 def test_errors_say_what_to_do(made):

@@ -103,10 +103,12 @@ def test_what_the_page_says_is_refused_is_explained(project):
         next(code for code in blocks("python") if code.startswith("# my_project/objective.py"))
     )
     train = lines_of("train")[0].replace("/run", "/refused")
-    log = call(folder, train, "--config.objective.name=dsm", expect=1)
-    assert "config.objective.c: 'dsm' has no such option" in log
-    assert "base.options('dsm')" in log
-    log = call(folder, train, "--config.data.augment=0.1", expect=1)
+    log = call(folder, train, "--config.objective.c=-1", expect=1)
+    assert "config.objective.c is -1.0; expected a number above 0." in log
+    log = call(
+        folder, train, "--config.objective.name=dsm", "--config.data.augment=0.1", expect=1
+    )  # the name is changed, and what is refused is the augmentation
+    assert "config.objective is now dsm, without c" in log
     assert "has no field 'augment_dim'" in log
     log = call("/nowhere", train.replace("$PYTHONPATH", str(folder)), expect=2)
     assert "no module 'my_project' can be imported" in log

@@ -1,11 +1,16 @@
 """Files that are written whole or not at all, and read although damaged."""
 
+import hashlib
 import json
+import pathlib
+import shutil
+import subprocess
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mclr_jax import files
+from mclr_jax import __version__, files
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
@@ -64,3 +69,57 @@ def test_lines_that_are_no_records_are_left_out(tmp_path):
 
 def test_flat():
     assert files.flat({"a": {"b": 1, "c": {"d": [2]}}, "e": 3}) == {"a.b": 1, "a.c.d": [2], "e": 3}
+
+
+def test_a_digest_tells_paths_shapes_types_and_values():
+    """By its definition, and by a number that files of earlier versions have."""
+    tree = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": [np.array([3, 4], np.int32)]}
+    told = hashlib.sha256()
+    for path, leaf in {"['a']": tree["a"], "['b'][0]": tree["b"][0]}.items():
+        told.update(f"{path}{np.shape(leaf)}{leaf.dtype}".encode() + leaf.tobytes())
+    assert files.digest(tree) == told.hexdigest()[:16] == "14b5b88222a16890"
+    assert (
+        files.digest({"b": [jnp.array([3, 4], jnp.int32)], "a": jnp.asarray(tree["a"])})
+        == "14b5b88222a16890"
+    )
+    a = tree["a"]
+    others = [a.view(np.int32), a.reshape(3, 2), a + 1, a.T.reshape(2, 3), a.astype(np.float64)]
+    trees = [{"a": other, "b": tree["b"]} for other in others] + [{"c": a, "b": tree["b"]}]
+    assert len({files.digest(tree), *map(files.digest, trees)}) == 7
+
+
+def test_a_revision_says_whether_files_have_changed(tmp_path, monkeypatch):
+    """The hash of the commit, in spite of tags, and -dirty as long as a tracked file differs."""
+
+    def git(*arguments):
+        name = ["-c", "user.name=a", "-c", "user.email=a@example.com"]
+        run = subprocess.run(["git", *name, *arguments], cwd=tmp_path, capture_output=True)
+        assert run.returncode == 0, run.stderr
+        return run.stdout.decode().strip()
+
+    module = tmp_path / "mclr_jax" / "files.py"
+    module.parent.mkdir()
+    shutil.copy(pathlib.Path(files.__file__), module)
+    monkeypatch.setattr(files, "__file__", str(module))
+    monkeypatch.delenv("MCLR_JAX_REVISION", raising=False)
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    git("tag", "-a", "v1", "-m", "a tag")
+    (tmp_path / "new").write_text("not tracked")
+    commit = git("rev-parse", "HEAD")
+    assert files.provenance()["revision"] == commit
+    module.write_text(module.read_text() + "# changed")
+    assert files.provenance()["revision"] == f"{commit}-dirty"
+    git("checkout", "-q", ".")
+    assert files.provenance()["revision"] == commit
+
+
+def test_without_a_checkout_the_revision_is_the_version_or_that_of_the_environment(
+    tmp_path, monkeypatch
+):
+    monkeypatch.delenv("MCLR_JAX_REVISION", raising=False)
+    monkeypatch.setattr(files, "__file__", str(tmp_path / "mclr_jax" / "files.py"))
+    assert files.provenance()["revision"] == f"version {__version__}"
+    monkeypatch.setenv("MCLR_JAX_REVISION", "abc")
+    assert files.provenance()["revision"] == "abc"

@@ -75,6 +75,27 @@ def test_digits_are_scikit_learns_split_in_equal_shares():
     )  # each example is in exactly one
 
 
+# mixture
+
+
+def test_the_mixture_is_held_out_from_other_draws():
+    """Both splits have the moments of the mixture by its definition, and no point in common."""
+    from mclr_jax.mixture import toy
+
+    train, test = load("mixture"), load("mixture", "test")
+    assert (len(train), len(test), train.shape, train.num_classes) == (65_536, 8192, (2,), 3)
+    assert not {*map(bytes, train.images)} & {*map(bytes, test.images)}
+    with pytest.raises(ValueError, match="expected one of"):
+        load("mixture", "all")
+    for source in (train, test):
+        for c, means in enumerate(np.asarray(toy().means)):
+            points = source.images[source.labels == c]
+            assert len(points) / len(source) == pytest.approx(1 / 3, abs=0.02)
+            spread = (means**2).mean(0) + 0.45**2 - means.mean(0) ** 2
+            np.testing.assert_allclose(points.mean(0), means.mean(0), atol=0.12)
+            np.testing.assert_allclose(points.var(0), spread, rtol=0.05)
+
+
 # fashion_mnist
 
 
@@ -122,7 +143,7 @@ def test_idx_errors(tmp_path):
 
 @pytest.fixture(scope="module")
 def tfds_dir(tmp_path_factory):
-    """Two sets made without TensorFlow: of equal size (PNG), and unequal (JPEG among PNG)."""
+    """Sets made without TensorFlow: of equal size (PNG), grey, and unequal (JPEG among PNG)."""
     folder = tmp_path_factory.mktemp("tfds")
 
     def prepare(set_name, shape, examples):
@@ -147,6 +168,7 @@ def tfds_dir(tmp_path_factory):
         Builder(data_dir=folder, file_format="array_record").download_and_prepare()
 
     prepare("mclr_equal", (5, 4, 3), [png(image) for image in PIXELS])
+    prepare("mclr_grey", (5, 4, 1), [png(image[..., 0]) for image in PIXELS])
     wide = np.zeros((16, 40, 3), np.uint8)
     wide[:, 12:28] = [200, 100, 50]
     prepare("mclr_unequal", (None, None, 3), [png(wide), png(wide[:, ::2].copy(), "JPEG")])
@@ -167,6 +189,12 @@ def test_tfds(tfds_dir, in_memory):
     np.testing.assert_array_equal(source.labels, labels)
     assert (source.shape, source.num_classes, source.in_memory) == ((5, 4, 3), 4, in_memory)
     assert (images.dtype, labels.dtype) == (np.uint8, np.int32)
+
+
+def test_tfds_of_grey_images_has_one_channel(tfds_dir):
+    images, _ = everything(load("tfds:mclr_grey", path=tfds_dir))
+    assert sorted(map(bytes, images)) == sorted(map(bytes, PIXELS[..., :1].copy()))
+    assert load("tfds:mclr_grey", path=tfds_dir).shape == images.shape[1:] == (5, 4, 1)
 
 
 def test_tfds_unequal_sizes_are_cropped_and_resized(tfds_dir):
@@ -422,3 +450,39 @@ def test_center_crop_takes_the_middle():
     got = np.asarray(formats.center_crop(Image.fromarray(array), 4), np.float64)
     expected = array[:, 4:20].reshape(4, 4, 4, 4).mean((1, 3))
     np.testing.assert_allclose(got, expected, atol=2)  # halving rounds up
+
+
+@pytest.mark.parametrize("size", [(24, 16), (16, 25), (5, 4), (4, 4)])
+def test_center_crop_is_centred_whichever_side_is_longer(size):
+    """A step in the middle of the image stays in the middle; (height, width)."""
+    for axis in (0, 1):
+        array = np.zeros(size, np.uint8)
+        array[np.s_[: size[0] // 2] if axis == 0 else np.s_[:, : size[1] // 2]] = 200
+        got = np.asarray(formats.center_crop(Image.fromarray(array), 4), np.float64)
+        assert got.shape == (4, 4)
+        line = got.mean(1 - axis)
+        shift = 50 * (size[axis] % 2)  # an odd side has its middle half a pixel later
+        np.testing.assert_allclose(line, [200, 200 - shift, 0, 0], atol=60)
+        assert np.ptp(got, axis=1 - axis).max() <= 2  # nothing along the other side
+
+
+def test_what_is_small_is_in_memory(tmp_path, monkeypatch):
+    """Of 2 images of 60 bytes the limit is above 120 bytes."""
+    files = {f"{i}.png": png(PIXELS[i]) for i in range(2)}
+    name = write_zip(tmp_path / "a.zip", files, [[file, 0] for file in files])
+    assert load(name).in_memory
+    for limit, expected in [(121, True), (120, False), (60, False)]:
+        monkeypatch.setattr(formats, "IN_MEMORY_BYTES", limit)
+        assert load(name).in_memory == expected
+
+
+def test_images_with_a_palette_or_transparency_become_colour(tmp_path):
+    """The palette has PIXELS' first 20 colours; transparency is left out."""
+    image = Image.fromarray(np.arange(20, dtype=np.uint8).reshape(5, 4), "P")
+    image.putpalette(PIXELS[0].ravel().tolist())
+    clear = np.dstack([PIXELS[0], np.full((5, 4), 7, np.uint8)])
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    files = {"0.png": buffer.getvalue(), "1.png": png(clear)}
+    images, _ = everything(load(write_zip(tmp_path / "a.zip", files, [[f, 0] for f in files])))
+    np.testing.assert_array_equal(images, [PIXELS[0], PIXELS[0]])

@@ -85,8 +85,18 @@ def test_sample_i_is_the_same_in_any_batch_on_8_devices(trained, churn):
     assert np.abs(whole - other).max() > 0.1
 
 
+def ends(grid, low, high):
+    """An interval whose ends are levels of a grid: the upper one is inside."""
+    return float(np.float32(grid[low])), float(np.float32(grid[high]))
+
+
+LEVELS = ends(Sampler("euler", 5, 0.01, 10.0).grid(), 3, 1)
+
+
 @pytest.mark.parametrize("method", sorted(samplers.METHODS))
-@pytest.mark.parametrize(("scale", "interval"), [(1.0, None), (2.0, None), (2.0, (0.1, 1.0))])
+@pytest.mark.parametrize(
+    ("scale", "interval"), [(1.0, None), (2.0, None), (2.0, (0.1, 1.0)), (2.0, LEVELS)]
+)
 def test_network_calls_are_those_that_the_sampler_makes(trained, method, scale, interval):
     model, _ = trained
     sampler, made = Sampler(method, 5, 0.01, 10.0), []
@@ -217,7 +227,7 @@ def test_a_network_with_strength_takes_the_scale_as_its_input(told):
     labels, grid = np.array([3, 1, 4]), EULER.grid()
     x = np.float32(grid[0]) * normal_like(sample_keys(5, range(3)), jnp.zeros((3, 8, 8, 1)))
     run = generate.compiled(model, "euler", False, False, None)
-    for scale, interval in [(1.0, None), (2.5, None), (2.5, (0.1, 1.0))]:
+    for scale, interval in [(1.0, None), (2.5, None), (2.5, (0.1, 1.0)), (2.5, ends(grid, 2, 0))]:
         guided = Guidance(scale, interval=interval)
         got = generate.generate(model, params, labels, EULER, guided=guided, seed=5)
 

@@ -36,6 +36,15 @@ def test_interval_guides_inside_and_only_inside(scale, low, width):
     chex.assert_trees_all_close(guided(x, sigma, label), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_an_interval_includes_its_upper_end_and_not_its_lower_one():
+    sigma, label = jnp.array([0.25, 0.5, 0.75, 1.5, 1.75]), jnp.zeros(5, jnp.int32)
+    guided = guidance.autoguidance(
+        lambda x, s, c: 2 * x, lambda x, s, c: x, 3.0, (0.5, 1.5)
+    )  # 1 + 3 (2 - 1) inside, 2 outside
+    found = guided(jnp.ones((5, 1)), sigma, label)
+    np.testing.assert_array_equal(found[:, 0], [2, 2, 4, 4, 2])
+
+
 def test_transforms_compose_and_scales_may_differ_by_example():
     """CFG of autoguidance, against the formula written out, with a scale for each example."""
     mix = reference.mixture()

@@ -108,25 +108,38 @@ def test_frames_at_rest_are_not_changed_and_their_observations_not_seen(form):
     np.testing.assert_array_equal(d[:, :3], alone[:, :3])
 
 
-def test_the_norm_form_is_the_papers_step_of_its_own_variable():
-    """z = x / sqrt(1 + sigma^2); the gradient in z by finite differences of L, in float64."""
+@pytest.mark.parametrize("curved", [False, True])
+def test_the_norm_form_is_the_papers_step_of_its_own_variable(curved):
+    """z = x / sqrt(1 + sigma^2); the gradient in z by finite differences of L, in float64.
+
+    The weights are constants; of arctan((H x - 0.3) / 2) they have the slope at the estimate.
+    """
     x, y = case()
+    operator = Operator(OPERATOR.linear, "arctan", 0.3, 2.0) if curved else OPERATOR
     zeta, g, frames = 0.7, 0.03, range(1, FRAMES)
     sigma, stop = np.float64(LEVELS), np.float64(LEVELS) / 2
     covariance = PROCESS.covariance(FRAMES)
     gain = covariance @ np.linalg.inv(covariance + np.diag(np.repeat(sigma**2, 2)))
     rows = np.array(OPERATOR.linear.rows)
 
+    def estimate(z):
+        return (gain @ (z * np.sqrt(1 + sigma**2)[:, None]).ravel()).reshape(FRAMES, 2)
+
+    def told(state):  # and its slope
+        inner = (rows @ state - 0.3) / 2
+        return (np.arctan(inner), 0.5 / (1 + inner**2)) if curved else (rows @ state, 1.0)
+
+    z = np.float64(x[0]) / np.sqrt(1 + sigma**2)[:, None]
+    slopes = [told(state)[1] for state in estimate(z)]
+
     def loss(z):
-        d = (gain @ (z * np.sqrt(1 + sigma**2)[:, None]).ravel()).reshape(FRAMES, 2)
-        total = 0
+        d, total = estimate(z), 0
         for k in frames:
-            error = y[0, k] - rows @ d[k]
-            weight = 1 / (STD**2 + g * sigma[k] ** 2 * (rows**2).sum(1))
+            error = y[0, k] - told(d[k])[0]
+            weight = 1 / (STD**2 + g * slopes[k] ** 2 * sigma[k] ** 2 * (rows**2).sum(1))
             total += np.nansum(weight * error**2)
         return np.sqrt(total)
 
-    z = np.float64(x[0]) / np.sqrt(1 + sigma**2)[:, None]
     gradient, h = np.zeros_like(z), 1e-5
     for index in np.ndindex(*z.shape):
         step = np.zeros_like(z)
@@ -135,7 +148,7 @@ def test_the_norm_form_is_the_papers_step_of_its_own_variable():
     expected = -zeta * gradient * np.sqrt(1 + stop**2)[:, None]  # back in x, at the new level
     seen = guide.Seen(jnp.asarray(y), jnp.asarray(STD))
     here = level()
-    d, shift = guide.norm(OPERATOR, seen, zeta=zeta, g=g)(PROCESS.moments(None), x, here, None)
+    d, shift = guide.norm(operator, seen, zeta=zeta, g=g)(PROCESS.moments(None), x, here, None)
     np.testing.assert_allclose(shift[0, 1:], expected[1:], rtol=2e-3, atol=1e-4)
     np.testing.assert_allclose(d, PROCESS.moments(None)(x, here.sigma, None)[0], rtol=1e-5)
 
@@ -177,6 +190,65 @@ def one_step(moments, frames, reach=1e9, std=0.5, overlap=1.0):
     return np.asarray(correct(moments, jnp.zeros((1, frames, 1)), here, None)[0])[0, :, 0]
 
 
+def by_formula(jacobian, y, sigma, rows, noise, v, c=1.0, overlap=1.0, reach=4.0, d=0.0):
+    """`guide.posterior` as its docstring has it, in NumPy: D (F,), or (F, n) with values (F, m).
+
+    `jacobian` is of D (F n) by x, `rows` (F m, F n) of the operator; y - A D is `y`, 0 if unknown.
+    """
+    y, sigma, v = (np.asarray(a, np.float64) for a in (y, sigma, v))
+    frames, shape = len(y), y.shape
+    known = (y != 0) * 1.0
+    spread = (rows**2 @ v.ravel()).reshape(shape)
+    p = y / (noise + c * spread)
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], (frames, y[0].size)).reshape(shape)
+
+    def gain(p):  # V A^T p with V = sigma^2 J^T
+        return (sigma**2 * (jacobian.T @ (rows.T @ p.ravel())).reshape(v.shape).T).T
+
+    def project(state):
+        return known * (rows @ state.ravel()).reshape(shape)
+
+    pairs = p * project(gain(p)) - signs * p * project(gain(signs * p))
+    near = np.exp(-np.abs(np.subtract.outer(np.arange(frames), np.arange(frames))) / reach)
+    size, among = (near @ part.reshape(frames, -1).sum(1) for part in (p * y, pairs))
+    length = size / np.maximum(size + overlap * np.maximum(among, 0), 1e-30)
+    bound = (np.sqrt(1 + size) * np.sqrt(v).T).T
+    return d + np.clip((length * gain(p).T).T, -bound, bound)
+
+
+@pytest.mark.parametrize("options", [{}, {"c": 0.4, "overlap": 2.0, "reach": 1.5}])
+def test_the_posterior_form_is_its_formula(options):
+    """For a Jacobian that is not symmetric, in units, with a frame at rest and a missing value."""
+    rng = np.random.default_rng(3)
+    _, y = case()
+    size, offset, scale = 2 * FRAMES, np.array([3.0, -2.0]), np.array([2.0, 0.5])
+    jacobian = np.eye(size) / 2 + 0.15 * rng.normal(size=(size, size))
+    v = rng.uniform(0.05, 0.6, (FRAMES, 2))
+
+    def moments(x, sigma, condition):
+        d = jnp.einsum("ij,bj->bi", jnp.float32(jacobian), x.reshape(3, -1)).reshape(x.shape)
+        return d, jnp.broadcast_to(jnp.float32(v), x.shape)
+
+    x = 0.3 * rng.normal(size=(3, FRAMES, 2)).astype(np.float32)
+    units = {"offset": jnp.float32(offset), "scale": jnp.float32(scale)}
+    seen = guide.Seen(jnp.asarray(y), jnp.asarray(STD), **units)
+    got, shift = guide.posterior(OPERATOR, seen, **options)(moments, x, level(), None)
+    assert not shift.any()
+    rows, limits = np.array(OPERATOR.linear.rows), {"overlap": 0.5} | options
+    told = {"rows": np.kron(np.eye(FRAMES), rows * scale), "noise": STD**2, "v": v, **limits}
+    moves = []
+    for row in range(3):
+        d = (jacobian @ x[row].ravel()).reshape(FRAMES, 2)
+        wrong = np.nan_to_num(y[row] - (offset + scale * d) @ rows.T)
+        wrong[0] = 0  # at rest
+        expected = by_formula(jacobian, wrong, LEVELS, d=d, **told)
+        np.testing.assert_allclose(got[row], expected, rtol=1e-3, atol=1e-4)
+        free = by_formula(jacobian, wrong, LEVELS, d=d, **told | {"overlap": 0.0})
+        moves.append(np.abs(free - expected).max(1)[1:] > 1e-3)
+    assert np.any(moves)  # the overlap matters somewhere
+    assert not np.all(moves)  # and the bound elsewhere
+
+
 def of_matrix(v, inflated=0.0):
     """Moments with D = V x and the variance diag(V); the Jacobian's diagonal may be too large."""
     jacobian = jnp.asarray(v + inflated * np.diag(np.diag(v)), jnp.float32)
@@ -199,6 +271,25 @@ def test_frames_that_say_the_same_are_not_counted_twice():
     np.testing.assert_allclose(independent, v / (0.25 + v), rtol=1e-4)
 
 
+def test_an_operator_that_is_not_linear_is_linearised_under_the_estimate():
+    """Of ((x - 1) / 2)^2 mean, slope and what is left have closed forms; frames are independent."""
+    rng, size = np.random.default_rng(4), 8
+    v, x = rng.uniform(0.1, 0.6, size), 0.4 * rng.normal(size=size)
+    d, y, units = v * x, 0.5 + 0.2 * rng.normal(size=size), {"offset": 0.3, "scale": 1.5}
+    seen = guide.Seen(jnp.float32(y)[None, :, None], jnp.float32(0.4), **units)
+    here = Level(*(jnp.full((1, size), a) for a in (1.0, 0.5, True)))
+    correct = guide.posterior(Operator(function="square", offset=1.0, scale=2.0), seen)
+    got, _ = correct(of_matrix(np.diag(v)), jnp.float32(x)[None, :, None], here, None)
+    z, s = (0.3 + 1.5 * d - 1) / 2, 1.5**2 * v / 4  # mean and variance of the operator's argument
+    slope = 2 * z * 1.5 / 2  # by x of the model's units
+    total = 0.4**2 + 2 * s**2 + slope**2 * v
+    expected = d + v * slope * (y - z**2 - s) / total
+    bound = np.sqrt(v * (1 + (y - z**2 - s) ** 2 / total))
+    np.testing.assert_allclose(got[0, :, 0], expected, rtol=2e-3, atol=1e-3)
+    assert np.all(np.abs(expected - d) < bound)
+    assert np.abs(expected - d).max() > 0.05
+
+
 def test_a_diagonal_that_is_too_large_does_not_shorten_the_step():
     """Neighbours move by V A^T (y - A D) / (R + v), whatever the network's own derivative is."""
     v = 0.5 * np.eye(6) + 0.2 * np.eye(6, k=1) @ np.diag([0, 1, 0, 0, 0, 0])
@@ -208,11 +299,15 @@ def test_a_diagonal_that_is_too_large_does_not_shorten_the_step():
 
 
 def test_the_step_is_shortened_near_the_frames_that_overlap():
+    """The values of a block of 8 frames add up, and the exact answers are known."""
     v = np.zeros((40, 40))
     v[:8, :8] = 0.5
     v[range(8, 40), range(8, 40)] = 0.5
     got = one_step(of_matrix(v), 40, reach=2.0)
-    np.testing.assert_allclose(got[:4], 8 * 0.5 / (0.25 + 8 * 0.5), rtol=0.35)
+    expected = by_formula(v, np.ones(40), np.ones(40), np.eye(40), 0.25, np.diag(v), reach=2.0)
+    np.testing.assert_allclose(got, expected, rtol=1e-4)
+    exact, far = 8 * 0.5 / (0.25 + 8 * 0.5), one_step(of_matrix(v), 40, overlap=0.0)
+    assert np.abs(got[:8] - exact).max() < np.abs(far[:8] - exact).min() / 2
     np.testing.assert_allclose(got[24:], 0.5 / 0.75, rtol=0.02)
 
 

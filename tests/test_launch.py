@@ -1,5 +1,6 @@
 """The command lines, as a user types them."""
 
+import json
 import pathlib
 import re
 import subprocess
@@ -17,6 +18,7 @@ SMALL = """
     --config.num_steps=4 --config.batch_size=8 --config.eval_examples=8 --config.sample_every=0
     --config.checkpoint_every=2 --config.network.width=16 --config.network.depth=1
     --config.network.heads=2 --config.optimizer.learning_rate=0.03 --config.optimizer.warmup_steps=0
+    --config.noise.name=loguniform --config.noise.sigma_min=0.02
 """.split()
 
 
@@ -33,7 +35,13 @@ def workdir(tmp_path_factory):
     log = call("train", "--config=configs/digits.py", f"--workdir={path}", *SMALL)
     assert "jax" in log  # the banner
     assert "1 device(s)" in log
+    assert "config.noise is now loguniform, without mean, std" in log
     return path
+
+
+def test_a_name_on_the_command_line_brings_its_options(workdir):
+    noise = json.loads((workdir / "run.json").read_text())["config"]["noise"]
+    assert noise == {"name": "loguniform", "sigma_min": 0.02, "sigma_max": 80.0}
 
 
 def test_sample_writes_arrays_and_a_picture(workdir, tmp_path):
@@ -100,9 +108,19 @@ CONFIG = "--config=configs/digits.py"
         ("train", [CONFIG, "--config.seed.x=1"], "--config.seed.x: config.seed has no key 'x'"),
         ("train", [CONFIG, "--config.num_steps=1e3"], "num_steps=1e3: expected an integer."),
         ("train", [CONFIG, "--config.objective=mclr"], "objective=mclr: it is a section; set its"),
+        ("train", [CONFIG, "--config.noise.name=logunifrm"], "Did you mean 'loguniform'"),
+        (
+            "train",
+            [CONFIG, "--config.noise.name", "loguniform", "--config.noise.std=1"],
+            "config.noise has no key 'std'. Known: name, sigma_max, sigma_min",
+        ),
         ("train", ["--config.num_steps=3"], "--config.num_steps needs --config=configs/NAME.py"),
         ("train", ["--config=configs/digit.py"], "Did you mean 'configs/digits.py'"),
-        ("train", [CONFIG + ":x"], "configs/digits.py:x: TypeError: get_config() takes 0"),
+        (
+            "train",
+            [CONFIG + ":x"],
+            "configs/digits.py:x cannot be loaded: TypeError: get_config() takes 0",
+        ),
         ("train", ["--config=digits"], "Did you mean 'configs/digits.py'"),
         ("train", [CONFIG, "--wrkdir=x"], "Did you mean: workdir"),
         ("train", [CONFIG], "--workdir"),
@@ -129,7 +147,7 @@ def test_a_config_file_that_fails_is_named_with_its_error(tmp_path):
 def test_values_that_make_no_sense_are_explained(workdir, tmp_path):
     train = [CONFIG, f"--workdir={tmp_path / 'w'}", *SMALL]
     log = call("train", *train, "--config.parallel=pmpa", expect=1)
-    assert "parallel is 'pmpa'; expected one of" in log
+    assert "config.parallel is 'pmpa'. Did you mean 'pmap'" in log
     log = call("train", *train, "--config.require_accelerator", expect=1)
     assert "no accelerator" in log
     log = call("sample", f"--workdir={tmp_path}", "--out=x.npz", expect=1)
@@ -147,9 +165,13 @@ def test_values_that_make_no_sense_are_explained(workdir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "module", ["train", "sample", "evaluate", "icr", "report", "demo", "assimilate", "calibrate"]
+    "module",
+    ["train", "plan", "sample", "evaluate", "icr", "report", "demo", "assimilate", "calibrate"],
 )
 def test_help_is_worth_reading(module):
     text = call(module, "--help", expect=1)  # absl exits with 1 after help
     assert f"python -m launch.{module}" in text
     assert "--workdir" in text or "--out" in text
+    rate = "optimizer.learning_rate=0.001: after the warm-up; at least 0 and at most 1000000\n"
+    beta = "objective.negative_weight=1000.0: lambda; at least 0 and at most 1000000000 [cca]\n"
+    assert (rate in text and beta in text) == (module in ("train", "plan"))

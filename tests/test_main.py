@@ -365,7 +365,7 @@ def test_init_from_starts_from_the_other_runs_average(base, tmp_path):
 
 def test_fine_tuning_starts_from_the_average_and_holds_it_frozen(base, tmp_path):
     """A run that needs its base no more once it has begun goes on without it, to the same bits."""
-    changes = {"objective.reference_penalty": 0.5, "optimizer.schedule": "constant"}
+    changes = {"objective.target": "reference", "optimizer.schedule": "constant"}
     copy = shutil.copytree(base, tmp_path / "copy")
     main.train(mclr(copy, **changes), tmp_path / "whole")
     main.train(mclr(copy, **changes, num_steps=6), tmp_path / "parts")

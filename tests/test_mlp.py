@@ -3,6 +3,7 @@
 import re
 from functools import partial
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,6 +81,38 @@ DROPPED = X, C_NOISE, Condition(LABEL, dropout_keys=jax.random.split(jax.random.
 @pytest.fixture(scope="module")
 def params():
     return jax.jit(NET.init)(jax.random.key(3), *PLAIN)["params"]
+
+
+def described(params, x, c_noise, condition):
+    """The MLP in NumPy, of what its docstrings say; with float64 parameters."""
+
+    def layer(name, x, block=params):
+        return x @ block[name]["kernel"] + block[name].get("bias", 0)
+
+    def silu(x):
+        return x / (1 + np.exp(-x))
+
+    angles = c_noise[:, None] * np.geomspace(0.5, 32, 16)
+    embedding = layer("map_noise", np.concatenate([np.cos(angles), np.sin(angles)], axis=1))
+    embedding += params["map_label"]["embedding"][condition.label]
+    angles = np.log1p(np.asarray(condition.strength, np.float64))[:, None] * [0.5, 1, 2, 4]
+    strength = 8 * np.concatenate([np.sin(angles), 1 - np.cos(angles)], axis=1)
+    embedding += layer("map_strength", strength) + layer("map_augment", condition.augment)
+    embedding = silu(layer("map_layer", silu(embedding)))
+    h = layer("in_linear", x)
+    for name in ("block0", "block1"):
+        block = params[name]
+        scale, shift = np.split(layer("affine", embedding, block), 2, axis=1)
+        h = h + layer("linear1", silu(layer("linear0", h, block) * (1 + scale) + shift), block)
+    return layer("out_linear", silu(h))
+
+
+def test_it_is_its_description_in_numpy(params):
+    moved = cases.moved(params, 5)
+    condition = Condition(LABEL, STRENGTH, AUGMENT)
+    got = jax.jit(NET.apply)({"params": moved}, X, C_NOISE, condition)
+    told = jax.tree.map(lambda a: np.asarray(a, np.float64), (moved, X, C_NOISE))
+    np.testing.assert_allclose(got, described(*told, condition), rtol=1e-4, atol=1e-4)
 
 
 def test_dropout_of_an_example_ignores_its_batch(params):

@@ -198,6 +198,13 @@ def test_noise_of_a_sample_is_addressed_by_seed_and_number():
     assert np.abs(all_four - other_seed).min() > 0
 
 
+def test_the_noise_of_samples_is_that_of_earlier_versions():
+    """A seed and a number name a sample for ever."""
+    n = noise.normal_like(noise.sample_keys(5, [0, 3]), jnp.zeros((2, 2)))
+    expected = [[0.41528264, 1.1503867], [-1.2152554, 0.08600466]]
+    np.testing.assert_allclose(n, expected, rtol=1e-5)
+
+
 def test_noise_has_the_type_and_the_moments_that_it_should():
     x = jnp.zeros((2000, 5, 2), jnp.bfloat16)
     assert noise.normal_like(noise.sample_keys(0, np.arange(2000)), x).dtype == jnp.bfloat16

@@ -6,10 +6,9 @@ import pathlib
 import re
 
 import commands
+import IPython  # noqa: F401  without which no cell runs
+import nbformat
 import pytest
-
-nbformat = pytest.importorskip("nbformat")
-pytest.importorskip("IPython")
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -36,6 +36,14 @@ def test_linear_operators_are_those_of_numpy():
     assert not np.array_equal(some, other)
 
 
+@pytest.mark.parametrize(("share", "count"), [(0.1, 1), (0.4, 4), (0.84, 8), (0.86, 9), (1.0, 10)])
+def test_a_share_of_the_coordinates_is_the_nearest_number_of_them(share, count):
+    """And at least one, however small the share is."""
+    state = np.arange(10.0, dtype=np.float32).reshape(1, 1, 10)
+    assert Random(share)(state).shape == (1, 1, count)
+    assert Random(share / 100)(state).shape == (1, 1, 1)
+
+
 def test_downsampling_by_4_is_the_mean_of_the_4_middle_pixels():
     """Bilinear interpolation at the centre of each block, as of half-pixel centres."""
     small = Operator(Downsample(4))(FIELDS).reshape(2, 3, 2, 3, 2)

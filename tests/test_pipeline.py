@@ -87,6 +87,14 @@ def test_epochs_and_seeds_differ(seed, epoch, other):
     assert not np.array_equal(mine, pipeline.step_indices(seed + 1, other, 50, 50))
 
 
+def test_the_order_of_examples_is_that_of_earlier_versions():
+    """A run that is continued goes on in the order in which it began."""
+    assert pipeline.step_indices(5, 3, 6, 11).tolist() == [3, 4, 5, 10, 5, 1]  # two epochs
+    assert pipeline.step_indices(5, 0, 4, 10**6).tolist() == [65170, 418192, 97559, 917464]
+    other = pipeline.step_indices(5 + 2**31, 2, 4, 10**6)  # of a companion
+    assert other.tolist() == [428563, 804002, 752603, 967237]
+
+
 @pytest.mark.parametrize("lazy", [False, True])
 def test_stream_is_the_arithmetic(lazy):
     for step, batch in enumerate(take(pipeline.stream(source(lazy), 7, seed=5), 9)):

@@ -268,6 +268,29 @@ def test_what_exceeds_the_memory_of_a_gpu_does_not_fit(monkeypatch):
     assert fits == [True, False]
 
 
+def test_a_chip_may_have_several_devices(monkeypatch):
+    """A v4 has two, with half of its batch and of its FLOP/s each, and copies of the parameters."""
+    task = Training.parse(tiny.config("mixture")).task(DataInfo((2,), 3, 1.0), {})
+    options = {"batch_size": 32, "steps_per_dispatch": 1, "num_steps": 7200, "network_calls": 5}
+    found = {}
+    for devices in (1, 2):
+        chip = dataclasses.replace(chips.CHIPS["v4"], devices=devices, flops=1e3)
+        all_devices = tuple(jax.devices()[: 4 * devices])
+        monkeypatch.setattr(chips, "topology", lambda name, c=chip, d=all_devices: (c, d))
+        found[devices] = plan.plan(task, "", "data", **options)
+    for each in found.values():
+        seconds = plan.step_flops(task, 32) / 4 / 1e3
+        assert (each["chips"], each["roofline"]["seconds"]["compute"]) == (4, seconds)
+        assert each["roofline"]["seconds_per_step"] == seconds
+        assert each["device_hours"] == pytest.approx(2 * 4 * seconds)  # 7,200 steps
+        sampling = 1000 * 5 * plan.forward_flops(task.model)
+        assert each["thousand_samples"]["flops"] == sampling
+        assert each["thousand_samples"]["chip_seconds"] == sampling / 1e3
+        assert each["flops_per_example"]["step"] == plan.step_flops(task, 32) / 32
+    one, two = (each["memory_per_chip_bytes"]["arguments"] for each in found.values())
+    assert one < two < 2 * one + 100  # the batch is the same
+
+
 # ---- the command ---------------------------------------------------------------------------------
 
 

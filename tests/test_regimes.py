@@ -16,7 +16,8 @@ from mclr_jax.assimilation.schedules import Scheme, levels
 
 PROCESS = oracle.Process()
 FRAMES = 12
-TRUTH, SEEN = PROCESS.draw(8, FRAMES, 0.3, missing=(3, 7))
+COUNT = 4  # of trajectories
+TRUTH, SEEN = PROCESS.draw(COUNT, FRAMES, 0.3, missing=(3, 7))
 EXACT = oracle.Exact()
 
 
@@ -126,10 +127,10 @@ def test_each_frame_may_have_its_own_regime():
 def test_a_known_start_and_a_forecast():
     """In physical units. Beyond the last observation the spread grows to that of the process."""
     process = oracle.Process(offset=(3.0, -1.0), scale=(8.0, 0.5))
-    truth, seen = process.draw(8, 5, 2.0, initial=True)
+    truth, seen = process.draw(2 * COUNT, 5, 2.0, initial=True)
     for lag in (0, np.inf):
         result = run(lag=lag, observations=seen, process=process, forecast=6)
-        assert result.members.shape == (8, 256, 11, 2)
+        assert result.members.shape == (2 * COUNT, 256, 11, 2)
         np.testing.assert_allclose(
             result.members[:, :, 0], truth[:, None, 0].repeat(256, 1), rtol=1e-5
         )
@@ -142,17 +143,17 @@ def test_a_known_start_and_a_forecast():
 
 def test_sparse_observations_are_filtered_with_one_update_each():
     calls = []
-    _, seen = PROCESS.draw(8, FRAMES, 0.3, every=4)
+    _, seen = PROCESS.draw(COUNT, FRAMES, 0.3, every=4)
     result = run(observations=seen, progress=calls.append)
     wrong, ratio = errors(result, 0, seen)
     assert wrong < 0.08  # .03 to .06 by seed: few updates, and 2,048 members have errors in common
     assert abs(ratio - 1) < 0.05
-    assert calls == [8 * 256] * 3
+    assert calls == [COUNT * 256] * 3
 
 
 def test_long_trajectories_in_blocks():
     """Batch with a window of 8 frames, of which half are new in each block."""
-    _, seen = PROCESS.draw(8, 20, 0.3)
+    _, seen = PROCESS.draw(2 * COUNT, 20, 0.3)
     wrong, ratio = errors(run(dataclasses.replace(EXACT, window=8), np.inf, seen), np.inf, seen)
     assert wrong < 0.08
     assert abs(ratio - 1) < 0.05
@@ -273,7 +274,7 @@ def test_members_are_replaced_by_kept_ones_of_their_trajectory():
 
 def test_a_filter_replaces_members_that_the_observations_contradict():
     """With guidance that does nothing every member is one of the prior."""
-    _, seen = PROCESS.draw(8, FRAMES, 0.3, every=6)
+    _, seen = PROCESS.draw(COUNT, FRAMES, 0.3, every=6)
     blind = Scheme(guidance="norm", zeta=0.0)
     with_all, rest = (
         run(dataclasses.replace(blind, screen=screen), np.inf, seen).members

@@ -142,6 +142,26 @@ def test_the_fixed_point_of_model_guidance_is_cfg_of_one_over_one_minus_w():
     assert slope_in_standard_errors(objective, exact.denoise, exact, 3.5, **frozen) < 4
 
 
+@pytest.mark.parametrize(("sigma", "guided"), [(0.5, False), (0.625, True), (1.5, True)])
+def test_model_guidance_guides_at_the_upper_end_of_its_interval_alone(sigma, guided):
+    """Levels of 1 and 3 times sigma_data, which are exact in float32."""
+    x0, label = jnp.linspace(-2, 2, 12).reshape(6, 2), jnp.arange(6) % 3
+    keys = jax.random.split(jax.random.key(0), 6)
+    models = cases.models(
+        lambda x, s, c: 0.3 * x, average=lambda x, s, c: x / 2 + 0.1 * label_of(c)[:, None]
+    )
+
+    def loss(interval):
+        problem = cases.problem(Level(sigma), sigma_data=0.5)
+        given = problem, Batch(x0, Condition(label)), keys
+        return ModelGuidance(0.4, interval, 0.0)(models, *given)[0]
+
+    everywhere, nowhere = loss((0.0, 99.0)), loss((90.0, 99.0))
+    assert np.abs(everywhere - nowhere).max() > 1e-3
+    expected = everywhere if guided else nowhere
+    np.testing.assert_array_equal(loss((1.0, 3.0)), expected)
+
+
 def test_the_optimum_of_contrastive_flow_matching():
     exact, share = toy(), 0.2
     mean = jnp.einsum("k,kc,kcd->d", exact.class_prior, exact.weights, exact.means)

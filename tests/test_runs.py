@@ -15,6 +15,7 @@ from mclr_jax.config import Training
 from mclr_jax.data import sources
 from mclr_jax.objectives.dsm import DSM
 from mclr_jax.samplers import Sampler
+from mclr_jax.training import ema
 from mclr_jax.training.checkpoint import Checkpoints, MismatchError
 
 
@@ -50,6 +51,24 @@ def test_a_run_comes_back_from_its_directory(tmp_path):
     assert json.dumps(loaded.config) == json.dumps(record.read(tmp_path)["config"])
     assert loaded.sampler == Sampler("euler", 3, sigma_min=0.01, sigma_max=20.0)
     json.loads((tmp_path / "run.json").read_text(), parse_constant=pytest.fail)  # no Infinity
+
+
+def test_keys_of_earlier_versions_are_left_out_if_they_have_their_default(tmp_path):
+    """A run of MCLR whose config has options that were removed; another value is an error."""
+    config, _ = describe(tmp_path, config=tiny.config("mixture_mclr"))
+    path = tmp_path / "run.json"
+    older = json.loads(path.read_text())
+    older["config"]["objective"] |= {"logistic_scale": 10.0, "reference_penalty": 0.0}
+    older["config"]["posterior"] = {"name": "denoiser", "levels": 4, "candidates": 0}
+    path.write_text(json.dumps(older))
+    found = record.read(tmp_path)["config"]
+    assert found["posterior"] == {"name": "denoiser", "levels": 4}
+    assert found["objective"] == Training.parse(config).config["objective"]
+    Training.parse(runs.load(tmp_path).config)
+    older["config"]["objective"]["reference_penalty"] = 0.5
+    path.write_text(json.dumps(older))
+    with pytest.raises(ValueError, match="reference_penalty: 'mclr' has no such option"):
+        Training.parse(runs.load(tmp_path).config)
 
 
 def test_changed_values_are_named(tmp_path, caplog):
@@ -261,6 +280,23 @@ def test_weights_lie_on_the_line_from_where_the_run_started(tmp_path):
         chex.assert_trees_all_equal(runs.load_model(tmp_path / "run", t)[1], params)
 
 
+@pytest.mark.parametrize(("step", "used"), [(None, (6, 12)), (12, (6, 12)), (11, (6,)), (6, (6,))])
+def test_a_width_is_reconstructed_from_the_snapshots_up_to_a_step(tmp_path, step, used):
+    _, model = describe(tmp_path, **tiny.POWER)
+    stored = [(s, std) for s in (6, 12) for std in (0.05, 0.1)]
+    trees = {pair: model.init(jax.random.key(seed)) for seed, pair in enumerate(stored)}
+    with Checkpoints(tmp_path / "snapshots", keep=None) as store:
+        for s in (6, 12):
+            store.save(s, {f"power_{std}": trees[s, std] for std in (0.05, 0.1)})
+    found, last = runs.load(tmp_path).weights("0.07", step)
+    pairs = [pair for pair in stored if pair[0] in used]
+    weights = ema.posthoc_coefficients(*zip(*pairs, strict=True), used[-1], 0.07)
+    parts = zip(pairs, weights, strict=True)
+    tree = [jax.tree.map(lambda x, w=w: w * x, trees[pair]) for pair, w in parts]
+    chex.assert_trees_all_close(found, jax.tree.map(lambda *x: sum(x), *tree), atol=1e-5)
+    assert last == used[-1]
+
+
 # ---- weights of another model --------------------------------------------------------------------
 
 
@@ -315,7 +351,7 @@ def companions_of(config, workdir, data=None):
 
 def mclr(**changes):
     config = tiny.config("mixture")
-    config.objective = base.options("mclr", reference_penalty=0.5)
+    config.objective = base.options("mclr", target="reference")
     config.posterior = base.options("classifier")
     config.update_from_flattened_dict(changes)
     return config

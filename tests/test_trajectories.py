@@ -44,6 +44,23 @@ def test_a_trajectory_depends_on_seed_split_and_number_alone(tmp_path, monkeypat
         assert np.abs(other - first[:2]).min() > 0
 
 
+def test_files_of_other_splits_and_lengths_are_not_taken(tmp_path, monkeypatch):
+    """2 trajectories in a file, as many as are held out: the names of files are alike."""
+    monkeypatch.setattr(trajectories, "PART", 2 * 13 * 3)
+
+    def windows(**changes):
+        options = {"path": str(tmp_path), **SMALL, **changes}
+        return Trajectories(**options)[np.arange(2)][0]
+
+    train, test, longer = windows(), windows(split="test"), windows(length=13)
+    assert np.abs(test - train).min() > 0
+    assert longer.shape == train.shape
+    np.testing.assert_allclose(longer[0], train[0], rtol=1e-4, atol=1e-5)
+    assert len(Trajectories(path=str(tmp_path), **SMALL | {"length": 13})) == 16 * 9
+    last = Trajectories(path=str(tmp_path), **SMALL | {"length": 13})[np.array([16 * 8])][0]
+    assert last.shape == (1, 5, 3)
+
+
 def test_parts_that_exist_are_not_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr(trajectories, "PART", 5 * 12 * 3)
     options = {"path": str(tmp_path), **SMALL}

@@ -98,9 +98,9 @@ def last(p, h, embedding):
 
 def test_a_trajectory_network_is_its_definition():
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), PARAMS["params"])
-    got = jax.jit(STATES.apply)(PARAMS, X, LEVELS, NONE)
-    for row in range(B):
-        embedding = embedded(p, np.asarray(LEVELS[row], np.float64).reshape(-1, 2), 0)
+    got = jax.jit(STATES.apply)(PARAMS, X, LEVELS, Condition(jnp.arange(B)))
+    for row in range(B):  # the second has the null label
+        embedding = embedded(p, np.asarray(LEVELS[row], np.float64).reshape(-1, 2), row)
         h = dense(p["in_linear"], np.asarray(X[row], np.float64).reshape(F // 2, 2 * D))
         for name in ("block0", "block1"):
             q = p[name]
@@ -247,6 +247,31 @@ def test_options_change_what_they_should(network, params, x):
     np.testing.assert_allclose(run(remat=True), plain, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("network", "params", "x"), CASES)
+def test_optional_inputs_are_added_to_the_label(network, params, x):
+    """By kernels that start at zero; as if the rows of the label's table were moved by them."""
+    made = network.clone(takes_strength=True, augment_dim=3)
+    condition = NONE.replace(strength=jnp.array([0.5, 2.0]), augment=jnp.eye(3)[:B])
+    levels = LEVELS[:, : x.shape[1]]
+    fresh = jax.jit(made.init)(jax.random.key(0), x, levels, NONE)["params"]
+    kernels = {name: fresh[name]["kernel"] for name in made.optional_inputs}
+    assert not any(np.any(kernel) for kernel in kernels.values())
+    moved = cases.moved(kernels, 4, 0.3)
+    own = params["params"] | {name: {"kernel": kernel} for name, kernel in moved.items()}
+    run, plain = jax.jit(made.apply), jax.jit(network.apply)
+    got = run({"params": own}, x, levels, condition)
+    angles = np.log1p([0.5, 2.0])[:, None] * [0.5, 1, 2, 4]
+    features = 8 * np.concatenate([np.sin(angles), 1 - np.cos(angles)], axis=1)
+    added = features @ np.asarray(moved["map_strength"]) + np.asarray(moved["map_augment"][:B])
+    for row in range(B):
+        table = params["params"]["map_label"]["embedding"] + added[row].astype(np.float32)
+        shifted = {"params": params["params"] | {"map_label": {"embedding": table}}}
+        expected = plain(
+            shifted, x[row : row + 1], levels[row : row + 1], Condition(NONE.label[:1])
+        )
+        np.testing.assert_allclose(got[row], expected[0], rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("network", "shape", "message"),
     [
@@ -255,11 +280,7 @@ def test_options_change_what_they_should(network, params, x):
         (FIELDS, (B, F, D), r"FrameDiT expects x \(B, F, H, W, C\)"),
         (FIELDS, (B, 2, 5, 4, 1), "fields are 5x4, not divisible by patch_size 2"),
         (STATES.clone(heads=3), (B, F, D), "width is 8; 3 heads need a multiple of 3"),
-        (STATES.clone(window=-1), (B, F, D), r"network\.window is -1"),
         (RING, (B, F, 11), "11 coordinates, not divisible by patch 2"),
-        (RING.clone(patch=-1), (B, F, 10), r"network\.patch is -1"),
-        (RING.clone(reach=-1), (B, F, 10), r"network\.reach is -1"),
-        (FIELDS.clone(reach=-1), (B, 2, 4, 4, 1), r"network\.reach is -1"),
     ],
 )
 def test_wrong_shapes_are_refused(network, shape, message):
@@ -267,3 +288,11 @@ def test_wrong_shapes_are_refused(network, shape, message):
         jax.eval_shape(
             network.init, jax.random.key(0), jnp.zeros(shape), LEVELS[:, : shape[1]], NONE
         )
+
+
+@pytest.mark.parametrize("network", [RING, FIELDS])
+@pytest.mark.parametrize("option", ["window", "reach", "patch"])
+def test_negative_options_are_refused(network, option):
+    if hasattr(network, option):
+        with pytest.raises(ValueError, match=rf"network\.{option} is -1"):
+            network.clone(**{option: -1})

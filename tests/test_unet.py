@@ -63,6 +63,18 @@ def test_attention_heads():
     assert attention_heads("ddpmpp", 256) == 1
 
 
+@pytest.mark.parametrize(("resolution", "attends"), [(8, True), (4, False)])
+def test_attention_is_where_the_height_is_named(resolution, attends):
+    """Blocks of an image 8 high and 4 wide, named by both sizes, as in official weights."""
+    net = tiny("ddpmpp").clone(attention_resolutions=(resolution,))
+    x = jnp.zeros((BATCH, 8, 4, 3))
+    shapes = jax.eval_shape(net.init, jax.random.key(0), x, *PLAIN[1:])["params"]
+    assert ("qkv" in shapes["enc_8x4_block0"]) == attends
+    decoder = {name: "qkv" in shapes[f"dec_8x4_{name}"] for name in ("block0", "block1")}
+    assert decoder == {"block0": False, "block1": attends}
+    assert "qkv" in shapes["dec_8x4_in0"]  # always
+
+
 @pytest.mark.parametrize("architecture", ["ncsnpp", "adm"])
 def test_initial_weights(architecture):
     """The output starts at zero (ADM) or a hundred thousandth of its usual size."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import parameterized
 
-from mclr_jax import denoiser, ema, guidance, mixture, model, noise, posterior, samplers
+from mclr_jax import denoiser, guidance, mixture, model, noise, posterior, samplers
 from mclr_jax.data import augment, pixels
 from mclr_jax.denoiser import EDM, Epsilon, V, Velocity
 from mclr_jax.networks.dit import DiT
@@ -21,6 +21,7 @@ from mclr_jax.objectives.mclr import MCLR
 from mclr_jax.objectives.mclr_null import NullMCLR
 from mclr_jax.objectives.rivals import CCA, DDO, DPO, GFT, ContrastiveFlow, ModelGuidance
 from mclr_jax.representation import perturb
+from mclr_jax.training import ema
 from mclr_jax.training.step import init_state, make_update
 from mclr_jax.types import Answers, Condition
 
@@ -136,7 +137,7 @@ CASES = {
     "classify": (of_objective(Classify()), DATA),
     "mclr posterior": (of_objective(MCLR(target="reference", negative_share=0.5)), DATA),
     "mclr prior": (of_objective(MCLR(negatives="prior", weighting="cfg", bound="clip")), DATA),
-    "mclr logistic": (of_objective(MCLR(negatives="mismatched", bound="logistic")), DATA),
+    "mclr mismatched": (of_objective(MCLR(negatives="mismatched", weighting="cfg")), DATA),
     "mclr_null": (of_objective(NullMCLR(wrong_label=0.5)), DATA),
     "cca": (of_objective(CCA(0.5, 2.0, second_positives=True)), DATA),
     "dpo": (of_objective(DPO(0.5)), DATA),

@@ -29,7 +29,8 @@ class MLPClassifier(Network):
     @nn.compact
     def __call__(self, x: jax.Array, c_noise: jax.Array, condition: Condition) -> jax.Array:
         """x (B, ...), c_noise (B,) -> logits (B, num_classes)."""
-        own = ("width", "depth", "augment_dim", "takes_strength", "dropout", "dtype")
+        own = ("width", "depth", "augment_dim", "takes_strength", "dropout", "dtype", "remat",
+               "remat_policy")  # fmt: skip
         fields = {field: getattr(self, field) for field in own}
         trunk = MLP(out_channels=self.width, num_classes=0, **fields, name="trunk")
         h = nn.silu(trunk(x.reshape(len(x), -1), c_noise, with_label(condition, 0)))
@@ -66,7 +67,7 @@ class ConvClassifier(Network):
         for level, features in enumerate(self.channels):
             h = layers.downsample(h) if level else h
             options = {"dropout": self.dropout, "dtype": self.dtype, "name": f"block{level}"}
-            block = Block(features, adm=True, edm_init=False, **options)
+            block = self.block(Block)(features, adm=True, edm_init=False, **options)
             h = block(h, embedding, condition.dropout_keys)
         h = nn.silu(layers.GroupNorm(dtype=self.dtype, name="out_norm")(h))
         h = h.astype(jnp.float32).mean(axis=(1, 2))

@@ -33,12 +33,9 @@ class MCLR(Objective):
     """The MCLR loss of each example; see the formula above.
 
     Examples with a dropped label or a noise level outside the interval get plain DSM. The bound
-    "clip" limits the negative error to clip_ratio times the positive error. The bound "logistic"
-    puts 2 / a (log(1 + exp(a m)) - log 2), a = logistic_scale, in place of m, which is weight beta
-    (positive error - omega negative error) minus the same of the reference (Diffusion-DPO, arXiv
-    2311.12908, with a wrong label on the same image). Both have the same gradient if the model
-    equals the reference. The target "reference" is D_ref(x_s, c), an estimate of E[x0 | x_s, c]:
-    the optimum is the same, and the variance far less.
+    "clip" limits the negative error to clip_ratio times the positive error. The target "reference"
+    is D_ref(x_s, c), an estimate of E[x0 | x_s, c]: the optimum is the same, and the variance far
+    less.
     """
 
     beta: float = key(1.0, 0.0, 1e12, says="strength of the contrast; config.strength replaces it")
@@ -50,12 +47,8 @@ class MCLR(Objective):
     weighting: str = key("none", words=("none", "cfg"), says="cfg weights negatives that are not "
                          "from the posterior to the CFG-equivalent form")  # fmt: skip
     negative_share: float = base.negative_share()
-    bound: str = key("none", words=("none", "clip", "logistic"), says="bound of the plain form")
+    bound: str = key("none", words=("none", "clip"), says="bound of the plain form")
     clip_ratio: float = key(2.0, 0.0, 1e12, says="largest negative error over positive error")
-    logistic_scale: float = key(10.0, 0.0, 1e12, "(", says="a of the logistic bound")
-    reference_penalty: float = key(
-        0.0, 0.0, 1e12, says="factor of weight(s) (|D - D_ref|^2 at c + |D - D_ref|^2 at c~)"
-    )
     target: str = key("data", words=("data", "reference"), says="target of both errors")
     sigma_interval: tuple[float, ...] = base.sigma_interval()
 
@@ -69,8 +62,7 @@ class MCLR(Objective):
 
     @property
     def needs(self) -> frozenset[str]:
-        reference = self._held or self.target == "reference"
-        needs = {"posterior": self._equivalent, "reference": reference}
+        needs = {"posterior": self._equivalent, "reference": self.target == "reference"}
         found = {name for name, needed in needs.items() if needed}
         return frozenset({"class_prior", "class_strengths"} | found)
 
@@ -78,11 +70,6 @@ class MCLR(Objective):
     def _equivalent(self) -> bool:
         """Whether the optimum is CFG."""
         return self.negatives == "posterior" or self.weighting == "cfg"
-
-    @property
-    def _held(self) -> bool:
-        """Whether the loss compares the model with the reference at both labels."""
-        return self.bound == "logistic" or self.reference_penalty > 0
 
     def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
         """Loss (B,) and metrics; raises ValueError unless 1 / negative_share divides the rows.
@@ -107,7 +94,7 @@ class MCLR(Objective):
         some = functools.partial(jax.tree.map, lambda values: values[::every])
         loss, metrics = self._terms(
             models, problem, batch.x0, noisy, some,
-            wrong, some(contrast > 0), some(contrast * own_weight), some(contrast * omega),
+            wrong, some(contrast * own_weight), some(contrast * omega),
         )  # fmt: skip
         metrics |= {"weight": mean(omega), "weight_ess": effective_share(omega)}
         metrics["weight_max"] = maximum(omega)
@@ -138,50 +125,28 @@ class MCLR(Objective):
         own_weight = 1 - jnp.exp(_at(log_posterior, own)) if mismatched else ones
         return wrong, own_weight, omega
 
-    def _terms(self, models, problem, x0, noisy, some, wrong, held, own_weight, wrong_weight):
+    def _terms(self, models, problem, x0, noisy, some, wrong, own_weight, wrong_weight):
         """Loss (B,) and metrics, from one call of the network for both labels.
 
-        `some` takes the rows that can have a contrast. The weights and `held`, whether a row has
-        the reference penalty, are for those rows.
+        `some` takes the rows that can have a contrast, for which the weights are.
         """
         x, sigma, condition, _ = noisy
         right = (x, sigma, condition)
         contrasted = some((x, sigma, with_label(condition, wrong)))
         denoised, at_wrong = base.in_one_call(models.denoise, right, contrasted)
-        explained = x0
-        if "reference" in self.needs:
-            reference = models.frozen["reference"].denoise
-            shown = right if self.target == "reference" else some(right)
-            if self._held:
-                frozen, frozen_wrong = base.in_one_call(reference, shown, contrasted)
-            else:
-                frozen = reference(*shown)
-            if self.target == "reference":
-                explained, frozen = frozen, some(frozen)
-        weight = problem.weight(sigma)
-
-        def weighted(a, b):  # for the rows of `some`
-            return base.per_example(some(weight) * base.square_error(a, b, some(sigma)))
-
-        error = base.square_error(denoised, explained, sigma)
+        asks = self.target == "reference"
+        explained = models.frozen["reference"].denoise(*right) if asks else x0
+        weight, error = problem.weight(sigma), base.square_error(denoised, explained, sigma)
+        wrong_error = base.square_error(at_wrong, some(explained), some(sigma))
         plain = base.per_example(weight * error)
-        own, other = some(plain), weighted(at_wrong, some(explained))
+        own, other = some(plain), base.per_example(some(weight) * wrong_error)
         if self.bound == "clip":
             other = jnp.minimum(other, self.clip_ratio * jax.lax.stop_gradient(own))
         contrast = own_weight * own - wrong_weight * other
-        if self._held:
-            if self.bound == "logistic":
-                then = own_weight * weighted(frozen, some(explained))
-                then -= wrong_weight * weighted(frozen_wrong, some(explained))
-                margin = self.logistic_scale * (contrast - then)
-                contrast = 2 / self.logistic_scale * (jax.nn.softplus(margin) - jnp.log(2.0))
-            distance = weighted(some(denoised), frozen) + weighted(at_wrong, frozen_wrong)
-            contrast += self.reference_penalty * jnp.where(held, distance, 0)
         every = len(x) // len(own)
         loss = plain.at[::every].add(every * contrast)
 
-        positive_error = base.per_example(error)
-        negative_error = base.per_example(base.square_error(at_wrong, some(explained), some(sigma)))
+        positive_error, negative_error = base.per_example(error), base.per_example(wrong_error)
         return loss, {
             "error": mean(positive_error),
             "negative_error": mean(negative_error),
@@ -192,12 +157,12 @@ class MCLR(Objective):
         if self.beta <= 0:
             return super().advice()
         bound = self.beta / (1 + self.beta)
-        if not self._equivalent and self.bound == "none" and self.reference_penalty < self.beta:
+        if not self._equivalent and self.bound == "none":
             return (
                 "The plain MCLR objective has no minimum: its loss has no lower bound if "
                 f"p(c|x_s) / p(c) < beta / (1 + beta) = {bound:.3g}. Use the CFG-equivalent form "
                 "(objective.negatives='posterior' or objective.weighting='cfg'), or bound the loss "
-                "(objective.bound='clip' or 'logistic', objective.reference_penalty >= beta)."
+                "(objective.bound='clip')."
             )
         return (
             "The loss has no minimum if the posterior is more than (1 + beta) / beta = "

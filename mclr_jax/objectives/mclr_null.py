@@ -18,8 +18,6 @@ An exact network makes all three CFG of guidance_scale 1 + gamma. For a network 
 "reference" is the CFG of exactly that network, "mixed" also learns D_c from the data, and "data"
 takes only e from the network. MCLR with negatives from the posterior has the optimum
 (1 + gamma) D_c - gamma D_0: it leaves out the network's error D_0 - e, which CFG extrapolates, too.
-Between the two is e = alpha T(x_s, null) + (1 - alpha) sum_c' p(c' | x_s) T(x_s, c'), alpha a
-function of sigma: the target is linear in e, so that one label, null or from the posterior, serves.
 
 "mixed" with the running average as the frozen network is model guidance (arXiv 2502.12154) of
 w = gamma / (1 + gamma): the average has learned the guidance, and D_c + w (D - e) has the fixed
@@ -60,11 +58,6 @@ class NullMCLR(Objective):
     wrong: str = key("null", words=("null", "weak"), says="e is the teacher's answer at the null "
                      "label, or that of config.companions.weak at the same label (autoguidance, "
                      "arXiv 2406.02507, in one call)")  # fmt: skip
-    null_share: float = key(1.0, 0.0, 1.0, says="alpha: probability that the label of e is null "
-                            "and not from the posterior")  # fmt: skip
-    null_interval: tuple[float, ...] = key(
-        (), 0.0, ordered=True, says="alpha is 0 unless low < sigma <= high, in all frames"
-    )
     teacher: str = key("reference", words=("reference", "average"), says="frozen network: that of "
                        "config.init_from, or the first average of the weights")  # fmt: skip
     target: str = key("mixed", words=("data", "mixed", "reference"), says="see the formula")
@@ -73,24 +66,11 @@ class NullMCLR(Objective):
     wrong_label_scale: float = key(0.025, 0.0, 1e9, "(", says="a gamma of that contrast")
     negative_share: float = base.negative_share("that contrast")
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.wrong == "weak" and self._asks_posterior:
-            raise ValueError(
-                "objective.null_share and null_interval mix the null label with labels from the "
-                "posterior, but objective.wrong is 'weak'; expected objective.wrong='null'."
-            )
-
-    @property
-    def _asks_posterior(self) -> bool:
-        return self.null_share < 1 or bool(self.null_interval)
-
     @property
     def needs(self) -> frozenset[str]:
         needs = {
             self.teacher: self.wrong == "null" or self.target != "data",
             "weak": self.wrong == "weak",
-            "posterior": self._asks_posterior,
         }
         found = {name for name, needed in needs.items() if needed} | {"class_strengths"}
         return frozenset(found | ({"reference", "class_prior"} if self.wrong_label else set()))
@@ -102,7 +82,7 @@ class NullMCLR(Objective):
         difference for examples with a contrast; with `wrong_label` the `negative_ratio`, r at c~.
         """
         noisy = base.perturb(problem, batch.x0, batch.condition, keys, self.label_dropout)
-        k_wrong, k_beta, k_mixed = split(noisy.keys, 3)
+        k_wrong, k_beta, _ = split(noisy.keys, 3)
         beta, condition = base.draw_strength(noisy.condition, k_beta, problem, self.beta)
         noisy = noisy._replace(condition=condition)
         x, sigma, condition, _ = noisy
@@ -110,7 +90,7 @@ class NullMCLR(Objective):
         if self.teacher == "average" and not problem.strength:  # which has learned the guidance
             gamma = gamma / (1 + gamma)
         metrics: Metrics = {}
-        target, explanation = self._target(models, problem, batch.x0, noisy, gamma, k_mixed)
+        target, explanation = self._target(models, problem, batch.x0, noisy, gamma)
         if not self.wrong_label:
             denoised, contrast = models.denoise(x, sigma, condition), jnp.zeros(len(x))
         else:
@@ -141,28 +121,17 @@ class NullMCLR(Objective):
         metrics["margin"] = mean(negative_error - error, where=gamma > 0)
         return loss, metrics
 
-    def _target(self, models, problem, x0, noisy, gamma, keys):
+    def _target(self, models, problem, x0, noisy, gamma):
         """x + gamma (t - e) and e, of x0's shape; gamma is (B,)."""
         x, sigma, condition, _ = noisy
         right = x0
         if self.teacher in self.needs:
             labels = [] if self.target == "data" else [condition.label]
             if self.wrong == "null":
-                labels.append(self._wrong_label_of(models, problem, noisy, keys))
+                labels.append(problem.null_label)
             answers = base.at_labels(models.frozen[self.teacher].denoise, noisy, labels)
             right, wrong = x0 if self.target == "data" else answers[0], answers[-1]
         if self.wrong == "weak":
             wrong = models.frozen["weak"].denoise(x, sigma, condition)
         start = right if self.target == "reference" else x0
         return start + expand(gamma, x) * (right - wrong), wrong
-
-    def _wrong_label_of(self, models, problem, noisy, keys):
-        """The label of e: null, or (B,) with labels drawn from the posterior."""
-        if not self._asks_posterior:
-            return problem.null_label
-        x, sigma, condition, _ = noisy
-        k_null, k_label, k_posterior = split(keys, 3)
-        label = base.draw_label(k_label, models.posterior(x, sigma, condition, k_posterior))
-        null = jax.vmap(jax.random.uniform)(k_null) < self.null_share
-        null &= base.inside(sigma, self.null_interval)
-        return jnp.where(null, problem.null_label, label)

@@ -10,7 +10,6 @@ All arrays are float64 on the CPU. Invertible affine maps of the features do not
 """
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -66,48 +65,29 @@ def check_size(count: int, size: int) -> None:
         raise ValueError(f"Got {got}. Use more images or a narrower layer.")
 
 
-def ratio(views: Views, bias_corrected: bool = False, ridge: float = 0.0) -> float:
+def ratio(views: Views, bias_corrected: bool = False) -> float:
     """ICR of accumulated views; sampling noise can raise it slightly above 1.
 
-    The correction removes the bias of finite N, exactly for Gaussian features: with n = (N-1)(V-1),
-    the mean of the estimated Sigma_xi^-1 is n / (n-d-1) times the true one. `ridge` is tau in
-    (Sigma_xi + tau I)^-1. ValueError: too few images, both options, or no residual in a direction.
+    The plain estimate depends on N (d = 256, true value .333: .18 at N = 512, .32 at N = 4096), so
+    that a curve needs one N. The correction removes the bias, exactly for Gaussian features: with
+    n = (N-1)(V-1), the mean of the estimated Sigma_xi^-1 is n / (n-d-1) times the true one.
+    ValueError: too few images, or no residual in a direction.
     """
     count, size = views.mean.count, len(views.mean.mean)
     check_size(count, size)
-    if ridge and bias_corrected:
-        raise ValueError(f"Got ridge={ridge} with bias_corrected; the correction needs ridge=0.")
-    residual = views.residual + ridge * np.eye(size)
-    variances = np.where(np.diag(residual) > 0, np.diag(residual), 1)
+    variances = np.where(np.diag(views.residual) > 0, np.diag(views.residual), 1)
     scale = np.sqrt(np.outer(variances, variances))
-    values, vectors = np.linalg.eigh(residual / scale)  # of the correlations
+    values, vectors = np.linalg.eigh(views.residual / scale)  # of the correlations
     if values[0] < MIN_EIGENVALUE:
         raise ValueError(
             "The perturbations leave a direction of the features unmoved (least eigenvalue "
-            f"{values[0]:.2g} of their correlations). Use another layer, or a ridge above 0."
+            f"{values[0]:.2g} of their correlations). Use another layer."
         )
     inverse = vectors / values @ vectors.T / scale  # symmetric: Tr A^-1 B is a sum of products
     degrees = (count - 1) * len(views.contrasts)
     factor = (degrees - size - 1) / degrees if bias_corrected else 1.0
-    own = np.sum(inverse * views.residual) if ridge else size
-    signal = factor * np.sum(inverse * views.mean.cov) - own / (len(views.contrasts) + 1)
+    signal = factor * np.sum(inverse * views.mean.cov) - size / (len(views.contrasts) + 1)
     return float(size / (size + signal))
-
-
-def two_view_icr(h1: np.ndarray, h2: np.ndarray, **options: Any) -> float:
-    """ICR from two views h1, h2 (N, d) of each of N images (App. B.6); options of `ratio`.
-
-    The plain estimate depends on N (d = 256, true value .333: .18 at N = 512, .32 at N = 4096), so
-    that a curve needs one N; the corrected estimate is .33 at each N.
-    """
-    if np.shape(h1) != np.shape(h2):
-        raise ValueError(f"Got views of shapes {np.shape(h1)} and {np.shape(h2)}; expected equal.")
-    return many_view_icr(np.stack([h1, h2]), **options)
-
-
-def many_view_icr(h: np.ndarray, bias_corrected: bool = False, ridge: float = 0.0) -> float:
-    """ICR from V views of each of N images, h (V, N, d)."""
-    return ratio(views(h), bias_corrected, ridge)
 
 
 def traces(views: Views) -> dict[str, float]:

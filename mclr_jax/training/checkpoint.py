@@ -84,10 +84,6 @@ class Checkpoints:
         """The steps on disk, in rising order."""
         return sorted(self._manager.all_steps())
 
-    def best_step(self) -> int | None:
-        """The step with the lowest finite metric `loss`; None if no checkpoint has that metric."""
-        return self._lowest("loss", self.steps())
-
     def _lowest(self, name: str, steps: list[int]) -> int | None:
         values = {step: self._metrics.get(step, {}).get(name) for step in steps}
         fine = {s: v for s, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
