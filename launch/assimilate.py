@@ -30,7 +30,7 @@ from mclr_jax.schema import fields
 from mclr_jax.training.devices import banner
 from mclr_jax.training.log import Progress
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of launch.train.")
+WORKDIR, EMA = common.define("workdir", "ema")
 OBSERVATIONS = flags.DEFINE_string("observations", None, "File to read, NAME.npz.")
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.npz.")
 REGIME = flags.DEFINE_enum("regime", "filter", ["filter", "fixed_lag", "batch"], "See above.")
@@ -46,7 +46,6 @@ SCHEME = flags.DEFINE_list(
     "scheme", [], f"Settings of the sampling as KEY=VALUE,..., of "
     f"{', '.join(fields(schedules.Scheme))}."
 )  # fmt: skip
-EMA = flags.DEFINE_string("ema", "", "Average of the weights, as of launch.sample.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Members at a time.", lower_bound=1)
 
 

@@ -28,7 +28,10 @@ from mclr_jax.evaluation.features import Extractor
 from mclr_jax.files import write_json
 from mclr_jax.training.log import Progress
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of launch.train.")
+WORKDIR, INIT_FROM, DATA, EMA, CHECKPOINT, BATCH_SIZE = common.define(
+    "workdir", "init_from", "data", "ema", "checkpoint", "batch_size"
+)
+common.define(*common.GUIDANCE)
 CLASSIFIER = flags.DEFINE_string("classifier", None, "Directory of a classifier of noisy images.")
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.json.")
 MAX_STRENGTH = flags.DEFINE_float(
@@ -44,18 +47,10 @@ SIGMA = flags.DEFINE_float("sigma", 0.3, "Noise level at which images are classi
 SEED = flags.DEFINE_integer(
     "seed", 1, "Seed of the starting noise, another one than that of an evaluation.", lower_bound=0
 )
-common.define_guidance()
 INTERPOLATION = flags.DEFINE_bool(
-    "interpolation",
-    False,
-    "Strengths are places of the weights, as --interpolation of "
-    "launch.sample, in place of guidance.",
-)
-INIT_FROM = flags.DEFINE_string("init_from", "", common.INIT_FROM)
-EMA = flags.DEFINE_string("ema", "", "Average of the weights, as --ema of launch.sample.")
-CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "Training step; default: the last.")
-DATA = flags.DEFINE_string("data", "", common.DATA)
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Samples at a time.", lower_bound=1)
+    "interpolation", False, "Strengths are places of the weights, as --interpolation of "
+    "launch.sample, in place of guidance."
+)  # fmt: skip
 
 
 def main() -> None:
@@ -82,21 +77,11 @@ def main() -> None:
     total = GRID.value * SAMPLES_PER_CLASS.value * run.model.null_label
     with Progress(total, "sample") as progress:
         found = calibrate.calibrate(
-            run.model,
-            params,
-            run.sampler,
-            extractor,
-            run.source("test"),
-            weights=weights,
-            max_strength=MAX_STRENGTH.value,
-            grid=GRID.value,
-            samples_per_class=SAMPLES_PER_CLASS.value,
-            sigma=SIGMA.value,
-            seed=SEED.value,
-            guided=guided,
-            batch_size=BATCH_SIZE.value,
-            progress=progress.update,
-        )
+            run.model, params, run.sampler, extractor, run.source("test"), weights=weights,
+            max_strength=MAX_STRENGTH.value, grid=GRID.value, sigma=SIGMA.value, seed=SEED.value,
+            samples_per_class=SAMPLES_PER_CLASS.value, guided=guided,
+            batch_size=BATCH_SIZE.value, progress=progress.update,
+        )  # fmt: skip
     settings = {
         **common.made_by(WORKDIR.value, step, EMA.value, params),
         "classifier": CLASSIFIER.value,

@@ -27,9 +27,27 @@ from mclr_jax.training.devices import banner
 
 flags.disclaim_key_flags()  # those that are defined here belong to the commands
 
-# Help of flags that several commands have.
-DATA = "Where the data of the run are now: as config.data.name, or the folder config.data.path."
-INIT_FROM = "Where the run is now that this one was started from, for --interpolation."
+# Flags of several commands, each of which defines its own: name: (kind, default, help, options).
+SHARED: dict[str, tuple] = {
+    "workdir": (flags.DEFINE_string, None, "Directory of a run of launch.train."),
+    "init_from": (flags.DEFINE_string, "", "Where the run is now that this one was started from, "
+                  "for --interpolation."),
+    "data": (flags.DEFINE_string, "", "Where the data of the run are now: as config.data.name, or "
+             "the folder config.data.path."),
+    "ema": (flags.DEFINE_string, "", "Average of the weights: a track's name, none, or a relative "
+            "width such as 0.075."),
+    "checkpoint": (flags.DEFINE_integer, None, "Training step; default: the last."),
+    "seed": (flags.DEFINE_integer, 0, "Seed of the starting noise.", {"lower_bound": 0}),
+    "batch_size": (flags.DEFINE_integer, 256, "Samples at a time.", {"lower_bound": 1}),
+    "class_strengths": (flags.DEFINE_string, None, "File of launch.calibrate, NAME.json: factors "
+                        "of the guidance strength by class."),
+    "guidance_interval": (flags.DEFINE_list, None, "Guide only at noise levels in LO,HI."),
+    "autoguidance": (flags.DEFINE_string, None, "Directory of a weaker run, the weak model of the "
+                     "guidance."),
+    "config": (flags.DEFINE_string, None, "Config file, configs/NAME.py; each of its keys is a "
+               "flag, too."),
+}  # fmt: skip
+GUIDANCE = ("class_strengths", "guidance_interval", "autoguidance")
 
 # Errors of the library on bad input or a broken run; other errors are bugs, shown in full.
 USER_ERRORS = (ValueError, OSError, RuntimeError, FloatingPointError)
@@ -66,20 +84,17 @@ def numbers(flag, kind: type, count: int | None = None) -> list | None:
     return values
 
 
-def define_guidance() -> None:
-    """The flags of guidance, beside its scale, which `guidance` reads."""
-    flags.DEFINE_string(
-        "class_strengths", None,
-        "File of launch.calibrate, NAME.json: factors of the guidance strength by class.",
-    )  # fmt: skip
-    flags.DEFINE_list("guidance_interval", None, "Guide only at noise levels in LO,HI.")
-    flags.DEFINE_string(
-        "autoguidance", None, "Directory of a weaker run, the weak model of the guidance."
-    )
+def define(*names: str) -> list[flags.FlagHolder]:
+    """Flags of SHARED; `run` turns --config into the ConfigDict that the other flags change."""
+    found = []
+    for name in names:
+        kind, default, text, *options = SHARED[name]
+        found.append(kind(name, default, text, **(options[0] if options else {})))
+    return found
 
 
 def guidance(model: Model, scale: float = 1.0) -> Guidance:
-    """The guidance that the flags ask for."""
+    """The guidance that the flags GUIDANCE ask for."""
     found = flags.FLAGS.flag_values_dict()
     interval = numbers(flags.FLAGS["guidance_interval"], float, 2)
     factors = class_strengths(found["class_strengths"], model.null_label)
@@ -101,15 +116,9 @@ def class_strengths(name: str | None, num_classes: int) -> list[float] | None:
 
 
 def made_by(workdir: str, step: int, average: str, params: Any) -> dict[str, Any]:
-    """What an output says of its origin: run, weights, command, revision and device."""
-    return {
-        "workdir": workdir,
-        "step": step,
-        "average": average,
-        "weights": digest(params),
-        **provenance(),
-        "device": banner(),
-    }
+    """The origin of an output: run, weights, command, revision and device."""
+    found = {"workdir": workdir, "step": step, "average": average, "weights": digest(params)}
+    return {**found, **provenance(), "device": banner()}
 
 
 def output(name: str, ending: str) -> pathlib.Path:
@@ -150,13 +159,6 @@ def _parse(arguments: bool, argv: list[str]) -> list[str]:
     return rest
 
 
-def define_config() -> None:
-    """The flag --config; `run` turns its value into the ConfigDict that the other flags change."""
-    flags.DEFINE_string(
-        "config", None, "Config file, configs/NAME.py; each of its keys is a flag, too."
-    )
-
-
 def _read_config(argv: list[str]) -> list[str]:
     """Replace the flag --config by the file's content, whose keys become flags; the other flags.
 
@@ -182,7 +184,7 @@ def _read_config(argv: list[str]) -> list[str]:
             try:
                 config[name] = new = ConfigDict(schema.switched(Training, config, name, word))
             except ValueError as error:
-                stop(f"--config.{name}.name={word}: {error}")
+                stop(str(error))
             if dropped := sorted({*section} - {*new}):
                 print(f"config.{name} is now {word}, without {', '.join(dropped)}", file=sys.stderr)
     _check_keys(config, keys)
@@ -257,7 +259,7 @@ def _guarded(main: Callable[[], None]) -> None:
 
 
 def _shown(record: python_logging.LogRecord) -> bool:
-    """Whether to show a log record: those of this project, and errors of others in one line.
+    """True for log records to show: those of this project, and errors of others in one line.
 
     Orbax writes dozens of records a checkpoint.
     """

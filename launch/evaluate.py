@@ -33,7 +33,10 @@ from mclr_jax.files import write_json
 from mclr_jax.training.devices import is_first
 from mclr_jax.training.log import Progress
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of launch.train.")
+WORKDIR, SEED, INIT_FROM, DATA, BATCH_SIZE = common.define(
+    "workdir", "seed", "init_from", "data", "batch_size"
+)
+common.define(*common.GUIDANCE)
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.json.")
 FEATURES = flags.DEFINE_string(
     "features", None,
@@ -42,17 +45,12 @@ FEATURES = flags.DEFINE_string(
 JUDGE = flags.DEFINE_string("judge", None, "Extractor that judges accuracy; default: --features.")
 METRICS = flags.DEFINE_list("metrics", sorted(evaluate.METRICS), "What to measure; see above.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 10_000, "Of each row.", lower_bound=2)
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the starting noise.", lower_bound=0)
 GUIDANCE_SCALES = flags.DEFINE_list("guidance_scales", ["1"], "Scales, as 1,1.5,2.")
-common.define_guidance()
 MEMORIZED = flags.DEFINE_bool("memorized", False, "Look for copies of training images.")
 EMAS = flags.DEFINE_list("emas", [""], "Averages of the weights, as --ema of launch.sample.")
 INTERPOLATIONS = flags.DEFINE_list(
     "interpolations", ["1"], "Of a fine-tuned run, as --interpolation of launch.sample: 0,0.5,1."
 )
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Samples at a time.", lower_bound=1)
-INIT_FROM = flags.DEFINE_string("init_from", "", common.INIT_FROM)
-DATA = flags.DEFINE_string("data", "", common.DATA)
 CACHE = flags.DEFINE_string(
     "cache", "~/.cache/mclr_jax/references", "Folder of the real data's statistics."
 )

@@ -21,7 +21,7 @@ from mclr_jax.files import write_atomically, write_json
 from mclr_jax.representation import blocks, perturb, sweep
 from mclr_jax.training.log import Progress
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of launch.train.")
+WORKDIR, EMA, CHECKPOINT, DATA = common.define("workdir", "ema", "checkpoint", "data")
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.json; NAME.png goes beside it.")
 SIGMAS = flags.DEFINE_list("sigmas", [f"{s:g}" for s in sweep.SIGMAS], "Noise levels, as 0.1,1.")
 LAYERS = flags.DEFINE_list("layers", [], "Names of blocks; default: the middle one; all: all.")
@@ -30,9 +30,6 @@ NUM_IMAGES = flags.DEFINE_integer(
 )
 PROBE = flags.DEFINE_bool("probe", True, "Fit a linear probe too.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the perturbations.", lower_bound=0)
-EMA = flags.DEFINE_string("ema", "", "Average of the weights, as --ema of launch.sample.")
-CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "Training step; default: the last.")
-DATA = flags.DEFINE_string("data", "", common.DATA)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", blocks.BATCH, "Images at a time.", lower_bound=1)
 
 
@@ -52,11 +49,8 @@ def main() -> None:
             augmentation=perturb.Augmentation(flip=bool(data.flip or data.augment)),
             num_images=NUM_IMAGES.value, batch_size=BATCH_SIZE.value, progress=progress.update,
         )  # fmt: skip
-    settings = {
-        **common.made_by(WORKDIR.value, step, EMA.value, params),
-        "num_images": len(evenly(train, NUM_IMAGES.value)),
-        "seed": SEED.value,
-    }
+    settings = common.made_by(WORKDIR.value, step, EMA.value, params)
+    settings |= {"num_images": len(evenly(train, NUM_IMAGES.value)), "seed": SEED.value}
     write_json(out, {"settings": settings, "rows": rows})
     columns = [key for key in rows[0] if key != "layer"]
     print(f"{'':20s}", *(f"{name[:14]:>14s}" for name in columns))

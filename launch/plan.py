@@ -1,4 +1,4 @@
-"""What a config costs on TPUs or GPUs, found by their compilers on a machine without any.
+"""Cost of a config on TPUs or GPUs, found by their compilers on a machine without any.
 
   python -m launch.plan --config=configs/digits.py --topology=v5e:4x4 --parallel=fsdp
 
@@ -24,7 +24,7 @@ from mclr_jax.config import Training
 from mclr_jax.files import provenance, write_json
 from mclr_jax.training.devices import MODES
 
-common.define_config()
+common.define("config")
 TOPOLOGY = flags.DEFINE_string("topology", None, "Kind and grid of chips; see above.")
 PARALLEL = flags.DEFINE_enum("parallel", None, MODES, "Default: the config's.")
 SHAPE = flags.DEFINE_list("shape", None, "Shape of an example, as 32,32,3, without the data.")
@@ -52,7 +52,7 @@ def _listed(lines: Mapping[str, str]) -> str:
 
 
 def sampling_text(cost: Mapping[str, Any]) -> str:
-    """What `plan.sampling` found, for humans."""
+    """Findings of `plan.sampling`, for humans."""
     each = cost["thousand_samples"]
     lines = {
         "sampling": f"{cost['batch_size']} at once, guidance scale {cost['guidance_scale']:g}, "

@@ -17,8 +17,8 @@ from mclr_jax.training.log import Progress
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.html.")
 GUIDANCE_SCALES = flags.DEFINE_list("guidance_scales", ["1", "1.5", "2"], "Scales to sample at.")
 PER_CLASS = flags.DEFINE_integer("per_class", 6, "Samples of each class.", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the starting noise.", lower_bound=0)
-common.define_guidance()
+(SEED,) = common.define("seed")
+common.define(*common.GUIDANCE)
 
 
 def main(workdirs: list[str]) -> None:

@@ -20,10 +20,12 @@ from mclr_jax.files import save_arrays
 from mclr_jax.training.devices import is_first
 from mclr_jax.training.log import Progress
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of launch.train.")
+WORKDIR, SEED, INIT_FROM, EMA, CHECKPOINT, BATCH_SIZE = common.define(
+    "workdir", "seed", "init_from", "ema", "checkpoint", "batch_size"
+)
+common.define(*common.GUIDANCE)
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.npz; NAME.png goes beside it.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 100, "How many samples.", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the starting noise.", lower_bound=0)
 LABELS = flags.DEFINE_list("labels", None, "Classes to repeat in order, as 0,1,2; default all.")
 SAMPLER = flags.DEFINE_enum("sampler", None, sorted(samplers.METHODS), "Default: the config's.")
 STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; default: the config's.", lower_bound=1)
@@ -33,31 +35,19 @@ RHO = flags.DEFINE_float("rho", None, "Exponent of the grid; larger: more steps 
 GUIDANCE_SCALE = flags.DEFINE_float(
     "guidance_scale", 1.0, "Guidance: weak + scale * (conditional - weak), weak the null label."
 )
-common.define_guidance()
 INTERPOLATION = flags.DEFINE_float(
     "interpolation", 1.0, "Of a fine-tuned run: 0 for the weights that it started from, 1 for its "
     "own, 0.5 for the weights half-way between."
 )  # fmt: skip
-INIT_FROM = flags.DEFINE_string("init_from", "", common.INIT_FROM)
 CHURN = flags.DEFINE_float("churn", 0.0, "S_churn of EDM's stochastic sampler; 0: deterministic.")
-EMA = flags.DEFINE_string(
-    "ema", "", "Average of the weights: a track's name, none, or a relative width such as 0.075."
-)
-CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "Training step; default: the last.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Samples at a time.", lower_bound=1)
 
 
 def main() -> None:
     hosts.connect()
     run = runs.load(WORKDIR.value, INIT_FROM.value)
     common.use_cores(run.model.network)
-    given = {
-        "method": SAMPLER.value,
-        "num_steps": STEPS.value,
-        "sigma_min": SIGMA_MIN.value,
-        "sigma_max": SIGMA_MAX.value,
-        "rho": RHO.value,
-    }
+    given = {"method": SAMPLER.value, "num_steps": STEPS.value, "sigma_min": SIGMA_MIN.value,
+             "sigma_max": SIGMA_MAX.value, "rho": RHO.value}  # fmt: skip
     sampler = dataclasses.replace(run.sampler, **{k: v for k, v in given.items() if v is not None})
     classes = common.numbers(LABELS, int) or range(run.model.null_label)
     labels = np.resize(np.array(classes), NUM_SAMPLES.value)
@@ -67,16 +57,10 @@ def main() -> None:
     out = common.output(OUT.value, ".npz") if first else None
     with Progress(len(labels), "sample", quiet=not first) as progress:
         samples = generate.generate(
-            run.model,
-            params,
-            labels,
-            sampler,
-            guided=guided,
-            seed=SEED.value,
+            run.model, params, labels, sampler, guided=guided, seed=SEED.value,
             churn=samplers.Churn(CHURN.value) if CHURN.value else None,
-            batch_size=BATCH_SIZE.value,
-            progress=progress.update,
-        )
+            batch_size=BATCH_SIZE.value, progress=progress.update,
+        )  # fmt: skip
     if out is None:
         return
     samples = images.clip(samples)

@@ -18,7 +18,7 @@ from launch import common, hosts
 from mclr_jax.config import Training
 from mclr_jax.main import train
 
-common.define_config()
+common.define("config")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; made if missing.")
 RESTART = flags.DEFINE_bool("restart", False, "Move the run to WORKDIR/replaced, and begin anew.")
 

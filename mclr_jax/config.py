@@ -32,7 +32,7 @@ from mclr_jax.parts import NETWORKS, PRECONDITIONINGS, UNITS
 from mclr_jax.posterior import Classifier, Denoiser, Exact
 from mclr_jax.samplers import Sampler
 from mclr_jax.schema import Keys, Part, key, part, section
-from mclr_jax.task import MADE_HERE, Posterior, Task
+from mclr_jax.task import MADE_HERE, Posterior, Task, needs_of
 from mclr_jax.training.devices import MODES
 from mclr_jax.training.ema import EMA
 from mclr_jax.training.optimizer import Optimizer
@@ -144,9 +144,8 @@ class Training(Keys):
 
     @functools.cached_property
     def needs(self) -> frozenset[str]:
-        """What the objective and its posterior need, see `objectives.base.Objective`."""
-        found = self.objective.needs
-        return found | self.posterior.needs if "posterior" in found else found  # type: ignore
+        """The needs of the objective and of its posterior, see `objectives.base.Objective`."""
+        return needs_of(self.objective, self.posterior)
 
     @functools.cached_property
     def runs(self) -> dict[str, str]:
@@ -211,7 +210,7 @@ class Training(Keys):
         return Model(network, preconditioning, data, self.strength)
 
     def task(self, data: DataInfo, companions: Mapping[str, Model]) -> Task:
-        """What is trained; the objective may call the companions."""
+        """The task: all that is trained; the objective may call the companions."""
         model = self.model(data)
         problem = Problem(
             levels=self.noise,

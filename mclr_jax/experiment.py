@@ -25,7 +25,7 @@ from mclr_jax.training.step import TrainState, init_state
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Experiment:
-    """What `main.train` trains; properties raise the ValueError of what they read."""
+    """A training in a directory; properties raise the ValueError of what they read."""
 
     training: Training
     workdir: pathlib.Path
@@ -98,7 +98,7 @@ class Experiment:
 
     @functools.cached_property
     def description(self) -> dict[str, Any]:
-        """What run.json says of it, without the history."""
+        """The content of run.json, without the history."""
         found = record.describe(self.training, self.task.model, self.task.companions, self.source)
         if self.frozen:
             found["frozen"] = digest(digests(self.devices.to_global(self.frozen)))

@@ -23,7 +23,7 @@ from mclr_jax.types import DenoiseFn
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Guidance:
-    """How samples are guided: towards their class, away from the null label or a weak model.
+    """Guidance of samples: towards their class, away from the null label or a weak model.
 
     A sample of class c has the scale 1 + (scale - 1) class_strengths[c]. A network with the
     strength as an input gets that scale - 1 instead of a second call. Autoguidance
@@ -56,7 +56,7 @@ class Guidance:
         return self.scale + (self.scale - 1) * (np.append(factors, 1.0) - 1)
 
     def is_second_call(self, model: Model, scale: float | None = None) -> bool:
-        """Whether guidance at a scale, by default its own, needs a second network call."""
+        """True if guidance at a scale, by default its own, needs a second network call."""
         scale = self.scale if scale is None else scale
         return scale != 1 and (self.weak is not None or not model.strength)
 
@@ -72,7 +72,7 @@ class Guidance:
         return len(levels) + int(((low < levels) & (levels <= high) & guided).sum())
 
     def settings(self) -> dict[str, Any]:
-        """What a file says of the guidance, beside its scale; other files keep their keys."""
+        """Entries of a file about the guidance, beside its scale; other files keep their keys."""
         found: dict[str, Any] = {"guidance_interval": self.interval}
         found |= {"autoguidance": digest(self.weak[1])} if self.weak else {}
         strengths = self.class_strengths

@@ -21,7 +21,7 @@ def _bytes(shape: str) -> int:
 
 
 def _rounds(line: str, bodies: dict[str, list[str]]) -> int:
-    """How often the loop of this line runs, as the compiler says, or 1 if that is not constant.
+    """The number of runs of this line's loop, as the compiler says, or 1 if it is not constant.
 
     XLA:TPU says it by the condition alone: the count of a loop, from 0, is less than a constant.
     """

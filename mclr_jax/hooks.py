@@ -1,4 +1,4 @@
-"""What happens beside the update: functions of a Moment, as frozen dataclasses of typed parts."""
+"""Hooks, called beside the update: functions of a Moment, as frozen dataclasses of typed parts."""
 
 import dataclasses
 import functools

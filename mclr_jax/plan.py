@@ -258,7 +258,7 @@ def sampling(
 def _costs(
     chip: Chip, name: str, count: int, lower: Callable, flops: float, rounds: int = 1
 ) -> dict[str, Any]:
-    """What compiling the program of `lower()` for a topology tells."""
+    """Costs of the program of `lower()`, found by compiling it for a topology."""
     start = time.perf_counter()
     options = UNTUNED if CARDS.fullmatch(name) else None
     memory, exchanged = _compiled(lower(), chip.devices, options)

@@ -41,7 +41,7 @@ def describe(
 
 
 def of_model(model: Model, averages: list[str], sampler: Mapping[str, Any]) -> dict[str, Any]:
-    """What sampling needs, which every run has: also one that was not trained here."""
+    """The part of a description that sampling needs: every run has it, trained here or not."""
     found = {"model": parts.describe(model), "averages": averages, "sampler": dict(sampler)}
     return as_json(found)
 
@@ -66,7 +66,8 @@ def changes(workdir: pathlib.Path, description: Mapping[str, Any]) -> dict[str, 
     before, now = flat(read(workdir)), flat(dict(description))
     if not before:
         return {}
-    if has_checkpoints(workdir) and (known := before.get("frozen")) != now.get("frozen", known):
+    known = before.get("frozen", now.get("frozen"))  # none: of a training without companions
+    if has_checkpoints(workdir) and now.get("frozen", known) != known:
         raise ValueError(
             f"The frozen weights of {', '.join(description['companions'])} have digest "
             f"{now['frozen']}; this run was started with {known}. Restore {workdir}/frozen and the "
@@ -125,7 +126,7 @@ def at_new_places(description: Mapping[str, Any], workdir: pathlib.Path) -> dict
 
 
 def has_checkpoints(workdir: pathlib.Path) -> bool:
-    """Whether a directory has checkpoints of a training, readable or not."""
+    """True if a directory has checkpoints of a training, readable or not."""
     return any((workdir / "checkpoints").glob("[0-9]*"))
 
 

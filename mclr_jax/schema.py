@@ -195,7 +195,9 @@ def part(
     def read_one(given: Any, where: str) -> Any:
         if optional and hasattr(given, "items") and not given.get("name", ""):
             if more := [name for name in given if name != "name"]:
-                raise ValueError(f"{where} without a name has no key {more[0]!r}.")
+                raise ValueError(
+                    f"{where} without a name has no key {more[0]!r}. {nearest(more[0], ['name'])}"
+                )
             return of_kind(f"{where}.name", given.get("name", ""), str)
         found = Part.read(table, given, where, late)
         return found if late else found.make()
@@ -328,7 +330,7 @@ def switched(kind: Any, config: Mapping[str, Any], name: str, word: str) -> dict
     default of the old one, keep their values.
     """
     found, given = fields(kind)[name].metadata["section"], config[name]
-    known = fields(resolve(found.table, word, f"config.{name}.name"))
+    known = fields(Part.read(found.table, {"name": word}, f"config.{name}", found.late).factory)
     old = found.filled({"name": given["name"]}) if given.get("name") else {}
     kept = {key: x for key, x in given.items() if key in known and x != old.get(key)}
     return found.filled({**kept, "name": word})

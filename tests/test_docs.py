@@ -27,6 +27,7 @@ import pytest
 import tables
 from test_floors import FLOORS
 
+from launch import common
 from mclr_jax.config import OBJECTIVES, Training
 from mclr_jax.objectives.rivals import CCA
 from mclr_jax.schema import fields
@@ -215,6 +216,9 @@ def test_flags_of_commands_exist(page):
         files = [ROOT / f"launch/{name}.py" for name in (module, "common", "hosts")]
         code = "".join(file.read_text() for file in files)
         known = {"config", "help", *re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", code)}
+        for shared in re.findall(r"common\.define\(([^)]*)\)", code):
+            names = common.GUIDANCE if "GUIDANCE" in shared else re.findall(r"\w+", shared)
+            known |= {*names} & common.SHARED.keys()
         assert {*re.findall(r"(?<!\S)--(\w+)", rest)} <= known, f"launch.{module}{rest}"
 
 

@@ -136,6 +136,32 @@ def test_autoguidance_and_copies_are_rows_of_their_own(made):
     assert evaluate.memorized(mixed, training) == 0.75
 
 
+def test_rows_of_other_settings_are_computed_anew(made, monkeypatch):
+    folder, extractor, real = made
+    drawn, draw = [], generate.generate
+    monkeypatch.setattr(generate, "generate", lambda *a, **k: drawn.append(1) or draw(*a, **k))
+    run = runs.load(folder / "base")
+    slower = dataclasses.replace(run, sampler=dataclasses.replace(run.sampler, num_steps=4))
+    other = dataclasses.replace(real, digest="0" * 16)
+    settings = [
+        {}, {"seed": 1}, {"run": slower}, {"num_samples": 26}, {"names": ["fd", "is"]},
+        {"real": other}, {"guided": Guidance(interval=(0.1, 1.0))}, {"averages": ["none"]},
+        {"guidance_scales": [1.5]}, {"training": sources.load("digits")},
+    ]  # fmt: skip
+
+    def row(run=run, real=real, **changes):
+        options = {"names": ["fd"], "num_samples": 24} | changes
+        (found,) = evaluate.evaluate(run, extractor, real, **options)
+        return found
+
+    rows = [row(**changes) for changes in settings]
+    assert len(drawn) == len(settings)
+    assert rows[1]["frechet"] != rows[0]["frechet"] != rows[2]["frechet"]
+    stored = [row(**changes) for changes in settings]
+    assert stored == json.loads(json.dumps(rows))
+    assert len(drawn) == len(settings)
+
+
 def test_interpolation_0_is_the_run_that_was_started_from(made):
     folder, extractor, real = made
     train(tiny.config("digits", init_from=str(folder / "base"), num_steps=6), folder / "tuned")
@@ -208,12 +234,12 @@ def test_measures_take_samples_and_real_data_in_their_places():
         "precision": precision, "recall": recall, "density": density, "coverage": coverage,
     }  # fmt: skip
     assert precision != recall
-    found = evaluate.measure(fake, evaluate.Reference(whole, kept, "0"), NAMES, judged)
+    found = evaluate.measure(fake, evaluate.RealStatistics(whole, kept, "0"), NAMES, judged)
     assert found == pytest.approx(expected, rel=1e-9)
-    own = evaluate.measure(fake, evaluate.Reference(whole, kept, "0"), ["fd"])
+    own = evaluate.measure(fake, evaluate.RealStatistics(whole, kept, "0"), ["fd"])
     assert own["accuracy"] == (fake.log_probs.argmax(1) == labels).mean() != found["accuracy"]
     without = fake._replace(log_probs=np.zeros((30, 0)))
-    assert evaluate.measure(without, evaluate.Reference(whole, kept, "0"), ["is"]) == {}
+    assert evaluate.measure(without, evaluate.RealStatistics(whole, kept, "0"), ["is"]) == {}
 
 
 def test_errors_say_what_to_do(made):
@@ -250,7 +276,8 @@ def test_calibrate_writes_strengths_and_says_how_to_use_them(made, tmp_path):
 
 
 def test_the_command_writes_rows_and_the_floor(made, tmp_path):
-    folder, _, _ = made
+    """The floor is of held-out digits, measured as samples are."""
+    folder, extractor, real = made
     strengths = tmp_path / "strengths.json"
     strengths.write_text(json.dumps({"class_strengths": [0.5] * 10}))
     log = call(
@@ -262,6 +289,11 @@ def test_the_command_writes_rows_and_the_floor(made, tmp_path):
     result = json.loads((tmp_path / "x.json").read_text())
     assert set(result["floor"]) == {"samples", "accuracy", "frechet", "precision", "recall",
                                     "memorized"}  # fmt: skip
+    held_out, labels = sources.load("digits", "test")[np.arange(COUNT)]
+    expected = evaluate.measure(extractor(held_out, labels), real, ["fd", "pr"])
+    expected["memorized"] = evaluate.memorized(held_out, sources.load("digits"))
+    assert result["floor"] == pytest.approx({"samples": COUNT, **expected}, rel=1e-6)
+    assert expected["memorized"] < 0.5  # of the training set all are
     for row in result["rows"]:
         assert {"memorized", "autoguidance", "step", "revision"} < row.keys()
         assert row["class_strengths"] == [0.5] * 10

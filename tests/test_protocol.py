@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mclr_jax.data.protocol import Arrays, Lazy, limit, sigma_data
+from mclr_jax.data.protocol import Arrays, Lazy, evenly, limit, sigma_data
 
 
 def test_sigma_data():
@@ -48,3 +48,12 @@ def test_lazy_reads_labels_once_and_checks_them():
     assert reads == [1]
     with pytest.raises(ValueError, match="labels from 0 to 2, expected 0 to 1"):
         lazy[np.arange(len(lazy))]
+
+
+def test_subsets_are_those_of_earlier_versions():
+    """2 of each class and one more by the seed, and evenly spaced examples from end to end."""
+    source = Arrays(np.zeros((12, 1), np.float32), np.arange(12, dtype=np.int32) % 3, 3)
+    assert limit(source, 5, 0).indices.tolist() == [2, 4, 5, 7, 9]
+    assert limit(source, 5, 1).indices.tolist() == [0, 4, 7, 8, 11]
+    assert evenly(source, 5).tolist() == [0, 2, 5, 8, 11]
+    assert evenly(source, 99).tolist() == list(range(12))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from mclr_jax.data.protocol import Arrays, evenly, limit
+from mclr_jax.data.protocol import Arrays, limit
 from mclr_jax.data.sources import from_config, load
 
 RNG = np.random.default_rng(0)
@@ -170,15 +170,6 @@ def test_config_of_ours(tmp_path):
     other = from_config(data_config(test=name, limit=5, num_classes=3), "test", 0)
     assert (len(other), other.num_classes) == (6, 6)  # the file's train split, with no option
     assert len(from_config(data_config(test=name), "train", 0)) == 1497
-
-
-def test_subsets_are_those_of_earlier_versions():
-    """2 of each class and one more by the seed, and evenly spaced examples from end to end."""
-    source = Arrays(np.zeros((12, 1), np.float32), np.arange(12, dtype=np.int32) % 3, 3)
-    assert limit(source, 5, 0).indices.tolist() == [2, 4, 5, 7, 9]
-    assert limit(source, 5, 1).indices.tolist() == [0, 4, 7, 8, 11]
-    assert evenly(source, 5).tolist() == [0, 2, 5, 8, 11]
-    assert evenly(source, 99).tolist() == list(range(12))
 
 
 def test_config_limits_training_examples_by_its_seed():

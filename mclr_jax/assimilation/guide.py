@@ -34,9 +34,9 @@ def _full(level: Level, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 def innovation(
     operator: Operator, seen: Seen, d: jax.Array, v: jax.Array, where: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """What the observations add to x0 ~ N(d, diag(v)); each part is (B, F, m).
+    """The innovation of the observations beside x0 ~ N(d, diag(v)): parts (B, F, m).
 
-    Which values are known, of the frames `where` (B, F); y - A x0, 0 where unknown; the variance of
+    The known values, of the frames `where` (B, F); y - A x0, 0 where unknown; the variance of
     the noise, with what is not linear in A; the variance of A x0 by v; the slope of A.
     """
     variance = jnp.broadcast_to(seen.scale**2 * v, d.shape)

@@ -181,7 +181,7 @@ def operator_of(description: Mapping[str, Any]) -> Operator:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Observations:
-    """What was seen of N trajectories; ValueError: parts that do not fit together."""
+    """The observed values of N trajectories; ValueError: parts that do not fit together."""
 
     values: np.ndarray  # (N, T, m) or (T, m) for N = 1; NaN where missing
     operator: Operator

@@ -38,7 +38,7 @@ from mclr_jax.types import expand
 
 
 class State(NamedTuple):
-    """What a later run of `assimilate` continues from: the last window, in the model's units."""
+    """The start of a later run of `assimilate`: the last window, in the model's units."""
 
     members: np.ndarray  # (N, E, W, *state)
     values: np.ndarray  # (N, W, m) observations of these frames
@@ -117,7 +117,7 @@ def log_evidence(
 
 
 def plausible(operator: Operator, seen: guide.Seen, x: jax.Array, share: float) -> jax.Array:
-    """Whether the misfit of x (B, F, *state) is within this share of its chi-square law, (B,)."""
+    """True (B,) if the misfit of x (B, F, *state) is within this share of its chi-square law."""
     error = (seen.values - operator(seen.offset + seen.scale * x)) / seen.std
     known = jnp.isfinite(error)
     misfit, count = jnp.where(known, error**2, 0).sum((1, 2)), known.sum((1, 2))
@@ -215,7 +215,7 @@ def _course(
     model: Any, obs: Observations, scheme: Scheme, lags: np.ndarray, ensemble: int, forecast: int,
     state: State | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Update], int, int]:  # fmt: skip
-    """What `assimilate` begins with: path, values, until, updates, window, ahead.
+    """The start of `assimilate`: path, values, until, updates, window, ahead.
 
     `path` (N E, window + frames + forecast + ahead, *state) is in the model's units, with frame k
     at place window + k, as are the values (N, ..., m). `until` (before + frames + forecast,) is the

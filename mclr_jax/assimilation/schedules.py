@@ -1,4 +1,4 @@
-"""Which frames are denoised when, and under which observations.
+"""The order of updates, and the frames and observations of each one.
 
 A regime is a lag for each frame: how many frames after it may be seen in its estimate. 0 is the
 filter, infinity the batch smoother, and each frame may have its own.
@@ -24,7 +24,7 @@ GUIDANCE = {"posterior": ("c", "overlap", "reach"), "norm": ("zeta", "g")}
 
 @dataclasses.dataclass(frozen=True)
 class Scheme(Keys):
-    """How `regimes` samples; the defaults suit states of standard deviation 1."""
+    """Settings of the sampling of `regimes`; the defaults suit states of standard deviation 1."""
 
     window: int = key(0, 0, says="frames; 0: as many as in training, in the batch regime all")
     steps: int = key(16, 1, 100_000, says="of each update")

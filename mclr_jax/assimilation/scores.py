@@ -40,7 +40,7 @@ def spread_skill(members: np.ndarray, truth: np.ndarray) -> float:
 
 
 def rank_histogram(members: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """How often the truth has 0, 1, ... E members below it: shares (E + 1,), flat if calibrated.
+    """Shares (E + 1,) of the truth with 0, 1, ... E members below it, which are flat if calibrated.
 
     A truth that equals members counts for each rank that it could have among them.
     """

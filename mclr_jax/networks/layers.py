@@ -34,7 +34,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None =
 
 @cache
 def _cudnn_attention() -> bool:
-    """Whether cuDNN has fused attention for the devices: for cards since Ampere."""
+    """True if cuDNN has fused attention for the devices: for cards since Ampere."""
     device = jax.local_devices()[0]
     cuda = device.client.platform_version.startswith("cuda")
     return cuda and float(device.compute_capability) >= 8.0
@@ -293,7 +293,7 @@ class GroupNorm(nn.Module):
 
 
 class RelativeBias(nn.Module):
-    """What is added to attention logits: a learned number for each head and distance of tokens.
+    """A summand of attention logits: a learned number for each head and distance of tokens.
 
     It is -inf beyond `window` tokens and, if `causal`, for later tokens. On a `ring` the last token
     is beside the first one.

@@ -21,7 +21,7 @@ from mclr_jax.types import Condition
 
 
 class _TrajectoryNetwork(Network):
-    """What both networks share: the embedding of the condition, the stack of blocks, the output."""
+    """The common part of both networks: embedding of the condition, blocks, output."""
 
     num_classes: int = 1
     width: int = key(128, 1, WIDEST, says="of a token")

@@ -171,7 +171,7 @@ def at_labels(
 
 
 def inside(sigma: jax.Array, interval: Sequence[float]) -> jax.Array:
-    """Whether low < sigma <= high in all frames, (B,), for sigma (B,) or (B, F); () is no limit."""
+    """True (B,) if low < sigma <= high in all frames, for sigma (B,) or (B, F); () is no limit."""
     low, high = interval or (0.0, jnp.inf)
     levels = sigma.reshape(len(sigma), -1)
     return ((low < levels) & (levels <= high)).all(-1)
@@ -215,7 +215,7 @@ def log_prior(problem: Problem) -> jax.Array:
 
 
 def strength_factor(problem: Problem, label: jax.Array) -> jax.Array:
-    """What config.class_strengths multiply the strength by, (B,); 1 for the null label."""
+    """Factors of the strength by config.class_strengths, (B,); 1 for the null label."""
     factors = (*(problem.class_strengths or (1.0,) * problem.null_label), 1.0)
     return jnp.asarray(factors, jnp.float32)[label]
 

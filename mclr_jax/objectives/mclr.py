@@ -68,7 +68,7 @@ class MCLR(Objective):
 
     @property
     def _equivalent(self) -> bool:
-        """Whether the optimum is CFG."""
+        """True if the optimum is CFG."""
         return self.negatives == "posterior" or self.weighting == "cfg"
 
     def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:

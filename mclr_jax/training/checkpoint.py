@@ -90,7 +90,7 @@ class Checkpoints:
         return min(fine, key=lambda step: fine[step], default=None)
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        """Whether to keep each checkpoint: this object is the preservation policy of Orbax."""
+        """True for each checkpoint to keep: this object is the preservation policy of Orbax."""
         del context
         steps = [checkpoint.step for checkpoint in checkpoints]
         kept = {*steps[::-1][: self._keep], self._lowest("loss", steps), self._lowest("icr", steps)}

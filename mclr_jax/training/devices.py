@@ -223,12 +223,12 @@ def barrier(name: str) -> None:
 
 
 def is_first() -> bool:
-    """Whether this is process 0, which alone writes files and prints results."""
+    """True in process 0, which alone writes files and prints results."""
     return jax.process_index() == 0
 
 
 def exists(path: pathlib.Path) -> bool:
-    """Whether a file exists, as all processes see it.
+    """True if a file exists, as all processes see it.
 
     RuntimeError: some processes see it and others do not.
     """

@@ -61,7 +61,7 @@ def _beat(path: pathlib.Path, done: threading.Event) -> None:
 
 
 def _is_silent(path: pathlib.Path) -> bool:
-    """Whether the time of a file stays the same for SILENCE seconds; clocks may differ."""
+    """True if the time of a file stays the same for SILENCE seconds; clocks may differ."""
     logging.warning("Waiting at most %.0f s for a sign of life in %s.", SILENCE, path)
     before, end = path.stat().st_mtime_ns, time.monotonic() + SILENCE
     while time.monotonic() < end:
@@ -91,7 +91,7 @@ def _create(path: pathlib.Path, text: str) -> bool:
 
 
 def _born(pid: int) -> str | None:
-    """What tells a running process from later ones with its number; None if there is none."""
+    """The mark of a running process, beside its number; None if no process has the number."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -16,7 +16,7 @@ SILENCE = 15  # seconds without a line, at most
 
 
 def _on_a_terminal() -> bool:
-    """Whether a bar can be drawn: notebooks give commands a terminal of width 0."""
+    """True if a bar can be drawn: notebooks give commands a terminal of width 0."""
     try:
         return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
     except (OSError, ValueError):  # a replaced or closed stderr
