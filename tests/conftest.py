@@ -5,6 +5,7 @@ A run ends with the CPU seconds of each test file, processes that it started inc
 
 import collections
 import gc
+import math
 import os
 import pathlib
 import sys
@@ -40,11 +41,9 @@ gc.set_threshold(200_000, 50, 1000)
 def no_programs_without_end():
     """Compiled programs serve the next modules too; they are dropped beyond 1.5 GB of memory."""
     yield
-    memory = pathlib.Path("/proc/self/statm")  # of Linux
-    if (
-        not memory.exists()
-        or int(memory.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > 1.5e9
-    ):
+    path = pathlib.Path("/proc/self/statm")  # of Linux
+    pages = int(path.read_text().split()[1]) if path.exists() else math.inf
+    if pages * os.sysconf("SC_PAGE_SIZE") > 1.5e9:
         jax.clear_caches()
         gc.collect()
 

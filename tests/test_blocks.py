@@ -151,7 +151,8 @@ def test_errors_say_what_to_do(trained):
 
 
 def test_the_command_writes_rows_and_a_figure(trained, tmp_path):
-    workdir, _, _ = trained
+    """The probe is fitted to training digits and tested on held-out ones."""
+    workdir, model, params = trained
     out = tmp_path / "icr.json"
     log = call(
         "icr", f"--workdir={workdir}", "--sigmas=0.1,1", "--layers=all", "--num_images=200",
@@ -165,6 +166,13 @@ def test_the_command_writes_rows_and_a_figure(trained, tmp_path):
         assert 0 < row["icr_plain"] < row["icr"] < 1.5
         assert 0 < row["probe_accuracy"] <= 1
         assert 1 <= row["effective_rank"] <= 16
+    digits, test = sources.load("digits"), sources.load("digits", "test")
+    options = {"sigmas": [0.1], "layers": ["blocks.0"], "num_images": 200, "augmentation": SHOWN}
+    held_out, seen = (
+        sweep.sweep(model, params, digits, other, **options)[0]["probe_accuracy"]
+        for other in (test, digits)
+    )
+    assert seen != held_out == pytest.approx(result["rows"][0]["probe_accuracy"], abs=0.01)
     assert result["settings"]["num_images"] == 200
     assert result["settings"]["command"].startswith("python -m launch.icr")
     assert "probe_accuracy" in log

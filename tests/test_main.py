@@ -8,19 +8,15 @@ import signal
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
 from configs import base as configs_base
-from mclr_jax import main, record, reductions, runs
-from mclr_jax.config import Training
-from mclr_jax.data import sources
-from mclr_jax.training import ema, loop
-from mclr_jax.training.checkpoint import Checkpoints, MismatchError
+from mclr_jax import main, record, runs
+from mclr_jax.training import loop
+from mclr_jax.training.checkpoint import MismatchError
 from mclr_jax.training.loop import Hook, NonFiniteError
-from mclr_jax.training.step import make_evaluate
 
 
 def load(workdir, **arguments):
@@ -32,81 +28,40 @@ def records(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-# ---- what happens beside the update --------------------------------------------------------------
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A finished run; a test that changes it takes a copy."""
+    workdir = tmp_path_factory.mktemp("base") / "base"
+    main.train(tiny.config("mixture"), workdir)
+    return workdir
 
 
-def test_more_hooks_come_after_ours_and_before_the_checkpoint(tmp_path):
-    """They see what ours have found, and what they find ranks the checkpoints."""
-    seen = []
-
-    def rank(moment):
-        with Checkpoints(tmp_path / "checkpoints", None) as checkpoints:
-            seen.append((moment.step, checkpoints.steps(), set(moment.readings)))
-        return {"eval_loss": float(moment.step), "mine": 1.0}
-
-    config = tiny.config(num_steps=18, keep_checkpoints=1, sample_every=6)
-    main.train(config, tmp_path, more_hooks=[Hook(6, rank)])
-    assert [step for step, _, _ in seen] == [6, 12, 18]
-    assert all(step not in steps for step, steps, _ in seen)
-    assert all(readings >= {"eval_loss", "eval_error"} for _, _, readings in seen)
-    with Checkpoints(tmp_path / "checkpoints", None) as checkpoints:
-        assert checkpoints.steps() == [6, 18]  # the best by our own measure, and the last
-    assert {"step": 12, "eval_loss": 12.0, "mine": 1.0} in records(tmp_path)
+def mclr(base, **changes):
+    return tiny.config("mixture_mclr", **{"init_from": str(base), "eval_examples": 0} | changes)
 
 
-def test_pictures_and_profile_are_written(tmp_path):
-    profile = {"profile.start": 4, "profile.num_steps": 4}
-    main.train(tiny.config(sample_every=12, eval_examples=0, **profile), tmp_path)
-    assert (tmp_path / "samples" / "00000012.png").exists()
-    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
-    assert not any("eval_loss" in record for record in records(tmp_path))
+HELD = {"objective.target": "reference", "optimizer.schedule": "constant"}
 
 
-def test_the_held_out_loss_is_that_of_the_average_on_the_test_split(tmp_path):
-    """5 examples in batches of 16: they are repeated; the same noise at each checkpoint."""
-    rng = np.random.default_rng(0)
-    for name, count in {"train": 40, "test": 5}.items():
-        arrays = {"images": rng.normal(size=(count, 2)), "labels": np.arange(count) % 3}
-        np.savez(tmp_path / f"{name}.npz", **arrays)
-    data = {
-        f"data.{k}": f"npz:{tmp_path / n}.npz" for k, n in {"name": "train", "test": "test"}.items()
-    }
-    config = tiny.config(**data, **{"data.num_classes": 3, "optimizer.learning_rate": 0.03})
-    main.train(config, tmp_path / "run")
-    images, labels = sources.load(config.data.test)[np.arange(16) % 5]
-    batch = {"index": np.arange(16), "image": images, "label": labels}
-    training = Training.parse(config)
-    task = training.task(training.data_info(training.data.source("train", 0)), {})
-    params, _ = runs.load(tmp_path / "run").weights("halflife")
-    found = make_evaluate(task)(params, {}, {name: rows[None] for name, rows in batch.items()})
-    expected = reductions.report(jax.device_get(found))
-    got = {r["step"]: r for r in records(tmp_path / "run") if "eval_loss" in r}
-    assert sorted(got) == [6, 12]
-    np.testing.assert_allclose(got[12]["eval_loss"], expected["loss"], rtol=1e-4)
-    np.testing.assert_allclose(got[12]["eval_error"], expected["error"], rtol=1e-4)
-    assert got[6]["eval_loss"] != got[12]["eval_loss"]
+@pytest.fixture(scope="module")
+def tuned(base, tmp_path_factory):
+    """A finished run that holds the base frozen."""
+    workdir = tmp_path_factory.mktemp("tuned") / "run"
+    main.train(mclr(base, **HELD), workdir)
+    return workdir
 
 
-def test_averages_of_any_width_are_reconstructed_from_snapshots(tmp_path):
-    """The reconstruction at a width that was kept all along is that track, to rounding."""
-    fast = {"optimizer.learning_rate": 0.03, "optimizer.schedule": "constant"}
-    main.train(tiny.config(num_steps=24, **fast, **tiny.POWER), tmp_path)
-    kept, _ = load(tmp_path, average="power_0.1")
-    rebuilt, step = load(tmp_path, average="0.1")
-    assert step == 24
-    chex.assert_trees_all_close(rebuilt, kept, rtol=1e-3, atol=1e-5)
-    between, _ = load(tmp_path, average="0.075")
-    difference = jax.tree.map(lambda a, b: np.abs(a - b).max(), between, kept)
-    assert max(jax.tree.leaves(difference)) > 1e-4
-    with pytest.raises(ValueError, match=r"No EMA 'pwer'.*halflife"):
-        load(tmp_path, average="pwer")
+def with_other_weights(run):
+    """The run as it was at its checkpoint before the last."""
+    shutil.rmtree(run / "checkpoints" / "12")
+    return run
 
 
 # ---- nothing is lost -----------------------------------------------------------------------------
 
 
-def test_a_wrong_config_leaves_a_finished_run_readable(tmp_path):
-    main.train(tiny.config(), tmp_path)
+def test_a_wrong_config_leaves_a_finished_run_readable(base, tmp_path):
+    shutil.copytree(base, tmp_path, dirs_exist_ok=True)
     before = (tmp_path / "run.json").read_text()
     for changes in ({"optimizer.clip_norm": 1.0, "ema.halflife_steps": 0.0}, {"network.width": 24}):
         with pytest.raises(ValueError, match=r"expected shape|has checkpoints of another model"):
@@ -123,12 +78,12 @@ def test_an_interrupted_run_stops_its_caller_and_says_so_where_it_is_a_base(tmp_
     def interrupt(moment):
         os.kill(os.getpid(), signal.SIGTERM)
 
-    config = tiny.config(steps_per_dispatch=1)
+    config = tiny.config(steps_per_dispatch=1, eval_examples=0)
     with pytest.raises(loop.Interrupted) as stopped:
         main.train(config, tmp_path / "base", [Hook(0, interrupt, at=(3,))])
     assert (stopped.value.code, stopped.value.step) == (143, 4)
     assert not (tmp_path / "base" / "lock").exists()
-    tuned = tiny.config(num_steps=2, init_from=str(tmp_path / "base"))
+    tuned = tiny.config(num_steps=2, eval_examples=0, init_from=str(tmp_path / "base"))
     with caplog.at_level(logging.WARNING):
         main.train(tuned, tmp_path / "run")
     assert f"Weights from step 4 of 12 of {tmp_path / 'base'}" in caplog.text
@@ -224,68 +179,45 @@ def test_keys_that_nothing_reads_are_refused(tmp_path, section, key):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_held_out_set_of_other_classes_or_shape_is_refused(tmp_path):
-    for name, shape, count in (("classes", (20, 2), 5), ("shape", (20, 3), 3)):
-        path = tmp_path / f"{name}.npz"
-        np.savez(path, images=np.ones(shape, np.float32), labels=np.arange(20) % count)
-        with pytest.raises(ValueError, match=r"The held-out set .* the training set \(2,\) in 3"):
-            main.train(tiny.config(**{"data.test": f"npz:{path}"}), tmp_path / name)
-
-
-def test_the_last_step_is_always_saved(tmp_path):
-    main.train(tiny.config(checkpoint_every=0), tmp_path)
-    assert load(tmp_path)[1] == 12
-    assert "eval_loss" in records(tmp_path)[-1]  # and measured
-
-
-def test_damaged_checkpoints_stop_each_call_until_a_restart_is_asked_for(tmp_path):
-    main.train(tiny.config(), tmp_path)
+def test_damaged_checkpoints_stop_each_call_until_a_restart_is_asked_for(base, tmp_path):
+    shutil.copytree(base, tmp_path, dirs_exist_ok=True)
     for folder in (tmp_path / "checkpoints").glob("[0-9]*"):
         shutil.rmtree(folder / "state")
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"None of the checkpoints .*--restart"):
             main.train(tiny.config(), tmp_path)
-    state = main.train(tiny.config(num_steps=3), tmp_path, restart=True)
+    state = main.train(tiny.config(num_steps=3, eval_examples=0), tmp_path, restart=True)
     assert int(state.step) == 3
     assert len(list((tmp_path / "replaced").iterdir())) == 1
 
 
-def test_damaged_companions_are_not_replaced_by_what_their_run_holds_now(base, tmp_path):
-    config = mclr(base, **{"objective.target": "reference"})
-    main.train(config, tmp_path)
-    shutil.rmtree(tmp_path / "frozen" / "reference" / "checkpoints" / "0" / "state")
-    config.num_steps += 2
+def test_damaged_companions_are_not_replaced_by_what_their_run_holds_now(base, tuned, tmp_path):
+    run = shutil.copytree(tuned, tmp_path / "run")
+    shutil.rmtree(run / "frozen" / "reference" / "checkpoints" / "0" / "state")
     with pytest.raises(RuntimeError, match=r"None of the checkpoints .*frozen"):
-        main.train(config, tmp_path)
+        main.train(mclr(base, **HELD, num_steps=14), run)
 
 
-def test_deleted_companions_come_back_from_the_same_weights_only(base, tmp_path):
+def test_deleted_companions_come_back_from_the_same_weights_only(base, tuned, tmp_path):
     """The run knows the digest of the weights that it was started with."""
-    copy = shutil.copytree(base, tmp_path / "base")
-    config = mclr(copy, **{"objective.target": "reference"})
-    main.train(config, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "frozen")
-    config.num_steps += 2
-    main.train(config, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "frozen")
-    config.num_steps += 2
-    main.train(tiny.config("mixture", num_steps=14), copy)
+    start, run = (shutil.copytree(x, tmp_path / x.name) for x in (base, tuned))
+    shutil.rmtree(run / "frozen")
+    main.train(mclr(start, **HELD, num_steps=14), run)
+    shutil.rmtree(run / "frozen")
+    with_other_weights(start)
     with pytest.raises(
         ValueError, match=r"frozen weights of reference have digest .* started with"
     ):
-        main.train(config, tmp_path / "run")
-    assert runs.load(tmp_path / "run").weights()[1] == 14
+        main.train(mclr(start, **HELD, num_steps=16), run)
+    assert runs.load(run).weights()[1] == 14
 
 
 def test_a_start_without_checkpoints_leaves_nothing_to_another_config(base, tmp_path):
     """Its copy of the frozen weights would be another reference than the start of the training."""
-    other = tmp_path / "other"
-    main.train(tiny.config("mixture", seed=1), other)
-    config = mclr(base, **{"objective.target": "reference"})
+    other = with_other_weights(shutil.copytree(base, tmp_path / "other"))
     with pytest.raises(RuntimeError, match="stopped here"):
-        main.train(config, tmp_path / "run", [Hook(1, _raise)])
-    config = mclr(other, **{"objective.target": "reference"})
-    main.train(config, tmp_path / "run")
+        main.train(mclr(base, **HELD), tmp_path / "run", [Hook(1, _raise)])
+    main.train(mclr(other, **HELD), tmp_path / "run")
     assert (tmp_path / "run" / "frozen").exists()
     chex.assert_trees_all_equal(load(tmp_path / "run", interpolation=0.0), (load(other)[0], 12))
     (entry,) = record.read(tmp_path / "run")["history"]
@@ -298,26 +230,6 @@ def _raise(moment):
 
 
 # ---- numbers that are not finite -----------------------------------------------------------------
-
-
-def test_a_held_out_metric_that_is_not_finite_stops_the_run(tmp_path):
-    bad = Hook(6, lambda moment: {"eval_mine": float("nan") if moment.step == 12 else 1.0})
-    with pytest.raises(
-        NonFiniteError, match=r"eval_mine is nan in step 12.*checkpoint is of step 6"
-    ):
-        main.train(tiny.config(), tmp_path, [bad])
-    assert runs.load(tmp_path).weights()[1] == 6
-
-
-def test_an_average_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
-    decay = lambda step: jnp.where(step < 8, 0.5, jnp.nan)  # noqa: E731
-    monkeypatch.setattr(ema.EMA, "tracks", {"mine": decay})
-    config = tiny.config(eval_examples=0)
-    with pytest.raises(
-        NonFiniteError, match=r"ema/mine/.* is not finite after step 12.* of step 6"
-    ):
-        main.train(config, tmp_path)
-    assert runs.load(tmp_path).weights("none")[1] == 6
 
 
 # ---- what is refused before training -------------------------------------------------------------
@@ -339,43 +251,17 @@ def test_what_cannot_be_trained_is_refused_at_once(tmp_path):
 # ---- fine-tuning: what a run takes from others, and that it needs them only once -----------------
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("base") / "base"
-    main.train(tiny.config("mixture"), workdir)
-    return workdir
-
-
-def mclr(base, **changes):
-    return tiny.config("mixture_mclr", **{"init_from": str(base)} | changes)
-
-
-def test_init_from_starts_from_the_other_runs_average(base, tmp_path):
-    still = {"num_steps": 1, "init_from": str(base), "optimizer.learning_rate": 0.0}
-    still |= {"ema.ramp_up": 0.0}  # else the first step makes the averages new
-    state = main.train(tiny.config(**still), tmp_path / "tuned")
-    average, _ = load(base, average="halflife")
-    chex.assert_trees_all_equal(jax.device_get(state.params), average)
-    for ours in state.ema.values():
-        chex.assert_trees_all_close(jax.device_get(ours), average, rtol=1e-6)
-    wider = tiny.config(init_from=str(base), **{"network.width": 32})
-    with pytest.raises(MismatchError, match=r"Parameter .*: expected shape"):
-        main.train(wider, tmp_path / "wider")
-
-
-def test_fine_tuning_starts_from_the_average_and_holds_it_frozen(base, tmp_path):
+def test_fine_tuning_starts_from_the_average_and_holds_it_frozen(base, tuned, tmp_path):
     """A run that needs its base no more once it has begun goes on without it, to the same bits."""
-    changes = {"objective.target": "reference", "optimizer.schedule": "constant"}
-    copy = shutil.copytree(base, tmp_path / "copy")
-    main.train(mclr(copy, **changes), tmp_path / "whole")
-    main.train(mclr(copy, **changes, num_steps=6), tmp_path / "parts")
+    copy, parts = shutil.copytree(base, tmp_path / "copy"), tmp_path / "parts"
+    main.train(mclr(copy, **HELD, num_steps=6), parts)
     shutil.rmtree(copy)
-    main.train(mclr(copy, **changes), tmp_path / "parts")
+    main.train(mclr(copy, **HELD), parts)
     for average in ("none", "halflife"):
-        parts, whole = (load(tmp_path / name, average=average)[0] for name in ("parts", "whole"))
-        chex.assert_trees_all_equal(parts, whole)
+        whole = load(tuned, average=average)[0]
+        chex.assert_trees_all_equal(load(parts, average=average)[0], whole)
     start, _ = load(base)
-    chex.assert_trees_all_equal(load(tmp_path / "parts", interpolation=0.0)[0], start)
+    chex.assert_trees_all_equal(load(parts, interpolation=0.0)[0], start)
     assert not np.array_equal(whole["in_linear"]["kernel"], start["in_linear"]["kernel"])
 
 
@@ -392,15 +278,23 @@ def test_interpolation_is_a_place_on_the_line_from_the_start_to_the_run(base, tm
         assert step == mclr(base).num_steps
 
 
-def test_a_network_that_takes_the_strength_starts_as_the_base_at_every_strength(base, tmp_path):
+def test_a_run_starts_as_the_average_of_its_base_at_every_strength(base, tmp_path):
+    """With a network that takes the strength, the base's does not."""
     changes = {"strength": (0.0, 2.0), "num_steps": 1, "optimizer.learning_rate": 0.0}
-    main.train(mclr(base, **changes), tmp_path)
-    run, original = runs.load(tmp_path), runs.load(base)
+    changes |= {"ema.ramp_up": 0.0}  # else the first step makes the averages new
+    state = main.train(mclr(base, **changes), tmp_path / "run")
+    average, _ = load(base, average="halflife")
+    ours = jax.device_get(state.params)
+    chex.assert_trees_all_equal({name: ours[name] for name in average}, average)
+    for track in state.ema.values():
+        chex.assert_trees_all_close(jax.device_get(track), ours, rtol=1e-6)
+    run, original = runs.load(tmp_path / "run"), runs.load(base)
     x, sigma = np.linspace(-2, 2, 8, dtype=np.float32).reshape(4, 2), np.full(4, 0.7, np.float32)
-    condition = runs.load(base).model.complete(np.array([0, 1, 2, 3]), 4)
-    expected = original.model.denoise(original.weights()[0])(x, sigma, condition)
+    condition = original.model.complete(np.array([0, 1, 2, 3]), 4)
+    expected = jax.jit(original.model.denoise(original.weights()[0]))(x, sigma, condition)
     params, _ = run.weights()
 
+    @jax.jit
     def at(strength, params):
         return run.model.denoise(params)(x, sigma, condition.replace(strength=strength))
 
@@ -410,17 +304,21 @@ def test_a_network_that_takes_the_strength_starts_as_the_base_at_every_strength(
     moved = jax.tree.map(lambda p: p + 0.1, params)  # strength is read
     low, high = (at(np.full(4, s, np.float32), moved) for s in (0.0, 1.0))
     assert np.abs(low - high).max() > 1e-4
+    wider = tiny.config(init_from=str(base), **{"network.width": 32})
+    with pytest.raises(MismatchError, match=r"Parameter .*: expected shape"):
+        main.train(wider, tmp_path / "wider")
 
 
 def test_the_posterior_of_a_classifier_run(base, tmp_path):
     """It is copied into the run too, and its model described there."""
     classifier = tmp_path / "classifier"
-    main.train(tiny.classifier("mixture"), classifier)
+    judge = tiny.classifier("mixture")
+    judge.eval_examples = 0
+    main.train(judge, classifier)
     changes = {"posterior.name": "classifier", "companions.classifier": str(classifier)}
     main.train(mclr(base, **changes, num_steps=4), tmp_path / "run")
     weights = load(classifier)[0]
     shutil.rmtree(classifier)
-    main.train(mclr(base, **changes, num_steps=6), tmp_path / "run")  # goes on
     held = runs.load(tmp_path / "run" / "frozen" / "classifier")
     assert held.model.is_classifier
     chex.assert_trees_all_equal(jax.device_get(held.weights()[0]), weights)

@@ -93,42 +93,38 @@ def pointwise(mixture, **changes):
 
 @functools.cache
 def quadrature():
-    """Integrals over each bin: p_c (12, K), p_c D_c (12, K), and the same for all classes (12,)."""
-    mixture = line()
-    x = jnp.linspace(-12, 12, 240_001)[:, None]
-    density = np.exp(np.asarray(mixture.log_prob_given_label(x, SIGMA), np.float64))
-    denoised = np.stack(
-        [mixture.denoise(x, SIGMA, jnp.full(len(x), c))[:, 0] for c in range(3)], axis=1
-    )
-    rows = np.asarray(bins(x))
+    """Integrals over each bin: p_c (12, K), p_c D_c (12, K), and the same for all classes (12,).
+
+    And the mean over each bin, by p_c, of guided denoising (12, K).
+    """
+    mixture, classes = line(), jnp.arange(3)[:, None]
+    x = jnp.linspace(-12, 12, 24_001)[:, None]
+    guided = guidance.classifier_free(mixture.denoise, 3, 1 + BETA)
+
+    @jax.jit
+    def answers():
+        labels = jnp.broadcast_to(classes, (3, len(x)))
+        each = [jax.vmap(lambda c, f=f: f(x, SIGMA, c)[:, 0])(labels).T
+                for f in (mixture.denoise, guided)]  # fmt: skip
+        return mixture.log_prob_given_label(x, SIGMA), *each
+
+    log_density, denoised, answer = (np.asarray(a, np.float64) for a in answers())
+    density, rows = np.exp(log_density), np.asarray(bins(x))
 
     def integrate(values):
-        step = float(x[1, 0] - x[0, 0])
+        step = 24 / (len(x) - 1)
         return np.stack([step * np.bincount(rows, v, len(EDGES) + 1) for v in values.T], axis=1)
 
     mass, first = integrate(density), integrate(density * denoised)
     prior = np.array(PRIOR)
-    return mass, first, mass @ prior, first @ prior
+    return mass, first, mass @ prior, first @ prior, integrate(density * answer) / mass
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_optimum_of_each_cfg_equivalent_form_is_cfg(form):
-    mass, _, _, _ = quadrature()
     # p(a) [(1 + beta) p_a (D - D_a)^2 - beta p_a (D - D_0)^2], so CFG averaged over a bin by p_a:
-    mixture = line()
-    x = jnp.linspace(-12, 12, 240_001)[:, None]
-    guided = guidance.classifier_free(mixture.denoise, 3, 1 + BETA)
-    density = np.exp(np.asarray(mixture.log_prob_given_label(x, SIGMA), np.float64))
-    rows = np.asarray(bins(x))
-    expected = np.stack(
-        [
-            np.bincount(rows, density[:, c] * guided(x, SIGMA, jnp.full(len(x), c))[:, 0])
-            / np.bincount(rows, density[:, c])
-            for c in range(3)
-        ],
-        axis=1,
-    )
-    optimum, curvature = pointwise(mixture, **FORMS[form])
+    mass, _, _, _, expected = quadrature()
+    optimum, curvature = pointwise(line(), **FORMS[form])
     often = mass > 0.03
     # Mismatched negatives keep the closed-form part in the positive term; the sum is the same.
     np.testing.assert_allclose(curvature[often], (mass * PRIOR)[often], rtol=0.05)
@@ -137,7 +133,7 @@ def test_the_optimum_of_each_cfg_equivalent_form_is_cfg(form):
 
 @pytest.mark.parametrize("negatives", ["prior", "mismatched"])
 def test_the_plain_objective_has_the_predicted_optimum_and_is_unbounded_where_predicted(negatives):
-    mass, first, mass_all, first_all = quadrature()
+    mass, first, mass_all, first_all, _ = quadrature()
     prior = np.array(PRIOR)
     if negatives == "mismatched":  # c~ = a is drawn for the classes c != a, with p(a) / (1 - p(c))
         share = (1 - np.eye(3)) * prior[:, None] / (1 - prior[:, None])  # (c, a) without p(a)
@@ -158,9 +154,18 @@ def test_the_plain_objective_has_the_predicted_optimum_and_is_unbounded_where_pr
 
 
 @functools.partial(jax.jit, static_argnames="form")
-def slope(mixture, beta, sigma, key, form):
-    """d/d(epsilon) of each example's loss at exact CFG + epsilon tanh(x + label), (n,)."""
-    k_data, k_loss = jax.random.split(key)
+def slope(key, beta, sigma, form):
+    """d/d(epsilon) of each example's loss at exact CFG + epsilon tanh(x + label), (n,).
+
+    The mixture is a random one.
+    """
+    k_data, k_loss, *k = jax.random.split(key, 6)
+    mixture = GaussianMixture(
+        1.5 * jax.random.normal(k[0], (3, 2, 2)),
+        jax.random.uniform(k[1], (3, 2), minval=0.2, maxval=0.8),
+        jax.nn.softmax(jax.random.normal(k[2], (3, 2))),
+        jax.nn.softmax(0.5 * jax.random.normal(k[3], (3,))),
+    )
     x0, label = mixture.sample(k_data, 30_000)
     keys = jax.random.split(k_loss, len(x0))
     guided = guidance.classifier_free(mixture.denoise, mixture.num_classes, 1 + beta)
@@ -178,27 +183,43 @@ def slope(mixture, beta, sigma, key, form):
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**31), st.floats(0.05, 3), st.floats(0.1, 3), st.sampled_from(list(FORMS)))
 def test_exact_cfg_is_stationary_on_random_mixtures(seed, beta, sigma, form):
-    k = jax.random.split(jax.random.key(seed), 4)
-    mixture = GaussianMixture(
-        1.5 * jax.random.normal(k[0], (3, 2, 2)),
-        jax.random.uniform(k[1], (3, 2), minval=0.2, maxval=0.8),
-        jax.nn.softmax(jax.random.normal(k[2], (3, 2))),
-        jax.nn.softmax(0.5 * jax.random.normal(k[3], (3,))),
-    )
-    slopes = np.asarray(slope(mixture, beta, sigma, jax.random.key(seed), form), np.float64)
+    slopes = np.asarray(slope(jax.random.key(seed), beta, sigma, form), np.float64)
     error = slopes.std() / np.sqrt(len(slopes))
     assert abs(slopes.mean()) < 5 * error + 1e-6
 
 
-def draw(n=4000, seed=0):
+@functools.cache
+def draw(n=4000):
     """The mixture, and data, labels and keys of n examples."""
     mixture = line()
-    x0, label = mixture.sample(jax.random.key(seed), n)
-    return mixture, (x0, label, jax.random.split(jax.random.key(seed + 1), n))
+
+    @jax.jit
+    def data():
+        return *mixture.sample(jax.random.key(0), n), jax.random.split(jax.random.key(1), n)
+
+    return mixture, data()
 
 
 def losses(mixture, denoise, data, **options):
     return jax.jit(lambda *data: run(mixture, denoise, data, **options)[0])(*data)
+
+
+def losses_and_inputs(denoise, ask, data, *more):
+    """The losses ask(watched, data, ...), and (x, sigma, condition, answer) of its only call."""
+
+    @jax.jit
+    def found(data, *more):
+        seen = []
+
+        def watched(*inputs):
+            seen.append((*inputs, denoise(*inputs)))
+            return seen[-1][-1]
+
+        loss, _ = ask(watched, data, *more)
+        (call,) = seen
+        return loss, call
+
+    return found(data, *more)
 
 
 def plain(mixture, denoise, data, levels=None, label_dropout=0.0):
@@ -251,19 +272,20 @@ def test_frames_are_weighted_by_their_own_levels_and_contrasted_where_all_are_in
     """By hand from what the network was shown: one call, for c and for c~."""
     mixture, (values, label, keys) = draw(400)
     x0 = jnp.stack([values, values + 0.3, -values], axis=1)  # (B, 3, 1)
-    seen = []
-
-    def denoise(x, sigma, condition):
-        flat = x.reshape(-1, 1), sigma.reshape(-1), jnp.repeat(label_of(condition), 3)
-        seen.append((sigma, condition, mixture.denoise(*flat).reshape(x.shape)))
-        return seen[-1][-1]
-
     problem = cases.problem(
         noise.LogUniform(0.4, 1.2), weight=lambda sigma: 1 / sigma, class_prior=PRIOR, frames=(3,)
     )
     objective = MCLR(BETA, 0.2, "mismatched", sigma_interval=(0.5, 1.1))
-    loss, _ = objective(cases.models(denoise), problem, Batch(x0, Condition(label)), keys)
-    ((sigma, condition, answers),) = seen
+
+    def denoise(x, sigma, condition):
+        flat = x.reshape(-1, 1), sigma.reshape(-1), jnp.repeat(label_of(condition), 3)
+        return mixture.denoise(*flat).reshape(x.shape)
+
+    def ask(watched, x0, label, keys):
+        return objective(cases.models(watched), problem, Batch(x0, Condition(label)), keys)
+
+    loss, (_, sigma, condition, answers) = losses_and_inputs(denoise, ask, x0, label, keys)
+    sigma, answers = np.asarray(sigma), np.asarray(answers)
     assert sigma.shape == (800, 3)
     np.testing.assert_array_equal(sigma[:400], sigma[400:])
     shown, wrong = np.split(np.asarray(label_of(condition)), 2)
@@ -279,21 +301,19 @@ def test_frames_are_weighted_by_their_own_levels_and_contrasted_where_all_are_in
 
 def test_a_network_that_takes_the_strength_is_told_the_one_that_its_loss_has():
     mixture, data = draw(1000)
-    seen = []
 
-    def denoise(x, sigma, condition):
-        seen.append(condition.strength)
-        return mixture.denoise(x, sigma, condition)
+    def ask(watched, data):
+        return run(mixture, watched, data, strength=(0.5, 2.0))
 
-    loss, _ = run(mixture, denoise, data, strength=(0.5, 2.0))
-    strength, at_wrong = jnp.split(seen[0], 2)
+    loss, (_, _, condition, _) = losses_and_inputs(mixture.denoise, ask, data)
+    strength, at_wrong = np.split(np.asarray(condition.strength), 2)
     np.testing.assert_array_equal(strength, at_wrong)
     assert strength.min() >= 0.5
     assert strength.max() <= 2.0
     # the law has a third of all in the outer 7% at either end: arcsin(sqrt(1/15)) 2 / pi
     ends = (strength < 0.6) | (strength > 1.9)
     assert abs(ends.mean() - 0.3331) < 4 * np.sqrt(0.222 / 1000)
-    same, _ = run(mixture, mixture.denoise, data, beta=strength)
+    same = losses(mixture, mixture.denoise, data, beta=jnp.asarray(strength))
     np.testing.assert_allclose(loss, same, rtol=1e-5)
     assert not np.allclose(loss, losses(mixture, mixture.denoise, data), rtol=1e-2)
 

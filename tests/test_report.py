@@ -12,9 +12,6 @@ import pytest
 import tiny
 from commands import call
 
-from mclr_jax import record
-from mclr_jax.config import Training
-from mclr_jax.data import sources
 from mclr_jax.evaluation import report
 from mclr_jax.main import train
 
@@ -128,17 +125,9 @@ def test_runs_of_one_name_are_told_apart_and_empty_ones_say_so():
     assert "No samples were asked for" in text
 
 
-def described(config, workdir):
-    """The directory of a run that has not begun."""
-    source = sources.load("digits")
-    training = Training.parse(config)
-    model = training.model(training.data_info(source))
-    record.write(workdir, record.describe(training, model, {}, source), {}, 0)
-
-
 def test_a_damaged_log_is_read_as_far_as_it_goes(tmp_path):
     """A killed process leaves half a line; other programs may have written what is no number."""
-    described(tiny.config("digits"), tmp_path)
+    tiny.describe(tmp_path, given=tiny.config("digits"))
     lines = ['{"step": 1, "loss": 2.0, "note": "x", "none": null}', "[3]", '"step"', "\xff",
              '{"loss": 9.0}', '{"step": 2, "loss": NaN}', "", '{"step": 3, "los']  # fmt: skip
     (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode("latin1"))
@@ -148,7 +137,7 @@ def test_a_damaged_log_is_read_as_far_as_it_goes(tmp_path):
 
 
 def test_a_classifier_is_shown_without_samples(tmp_path):
-    described(tiny.classifier("digits"), tmp_path)
+    tiny.describe(tmp_path, given=tiny.classifier("digits"))
     assert report.read(tmp_path, guidance_scales=[1.0]).grids == {}
 
 

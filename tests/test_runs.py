@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import logging
 import pathlib
 
 import chex
@@ -18,30 +17,12 @@ from mclr_jax.samplers import Sampler
 from mclr_jax.training import ema
 from mclr_jax.training.checkpoint import Checkpoints, MismatchError
 
-
-def source_of(config):
-    return Training.parse(config).data.source("train", config.seed)
-
-
-def model_of(config):
-    training = Training.parse(config)
-    return training.model(training.data_info(source_of(config)))
-
-
-def describe(workdir, companions=(), config=None, **changes):
-    config = config or tiny.config(**changes)
-    training, model = Training.parse(config), model_of(config)
-    description = record.describe(training, model, dict(companions), source_of(config))
-    record.write(workdir, description, record.changes(workdir, description), 0)
-    return config, model
-
-
 # ---- descriptions --------------------------------------------------------------------------------
 
 
 def test_a_run_comes_back_from_its_directory(tmp_path):
-    judge = model_of(tiny.classifier())
-    config, model = describe(tmp_path, {"classifier": judge}, **{"sampler.method": "euler"})
+    judge = tiny.model_of(tiny.classifier())
+    config, model = tiny.describe(tmp_path, {"classifier": judge}, **{"sampler.method": "euler"})
     loaded = runs.load(str(tmp_path))
     assert loaded.model == model
     assert hash(loaded.model) == hash(model)  # what is compiled for one serves the other
@@ -55,7 +36,7 @@ def test_a_run_comes_back_from_its_directory(tmp_path):
 
 def test_keys_of_earlier_versions_are_left_out_if_they_have_their_default(tmp_path):
     """A run of MCLR whose config has options that were removed; another value is an error."""
-    config, _ = describe(tmp_path, config=tiny.config("mixture_mclr"))
+    config, _ = tiny.describe(tmp_path, given=tiny.config("mixture_mclr"))
     path = tmp_path / "run.json"
     older = json.loads(path.read_text())
     older["config"]["objective"] |= {"logistic_scale": 10.0, "reference_penalty": 0.0}
@@ -71,70 +52,21 @@ def test_keys_of_earlier_versions_are_left_out_if_they_have_their_default(tmp_pa
         Training.parse(runs.load(tmp_path).config)
 
 
-def test_changed_values_are_named(tmp_path, caplog):
-    describe(tmp_path)
-    with caplog.at_level(logging.WARNING):
-        describe(tmp_path)
-    assert not caplog.records
-    with caplog.at_level(logging.WARNING):
-        describe(tmp_path, num_steps=24, **{"optimizer.learning_rate": 0.5, "network.width": 24})
-    assert "config.num_steps is now 24; it was 12, when this run was started" in caplog.text
-    assert "config.optimizer.learning_rate is now 0.5" in caplog.text
-    assert "model.network.width is now 24; it was 16" in caplog.text
-    assert len(caplog.records) == 4  # config.network.width, too
-
-
-def test_harmless_changes_are_history_and_others_are_refused_where_weights_are(tmp_path):
-    _, model = describe(tmp_path)
-    with_weights(tmp_path, {"params": model.init(jax.random.key(0))})
-    describe(tmp_path, num_steps=24)
-    before = (tmp_path / "run.json").read_text()
-    first, second = json.loads(before)["history"]
-    assert first["changes"] == {}
-    assert second["changes"] == {"config.num_steps": [12, 24]}
-    assert second.keys() >= {"time", "step", "command", "version", "revision", "device"}
-    for changes, message in [
-        ({"network.width": 24}, "model.network.width is now 24; it was 16"),
-        ({"strength": (0.0, 2.0)}, "model.strength"),
-        ({"data.limit": 100}, "data.number is now 100; it was 65536"),
-        ({"sigma_data": 0.7}, "model.data.sigma_data is now 0.7"),
-    ]:
-        with pytest.raises(ValueError, match=f"has checkpoints of another model.*{message}"):
-            describe(tmp_path, **changes)
-        assert (tmp_path / "run.json").read_text() == before
-
-
-def test_data_are_told_by_their_content_not_by_their_place(tmp_path, caplog):
-    """A renamed copy of a data set is the same data; another set of that name is not."""
-    points, labels = sources.load("mixture")[np.arange(64)]
-    np.savez(tmp_path / "a.npz", images=points, labels=labels)
-    np.savez(tmp_path / "b.npz", images=points, labels=labels)
-    changes = {"sigma_data": 1.0, "data.name": f"npz:{tmp_path}/a.npz"}
-    _, model = describe(tmp_path / "run", **changes)
-    with_weights(tmp_path / "run", {"params": model.init(jax.random.key(0))})
-    describe(tmp_path / "run", **changes | {"data.name": f"npz:{tmp_path}/b.npz"})
-    assert "config.data.name is now" in caplog.text
-    points[63] += 0.01
-    np.savez(tmp_path / "a.npz", images=points, labels=labels)
-    with pytest.raises(ValueError, match=r"other data: data\.digest is now"):
-        describe(tmp_path / "run", **changes)
-
-
 def test_a_run_and_its_data_are_found_where_they_were_moved(tmp_path, monkeypatch):
     """Runs and data named relative to one directory, read from another, moved, and moved apart."""
     monkeypatch.chdir(tmp_path)
     points, labels = sources.load("mixture")[np.arange(64)]
     (tmp_path / "old").mkdir()
     np.savez("old/data.npz", images=points, labels=labels)
-    describe(pathlib.Path("old/base"))
+    tiny.describe(pathlib.Path("old/base"))
     names = {
         "data.name": "npz:old/data.npz",
         "init_from": "old/base",
         "data.generated": "zip:g.zip",
     }
-    describe(pathlib.Path("old/tuned"), **names)
-    with_weights(
-        pathlib.Path("old/tuned"), {"params": model_of(tiny.config()).init(jax.random.key(0))}
+    tiny.describe(pathlib.Path("old/tuned"), **names)
+    tiny.with_weights(
+        pathlib.Path("old/tuned"), {"params": tiny.model_of(tiny.config()).init(jax.random.key(0))}
     )
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -165,13 +97,6 @@ def test_a_run_and_its_data_are_found_where_they_were_moved(tmp_path, monkeypatc
     assert runs.load("tuned", data="folder").data.path == "folder"
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"config": ', "[3]"])
-def test_a_broken_description_is_named(tmp_path, content):
-    (tmp_path / "run.json").write_text(content)
-    with pytest.raises(ValueError, match=r"run\.json (is no JSON|was written by an older)"):
-        runs.load(tmp_path)
-
-
 @pytest.mark.parametrize(("keys", "value"), [
     (["config"], None), (["config"], ()), (["config"], 3), (["companions"], None),
     (["companions"], [1]),
@@ -180,7 +105,7 @@ def test_a_broken_description_is_named(tmp_path, content):
     (["config", "data"], 3), (["paths"], 3),
 ])  # fmt: skip
 def test_a_description_with_values_of_other_types_is_named(tmp_path, keys, value):
-    describe(tmp_path, init_from="x")
+    tiny.describe(tmp_path, init_from="x")
     content = json.loads((tmp_path / "run.json").read_text())
     part = content
     for key in keys[:-1]:
@@ -199,25 +124,14 @@ def test_a_description_with_values_of_other_types_is_named(tmp_path, keys, value
 # ---- what is missing ---------------------------------------------------------------------------
 
 
-def test_a_run_is_set_aside_whole(tmp_path):
-    _, model = describe(tmp_path)
-    with_weights(tmp_path, {"params": model.init(jax.random.key(0))})
-    (tmp_path / "samples").mkdir()
-    record.set_aside(tmp_path)
-    (moved,) = (tmp_path / "replaced").iterdir()
-    assert {path.name for path in moved.iterdir()} == {"run.json", "checkpoints"}
-    assert {path.name for path in tmp_path.iterdir()} == {"replaced", "samples"}
-    assert runs.load(moved).weights("none")[1] == 1
-
-
 def test_what_is_missing_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no run.json"):
         runs.load(tmp_path)
-    describe(tmp_path)
+    tiny.describe(tmp_path)
     run = runs.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="no checkpoint yet"):
         run.weights()
-    with_weights(tmp_path, {"params": run.model.init(jax.random.key(0))})
+    tiny.with_weights(tmp_path, {"params": run.model.init(jax.random.key(0))})
     with pytest.raises(ValueError, match=r"not started from another run.*interpolation is 1"):
         run.weights("none", interpolation=0.5)
     (tmp_path / "run.json").write_text('{"config": {}, "data": {}}')
@@ -228,17 +142,12 @@ def test_what_is_missing_is_said(tmp_path):
 # ---- weights -------------------------------------------------------------------------------------
 
 
-def with_weights(workdir, state, step=1):
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        checkpoints.save(step, state)
-
-
 def test_weights_of_any_average_and_step(tmp_path):
-    _, model = describe(tmp_path, **tiny.POWER)
+    _, model = tiny.describe(tmp_path, **tiny.POWER)
     trees = [model.init(jax.random.key(seed)) for seed in range(4)]
     for step, (params, average) in {1: trees[:2], 2: trees[2:]}.items():
         others = {"power_0.05": params, "power_0.1": params}
-        with_weights(tmp_path, {"params": params, "ema": {"halflife": average} | others}, step)
+        tiny.with_weights(tmp_path, {"params": params, "ema": {"halflife": average} | others}, step)
     run = runs.load(tmp_path)
     for arguments, expected, step in [
         ({}, trees[3], 2),
@@ -260,18 +169,18 @@ def test_weights_of_any_average_and_step(tmp_path):
 
 
 def test_a_run_without_averages_gives_its_parameters(tmp_path):
-    _, model = describe(tmp_path, **{"ema.halflife_steps": 0.0})
+    _, model = tiny.describe(tmp_path, **{"ema.halflife_steps": 0.0})
     params = model.init(jax.random.key(0))
-    with_weights(tmp_path, {"params": params, "ema": {}})
+    tiny.with_weights(tmp_path, {"params": params, "ema": {}})
     chex.assert_trees_all_equal(runs.load(tmp_path).weights()[0], params)
 
 
 def test_weights_lie_on_the_line_from_where_the_run_started(tmp_path):
-    _, model = describe(tmp_path / "start", **{"ema.halflife_steps": 0.0})
+    _, model = tiny.describe(tmp_path / "start", **{"ema.halflife_steps": 0.0})
     start, tuned = (model.init(jax.random.key(seed)) for seed in range(2))
-    with_weights(tmp_path / "start", {"params": start, "ema": {}})
-    describe(tmp_path / "run", init_from=str(tmp_path / "start"))
-    with_weights(tmp_path / "run", {"params": start, "ema": {"halflife": tuned}})
+    tiny.with_weights(tmp_path / "start", {"params": start, "ema": {}})
+    tiny.describe(tmp_path / "run", init_from=str(tmp_path / "start"))
+    tiny.with_weights(tmp_path / "run", {"params": start, "ema": {"halflife": tuned}})
     run = runs.load(tmp_path / "run")
     for t in (0.0, 0.3, 1.0, 1.5):
         params, _ = run.weights(interpolation=t)
@@ -282,7 +191,7 @@ def test_weights_lie_on_the_line_from_where_the_run_started(tmp_path):
 
 @pytest.mark.parametrize(("step", "used"), [(None, (6, 12)), (12, (6, 12)), (11, (6,)), (6, (6,))])
 def test_a_width_is_reconstructed_from_the_snapshots_up_to_a_step(tmp_path, step, used):
-    _, model = describe(tmp_path, **tiny.POWER)
+    _, model = tiny.describe(tmp_path, **tiny.POWER)
     stored = [(s, std) for s in (6, 12) for std in (0.05, 0.1)]
     trees = {pair: model.init(jax.random.key(seed)) for seed, pair in enumerate(stored)}
     with Checkpoints(tmp_path / "snapshots", keep=None) as store:
@@ -302,8 +211,8 @@ def test_a_width_is_reconstructed_from_the_snapshots_up_to_a_step(tmp_path, step
 
 def test_optional_inputs_are_added_as_zeros_and_left_out(caplog):
     """Both ways the network stays the same; the sampled model had no augmentation, strength 0."""
-    plain = model_of(tiny.config())
-    taught = model_of(tiny.config(strength=(0.0, 2.0), **{"data.augment": 0.1}))
+    plain = tiny.model_of(tiny.config())
+    taught = tiny.model_of(tiny.config(strength=(0.0, 2.0), **{"data.augment": 0.1}))
     weights = plain.init(jax.random.key(0))
     more = runs.fitted(weights, taught, "here")
     assert set(more) - set(weights) == {"map_strength", "map_augment"}
@@ -328,9 +237,9 @@ def test_optional_inputs_are_added_as_zeros_and_left_out(caplog):
     ],
 )
 def test_other_differences_are_refused(before, after, message):
-    weights = model_of(tiny.config(**before)).init(jax.random.key(0))
+    weights = tiny.model_of(tiny.config(**before)).init(jax.random.key(0))
     with pytest.raises(MismatchError, match=message):
-        runs.fitted(weights, model_of(tiny.config(**after)), "there")
+        runs.fitted(weights, tiny.model_of(tiny.config(**after)), "there")
 
 
 # ---- companions ----------------------------------------------------------------------------------
@@ -339,14 +248,14 @@ def test_other_differences_are_refused(before, after, message):
 @pytest.fixture
 def others(tmp_path):
     """Directories of a denoiser and of a classifier for the mixture, without weights."""
-    describe(tmp_path / "denoiser")
-    describe(tmp_path / "classifier", config=tiny.classifier())
+    tiny.describe(tmp_path / "denoiser")
+    tiny.describe(tmp_path / "classifier", given=tiny.classifier())
     return tmp_path
 
 
 def companions_of(config, workdir, data=None):
     training = Training.parse(config)
-    return runs.companions(training, data or model_of(config).data, workdir)
+    return runs.companions(training, data or tiny.model_of(config).data, workdir)
 
 
 def mclr(**changes):
@@ -372,18 +281,8 @@ def test_a_companion_that_nothing_reads_is_told(others, caplog):
     assert "config.companions.weak is not used: this objective reads no companion." in caplog.text
 
 
-def test_numbers_of_numpy_are_described_as_those_of_python():
-    config = tiny.config()
-    config.noise.std = np.float64(1.5)
-    with config.ignore_type():
-        config.num_steps, config.network.width = np.int64(7), np.int64(16)
-    found = record.describe(Training.parse(config), model_of(config), {}, source_of(config))
-    assert (found["config"]["num_steps"], found["model"]["network"]["width"]) == (7, 16)
-    assert parts.model_of(found["model"]) == model_of(tiny.config())
-
-
 def test_what_is_wrong_with_companions_is_said(others):
-    data = model_of(tiny.config()).data
+    data = tiny.model_of(tiny.config()).data
     denoiser, classifier = str(others / "denoiser"), str(others / "classifier")
 
     def companions(data=data, **changes):
@@ -397,7 +296,7 @@ def test_what_is_wrong_with_companions_is_said(others):
         companions(**{"init_from": denoiser, "companions.classifier": denoiser})
     with pytest.raises(ValueError, match=r"'reference' in .*expected a denoiser.*is a classifier"):
         companions(**{"init_from": classifier, "companions.classifier": classifier})
-    images = model_of(tiny.config("digits")).data
+    images = tiny.model_of(tiny.config("digits")).data
     with pytest.raises(
         ValueError,
         match=r"\(\(8, 8, 1\), 10\), those of config\.data; it is a classifier of \(\(2,\), 3",
@@ -430,10 +329,13 @@ def test_an_objective_of_ones_own_names_its_companions(others, tmp_path):
 def test_a_run_that_holds_its_companions_needs_their_directories_no_more(others, tmp_path, old):
     """In frozen/NAME or, as version 0.1 kept them, in one tree of all."""
     config = mclr(**{"init_from": "gone", "companions.classifier": "gone too"})
-    held = {"reference": model_of(tiny.config()), "classifier": model_of(tiny.classifier())}
+    held = {
+        "reference": tiny.model_of(tiny.config()),
+        "classifier": tiny.model_of(tiny.classifier()),
+    }
     trees = {name: model.init(jax.random.key(4)) for name, model in held.items()}
     workdir = tmp_path / "run"
-    describe(workdir, held, config)
+    tiny.describe(workdir, held, config)
     if old:
         with Checkpoints(workdir / "frozen", keep=None) as store:
             store.save(0, trees)
@@ -458,7 +360,7 @@ def test_a_run_that_holds_its_companions_needs_their_directories_no_more(others,
 
 
 def test_weights_without_a_training_are_a_run(tmp_path):
-    model = model_of(tiny.config())
+    model = tiny.model_of(tiny.config())
     params = model.init(jax.random.key(0))
     runs.publish(tmp_path, model, params, Sampler("euler", 7), step=5)
     run = runs.load(tmp_path)
@@ -472,6 +374,6 @@ def test_weights_without_a_training_are_a_run(tmp_path):
     assert runs.load(tmp_path, data="mixture").source("train").shape == (2,)
     with pytest.raises(ValueError, match="not started from another run"):
         run.weights(interpolation=0.5)
-    describe(tmp_path / "tuned", init_from=str(tmp_path))
-    with_weights(tmp_path / "tuned", {"params": params, "ema": {"halflife": params}})
+    tiny.describe(tmp_path / "tuned", init_from=str(tmp_path))
+    tiny.with_weights(tmp_path / "tuned", {"params": params, "ema": {"halflife": params}})
     chex.assert_trees_all_equal(runs.load_model(tmp_path / "tuned", 0.0)[1], params)

@@ -10,8 +10,9 @@ import jax
 from ml_collections import ConfigDict
 
 from configs import base
-from mclr_jax import main, parts
-from mclr_jax.config import NOISE_LEVELS, OBJECTIVES, POSTERIORS
+from mclr_jax import main, parts, record
+from mclr_jax.config import NOISE_LEVELS, OBJECTIVES, POSTERIORS, Training
+from mclr_jax.training.checkpoint import Checkpoints
 from mclr_jax.training.loop import Hook
 
 SECTIONS = {
@@ -67,6 +68,32 @@ def classifier(name="mixture"):
     result.network = ConfigDict({"name": "mlp_classifier", "width": 16, "depth": 1, "dropout": 0.0,
                                  "dtype": "float32"})  # fmt: skip
     return result
+
+
+def source_of(given):
+    """The training data of a config."""
+    return Training.parse(given).data.source("train", given.seed)
+
+
+def model_of(given):
+    """The model of a config."""
+    training = Training.parse(given)
+    return training.model(training.data_info(source_of(given)))
+
+
+def describe(workdir, companions=(), given=None, **changes):
+    """(config, model) of a run that has not begun, with its run.json."""
+    given = given or config(**changes)
+    training, model = Training.parse(given), model_of(given)
+    description = record.describe(training, model, dict(companions), source_of(given))
+    record.write(workdir, description, record.changes(workdir, description), 0)
+    return given, model
+
+
+def with_weights(workdir, state, step=1):
+    """Write a checkpoint of a run."""
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        checkpoints.save(step, state)
 
 
 def train_together(address, number, workdir, parallel, kill=""):
