@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 
 from mclr_jax import generate, main, record, reductions, runs
 from mclr_jax.config import Training
-from mclr_jax.data import pipeline, sources
+from mclr_jax.data import pipeline
 from mclr_jax.training import step
 from mclr_jax.training.devices import MODES, Devices, check_memory, exists, require_accelerator
 
@@ -94,13 +94,13 @@ def test_every_layout_is_one_device(monkeypatch):
 
 def train(parallel, device_count, steps=20):
     """Metrics and final state of 20 steps of digits on the first devices."""
-    config = tiny.config("digits")
-    source = sources.from_config(config.data, "train", config.seed)
-    task = Training.parse(config).task(Training.parse(config).data_info(source), {})
+    training = Training.parse(tiny.config("digits"))
+    source = training.data.source("train", 0)
+    task = training.task(training.data_info(source), {})
     devices = Devices(parallel, tuple(jax.devices()[:device_count]))
     state = devices.initialise(task.init, functools.partial(step.init_state, task))
     update = devices.compile(step.make_update(task, devices.axis_name))
-    stream = pipeline.stream(source, config.batch_size, config.seed)
+    stream = pipeline.stream(source, training.batch_size, 0)
     data = devices.put_batches(pipeline.stack(stream, steps, steps))
     with jax.transfer_guard("disallow"):
         state, found = update(state, {}, data, devices.put_state(np.int32(steps)))

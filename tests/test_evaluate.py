@@ -24,7 +24,7 @@ COUNT = 60
 def made(tmp_path_factory):
     """A run on digits and a classifier of them, and statistics of the training set."""
     folder = tmp_path_factory.mktemp("evaluate")
-    train(tiny.config("digits"), folder / "base")
+    train(tiny.config("digits", eval_examples=0), folder / "base")
     train(tiny.classifier("digits"), folder / "classifier")
     extractor = features.load(f"classifier:{folder / 'classifier'}")
     real = evaluate.real_statistics(extractor, sources.load("digits"), folder / "cache")
@@ -164,7 +164,8 @@ def test_rows_of_other_settings_are_computed_anew(made, monkeypatch):
 
 def test_interpolation_0_is_the_run_that_was_started_from(made):
     folder, extractor, real = made
-    train(tiny.config("digits", init_from=str(folder / "base"), num_steps=6), folder / "tuned")
+    start = {"init_from": str(folder / "base"), "num_steps": 6, "eval_examples": 0}
+    train(tiny.config("digits", **start), folder / "tuned")
     arguments = {"names": ["fd"], "num_samples": COUNT}
     (base,) = evaluate.evaluate(runs.load(folder / "base"), extractor, real, **arguments)
     start, own = evaluate.evaluate(

@@ -20,7 +20,6 @@ from absl import logging
 
 from mclr_jax import main, reductions, runs
 from mclr_jax.config import Training
-from mclr_jax.data import sources
 from mclr_jax.training import loop
 from mclr_jax.training.checkpoint import Checkpoints
 from mclr_jax.training.devices import Devices
@@ -55,9 +54,8 @@ def batches(bad_step=None, value=np.nan):
 
 def run(workdir, *hooks, stream=None, num_steps=10, log_every=5, steps_per_dispatch=4):
     """Result of `loop.run` on one device, and the records that it has written."""
-    config = tiny.config()
-    source = sources.from_config(config.data, "train", 0)
-    task = Training.parse(config).task(Training.parse(config).data_info(source), {})
+    training = Training.parse(tiny.config())
+    task = training.task(training.data_info(training.data.source("train", 0)), {})
     task = dataclasses.replace(task, objective=Plain())
     devices = Devices("data", (jax.devices()[0],))
     state = devices.initialise(task.init, functools.partial(init_state, task))
@@ -195,7 +193,8 @@ def test_divergence_of_a_run_names_its_last_checkpoint(tmp_path):
 
 # ---- runs that are killed ------------------------------------------------------------------------
 
-KILLED = {"num_steps": 120, "checkpoint_every": 10, "log_every": 5, **tiny.POWER}
+KILLED = {"num_steps": 120, "checkpoint_every": 20, "log_every": 5, "eval_examples": 0,
+          **tiny.POWER, "ema.snapshot_every": 40}  # fmt: skip
 
 
 def train_killed(workdir):
@@ -226,7 +225,7 @@ def test_a_run_that_is_killed_and_stopped_ends_with_the_same_bits(tmp_path):
     """SIGKILL and SIGTERM at steps that have no checkpoint; the same call each time."""
     whole, workdir = tmp_path / "whole", tmp_path / "run"
     uninterrupted = start(whole)
-    for step, number in ((15, signal.SIGKILL), (35, signal.SIGTERM)):
+    for step, number in ((25, signal.SIGKILL), (55, signal.SIGTERM)):
         process = start(workdir)
         wait_for_step(process, workdir, step)
         os.kill(process.pid, number)
@@ -234,7 +233,7 @@ def test_a_run_that_is_killed_and_stopped_ends_with_the_same_bits(tmp_path):
         assert process.exitcode == (-number if number == signal.SIGKILL else 143)
     assert "Stopped by a signal" in pathlib.Path(f"{workdir}.log").read_text()
     with Checkpoints(workdir / "checkpoints", None) as checkpoints:
-        assert 35 <= checkpoints.steps()[-1] < 120
+        assert 55 <= checkpoints.steps()[-1] < 120
     last = start(workdir)
     for process in (uninterrupted, last):
         process.join(300)

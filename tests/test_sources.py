@@ -4,10 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict, FrozenConfigDict
 
 from mclr_jax.data.protocol import Arrays, limit
-from mclr_jax.data.sources import from_config, load
+from mclr_jax.data.sources import Data, load
+from mclr_jax.schema import read
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (6, 5, 4, 3), np.uint8)
@@ -153,42 +153,38 @@ def test_what_is_wrong_with_ones_own_is_said(options, message):
 # from a config
 
 
-def data_config(**changes):
-    data = {"name": "digits", "path": "", "test": "", "num_classes": 0, "resolution": 0}
-    ours = {"generated": "", "limit": 0, "flip": False, "augment": 0.0}
-    return ConfigDict(data | ours | changes)
+def data(**changes):
+    return read(Data, {"name": "digits"} | changes, Data.where)
 
 
 def test_config_of_ours(tmp_path):
-    assert len(from_config(data_config(flip=True, generated="npz:a"), "train", 0)) == 1497
-    assert len(from_config(FrozenConfigDict(data_config()), "test", 0)) == 300
+    assert len(data(flip=True, generated="npz:a").source("train", 0)) == 1497
+    assert len(data().source("test", 0)) == 300
     np.savez(tmp_path / "a.npz", images=PIXELS, labels=np.arange(6))
     name = f"npz:{tmp_path / 'a.npz'}"
-    assert from_config(data_config(name=name, num_classes=9), "train", 0).num_classes == 9
+    assert data(name=name, num_classes=9).source("train", 0).num_classes == 9
     with pytest.raises(ValueError, match=r"option 'resolution' .* Known: num_classes"):
-        from_config(data_config(name=name, resolution=9), "train", 0)
-    other = from_config(data_config(test=name, limit=5, num_classes=3), "test", 0)
+        data(name=name, resolution=9).source("train", 0)
+    other = data(test=name, limit=5, num_classes=3).source("test", 0)
     assert (len(other), other.num_classes) == (6, 6)  # the file's train split, with no option
-    assert len(from_config(data_config(test=name), "train", 0)) == 1497
+    assert len(data(test=name).source("train", 0)) == 1497
 
 
 def test_config_limits_training_examples_by_its_seed():
-    config = data_config(limit=50)
-    subset = from_config(config, "train", 3)
+    subset = data(limit=50).source("train", 3)
     np.testing.assert_array_equal(subset.indices, limit(load("digits"), 50, 3).indices)
-    assert len(from_config(config, "test", 3)) == 300
+    assert len(data(limit=50).source("test", 3)) == 300
 
 
 def test_config_of_ones_own():
     """Keys beyond ours are its options, zeros among them; ours only where they are set."""
-    config = data_config(name=f"{__name__}:Walks", shift=0.0, length=9, limit=0)
-    source = from_config(config, "test", 0)
+    walks = f"{__name__}:Walks"
+    source = data(name=walks, shift=0.0, length=9, limit=0).source("test", 0)
     assert (source.split, source.path, source.length, source.shift) == ("test", "default", 9, 0.0)
-    assert from_config(data_config(name=config.name, path="here"), "train", 0).path == "here"
+    assert data(name=walks, path="here").source("train", 0).path == "here"
     with pytest.raises(ValueError, match="option 'resolution'"):
-        from_config(data_config(name=config.name, resolution=8), "train", 0)
-    only_its_own = ConfigDict({"name": config.name, "classes": 2})
-    assert from_config(only_its_own, "train", 0).classes == 2
+        data(name=walks, resolution=8).source("train", 0)
+    assert data(name=walks, classes=2).source("train", 0).classes == 2
 
 
 # names

@@ -11,14 +11,14 @@ import tiny
 
 from mclr_jax import plan, reductions
 from mclr_jax.config import OBJECTIVES, Training
-from mclr_jax.data import pipeline, sources
+from mclr_jax.data import pipeline
 from mclr_jax.training import step
 
 
 def setup(**changes):
-    config = tiny.config(**changes)
-    source = sources.from_config(config.data, "train", config.seed)
-    task = Training.parse(config).task(Training.parse(config).data_info(source), {})
+    training = Training.parse(tiny.config(**changes))
+    source = training.data.source("train", 0)
+    task = training.task(training.data_info(source), {})
     return task, source, step.init_state(task)
 
 
