@@ -24,6 +24,7 @@ from tasks import ROOT, Files, Task, add_flags, config_of, run
 from mclr_jax import generate, images, runs
 from mclr_jax.config import Training
 from mclr_jax.data import pipeline
+from mclr_jax.data.sources import Data
 from mclr_jax.evaluation import evaluate, features, metrics
 from mclr_jax.experiment import Experiment
 from mclr_jax.files import write_json
@@ -65,7 +66,7 @@ class Bench(Files):
         """Rows of `sweep.sweep`, of the run's own data."""
         return sweep.sweep(
             found.model, params, found.source("train"), found.source("test"),
-            augmentation=perturb.Augmentation(flip=flips(found.training)),
+            augmentation=perturb.Augmentation(flip=flips(found.data)),
             num_images=self.scaled(4096, 256), **options,
         )  # fmt: skip
 
@@ -85,17 +86,18 @@ class Bench(Files):
         workdir = self.root / name_of(limit)
         found = runs.load(workdir)
         model, train, test = found.model, found.source("train"), found.source("test")
+        training = Training.parse(found.config)
         judge = features.load(f"classifier:{self.runs / 'judge_features'}")
         held_out = metrics.moments(judge(*test[np.arange(len(test))]).features)
         labels = np.resize(np.arange(model.null_label), self.scaled(SAMPLES, 20))
         sampler = dataclasses.replace(found.sampler, method="dpmpp_2m")
         rows = []
-        for step, value in monitor.past(workdir, found.training.num_steps):
+        for step, value in monitor.past(workdir, training.num_steps):
             params, _ = found.weights(step=step)
             samples = images.clip(generate.generate(model, params, labels, sampler, batch_size=50))
             judged = metrics.moments(judge(samples, labels).features)
             share = evaluate.memorized(samples, train)
-            (seen,) = self.measured(found, params, sigmas=[found.training.icr.sigma])
+            (seen,) = self.measured(found, params, sigmas=[training.icr.sigma])
             distance = metrics.frechet_distance(judged, held_out)
             rows.append({**seen, "step": step, "icr_in_training": value, "memorized": share,
                          "frechet": distance})  # fmt: skip
@@ -111,7 +113,7 @@ class Bench(Files):
         update = devices.compile(make_update(task, devices.axis_name))
         stream = pipeline.stream(experiment.source, training.batch_size, training.seed)
         read = monitor.Monitor(training.icr, task.model, training.sampler, experiment.source,
-                               flips(training), self.root, 0)  # fmt: skip
+                               flips(training.data), self.root, 0)  # fmt: skip
         dispatches, length = self.scaled(20, 1), training.dispatch
         seconds: dict[str, list[float]] = {"steps": [], "reading": []}
         for _ in range(4):  # the first compiles
@@ -147,9 +149,9 @@ class Bench(Files):
                 Task("cost", self.cost, "cost.json")]  # fmt: skip
 
 
-def flips(training: Training) -> bool:
+def flips(data: Data) -> bool:
     """Whether training shows mirrored images."""
-    return bool(training.data.flip or training.data.augment)
+    return bool(data.flip or data.augment)
 
 
 def name_of(limit: int) -> str:

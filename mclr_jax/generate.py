@@ -73,7 +73,7 @@ class Guidance:
 
     def settings(self) -> dict[str, Any]:
         """Entries of a file about the guidance, beside its scale; other files keep their keys."""
-        found: dict[str, Any] = {"guidance_interval": self.interval}
+        found: dict[str, Any] = {"guidance_interval": self.interval and list(self.interval)}
         found |= {"autoguidance": digest(self.weak[1])} if self.weak else {}
         strengths = self.class_strengths
         return found | ({} if strengths is None else {"class_strengths": list(strengths)})

@@ -146,7 +146,7 @@ def tfds_dir(tmp_path_factory):
     """Sets made without TensorFlow: of equal size (PNG), grey, and unequal (JPEG among PNG)."""
     folder = tmp_path_factory.mktemp("tfds")
 
-    def prepare(set_name, shape, examples):
+    def prepare(set_name, shape, **splits):
         class Builder(tfds.core.GeneratorBasedBuilder):
             name = set_name
             VERSION = tfds.core.Version("1.0.0")
@@ -159,19 +159,21 @@ def tfds_dir(tmp_path_factory):
                 )
 
             def _split_generators(self, dl_manager):
-                return {"train": self._generate_examples()}
+                return {name: self._generate_examples(each) for name, each in splits.items()}
 
-            def _generate_examples(self):
+            def _generate_examples(self, examples):
                 for i, image in enumerate(examples):
                     yield i, {"image": io.BytesIO(image), "label": i % 4, "id": i}
 
         Builder(data_dir=folder, file_format="array_record").download_and_prepare()
 
-    prepare("mclr_equal", (5, 4, 3), [png(image) for image in PIXELS])
-    prepare("mclr_grey", (5, 4, 1), [png(image[..., 0]) for image in PIXELS])
+    prepare("mclr_equal", (5, 4, 3), train=[png(image) for image in PIXELS])
+    grey, other = ([png(image[..., channel]) for image in PIXELS] for channel in (0, 1))
+    prepare("mclr_grey", (5, 4, 1), train=grey, test=other[:4])
     wide = np.zeros((16, 40, 3), np.uint8)
     wide[:, 12:28] = [200, 100, 50]
-    prepare("mclr_unequal", (None, None, 3), [png(wide), png(wide[:, ::2].copy(), "JPEG")])
+    unequal = [png(wide), png(wide[:, ::2].copy(), "JPEG")]
+    prepare("mclr_unequal", (None, None, 3), train=unequal)
     return str(folder)
 
 
@@ -191,9 +193,10 @@ def test_tfds(tfds_dir, in_memory):
     assert (images.dtype, labels.dtype) == (np.uint8, np.int32)
 
 
-def test_tfds_of_grey_images_has_one_channel(tfds_dir):
-    images, _ = everything(load("tfds:mclr_grey", path=tfds_dir))
-    assert sorted(map(bytes, images)) == sorted(map(bytes, PIXELS[..., :1].copy()))
+def test_tfds_of_grey_images_has_one_channel_in_each_split(tfds_dir):
+    for split, expected in [("train", PIXELS[..., :1]), ("test", PIXELS[:4, ..., 1:2])]:
+        images, _ = everything(load("tfds:mclr_grey", split, path=tfds_dir))
+        assert sorted(map(bytes, images)) == sorted(map(bytes, expected.copy()))
     assert load("tfds:mclr_grey", path=tfds_dir).shape == images.shape[1:] == (5, 4, 1)
 
 

@@ -150,7 +150,9 @@ def test_mixture_rows_say_how_they_were_trained(tmp_path, monkeypatch):
     monkeypatch.setattr(mixture_mclr.Bench, "distance", lambda *_, **__: 0.5)
     result = mixture_mclr.collect(bench)
     assert result["runs"].keys() == {"base", "classifier", *mixture_mclr.VARIANTS}
-    assert [run["steps"] for run in result["runs"].values()] == list(range(17))
+    assert [run["steps"] for run in result["runs"].values()] == list(
+        range(2 + len(mixture_mclr.VARIANTS))
+    )
     assert all(run.keys() >= MADE_BY for run in result["runs"].values())
     assert result["parameters"] == 5
     assert result["distance_to_cfg"]["plain"] == "!"
