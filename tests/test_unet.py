@@ -38,9 +38,9 @@ def initial(net):
     return jax.jit(net.init)(jax.random.key(3), *PLAIN)["params"]
 
 
-def randomised(net):
+def randomised(net, x=X):
     """Parameters of which no layer is zero or nearly so."""
-    shapes = jax.eval_shape(net.init, jax.random.key(3), *PLAIN)["params"]
+    shapes = jax.eval_shape(net.init, jax.random.key(3), x, *PLAIN[1:])["params"]
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda leaf: jnp.float32(0.3 * rng.normal(size=leaf.shape)), shapes)
 
@@ -144,7 +144,7 @@ def test_remat_changes_no_gradient_and_fourier_frequencies_stay_fixed():
 
 
 def test_unknown_architecture_and_indivisible_size():
-    with pytest.raises(ValueError, match=r"'vit', expected \('ddpmpp'"):
+    with pytest.raises(ValueError, match=r"architecture is 'vit'\. Known: adm, ddpmpp, ncsnpp"):
         initial(tiny("vit"))
     with pytest.raises(ValueError, match=r"images are 4x4; .* 4 levels .* divisible by 8"):
         initial(tiny("adm").clone(channel_mult=(1, 1, 1, 1)))
@@ -162,8 +162,7 @@ def test_patches_are_stacked_as_channels_and_put_back():
     plain = tiny("adm").clone(out_channels=12)
     x = jax.random.normal(jax.random.key(3), (BATCH, 2 * SIZE, 2 * SIZE, 3))
     inside = layers.space_to_depth(x, 2)
-    params = jax.jit(plain.init)(jax.random.key(0), inside, *PLAIN[1:])["params"]
-    params = {"params": jax.tree.map(lambda p: p + 0.1, params)}
+    params = {"params": randomised(plain, inside)}
     expected = layers.depth_to_space(jax.jit(plain.apply)(params, inside, *PLAIN[1:]), 2)
     patched = plain.clone(out_channels=3, patch_size=2)
     got = jax.jit(patched.apply)(params, x, *PLAIN[1:])
