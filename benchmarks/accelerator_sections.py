@@ -24,12 +24,12 @@ import tasks
 from mclr_jax import ema, experiment, generate, names, plan
 from mclr_jax.denoiser import EDM, natural_weight
 from mclr_jax.files import digest
-from mclr_jax.metrics import report
 from mclr_jax.model import DataInfo, Model, shapes_of
 from mclr_jax.networks import layers
 from mclr_jax.noise import LogNormal
 from mclr_jax.posterior import Classifier
 from mclr_jax.problem import Problem
+from mclr_jax.reductions import report
 from mclr_jax.samplers import Sampler
 from mclr_jax.task import Task
 from mclr_jax.training.devices import Devices

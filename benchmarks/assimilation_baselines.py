@@ -100,7 +100,7 @@ def crps(members: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return np.abs(members - truth[:, None]).mean(1) - apart / 2
 
 
-def scores(
+def score(
     system: System, truth: np.ndarray, values: np.ndarray,
     mean: np.ndarray, std: np.ndarray, members: np.ndarray, joint: bool = False,
     scale: np.ndarray = STD,
@@ -149,7 +149,7 @@ def judge(folder: pathlib.Path, name: str, which: str) -> list[dict]:
         mean, std, members = found[regime]
         kept = {"mean": mean, "std": std, "members": members[:, :STORED]}
         arrays |= {f"{regime}_{key}": value for key, value in kept.items()}
-        row = scores(protocol.system, truth, values, mean, std, members, regime == "batch")
+        row = score(protocol.system, truth, values, mean, std, members, regime == "batch")
         rows.append({"protocol": name, "set": which, "regime": regime, **row})
     np.savez_compressed(folder / f"{name}_{which}.npz", **arrays)
     print(f"{name} {which}: {time.time() - start:.0f} s", flush=True)

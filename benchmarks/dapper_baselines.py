@@ -37,7 +37,7 @@ import dapper.mods as modelling
 import dapper.tools.progressbar
 import jax
 import numpy as np
-from assimilation_baselines import scores, update
+from assimilation_baselines import score, update
 from dapper.mods import KS, Lorenz63, Lorenz96
 from dapper.mods.KS.bocquet2019 import HMM as KS_EXPERIMENT
 from dapper.mods.Lorenz63.sakov2012 import HMM as LORENZ63_EXPERIMENT
@@ -196,7 +196,7 @@ class Case:
                 members.append(self.members(words, values, initial))
         members = np.stack(members)
         mean, std = members.mean(1), members.std(1, ddof=1)
-        numbers = scores(likelihood, data["truth"], data["values"], mean, std, members,
+        numbers = score(likelihood, data["truth"], data["values"], mean, std, members,
                          scale=self.scale)  # fmt: skip
         wanted = ("rmse", "rmse_error", "rmse_second_half", "rmse_standardised", "spread_skill",
                   "crps")  # fmt: skip
@@ -279,7 +279,7 @@ def fields(name: str, folder: pathlib.Path) -> list[dict]:
             "truth": truth, "values": values, "H": np.eye(size)[observed], "std": 1.0,
             "time_step": time_step * stride, "offset": offset, "scale": scale,
         }  # fmt: skip
-    # scores only asks for densities that are not kept here
+    # score only asks for densities that are not kept here
     likelihood = assimilation.System(lambda x: x, 1.0, lambda x: x[..., observed], 1.0)
     rows = compare(case, FIELDS[name], data, likelihood, tune)
     for which in data:

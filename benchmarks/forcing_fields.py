@@ -35,8 +35,8 @@ from lorenz63 import analyse
 from tasks import RESULTS, made
 
 from mclr_jax import runs
-from mclr_jax.assimilation import metrics, observe, regimes
-from mclr_jax.assimilation.schedules import Plan, lags
+from mclr_jax.assimilation import observe, regimes, scores
+from mclr_jax.assimilation.schedules import Scheme, lags
 from mclr_jax.files import digest, provenance, write_json
 from mclr_jax.training.devices import banner
 
@@ -54,11 +54,11 @@ KEPT = ("rmse", "rmse_error", "rmse_second_half", "spread_skill", "crps", "secon
 CHOSEN_ON, OBSERVED = 2, 32  # trajectories; frames before a forecast
 
 
-def assimilation_row(run, params, path, regime: str, plan: Plan, options: dict) -> dict:
+def assimilation_row(run, params, path, regime: str, scheme: Scheme, options: dict) -> dict:
     """The numbers of a regime."""
     rows = observe.load(path)["H"]
     system = assimilation.System(lambda x: x, 1.0, lambda x: x @ rows.T)
-    row = analyse(run, params, path, system, regime, plan, options)
+    row = analyse(run, params, path, system, regime, scheme, options)
     return {key: row[key] for key in KEPT}
 
 
@@ -70,7 +70,7 @@ def dapper_row(path: pathlib.Path, regime: str, trajectories: int) -> dict:
     return {"rmse": float(square.mean() ** 0.5), "rmse_second_half": float(late.mean() ** 0.5)}
 
 
-def forecast_row(run, params, path, plan: Plan, options: dict) -> dict:
+def forecast_row(run, params, path, scheme: Scheme, options: dict) -> dict:
     """Frames 0 .. 31 from observations that are made here, and a forecast of the others."""
     start, truth = time.monotonic(), observe.load(path)["truth"]
     every, some = options["every"], slice(0, options["trajectories"])
@@ -82,16 +82,16 @@ def forecast_row(run, params, path, plan: Plan, options: dict) -> dict:
     operator = observe.Operator(observe.Select(tuple(range(0, truth.shape[2], every))))
     frames = values.shape[1]
     members = regimes.assimilate(
-        run.model, params, observe.Observations(values, operator, 1.0, initial), plan,
-        lags("batch" if plan.revise else "filter", frames), ensemble=options["ensemble"],
+        run.model, params, observe.Observations(values, operator, 1.0, initial), scheme,
+        lags("batch" if scheme.revise else "filter", frames), ensemble=options["ensemble"],
         forecast=truth.shape[1] - frames, batch_size=options["batch_size"],
     ).members  # fmt: skip
     early, late = ((members[:, :, part], truth[:, part])
                    for part in (slice(0, frames), slice(frames, None)))  # fmt: skip
-    seen = {} if initial is not None else metrics.summary(*early, ())
+    seen = {} if initial is not None else scores.summary(*early, ())
     by_frame = np.sqrt(((members.mean(1) - truth) ** 2).mean((0, 2)))
     return {
-        **{f"observed_{key}": value for key, value in seen.items()}, **metrics.summary(*late, ()),
+        **{f"observed_{key}": value for key, value in seen.items()}, **scores.summary(*late, ()),
         "rmse_by_frame": np.round(by_frame.astype(float), 3).tolist(),
         "climatology": float(truth.std()), "seconds": time.monotonic() - start,
     }  # fmt: skip
@@ -113,9 +113,9 @@ def main() -> None:
     result = json.loads(FILE.read_text()) if FILE.exists() else {"dapper": [], "rows": []}
     rows = result["rows"]
 
-    def row(task: str, which: str, plan: dict, trajectories: int) -> dict:
-        asked = {"system": flags.system, "task": task, "set": which, "plan": plan, "frames": frames,
-                 "step": step, "weights": weights, "trajectories": trajectories,
+    def row(task: str, which: str, scheme: dict, trajectories: int) -> dict:
+        asked = {"system": flags.system, "task": task, "set": which, "plan": scheme,
+                 "frames": frames, "step": step, "weights": weights, "trajectories": trajectories,
                  "members": flags.ensemble}  # fmt: skip
         asked |= {"every": flags.every} if task in ("forecast", "known") else {}
         if old := made(rows, asked):
@@ -123,12 +123,12 @@ def main() -> None:
         path = flags.folder / f"{flags.system}_{which}.npz"
         options = {**asked, "ensemble": flags.ensemble, "batch_size": 32}
         if task in ("forecast", "known"):
-            new = forecast_row(run, params, path, Plan(**plan), options)
+            new = forecast_row(run, params, path, Scheme(**scheme), options)
         else:
-            new = assimilation_row(run, params, path, task, Plan(**plan), options)
+            new = assimilation_row(run, params, path, task, Scheme(**scheme), options)
         rows.append({**asked, **new, **provenance(), "device": banner()})
         write_json(FILE, result)
-        print(task, which, plan, {k: v for k, v in new.items() if np.ndim(v) == 0}, flush=True)
+        print(task, which, scheme, {k: v for k, v in new.items() if np.ndim(v) == 0}, flush=True)
         return rows[-1]
 
     best: dict = {}

@@ -25,7 +25,7 @@ from tasks import RESULTS, ROOT, config_of, parameters
 from mclr_jax import runs
 from mclr_jax.assimilation.dynamics import Dynamics
 from mclr_jax.assimilation.regimes import assimilate
-from mclr_jax.assimilation.schedules import Plan, lags
+from mclr_jax.assimilation.schedules import Scheme, lags
 from mclr_jax.files import digest, provenance, write_json
 from mclr_jax.main import train
 
@@ -58,7 +58,7 @@ def row(model: Any, params: Any, regime: str, trajectories: int, ensemble: int) 
     """The distance of one regime from Kalman's answer, on trajectories of seed 1."""
     truth, seen = PROCESS.draw(trajectories, FRAMES, 0.3, missing=(3, 7), seed=1)
     ahead, start = lags(regime, FRAMES, LAG), time.monotonic()
-    members = assimilate(model, params, seen, Plan(), ahead, ensemble=ensemble).members
+    members = assimilate(model, params, seen, Scheme(), ahead, ensemble=ensemble).members
     seconds = time.monotonic() - start
     until = np.minimum(np.arange(FRAMES) + ahead, FRAMES - 1).astype(int)
     mean, std = PROCESS.posterior(seen, until)

@@ -23,12 +23,12 @@ import time
 
 import numpy as np
 from assimilation import PROTOCOLS
-from assimilation_baselines import scores
+from assimilation_baselines import score
 from tasks import RESULTS, made
 
 from mclr_jax import runs
-from mclr_jax.assimilation import metrics, observe, regimes
-from mclr_jax.assimilation.schedules import Plan, lags
+from mclr_jax.assimilation import observe, regimes, scores
+from mclr_jax.assimilation.schedules import Scheme, lags
 from mclr_jax.files import digest, provenance, write_json
 from mclr_jax.training.devices import banner
 
@@ -38,15 +38,15 @@ FILE = RESULTS / "lorenz63.json"
 GRIDS = {"posterior": ("c", (0.25, 0.5, 1.0)), "norm": ("zeta", (0.01, 0.03, 0.1, 0.3, 1.0, 3.0))}
 CHOSEN_ON = {"filter": 16, "batch": 64, "batch_norm": 64}  # trajectories
 # the frame that a fixed lag reads has frames on both sides of it in the window
-PLANS = {
-    "filter": Plan(window=32, steps=12),
-    "lag16": Plan(window=52, steps=12),
-    "batch": Plan(),
-    "batch_norm": Plan(guidance="norm"),  # the guidance of the paper
+SCHEMES = {
+    "filter": Scheme(window=32, steps=12),
+    "lag16": Scheme(window=52, steps=12),
+    "batch": Scheme(),
+    "batch_norm": Scheme(guidance="norm"),  # the guidance of the paper
 }
 
 
-def analyse(run, params, path: pathlib.Path, system, regime: str, plan: Plan, options) -> dict:
+def analyse(run, params, path: pathlib.Path, system, regime: str, scheme: Scheme, options) -> dict:
     """One row: `regime` on the first trajectories of a file of the baselines."""
     arrays = observe.load(path)
     whole = observe.parse(arrays, path)
@@ -59,30 +59,30 @@ def analyse(run, params, path: pathlib.Path, system, regime: str, plan: Plan, op
         ahead = ahead - np.arange(frames) % options.get("together", 1)
     start, calls = time.monotonic(), []
     found = regimes.assimilate(
-        run.model, params, seen, plan, ahead, ensemble=options["ensemble"], seed=0,
+        run.model, params, seen, scheme, ahead, ensemble=options["ensemble"], seed=0,
         batch_size=options.get("batch_size", 512), progress=calls.append,
     )  # fmt: skip
     x, truth = found.members, arrays["truth"][some]
-    row = scores(
+    row = score(
         system, truth, np.asarray(seen.values), x.mean(1), x.std(1, ddof=1), x, kind[0] == "batch",
         arrays["scale"],
     )  # fmt: skip
     # the mean of E members has (E + 1) / E of the error of the exact mean, as the spread is judged
     row["spread_skill"] *= (1 + 1 / x.shape[1]) ** 0.5
-    row["ranks"] = metrics.rank_histogram(x, truth).tolist()
+    row["ranks"] = scores.rank_histogram(x, truth).tolist()
     name = f"{regime.removesuffix('_norm')}_mean"
     exact = np.sqrt(((arrays.get(name, np.nan * x.mean(1))[some] - truth) ** 2).mean())
     return {
         "regime": regime, "ratio": float(row["rmse"] / exact), **row,
         "particle_filter_rmse": float(exact), "members": x.shape[1], "trajectories": len(x),
-        "c": plan.c, "zeta": plan.zeta, "lags": np.unique(ahead[np.isfinite(ahead)]).tolist(),
+        "c": scheme.c, "zeta": scheme.zeta, "lags": np.unique(ahead[np.isfinite(ahead)]).tolist(),
         "updates_of_members": int(sum(calls)), "seconds": time.monotonic() - start,
     }  # fmt: skip
 
 
-def changed(plan: Plan) -> dict:
-    """The settings that are not those of `Plan()`."""
-    return {k: v for k, v in dataclasses.asdict(plan).items() if v != getattr(Plan(), k)}
+def changed(scheme: Scheme) -> dict:
+    """The settings that are not those of `Scheme()`."""
+    return {k: v for k, v in dataclasses.asdict(scheme).items() if v != getattr(Scheme(), k)}
 
 
 def summary(rows: list[dict]) -> dict:
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--folder", type=pathlib.Path, required=True)
     parser.add_argument("--ensemble", type=int, default=16)
     parser.add_argument("--protocols", choices=PROTOCOLS, nargs="+", default=[*PROTOCOLS])
-    parser.add_argument("--regimes", choices=PLANS, nargs="+", default=[*PLANS])
+    parser.add_argument("--regimes", choices=SCHEMES, nargs="+", default=[*SCHEMES])
     flags = parser.parse_args()
     run = runs.load(flags.workdir)
     params, step = run.weights()
@@ -128,17 +128,17 @@ def main() -> None:
             which: str, regime: str, value: float, trajectories: int, inflation: float = 1.0,
             name: str = name,
         ) -> dict:  # fmt: skip
-            settings = {GRIDS[PLANS[regime].guidance][0]: value, "inflation": inflation}
-            plan = dataclasses.replace(PLANS[regime], **settings)
+            settings = {GRIDS[SCHEMES[regime].guidance][0]: value, "inflation": inflation}
+            scheme = dataclasses.replace(SCHEMES[regime], **settings)
             asked = {"set": which, "protocol": name, "regime": regime, "step": step,
                      "weights": weights, "trajectories": trajectories,
-                     "members": flags.ensemble, "plan": changed(plan)}  # fmt: skip
+                     "members": flags.ensemble, "plan": changed(scheme)}  # fmt: skip
             if old := made(result["rows"], asked):
                 return old
             path = flags.folder / f"{name}_{which}.npz"
             options = {"trajectories": trajectories, "ensemble": flags.ensemble,
                        "together": 4 if PROTOCOLS[name].every == 1 else 1}  # fmt: skip
-            new = analyse(run, params, path, PROTOCOLS[name].system, regime, plan, options)
+            new = analyse(run, params, path, PROTOCOLS[name].system, regime, scheme, options)
             result["rows"].append({**asked, **new, **provenance(), "device": banner()})
             write_json(FILE, {"rows": result["rows"], "summary": summary(result["rows"])})
             print(name, which, value, {k: new[k] for k in ("regime", "ratio", "spread_skill")},
@@ -147,7 +147,7 @@ def main() -> None:
 
         for regime in flags.regimes:
             judge = "filter" if regime == "lag16" else regime
-            key, values = GRIDS[PLANS[regime].guidance]
+            key, values = GRIDS[SCHEMES[regime].guidance]
             tried = [row("validation", judge, value, CHOSEN_ON[judge]) for value in values]
             best = min(tried, key=lambda r: r["rmse"])
             row("test", regime, best[key], 64)

@@ -20,7 +20,7 @@ from tasks import ROOT
 
 from mclr_jax import runs
 from mclr_jax.assimilation import observe, regimes
-from mclr_jax.assimilation.schedules import Plan, lags
+from mclr_jax.assimilation.schedules import Scheme, lags
 from mclr_jax.files import digest, provenance, write_atomically
 
 COLORS = {"filter": "#0072B2", "batch": "#E69F00"}
@@ -74,7 +74,7 @@ def main() -> None:
     frames, members = seen.values.shape[1], {}
     for regime in COLORS:
         found = regimes.assimilate(
-            run.model, params, seen, Plan(), lags(regime, frames), ensemble=flags.ensemble
+            run.model, params, seen, Scheme(), lags(regime, frames), ensemble=flags.ensemble
         )
         members[regime] = found.members[0]
     shown = [picture(k, seen.values[0], arrays["truth"], members) for k in range(frames)]

@@ -250,7 +250,7 @@ class Bench(Files):
             with np.load(self.root / "sets" / "real_train.npz") as file:
                 nothing = np.zeros((len(file["labels"]), 0))
                 kept = features.Features(file["features"], nothing, file["labels"])
-            real = evaluate.Reference(metrics.moments(kept.features), kept, "")
+            real = evaluate.RealStatistics(metrics.moments(kept.features), kept, "")
             row |= evaluate.measure(found, real, METRICS, self.judged("accuracy", pixels, labels))
             row["memorized"] = evaluate.memorized(pixels, sources.load(self.source, "train"))
         save_arrays(
@@ -273,7 +273,7 @@ class Bench(Files):
         else:
             with np.load(self.root / f"{reference}.npz") as file:
                 kept = found._replace(features=file["features"], labels=file["labels"])
-            real = evaluate.Reference(metrics.moments(kept.features), kept, "")
+            real = evaluate.RealStatistics(metrics.moments(kept.features), kept, "")
             row |= evaluate.measure(found, real, SECOND_METRICS)
             del row["accuracy"]  # of ImageNet's classes
         self.write(f"second/{name}", row)

@@ -7,8 +7,8 @@
 Truth: 8 trajectories of 16 frames, of other seeds than the training data. Each frame is observed
 with noise of .05 of the field's scale: a tenth of the points, the same ones in each frame (random),
 or bilinear interpolation at every fourth point (downsample). The settings of filter and
-batch in PLANS were chosen on the set "validation" with half as many trajectories and members, those
-of lag8 are the same; the rows are of the set "test", and --set=validation makes the others.
+batch in SCHEMES were chosen on the set "validation" with half as many trajectories and members,
+those of lag8 are the same; the rows are of the set "test", and --set=validation makes the others.
 
 Baseline: optimal interpolation, the exact answer under a Gaussian law with the covariance of the
 training frames; `frame` from the observations of one frame alone, the regimes with the correlation
@@ -37,8 +37,8 @@ from scipy.stats import norm
 from tasks import RESULTS, ROOT, made
 
 from mclr_jax import runs
-from mclr_jax.assimilation import metrics, observe, regimes
-from mclr_jax.assimilation.schedules import Plan, lags
+from mclr_jax.assimilation import observe, regimes, scores
+from mclr_jax.assimilation.schedules import Scheme, lags
 from mclr_jax.assimilation.trajectories import Trajectories
 from mclr_jax.files import digest, provenance, save_arrays, write_atomically, write_json
 from mclr_jax.training.devices import banner
@@ -48,10 +48,10 @@ FRAMES, STD, MEMBERS, BATCH = 16, 0.05, 8, 16
 OPERATORS = {"random": observe.Random(0.1), "downsample": observe.Downsample(4)}
 REGIMES = {"filter": ("filter", 0), "lag8": ("fixed_lag", 8), "batch": ("batch", 0)}
 LEVELS = {"sigma_min": 0.05, "sigma_max": 10.0}
-PLANS = {
-    "filter": Plan(window=4, steps=8, first_steps=16, **LEVELS),
-    "lag8": Plan(window=12, steps=8, first_steps=16, **LEVELS),
-    "batch": Plan(first_steps=32, **LEVELS),
+SCHEMES = {
+    "filter": Scheme(window=4, steps=8, first_steps=16, **LEVELS),
+    "lag8": Scheme(window=12, steps=8, first_steps=16, **LEVELS),
+    "batch": Scheme(first_steps=32, **LEVELS),
 }
 SETS = {"validation": 1, "test": 2}
 TRAINING = {"system": "navier_stokes", "trajectories": 128, "length": 256}
@@ -109,13 +109,13 @@ def errors(mean: np.ndarray, truth: np.ndarray) -> dict:
     """Numbers of a row that a mean has."""
     size = lambda x: np.sqrt((x**2).sum((2, 3, 4)))  # noqa: E731
     each = size(mean - truth) / size(truth)
-    rmse = metrics.rmse(mean, truth)
+    rmse = scores.rmse(mean, truth)
     return {"nrmse": float(each.mean()), "nrmse_by_frame": each.mean(0).tolist(), "rmse": rmse,
             "spectrum_mean": spectrum(mean)}  # fmt: skip
 
 
 def spectrum(fields: np.ndarray) -> list[float]:
-    found = metrics.energy_spectrum(fields[..., 0])
+    found = scores.energy_spectrum(fields[..., 0])
     return found.reshape(-1, found.shape[-1]).mean(0).tolist()
 
 
@@ -144,12 +144,12 @@ def _kind(regime: str) -> tuple[str, int, int]:
 def analyse(run, params, name: str, regime: str, which: str) -> tuple[dict, np.ndarray]:
     """A row of the model, and its members."""
     truth, obs = problem(name, which)
-    start, plan = time.monotonic(), PLANS[regime]
+    start, scheme = time.monotonic(), SCHEMES[regime]
     members = regimes.assimilate(
-        run.model, params, obs, plan, lags(*_kind(regime)), ensemble=MEMBERS, batch_size=BATCH
+        run.model, params, obs, scheme, lags(*_kind(regime)), ensemble=MEMBERS, batch_size=BATCH
     ).members
     row = errors(members.mean(1), truth)
-    row |= metrics.summary(members, truth, run.model.data.scale)
+    row |= scores.summary(members, truth, run.model.data.scale)
     return row | {"spectrum_members": spectrum(members),
                   "seconds": time.monotonic() - start}, members  # fmt: skip
 
@@ -262,7 +262,7 @@ def main() -> None:
     for name, regime, kind in todo:
         asked = {"set": flags.set, "operator": name, "regime": regime, **kind}
         if kind is model:
-            asked["plan"] = dataclasses.asdict(PLANS[regime])
+            asked["plan"] = dataclasses.asdict(SCHEMES[regime])
         if made(stored()["rows"], asked):
             continue
         truth, obs = problem(name, flags.set)

@@ -128,7 +128,7 @@ def command(rng: random.Random, folder: pathlib.Path) -> tuple[str, list[str]]:
         "icr": {"workdir": run, "out": out / "x.json", "sigmas": "0.1", "num_images": 40,
                 "probe": False, "layers": "all", **common_flags},
         "assimilate": {"workdir": folder / "forcing", "observations": folder / "seen.npz",
-                       "out": out / "x.npz", "ensemble": 2, "plan": "steps=2,first_steps=2",
+                       "out": out / "x.npz", "ensemble": 2, "scheme": "steps=2,first_steps=2",
                        "regime": "fixed_lag", "lag": "1", "forecast": 1, "figure": False,
                        "seed": 0, "batch_size": 8, "ema": "halflife", "continue": ""},
         "calibrate": {"workdir": run, "classifier": folder / "judge", "out": out / "x.json",

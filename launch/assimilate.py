@@ -28,8 +28,8 @@ from absl import flags, logging
 
 from launch import common
 from mclr_jax import runs
-from mclr_jax.assimilation import figure, metrics, observe, regimes
-from mclr_jax.assimilation.schedules import Plan, lags
+from mclr_jax.assimilation import figure, observe, regimes, scores
+from mclr_jax.assimilation.schedules import Scheme, lags
 from mclr_jax.files import digest, flat, named, provenance, save_arrays, write_atomically
 from mclr_jax.schema import nearest
 from mclr_jax.training.devices import banner
@@ -47,9 +47,9 @@ CONTINUE = flags.DEFINE_string(
     "continue", None, "A file of an earlier --out: these observations come after those."
 )
 FIGURE = flags.DEFINE_bool("figure", False, "Draw the first trajectory beside --out, as PNG.")
-PLAN = flags.DEFINE_list(
-    "plan", [], "Settings of the sampling as KEY=VALUE,..., of " +
-    ", ".join(field.name for field in dataclasses.fields(Plan)) + "."
+SCHEME = flags.DEFINE_list(
+    "scheme", [], "Settings of the sampling as KEY=VALUE,..., of " +
+    ", ".join(field.name for field in dataclasses.fields(Scheme)) + "."
 )  # fmt: skip
 EMA = flags.DEFINE_string("ema", "", "Average of the weights, as of launch.sample.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Members at a time.", lower_bound=1)
@@ -58,19 +58,19 @@ TRUTH_VALUES = {"true": True, "false": False}
 FIXED = ("weights", "operator", "std")  # what a run has in common with the one that it continues
 
 
-def plan() -> Plan:
-    """The settings of --plan."""
-    known, values = {field.name: field.default for field in dataclasses.fields(Plan)}, {}
-    for text in PLAN.value:
+def scheme() -> Scheme:
+    """The settings of --scheme."""
+    known, values = {field.name: field.default for field in dataclasses.fields(Scheme)}, {}
+    for text in SCHEME.value:
         key, _, value = text.partition("=")
         if key not in known:
-            common.stop(f"--plan has no setting {key!r}. {nearest(key, known)}")
+            common.stop(f"--scheme has no setting {key!r}. {nearest(key, known)}")
         kind = type(known[key])
         try:
             values[key] = TRUTH_VALUES[value.lower()] if kind is bool else kind(value)
         except (ValueError, KeyError):
-            common.stop(f"--plan: {key} is {value!r}; expected {kind.__name__}.")
-    return Plan(**values)
+            common.stop(f"--scheme: {key} is {value!r}; expected {kind.__name__}.")
+    return Scheme(**values)
 
 
 def look_ahead(frames: int) -> np.ndarray:
@@ -110,11 +110,12 @@ def earlier(path: str, settings: Mapping[str, Any]) -> regimes.State:
     """The state in a file of an earlier --out, which must be of the same model and operator."""
     arrays = observe.load(path)
     with named(f"{path} is no file of an earlier --out"):
-        before = flat(json.loads(str(arrays["settings_json"])))
+        before = json.loads(str(arrays["settings_json"]))
+        before = flat({"scheme": before.pop("plan", {}), **before})  # "plan" in older files
         values = arrays["state_members"], arrays["state_values"], int(arrays["state_frames"])
     now = flat(settings)
     for key in sorted(before.keys() | now.keys()):
-        old, new, compared = before.get(key), now.get(key), (*FIXED, "plan", "seed")
+        old, new, compared = before.get(key), now.get(key), (*FIXED, "scheme", "seed")
         if old != new and key.startswith(compared):
             text = f"{path} was made with {key} {old}; this command has {new}."
             if key.startswith(FIXED):
@@ -124,7 +125,7 @@ def earlier(path: str, settings: Mapping[str, Any]) -> regimes.State:
 
 
 def main() -> None:
-    sampling, arrays = plan(), observe.load(OBSERVATIONS.value)
+    chosen, arrays = scheme(), observe.load(OBSERVATIONS.value)
     observations = observe.parse(arrays, OBSERVATIONS.value)
     count, frames, _ = observations.values.shape
     lag, run = look_ahead(frames), runs.load(WORKDIR.value)
@@ -140,7 +141,7 @@ def main() -> None:
     params, step = run.weights(EMA.value)
     settings = {"workdir": WORKDIR.value, "step": step, "weights": digest(params),
                 "regime": REGIME.value, "lag": ",".join(LAG.value), "seed": SEED.value,
-                "plan": dataclasses.asdict(sampling), "operator": observations.operator.describe(),
+                "scheme": dataclasses.asdict(chosen), "operator": observations.operator.describe(),
                 "std": observations.std.tolist(), **provenance(), "device": banner()}  # fmt: skip
     settings = json.loads(json.dumps(settings))
     state = earlier(CONTINUE.value, settings) if CONTINUE.value else None
@@ -152,7 +153,7 @@ def main() -> None:
             run.model,
             params,
             observations,
-            sampling,
+            chosen,
             lag,
             ensemble=ENSEMBLE.value,
             seed=SEED.value,
@@ -174,7 +175,7 @@ def main() -> None:
     if truth is not None:
         shared = slice(begins, begins + min(truth.shape[1], members.shape[2] - begins))
         truth = truth[:, : shared.stop - shared.start]
-        for name, value in metrics.summary(
+        for name, value in scores.summary(
             members[:, :, shared], truth, run.model.data.scale
         ).items():
             print(f"{name:15s} {value:.4g}")

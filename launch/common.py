@@ -1,6 +1,5 @@
 """Shared by the command lines: set-up, and one-line errors that name the nearest valid word."""
 
-import contextlib
 import functools
 import json
 import logging as python_logging
@@ -16,14 +15,17 @@ from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
-from mclr_jax import cpu, runs
+from mclr_jax import cpu, runs, schema
+from mclr_jax.config import Training
 from mclr_jax.files import digest, named, provenance, write_atomically
 from mclr_jax.generate import Guidance
 from mclr_jax.model import Model
 from mclr_jax.schema import class_factors, nearest
 from mclr_jax.training.devices import banner
+
+flags.disclaim_key_flags()  # those that are defined here belong to the commands
 
 # Help of flags that several commands have.
 DATA = "Where the data of the run are now: as config.data.name, or the folder config.data.path."
@@ -130,13 +132,9 @@ def output(name: str, ending: str) -> pathlib.Path:
 
 
 def _parse(arguments: bool, argv: list[str]) -> list[str]:
-    names = [argument.lstrip("-").partition("=")[0] for argument in argv[1:] if argument[0] == "-"]
-    keys = [name.removeprefix("config.") for name in names if name.startswith("config.")]
-    if keys and "config" not in names:
-        stop(f"--config.{keys[0]} needs --config=configs/NAME.py, the config that it changes.")
-    path = next((a.removeprefix("--config=") for a in argv if a.startswith("--config=")), None)
-    if path is not None:
-        _check_config_exists(path.split(":")[0])
+    argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
+    if "config" in flags.FLAGS:
+        argv = _read_config(argv)
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
@@ -144,40 +142,86 @@ def _parse(arguments: bool, argv: list[str]) -> list[str]:
         text = re.sub(
             r"Failed to parse .* as a ConfigDict.*", "it is a section; set its keys.", text
         )
-        lines = text.strip().splitlines()  # of a config file: with a traceback, the error last
-        text = f"--config={path}: {lines[-1]}" if len(lines) > 2 else text
         stop(f"{text} (--help lists all flags.)")
-    except Exception as error:  # of the config file, or by config_flags of a key's name
-        if os.environ.get("MCLR_TRACEBACK"):
-            raise
-        with contextlib.suppress(Exception):
-            _check_keys(path or "", keys)
-        what = f"{type(error).__name__}: {error} (MCLR_TRACEBACK=1 shows where.)"
-        stop(f"--config={path} cannot be loaded: {what}")
+    except SystemExit:  # of --help
+        if "config" in flags.FLAGS:
+            print("\nKeys of the config, each a flag --config.KEY=VALUE [the names that have it]:")
+            print("\n".join(f"  {line}" for line in schema.explain(Training)))
+        raise
     if len(rest) > 1 and not arguments:
         stop(f"Unexpected argument {rest[1]!r}: options are written --name=value.")
     return rest
 
 
-def _check_config_exists(name: str) -> None:
-    path = pathlib.Path(name)
-    if path.suffix != ".py" or not path.is_file():
-        folder = path.parent if path.parent.name and path.parent.is_dir() else "configs"
+def define_config() -> None:
+    """The flag --config; `run` turns its value into the ConfigDict that the other flags change."""
+    flags.DEFINE_string(
+        "config", None, "Config file, configs/NAME.py; each of its keys is a flag, too."
+    )
+
+
+def _read_config(argv: list[str]) -> list[str]:
+    """Replace the flag --config by the file's content, whose keys become flags; the other flags.
+
+    A section whose name is a flag gets the options of the new name, so that they are flags, too.
+    """
+    given = {}
+    for word, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+        name, equals, value = word.lstrip("-").partition("=")
+        if word[0] == "-":
+            given[name] = value if equals else following
+    keys = [name.removeprefix("config.") for name in given if name.startswith("config.")]
+    if "config" not in given:
+        if keys:
+            stop(f"--config.{keys[0]} needs --config=configs/NAME.py, the config that it changes.")
+        return argv
+    path = given["config"]
+    config = _load(path)
+    for name, field in schema.fields(Training).items():
+        word, section = given.get(f"config.{name}.name"), config.get(name)
+        if word and isinstance(section, ConfigDict) and field.metadata["section"].table:
+            if word == section.get("name"):
+                continue
+            try:
+                config[name] = new = ConfigDict(schema.switched(Training, config, name, word))
+            except ValueError as error:
+                stop(f"--config.{name}.name={word}: {error}")
+            if dropped := sorted({*section} - {*new}):
+                print(f"config.{name} is now {word}, without {', '.join(dropped)}", file=sys.stderr)
+    _check_keys(config, keys)
+    at = next(i for i, word in enumerate(argv) if re.fullmatch(r"--?config(=.*)?", word))
+    argv = argv[:at] + argv[at + 1 + ("=" not in argv[at]) :]
+    delattr(flags.FLAGS, "config")
+    config_flags.DEFINE_config_dict("config", config, sys_argv=argv)
+    return argv
+
+
+def _load(path: str) -> ConfigDict:
+    """The config in a file, written as FILE or FILE:ARGUMENT; stops if it cannot be loaded."""
+    name, colon, argument = path.partition(":")
+    file = pathlib.Path(name)
+    if file.suffix != ".py" or not file.is_file():
+        folder = file.parent if file.parent.name and file.parent.is_dir() else "configs"
         known = [str(file) for file in pathlib.Path(folder).glob("[!_]*.py")]
         stop(f"--config: no config file {name!r}. {nearest(name, known)}")
+    try:
+        return ConfigDict(runpy.run_path(name)["get_config"](*[argument] * bool(colon)))
+    except Exception as error:
+        if os.environ.get("MCLR_TRACEBACK"):
+            raise
+        what = f"{type(error).__name__}: {error} (MCLR_TRACEBACK=1 shows where.)"
+        stop(f"--config={path} cannot be loaded: {what}")
 
 
-def _check_keys(path: str, keys: list[str]) -> None:
-    """Stop with the first of the keys, as a.b, that the config in a file does not have."""
-    get_config = runpy.run_path(path.split(":")[0]).get("get_config")
-    config = get_config(*path.split(":")[1:]) if get_config else ConfigDict()
+def _check_keys(config: ConfigDict, keys: list[str]) -> None:
+    """Stop with the first of the keys, as a.b, that a config does not have."""
     for key in keys:
         section, so_far = config, "config"
         for name in key.split("."):
             known = section.keys() if isinstance(section, ConfigDict) else ()
             if name not in known:
                 what = f"--config.{key}: {so_far} has no key {name!r}."
-                stop(f"{what} {nearest(name, known)} configs/base.py explains all keys.")
+                stop(f"{what} {nearest(name, known)} --help explains all keys.")
             section, so_far = section[name], f"{so_far}.{name}"
 
 

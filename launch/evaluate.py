@@ -73,7 +73,7 @@ def main() -> None:
     train, test = run.source("train"), run.source("test")
     cache = pathlib.Path(CACHE.value).expanduser()
     with Progress(len(train), "real image", quiet=not first) as progress:
-        real = evaluate.reference(extractor, train, cache, progress.update)
+        real = evaluate.real_statistics(extractor, train, cache, progress.update)
     held_out, labels = test[np.arange(min(NUM_SAMPLES.value, len(test)))]
     judged = judge(held_out, labels) if judge else None
     measured = evaluate.measure(extractor(held_out, labels), real, METRICS.value, judged)

@@ -12,25 +12,19 @@ what configs/NAME.py would train. --suggest tries what saves memory, if the step
 docs/devices.md explains the keys of the JSON file.
 """
 
-import pathlib
-import runpy
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 from absl import flags
-from ml_collections import ConfigDict, config_flags
 
 from launch import common
-from mclr_jax import experiment, generate, main, plan, runs, target
-from mclr_jax.data import sources
-from mclr_jax.files import flat, provenance, write_json
-from mclr_jax.model import DataInfo, Model
-from mclr_jax.samplers import Sampler
-from mclr_jax.schema import construct, fields, resolve
+from mclr_jax import plan
+from mclr_jax.config import Training
+from mclr_jax.files import provenance, write_json
 from mclr_jax.training.devices import MODES
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, configs/NAME.py.")
+common.define_config()
 TOPOLOGY = flags.DEFINE_string("topology", None, "Kind and grid of chips; see above.")
 PARALLEL = flags.DEFINE_enum("parallel", None, MODES, "Default: the config's.")
 SHAPE = flags.DEFINE_list("shape", None, "Shape of an example, as 32,32,3, without the data.")
@@ -41,94 +35,6 @@ SAMPLE_BATCH = flags.DEFINE_integer(
 )
 GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", 1.0, "Of these samples; 1 is none.")
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.json.")
-
-# Changes of a config that save memory, beside more parts of a batch.
-REMEDIES: Mapping[str, Any] = {
-    "network.remat": True,
-    "network.dtype": "bfloat16",
-    "parallel": "fsdp",
-}
-
-
-def data_info(config: Any, shape: list[int] | None, num_classes: int) -> DataInfo:
-    """The shape of the data, measured unless it is given.
-
-    ValueError: a shape without classes. FileNotFoundError: neither a shape nor the data.
-    """
-    if shape:
-        if not (classes := num_classes or config.data.num_classes):
-            raise ValueError("--shape is given without --num_classes; both are needed.")
-        if min(shape) < 1:
-            raise ValueError(f"--shape is {shape}; expected positive sizes, such as 32,32,3.")
-        share = (1 / classes,) * classes
-        return DataInfo(tuple(shape), classes, config.sigma_data or 1.0, share)
-    try:
-        return experiment.data_info(config, sources.from_config(config.data, "train", config.seed))
-    except FileNotFoundError as error:
-        hint = "Without the data give their shape, such as --shape=32,32,3 --num_classes=10."
-        raise FileNotFoundError(f"{error}. {hint}") from error
-
-
-def companions(config: Any, data: DataInfo) -> dict[str, Model]:
-    """The models that the objective reads: those of runs or, for runs/NAME, of configs/NAME.py."""
-
-    def model(name: str, path: str) -> Model:
-        if (pathlib.Path(path) / "run.json").exists():
-            return runs.load(path).model
-        file = pathlib.Path("configs") / f"{pathlib.Path(path).name}.py"
-        if not file.exists():
-            raise FileNotFoundError(
-                f"Companion {name!r}: {path} is no run, and there is no {file} to train it from; "
-                "set the companion to the directory of a run, or to runs/NAME of a config."
-            )
-        return experiment.make_model(runpy.run_path(str(file))["get_config"](), data)
-
-    return {name: model(name, path) for name, path in runs.companion_paths(config).items()}
-
-
-def sampler(config: Any) -> Sampler:
-    return construct(Sampler, config.sampler, "sampler")
-
-
-def planned(
-    config: Any, data: DataInfo, topology: str, models: Mapping[str, Model] | None = None
-) -> dict[str, Any]:
-    """`plan.plan` of a config; `models` are the companions, by default those of `companions`."""
-    models = companions(config, data) if models is None else models
-    task = experiment.make_task(config, data, models)
-    calls = 0 if task.model.is_classifier else generate.network_calls(task.model, sampler(config))
-    with target.programs_for_others():
-        steps = main.steps_per_dispatch(config)
-    return plan.plan(
-        task, topology, config.parallel, batch_size=config.batch_size, steps_per_dispatch=steps,
-        num_steps=config.num_steps, network_calls=calls,
-    )  # fmt: skip
-
-
-def suggestions(config: Any, data: DataInfo, topology: str) -> dict[str, dict[str, Any]]:
-    """Keys that save memory, one by one and together -> the memory needed, and whether it fits."""
-    given, found = flat(config.to_dict()), {}
-    known = fields(resolve(experiment.NETWORKS, config.network.name, "network"))
-    possible = {"grad_accumulation": 4 * config.grad_accumulation}
-    for key, value in REMEDIES.items():
-        section, _, name = key.rpartition(".")
-        if given.get(key) != value and (not section or name in known):
-            possible[key] = value
-    alone = [{key: value} for key, value in possible.items()]
-    if "network.remat" in possible:  # less is computed again, and more is kept
-        alone.append({"network.remat": True, "network.remat_policy": "weight_products"})
-    for change in [*alone, possible]:
-        changed = ConfigDict(config.to_dict())
-        changed.update_from_flattened_dict(change)
-        name = ", ".join(f"{key}={value}" for key, value in change.items())
-        try:
-            cost = planned(changed, data, topology)
-        except ValueError as error:  # the parts of the batch are too small
-            print(f"{name}: not possible ({error})", flush=True)
-            continue
-        found[name] = {key: cost[key] for key in ("fits", "memory_per_chip_bytes")}
-        print(f"{name}: {_memory(cost)}", flush=True)
-    return found
 
 
 def _bytes(count: int | None) -> str:
@@ -189,26 +95,31 @@ def text(cost: Mapping[str, Any]) -> str:
     return _listed(lines)
 
 
-def command() -> None:
-    config = CONFIG.value
+def _show(name: str, found: Any) -> None:
+    text = f"not possible ({found})" if isinstance(found, ValueError) else _memory(found)
+    print(f"{name}: {text}", flush=True)
+
+
+def main() -> None:
+    config = flags.FLAGS.config
     if PARALLEL.value:
         config.parallel = PARALLEL.value
-    main.check(config)
+    training = Training.parse(config)
     if GUIDANCE_SCALE.value != 1 and not SAMPLE_BATCH.value:
         raise ValueError("--guidance_scale is that of samples: set --sample_batch, too.")
     out = common.output(OUT.value, ".json") if OUT.value else None
     jax.config.update("jax_platforms", "cpu")  # not the TPU that libtpu would look for
     jax.config.update("jax_enable_compilation_cache", False)  # compile_seconds is that of compiling
-    data = data_info(config, common.numbers(SHAPE, int), NUM_CLASSES.value)
-    cost = planned(config, data, TOPOLOGY.value)
+    data = plan.data_info(training, common.numbers(SHAPE, int), NUM_CLASSES.value)
+    cost = plan.planned(training, data, TOPOLOGY.value)
     print(text(cost))
     if SAMPLE_BATCH.value:
-        model = experiment.make_model(config, data)
         options = {"batch_size": SAMPLE_BATCH.value, "guidance_scale": GUIDANCE_SCALE.value}
-        cost["sampling"] = plan.sampling(model, TOPOLOGY.value, sampler(config), **options)
+        model = training.model(data)
+        cost["sampling"] = plan.sampling(model, TOPOLOGY.value, training.sampler, **options)
         print(sampling_text(cost["sampling"]))
     if SUGGEST.value and not cost["fits"]:
-        cost["suggestions"] = suggestions(config, data, TOPOLOGY.value)
+        cost["suggestions"] = plan.suggestions(training, data, TOPOLOGY.value, _show)
     elif not cost["fits"]:
         print("--suggest tries remat, bfloat16, accumulation and fsdp.")
     if out:
@@ -217,4 +128,4 @@ def command() -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "topology"])
-    common.run(command)
+    common.run(main)

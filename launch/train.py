@@ -3,7 +3,7 @@
   python -m launch.train --config=configs/digits.py --workdir=runs/digits
 
 Every key of the config is also a flag: --config.batch_size=64 --config.data.limit=512.
-configs/base.py explains all keys. The same command resumes a run that was killed, bit for bit; to
+--help explains all keys. The same command resumes a run that was killed, bit for bit; to
 train longer, raise --config.num_steps. The work directory gets run.json (what was run),
 metrics.jsonl and tensorboard/ (curves), samples/ (pictures) and checkpoints/. Sample from it with
 launch.sample. A run that Ctrl-C or SIGTERM has stopped exits with status 130 or 143.
@@ -13,26 +13,21 @@ with --coordinator=HOST:PORT --num_processes=N --process_id=I.
 """
 
 from absl import flags
-from ml_collections import config_flags
 
 from launch import common, hosts
-from mclr_jax import schema
 from mclr_jax.config import Training
 from mclr_jax.main import train
-from mclr_jax.parts import NETWORKS
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file, configs/NAME.py. Its keys: " + "; ".join(schema.explain(Training))
-)
+common.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; made if missing.")
 RESTART = flags.DEFINE_bool("restart", False, "Move the run to WORKDIR/replaced, and begin anew.")
 
 
 def main() -> None:
     hosts.connect()
-    config = CONFIG.value
-    common.use_cores(schema.resolve(NETWORKS, config.network.name, "network"), config.batch_size)
-    train(config, WORKDIR.value, restart=RESTART.value)
+    training = Training.parse(flags.FLAGS.config)
+    common.use_cores(training.network.factory, training.batch_size)
+    train(training, WORKDIR.value, restart=RESTART.value)
 
 
 if __name__ == "__main__":

@@ -15,14 +15,14 @@ from typing import Any, ClassVar
 import numpy as np
 from ml_collections import ConfigDict
 
-from mclr_jax import schema, target
+from mclr_jax import backend, schema
 from mclr_jax.data.augment import LABEL_SIZE
 from mclr_jax.data.protocol import Source
 from mclr_jax.data.protocol import sigma_data as measured_sigma
 from mclr_jax.data.sources import Data
 from mclr_jax.denoiser import fused_snr_weight, natural_weight
 from mclr_jax.model import DataInfo, Model
-from mclr_jax.noise import LEVELS, CausalForcing, Forcing, LogNormal, LogUniform, NoiseLevels
+from mclr_jax.noise import SIGMA_RANGE, CausalForcing, Forcing, LogNormal, LogUniform, NoiseLevels
 from mclr_jax.objectives.base import Objective
 from mclr_jax.objectives.classify import Classify
 from mclr_jax.objectives.dsm import DSM
@@ -33,7 +33,7 @@ from mclr_jax.parts import NETWORKS, PRECONDITIONINGS, UNITS
 from mclr_jax.posterior import Classifier, Denoiser, Exact
 from mclr_jax.problem import Problem
 from mclr_jax.samplers import Sampler
-from mclr_jax.schema import FLAX, Keys, Part, key, part, section
+from mclr_jax.schema import Keys, Part, key, part, section
 from mclr_jax.task import MADE_HERE, Posterior, Task
 from mclr_jax.training.devices import MODES
 from mclr_jax.training.ema import EMA
@@ -59,7 +59,7 @@ class ICR(Keys):
 
     every_steps: int = key(0, 0, says="measure and write a checkpoint; 0 for never")
     num_images: int = key(2048, 2, says="training images, at least twice the length of features")
-    sigma: float = key(0.29, 0.0, LEVELS[1], "(", says="noise level at which features are read")
+    sigma: float = key(0.29, 0.0, SIGMA_RANGE[1], "(", says="noise level of the features")
     layer: str = key("", says="name of a block; empty for the middle one")
     samples: int = key(0, 0, says="samples for the memorized fraction; 0 for none")
 
@@ -85,7 +85,7 @@ class Training(Keys):
     seed: int = key(0, 0, says="of initial weights, data order and noise")
     num_steps: int = key(10_000, 1, says="of the whole training")
     batch_size: int = key(128, 1, says="over all devices")
-    parallel: str = key("pmap", words=dict.fromkeys(MODES), says="pmap, data (jit, replicated) or "
+    parallel: str = key("pmap", words=MODES, says="pmap, data (jit, replicated) or "
                         "fsdp (jit, sharded state)")  # fmt: skip
     require_accelerator: bool = key(False, says="stop if JAX finds only the CPU")
     init_from: str = key("", says="directory of a run, whose EMA weights are the first weights")
@@ -97,26 +97,29 @@ class Training(Keys):
     keep_checkpoints: int = key(2, 1, says="newest ones; the one with the lowest held-out loss too")
     eval_examples: int = key(1024, 0, says="held-out examples for that loss; 0 for none")
     sample_every: int = key(0, 0, says="steps between two grids of samples; 0 for never")
-    sigma_data: float = key(0.0, 0.0, LEVELS[1], says="standard deviation; 0 measures it")
+    sigma_data: float = key(0.0, 0.0, SIGMA_RANGE[1], says="standard deviation; 0 measures it")
     strength: tuple[float, ...] = key((), says="(low, high) of the guidance strength as an input")
     class_strengths: tuple[float, ...] = key((), says="factors of the objective's strength by "
                                              "class, of launch.calibrate; empty: 1")  # fmt: skip
     weight: str = key("natural", words=WEIGHTS, says="1 / c_out^2, or fused_snr by frame")
     companions: dict = schema.texts(
-        {"classifier": "", "weak": ""}, "directories of runs that an objective or a posterior reads"
+        {"classifier": "", "weak": ""}, "directory of a run that an objective or a posterior reads"
     )
     data: Data = section(Data)
-    network: Part = part(NETWORKS, "", "network", OF_DATA)
-    objective: Objective = part(OBJECTIVES, "dsm", "objective")
-    posterior: Posterior | None = part(POSTERIORS, "", "posterior")
-    noise: NoiseLevels = part(NOISE_LEVELS, "lognormal", "noise")
-    preconditioning: Part = part(PRECONDITIONINGS, "edm", "preconditioning", ("sigma_data",))
+    network: Part = part(NETWORKS, "", OF_DATA, says="network")
+    objective: Objective = part(OBJECTIVES, "dsm", says="objective")
+    posterior: Posterior | None = part(POSTERIORS, "", optional=True, says="estimate of the "
+                                       "probability of each class; empty: none")  # fmt: skip
+    noise: NoiseLevels = part(NOISE_LEVELS, "lognormal", says="distribution of the noise levels")
+    preconditioning: Part = part(
+        PRECONDITIONINGS, "edm", ("sigma_data",), says="from the network's output to a denoiser"
+    )
     optimizer: Optimizer = section(Optimizer)
     ema: EMA = section(EMA)
     sampler: Sampler = section(Sampler)
     icr: ICR = section(ICR)
     profile: Profile = section(Profile)
-    given: Mapping[str, Any] = schema.hidden()  # the config, as JSON, for run.json
+    config: Mapping[str, Any] = schema.hidden()  # all keys, as JSON, for run.json
 
     def __post_init__(self):
         super().__post_init__()
@@ -135,10 +138,13 @@ class Training(Keys):
     @classmethod
     def parse(cls, config: Any) -> "Training":
         """The training that a config describes; ValueError names the first wrong key."""
+        if isinstance(config, cls):
+            return config
+        config = config.to_dict() if isinstance(config, ConfigDict) else config
         found = schema.read(cls, config, "config")
-        given = blank() | dict(config.to_dict() if isinstance(config, ConfigDict) else config)
         numbers = operator.methodcaller("item")  # NumPy's as Python's
-        return dataclasses.replace(found, given=json.loads(json.dumps(given, default=numbers)))
+        plain = json.loads(json.dumps(schema.filled(cls, config), default=numbers))
+        return dataclasses.replace(found, config=plain)
 
     @functools.cached_property
     def needs(self) -> frozenset[str]:
@@ -148,7 +154,10 @@ class Training(Keys):
 
     @functools.cached_property
     def runs(self) -> dict[str, str]:
-        """The directories of the runs that the objective reads, by name; ValueError: one is not set."""
+        """The directories of the runs that the objective reads, by name.
+
+        ValueError: one is not set.
+        """
         paths, found = {**self.companions, "reference": self.init_from}, {}
         for name in sorted(self.needs - MADE_HERE):
             if not paths.get(name):
@@ -162,8 +171,11 @@ class Training(Keys):
 
     @property
     def dispatch(self) -> int:
-        """Steps of a call: XLA:CPU is up to 59 times slower at gradients of convolutions in a loop."""
-        return self.steps_per_dispatch or (1 if target.backend() == "cpu" else 8)
+        """Training steps in one call of the compiled program.
+
+        XLA:CPU computes gradients of convolutions up to 59 times slower inside a loop.
+        """
+        return self.steps_per_dispatch or (1 if backend.traced_for() == "cpu" else 8)
 
     @property
     def save_periods(self) -> tuple[int, int]:
@@ -233,10 +245,10 @@ class Training(Keys):
 
 def blank() -> dict[str, Any]:
     """The default of every key, as a config holds them."""
-    return schema.blank(Training)
+    return schema.filled(Training, {})
 
 
 def options(name: str, **values: Any) -> dict[str, Any]:
     """A config section for an objective, network, posterior, ...: its defaults except `values`."""
     tables = OBJECTIVES | NETWORKS | POSTERIORS | PRECONDITIONINGS | NOISE_LEVELS
-    return schema.options(tables, name, values, (*OF_DATA, "sigma_data", *FLAX))
+    return schema.options(tables, name, values, (*OF_DATA, "sigma_data"))

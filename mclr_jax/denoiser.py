@@ -3,21 +3,21 @@
     D(x, sigma, condition) = c_skip x + c_out F(c_in x, c_noise, condition)
 
 Each published convention is a frozen dataclass with `scales(sigma)`, the four factors, and
-`levels`, the range of noise levels that sampling may use. Code that calls a `DenoiseFn` does not
-depend on the convention. With the natural loss weight 1 / c_out^2 the loss is |F - F_exact|^2.
+`sigma_range`, the noise levels that sampling may use. Code that calls a `DenoiseFn` does not depend
+on the convention. With the natural loss weight 1 / c_out^2 the loss is |F - F_exact|^2.
 """
 
 import abc
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mclr_jax.schema import in_range, pair
+from mclr_jax.schema import Keys, key
 from mclr_jax.types import Condition, DenoiseFn, MomentsFn, as_condition, expand
 
 # (x (B, ...), c_noise (B,) or (B, F), condition) -> raw output (B, ...)
@@ -37,25 +37,23 @@ class Preconditioning(Protocol):
     """The interface of all conventions; frozen dataclasses, which compare and hash by value."""
 
     @property
-    def levels(self) -> tuple[float, float]:
+    def sigma_range(self) -> tuple[float, float]:
         """Lowest and highest noise level of the training."""
 
     def scales(self, sigma: jax.Array) -> Scales: ...
 
 
 @dataclasses.dataclass(frozen=True)
-class EDM:
+class EDM(Keys):
     """Karras et al. 2022 (arXiv 2206.00364), Table 1: c_noise = ln(sigma) / 4.
 
     Natural weight (sigma^2 + sigma_data^2) / (sigma sigma_data)^2.
     """
 
-    sigma_data: float = 0.5
+    sigma_data: float = key(0.5, 1e-9, 1e9, says="standard deviation of the data")
 
-    def __post_init__(self):
-        in_range("preconditioning.sigma_data", self.sigma_data, 1e-9, 1e9)
-
-    levels = (0.0, float("inf"))
+    where: ClassVar[str] = "config.preconditioning"
+    sigma_range = (0.0, float("inf"))
 
     def scales(self, sigma: jax.Array) -> Scales:
         total = sigma**2 + self.sigma_data**2
@@ -66,7 +64,7 @@ class EDM:
 
 
 @dataclasses.dataclass(frozen=True)
-class Velocity:
+class Velocity(Keys):
     """Linear flow matching, x_t = (1 - t) x0 + t n with sigma = t / (1 - t).
 
     With data_at = 1 the network gets 1 - t and gives x0 - n (SiT, Ma et al. 2024, arXiv
@@ -74,13 +72,10 @@ class Velocity:
     2410.06940). Natural weight ((1 + sigma) / sigma)^2. Sampling starts at a finite level (1e4).
     """
 
-    data_at: int = 1
+    data_at: int = key(1, words=(0, 1), says="time of the data: 1 of SiT, 0 of REPA")
 
-    levels = (0.0, float("inf"))
-
-    def __post_init__(self):
-        if self.data_at not in (0, 1):
-            raise ValueError(f"data_at is {self.data_at}; expected 0 or 1, the time of the data.")
+    where: ClassVar[str] = "config.preconditioning"
+    sigma_range = (0.0, float("inf"))
 
     def scales(self, sigma: jax.Array) -> Scales:
         data, noise = 1 / (1 + sigma), sigma / (1 + sigma)  # 1 - t and t
@@ -88,7 +83,7 @@ class Velocity:
         return Scales(data, data, c_out, clock)
 
 
-class _Discrete(abc.ABC):
+class _Discrete(Keys, abc.ABC):
     """A variance-preserving process in discrete steps, with ab the product of the alphas so far.
 
     c_in x is x_t = sqrt(ab) x0 + sqrt(1 - ab) n for sigma = sqrt(1 / ab - 1).
@@ -100,14 +95,15 @@ class _Discrete(abc.ABC):
         """1 - beta of each step, (steps,) float64."""
 
     steps: int
+    where: ClassVar[str] = "config.preconditioning"
 
     def __post_init__(self):
-        in_range("preconditioning.steps", self.steps, 2, 1_000_000)
+        super().__post_init__()
         with np.errstate(all="ignore"):
             levels = self.table
         if not (np.isfinite(levels).all() and 0 < levels[0] and np.all(np.diff(levels) > 0)):
             raise ValueError(
-                f"config.preconditioning: {self} has noise levels from {levels[0]:g} to "
+                f"{self.where}: {self} has noise levels from {levels[0]:g} to "
                 f"{levels[-1]:g}; expected finite levels above 0 that rise in every step."
             )
 
@@ -117,7 +113,7 @@ class _Discrete(abc.ABC):
         return np.sqrt(1 / np.cumprod(self.alphas) - 1)
 
     @property
-    def levels(self) -> tuple[float, float]:
+    def sigma_range(self) -> tuple[float, float]:
         return float(self.table[0]), float(self.table[-1])
 
     def _clock(self, sigma: jax.Array) -> jax.Array:
@@ -133,12 +129,10 @@ class Epsilon(_Discrete):
     Source: Ho et al. 2020 (arXiv 2006.11239). Natural weight 1 / sigma^2.
     """
 
-    betas: tuple[float, float] = (1e-4, 0.02)  # of the first and of the last step
-    steps: int = 1000
-
-    def __post_init__(self):
-        pair("preconditioning.betas", self.betas, 0.0, 1.0)
-        super().__post_init__()
+    betas: tuple[float, float] = key(
+        (1e-4, 0.02), 0.0, 1.0, ordered=True, says="of the first and of the last step"
+    )
+    steps: int = key(1000, 2, 1_000_000, says="of the process")
 
     @property
     def alphas(self) -> np.ndarray:
@@ -159,14 +153,10 @@ class V(_Discrete):
     scaled to the range from 1 to 0.
     """
 
-    start: float = -3.0
-    end: float = 3.0
-    tau: float = 1.0
-    steps: int = 1000
-
-    def __post_init__(self):
-        in_range("preconditioning.tau", self.tau, 0.0, open="(")
-        super().__post_init__()
+    start: float = key(-3.0, says="of the sigmoid")
+    end: float = key(3.0, says="of the sigmoid")
+    tau: float = key(1.0, 0.0, ends="(", says="temperature of the sigmoid")
+    steps: int = key(1000, 2, 1_000_000, says="of the process")
 
     @property
     def alphas(self) -> np.ndarray:

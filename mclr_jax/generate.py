@@ -65,7 +65,8 @@ class Guidance:
 
         A second call is for all samples of a batch: classes of strength 0 have it beside others.
         """
-        levels = samplers.call_levels(sampler.grid(model.preconditioning.levels), sampler.method)
+        grid = sampler.grid(model.preconditioning.sigma_range)
+        levels = samplers.call_levels(grid, sampler.method)
         low, high = self.interval or (0.0, np.inf)
         guided = any(self.is_second_call(model, s) for s in self.scales(model.null_label)[:-1])
         return len(levels) + int(((low < levels) & (levels <= high) & guided).sum())
@@ -179,7 +180,8 @@ def generate(
     weak_model, weak_params = guided.weak or (None, {})
     second = guided.is_second_call(model)
     run = compiled(model, sampler.method, second, churn is not None, weak_model)
-    sigmas, interval = sampler.grid(model.preconditioning.levels), guided.interval or (0.0, np.inf)
+    sigmas = sampler.grid(model.preconditioning.sigma_range)
+    interval = guided.interval or (0.0, np.inf)
     scalars = jax.tree.map(np.float32, (sigmas, scales, interval, churn or samplers.Churn()))
     both, (spread, _) = replicated((params, weak_params)), shardings()
 

@@ -12,7 +12,7 @@ from absl import logging
 from mclr_jax import generate, images
 from mclr_jax.data.protocol import Source
 from mclr_jax.experiment import Experiment
-from mclr_jax.metrics import report
+from mclr_jax.reductions import report
 from mclr_jax.task import Task
 from mclr_jax.training.checkpoint import Checkpoints, not_finite
 from mclr_jax.training.devices import Devices, is_first

@@ -15,7 +15,7 @@ from jax.scipy.special import ndtri
 from mclr_jax.denoiser import V
 from mclr_jax.schema import Keys, in_range, key
 
-LEVELS = 1e-9, 1e9  # a float32 holds their squares
+SIGMA_RANGE = 1e-9, 1e9  # a float32 holds their squares
 
 
 class NoiseLevels(Protocol):
@@ -32,22 +32,24 @@ class LogNormal(Keys):
     mean: float = key(-1.2, -20.0, 20.0, says="of ln sigma")
     std: float = key(1.2, 0.0, 10.0, says="of ln sigma")
 
-    where: ClassVar[str] = "noise"
+    where: ClassVar[str] = "config.noise"
 
     def sample(self, key: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
         return jnp.exp(self.mean + self.std * jax.random.normal(key, shape))
 
 
 @dataclasses.dataclass(frozen=True)
-class LogUniform:
+class LogUniform(Keys):
     """ln sigma uniform between ln sigma_min and ln sigma_max."""
 
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
+    sigma_min: float = key(0.002, *SIGMA_RANGE, says="lowest level")
+    sigma_max: float = key(80.0, *SIGMA_RANGE, says="highest level")
+
+    where: ClassVar[str] = "config.noise"
 
     def __post_init__(self):
-        in_range("noise.sigma_min", self.sigma_min, *LEVELS)
-        in_range("noise.sigma_max", self.sigma_max, float(self.sigma_min), LEVELS[1])
+        super().__post_init__()
+        in_range("config.noise.sigma_max", self.sigma_max, float(self.sigma_min), SIGMA_RANGE[1])
 
     def sample(self, key: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
         low, high = np.log(self.sigma_min), np.log(self.sigma_max)
@@ -55,7 +57,7 @@ class LogUniform:
 
 
 @dataclasses.dataclass(frozen=True)
-class Forcing:
+class Forcing(LogUniform):
     """Levels of the frames of a trajectory in the patterns of sampling, each with its share.
 
     `shared`: one level for all frames, as in joint denoising. `independent`: one for each frame.
@@ -67,21 +69,18 @@ class Forcing:
     else log-normal. Quantiles are uniform, and rise linearly where levels rise.
     """
 
-    shared: float = 0.35
-    independent: float = 0.15
-    prefix: float = 0.25
-    segments: float = 0.25
-    sigma_min: float = 0.004
-    sigma_max: float = 20.0
-    mean: float = -1.0
-    std: float = 0.0
+    sigma_min: float = key(0.004, *SIGMA_RANGE, says="lowest level")
+    sigma_max: float = key(20.0, *SIGMA_RANGE, says="highest level")
+    shared: float = key(0.35, 0.0, 1.0, says="share with one level for all frames")
+    independent: float = key(0.15, 0.0, 1.0, says="share with a level of its own for each frame")
+    prefix: float = key(0.25, 0.0, 1.0, says="share with a lower level in the first frames")
+    segments: float = key(0.25, 0.0, 1.0, says="share with three parts")
+    mean: float = key(-1.0, -20.0, 20.0, says="of ln sigma, if std > 0")
+    std: float = key(0.0, 0.0, 10.0, says="of ln sigma; 0: log-uniform")
 
     def __post_init__(self):
-        LogUniform(self.sigma_min, self.sigma_max)  # checks the range
-        LogNormal(self.mean, self.std)
+        super().__post_init__()
         names = ("shared", "independent", "prefix", "segments")
-        for name in names:
-            in_range(f"noise.{name}", getattr(self, name), 0.0, 1.0)
         if abs(excess := sum(getattr(self, name) for name in names) - 1) > 1e-6:
             raise ValueError(
                 f"The sum of noise.{' + '.join(names)} is {1 + excess:g}; expected 1: they are the "
@@ -138,7 +137,7 @@ class CausalForcing(Keys):
     stages: int = key(100, 1, says="levels of the pyramid")
     context: int = key(0, 0, says="largest number of first frames; 0: all but one")
 
-    where: ClassVar[str] = "noise"
+    where: ClassVar[str] = "config.noise"
 
     def steps(self, key: jax.Array, frames: int) -> jax.Array:
         """The steps (frames,) of one example, -1 for clean data."""

@@ -14,7 +14,7 @@ from mclr_jax.networks.dit import DiT
 from mclr_jax.networks.mlp import MLP
 from mclr_jax.networks.trajectory import FrameDiT, Trajectory
 from mclr_jax.networks.unet import UNet
-from mclr_jax.schema import FLAX, Part, construct, fields
+from mclr_jax.schema import Part, fields, read
 
 CLASSIFIERS: dict[str, Any] = {"mlp_classifier": MLPClassifier, "conv_classifier": ConvClassifier}
 NETWORKS: dict[str, Any] = {"mlp": MLP, "unet": UNet, "dit": DiT, "trajectory": Trajectory,
@@ -29,8 +29,7 @@ def describe(model: Model) -> dict[str, Any]:
     def resolved(part: Any, table: Mapping[str, Any]) -> dict[str, Any]:
         cls = type(part)
         found = (name for name, factory in table.items() if factory is cls)
-        keys = [key for key in fields(cls) if key not in FLAX]
-        values = {key: _plain(key, getattr(part, key)) for key in keys}
+        values = {key: _plain(key, getattr(part, key)) for key in fields(cls)}
         return {"name": next(found, f"{cls.__module__}:{cls.__qualname__}")} | values
 
     return {
@@ -49,7 +48,7 @@ def model_of(description: Mapping[str, Any]) -> Model:
     """The model with this description; a network from outside the package is imported."""
     network = Part.read(NETWORKS, description["network"], "network")
     preconditioning = Part.read(PRECONDITIONINGS, description["preconditioning"], "preconditioning")
-    data = construct(DataInfo, description["data"], "data")
+    data = read(DataInfo, description["data"], "data")
     return Model(network.make(), preconditioning.make(), data, tuple(description["strength"]))
 
 

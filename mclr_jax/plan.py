@@ -6,180 +6,31 @@ on any machine. Every argument is a shape: no parameter is allocated, and no dat
 
 import dataclasses
 import functools
-import importlib.util
 import math
-import os
+import pathlib
 import re
+import runpy
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
-from mclr_jax import generate, target
+from mclr_jax import backend, chips, generate, runs
+from mclr_jax.chips import CARDS, Chip
+from mclr_jax.config import Training
+from mclr_jax.files import flat
+from mclr_jax.generate import Guidance
 from mclr_jax.hlo import collectives
-from mclr_jax.model import Model, shapes_of
+from mclr_jax.model import DataInfo, Model, shapes_of
 from mclr_jax.samplers import Churn, Sampler
+from mclr_jax.schema import fields
 from mclr_jax.task import Task
-from mclr_jax.training.devices import AXIS, Devices, placed
+from mclr_jax.training.devices import AXIS, Devices, placed, shardings
 from mclr_jax.training.step import init_state, make_update
-
-DOCS = "https://docs.cloud.google.com/tpu/docs"
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """Published peaks of a chip, and the memory that libtpu leaves to a program."""
-
-    memory: int  # bytes, from the errors of libtpu 0.0.42; of a GPU, the memory of the card
-    # Dense bf16 FLOP/s. XLA multiplies float32 matrices in bf16 on TPUs, in TF32 on GPUs from
-    # Ampere on, unless told otherwise.
-    flops: float
-    bandwidth: float  # bytes/s of the memory
-    link: float  # bytes/s to the other chips, sum over the chip's links, in one direction
-    source: str
-    devices: int = 1  # of JAX
-
-
-CHIPS = {
-    "v4": Chip(int(30.5 * 2**30), 275e12, 1200e9, 300e9, f"{DOCS}/v4, arXiv:2304.01433", devices=2),
-    "v5e": Chip(int(15.75 * 2**30), 197e12, 819e9, 200e9, f"{DOCS}/v5e"),
-    "v5p": Chip(int(95.74 * 2**30), 459e12, 2765e9, 600e9, f"{DOCS}/v5p"),
-    "v6e": Chip(int(31.25 * 2**30), 918e12, 1638e9, 400e9, f"{DOCS}/v6e"),
-}
-# One direction of NVLink or, without it, of PCIe; tables with sparsity have twice these FLOP/s.
-H100 = "https://www.nvidia.com/en-us/data-center/h100/"
-A100 = "https://www.nvidia.com/en-us/data-center/a100/"
-# By `jax.Device.device_kind`.
-KINDS_OF_CHIP = {
-    "TPU v4": CHIPS["v4"],
-    "TPU v5 lite": CHIPS["v5e"],
-    "TPU v5": CHIPS["v5p"],
-    "TPU v6 lite": CHIPS["v6e"],
-    "NVIDIA H200": Chip(
-        int(141e9), 989e12, 4800e9, 450e9, "https://www.nvidia.com/en-us/data-center/h200/"
-    ),
-    "NVIDIA H100 80GB HBM3": Chip(int(80e9), 989e12, 3350e9, 450e9, H100),
-    "NVIDIA H100 PCIe": Chip(int(80e9), 756e12, 2000e9, 64e9, H100),
-    "NVIDIA A100-SXM4-80GB": Chip(int(80e9), 312e12, 2039e9, 300e9, A100),
-    "NVIDIA A100 80GB PCIe": Chip(int(80e9), 312e12, 1935e9, 32e9, A100),
-    "NVIDIA A100-SXM4-40GB": Chip(int(40e9), 312e12, 1555e9, 300e9, A100),
-    "NVIDIA A100-PCIE-40GB": Chip(int(40e9), 312e12, 1555e9, 32e9, A100),
-    "NVIDIA L4": Chip(
-        int(24e9), 121e12, 300e9, 32e9, "https://www.nvidia.com/en-us/data-center/l4/"
-    ),
-    # It has no bf16 units: these are the FLOP/s of float16.
-    "Tesla T4": Chip(
-        int(16e9), 65e12, 320e9, 16e9, "https://www.nvidia.com/en-us/data-center/tesla-t4/"
-    ),
-}
-SLICE = re.compile(rf"({'|'.join(CHIPS)}):([1-9]\d*(?:x[1-9]\d*){{1,2}})(?:\*([1-9]\d*))?")
-
-# What XLA's compiler must be told of a GPU that is not there, from the cards' own descriptions in
-# https://github.com/openxla/xla/tree/main/xla/backends/gpu/target_config/specs.
-ANY_GPU: dict[str, Any] = {
-    "threads_per_block_limit": 1024, "threads_per_warp": 32, "threads_per_core_limit": 2048,
-    "thread_dim_limit_x": 1024, "thread_dim_limit_y": 1024, "thread_dim_limit_z": 64,
-    "block_dim_limit_x": 2**31 - 1, "block_dim_limit_y": 65535, "block_dim_limit_z": 65535,
-    "registers_per_core_limit": 65536, "registers_per_block_limit": 65536,
-    "shared_memory_per_block": 49152,
-}  # fmt: skip
-HOPPER = ANY_GPU | {
-    "core_count": 132, "fpus_per_core": 128, "clock_rate_ghz": 1.98, "l2_cache_size": 52428800,
-    "shared_memory_per_core": 233472, "shared_memory_per_block_optin": 232448,
-    "cuda_compute_capability": {"major": 9},
-}  # fmt: skip
-AMPERE = ANY_GPU | {
-    "core_count": 108, "fpus_per_core": 64, "clock_rate_ghz": 1.41, "l2_cache_size": 41943040,
-    "shared_memory_per_core": 167936, "shared_memory_per_block_optin": 166912,
-    "cuda_compute_capability": {"major": 8},
-}  # fmt: skip
-VERSIONS = {"runtime_version": '"12.8.0"', "driver_version": '"12.8.0"', "dnn_version": '"9.10.0"'}
-GPUS = {
-    "h100": ("NVIDIA H100 80GB HBM3", HOPPER),
-    "h200": ("NVIDIA H200", HOPPER),
-    "a100": ("NVIDIA A100-SXM4-80GB", AMPERE),
-}
-CARDS = re.compile(rf"cuda:({'|'.join(GPUS)})x([1-9]\d*)")
-
-
-def topology(name: str) -> tuple[Chip, tuple[jax.Device, ...]]:
-    """The kind of chip and all devices of a topology, see `launch.plan`.
-
-    ValueError: an unknown topology. MissingCompilerError: see there.
-    """
-    if match := CARDS.fullmatch(name):
-        return _cards(match[1], int(match[2]))
-    if not (match := SLICE.fullmatch(name)):
-        raise ValueError(
-            f"Unknown topology {name!r}; expected the kind of chip, one of {', '.join(CHIPS)}, and "
-            "the grid of chips, such as v5e:1x1, v5e:4x4, v6e:2x4 or v5p:2x2x1, with *2 for two "
-            f"slices of such a grid, or cuda:KINDxCOUNT of {', '.join(GPUS)}, such as cuda:h100x8."
-        )
-    _require("libtpu", "libtpu, the TPU's compiler,", "tpu-compile")
-    # Do not ask the network for a TPU, nor stop because another process uses libtpu.
-    os.environ.update({"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"})
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    slices, single = int(match[3] or 1), {*match[2].split("x")} == {"1"}
-    options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if single else {}
-    options |= {"num_slices": slices} if slices > 1 else {}
-    grid = name.partition("*")[0]
-    try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=grid, **options)
-    except jax.errors.JaxRuntimeError as error:
-        raise ValueError(
-            f"libtpu has no topology {name!r} ({error}); the sides of several chips are even, such "
-            "as v5e:2x2, v5e:4x4 or v5p:2x2x1."
-        ) from error
-    return CHIPS[match[1]], tuple(found.devices)
-
-
-class MissingCompilerError(RuntimeError):
-    """The compiler for a kind of chip is not installed."""
-
-
-def _require(module: str, what: str, extra: str) -> None:
-    if importlib.util.find_spec(module) is None:
-        raise MissingCompilerError(
-            f"{what} is not installed: pip install -e '.[{extra}]', best in an environment of its "
-            "own."
-        )
-
-
-def _cards(kind: str, count: int) -> tuple[Chip, tuple[jax.Device, ...]]:
-    """GPUs, up to 8 in a host."""
-    hosts = -(-count // 8)
-    if count % hosts:
-        raise ValueError(f"{count} GPUs on {hosts} hosts of 8; use a multiple of {hosts}.")
-    _require("jax_cuda12_plugin", "JAX's CUDA plugin, the compiler for GPUs,", "gpu-compile")
-    device, details = GPUS[kind]
-    chip = KINDS_OF_CHIP[device]
-    memory = {"device_memory_size": chip.memory, "memory_bandwidth": int(chip.bandwidth)}
-    text = _text_of({
-        "gpu_device_info": details | memory | VERSIONS,
-        "platform_name": '"CUDA"',
-        "dnn_version_info": {"major": 9, "minor": 10},
-        "device_description_str": f'"{device}"',
-    })  # fmt: skip
-    found = topologies.get_topology_desc(
-        platform="cuda",
-        topology_name=kind,
-        target_config=text,
-        topology=f"1x{hosts}x{count // hosts}",
-    )
-    return chip, tuple(found.devices)
-
-
-def _text_of(message: Mapping[str, Any]) -> str:
-    """A message in the text format of protocol buffers."""
-    return " ".join(
-        f"{key} {{ {_text_of(value)} }}" if isinstance(value, Mapping) else f"{key}: {value}"
-        for key, value in message.items()
-    )
-
 
 # ---- counts --------------------------------------------------------------------------------------
 
@@ -301,7 +152,7 @@ def forward_flops(model: Model) -> int:
     def call(params, x, sigma):
         return answer(params)(x, sigma, np.zeros(1, np.int32))
 
-    with target.programs_for_others():
+    with backend.programs_for_others():
         return flops(jax.make_jaxpr(call)(shapes_of(model), *inputs).jaxpr)
 
 
@@ -315,7 +166,7 @@ def shapes(task: Task, batch_size: int, length: int = 1) -> tuple:
 
 def step_flops(task: Task, batch_size: int) -> int:
     """FLOPs of a training step, of all devices together."""
-    with target.programs_for_others():
+    with backend.programs_for_others():
         return flops(jax.make_jaxpr(make_update(task))(*shapes(task, batch_size)).jaxpr)
 
 
@@ -332,16 +183,16 @@ def plan(
       steps_per_dispatch, num_steps: of the training.
       network_calls: for one sample.
 
-    ValueError, MissingCompilerError: see `topology`; the devices do not divide the batch.
+    ValueError, MissingCompilerError: see `chips.topology`; the devices do not divide the batch.
     """
-    chip, all_devices = topology(name)
-    devices, chips = Devices(parallel, all_devices), len(all_devices) // chip.devices
+    chip, all_devices = chips.topology(name)
+    devices, count = Devices(parallel, all_devices), len(all_devices) // chip.devices
     devices.check_batch_size(batch_size, task.grad_accumulation)
     in_step, in_call = step_flops(task, batch_size), forward_flops(task.model)
     arguments = shapes(task, batch_size, steps_per_dispatch)
-    with target.programs_for_others():
+    with backend.programs_for_others():
         program = functools.partial(lowered, task, devices, arguments)
-        cost = _costs(chip, name, chips, program, in_step)
+        cost = _costs(chip, name, count, program, in_step)
     sampling = 1000 * network_calls * in_call
     return cost | {
         "parallel": parallel,
@@ -351,7 +202,7 @@ def plan(
         "frozen_parameters": _size(arguments[1]),
         "flops_per_step": in_step,
         "flops_per_example": {"forward": in_call, "step": in_step / batch_size},
-        "device_hours": cost["roofline"]["seconds_per_step"] * num_steps * chips / 3600,
+        "device_hours": cost["roofline"]["seconds_per_step"] * num_steps * count / 3600,
         "thousand_samples": {
             "network_calls": network_calls,
             "flops": sampling,
@@ -366,19 +217,20 @@ def sampling(
     """The cost of `generate.generate` for one batch on a topology, as JSON like that of `plan`.
 
     Each call of the sampler is a round of `roofline`, which reads the parameters. ValueError,
-    MissingCompilerError: see `topology`; a classifier; the devices do not divide the batch.
+    MissingCompilerError: see `chips.topology`; a classifier; the devices do not divide the batch.
     """
-    chip, all_devices = topology(name)
+    chip, all_devices = chips.topology(name)
     if model.is_classifier:
         raise ValueError("The network is a classifier, which draws no samples.")
-    (rows, whole), chips = generate.shardings(all_devices), len(all_devices) // chip.devices
+    (rows, whole), count = shardings(all_devices), len(all_devices) // chip.devices
     if batch_size % len(all_devices):
         raise ValueError(
             f"A batch of {batch_size} samples on {len(all_devices)} devices; expected a multiple."
         )
-    sigmas = sampler.grid(model.preconditioning.levels)
-    scales = generate.scales_by_label(model, guidance_scale, None)
-    run = generate.program(model, sampler.method, generate.is_guided(model, guidance_scale))
+    sigmas = sampler.grid(model.preconditioning.sigma_range)
+    guided = Guidance(guidance_scale)
+    scales = guided.scales(model.null_label)
+    run = generate.program(model, sampler.method, guided.is_second_call(model))
     scalars = jax.eval_shape(
         lambda: jax.tree.map(np.float32, (sigmas, scales, (0.0, np.inf), Churn()))
     )
@@ -387,24 +239,24 @@ def sampling(
     every = jax.ShapeDtypeStruct((batch_size,), np.int32)
     put = functools.partial(jax.tree.map, lambda x: placed(x, whole))
     arguments = (*put((params, seed)), *placed((every, every), (rows, rows)), *put(scalars))
-    with target.programs_for_others():
+    with backend.programs_for_others():
         in_batch = flops(jax.make_jaxpr(run)(*arguments).jaxpr)
         program = functools.partial(jax.jit(run, out_shardings=whole).lower, *arguments)
-        steps = generate.network_calls(model, sampler)
-        cost = _costs(chip, name, chips, program, in_batch, steps)
+        steps = Guidance().calls(model, sampler)
+        cost = _costs(chip, name, count, program, in_batch, steps)
     return cost | {
         "batch_size": batch_size,
         "guidance_scale": guidance_scale,
         "thousand_samples": {
-            "network_calls": generate.network_calls(model, sampler, guidance_scale=guidance_scale),
+            "network_calls": guided.calls(model, sampler),
             "flops": 1000 * in_batch // batch_size,
-            "chip_seconds": 1000 * cost["roofline"]["seconds_per_step"] * chips / batch_size,
+            "chip_seconds": 1000 * cost["roofline"]["seconds_per_step"] * count / batch_size,
         },
     }
 
 
 def _costs(
-    chip: Chip, name: str, chips: int, lower: Callable, flops: float, rounds: int = 1
+    chip: Chip, name: str, count: int, lower: Callable, flops: float, rounds: int = 1
 ) -> dict[str, Any]:
     """What compiling the program of `lower()` for a topology tells."""
     start = time.perf_counter()
@@ -412,12 +264,12 @@ def _costs(
     memory, exchanged = _compiled(lower(), chip.devices, options)
     return {
         "topology": name,
-        "chips": chips,
+        "chips": count,
         "memory_per_chip_bytes": memory,
         "chip_memory_bytes": chip.memory,
         "fits": memory["arguments"] is not None and (memory["peak"] or 0) <= chip.memory,
         "collectives": exchanged,
-        "roofline": roofline(chip, flops / chips, memory, exchanged, rounds),
+        "roofline": roofline(chip, flops / count, memory, exchanged, rounds),
         "compile_seconds": time.perf_counter() - start,
     }
 
@@ -444,3 +296,93 @@ def roofline(
     }
     peaks = dataclasses.asdict(chip)
     return {"seconds_per_step": max(parts.values()), "seconds": parts, "chip": peaks}
+
+
+# ---- of a config ---------------------------------------------------------------------------------
+
+# Changes of a config that save memory, beside more parts of a batch.
+REMEDIES: Mapping[str, Any] = {
+    "network.remat": True,
+    "network.dtype": "bfloat16",
+    "parallel": "fsdp",
+}
+
+
+def data_info(training: Training, shape: Sequence[int] | None, num_classes: int) -> DataInfo:
+    """The properties of the data, measured unless a shape is given.
+
+    ValueError: a shape without classes. FileNotFoundError: neither a shape nor the data.
+    """
+    if shape:
+        if not (classes := num_classes or training.data.num_classes):
+            raise ValueError("--shape is given without --num_classes; both are needed.")
+        if min(shape) < 1:
+            raise ValueError(f"--shape is {shape}; expected positive sizes, such as 32,32,3.")
+        share = (1 / classes,) * classes
+        return DataInfo(tuple(shape), classes, training.sigma_data or 1.0, share)
+    try:
+        return training.data_info(training.data.source("train", training.seed))
+    except FileNotFoundError as error:
+        hint = "Without the data give their shape, such as --shape=32,32,3 --num_classes=10."
+        raise FileNotFoundError(f"{error}. {hint}") from error
+
+
+def companions(training: Training, data: DataInfo) -> dict[str, Model]:
+    """The models that the objective reads: those of runs or, for runs/NAME, of configs/NAME.py."""
+
+    def model(name: str, path: str) -> Model:
+        if (pathlib.Path(path) / "run.json").exists():
+            return runs.load(path).model
+        file = pathlib.Path("configs") / f"{pathlib.Path(path).name}.py"
+        if not file.exists():
+            raise FileNotFoundError(
+                f"Companion {name!r}: {path} is no run, and there is no {file} to train it from; "
+                "set the companion to the directory of a run, or to runs/NAME of a config."
+            )
+        return Training.parse(runpy.run_path(str(file))["get_config"]()).model(data)
+
+    return {name: model(name, path) for name, path in training.runs.items()}
+
+
+def planned(
+    training: Training, data: DataInfo, topology: str, models: Mapping[str, Model] | None = None
+) -> dict[str, Any]:
+    """`plan` of a training; `models` are the companions, by default those of `companions`."""
+    task = training.task(data, companions(training, data) if models is None else models)
+    calls = 0 if task.model.is_classifier else Guidance().calls(task.model, training.sampler)
+    with backend.programs_for_others():
+        steps = training.dispatch
+    return plan(
+        task, topology, training.parallel, batch_size=training.batch_size, steps_per_dispatch=steps,
+        num_steps=training.num_steps, network_calls=calls,
+    )  # fmt: skip
+
+
+def suggestions(
+    training: Training, data: DataInfo, topology: str, show: Callable[[str, Any], None]
+) -> dict[str, dict[str, Any]]:
+    """Keys that save memory, one by one and together -> the memory needed, and whether it fits.
+
+    Each is shown when it is found, by its name: its cost, or the ValueError that it raises.
+    """
+    given, found = flat(training.config), {}
+    possible = {"grad_accumulation": 4 * training.grad_accumulation}
+    for key, value in REMEDIES.items():
+        section, _, name = key.rpartition(".")
+        if given.get(key) != value and (not section or name in fields(training.network.factory)):
+            possible[key] = value
+    alone = [{key: value} for key, value in possible.items()]
+    if "network.remat" in possible:  # less is computed again, and more is kept
+        alone.append({"network.remat": True, "network.remat_policy": "weight_products"})
+    for change in [*alone, possible]:
+        changed = ConfigDict(training.config)
+        changed.update_from_flattened_dict(change)
+        name = ", ".join(f"{key}={value}" for key, value in change.items())
+        try:
+            cost = planned(Training.parse(changed), data, topology)
+        except ValueError as error:  # the parts of the batch are too small
+            show(name, error)
+            continue
+        found[name] = {key: cost[key] for key in ("fits", "memory_per_chip_bytes")}
+        show(name, cost)
+    return found

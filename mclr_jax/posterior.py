@@ -6,6 +6,7 @@ models of a task.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from mclr_jax import mixture
 from mclr_jax.mixture import GaussianMixture
 from mclr_jax.noise import normal_like, split
 from mclr_jax.problem import Answers, LogitsFn, PosteriorFn, Problem
-from mclr_jax.schema import in_range
+from mclr_jax.schema import Keys, in_range, key
 from mclr_jax.types import DenoiseFn, expand, with_label
 
 
@@ -40,17 +41,14 @@ class Classifier:
 
 
 @dataclasses.dataclass(frozen=True)
-class Denoiser:
+class Denoiser(Keys):
     """`from_denoiser` with the model in config.init_from."""
 
-    levels: int = 8
-    candidates: int = 0
+    levels: int = key(8, 1, 10_000, says="noise levels of the estimate")
+    candidates: int = key(0, 0, says="classes tried for each example; 0: all")
 
+    where: ClassVar[str] = "config.posterior"
     needs = frozenset({"reference", "class_prior"})
-
-    def __post_init__(self):
-        in_range("posterior.levels", self.levels, 1, 10_000)
-        in_range("posterior.candidates", self.candidates, 0)
 
     def __call__(self, frozen: Mapping[str, Answers], problem: Problem) -> PosteriorFn:
         denoise, options = frozen["reference"].denoise, dataclasses.asdict(self)

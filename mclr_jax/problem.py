@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 from flax import struct
 
-from mclr_jax.metrics import Metrics
 from mclr_jax.noise import NoiseLevels
+from mclr_jax.reductions import Metrics
 from mclr_jax.schema import class_factors
 from mclr_jax.types import Condition, DenoiseFn, MomentsFn
 

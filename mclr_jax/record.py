@@ -27,8 +27,8 @@ def describe(
 ) -> dict[str, Any]:
     """The description of a run, without its history, as JSON."""
     return {
-        "config": dict(training.given),
-        **of_model(model, list(training.ema.tracks), training.given["sampler"]),
+        "config": dict(training.config),
+        **of_model(model, list(training.ema.tracks), training.config["sampler"]),
         "data": {"number": len(source), "digest": digest(source[evenly(source, 64)])},
         "companions": {name: parts.describe(other) for name, other in companions.items()},
     }

@@ -23,7 +23,7 @@ from mclr_jax.data.protocol import Source
 from mclr_jax.data.sources import Data
 from mclr_jax.model import DataInfo, Model, shapes_of
 from mclr_jax.samplers import Sampler
-from mclr_jax.schema import construct, read
+from mclr_jax.schema import read
 from mclr_jax.training import ema
 from mclr_jax.training.checkpoint import Checkpoints, check_same
 from mclr_jax.training.devices import placed
@@ -163,7 +163,7 @@ def load(workdir: str | pathlib.Path, init_from: str = "", data: str = "") -> Ru
                 config["data"] = config["data"] | {"name": moved.name, "path": moved.path}
         model = parts.model_of(description["model"])
         hash(model)  # fails for values of other types
-        sampler = construct(Sampler, description.get("sampler") or config["sampler"], "sampler")
+        sampler = read(Sampler, description.get("sampler") or config["sampler"], "sampler")
         averages = description.get("averages")  # which earlier versions did not write
         if averages is None:
             averages = read(ema.EMA, config["ema"], "config.ema").tracks

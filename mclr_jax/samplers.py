@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mclr_jax.noise import LEVELS, normal_like, rho_grid
+from mclr_jax.noise import SIGMA_RANGE, normal_like, rho_grid
 from mclr_jax.schema import Keys, key, look_up
 from mclr_jax.types import Condition, DenoiseFn, as_condition, expand
 
@@ -124,17 +124,17 @@ class Sampler(Keys):
 
     method: str = key("heun", words=METHODS, says="euler, heun or dpmpp_2m")
     num_steps: int = key(18, 1, 100_000, says="steps of the grid")
-    sigma_min: float = key(0.002, *LEVELS, says="last noise level before 0")
-    sigma_max: float = key(80.0, *LEVELS, says="first noise level")
+    sigma_min: float = key(0.002, *SIGMA_RANGE, says="last noise level before 0")
+    sigma_max: float = key(80.0, *SIGMA_RANGE, says="first noise level")
     rho: float = key(7.0, 0.1, 100.0, says="larger: more steps at low noise")
 
     def __post_init__(self):
         super().__post_init__()
         self.grid()
 
-    def grid(self, levels: tuple[float, float] = (0.0, np.inf)) -> np.ndarray:
-        """The grid (num_steps + 1,), within the `levels` of the model's preconditioning."""
-        low, high = max(self.sigma_min, levels[0]), min(self.sigma_max, levels[1])
+    def grid(self, sigma_range: tuple[float, float] = (0.0, np.inf)) -> np.ndarray:
+        """The grid (num_steps + 1,), within the `sigma_range` of the model's preconditioning."""
+        low, high = max(self.sigma_min, sigma_range[0]), min(self.sigma_max, sigma_range[1])
         return rho_grid(self.num_steps, low, high, self.rho)
 
 

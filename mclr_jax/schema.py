@@ -66,10 +66,13 @@ def in_range(key: str, value: Any, low: float, high: float | None = None, open: 
         below = value < high if ")" in open else value <= high
         if above and below and math.isfinite(value):
             return
+    raise ValueError(f"{key} is {value!r}; expected {kind} {_limits(low, high, open)}.")
+
+
+def _limits(low: float, high: float, open: str) -> str:
     lower = f"above {low:g}" if "(" in open else f"of at least {low:g}"
     upper = f"below {high:g}" if ")" in open else f"at most {high:.10g}"
-    limits = lower if high == math.inf else f"{lower} and {upper}"
-    raise ValueError(f"{key} is {value!r}; expected {kind} {limits}.")
+    return lower if high == math.inf else f"{lower} and {upper}"
 
 
 def pair(key: str, value: Any, low: float, high: float = math.inf) -> None:
@@ -92,36 +95,55 @@ def class_factors(key: str, values: Any, num_classes: int) -> None:
         in_range(f"{key}[{label}]", value, 0.0)
 
 
+# ---- keys ----------------------------------------------------------------------------------------
+
+
 class Key(NamedTuple):
-    """What a field of a dataclass says of the values that it takes."""
+    """The values that a field of a dataclass takes, and its meaning."""
 
     low: Any = None  # the range, see `in_range`; None for none
     high: Any = None
     ends: str = ""
-    words: Mapping[str, Any] | None = None  # the valid texts
-    says: str = ""  # the meaning, in a line
+    words: Collection = ()  # all valid values
+    ordered: bool = False  # (low, high) with low < high, or () if that is the default
+    says: str = ""
 
     def check(self, name: str, value: Any) -> None:
         """Raise ValueError with name and value unless the value, or each of several, is valid."""
-        if isinstance(value, tuple):
+        if self.ordered:
+            if value:
+                pair(name, value, self.low, math.inf if self.high is None else self.high)
+        elif isinstance(value, tuple):
             for index, part in enumerate(value):
                 self.check(f"{name}[{index}]", part)
-        elif self.words is not None:
-            look_up(self.words, value, name)
+        elif self.words:
+            word = getattr(value, "__name__", value)  # of a dtype
+            if not isinstance(word, str | numbers.Real) or word not in self.words:
+                raise ValueError(f"{name} is {value!r}. {nearest(str(word), map(str, self.words))}")
         elif self.low is not None and not hasattr(value, "aval"):  # traced values have no range
             in_range(name, value, self.low, self.high, self.ends)
 
+    def limits(self) -> str:
+        """The valid values in words; empty if all values of the field's type are valid."""
+        if self.words:
+            return f"one of {', '.join(map(str, self.words))}"
+        if self.low is None:
+            return ""
+        high = math.inf if self.high is None else self.high
+        return ("rising pair " if self.ordered else "") + _limits(self.low, high, self.ends)
+
 
 def key(
-    default: Any, low: Any = None, high: Any = None, ends: str = "", says: str = "",
-    words: Mapping[str, Any] | None = None,
+    default: Any, low: Any = None, high: Any = None, ends: str = "", *, words: Collection = (),
+    ordered: bool = False, says: str = "",
 ) -> Any:  # fmt: skip
-    """A field with this default, range (see `in_range`) or words, and meaning."""
-    return dataclasses.field(default=default, metadata={"key": Key(low, high, ends, words, says)})
+    """A field with this default and range (see `in_range`), or words, and its meaning in a line."""
+    found = Key(low, high, ends, tuple(words), ordered, says)
+    return dataclasses.field(default=default, metadata={"key": found})
 
 
 def check(value: Any) -> None:
-    """Raise ValueError unless all keys of a dataclass are valid; errors name SECTION.FIELD."""
+    """Raise ValueError unless all keys of a dataclass are valid; errors name WHERE.FIELD."""
     for name, field in fields(type(value)).items():
         if "key" in field.metadata:
             field.metadata["key"].check(f"{value.where}.{name}", getattr(value, name))
@@ -136,38 +158,68 @@ class Keys:
         check(self)
 
 
+class Section(NamedTuple):
+    """A field that is a section of a config with keys of its own."""
+
+    read: Callable[[Any, str], Any]  # (section, its name) -> value of the field
+    filled: Callable[[Mapping], dict]  # section -> the same with the defaults of absent keys
+    explain: Callable[[str], list[str]]  # name -> lines for `explain`
+    says: str
+    table: Mapping[str, Any] = {}  # of the names that it may have
+    late: Collection[str] = ()  # fields of these that are no keys
+
+
+def _section(found: Section, factory: Callable[[], Any]) -> Any:
+    return dataclasses.field(default_factory=factory, metadata={"section": found})
+
+
 def section(kind: Any, says: str = "") -> Any:
-    """A field that is a section of its own: a dataclass of keys."""
-    read_one, blank_one = lambda given, where: read(kind, given, where), lambda: blank(kind)
-    return _readable(kind, read_one, blank_one, says)
+    """A field that is a section with the keys of a dataclass."""
+    found = Section(
+        lambda given, where: read(kind, given, where), lambda given: filled(kind, given),
+        lambda name: explain(kind, f"{name}."), says,
+    )  # fmt: skip
+    return _section(found, kind)
 
 
 def part(
-    table: Mapping[str, Any], default: str, what: str, late: Collection[str] = (), says: str = ""
-) -> Any:
+    table: Mapping[str, Any], default: str, late: Collection[str] = (), *, says: str = "",
+    optional: bool = False,
+) -> Any:  # fmt: skip
     """A field whose section names a dataclass of `table`, the other keys being its fields.
 
-    With `late`, fields that the config does not give, the value is a `Part` to make it of.
+    With `late`, fields that the config need not give, the value is a `Part`, to make it of; without
+    a name an `optional` one is None.
     """
 
     def read_one(given: Any, where: str) -> Any:
-        if not default and not late and hasattr(given, "items") and not given.get("name", ""):
-            if more := [key for key in given if key != "name"]:
+        if optional and hasattr(given, "items") and not given.get("name", ""):
+            if more := [name for name in given if name != "name"]:
                 raise ValueError(f"{where} without a name has no key {more[0]!r}.")
-            of_kind(f"{where}.name", given.get("name", ""), str)
-            return None
-        found = Part.read(table, given, what, late)
+            return of_kind(f"{where}.name", given.get("name", ""), str)
+        found = Part.read(table, given, where, late)
         return found if late else found.make()
 
-    def blank_one() -> dict[str, Any]:
-        return options(table, default, {}, (*late, *FLAX)) if default else {"name": ""}
+    def filled_one(given: Mapping) -> dict[str, Any]:
+        if not (name := given.get("name", default)):
+            return {"name": ""}
+        known = fields(resolve(table, name, "name"))
+        values = {k: _plain_default(k, x.default) for k, x in known.items() if k not in late}
+        values |= {k: as_tuple(x) for k, x in given.items() if k in known}
+        return {"name": name} | {k: x for k, x in values.items() if x is not dataclasses.MISSING}
 
-    return _readable(None, read_one, blank_one, says)
+    def explain_one(name: str) -> list[str]:
+        of: dict[str, list[str]] = {}  # line -> the names that have this option
+        for word, factory in table.items():
+            known = {key: field for key, field in fields(factory).items() if key not in late}
+            for line in _explained(known, f"{name}."):
+                of.setdefault(line, []).append(word)
+        for line, words in of.items():
+            of[line] = [] if len(words) == len(table) else words
+        options = [f"{line} [{', '.join(words)}]".removesuffix(" []") for line, words in of.items()]
+        return [f"{name}.name={default!r}: {says}; one of {', '.join(table)}", *options]
 
-
-def _readable(factory: Any, read_one: Callable, blank_one: Callable, says: str) -> Any:
-    metadata = {"read": read_one, "blank": blank_one, "says": says}
-    return dataclasses.field(default_factory=factory or (lambda: None), metadata=metadata)
+    return _section(Section(read_one, filled_one, explain_one, says, table, late), lambda: None)
 
 
 def texts(default: dict[str, str], says: str = "") -> Any:
@@ -178,8 +230,11 @@ def texts(default: dict[str, str], says: str = "") -> Any:
             of_kind(f"{where}.{name}", value, str)
         return dict(given)
 
-    metadata = {"read": read_all, "blank": lambda: dict(default), "says": says}
-    return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    def explain_all(name: str) -> list[str]:
+        return [f"{name}.{key}={text!r}: {says}" for key, text in default.items()]
+
+    found = Section(read_all, lambda given: default | dict(given), explain_all, says)
+    return _section(found, lambda: dict(default))
 
 
 def hidden() -> Any:
@@ -192,12 +247,24 @@ def rest(says: str = "") -> Any:
     return dataclasses.field(default_factory=dict, metadata={"rest": True, "says": says})
 
 
+def fields(factory: Any) -> dict[str, dataclasses.Field]:
+    """The fields of a dataclass that are keys, by name; raises ValueError on anything else."""
+    if not dataclasses.is_dataclass(factory):
+        raise ValueError(f"Got {factory!r}; expected a dataclass, whose fields are config keys.")
+    found = {x.name: x for x in dataclasses.fields(factory) if x.init}
+    dropped = FLAX if found.keys() >= {*FLAX} else ()
+    return {n: x for n, x in found.items() if "hidden" not in x.metadata and n not in dropped}
+
+
+# ---- from a config and back ----------------------------------------------------------------------
+
+
 def read(kind: Any, given: Any, where: str) -> Any:
     """The dataclass `kind` from a section of a config; absent keys get their defaults.
 
     ValueError: the first key that is unknown, or has a value of another kind or out of its range.
     """
-    if not isinstance(given, Mapping) and not hasattr(given, "items"):
+    if not hasattr(given, "items"):
         raise ValueError(f"{where} is {given!r}; expected a section with keys.")
     known, values, others = fields(kind), {}, {}
     more = next((name for name, field in known.items() if "rest" in field.metadata), None)
@@ -208,43 +275,69 @@ def read(kind: Any, given: Any, where: str) -> Any:
             others[name] = as_tuple(value)
         else:
             raise ValueError(f"{where} has no key {name!r}. {nearest(str(name), known)}")
+    for name, field in known.items():  # the section of a part that is absent has a default name
+        if name not in values and (found := field.metadata.get("section")) and found.table:
+            values[name] = found.read(found.filled({}), f"{where}.{name}")
     return kind(**values, **({more: others} if more else {}))
 
 
 def _value(field: dataclasses.Field, value: Any, where: str) -> Any:
-    if "read" in field.metadata:
-        return field.metadata["read"](value, where)
+    if found := field.metadata.get("section"):
+        if not hasattr(value, "items"):
+            raise ValueError(f"{where} is {value!r}; expected a section with keys.")
+        return found.read(value, where)
     value = as_tuple(value)
-    known = field.metadata.get("key", Key())
-    if known.low is None or isinstance(value, tuple):
+    limits = field.metadata.get("key", Key())
+    if limits.low is None or isinstance(value, tuple) or field.type not in (int, float):
         of_kind(where, value, field.type)
-    known.check(where, value)
+    limits.check(where, value)
     return value
 
 
-def blank(kind: Any) -> dict[str, Any]:
-    """The section with the default of each key, as a config holds it."""
+def filled(kind: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A section that `read` accepts, with the default of each absent key, as a config holds it."""
     found = {}
     for name, field in fields(kind).items():
-        if "blank" in field.metadata:
-            found[name] = field.metadata["blank"]()
+        if part := field.metadata.get("section"):
+            found[name] = part.filled(given.get(name, {}))
         elif "rest" not in field.metadata:
-            plain = field.default is not dataclasses.MISSING
-            found[name] = field.default if plain else field.default_factory()  # type: ignore
-    return found
+            found[name] = as_tuple(given.get(name, field.default))
+    return found | {name: as_tuple(value) for name, value in given.items() if name not in found}
 
 
 def explain(kind: Any, prefix: str = "") -> list[str]:
-    """A line for each key: its name, its default and its meaning."""
+    """A line for each key: its name, default, range and meaning."""
+    return _explained(fields(kind), prefix)
+
+
+def _explained(known: Mapping[str, dataclasses.Field], prefix: str) -> list[str]:
     lines = []
-    for name, field in fields(kind).items():
-        if dataclasses.is_dataclass(field.type) and "read" in field.metadata:
-            lines += explain(field.type, f"{prefix}{name}.")
-        elif "key" in field.metadata:
-            lines.append(f"{prefix}{name}={field.default!r}: {field.metadata['key'].says}")
-        else:
-            lines.append(f"{prefix}{name}: {field.metadata.get('says', '')}")
+    for name, field in known.items():
+        if part := field.metadata.get("section"):
+            lines += part.explain(f"{prefix}{name}")
+        elif found := field.metadata.get("key"):
+            value = _plain_default(name, field.default)
+            notes = "; ".join(filter(None, (found.says, found.limits().removeprefix("of "))))
+            lines.append(f"{prefix}{name}={value!r}: {notes}")
+        elif "rest" in field.metadata:
+            lines.append(f"{prefix}...: {field.metadata['says']}")
     return lines
+
+
+def switched(kind: Any, config: Mapping[str, Any], name: str, word: str) -> dict[str, Any]:
+    """The section `name` of a config for another of its names: `word`.
+
+    It has the options of the new name; those that both names have, and that differ from the
+    default of the old one, keep their values.
+    """
+    found, given = fields(kind)[name].metadata["section"], config[name]
+    known = fields(resolve(found.table, word, f"config.{name}.name"))
+    old = found.filled({"name": given["name"]}) if given.get("name") else {}
+    kept = {key: x for key, x in given.items() if key in known and x != old.get(key)}
+    return found.filled({**kept, "name": word})
+
+
+# ---- names ---------------------------------------------------------------------------------------
 
 
 def look_up(table: Mapping[str, T], name: str, what: str) -> T:
@@ -280,104 +373,89 @@ def resolve(table: Mapping[str, Any], name: str, what: str) -> Any:
     return getattr(module, attribute)
 
 
-def fields(factory: Any) -> dict[str, dataclasses.Field]:
-    """The init fields of a dataclass by name; raises ValueError on anything else."""
-    if not dataclasses.is_dataclass(factory):
-        raise ValueError(f"Got {factory!r}; expected a dataclass, whose fields are config keys.")
-    found = (field for field in dataclasses.fields(factory) if field.init)
-    return {field.name: field for field in found if "hidden" not in field.metadata}
-
-
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A dataclass that a config names, and the values that it gives for the fields."""
+    """A dataclass that a section of a config names, and the values of its fields."""
 
     factory: Any
     values: Mapping[str, Any]
-    what: str  # the section
-    name: str = ""
+    where: str  # the section
+    name: str
 
     @classmethod
     def read(
-        cls, table: Mapping[str, Any], given: Mapping[str, Any], what: str,
-        late: Collection[str] = (),
-    ) -> "Part":  # fmt: skip
-        """From the section `what`, whose key `name` is looked up by `resolve`.
+        cls, table: Mapping[str, Any], given: Any, where: str, late: Collection[str] = ()
+    ) -> "Part":
+        """From a section, whose key `name` is looked up by `resolve`.
 
-        ValueError: the name is unknown, or is no dataclass; see `construct` for the other keys.
+        Options of another name of the table are dropped if they have their default: they are left
+        from before the name was changed. ValueError: the name is unknown or names no dataclass, or
+        an option is unknown, or has a value of another kind or out of its range.
         """
-        if not hasattr(given, "items"):
-            raise ValueError(f"config.{what} is {given!r}; expected a section with keys.")
         if not (name := given.get("name", "")):
-            raise ValueError(
-                f"config.{what} lacks 'name'; expected one of {', '.join(sorted(table))}."
-            )
-        factory = resolve(table, name, what)
+            raise ValueError(f"{where} lacks 'name'; expected one of {', '.join(sorted(table))}.")
+        factory = resolve(table, name, f"{where}.name")
         if not dataclasses.is_dataclass(factory):
             raise ValueError(
-                f"config.{what}.name is {name!r}, a {type(factory).__name__}; expected a "
-                "dataclass, whose fields are config keys."
+                f"{where}.name is {name!r}, a {type(factory).__name__}; expected a dataclass, "
+                "whose fields are config keys."
             )
-        values = {key: as_tuple(value) for key, value in given.items() if key != "name"}
-        found = cls(factory, values, what, name)
-        found._check_kinds(late)
-        return found
-
-    def _check_kinds(self, late: Collection[str] = ()) -> None:
-        known = fields(self.factory)
-        for key, value in self.values.items():
-            if key not in known:
-                hint = f" Each name has its own options: in a config file, options({self.name!r})."
+        known, values = fields(factory), {}
+        for key, value in given.items():
+            if key in known and key != "name":
+                values[key] = _value(known[key], value, f"{where}.{key}")
+            elif key != "name" and not _left_over(table, key, as_tuple(value)):
                 raise ValueError(
-                    f"config.{self.what}.{key}: {self.name or self.what!r} has no such option. "
-                    f"{nearest(key, known.keys() - {*FLAX, *late})}{hint if self.name else ''}"
+                    f"{where}.{key}: {name!r} has no such option. "
+                    f"{nearest(key, known.keys() - set(late))} Each name has its own options: in a "
+                    f"config file, base.options({name!r})."
                 )
-            of_kind(f"config.{self.what}.{key}", value, known[key].type)
-            known[key].metadata.get("key", Key()).check(f"config.{self.what}.{key}", value)
+        return cls(factory, values, where, name)
 
     def make(self, **filled_in: Any) -> Any:
         """The object; of `filled_in`, the values of fields that the config does not give."""
-        known, values = fields(self.factory), dict(self.values)
-        if "dtype" in known and known["dtype"].default is not dataclasses.MISSING:
+        known = fields(self.factory)
+        values = {key: x for key, x in filled_in.items() if key in known} | dict(self.values)
+        if (field := known.get("dtype")) and field.default is not dataclasses.MISSING:
             # The type's name, as in a config, so that equal objects compare equal.
-            values.setdefault("dtype", np.dtype(known["dtype"].default).name)
-        values = {key: x for key, x in filled_in.items() if key in known} | values
+            values.setdefault("dtype", np.dtype(field.default).name)
         missing = (dataclasses.MISSING, dataclasses.MISSING)
         for key, field in known.items():
             if key not in values and (field.default, field.default_factory) == missing:
-                what = self.name or self.what
-                raise ValueError(f"config.{self.what} lacks {key!r}, which {what!r} needs.")
+                raise ValueError(f"{self.where} lacks {key!r}, which {self.name!r} needs.")
         return self.factory(**values)
 
 
-def construct(factory: Any, given: Mapping[str, Any], what: str) -> Any:
-    """The dataclass `factory` from a section without a name."""
-    found = Part(factory, {key: as_tuple(value) for key, value in given.items()}, what)
-    found._check_kinds()
-    return found.make()
+def _left_over(table: Mapping[str, Any], key: str, value: Any) -> bool:
+    others = (fields(factory).get(key) for factory in table.values())
+    return any(x and _plain_default(key, x.default) == value for x in others)
+
+
+def _plain_default(key: str, default: Any) -> Any:
+    """A default as a config holds it: of a dtype, the name."""
+    is_type = key == "dtype" and default is not dataclasses.MISSING
+    return np.dtype(default).name if is_type else default
+
+
+def options(
+    table: Mapping[str, Any], name: str, values: Mapping[str, Any], late: Collection[str] = ()
+) -> dict[str, Any]:
+    """The config section for `name`: the defaults of its fields but `late`, updated by `values`.
+
+    Raises ValueError on an unknown name or option, or if an option without a default has no value.
+    """
+    known = {key: x for key, x in fields(resolve(table, name, "name")).items() if key not in late}
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{name!r} has no option {key!r}. {nearest(key, known)}")
+    found = {key: _plain_default(key, field.default) for key, field in known.items()}
+    found |= values
+    for key, value in found.items():
+        if value is dataclasses.MISSING:
+            raise ValueError(f"Option {key!r} of {name!r} has no default; give it a value.")
+    return {"name": name, **found}
 
 
 def as_tuple(value: Any) -> Any:
     """The value with all lists, also nested ones, as tuples, which compare and hash by value."""
     return tuple(map(as_tuple, value)) if isinstance(value, list | tuple) else value
-
-
-def options(
-    table: Mapping[str, Any], name: str, values: Mapping[str, Any], left_out: Collection[str]
-) -> dict[str, Any]:
-    """The config section for `name`: the defaults of its fields, updated by `values`; see `make`.
-
-    Raises ValueError on an unknown name or option, or if an option without a default has no value.
-    """
-    known = fields(resolve(table, name, "name"))
-    section: dict[str, Any] = {k: field.default for k, field in known.items() if k not in left_out}
-    for key in values:
-        if key not in section:
-            raise ValueError(f"{name!r} has no option {key!r}. {nearest(key, section)}")
-    section |= values
-    for key, value in section.items():
-        if value is dataclasses.MISSING:
-            raise ValueError(f"Option {key!r} of {name!r} has no default; give it a value.")
-    if "dtype" in section:
-        section["dtype"] = np.dtype(section["dtype"]).name
-    return {"name": name} | section

@@ -9,11 +9,11 @@ import optax
 
 from mclr_jax.data.augment import augment
 from mclr_jax.data.pixels import random_flip, to_float
-from mclr_jax.metrics import Metrics
 from mclr_jax.model import Model
 from mclr_jax.noise import split
 from mclr_jax.objectives.base import Objective
 from mclr_jax.problem import Answers, Batch, Models, PosteriorFn, Problem
+from mclr_jax.reductions import Metrics
 from mclr_jax.training.ema import Decay
 from mclr_jax.types import Condition, as_condition
 

@@ -25,7 +25,7 @@ class Process:
     scale: tuple = ()
 
     null_label = 1
-    preconditioning = types.SimpleNamespace(levels=(0.0, np.inf))
+    preconditioning = types.SimpleNamespace(sigma_range=(0.0, np.inf))
 
     @property
     def data(self):

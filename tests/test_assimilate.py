@@ -13,7 +13,7 @@ from configs import base
 from mclr_jax import main, runs
 from mclr_jax.assimilation import observe, regimes
 from mclr_jax.assimilation.observe import Observations, Operator, Select
-from mclr_jax.assimilation.schedules import Plan
+from mclr_jax.assimilation.schedules import Scheme
 from mclr_jax.data.protocol import Arrays
 
 
@@ -48,7 +48,7 @@ def seen(tmp_path):
     return write
 
 
-SMALL = ["--ensemble=2", "--plan=steps=3,first_steps=3"]
+SMALL = ["--ensemble=2", "--scheme=steps=3,first_steps=3"]
 
 
 def arrays(path):
@@ -73,7 +73,8 @@ def test_members_mean_and_std_in_units_of_the_data(workdir, seen, tmp_path):
     assert f"{rmse:.4g}" in text
     assert abs(got["mean"][..., 1].mean() - 2.0) < 2
     settings = json.loads(str(got["settings_json"]))
-    assert (settings["regime"], settings["plan"]["steps"], settings["step"]) == ("fixed_lag", 3, 12)
+    assert (settings["regime"], settings["step"]) == ("fixed_lag", 12)
+    assert settings["scheme"]["steps"] == 3
     assert Image.open(out.with_suffix(".png")).size[0] > 300
 
 
@@ -88,16 +89,23 @@ def test_a_continued_analysis_is_the_whole_one(workdir, seen, tmp_path):
     rest = run(seen(slice(6, 10), "b.npz"), "rest.npz", f"--continue={tmp_path / 'first.npz'}")
     assert rest["first"] == 6
     np.testing.assert_allclose(rest["members"], whole["members"][:, :, 6:], atol=1e-3)
-    # Another seed or plan is told, another model or operator refused.
+    # Another seed or scheme is told, another model or operator refused.
     again = [f"--workdir={workdir}", "--ensemble=2", f"--continue={tmp_path / 'first.npz'}",
              f"--out={tmp_path / 'x.npz'}"]  # fmt: skip
     log = call("assimilate", *again, f"--observations={tmp_path / 'b.npz'}", "--seed=1",
-               "--plan=steps=2,first_steps=3")  # fmt: skip
+               "--scheme=steps=2,first_steps=3")  # fmt: skip
     assert "was made with seed 0; this command has 1" in log
-    assert "was made with plan.steps 3; this command has 2" in log
+    assert "was made with scheme.steps 3; this command has 2" in log
     assert "first_steps" not in log
+    # And so in a file of a revision that called the scheme a plan.
+    older = arrays(tmp_path / "first.npz")
+    older["settings_json"] = str(older["settings_json"]).replace('"scheme"', '"plan"')
+    np.savez(tmp_path / "older.npz", **older)
     other = seen(slice(6, 10), "c.npz", std=0.5)
-    log = call("assimilate", *again, f"--observations={other}", expect=1)
+    log = call("assimilate", *again, f"--continue={tmp_path / 'older.npz'}",
+               f"--observations={other}", "--scheme=steps=2,first_steps=3", expect=1)  # fmt: skip
+    assert "older.npz was made with scheme.steps 3; this command has 2" in log
+    assert "first_steps" not in log
     assert "was made with std 0.3" in log
     log = call("assimilate", *again, "--ema=none", f"--observations={tmp_path / 'b.npz'}", expect=1)
     assert re.search("was made with weights [0-9a-f]{16}; this command has [0-9a-f]{16}", log)
@@ -108,7 +116,7 @@ def test_a_regime_for_each_segment_of_frames(workdir, seen, tmp_path):
     call("assimilate", *files, *SMALL, "--regime=fixed_lag", "--lag=0:inf,3:2,8:0")
     run = runs.load(workdir)
     lags = np.array([np.inf] * 3 + [2] * 5 + [0] * 2)
-    small = Plan(steps=3, first_steps=3)
+    small = Scheme(steps=3, first_steps=3)
     told = observe.read(tmp_path / "seen.npz")
     want = regimes.assimilate(run.model, run.weights()[0], told, small, lags, ensemble=2)
     np.testing.assert_allclose(arrays(tmp_path / "x.npz")["members"], want.members, atol=1e-3)
@@ -149,10 +157,10 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(workdir, seen,
     ("arguments", "message", "status"),
     [
         (["--lag=3"], "--lag=3 has no meaning for --regime=filter", 2),
-        (["--plan=stepz=3"], "Did you mean 'steps'", 2),
-        (["--plan=steps=x"], "--plan: steps is 'x'; expected int", 2),
-        (["--plan=steps=0"], "plan.steps is 0; expected an integer of at least 1", 1),
-        (["--plan=revise=maybe"], "--plan: revise is 'maybe'; expected bool", 2),
+        (["--scheme=stepz=3"], "Did you mean 'steps'", 2),
+        (["--scheme=steps=x"], "--scheme: steps is 'x'; expected int", 2),
+        (["--scheme=steps=0"], "scheme.steps is 0; expected an integer of at least 1", 1),
+        (["--scheme=revise=maybe"], "--scheme: revise is 'maybe'; expected bool", 2),
         (
             ["--regime=fixed_lag", "--lag=-1"],
             "--lag is '-1'; expected a number of frames or inf",

@@ -131,7 +131,7 @@ def test_scores_have_their_closed_forms():
     """Members and truth of N(0, I): CRPS 1/sqrt(pi), E|X - truth| 2/sqrt(pi), spread = skill."""
     x = np.random.default_rng(0).normal(size=(400, 41, 6, 2)).astype(np.float32)
     truth, members = x[:, 0], x[:, 1:]
-    row = baselines.scores(
+    row = baselines.score(
         SYSTEM, truth, truth[..., :1], 0 * truth, 1 + 0 * truth, members, scale=np.array([2.0, 4.0])
     )
     assert row["crps"] == pytest.approx(np.pi**-0.5, rel=0.03)
@@ -151,6 +151,6 @@ def test_scores_have_their_closed_forms():
     for n in range(3):
         for at in np.ndindex(6, 2):
             want.append(stats.wasserstein_distance(first[n, :, *at], second[n, :, *at]))
-    found = baselines.scores(SYSTEM, truth[:3], truth[:3, ..., :1], 0 * truth[:3], truth[:3],
+    found = baselines.score(SYSTEM, truth[:3], truth[:3, ..., :1], 0 * truth[:3], truth[:3],
                              members[:3], scale=np.ones(2))  # fmt: skip
     assert found["w1_floor"] == pytest.approx(np.mean(want), rel=1e-5)

@@ -157,7 +157,7 @@ def noisy(low=1e-3, high=1e3, count=60):
 def test_every_convention_is_the_same_denoiser(name, x64):
     """Over sigma in [1e-3, 1e3], or the levels that the published table has."""
     preconditioning, answer = CONVENTIONS[name]
-    low, high = preconditioning.levels
+    low, high = preconditioning.sigma_range
     if name in PUBLISHED:
         sigma, x, exact = noisy(low, high)
     else:
@@ -207,9 +207,9 @@ def test_frames_have_levels_of_their_own(name):
 def test_steps_have_the_published_levels(preconditioning, alpha_bar, levels):
     expected = np.sqrt(1 / alpha_bar - 1)
     np.testing.assert_allclose(preconditioning.table, expected, rtol=1e-9)
-    np.testing.assert_allclose(preconditioning.levels, expected[[0, -1]], rtol=1e-9)
+    np.testing.assert_allclose(preconditioning.sigma_range, expected[[0, -1]], rtol=1e-9)
     if levels:  # to the digits that are given
-        np.testing.assert_allclose(preconditioning.levels, levels, rtol=2e-3)
+        np.testing.assert_allclose(preconditioning.sigma_range, levels, rtol=2e-3)
     clock = preconditioning.scales(jnp.asarray(expected, jnp.float32)).c_noise
     np.testing.assert_allclose(clock, np.arange(len(expected)), atol=2e-3)
     outside = jnp.array([expected[0] / 3, expected[-1] * 3])  # held at the ends
@@ -253,7 +253,7 @@ def test_the_natural_weight_makes_the_loss_the_networks_own(name):
 @pytest.mark.parametrize("make", [EDM, Velocity, Epsilon, V])
 def test_conventions_are_frozen_and_compare_by_value(make):
     one, same = make(), make()
-    _ = one.levels  # what it has computed and kept must not count
+    _ = one.sigma_range  # what it has computed and kept must not count
     assert one == same
     assert hash(one) == hash(same)
     with pytest.raises(dataclasses.FrozenInstanceError):

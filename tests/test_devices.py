@@ -16,7 +16,7 @@ import pytest
 import tiny
 from jax.experimental import multihost_utils
 
-from mclr_jax import experiment, generate, main, metrics, runs
+from mclr_jax import experiment, generate, main, reductions, runs
 from mclr_jax.data import pipeline, sources
 from mclr_jax.training import step
 from mclr_jax.training.devices import MODES, Devices, exists, require_accelerator
@@ -39,7 +39,7 @@ def five_steps(task, parallel="data", device_count=1):
     for _ in range(5):
         state, found = update(state, frozen, batch, devices.put_state(np.int32(1)))
         found = jax.tree.map(lambda x: x[0], jax.device_get(found))
-        numbers.append(metrics.report(found))
+        numbers.append(reductions.report(found))
         if gradients is None:  # momentum has seen nothing else yet
             gradients = jax.device_get(state.opt_state[0].trace)
     return numbers, gradients, jax.device_get(state.params)
@@ -103,7 +103,7 @@ def train(parallel, device_count, steps=20):
     with jax.transfer_guard("disallow"):
         state, found = update(state, {}, data, devices.put_state(np.int32(steps)))
     found = jax.device_get(found)
-    rows = [metrics.report(jax.tree.map(lambda x: x[i], found)) for i in range(steps)]  # noqa: B023
+    rows = [reductions.report(jax.tree.map(lambda x: x[i], found)) for i in range(steps)]  # noqa: B023
     return rows, state
 
 

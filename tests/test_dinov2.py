@@ -72,7 +72,7 @@ def test_without_classes_there_is_neither_accuracy_nor_inception_score(monkeypat
     np.testing.assert_allclose(
         extractor(np.repeat(grey[8:], 3, -1), [0, 1]).features, found.features[8:], atol=1e-4
     )
-    real = evaluate.Reference(metrics.moments(found.features + 1), found, "")
+    real = evaluate.RealStatistics(metrics.moments(found.features + 1), found, "")
     assert set(evaluate.measure(found, real, ("fd", "is"))) == {"frechet"}
 
 

@@ -27,7 +27,7 @@ def made(tmp_path_factory):
     train(tiny.config("digits"), folder / "base")
     train(tiny.classifier("digits"), folder / "classifier")
     extractor = features.load(f"classifier:{folder / 'classifier'}")
-    real = evaluate.reference(extractor, sources.load("digits"), folder / "cache")
+    real = evaluate.real_statistics(extractor, sources.load("digits"), folder / "cache")
     return folder, extractor, real
 
 
@@ -53,10 +53,10 @@ def test_the_reference_is_the_moments_of_all_examples_and_is_cached_by_content(m
     np.testing.assert_allclose(real.moments.cov, whole.cov, rtol=1e-9, atol=1e-12)
     np.testing.assert_array_equal(real.kept.labels, source.labels)  # fewer than KEPT
     assert len(list((folder / "cache").iterdir())) == 1
-    again = evaluate.reference(extractor, source, folder / "cache")
+    again = evaluate.real_statistics(extractor, source, folder / "cache")
     np.testing.assert_array_equal(again.moments.mean, real.moments.mean)
     np.testing.assert_array_equal(again.kept.features, real.kept.features)
-    other = evaluate.reference(extractor, sources.load("digits", "test"), folder / "cache")
+    other = evaluate.real_statistics(extractor, sources.load("digits", "test"), folder / "cache")
     assert other.digest != real.digest
     assert len(list((folder / "cache").iterdir())) == 2
 
@@ -162,9 +162,10 @@ def test_one_device_evaluates_as_eight_do(made, monkeypatch, tmp_path):
             patch.setattr(jax, "devices", lambda devices=devices: devices)
             patch.setattr(jax, "device_count", lambda count=count: count)
             extractor = features.load(f"classifier:{folder / 'classifier'}")
+            real = evaluate.real_statistics(extractor, training)
             rows += evaluate.evaluate(
-                runs.load(workdir), extractor, evaluate.reference(extractor, training), names=NAMES,
-                num_samples=COUNT, guidance_scales=[2.0], training=training,
+                runs.load(workdir), extractor, real, names=NAMES, num_samples=COUNT,
+                guidance_scales=[2.0], training=training,
             )  # fmt: skip
     generate.compiled.cache_clear()
     np.testing.assert_allclose(drawn[0], drawn[1], rtol=1e-4, atol=1e-4)

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # From the ground up. A file imports from floors below it; files of one folder import each other,
 # but not in a circle. A name with a slash at its end is a folder.
 FLOORS = [
-    ["names", "types", "files", "metrics", "cpu", "target", "hlo"],
+    ["names", "types", "files", "reductions", "cpu", "backend", "hlo"],
     ["denoiser", "ema", "optimizer"],
     ["noise"],
     ["guidance", "samplers", "mixture", "problem"],

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jax.nn.initializers import variance_scaling
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mclr_jax import target
+from mclr_jax import backend
 from mclr_jax.networks import layers
 from mclr_jax.networks.mlp import MLP
 from mclr_jax.networks.unet import UNet
@@ -311,7 +311,7 @@ def test_on_a_gpu_attention_is_fused_where_cudnn_can(
         jax.nn, "dot_product_attention", lambda *_, implementation: asked.append(implementation)
     )
     q = jnp.zeros((1, 4, 2, width), dtype)
-    with target.programs_for_others() if others else contextlib.nullcontext():
+    with backend.programs_for_others() if others else contextlib.nullcontext():
         layers.attention(q, q, q, jnp.zeros((1, 2, 4, 4)) if bias else None)
     assert asked == [expected]
 

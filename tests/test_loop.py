@@ -18,7 +18,7 @@ import pytest
 import tiny
 from absl import logging
 
-from mclr_jax import experiment, main, metrics, runs
+from mclr_jax import experiment, main, reductions, runs
 from mclr_jax.data import sources
 from mclr_jax.training import loop
 from mclr_jax.training.checkpoint import Checkpoints
@@ -37,7 +37,7 @@ class Plain:
     def __call__(self, models, problem, batch, keys):
         x = batch.x0
         loss = ((models.denoise(x, jnp.ones(len(x)), batch.condition) - x) ** 2).mean(-1)
-        return loss, {"largest": metrics.maximum(x.max(-1))}
+        return loss, {"largest": reductions.maximum(x.max(-1))}
 
     def advice(self):
         return "Eat more slowly."

@@ -14,7 +14,7 @@ import pytest
 import tiny
 
 from configs import base as configs_base
-from mclr_jax import experiment, main, metrics, runs
+from mclr_jax import experiment, main, reductions, runs
 from mclr_jax.data import sources
 from mclr_jax.training import loop
 from mclr_jax.training.checkpoint import Checkpoints, MismatchError
@@ -78,7 +78,7 @@ def test_the_held_out_loss_is_that_of_the_average_on_the_test_split(tmp_path):
     task = experiment.make_task(config, experiment.data_info(config, source), {})
     params, _ = runs.load(tmp_path / "run").weights("halflife")
     found = make_evaluate(task)(params, {}, {name: rows[None] for name, rows in batch.items()})
-    expected = metrics.report(jax.device_get(found))
+    expected = reductions.report(jax.device_get(found))
     got = {r["step"]: r for r in records(tmp_path / "run") if "eval_loss" in r}
     assert sorted(got) == [6, 12]
     np.testing.assert_allclose(got[12]["eval_loss"], expected["loss"], rtol=1e-4)

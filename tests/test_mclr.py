@@ -12,7 +12,7 @@ from cases import Level
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mclr_jax import guidance, metrics, noise, posterior
+from mclr_jax import guidance, noise, posterior, reductions
 from mclr_jax.mixture import GaussianMixture, toy
 from mclr_jax.objectives.base import perturb
 from mclr_jax.objectives.dsm import DSM
@@ -439,7 +439,7 @@ def test_metrics_say_what_the_weights_and_the_bound_are():
         return run(mixture, mixture.denoise, data, **options)[1]
 
     by_row = found(*data)
-    report = metrics.report(metrics.over_rows(by_row))
+    report = reductions.report(reductions.over_rows(by_row))
     # E over c~ of p(c~ | x) / p(c~) is one, and its mean square E over x of sum_c p(c|x)^2 / p(c).
     np.testing.assert_allclose(report["weight"], 1, rtol=0.01)
     x0 = data[0]
@@ -466,7 +466,7 @@ def test_errors_are_unweighted_and_the_margin_is_of_the_rows_that_have_a_contras
 
     options = {"negatives": "mismatched", "beta": 0.01, "negative_share": share}
     _, found = run(mixture, denoise, data, label_dropout=0.3, **options)
-    report = metrics.report(metrics.over_rows(found))
+    report = reductions.report(reductions.over_rows(found))
     ((shown, answers),) = seen
     rows = np.arange(0, 400, round(1 / share))
     right = np.asarray((answers[:400] - x0) ** 2)[:, 0]

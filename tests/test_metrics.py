@@ -1,180 +1,342 @@
-"""Metrics reduced over rows, parts and devices are those of the whole, computed in NumPy."""
+import functools
+import sys
+import tracemalloc
+from unittest import mock
 
-import itertools
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mclr_jax import metrics
+from mclr_jax.evaluation import metrics
+from mclr_jax.evaluation.metrics import Moments, frechet_distance, moments
 
-
-def of(values, weights, kept):
-    """A metric of each kind, of rows (B,)."""
-    return {
-        "mean": metrics.mean(values),
-        "some": metrics.mean(values, where=kept),
-        "none": metrics.mean(values, where=jnp.zeros_like(kept)),
-        "ratio": metrics.ratio(values * weights, weights),
-        "share": metrics.effective_share(weights),
-        "largest": metrics.maximum(values),
-    }
+RNG = np.random.default_rng
+SEEDS = st.integers(0, 10**6)
 
 
-def by_hand(values, weights, kept):
-    values, weights = np.asarray(values, np.float64), np.asarray(weights, np.float64)
-    found = {
-        "mean": values.mean(),
-        "share": weights.sum() ** 2 / (len(weights) * (weights**2).sum() or np.inf),
-        "largest": values.max(),
-    }
-    if kept.any():
-        found["some"] = values[kept].mean()
-    if weights.any():
-        found["ratio"] = np.average(values, weights=weights)
-    return found
+def features(seed, n=60, dim=5, mean=0.0):
+    """Correlated features of unequal spread, with a mean far from zero where asked."""
+    rng = RNG(seed)
+    mix = rng.normal(size=(dim, dim)) * rng.uniform(0.1, 2, dim)
+    return mean + rng.normal(size=(n, dim)) @ mix
 
 
-def rows(seed, count):
-    """Values, non-negative weights of which some are 0, and a subset that may be empty."""
-    rng = np.random.default_rng(seed)
-    values = rng.normal(size=count) + rng.choice([-3, 0, 3])
-    weights = rng.exponential(size=count) * (rng.uniform(size=count) < 0.5)
-    return [np.float32(values), np.float32(weights), rng.uniform(size=count) < rng.uniform()]
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """About 7 rows of 60 columns in a block, so that every pairwise sum takes several."""
+    monkeypatch.setattr(metrics, "BLOCK_BYTES", 7 * 60 * 8)
 
 
-def together(*parts):
-    """The metrics of several parts of a batch, from those of each part."""
-    return metrics.over_rows(jax.tree.map(lambda *x: jnp.stack(x), *parts))
+# --- Closed forms ---------------------------------------------------------------------------------
 
 
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+def test_frechet_distance_of_gaussians_with_commuting_covariances():
+    """|m1 - m2|^2 + sum_i (s1_i - s2_i)^2, here 3^2 + 4^2 + (1 - 2)^2 + (3 - 1)^2 + 0 = 30."""
+    rotation, _ = np.linalg.qr(RNG(0).normal(size=(3, 3)))
+
+    def gaussian(mean, stds):
+        return Moments(9, np.array(mean), rotation @ np.diag(np.square(stds)) @ rotation.T)
+
+    distance = frechet_distance(gaussian([0.0, 1, 2], [1, 3, 5]), gaussian([3.0, 5, 2], [2, 1, 5]))
+    assert distance == pytest.approx(30, rel=1e-12)
+    points = Moments(5, np.zeros(3), np.zeros((3, 3)))  # a covariance of rank 0
+    assert frechet_distance(points, gaussian([0.0, 0, 1], [1, 0, 2])) == pytest.approx(1 + 5)
 
 
-def test_a_report_in_closed_form():
-    """Weights 1, 1, 2: (1 + 1 + 2)^2 / (3 (1 + 1 + 4)) = 8/9."""
-    values, weights = jnp.array([2.0, 4.0, 9.0]), jnp.array([1.0, 1.0, 2.0])
-    found = metrics.over_rows(of(values, weights, jnp.array([True, False, True])))
-    expected = {"mean": 5.0, "some": 5.5, "ratio": 6.0, "share": 8 / 9, "largest": 9.0}
-    assert metrics.report(found) == pytest.approx(expected)
-    assert all(isinstance(value, float) for value in metrics.report(found).values())
+def test_frechet_distances_of_classes_that_are_shifted_copies():
+    """Equal covariances: only the shifts count, (9 + 16 + 25) / 3 over the pairs of classes."""
+    one, label = features(0), np.repeat([5, 2, 7], 60)
+    shift = {5: [0, 0, 0, 0, 0], 2: [3, 0, 0, 0, 0], 7: [0, 4, 0, 0, 0]}
+    three = np.concatenate([one + shift[c] for c in (5, 2, 7)])
+    order = RNG(1).permutation(180)
+    got = metrics.inter_class_frechet(three[order], label[order])
+    assert got == pytest.approx(50 / 3, rel=1e-10)
+    reference = np.concatenate([one, one, one])
+    per_class = metrics.per_class_frechet(three[order], label[order], reference, label)
+    np.testing.assert_allclose(per_class, [9, 0, 16], rtol=1e-10, atol=1e-10)  # classes 2, 5, 7
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.integers(0, 2**31), st.integers(1, 24), st.data())
-def test_any_split_into_parts_is_the_whole(seed, count, data):
-    """Of whatever lengths, in whatever order they are added."""
-    everything = rows(seed, count)
-    cuts = data.draw(st.lists(st.integers(1, count - 1), max_size=5) if count > 1 else st.just([]))
-    ends = sorted({0, count, *cuts})
-    parts = [
-        metrics.over_rows(of(*(values[a:b] for values in everything)))
-        for a, b in itertools.pairwise(ends)
+def test_inception_score_of_known_answers():
+    assert metrics.inception_score(np.eye(4).repeat(5, 0)) == pytest.approx(4)
+    assert metrics.inception_score(np.full((9, 4), 0.25)) == pytest.approx(1)
+    two = np.array([[0.9, 0.1], [0.1, 0.9]])  # the marginal is uniform: ln 2 minus the entropy
+    entropy = -(0.9 * np.log(0.9) + 0.1 * np.log(0.1))
+    assert metrics.inception_score(two) == pytest.approx(2 * np.exp(-entropy))
+
+
+def test_neighbour_metrics_of_points_on_a_line():
+    real = np.array([[0.0], [1], [2], [10]])  # k = 1: balls of radius 1, 1, 1 and 8
+    fake = np.array([[0.5], [0.6], [2.5], [40.0]])  # radius 0.1, 0.1, 1.9 and 37.5
+    # Precision: all but 40. Recall: 1 and 2 are within 1.9 of 2.5, and 10 is within 37.5 of 40.
+    assert metrics.precision_recall(real, fake, k=1) == (0.75, 0.75)
+    # Fake in balls of 0, 1, 2, 10: 2 + 2 + 1 + 1, the last (2.5, at 7.5 of 10) and 40 in none.
+    assert metrics.density_coverage(real, fake, k=1) == (6 / 4, 1.0)
+
+
+def test_identical_and_disjoint_sets_have_the_extreme_scores():
+    real = features(0)
+    assert metrics.precision_recall(real, real) == (1, 1)
+    assert metrics.precision_recall(real, real + 1e3) == (0, 0)
+    assert metrics.density_coverage(real, real + 1e3) == (0, 0)
+
+
+def test_neighbour_metrics_at_the_edge_of_a_ball():
+    """Precision and recall take closed balls, density and coverage open ones."""
+    line = np.array([[0.0], [1], [3], [7]])
+    assert metrics.density_coverage(line, line, k=1) == (1, 1)  # each ball holds its center alone
+    ends = np.array([[-1.0], [20], [21]])  # -1 is on the edge of the ball of 0
+    assert metrics.precision_recall(line, ends, k=1)[0] == pytest.approx(1 / 3)
+    assert metrics.density_coverage(line, ends, k=1) == (0, 0)
+
+
+def test_copies_are_at_distance_zero_in_spite_of_rounding():
+    real = features(0, 50, 40, mean=100).repeat(2, 0)  # so all radii are zero
+    assert metrics.precision_recall(real, real[::-1][:41], k=1)[0] == 1
+    assert metrics.density_coverage(real, real[::-1][:41], k=1) == (0, 0)
+
+
+@pytest.mark.parametrize("function", [metrics.precision_recall, metrics.kernel_distance])
+def test_memory_is_bounded_by_the_blocks(monkeypatch, function):
+    monkeypatch.setattr(metrics, "BLOCK_BYTES", 2**18)
+    real, fake = RNG(0).normal(size=(2, 1500, 2))  # 17 MiB of distances
+    tracemalloc.start()
+    function(real, fake)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * 2**18
+
+
+def test_kernel_distance_of_points_on_a_line():
+    """x = (0, 1), y = (1, 2): 1 + 27 - 2 (1 + 1 + 8 + 27) / 4."""
+    got = metrics.kernel_distance(np.array([[0.0], [1]]), np.array([[1.0], [2]]))
+    assert got == pytest.approx(1 + 27 - 37 / 2)
+
+
+# --- Parity with other implementations ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", [1, 5, 40])
+def test_frechet_distance_matches_sqrtm_of_scipy(dim):
+    a, b = features(0, 100, dim), features(1, 80, dim, mean=0.3)
+    (m1, c1), (m2, c2) = ((x.mean(0), np.atleast_2d(np.cov(x, rowvar=False))) for x in (a, b))
+    expected = np.sum((m1 - m2) ** 2) + np.trace(c1 + c2 - 2 * scipy.linalg.sqrtm(c1 @ c2).real)
+    assert frechet_distance(moments(a), moments(b)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_frechet_distance_of_rank_deficient_sets_matches_singular_values_of_the_samples():
+    """tr (C1 C2)^(1/2) is the nuclear norm of X1 X2^T / sqrt((n1 - 1) (n2 - 1)), X centered."""
+    a, b = features(0, 10, 64), features(1, 14, 64)
+    x, y = ((f - f.mean(0)) / np.sqrt(len(f) - 1) for f in (a, b))
+    shift = np.sum((a.mean(0) - b.mean(0)) ** 2)
+    expected = shift + np.sum(x**2) + np.sum(y**2) - 2 * np.linalg.norm(x @ y.T, "nuc")
+    assert frechet_distance(moments(a), moments(b)) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize("sizes", [(60, 60), (40, 90)])
+@pytest.mark.usefixtures("small_blocks")
+def test_neighbour_metrics_match_loops(k, sizes):
+    real, fake = features(0, sizes[0], 3), features(1, sizes[1], 3, mean=0.5)
+
+    def radii(points):
+        return [sorted(np.linalg.norm(points - p, axis=1))[k] for p in points]
+
+    def count(points, centers, radii):  # of balls around each point
+        return np.array(
+            [sum(np.linalg.norm(p - c) <= r for c, r in zip(centers, radii, strict=True))
+             for p in points]
+        )  # fmt: skip
+
+    real_radii, fake_radii = radii(real), radii(fake)
+    around_fake, around_real = count(fake, real, real_radii), count(real, fake, fake_radii)
+    expected = np.mean(around_fake > 0), np.mean(around_real > 0)
+    np.testing.assert_allclose(metrics.precision_recall(real, fake, k), expected)
+    covered = [
+        any(np.linalg.norm(f - c) < r for f in fake)
+        for c, r in zip(real, real_radii, strict=True)
+    ]  # fmt: skip
+    expected = np.mean(around_fake) / k, np.mean(covered)
+    np.testing.assert_allclose(metrics.density_coverage(real, fake, k), expected)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_neighbour_metrics_match_prdc(capsys):
+    prdc = pytest.importorskip("prdc")
+    for seed, (n, m, k) in enumerate([(100, 100, 5), (60, 150, 3)]):
+        real, fake = features(seed, n, 4), features(seed, m, 4, mean=0.5) * 0.9
+        expected = prdc.compute_prdc(real, fake, nearest_k=k)
+        got = (*metrics.precision_recall(real, fake, k), *metrics.density_coverage(real, fake, k))
+        names = ("precision", "recall", "density", "coverage")
+        np.testing.assert_allclose(got, [expected[name] for name in names], rtol=1e-12)
+    capsys.readouterr()  # prdc prints
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_kernel_distance_matches_loops():
+    real, fake = features(0, 12), features(1, 9, mean=0.5)
+
+    def mean_kernel(xs, ys, skip_equal):
+        values = [
+            (x @ y / 5 + 1) ** 3
+            for i, x in enumerate(xs)
+            for j, y in enumerate(ys)
+            if not (skip_equal and i == j)
+        ]
+        return np.mean(values)
+
+    expected = mean_kernel(real, real, True) + mean_kernel(fake, fake, True)
+    expected -= 2 * mean_kernel(real, fake, False)
+    assert metrics.kernel_distance(real, fake) == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.fixture
+def torch_fidelity(monkeypatch):
+    """The package, whose feature extractors import torchvision: a mock does, no extractor runs."""
+    pytest.importorskip("torch")
+    pytest.importorskip("tqdm")
+    for name in ("", ".datasets", ".transforms", ".transforms.functional"):
+        monkeypatch.setitem(sys.modules, f"torchvision{name}", mock.MagicMock())
+    pytest.importorskip("torch_fidelity.metric_isc")
+    pytest.importorskip("torch_fidelity.metric_kid")
+    return sys.modules["torch_fidelity"]
+
+
+def test_scores_match_torch_fidelity(torch_fidelity):
+    torch = sys.modules["torch"]
+    logits = 3 * RNG(0).normal(size=(200, 10))
+    probs = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    expected = torch_fidelity.metric_isc.isc_features_to_metric(torch.tensor(logits), splits=1)
+    got = metrics.inception_score(probs)
+    assert got == pytest.approx(expected["inception_score_mean"], rel=1e-10)
+
+    real, fake = features(0, 70), features(1, 70, mean=0.5)
+    options = {"kid_subsets": 1, "kid_subset_size": 70, "rng_seed": 3, "verbose": False}
+    expected = torch_fidelity.metric_kid.kid_features_to_metric(
+        torch.tensor(fake), torch.tensor(real), **options
+    )
+    got = metrics.kernel_distance(real, fake)
+    assert got == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-10)
+
+    statistics = [
+        torch_fidelity.metric_fid.fid_features_to_statistics(torch.tensor(x)) for x in (real, fake)
     ]
-    order = data.draw(st.permutations(parts))
-    assert_same(metrics.report(together(*order)), by_hand(*everything))
+    expected = torch_fidelity.metric_fid.fid_statistics_to_metric(*statistics, verbose=False)
+    got = frechet_distance(moments(real), moments(fake))
+    assert got == pytest.approx(expected["frechet_inception_distance"], rel=1e-8)
 
 
-@pytest.mark.parametrize("mapped", ["pmap", "vmap"])
-@pytest.mark.parametrize("seed", range(4))
-def test_devices_together_have_the_whole(mapped, seed):
-    everything = rows(seed, 24)
-
-    def device(*shard):
-        return metrics.over_devices(metrics.over_rows(of(*shard)), "data")
-
-    shards = [values.reshape(8, 3) for values in everything]
-    wrap = {"pmap": jax.pmap, "vmap": jax.vmap}[mapped]
-    found = wrap(device, axis_name="data")(*shards)
-    for one in (0, 7):  # every device has it
-        assert_same(
-            metrics.report(jax.tree.map(lambda x, i=one: np.asarray(x[i]), found)),
-            by_hand(*everything),
-        )
+# --- Properties -----------------------------------------------------------------------------------
 
 
-def test_empty_subsets_are_left_out_and_add_nothing():
-    nothing = metrics.over_rows(of(jnp.ones(2), jnp.zeros(2), jnp.zeros(2, bool)))
-    assert metrics.report(nothing) == {"mean": 1.0, "share": 0.0, "largest": 1.0}
-    values = jnp.array([jnp.nan, 5.0])  # where a row is not counted its value has no effect
-    some = {"some": metrics.mean(values, where=jnp.array([False, True]))}
-    assert metrics.report(metrics.over_rows(some)) == {"some": 5.0}
-    total = together(metrics.over_rows(some), {"some": nothing["some"]})
-    assert metrics.report(total) == {"some": 5.0}
+@settings(deadline=None, max_examples=30)
+@given(seed=SEEDS, n=st.integers(2, 30), m=st.integers(2, 30), dim=st.integers(1, 12))
+def test_frechet_distance_is_symmetric_zero_on_itself_and_blind_to_rotation(seed, n, m, dim):
+    a, b = features(seed, n, dim), features(seed + 1, m, dim, mean=0.3)
+    distance = frechet_distance(moments(a), moments(b))
+    scale = np.sum(a**2) + np.sum(b**2)
+    assert isinstance(distance, float)
+    assert distance >= 0
+    assert frechet_distance(moments(b), moments(a)) == pytest.approx(distance, abs=1e-10 * scale)
+    assert frechet_distance(moments(a), moments(a)) <= 1e-10 * scale
+    rotation, _ = np.linalg.qr(RNG(seed).normal(size=(dim, dim)))
+    rotated = frechet_distance(moments(a @ rotation), moments(b @ rotation))
+    assert rotated == pytest.approx(distance, abs=1e-6 * scale)  # the root of a tiny eigenvalue
 
 
-@pytest.mark.parametrize("reduce", ["rows", "parts", "pmap", "mesh"])
-@pytest.mark.parametrize("first", [True, False])
-def test_what_is_not_a_number_is_reported(reduce, first):
-    """A run must not go on over it, wherever it stands."""
-    bad, good = jnp.array([jnp.nan]), jnp.array([3.0])
-    pair = [bad, good] if first else [good, bad]
-
-    def one(values):
-        found = {
-            "mean": metrics.mean(values),
-            "some": metrics.mean(values, where=jnp.ones(len(values), bool)),
-            "ratio": metrics.ratio(values, values),
-            "share": metrics.effective_share(values),
-            "largest": metrics.maximum(values),
-        }
-        return metrics.over_rows(found)
-
-    if reduce == "rows":
-        found = one(jnp.concatenate(pair))
-    elif reduce == "parts":
-        found = together(one(pair[0]), one(pair[1]))
-    elif reduce == "mesh":
-        mesh = Mesh(np.array(jax.devices()[:2]), ("data",), axis_types=(AxisType.Auto,))
-        sharding = NamedSharding(mesh, PartitionSpec("data"))
-        found = jax.jit(one)(jax.device_put(jnp.concatenate(pair), sharding))
-    else:
-        device = jax.pmap(
-            lambda values: metrics.over_devices(one(values), "data"),
-            axis_name="data",
-            devices=jax.devices()[:2],
-        )
-        found = jax.tree.map(lambda x: np.asarray(x[0]), device(jnp.stack(pair)))
-    report = metrics.report(found)
-    assert report.pop("largest") == np.inf  # devices' maximum may lose a NaN
-    assert set(report) == {"mean", "some", "ratio", "share"}
-    assert np.isnan(list(report.values())).all(), report
+@settings(deadline=None, max_examples=30)
+@given(
+    seed=SEEDS, sizes=st.lists(st.integers(1, 9), min_size=2, max_size=6), mean=st.floats(0, 1e6)
+)
+def test_moments_of_any_split_merge_to_those_of_the_whole(seed, sizes, mean):
+    whole = features(seed, sum(sizes), 3, mean)
+    batches = np.split(whole, np.cumsum(sizes)[:-1])
+    merged = functools.reduce(Moments.merge, map(moments, batches))
+    assert merged.count == len(whole)
+    np.testing.assert_allclose(merged.mean, whole.mean(0), rtol=1e-12, atol=1e-12)
+    exact = np.cov(whole, rowvar=False)
+    atol = (1e-10 + 1e-14 * mean) * np.abs(exact).max() + 1e-20 * mean**2
+    np.testing.assert_allclose(merged.cov, exact, rtol=0, atol=atol)
 
 
-def test_a_negative_maximum_survives_parts_and_devices():
-    """Where a reduction started from 0 it would be lost."""
-    values = jnp.arange(-16.0, 0.0).reshape(8, 2)
-    alone = metrics.over_rows({"largest": metrics.maximum(values[0])})
-    assert metrics.report(alone) == {"largest": -15.0}
-    start = {"largest": metrics.Max(jnp.float32(-jnp.inf))}
-    assert metrics.report(together(start, alone)) == {"largest": -15.0}
-
-    def device(values):
-        return metrics.over_devices(metrics.over_rows({"largest": metrics.maximum(values)}), "data")
-
-    found = jax.pmap(device, axis_name="data")(values)
-    assert metrics.report({"largest": metrics.Max(np.asarray(found["largest"].parts[0]))}) == {
-        "largest": -1.0
-    }
+def test_moments_of_single_precision_features_do_not_cancel():
+    small = (1000 + 0.1 * RNG(0).normal(size=(500, 3))).astype(np.float32)
+    expected = np.cov(small.astype(np.float64), rowvar=False)
+    np.testing.assert_allclose(moments(small).cov, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_metrics_pass_through_jit_and_loops():
-    """As trees whose structure says how they are reduced: equal for equal metrics."""
-    everything = [jnp.asarray(values) for values in rows(5, 8)]
-    found = jax.jit(lambda *rows: metrics.over_rows(of(*rows)))(*everything)
-    assert jax.tree.structure(found) == jax.tree.structure(of(*everything))
+@settings(deadline=None, max_examples=15)
+@given(seed=SEEDS)
+def test_precision_and_recall_change_places_with_real_and_fake(seed):
+    real, fake = features(seed, 30, 3), features(seed + 1, 25, 3)
+    precision, recall = metrics.precision_recall(real, fake)
+    assert metrics.precision_recall(fake, real) == (recall, precision)
+    moved = metrics.precision_recall(real + 1e4, fake + 1e4)
+    assert moved == (precision, recall)
 
-    def step(total, part):
-        return together(total, metrics.over_rows(of(*part))), None
 
-    first, *pieces = [[values[i : i + 2] for values in everything] for i in (0, 2, 4, 6)]
-    stacked = [jnp.stack(part) for part in zip(*pieces, strict=True)]
-    total, _ = jax.lax.scan(step, metrics.over_rows(of(*first)), stacked)
-    assert_same(metrics.report(total), by_hand(*map(np.asarray, everything)))
+def test_kernel_distance_is_unbiased():
+    """On two sets of one distribution the mean over parts is zero within its standard error."""
+    real, fake = RNG(0).normal(size=(2, 2000, 4))
+    parts = [metrics.kernel_distance(real[i::20], fake[i::20]) for i in range(20)]
+    std = np.std(parts)
+    assert abs(np.mean(parts)) < 4 * std / np.sqrt(20)
+    assert abs(metrics.kernel_distance(real, fake)) < std
+    assert metrics.kernel_distance(real, fake + 1) > 10 * std
+
+
+# --- Errors ---------------------------------------------------------------------------------------
+
+A, B, LABELS = features(0, 8, 3), features(1, 8, 4), np.arange(8) % 2
+BROKEN = np.where(np.arange(24).reshape(8, 3) == 7, np.nan, A)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: frechet_distance(moments(A[:1]), moments(A)), "1 feature vector.*at least 2"),
+        (lambda: frechet_distance(moments(A), moments(B)), "3 and of 4 dimensions"),
+        (lambda: moments(A).merge(moments(B)), "3 and of 4 dimensions"),
+        (lambda: moments(BROKEN), "not finite in 1 of 8 rows, first 2"),
+        (lambda: moments(A[0]), r"features of shape \(3,\); expected \(n, d\)"),
+        (lambda: moments(A[:0]), r"shape \(0, 3\).*not empty"),
+        (lambda: metrics.inter_class_frechet(A, LABELS[:5]), r"labels of shape \(5,\) for 8"),
+        (lambda: metrics.inter_class_frechet(A, LABELS * 0), "one class"),
+        (lambda: metrics.inter_class_frechet(A, np.arange(8) // 7), "1 sample of class 1"),
+        (lambda: metrics.per_class_frechet(A, LABELS, A, LABELS + 1), r"\[0, 1\].*\[1, 2\]"),
+        (lambda: metrics.inception_score(A), "minimum -.*softmax"),
+        (lambda: metrics.inception_score(np.full((3, 2), 0.6)), "up to 0.2 off one"),
+        (lambda: metrics.precision_recall(A, A[:3]), "k=3, 3 fake samples; expected 1 <= k < n"),
+        (lambda: metrics.precision_recall(A, A, k=0), "k=0, 8 real"),
+        (lambda: metrics.precision_recall(A, B), "3 and of 4"),
+        (lambda: metrics.density_coverage(A, A, k=8), "k=8, 8 real"),
+        (lambda: metrics.density_coverage(A, BROKEN), "fake features not finite"),
+        (lambda: metrics.kernel_distance(A[:1], A), "1 real and 8 fake"),
+    ],
+)
+def test_errors_say_what_was_got_and_what_to_do(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 30), st.integers(1, 20), st.integers(1, 4), st.integers(0, 2**31))
+def test_memorized_fraction_is_the_ratio_of_the_two_nearest(real_count, fake_count, dim, seed):
+    rng = np.random.default_rng(seed)
+    real = rng.normal(size=(real_count, dim))
+    fake = rng.normal(size=(fake_count, dim))
+    fake[0] = real[0] + 1e-3 * rng.normal(size=dim)
+    distances = np.sort(np.linalg.norm(fake[:, None] - real, axis=-1), axis=1)
+    expected = (distances[:, 0] < distances[:, 1] / 3).mean()
+    assert metrics.memorized_fraction(real, fake) == expected
+    batches = np.array_split(real, min(3, real_count))
+    assert metrics.memorized_fraction(iter(batches), fake) == expected
+
+
+def test_memorized_fraction_of_copies_and_of_nothing():
+    real = np.random.default_rng(0).normal(size=(50, 8))
+    assert metrics.memorized_fraction(real, real[:10]) == 1
+    assert metrics.memorized_fraction(real, (real[:10] + real[10:20]) / 2) == 0
+    with pytest.raises(ValueError, match="fewer than 2 real"):
+        metrics.memorized_fraction(real[:1], real)

@@ -180,8 +180,8 @@ def test_causal_levels_are_those_of_the_table():
     inner = (steps >= 0) & (steps < 999)
     np.testing.assert_allclose(sigma[inner], table[steps[inner]], rtol=1e-4)
     assert inner.sum() > 50
-    np.testing.assert_allclose(sigma[steps == -1], V().levels[0], rtol=1e-5)
-    np.testing.assert_allclose(sigma[steps == 999], V().levels[1], rtol=1e-5)
+    np.testing.assert_allclose(sigma[steps == -1], V().sigma_range[0], rtol=1e-5)
+    np.testing.assert_allclose(sigma[steps == 999], V().sigma_range[1], rtol=1e-5)
 
 
 def test_distributions_compare_by_value():

@@ -2,10 +2,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from mclr_jax.optimizer import learning_rate, optimizer
 from ml_collections import ConfigDict
 
 from configs.base import base
-from mclr_jax.optimizer import learning_rate, optimizer
 
 
 def config(**changes):

@@ -12,12 +12,12 @@ import scipy.stats
 from mclr_jax.assimilation import guide, regimes
 from mclr_jax.assimilation.observe import Operator
 from mclr_jax.assimilation.regimes import assimilate, scheduled
-from mclr_jax.assimilation.schedules import Plan
+from mclr_jax.assimilation.schedules import Scheme
 
 PROCESS = oracle.Process()
 FRAMES = 12
 TRUTH, SEEN = PROCESS.draw(8, FRAMES, 0.3, missing=(3, 7))
-EXACT = Plan(guidance="conjugate")
+EXACT = Scheme(guidance="conjugate")
 
 
 def until(lag, frames=FRAMES):
@@ -31,10 +31,10 @@ def errors(result, lag, observations=SEEN, process=PROCESS):
     return oracle.errors(result.members[:, :, :frames], mean, np.maximum(std, 1e-3))
 
 
-def run(plan=EXACT, lag=0, observations=SEEN, process=PROCESS, ensemble=256, **options):
+def run(scheme=EXACT, lag=0, observations=SEEN, process=PROCESS, ensemble=256, **options):
     lag = np.broadcast_to(lag, observations.values.shape[1])
     options = {"batch_size": 8192, "ensemble": ensemble} | options
-    return assimilate(process, None, observations, plan, lag, **options)
+    return assimilate(process, None, observations, scheme, lag, **options)
 
 
 def test_batch_is_kalmans_smoother_and_the_spread_converges():
@@ -43,8 +43,8 @@ def test_batch_is_kalmans_smoother_and_the_spread_converges():
     assert wrong < 0.03
     assert abs(ratio - 1) < 0.015
     for method, low, high in [("ancestral_2m", 1.01, 1.05), ("ancestral", 0.7, 0.8)]:
-        plan = dataclasses.replace(EXACT, first_steps=16, method=method)
-        wrong, ratio = errors(run(plan, np.inf), np.inf)
+        scheme = dataclasses.replace(EXACT, first_steps=16, method=method)
+        wrong, ratio = errors(run(scheme, np.inf), np.inf)
         assert wrong < 0.03
         assert low < ratio < high
 
@@ -59,8 +59,8 @@ def test_the_window_filter_is_kalmans_filter_and_gives_any_lag():
 
 
 def test_the_filter_frame_by_frame_is_kalmans_filter_with_resampling():
-    plan = dataclasses.replace(EXACT, revise=False)
-    wrong, ratio = errors(run(plan), 0)
+    scheme = dataclasses.replace(EXACT, revise=False)
+    wrong, ratio = errors(run(scheme), 0)
     assert wrong < 0.08
     assert abs(ratio - 1) < 0.06
     biased, _ = errors(scheduled(PROCESS, None, SEEN, EXACT, 16, ensemble=256, batch_size=8192), 0)
@@ -69,10 +69,10 @@ def test_the_filter_frame_by_frame_is_kalmans_filter_with_resampling():
 
 def test_the_guidance_for_networks_is_nearly_exact():
     """One step along the gradient: the mean within .15 of a standard deviation, the spread 3%."""
-    wrong, ratio = errors(run(Plan(), np.inf), np.inf)
+    wrong, ratio = errors(run(Scheme(), np.inf), np.inf)
     assert wrong < 0.15
     assert abs(ratio - 1) < 0.03
-    wrong, ratio = errors(run(Plan()), 0)
+    wrong, ratio = errors(run(Scheme()), 0)
     assert wrong < 0.15
     assert abs(ratio - 1) < 0.06
 
@@ -81,8 +81,8 @@ def test_guidance_of_the_paper_is_biased():
     """Its mean and spread at the zeta that is best here, and at the paper's."""
 
     def of(zeta):
-        plan = Plan(first_steps=64, guidance="norm", zeta=zeta, method="euler")
-        return errors(run(plan, np.inf), np.inf)
+        scheme = Scheme(first_steps=64, guidance="norm", zeta=zeta, method="euler")
+        return errors(run(scheme, np.inf), np.inf)
 
     (best, spread), (papers, _) = of(0.1), of(2.0)
     assert 0.1 < best < papers
@@ -91,8 +91,8 @@ def test_guidance_of_the_paper_is_biased():
 
 def test_all_other_schedules_reach_what_they_may_see():
     """Batch by u = 0 is the smoother; a pyramid lies between filter and smoother."""
-    plan = dataclasses.replace(EXACT, steps=32)
-    batch = scheduled(PROCESS, None, SEEN, plan, 0, ensemble=256, batch_size=8192)
+    scheme = dataclasses.replace(EXACT, steps=32)
+    batch = scheduled(PROCESS, None, SEEN, scheme, 0, ensemble=256, batch_size=8192)
     wrong, ratio = errors(batch, np.inf)
     assert wrong < 0.03
     assert abs(ratio - 1) < 0.025
@@ -151,9 +151,9 @@ def test_a_continued_run_is_the_run_without_a_pause(lag):
     seen = small()
     first, second = (dataclasses.replace(seen, values=seen.values[:, part])
                      for part in (slice(0, 7), slice(7, None)))  # fmt: skip
-    whole = run(Plan(), lag, seen, ensemble=3)
-    start = run(Plan(), lag, first, ensemble=3)
-    rest = run(Plan(), lag, second, ensemble=3, state=start.state)
+    whole = run(Scheme(), lag, seen, ensemble=3)
+    start = run(Scheme(), lag, first, ensemble=3)
+    rest = run(Scheme(), lag, second, ensemble=3, state=start.state)
     assert (start.first, rest.first) == (0, 7 - lag)
     np.testing.assert_allclose(rest.members, whole.members[:, :, 7 - lag :], atol=1e-4)
     np.testing.assert_allclose(
@@ -168,8 +168,8 @@ def test_a_member_depends_on_seed_trajectory_and_number_alone(drawn):
     def of(observations, ensemble, seed=0, batch_size=8192):
         options = {"ensemble": ensemble, "seed": seed, "batch_size": batch_size}
         if drawn == "window":
-            return run(Plan(), 0, observations, **options).members
-        return scheduled(PROCESS, None, observations, Plan(), 2, **options).members
+            return run(Scheme(), 0, observations, **options).members
+        return scheduled(PROCESS, None, observations, Scheme(), 2, **options).members
 
     seen = small(frames=5)
     two = dataclasses.replace(seen, values=seen.values[:2])
@@ -181,21 +181,21 @@ def test_a_member_depends_on_seed_trajectory_and_number_alone(drawn):
 
 
 def test_no_more_members_at_a_time_than_asked_for_unless_they_are_resampled():
-    for plan, most in [(Plan(), 3), (Plan(revise=False), 4)]:
+    for scheme, most in [(Scheme(), 3), (Scheme(revise=False), 4)]:
         calls = []
         options = {"ensemble": 4, "batch_size": 3, "progress": calls.append}
-        run(plan, 0, small(frames=2), **options)
+        run(scheme, 0, small(frames=2), **options)
         assert (max(calls), sum(calls)) == (most, 2 * 12)
 
 
 def test_other_values_and_another_noise_need_no_compilation():
     seen = small()
-    members = run(Plan(), 0, seen, ensemble=2).members
-    program = regimes._compiled(PROCESS, seen.operator, Plan(), 2)
+    members = run(Scheme(), 0, seen, ensemble=2).members
+    program = regimes._compiled(PROCESS, seen.operator, Scheme(), 2)
     before = program._cache_size()
     assert before > 0
     other = dataclasses.replace(seen, values=seen.values + 1, std=0.9)
-    assert np.abs(run(Plan(), 0, other, ensemble=2).members - members).max() > 0.1
+    assert np.abs(run(Scheme(), 0, other, ensemble=2).members - members).max() > 0.1
     assert program._cache_size() == before
 
 
@@ -203,13 +203,13 @@ def test_later_observations_do_not_change_the_filter():
     seen = small()
     other = dataclasses.replace(seen, values=seen.values.copy())
     other.values[:, 8:] += 5
-    for plan in (Plan(), Plan(revise=False)):
-        one, two = (run(plan, 0, y, ensemble=2).members for y in (seen, other))
+    for scheme in (Scheme(), Scheme(revise=False)):
+        one, two = (run(scheme, 0, y, ensemble=2).members for y in (seen, other))
         np.testing.assert_array_equal(one[:, :, :8], two[:, :, :8])
         assert np.abs(one[:, :, 8:, 0] - two[:, :, 8:, 0]).min() > 0
     for u, first in [(16, 8), (4, 5)]:  # frames in flight: 1 and 4
         one, two = (
-            scheduled(PROCESS, None, y, Plan(), u, ensemble=2).members for y in (seen, other)
+            scheduled(PROCESS, None, y, Scheme(), u, ensemble=2).members for y in (seen, other)
         )
         np.testing.assert_array_equal(one[:, :, :first], two[:, :, :first])
         assert np.abs(one[:, :, 8:, 0] - two[:, :, 8:, 0]).min() > 0
@@ -231,8 +231,8 @@ def test_a_network_of_tokens_gets_whole_tokens():
     seen = small(frames=6)
     process = Tokens(window=6)
     for lag in (0, np.inf):
-        assert run(Plan(), lag, seen, process, ensemble=2).members.shape == (3, 2, 6, 2)
-    assert scheduled(process, None, seen, Plan(), 2, ensemble=2).members.shape == (3, 2, 6, 2)
+        assert run(Scheme(), lag, seen, process, ensemble=2).members.shape == (3, 2, 6, 2)
+    assert scheduled(process, None, seen, Scheme(), 2, ensemble=2).members.shape == (3, 2, 6, 2)
 
 
 def test_a_member_is_plausible_within_the_chi_square_law_of_its_misfit():
@@ -264,7 +264,7 @@ def test_members_are_replaced_by_kept_ones_of_their_trajectory():
 def test_a_filter_replaces_members_that_the_observations_contradict():
     """With guidance that does nothing every member is one of the prior."""
     _, seen = PROCESS.draw(8, FRAMES, 0.3, every=6)
-    blind = Plan(guidance="norm", zeta=0.0)
+    blind = Scheme(guidance="norm", zeta=0.0)
     with_all, rest = (
         run(dataclasses.replace(blind, screen=screen), np.inf, seen).members
         for screen in (1.0, 0.999)
@@ -293,7 +293,7 @@ def test_a_short_record_is_among_frames_that_wait():
     process = Watched(window=9)
     for lag, forecast, frames in [(np.inf, 0, 9), (np.inf, 2, 9), (np.inf, 6, 11), (0, 0, 9)]:
         levels.clear()
-        result = run(Plan(), lag, small(frames=5), process, ensemble=2, forecast=forecast)
+        result = run(Scheme(), lag, small(frames=5), process, ensemble=2, forecast=forecast)
         assert result.members.shape == (3, 2, 5 + forecast, 2)
         jax.effects_barrier()
         seen = np.array(levels)
@@ -304,7 +304,7 @@ def test_a_short_record_is_among_frames_that_wait():
 
 
 def test_inflation_moves_members_from_their_mean():
-    plain, wider = (run(Plan(inflation=i), 0, small(), ensemble=4).members for i in (1.0, 1.5))
+    plain, wider = (run(Scheme(inflation=i), 0, small(), ensemble=4).members for i in (1.0, 1.5))
     mean = plain.mean(1, keepdims=True)
     np.testing.assert_allclose(wider, mean + 1.5 * (plain - mean), atol=1e-5)
 
@@ -341,7 +341,7 @@ def test_resampling_is_systematic():
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        run(**({"plan": Plan(), "observations": small(), "ensemble": 2} | options))
+        run(**({"scheme": Scheme(), "observations": small(), "ensemble": 2} | options))
 
 
 def test_members_that_are_not_finite_are_an_error():
@@ -354,4 +354,4 @@ def test_members_that_are_not_finite_are_an_error():
         return pair[0] * np.nan, pair[1]
 
     with pytest.raises(FloatingPointError, match="6 of 6 members are not finite"):
-        run(Plan(), 0, small(), Broken(), ensemble=2)
+        run(Scheme(), 0, small(), Broken(), ensemble=2)

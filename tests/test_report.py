@@ -52,7 +52,7 @@ def made(name, **changes):
         "rows": [{"step": 20, "average": "", "guidance_scale": 1.0, "frechet": 0.25, "seed": 0}],
         "grids": {1.0: b"one", 2.0: b"two"},
     }
-    return report.Run(**options | changes)
+    return report.Column(**options | changes)
 
 
 def test_the_page_holds_the_curves_metrics_samples_and_differences():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mclr_jax.assimilation.schedules import Plan, Update, lags, levels, matrix, updates
+from mclr_jax.assimilation.schedules import Scheme, Update, lags, levels, matrix, updates
 
 
 def test_the_matrix_of_the_paper_entry_by_entry():
@@ -70,9 +70,9 @@ def test_updates_never_show_more_than_allowed_and_end_with_all():
 
 
 def test_levels_of_an_update():
-    plan = Plan(sigma_min=0.01, restart=1.0)
+    scheme = Scheme(sigma_min=0.01, restart=1.0)
     new, clean = np.array([False, False, True]), np.array([True, False, False])
-    grid = levels(plan, new, clean, 3, 100.0)
+    grid = levels(scheme, new, clean, 3, 100.0)
     np.testing.assert_allclose(grid, [[0, 1, 100], [0, 0.1, 1], [0, 0.01, 0.01], [0, 0, 0]])
 
 
@@ -86,18 +86,18 @@ def test_a_regime_is_a_lag():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"steps": 0}, "plan.steps is 0"),
-        ({"window": -1}, "plan.window is -1"),
-        ({"restart": 30.0}, "plan.restart is 30.0; expected a number above 0.006 and at most 20"),
-        ({"sigma_min": 1e-40}, "plan.sigma_min is 1e-40; expected a number of at least 1e-09"),
-        ({"sigma_max": 1e38}, r"plan.sigma_max is 1e\+38; expected"),
-        ({"iterations": 10**6}, "plan.iterations is 1000000; expected an integer of at"),
+        ({"steps": 0}, "scheme.steps is 0"),
+        ({"window": -1}, "scheme.window is -1"),
+        ({"restart": 30.0}, "scheme.restart is 30.0; expected a number above 0.006 and at most 20"),
+        ({"sigma_min": 1e-40}, "scheme.sigma_min is 1e-40; expected a number of at least 1e-09"),
+        ({"sigma_max": 1e38}, r"scheme.sigma_max is 1e\+38; expected"),
+        ({"iterations": 10**6}, "scheme.iterations is 1000000; expected an integer of at"),
         ({"method": "ancestor"}, "Did you mean 'ancestral'"),
-        ({"c": -1.0}, "plan.c is -1.0"),
+        ({"c": -1.0}, "scheme.c is -1.0"),
     ],
 )
-def test_plans_without_a_meaning_are_refused(values, message):
+def test_schemes_without_a_meaning_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
-        Plan(**values)
+        Scheme(**values)
     with pytest.raises(ValueError, match="Did you mean 'filter'"):
         lags("filtre", 3)

@@ -9,7 +9,7 @@ import optax
 import pytest
 import tiny
 
-from mclr_jax import experiment, metrics, plan
+from mclr_jax import experiment, plan, reductions
 from mclr_jax.data import pipeline, sources
 from mclr_jax.training import step
 
@@ -29,7 +29,7 @@ def batches(source, count, length=None):
 
 def report(reduced, row):
     """The numbers of one step."""
-    return metrics.report(jax.tree.map(lambda x: x[row], jax.device_get(reduced)))
+    return reductions.report(jax.tree.map(lambda x: x[row], jax.device_get(reduced)))
 
 
 def test_an_update_is_the_optimizer_on_the_mean_gradient():
@@ -110,14 +110,16 @@ def test_evaluation_is_repeatable_and_without_dropout():
     first, again = evaluate(params, {}, data), evaluate(params, {}, data)
     chex.assert_trees_all_equal(first, again)
     plain, _, _ = setup(**{"network.dropout": 0.0})
-    expected = metrics.report(jax.device_get(jax.jit(step.make_evaluate(plain))(params, {}, data)))
-    chex.assert_trees_all_close(metrics.report(jax.device_get(first)), expected, rtol=1e-5)
+    expected = reductions.report(
+        jax.device_get(jax.jit(step.make_evaluate(plain))(params, {}, data))
+    )
+    chex.assert_trees_all_close(reductions.report(jax.device_get(first)), expected, rtol=1e-5)
 
 
 def test_evaluation_is_the_mean_over_all_examples():
     task, source, state = setup()
     data = batches(source, 3)
-    found = metrics.report(
+    found = reductions.report(
         jax.device_get(jax.jit(step.make_evaluate(task))(state.params, {}, data))
     )
     losses = []
@@ -140,13 +142,13 @@ class Extremes:
         zeros = jnp.zeros(len(label))
         pull = models.denoise(batch.x0, jnp.ones(len(label)), batch.condition).mean(-1)
         return pull, {
-            "value_max": metrics.maximum(value),
-            "negative_max": metrics.maximum(value - 100),
-            "some": metrics.mean(value, where=label == 0),
-            "none": metrics.mean(value, where=label < 0),
-            "ratio": metrics.ratio(value, value**2),
-            "share": metrics.effective_share(jnp.abs(value)),
-            "nothing": metrics.effective_share(zeros),
+            "value_max": reductions.maximum(value),
+            "negative_max": reductions.maximum(value - 100),
+            "some": reductions.mean(value, where=label == 0),
+            "none": reductions.mean(value, where=label < 0),
+            "ratio": reductions.ratio(value, value**2),
+            "share": reductions.effective_share(jnp.abs(value)),
+            "nothing": reductions.effective_share(zeros),
         }
 
     def advice(self):

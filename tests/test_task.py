@@ -15,7 +15,7 @@ import optax
 import pytest
 import tiny
 
-from mclr_jax import experiment, metrics, posterior
+from mclr_jax import experiment, posterior, reductions
 from mclr_jax.data.augment import augment
 from mclr_jax.data.pixels import random_flip
 from mclr_jax.denoiser import EDM, Scales, denoiser
@@ -74,7 +74,7 @@ def test_the_loss_of_some_rows_ignores_the_others(name):
     def run(rows):
         own, own_keys = jax.tree.map(lambda x: x[rows], (batch, keys))
         loss, found = task.loss(params, frozen, own, own_keys, train=True)
-        return loss, metrics.over_rows({**found, "loss": metrics.mean(loss)})
+        return loss, reductions.over_rows({**found, "loss": reductions.mean(loss)})
 
     # parts of 4 rows, the fewest that every negative_share divides
     parts = np.arange(16).reshape(4, 4)
@@ -84,12 +84,12 @@ def test_the_loss_of_some_rows_ignores_the_others(name):
         np.testing.assert_allclose(losses[i, 2][0], losses[i, 3][0], rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(losses[i, 2][1], losses[j, 2][1], rtol=1e-5, atol=1e-6)
     totals = [
-        metrics.over_rows(jax.tree.map(lambda *x: jnp.stack(x), pairs[0, j][1], pairs[1, k][1]))
+        reductions.over_rows(jax.tree.map(lambda *x: jnp.stack(x), pairs[0, j][1], pairs[1, k][1]))
         for j, k in [(2, 3), (3, 2)]
     ]
     chex.assert_trees_all_close(*totals, rtol=1e-5, atol=1e-6)
     assert len(np.unique([losses[0, 2], losses[1, 3]])) == 16
-    report = metrics.report(totals[0])
+    report = reductions.report(totals[0])
     assert np.isfinite(list(report.values())).all()
     assert name.startswith("mclr") == ("margin" in report)  # some rows have a contrast
 

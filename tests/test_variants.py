@@ -49,7 +49,7 @@ def logits(x, sigma, condition):
 
 def of_preconditioning(preconditioning):
     return lambda x, sigma, label: denoiser.denoiser(preconditioning, raw)(
-        x, jnp.clip(sigma, *preconditioning.levels), label
+        x, jnp.clip(sigma, *preconditioning.sigma_range), label
     )
 
 

@@ -9,7 +9,7 @@
 
 Each update revises the window, and frame k is read from the last update that has seen no later
 observation than its lag allows. Before the first frame the window holds unobserved frames. With
-`Plan.revise` False each update draws the new frames given the past of each member, after the
+`Scheme.revise` False each update draws the new frames given the past of each member, after the
 members were resampled by the likelihood of the new observations. `scheduled` has the schedules of
 the ForcingDAS paper (Jia et al. 2026, arXiv 2605.14285), in one call of the sampler.
 """
@@ -28,7 +28,7 @@ from scipy.special import gammaincinv
 from mclr_jax import samplers
 from mclr_jax.assimilation import guide
 from mclr_jax.assimilation.observe import Observations, Operator
-from mclr_jax.assimilation.schedules import GUIDANCE, Plan, Update, levels, matrix, updates
+from mclr_jax.assimilation.schedules import GUIDANCE, Scheme, Update, levels, matrix, updates
 from mclr_jax.generate import check_memory
 from mclr_jax.noise import normal_like, sample_keys
 from mclr_jax.schema import in_range
@@ -94,20 +94,20 @@ def screened(x: jax.Array, kept: jax.Array, group: jax.Array, keys: jax.Array) -
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(model: Any, operator: Operator, plan: Plan, ensemble: int) -> Callable:
+def _compiled(model: Any, operator: Operator, scheme: Scheme, ensemble: int) -> Callable:
     """(params, x, values, std, group, keys, grid (N + 1, F), resampled) -> x, of rows of F frames.
 
     Frames start as x plus noise of the first level of the grid; x is 0 for new frames. Members of
     one trajectory have one number in `group` (B,).
     """
-    if plan.guidance == "posterior" and not getattr(model, "has_variance", True):
+    if scheme.guidance == "posterior" and not getattr(model, "has_variance", True):
         raise ValueError(
             "The guidance 'posterior' needs a network that was trained with "
-            "config.network.variance=True; set plan.guidance to 'norm'."
+            "config.network.variance=True; set scheme.guidance to 'norm'."
         )
 
     def run(params, x, values, std, group, keys, grid, resampled):
-        moments = samplers.stabilised(model.moments(params), plan.sigma_min)
+        moments = samplers.stabilised(model.moments(params), scheme.sigma_min)
         label = jnp.full(len(x), model.null_label, jnp.int32)
         seen = guide.Seen(values, std, *_units(model))
         sigma = jnp.broadcast_to(grid[0], x.shape[:2])
@@ -118,13 +118,13 @@ def _compiled(model: Any, operator: Operator, plan: Plan, ensemble: int) -> Call
             chosen = jax.vmap(systematic)(weights.reshape(-1, ensemble), _fold(keys[::ensemble], 2))
             past = x[(chosen + ensemble * jnp.arange(len(chosen))[:, None]).ravel()]
             x = jnp.where(expand(sigma, x) > 0, x, past)
-        options = {key: getattr(plan, key) for key in GUIDANCE[plan.guidance]}
-        correct = getattr(guide, plan.guidance)(operator, seen, **options)
+        options = {key: getattr(scheme, key) for key in GUIDANCE[scheme.guidance]}
+        correct = getattr(guide, scheme.guidance)(operator, seen, **options)
         options = {"keys": _fold(keys, 1), "correct": correct}
-        x = samplers.sample(moments, x, label, grid, plan.method, **options)
-        if plan.screen == 1:
+        x = samplers.sample(moments, x, label, grid, scheme.method, **options)
+        if scheme.screen == 1:
             return x
-        return screened(x, plausible(operator, seen, x, plan.screen), group, _fold(keys, 3))
+        return screened(x, plausible(operator, seen, x, scheme.screen), group, _fold(keys, 3))
 
     return jax.jit(run, static_argnums=7)
 
@@ -142,19 +142,19 @@ def _chunks(count: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
         yield np.resize(rows, size), len(rows)
 
 
-def _physical(model: Any, x: np.ndarray, ensemble: int, plan: Plan) -> np.ndarray:
+def _physical(model: Any, x: np.ndarray, ensemble: int, scheme: Scheme) -> np.ndarray:
     """Rows x in physical units (N, E, ...); FloatingPointError: some are not finite."""
     if not np.isfinite(x).all():
         raise FloatingPointError(
             f"{(~np.isfinite(x)).reshape(len(x), -1).any(1).sum()} of {len(x)} members are not "
-            f"finite with {plan}. Take more steps, or check the weights and the observations."
+            f"finite with {scheme}. Take more steps, or check the weights and the observations."
         )
     offset, scale = _units(model)
     x = offset + scale * x.reshape(-1, ensemble, *x.shape[1:])
-    if plan.inflation == 1:
+    if scheme.inflation == 1:
         return x
     mean = x.mean(1, keepdims=True)
-    return mean + np.float32(plan.inflation) * (x - mean)
+    return mean + np.float32(scheme.inflation) * (x - mean)
 
 
 def _initial(model: Any, initial: np.ndarray, ensemble: int) -> np.ndarray:
@@ -172,7 +172,7 @@ def _whole_tokens(model: Any, frames: int) -> int:
 
 
 def _course(
-    model: Any, obs: Observations, plan: Plan, lags: np.ndarray, ensemble: int, forecast: int,
+    model: Any, obs: Observations, scheme: Scheme, lags: np.ndarray, ensemble: int, forecast: int,
     state: State | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Update], int, int]:  # fmt: skip
     """What `assimilate` begins with: path, values, until, updates, window, ahead.
@@ -185,7 +185,7 @@ def _course(
     count, frames, m = obs.values.shape
     shape, lags = tuple(model.data.shape[1:]), np.broadcast_to(lags, frames)
     whole = np.isinf(lags).all() and state is None
-    window = plan.window or (frames + forecast if whole else model.data.shape[0])
+    window = scheme.window or (frames + forecast if whole else model.data.shape[0])
     window, before = _whole_tokens(model, window), 0
     # a network has been trained on frames with others around them, not on short trajectories
     ahead = max(0, _whole_tokens(model, model.data.shape[0]) - window) if whole else 0
@@ -205,7 +205,7 @@ def _course(
         if (held := state.members.shape[2]) < window:
             raise ValueError(
                 f"The run to continue has a window of {held} frames; expected {window} or more: "
-                "set plan.window."
+                "set scheme.window."
             )
         before = int(min(lags[0], window - 1, state.frames))
     numbers, lags = np.arange(-before, frames), np.append(np.full(before, lags[0]), lags)
@@ -214,7 +214,7 @@ def _course(
     if longest >= window:
         raise ValueError(
             f"A lag of {longest} frames needs a window of more frames; it has {window}. Set "
-            "plan.window, or use the batch regime."
+            "scheme.window, or use the batch regime."
         )
     observed = np.isfinite(obs.values).any((0, 2))
     order = updates(observed, until, window, forecast, state is not None)
@@ -231,10 +231,10 @@ def _course(
 
 
 def assimilate(
-    model: Any,  # with moments(params), data, null_label and preconditioning.levels
+    model: Any,  # with moments(params), data, null_label and preconditioning.sigma_range
     params: Any,
     observations: Observations,
-    plan: Plan,
+    scheme: Scheme,
     lags: np.ndarray,  # (T,) see schedules.lags
     *,
     ensemble: int = 16,
@@ -246,35 +246,36 @@ def assimilate(
 ) -> Result:
     """Members of each trajectory, given its observations.
 
-    With plan.screen 1 and without resampling, member i of trajectory n depends on (seed, n, i)
+    With scheme.screen 1 and without resampling, member i of trajectory n depends on (seed, n, i)
     alone; otherwise on the members that are computed together. A continued run begins with the
     frames of the run before that may now see more; an `initial` state is not used.
     ValueError: observations, lags or state that do not fit the model, or each other.
     """
     obs = observations.for_states(tuple(model.data.shape[1:]), model.data.time_step)
     path, values, until, order, window, ahead = _course(
-        model, obs, plan, lags, ensemble, forecast, state
+        model, obs, scheme, lags, ensemble, forecast, state
     )
     frames, (done, begun) = obs.values.shape[1], (state.frames, window) if state else (0, 0)
     before = len(until) - frames - forecast
     blocks = np.isinf(lags).any() and window < frames
-    context = plan.context or (window // 4 if blocks else 0)
+    context = scheme.context or (window // 4 if blocks else 0)
     out = np.full((len(path), len(until), *path.shape[2:]), np.nan, np.float32)
-    run, high = _compiled(model, obs.operator, plan, ensemble), model.preconditioning.levels[1]
-    size = batch_size // ensemble * ensemble or (batch_size if plan.revise else ensemble)
+    run = _compiled(model, obs.operator, scheme, ensemble)
+    high = min(scheme.sigma_max, model.preconditioning.sigma_range[1])
+    size = batch_size // ensemble * ensemble or (batch_size if scheme.revise else ensemble)
     for rows, real in _chunks(len(path), size):
         keys, here, group = member_keys(seed, rows, ensemble), path[rows], rows // ensemble
         last, estimated = -1, begun  # the last observation seen; places before have an estimate
         for end, seen in order:
             k = np.arange(end - window, end)
             old, informed = window + k < estimated, seen > last
-            clean = old & (not plan.revise or not informed)
+            clean = old & (not scheme.revise or not informed)
             clean[:context] |= (old & (k + done >= 0))[:context]
             if not state and obs.initial is not None:
                 clean |= k == 0
-            steps = plan.steps if old.any() else plan.first_steps
-            grid = levels(plan, ~old, clean, steps, min(plan.sigma_max, high))
-            resampled = bool(informed and not plan.revise and old.any())
+            steps = scheme.steps if old.any() else scheme.first_steps
+            grid = levels(scheme, ~old, clean, steps, high)
+            resampled = bool(informed and not scheme.revise and old.any())
             grid = np.pad(grid, ((0, 0), (0, ahead)), constant_values=grid.max())
             shown = slice(end, end + window + ahead)
             inputs = here[:, shown], values[group, shown], obs.std, group, _fold(keys, done + end)
@@ -285,7 +286,7 @@ def assimilate(
             out[rows[:real, None], k + before] = here[:real, window + k]
             progress(real)
         path[rows[:real]] = here[:real]
-    members = _physical(model, out, ensemble, plan)
+    members = _physical(model, out, ensemble, scheme)
     kept = slice(frames if state else max(frames, order[0].end), window + frames)
     past = path[:, kept].reshape(-1, ensemble, *path[:, kept].shape[1:])
     return Result(members, done - before, State(past, values[:, kept], done + frames))
@@ -295,33 +296,33 @@ def scheduled(
     model: Any,
     params: Any,
     observations: Observations,
-    plan: Plan,
+    scheme: Scheme,
     u: float,  # see schedules.matrix
     *,
     ensemble: int = 16,
     seed: int = 0,
     batch_size: int = 256,
 ) -> Result:
-    """Members of each trajectory by a schedule of the paper, of `plan.steps` steps for each frame.
+    """Members of each trajectory by a schedule of the paper, `scheme.steps` steps for each frame.
 
     Frames wait at sigma_max until they start, and see the observations of frames that move together
     with them. All frames are given to the network at once.
     """
     obs = observations.for_states(tuple(model.data.shape[1:]), model.data.time_step)
     count, frames, _ = obs.values.shape
-    high = min(plan.sigma_max, model.preconditioning.levels[1])
-    curve = levels(plan, np.ones(1, bool), np.zeros(1, bool), plan.steps, high)[:, 0]
+    high = min(scheme.sigma_max, model.preconditioning.sigma_range[1])
+    curve = levels(scheme, np.ones(1, bool), np.zeros(1, bool), scheme.steps, high)[:, 0]
     first = _whole_tokens(model, frames) - frames  # unobserved frames before frame 0
-    grid = curve[plan.steps - matrix(first + frames, plan.steps, u)].astype(np.float32)
+    grid = curve[scheme.steps - matrix(first + frames, scheme.steps, u)].astype(np.float32)
     values = np.pad(obs.values, ((0, 0), (first, 0), (0, 0)), constant_values=np.nan)
     x = np.zeros((count * ensemble, first + frames, *model.data.shape[1:]), np.float32)
     if obs.initial is not None:
         grid[:, first], x[:, first] = 0, _initial(model, obs.initial, ensemble)
         grid = grid[np.append(True, (np.diff(grid, axis=0) != 0).any(1))]
-    causal = dataclasses.replace(plan, screen=1.0)  # later observations choose no earlier frame
+    causal = dataclasses.replace(scheme, screen=1.0)  # later observations choose no earlier frame
     run = _compiled(model, obs.operator, causal, ensemble)
     for rows, real in _chunks(len(x), batch_size):
         keys, group = member_keys(seed, rows, ensemble), rows // ensemble
         new = run(params, x[rows], values[group], obs.std, group, keys, grid, False)
         x[rows[:real]] = new[:real]
-    return Result(_physical(model, x[:, first:], ensemble, plan), 0, None)
+    return Result(_physical(model, x[:, first:], ensemble, scheme), 0, None)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mclr_jax.noise import LEVELS
+from mclr_jax.noise import SIGMA_RANGE
 from mclr_jax.samplers import METHODS
 from mclr_jax.schema import in_range, look_up
 
@@ -19,7 +19,7 @@ GUIDANCE = {"posterior": ("c", "overlap", "reach"), "conjugate": ("iterations",)
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Scheme:
     """How `regimes` samples; the defaults suit states of standard deviation 1."""
 
     window: int = 0  # frames; 0: those of the model's training, in the batch regime all frames
@@ -46,13 +46,13 @@ class Plan:
         look_up(GUIDANCE, self.guidance, "guidance")
         limits: dict = dict.fromkeys(("steps", "first_steps", "iterations"), (1, 100_000))
         limits |= dict.fromkeys(("window", "context"), (0,))
-        limits |= dict.fromkeys(("c", "overlap", "zeta", "g"), (0.0,)) | {"sigma_min": LEVELS}
+        limits |= dict.fromkeys(("c", "overlap", "zeta", "g"), (0.0,)) | {"sigma_min": SIGMA_RANGE}
         limits["inflation"] = 0.0, 100.0
         limits |= {"reach": (0.0, None, "("), "screen": (0.0, 1.0, "(")}
         for key, limit in limits.items():
-            in_range(f"plan.{key}", getattr(self, key), *limit)
-        in_range("plan.sigma_max", self.sigma_max, float(self.sigma_min), LEVELS[1])
-        in_range("plan.restart", self.restart, self.sigma_min, self.sigma_max, open="(")
+            in_range(f"scheme.{key}", getattr(self, key), *limit)
+        in_range("scheme.sigma_max", self.sigma_max, float(self.sigma_min), SIGMA_RANGE[1])
+        in_range("scheme.restart", self.restart, self.sigma_min, self.sigma_max, open="(")
 
 
 def lags(regime: str, frames: int, lag: int = 0) -> np.ndarray:
@@ -95,10 +95,12 @@ def updates(
     return found
 
 
-def levels(plan: Plan, new: np.ndarray, clean: np.ndarray, steps: int, high: float) -> np.ndarray:
+def levels(
+    scheme: Scheme, new: np.ndarray, clean: np.ndarray, steps: int, high: float
+) -> np.ndarray:
     """Noise levels (steps + 1, W) of an update, geometric to sigma_min, then 0; `clean`: 0."""
-    tops = np.log(np.where(new, high, plan.restart))
-    grid = np.exp(np.linspace(tops, math.log(plan.sigma_min), steps))
+    tops = np.log(np.where(new, high, scheme.restart))
+    grid = np.exp(np.linspace(tops, math.log(scheme.sigma_min), steps))
     return np.append(grid, np.zeros((1, len(new))), 0) * ~clean
 
 

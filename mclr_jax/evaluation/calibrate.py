@@ -22,7 +22,7 @@ from mclr_jax.data.pixels import to_float
 from mclr_jax.data.protocol import Source, evenly
 from mclr_jax.evaluation.features import Extractor
 from mclr_jax.model import Model
-from mclr_jax.noise import LEVELS
+from mclr_jax.noise import SIGMA_RANGE
 from mclr_jax.samplers import Sampler
 from mclr_jax.schema import in_range
 
@@ -114,7 +114,7 @@ def calibrate(
     in_range("max_strength", max_strength, 0.0, 1e6, "(")
     in_range("grid", grid, 2)
     in_range("samples_per_class", samples_per_class, 2)
-    in_range("sigma", sigma, 0.0, LEVELS[1], "(")
+    in_range("sigma", sigma, 0.0, SIGMA_RANGE[1], "(")
     examples, classes = held_out[evenly(held_out, HELD_OUT)]
     real, real_error = recognition(classifier, examples, classes, sigma, seed)
     labels = np.resize(np.arange(model.null_label), model.null_label * samples_per_class)

@@ -26,11 +26,11 @@ from mclr_jax.files import digest, provenance, save_arrays, write_json
 from mclr_jax.schema import look_up
 from mclr_jax.training.devices import banner, exists, is_first
 
-KEPT = 10_000  # examples of the reference whose features are kept, for neighbours and classes
+KEPT = 10_000  # real examples whose features are kept, for neighbours and classes
 
 
 @dataclasses.dataclass(frozen=True)
-class Reference:
+class RealStatistics:
     """Statistics of real data, with which samples are compared."""
 
     moments: metrics.Moments  # of the features of all examples
@@ -45,9 +45,9 @@ METRICS = {"fd": "frechet", "fd_class": "per_class_frechet", "fd_inter": "inter_
 
 
 def measure(
-    fake: Features, real: Reference, names: Sequence[str], judged: Features | None = None
+    fake: Features, real: RealStatistics, names: Sequence[str], judged: Features | None = None
 ) -> dict[str, float]:
-    """The accuracy of samples, and the named metrics (see METRICS) against a reference.
+    """The accuracy of samples, and the named metrics (see METRICS) against real data.
 
     The accuracy is the share of samples whose most probable class, according to the extractor of
     `judged` (default: `fake`), is their label. Extractors without classes give neither accuracy nor
@@ -85,12 +85,12 @@ def memorized(samples: np.ndarray, training: Source) -> float:
     return metrics.memorized_fraction(real, flat(samples))
 
 
-def reference(
+def real_statistics(
     extractor: Extractor,
     source: Source,
     cache: pathlib.Path | None = None,
     progress: Callable[[int], Any] = lambda count: None,
-) -> Reference:
+) -> RealStatistics:
     """Statistics of a data set, read in batches and stored in the folder `cache`.
 
     The file is named by a hash of the extractor, all labels and 256 evenly spaced images.
@@ -100,7 +100,9 @@ def reference(
     if path is not None and exists(path):
         with np.load(path) as file:
             moments = metrics.Moments(int(file["count"]), file["mean"], file["cov"])
-            return Reference(moments, Features(*(file[name] for name in Features._fields)), key)
+            return RealStatistics(
+                moments, Features(*(file[name] for name in Features._fields)), key
+            )
     chosen, kept = np.isin(np.arange(len(source)), evenly(source, KEPT)), []
 
     def read(rows: np.ndarray) -> metrics.Moments:
@@ -112,7 +114,7 @@ def reference(
     some = Features(*(np.concatenate(arrays) for arrays in zip(*kept, strict=True)))
     if path is not None and is_first():
         save_arrays(path, count=total.count, mean=total.mean, cov=total.cov, **some._asdict())
-    return Reference(total, some, key)
+    return RealStatistics(total, some, key)
 
 
 def _batches(source: Source) -> list[np.ndarray]:
@@ -132,7 +134,7 @@ def _hash(text: str) -> str:
 def evaluate(
     run: runs.Run,
     extractor: Extractor,
-    real: Reference,  # of the same extractor
+    real: RealStatistics,  # of the same extractor
     *,
     names: Sequence[str] = tuple(METRICS),
     judge: Extractor | None = None,  # that accuracy is judged by; default: `extractor`

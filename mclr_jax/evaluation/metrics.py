@@ -68,14 +68,14 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 def per_class_frechet(
     features: np.ndarray, labels: np.ndarray, ref_features: np.ndarray, ref_labels: np.ndarray
 ) -> np.ndarray:
-    """Frechet distance of each class to the same class of the reference, (K,), by rising label.
+    """Frechet distance of each class to the same class of the real data, (K,), by rising label.
 
     Both sets have features (n, d), labels (n,), and 2 samples or more of each of K classes.
     """
-    ours, reference = _by_class(features, labels), _by_class(ref_features, ref_labels)
-    if ours.keys() != reference.keys():
-        raise ValueError(f"Got classes {[*ours]}, in the reference {[*reference]}; expected equal.")
-    return np.array([frechet_distance(ours[c], reference[c]) for c in reference])
+    ours, real = _by_class(features, labels), _by_class(ref_features, ref_labels)
+    if ours.keys() != real.keys():
+        raise ValueError(f"Got classes {[*ours]}, in the real data {[*real]}; expected equal.")
+    return np.array([frechet_distance(ours[c], real[c]) for c in real])
 
 
 def inter_class_frechet(features: np.ndarray, labels: np.ndarray) -> float:

@@ -22,7 +22,7 @@ SETTINGS = ("step", "average", "interpolation", "guidance_scale", "class_strengt
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Column:
     """The data of a run that the page shows."""
 
     name: str
@@ -38,7 +38,7 @@ def read(
     per_class: int = 6,
     guided: generate.Guidance = generate.NONE,
     **options: Any,
-) -> Run:
+) -> Column:
     """The data of the run in `workdir`; FileNotFoundError if it is not the directory of a run.
 
     A denoiser is sampled at each scale, from the same noise; options of `generate.generate`.
@@ -63,10 +63,10 @@ def read(
                 run.model, params, labels, run.sampler, guided=guided.at(scale), **options
             )
             grids[scale] = images.png(images.picture(images.clip(samples), labels, per_class))
-    return Run(workdir.name, flat(dict(run.config)), curves, rows, grids)
+    return Column(workdir.name, flat(dict(run.config)), curves, rows, grids)
 
 
-def page(runs: Sequence[Run]) -> str:
+def page(runs: Sequence[Column]) -> str:
     """The page as HTML; a number is added to the name of a run if another run has that name."""
     names = [one.name for one in runs]
     names = [f"{name} ({i + 1})" if name in names[:i] else name for i, name in enumerate(names)]
@@ -80,7 +80,7 @@ def page(runs: Sequence[Run]) -> str:
     return PAGE.substitute(title=html.escape(" · ".join(names)), links=links, body=body)
 
 
-def _samples(runs: Sequence[Run]) -> str:
+def _samples(runs: Sequence[Column]) -> str:
     scales = sorted({scale for one in runs for scale in one.grids})
     if not scales:
         return "<p>No samples were asked for (--guidance_scales).</p>"
@@ -105,7 +105,7 @@ def _picture(text: str, kind: str, content: bytes, attributes: str = "") -> str:
     return f'<img alt="{html.escape(text)}" {attributes} src="{data}">'
 
 
-def _metrics(runs: Sequence[Run]) -> str:
+def _metrics(runs: Sequence[Column]) -> str:
     rows = [(one.name, row) for one in runs for row in one.rows]
     if not rows:
         return "<p>No run was evaluated yet (launch.evaluate).</p>"
@@ -114,7 +114,7 @@ def _metrics(runs: Sequence[Run]) -> str:
     return _table(["run", *keys], ([name, *map(row.get, keys)] for name, row in rows))
 
 
-def _configs(runs: Sequence[Run]) -> str:
+def _configs(runs: Sequence[Column]) -> str:
     head = ["key", *(one.name for one in runs)]
     keys = sorted({key for one in runs for key in one.config})
     rows = [[key, *(one.config.get(key, "not set") for one in runs)] for key in keys]
@@ -124,14 +124,14 @@ def _configs(runs: Sequence[Run]) -> str:
     return f"{first}<details><summary>All keys</summary>{_table(head, rows)}</details>"
 
 
-def _curves(runs: Sequence[Run]) -> str:
+def _curves(runs: Sequence[Column]) -> str:
     keys = {key for one in runs for key in one.curves}
     ordered = [key for key in FIRST if key in keys] + sorted(keys - {*FIRST})
     charts = (_chart(key, [one for one in runs if key in one.curves]) for key in ordered)
     return f'<div class="side">{"".join(charts)}</div>' if keys else "<p>Nothing was logged.</p>"
 
 
-def _chart(key: str, runs: Sequence[Run]) -> str:
+def _chart(key: str, runs: Sequence[Column]) -> str:
     """A metric over training steps; the axis is logarithmic if max / min of the values > 100."""
     from matplotlib import style
     from matplotlib.figure import Figure

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from mclr_jax.networks import layers
-from mclr_jax.networks.layers import Linear, Network
+from mclr_jax.networks.layers import DEEPEST, WIDEST, Linear, Network
 from mclr_jax.networks.mlp import MLP, noise_embedding
 from mclr_jax.networks.unet import Block
+from mclr_jax.schema import key
 from mclr_jax.types import Condition, with_label
 
 
@@ -21,8 +22,8 @@ class MLPClassifier(Network):
     """The residual MLP on flattened data (B, ...); fields as in `MLP`."""
 
     num_classes: int = 10
-    width: int = 256
-    depth: int = 2
+    width: int = key(256, 1, WIDEST, says="hidden units")
+    depth: int = key(2, 1, DEEPEST, says="residual blocks of two linear maps each")
     gives: ClassVar[str] = "logits"
 
     @nn.compact
@@ -40,8 +41,8 @@ class ConvClassifier(Network):
     """A small residual network for images (B, H, W, C), with the block of ADM."""
 
     num_classes: int = 10
-    channels: tuple[int, ...] = (32, 64)  # of the levels, which halve the size
-    patch_size: int = 2  # the pixels of a patch are stacked as channels of one pixel
+    channels: tuple[int, ...] = key((32, 64), 1, WIDEST, says="of the levels, which halve the size")
+    patch_size: int = key(2, 1, DEEPEST, says="pixels of a patch become channels of one pixel")
     gives: ClassVar[str] = "logits"
     cpu_device_per_core: ClassVar[bool] = True  # XLA:CPU runs a small convolution on one thread
 

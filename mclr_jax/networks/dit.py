@@ -14,9 +14,9 @@ import numpy as np
 from jax.nn.initializers import lecun_normal, normal, zeros
 
 from mclr_jax.networks import layers
-from mclr_jax.networks.layers import Dropout, Linear, Network, RelativeBias
+from mclr_jax.networks.layers import DEEPEST, WIDEST, Dropout, Linear, Network, RelativeBias
 from mclr_jax.networks.layers import positional_embedding as timestep_embedding
-from mclr_jax.schema import in_range
+from mclr_jax.schema import in_range, key
 from mclr_jax.types import Condition
 
 
@@ -97,25 +97,22 @@ class DiT(Network):
 
     out_channels: int = 3  # official DiT has 2C, for noise and variance
     num_classes: int = 10
-    patch_size: int = 4
-    width: int = 384
-    depth: int = 12
-    heads: int = 6
-    mlp_ratio: float = 4.0
-    # Factor of c_noise: 1000 suits EDM's ln(sigma)/4; official weights of DiT and SiT need 1.
-    time_scale: float = 1000.0
-    # The embeddings of noise level and class start with unit variance. Official initial weights are
-    # near 0.02, from which Adam needs thousands of steps to use the class.
-    unit_condition: bool = False
-    # Compile one block instead of each, with the same parameters. At depth 6 on the CPU, this
-    # compiles about 1.5x faster and runs 8% slower; on an H200, DiT-B/2 compiles 5x faster and
-    # takes 1.3x as long: what a loop keeps for gradients is copied.
-    scan_blocks: bool = False
+    patch_size: int = key(4, 1, DEEPEST, says="sides of a patch, a token")
+    width: int = key(384, 1, WIDEST, says="of a token")
+    depth: int = key(12, 1, DEEPEST, says="number of blocks")
+    heads: int = key(6, 1, DEEPEST, says="of the attention")
+    mlp_ratio: float = key(4.0, 0.0, 64.0, "(", says="hidden units of a block over its width")
+    time_scale: float = key(1000.0, 0.0, 1e6, says="factor of c_noise: 1000 suits EDM's "
+                            "ln(sigma)/4; official weights of DiT and SiT need 1")  # fmt: skip
+    # Official initial weights are near 0.02: Adam needs thousands of steps to use the class.
+    unit_condition: bool = key(False, says="embeddings of level and class start with variance 1")
+    # At depth 6 on the CPU, this compiles about 1.5x faster and runs 8% slower; on an H200, DiT-B/2
+    # compiles 5x faster and takes 1.3x as long: what a loop keeps for gradients is copied.
+    scan_blocks: bool = key(False, says="compile one block instead of each, same parameters")
 
     def __post_init__(self):
-        in_range("network.mlp_ratio", self.mlp_ratio, 1 / max(self.width, 1), 64.0)
-        in_range("network.time_scale", self.time_scale, 0.0, 1e6)
         super().__post_init__()
+        in_range("config.network.mlp_ratio", self.mlp_ratio, 1 / self.width, 64.0)
 
     @nn.compact
     def __call__(self, x: jax.Array, c_noise: jax.Array, condition: Condition) -> jax.Array:

@@ -15,8 +15,8 @@ from jax.interpreters import ad, batching, mlir
 from jax.nn.initializers import Initializer, ones, xavier_uniform, zeros
 from jax.sharding import AxisType
 
-from mclr_jax import target
-from mclr_jax.schema import in_range, key, look_up
+from mclr_jax import backend
+from mclr_jax.schema import check, key
 from mclr_jax.types import Condition
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -30,7 +30,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None =
     store the (B, heads, N, N) weights. It has no forward-mode derivative.
     """
     fits = q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and bias is None
-    fused = fits and target.backend() == "gpu" and _cudnn_attention()
+    fused = fits and backend.traced_for() == "gpu" and _cudnn_attention()
     return jax.nn.dot_product_attention(q, k, v, bias, implementation="cudnn" if fused else "xla")
 
 
@@ -91,7 +91,7 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: Any = "S
     """x (B, H, W, C), kernel (kh, kw, C, D) of its dtype -> (B, H', W', D); XLA's `padding`."""
     margins = tuple(size // 2 for size in kernel.shape[:2])
     odd = all(size % 2 for size in kernel.shape[:2])
-    if target.backend() == "cpu" and stride == 1 and padding == "SAME" and odd:
+    if backend.traced_for() == "cpu" and stride == 1 and padding == "SAME" and odd:
         return _convolution.bind(x, kernel, margins=margins)
     return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=NHWC)
 
@@ -147,6 +147,8 @@ batching.primitive_batchers[_convolution] = _batched
 
 def check_sizes(x: jax.Array, patch_size: int, levels: int, field: str) -> None:
     """Raises ValueError unless x (B, H, W, C) divides into patches and halves at each level."""
+    if not levels:
+        raise ValueError(f"config.network.{field} is (); expected a value for each level.")
     divisor = patch_size * 2 ** (levels - 1)
     if any(size % divisor for size in x.shape[1:3]):
         raise ValueError(
@@ -251,8 +253,7 @@ def positional_embedding(t: jax.Array, dim: int = 256, endpoint: bool = False) -
 
 
 # The largest sizes that a network may have: beyond them is a mistake that no machine can hold.
-SIZES = {"width": 2**16, "depth": 2**10, "heads": 2**10, "patch_size": 2**10, "channels": 2**16,
-         "num_blocks": 2**8, "channel_mult": 2**8}  # fmt: skip
+WIDEST, DEEPEST = 2**16, 2**10
 
 
 def _products(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -277,23 +278,16 @@ class Network(nn.Module, kw_only=True):
 
     augment_dim: int = 0  # length of the augmentation vector, 0 for none
     takes_strength: bool = False  # whether the guidance strength is an input
-    dropout: float = 0.0  # rate in each block, used if the condition has dropout keys
-    # Of the computation; parameters, norms, softmax and output are float32.
-    dtype: Any = key(jnp.float32, words=dict.fromkeys(("float32", "bfloat16")))
-    remat: bool = False  # recompute blocks in the backward pass, to save memory
-    remat_policy: str = "nothing"  # name of KEPT: what is not computed again
+    dropout: float = key(0.0, 0.0, 1.0, ")", says="rate in each block, in training")
+    dtype: Any = key(jnp.float32, words=("float32", "bfloat16"), says="of the computation; "
+                     "parameters, norms, softmax and output are float32")  # fmt: skip
+    remat: bool = key(False, says="recompute blocks in the backward pass, to save memory")
+    remat_policy: str = key("nothing", words=KEPT, says="values that are not computed again")
+    where: ClassVar[str] = "config.network"
     optional_inputs: ClassVar[tuple[str, ...]] = ("map_strength", "map_augment")
 
     def __post_init__(self):
-        in_range("network.dropout", self.dropout, 0.0, 1.0, ")")
-        look_up(KEPT, self.remat_policy, "network.remat_policy")
-        for name, most in SIZES.items():
-            value = getattr(self, name, 1)
-            sizes = value if isinstance(value, tuple) else (value,)
-            for size in sizes:
-                in_range(f"network.{name}", size, 1, most)
-            if not sizes:
-                raise ValueError(f"network.{name} is (); expected a value for each level.")
+        check(self)
         super().__post_init__()
 
     def block(self, kind: type[nn.Module], looped: bool = False) -> type[nn.Module]:

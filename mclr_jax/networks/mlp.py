@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mclr_jax.networks.layers import Dropout, Linear, Network, sinusoids
+from mclr_jax.networks.layers import DEEPEST, WIDEST, Dropout, Linear, Network, sinusoids
+from mclr_jax.schema import key
 from mclr_jax.types import Condition
 
 
@@ -43,9 +44,9 @@ class MLP(Network):
 
     out_channels: int = 2
     num_classes: int = 10
-    width: int = 128  # hidden units
-    depth: int = 4  # residual blocks of two linear maps each
-    per_frame: bool = False  # x is a trajectory with one noise level per frame
+    width: int = key(128, 1, WIDEST, says="hidden units")
+    depth: int = key(4, 1, DEEPEST, says="residual blocks of two linear maps each")
+    per_frame: bool = key(False, says="x is a trajectory with one noise level per frame")
 
     @nn.compact
     def __call__(self, x: jax.Array, c_noise: jax.Array, condition: Condition) -> jax.Array:

@@ -14,9 +14,17 @@ from jax.nn.initializers import normal, zeros
 
 from mclr_jax.networks import layers
 from mclr_jax.networks.dit import Block, feed_forward, modulated, self_attention
-from mclr_jax.networks.layers import Dropout, Linear, Network, depth_to_space, space_to_depth
+from mclr_jax.networks.layers import (
+    DEEPEST,
+    WIDEST,
+    Dropout,
+    Linear,
+    Network,
+    depth_to_space,
+    space_to_depth,
+)
 from mclr_jax.networks.mlp import noise_embedding
-from mclr_jax.schema import in_range
+from mclr_jax.schema import key
 from mclr_jax.types import Condition
 
 
@@ -24,11 +32,11 @@ class _TrajectoryNetwork(Network):
     """What both networks share: the embedding of the condition, the stack of blocks, the output."""
 
     num_classes: int = 1
-    width: int = 128
-    depth: int = 4
-    heads: int = 4
-    mlp_ratio: float = 4.0
-    variance: bool = False  # the output has the logarithm of a variance for each value
+    width: int = key(128, 1, WIDEST, says="of a token")
+    depth: int = key(4, 1, DEEPEST, says="number of blocks")
+    heads: int = key(4, 1, DEEPEST, says="of the attention")
+    mlp_ratio: float = key(4.0, 0.0, 64.0, "(", says="hidden units of a block over its width")
+    variance: bool = key(False, says="the output has a log variance for each value")
 
     per_frame = True
 
@@ -54,7 +62,6 @@ class _TrajectoryNetwork(Network):
         return x.astype(jnp.float32)
 
     def _check(self, x: jax.Array, c_noise: jax.Array, axes: int) -> None:
-        in_range("network.window", self.window, 0)
         if x.ndim != axes or c_noise.shape != x.shape[:2]:
             expected = "(B, F, d)" if axes == 3 else "(B, F, H, W, C)"
             raise ValueError(
@@ -77,12 +84,12 @@ class Trajectory(_TrajectoryNetwork):
     """
 
     out_channels: int = 3
-    frames_per_token: int = 4
-    patch: int = 0  # coordinates; 0 for all
-    reach: int = 2  # patches
-    window: int = 4  # tokens
-    causal: bool = False
-    embedding_width: int = 64  # of noise levels and label
+    frames_per_token: int = key(4, 1, DEEPEST, says="that are one token")
+    patch: int = key(0, 0, says="coordinates of a token, on a ring; 0 for all")
+    reach: int = key(2, 0, says="patches on each side that a token sees")
+    window: int = key(4, 0, says="tokens before, and unless causal after, that a token sees")
+    causal: bool = key(False, says="no token sees later ones")
+    embedding_width: int = key(64, 1, WIDEST, says="of noise levels and label")
 
     @nn.compact
     def __call__(self, x: jax.Array, c_noise: jax.Array, condition: Condition) -> jax.Array:
@@ -91,8 +98,6 @@ class Trajectory(_TrajectoryNetwork):
         Raises ValueError on other shapes, and if tokens do not divide frames and coordinates.
         """
         self._check(x, c_noise, axes=3)
-        in_range("network.patch", self.patch, 0)
-        in_range("network.reach", self.reach, 0)
         (batch, frames, _), p = x.shape, self.frames_per_token
         if frames % p:
             raise ValueError(
@@ -168,10 +173,10 @@ class FrameDiT(_TrajectoryNetwork):
     """
 
     out_channels: int = 1
-    patch_size: int = 4
-    reach: int = 0  # patches on each side of its own, on a torus, that a token has as input
-    window: int = 16  # frames
-    causal: bool = True
+    patch_size: int = key(4, 1, DEEPEST, says="sides of a patch, a token")
+    reach: int = key(0, 0, says="patches on each side, on a torus, that a token has as input")
+    window: int = key(16, 0, says="frames before, and unless causal after, that a frame sees")
+    causal: bool = key(True, says="no frame sees later ones")
 
     @nn.compact
     def __call__(self, x: jax.Array, c_noise: jax.Array, condition: Condition) -> jax.Array:
@@ -180,7 +185,6 @@ class FrameDiT(_TrajectoryNetwork):
         Raises ValueError on other shapes, and if patches do not divide the field.
         """
         self._check(x, c_noise, axes=5)
-        in_range("network.reach", self.reach, 0)
         (batch, frames, height, width, _), p = x.shape, self.patch_size
         if height % p or width % p:
             raise ValueError(f"fields are {height}x{width}, not divisible by patch_size {p}")

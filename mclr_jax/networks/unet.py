@@ -16,7 +16,8 @@ import numpy as np
 from jax.nn.initializers import normal, variance_scaling, zeros
 
 from mclr_jax.networks import layers
-from mclr_jax.networks.layers import Linear, Network, positional_embedding
+from mclr_jax.networks.layers import DEEPEST, WIDEST, Linear, Network, positional_embedding
+from mclr_jax.schema import key
 from mclr_jax.types import Condition
 
 ARCHITECTURES = ("ddpmpp", "ncsnpp", "adm")
@@ -97,25 +98,25 @@ class UNet(Network):
     (32, 16, 8), dropout 0.1.
     """
 
-    architecture: str = "ddpmpp"
+    architecture: str = key("ddpmpp", words=ARCHITECTURES, says="kind of blocks and resampling")
     out_channels: int = 3
     num_classes: int = 10  # 0 for a network without classes
-    channels: int = 128  # at full resolution
-    channel_mult: tuple[int, ...] = (2, 2, 2)  # factors of `channels`, by level
-    num_blocks: int = 4  # residual blocks per level of the encoder; the decoder has one more
-    attention_resolutions: tuple[int, ...] = (16,)  # image heights (in patches) with attention
-    # The pixels of a patch become channels of one pixel: patch_size^2 times cheaper; not in EDM.
-    patch_size: int = 1
+    channels: int = key(128, 1, WIDEST, says="at full resolution")
+    channel_mult: tuple[int, ...] = key((2, 2, 2), 1, 2**8, says="factors of channels, by level")
+    num_blocks: int = key(4, 1, 2**8, says="in a level of the encoder; the decoder has one more")
+    attention_resolutions: tuple[int, ...] = key(
+        (16,), 0, says="image heights, in patches, with attention"
+    )
+    patch_size: int = key(1, 1, DEEPEST, says="pixels of a patch become channels of one pixel: "
+                          "patch_size^2 times cheaper; not in EDM")  # fmt: skip
     cpu_device_per_core: ClassVar[bool] = True  # XLA:CPU runs a small convolution on one thread
 
     @nn.compact
     def __call__(self, x: jax.Array, c_noise: jax.Array, condition: Condition) -> jax.Array:
         """x (B, H, W, C), c_noise (B,) -> raw output (B, H, W, out_channels).
 
-        Raises ValueError for unknown architectures, and if the levels do not divide the image.
+        Raises ValueError if the levels do not divide the image.
         """
-        if self.architecture not in ARCHITECTURES:
-            raise ValueError(f"architecture is {self.architecture!r}, expected {ARCHITECTURES}")
         if self.channels % 2:
             raise ValueError(f"network.channels is {self.channels}; expected an even number")
         levels = len(self.channel_mult)

@@ -1,7 +1,7 @@
 """What an objective is, and the terms that several objectives share."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from mclr_jax.noise import normal_like, split
 from mclr_jax.problem import Batch, Loss, Models, Problem
-from mclr_jax.schema import check, pair
+from mclr_jax.schema import check, key
 from mclr_jax.types import Condition, DenoiseFn, expand, with_label
 
 
@@ -40,6 +40,22 @@ class Objective(Protocol):
     def advice(self) -> str:
         """Remedies for a training that diverges."""
         return "Lower config.optimizer.learning_rate, set optimizer.clip_norm, or use float32."
+
+
+def label_dropout(default: float = 0.1) -> Any:
+    """A key: the probability of the null label in place of an example's own."""
+    return key(default, 0.0, 1.0, says="probability of the null label in place of an example's")
+
+
+def sigma_interval(what: str = "contrast only") -> Any:
+    """A key: noise levels (low, high]."""
+    return key((), 0.0, ordered=True, says=f"{what} if low < sigma <= high, in all frames")
+
+
+def negative_share(what: str = "the contrast") -> Any:
+    """A key: the share of rows with a negative term."""
+    says = f"share of examples with {what}, which is scaled so that its mean stays the same"
+    return key(1.0, words=(1.0, 0.5, 0.25), says=says)
 
 
 class Noisy(NamedTuple):
@@ -107,16 +123,6 @@ def contrast_strength(
     label = noisy.condition.label
     there = inside(noisy.sigma, interval) & (label != problem.null_label)
     return jnp.where(there, strength * strength_factor(problem, label), 0.0)
-
-
-def check_words(objective: Objective, words: Mapping[str, tuple]) -> None:
-    """ValueError unless each option has one of its words, and each interval is a range or ()."""
-    for name in ("sigma_interval", "null_interval"):
-        if interval := getattr(objective, name, ()):
-            pair(f"objective.{name}", interval, 0.0)
-    for name, known in words.items():
-        if (value := getattr(objective, name)) not in known:
-            raise ValueError(f"objective.{name} is {value!r}; expected one of {known}.")
 
 
 def rows_with_negatives(share: float, rows: int) -> int:

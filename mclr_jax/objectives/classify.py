@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mclr_jax.metrics import mean
 from mclr_jax.objectives.base import Objective, perturb
 from mclr_jax.problem import Batch, Loss, Models, Problem
+from mclr_jax.reductions import mean
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,9 +5,15 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mclr_jax.metrics import mean
-from mclr_jax.objectives.base import Objective, per_example, perturb, square_error
+from mclr_jax.objectives.base import (
+    Objective,
+    label_dropout,
+    per_example,
+    perturb,
+    square_error,
+)
 from mclr_jax.problem import Batch, Loss, Models, Problem
+from mclr_jax.reductions import mean
 from mclr_jax.schema import key
 from mclr_jax.types import expand
 
@@ -25,8 +31,8 @@ class DSM(Objective):
     2022, arXiv 2203.09168). Power 1 trains the mean by half the square error.
     """
 
-    label_dropout: float = key(0.1, 0.0, 1.0, says="probability of the null label in place of it")
-    variance_power: float = key(0.5, 0.0, 1.0, says="if the network has a variance")
+    label_dropout: float = label_dropout()
+    variance_power: float = key(0.5, 0.0, 1.0, says="see above, if the network has a variance")
 
     def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
         """Loss (B,); `error`, the unweighted mean square error; with a variance `error_ratio`, the

@@ -20,80 +20,62 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mclr_jax.metrics import effective_share, maximum, mean
 from mclr_jax.noise import split
 from mclr_jax.objectives.base import (
     Objective,
     arcsine_law,
-    check_words,
     contrast_strength,
     draw_label,
     draw_strength,
     in_one_call,
+    label_dropout,
     log_prior,
+    negative_share,
     per_example,
     perturb,
     rows_with_negatives,
+    sigma_interval,
     square_error,
 )
 from mclr_jax.problem import Batch, Loss, Models, Problem
-from mclr_jax.schema import in_range
+from mclr_jax.reductions import effective_share, maximum, mean
+from mclr_jax.schema import key
 from mclr_jax.types import with_label
-
-WORDS = {
-    "negatives": ("prior", "mismatched", "posterior"),
-    "weighting": ("none", "cfg"),
-    "bound": ("none", "clip", "logistic"),
-    "target": ("data", "reference"),
-    "negative_share": (1.0, 0.5, 0.25),
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class MCLR(Objective):
     """The MCLR loss of each example; see the formula above.
 
-    Examples with a dropped label or a noise level outside the interval get plain DSM.
-
-    Attributes:
-      beta: strength of the contrast; replaced by config.strength, if that range is set.
-      label_dropout: as in `DSM`.
-      negatives: distribution of c~: "prior", "mismatched" (the prior without c) or "posterior"
-        (p(c~ | x_s) without c; the weight 1 - p(c | x_s) of the contrast accounts for c~ = c).
-      weighting: "none", or "cfg", which weights prior and mismatched negatives to the
-        CFG-equivalent form (for mismatched negatives in closed form at c~ = c).
-      negative_share: share of the examples that have a contrast: 1, 0.5 or 0.25 for every example,
-        every second or every fourth. The contrast is scaled so that its mean stays the same.
-      bound: bounds the plain form. "clip": the negative error is at most clip_ratio times the
-        positive error. "logistic": 2 / a (log(1 + exp(a m)) - log 2), a = logistic_scale, replaces
-        m, which is weight beta (positive error - omega negative error) minus the same of the
-        reference (Diffusion-DPO, arXiv 2311.12908, with a wrong label on the same image). Both have
-        the same gradient if the model equals the reference.
-      reference_penalty: factor of weight(s) (|D - D_ref|^2 at c + |D - D_ref|^2 at c~).
-      target: the target of both errors: "data" (x0) or "reference" (D_ref(x_s, c), an estimate of
-        E[x0 | x_s, c], which has the same optimum with far less variance).
-      sigma_interval: (low, high): contrast only if low < sigma <= high, in all frames.
+    Examples with a dropped label or a noise level outside the interval get plain DSM. The bound
+    "clip" limits the negative error to clip_ratio times the positive error. The bound "logistic"
+    puts 2 / a (log(1 + exp(a m)) - log 2), a = logistic_scale, in place of m, which is weight beta
+    (positive error - omega negative error) minus the same of the reference (Diffusion-DPO, arXiv
+    2311.12908, with a wrong label on the same image). Both have the same gradient if the model
+    equals the reference. The target "reference" is D_ref(x_s, c), an estimate of E[x0 | x_s, c]:
+    the optimum is the same, and the variance far less.
     """
 
-    beta: float = 1.0
-    label_dropout: float = 0.1
-    negatives: str = "posterior"
-    weighting: str = "none"
-    negative_share: float = 1.0
-    bound: str = "none"
-    clip_ratio: float = 2.0
-    logistic_scale: float = 10.0
-    reference_penalty: float = 0.0
-    target: str = "data"
-    sigma_interval: tuple[float, ...] = ()
+    beta: float = key(1.0, 0.0, 1e12, says="strength of the contrast; config.strength replaces it")
+    label_dropout: float = label_dropout()
+    negatives: str = key(
+        "posterior", words=("prior", "mismatched", "posterior"), says="law of the wrong label c~: "
+        "p(c~), p(c~) without c, or p(c~ | x_s) without c with the weight 1 - p(c | x_s)"
+    )  # fmt: skip
+    weighting: str = key("none", words=("none", "cfg"), says="cfg weights negatives that are not "
+                         "from the posterior to the CFG-equivalent form")  # fmt: skip
+    negative_share: float = negative_share()
+    bound: str = key("none", words=("none", "clip", "logistic"), says="bound of the plain form")
+    clip_ratio: float = key(2.0, 0.0, 1e12, says="largest negative error over positive error")
+    logistic_scale: float = key(10.0, 0.0, 1e12, "(", says="a of the logistic bound")
+    reference_penalty: float = key(
+        0.0, 0.0, 1e12, says="factor of weight(s) (|D - D_ref|^2 at c + |D - D_ref|^2 at c~)"
+    )
+    target: str = key("data", words=("data", "reference"), says="target of both errors")
+    sigma_interval: tuple[float, ...] = sigma_interval()
 
     def __post_init__(self):
         super().__post_init__()
-        for name, ends in {"beta": "", "clip_ratio": "", "reference_penalty": "",
-                           "logistic_scale": "("}.items():  # fmt: skip
-            if not isinstance(value := getattr(self, name), jax.Array):  # which may be traced
-                in_range(f"objective.{name}", value, 0.0, 1e12, ends)
-        check_words(self, WORDS)
         if self.negatives == "posterior" and self.weighting == "cfg":
             raise ValueError(
                 "Negatives from the posterior are the CFG-equivalent form already: set "
@@ -103,9 +85,9 @@ class MCLR(Objective):
     @property
     def needs(self) -> frozenset[str]:
         reference = self._held or self.target == "reference"
-        needs = {"class_prior": True, "posterior": self._equivalent, "reference": reference}
-        needs |= {"class_strengths": True}
-        return frozenset(name for name, needed in needs.items() if needed)
+        needs = {"posterior": self._equivalent, "reference": reference}
+        found = {name for name, needed in needs.items() if needed}
+        return frozenset({"class_prior", "class_strengths"} | found)
 
     @property
     def _equivalent(self) -> bool:

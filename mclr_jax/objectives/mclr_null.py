@@ -33,83 +33,67 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from mclr_jax.metrics import Metrics, mean
 from mclr_jax.noise import split
 from mclr_jax.objectives.base import (
     Objective,
     arcsine_law,
     at_labels,
-    check_words,
     contrast_strength,
     draw_label,
     draw_strength,
     in_one_call,
     inside,
+    label_dropout,
     log_prior,
     log_ratio,
+    negative_share,
     per_example,
     perturb,
     rows_with_negatives,
+    sigma_interval,
     square_error,
     strength_factor,
 )
 from mclr_jax.problem import Batch, Loss, Models, Problem
-from mclr_jax.schema import in_range
+from mclr_jax.reductions import Metrics, mean
+from mclr_jax.schema import key
 from mclr_jax.types import expand, with_label
-
-WORDS = {
-    "wrong": ("null", "weak"),
-    "teacher": ("reference", "average"),
-    "target": ("data", "mixed", "reference"),
-    "negative_share": (1.0, 0.5, 0.25),
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class NullMCLR(Objective):
     """The loss of each example; see the formula above. Dropped labels get plain DSM.
 
-    Attributes:
-      beta: gamma of the optimum; times config.class_strengths, or replaced by config.strength.
-      label_dropout: as in `DSM`.
-      wrong: e is the teacher's answer at the "null" label, or that of config.companions.weak at the
-        same label ("weak": autoguidance, arXiv 2406.02507, in one call).
-      null_share: alpha, the probability that the label of e is null and not from the posterior.
-      null_interval: (low, high): alpha is 0 unless low < sigma <= high, in all frames.
-      teacher: the frozen network: "reference" (config.init_from) or "average" (of the weights in
-        training, as `ema` keeps it first).
-      target: "data", "mixed" or "reference", see above.
-      sigma_interval: (low, high): contrast only if low < sigma <= high, in all frames. A network
-        with the strength as an input needs none: the optimum is one for each (x_s, sigma), and
-        sampling gives it strength 0 outside an interval.
-      wrong_label: factor of a second contrast, with a random label c~ != c at any noise level:
-        wrong_label gamma (2 / (a d)) log(1 + exp(a r)), a = wrong_label_scale / gamma, with r the
-        log ratio of model and reference at c~ (`base.log_ratio`, CCA's) and d the dimensions.
-        Where r = 0 it has the gradient of -wrong_label gamma weight |D(x_s, c~) - x|^2, the plain
-        MCLR's negative term. It is bounded: where r goes below -1 / a, the gradient vanishes.
-      negative_share: 1, 0.5 or 0.25: the second contrast is for every example, every second or
-        every fourth, scaled so that its mean stays the same.
+    A network with the strength as an input needs no interval: the optimum is one for each (x_s,
+    sigma), and sampling gives it strength 0 outside an interval. The second contrast has a random
+    label c~ != c at any noise level: wrong_label gamma (2 / (a d)) log(1 + exp(a r)), a =
+    wrong_label_scale / gamma, with r the log ratio of model and reference at c~ (`base.log_ratio`,
+    CCA's) and d the dimensions. Where r = 0 it has the gradient of -wrong_label gamma weight
+    |D(x_s, c~) - x|^2, the plain MCLR's negative term. It is bounded: where r goes below -1 / a,
+    the gradient vanishes.
     """
 
-    beta: float = 1.0
-    label_dropout: float = 0.1
-    wrong: str = "null"
-    null_share: float = 1.0
-    null_interval: tuple[float, ...] = ()
-    teacher: str = "reference"
-    target: str = "mixed"
-    sigma_interval: tuple[float, ...] = ()
-    wrong_label: float = 0.0
-    wrong_label_scale: float = 0.025
-    negative_share: float = 1.0
+    beta: float = key(1.0, 0.0, 1e6, says="gamma of the optimum; times config.class_strengths, or "
+                      "replaced by config.strength")  # fmt: skip
+    label_dropout: float = label_dropout()
+    wrong: str = key("null", words=("null", "weak"), says="e is the teacher's answer at the null "
+                     "label, or that of config.companions.weak at the same label (autoguidance, "
+                     "arXiv 2406.02507, in one call)")  # fmt: skip
+    null_share: float = key(1.0, 0.0, 1.0, says="alpha: probability that the label of e is null "
+                            "and not from the posterior")  # fmt: skip
+    null_interval: tuple[float, ...] = key(
+        (), 0.0, ordered=True, says="alpha is 0 unless low < sigma <= high, in all frames"
+    )
+    teacher: str = key("reference", words=("reference", "average"), says="frozen network: that of "
+                       "config.init_from, or the first average of the weights")  # fmt: skip
+    target: str = key("mixed", words=("data", "mixed", "reference"), says="see the formula")
+    sigma_interval: tuple[float, ...] = sigma_interval()
+    wrong_label: float = key(0.0, 0.0, 1e6, says="factor of the contrast with a random wrong label")
+    wrong_label_scale: float = key(0.025, 0.0, 1e9, "(", says="a gamma of that contrast")
+    negative_share: float = negative_share("that contrast")
 
     def __post_init__(self):
         super().__post_init__()
-        in_range("objective.beta", self.beta, 0.0, 1e6)
-        in_range("objective.null_share", self.null_share, 0.0, 1.0)
-        in_range("objective.wrong_label", self.wrong_label, 0.0, 1e6)
-        in_range("objective.wrong_label_scale", self.wrong_label_scale, 0.0, 1e9, "(")
-        check_words(self, WORDS)
         if self.wrong == "weak" and self._asks_posterior:
             raise ValueError(
                 "objective.null_share and null_interval mix the null label with labels from the "

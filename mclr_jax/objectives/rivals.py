@@ -10,13 +10,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mclr_jax.metrics import Metrics, mean
 from mclr_jax.noise import normal_like, split
 from mclr_jax.objectives.base import (
     Objective,
     at_labels,
     draw_label,
     draw_strength,
+    label_dropout,
     log_prior,
     log_ratio,
     per_example,
@@ -25,7 +25,8 @@ from mclr_jax.objectives.base import (
     strength_factor,
 )
 from mclr_jax.problem import Batch, Loss, Models, Problem
-from mclr_jax.schema import in_range, pair
+from mclr_jax.reductions import Metrics, mean
+from mclr_jax.schema import key
 from mclr_jax.types import Condition, expand, with_label
 
 
@@ -44,17 +45,12 @@ class CCA(Objective):
     `second_positives` c~ is drawn by that law, independently, for dropped labels too.
     """
 
-    beta: float = 0.02  # inverse temperature; a larger beta is a weaker contrast
-    negative_weight: float = 1000.0  # lambda
-    label_dropout: float = 0.1
-    second_positives: bool = False
+    beta: float = key(0.02, 0.0, 1e9, "(", says="inverse temperature; larger: weaker contrast")
+    negative_weight: float = key(1000.0, 0.0, 1e9, says="lambda")
+    label_dropout: float = label_dropout()
+    second_positives: bool = key(False, says="the official code's law of wrong labels")
 
     needs = frozenset({"reference", "class_prior", "class_strengths"})
-
-    def __post_init__(self):
-        super().__post_init__()
-        in_range("objective.beta", self.beta, 0.0, 1e9, "(")
-        in_range("objective.negative_weight", self.negative_weight, 0.0, 1e9)
 
     def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
         """Metrics: `positive_ratio` and `negative_ratio`, r at c and at c~."""
@@ -100,14 +96,10 @@ class DPO(Objective):
     loss has by e(c) where model and reference agree.
     """
 
-    beta: float = 5000.0  # inverse temperature; a larger beta is a weaker contrast
-    label_dropout: float = 0.1
+    beta: float = key(5000.0, 0.0, 1e9, "(", says="inverse temperature; larger: weaker contrast")
+    label_dropout: float = label_dropout()
 
     needs = frozenset({"reference", "class_prior"})
-
-    def __post_init__(self):
-        super().__post_init__()
-        in_range("objective.beta", self.beta, 0.0, 1e9, "(")
 
     def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
         """Metrics: `error`, `negative_error` (unweighted), `accuracy`: share with m below 0."""
@@ -145,16 +137,11 @@ class DDO(Objective):
     (config.data.generated), are in shuffled order.
     """
 
-    beta: float = 0.05  # inverse temperature
-    negative_weight: float = 1.0  # alpha
-    label_dropout: float = 0.0
+    beta: float = key(0.05, 0.0, 1e9, "(", says="inverse temperature")
+    negative_weight: float = key(1.0, 0.0, 1e9, says="alpha")
+    label_dropout: float = label_dropout(0.0)
 
     needs = frozenset({"reference", "generated"})
-
-    def __post_init__(self):
-        super().__post_init__()
-        in_range("objective.beta", self.beta, 0.0, 1e9, "(")
-        in_range("objective.negative_weight", self.negative_weight, 0.0, 1e9)
 
     def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
         """Metrics: `positive_ratio` and `negative_ratio`, r of data and of samples."""
@@ -191,14 +178,10 @@ class ContrastiveFlow(Objective):
     there it is another example of the batch with its noise.
     """
 
-    contrast: float = 0.05  # lambda, in [0, 1); for other values the loss has no minimum
-    label_dropout: float = 0.1
+    contrast: float = key(0.05, 0.0, 1.0, ")", says="lambda; from 1 on the loss has no minimum")
+    label_dropout: float = label_dropout()
 
     needs = frozenset({"other"})
-
-    def __post_init__(self):
-        super().__post_init__()
-        in_range("objective.contrast", self.contrast, 0.0, 1.0, ")")
 
     def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
         """Metrics: `error`, |D - x|^2, and `negative_error`, |v - v~|^2, unweighted."""
@@ -238,14 +221,10 @@ class GFT(Objective):
     input is the strength, of which b is a function.
     """
 
-    beta: float = 1.0  # the strength, if it is no input of the network
-    label_dropout: float = 0.1
+    beta: float = key(1.0, 0.0, 1e6, says="the strength, if it is no input of the network")
+    label_dropout: float = label_dropout()
 
     needs = frozenset({"self", "class_strengths"})
-
-    def __post_init__(self):
-        super().__post_init__()
-        in_range("objective.beta", self.beta, 0.0, 1e6)
 
     def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
         """Metrics: `error` of the combination, unweighted."""
@@ -278,18 +257,14 @@ class ModelGuidance(Objective):
     not one of decay 0.9999.
     """
 
-    scale: float = 0.45  # w, in [0, 1); for other values there is no fixed point
-    # (low, high): targets are guided where low < sigma / sigma_data <= high. The paper's t < 0.75
-    # of flow matching is sigma / sigma_data = t / (1 - t) < 3.
-    relative_interval: tuple[float, float] = (0.0, 3.0)
-    label_dropout: float = 0.1
+    scale: float = key(0.45, 0.0, 1.0, ")", says="w; from 1 on there is no fixed point")
+    # The paper's t < 0.75 of flow matching is sigma / sigma_data = t / (1 - t) < 3.
+    relative_interval: tuple[float, float] = key(
+        (0.0, 3.0), 0.0, ordered=True, says="targets are guided if low < sigma / sigma_data <= high"
+    )
+    label_dropout: float = label_dropout()
 
     needs = frozenset({"average", "class_strengths"})
-
-    def __post_init__(self):
-        super().__post_init__()
-        in_range("objective.scale", self.scale, 0.0, 1.0, ")")
-        pair("objective.relative_interval", self.relative_interval, 0.0)
 
     def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
         """Metrics: `error`, |D - x|^2 unweighted."""

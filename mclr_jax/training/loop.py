@@ -13,7 +13,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from mclr_jax.data.pipeline import stack
-from mclr_jax.metrics import Metrics, over_rows, report
+from mclr_jax.reductions import Metrics, over_rows, report
 from mclr_jax.task import Task
 from mclr_jax.training.devices import Devices
 from mclr_jax.training.log import Writer

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from mclr_jax import target
-from mclr_jax.metrics import Metrics, mean, over_devices, over_rows
+from mclr_jax import backend
+from mclr_jax.reductions import Metrics, mean, over_devices, over_rows
 from mclr_jax.task import Task
 
 BLOCK = 4  # rows that accumulation keeps together, for losses of every second or fourth row
@@ -66,7 +66,7 @@ def _gradients(task: Task, params, frozen, batch, keys) -> tuple[Any, Metrics]:
         return jax.tree.map(jnp.add, total, gradients), metrics
 
     # Inside a loop XLA:CPU computes the gradients of convolutions with slow code.
-    unroll = parts if target.backend() == "cpu" else 1
+    unroll = parts if backend.traced_for() == "cpu" else 1
     zeros, pieces = jax.tree.map(jnp.zeros_like, params), _parts((batch, keys), parts)
     total, metrics = jax.lax.scan(accumulate, zeros, pieces, unroll=unroll)
     return jax.tree.map(lambda x: x / parts, total), over_rows(metrics)

@@ -1,4 +1,4 @@
-"""What programs are traced for: some operations have a form of their own on a CPU or a GPU."""
+"""The backend that programs are traced for: some operations have a form for CPUs or for GPUs."""
 
 import contextlib
 import contextvars
@@ -9,7 +9,7 @@ import jax
 _for_others = contextvars.ContextVar("for_others", default=False)
 
 
-def backend() -> str:
+def traced_for() -> str:
     """Name of JAX's default backend ("cpu", "gpu", "tpu"), or "other" in `programs_for_others`."""
     return "other" if _for_others.get() else jax.default_backend()
 
