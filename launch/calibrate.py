@@ -64,7 +64,7 @@ def main() -> None:
     out = common.output(OUT.value, ".json")
     common.use_cores(run.model.network)
     guided = common.guidance(run.model)
-    classifier, (weights, _) = (judge := runs.load(CLASSIFIER.value)).model, judge.weights()
+    classifier, weights = runs.load_model(CLASSIFIER.value)
     runs.check_companion("classifier", CLASSIFIER.value, classifier, run.model.data)
     apply = functools.partial(classifier.features, sigma=SIGMA.value)
     extractor = Extractor(f"classifier:{CLASSIFIER.value}", jax.device_get(weights), apply)

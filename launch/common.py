@@ -83,10 +83,7 @@ def guidance(model: Model, scale: float = 1.0) -> Guidance:
     found = flags.FLAGS.flag_values_dict()
     interval = numbers(flags.FLAGS["guidance_interval"], float, 2)
     factors = class_strengths(found["class_strengths"], model.null_label)
-    weak = None
-    if path := found["autoguidance"]:
-        run = runs.load(path)
-        weak = run.model, run.weights()[0]
+    weak = runs.load_model(path) if (path := found["autoguidance"]) else None
     return Guidance(scale, factors, tuple(interval) if interval else None, weak)
 
 

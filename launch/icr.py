@@ -44,7 +44,7 @@ def main() -> None:
     layers = list(blocks.sizes(run.model)) if LAYERS.value == ["all"] else LAYERS.value
     layers = blocks.choose(run.model, layers)
     params, step = run.weights(EMA.value, CHECKPOINT.value)
-    data, train = run.config.data, run.source("train")
+    data, train = run.data, run.source("train")
     test = run.source("test") if PROBE.value else None
     with Progress(None, "image") as progress:
         rows = sweep.sweep(

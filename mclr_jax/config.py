@@ -7,8 +7,6 @@ takes the typed value. A name is a key of a table, or `package.module:Name`, whi
 
 import dataclasses
 import functools
-import json
-import operator
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -21,6 +19,7 @@ from mclr_jax.data.protocol import Source
 from mclr_jax.data.protocol import sigma_data as measured_sigma
 from mclr_jax.data.sources import Data
 from mclr_jax.denoiser import fused_snr_weight, natural_weight
+from mclr_jax.files import as_json
 from mclr_jax.model import DataInfo, Model
 from mclr_jax.noise import SIGMA_RANGE, CausalForcing, Forcing, LogNormal, LogUniform, NoiseLevels
 from mclr_jax.objectives.base import Objective
@@ -142,9 +141,7 @@ class Training(Keys):
             return config
         config = config.to_dict() if isinstance(config, ConfigDict) else config
         found = schema.read(cls, config, "config")
-        numbers = operator.methodcaller("item")  # NumPy's as Python's
-        plain = json.loads(json.dumps(schema.filled(cls, config), default=numbers))
-        return dataclasses.replace(found, config=plain)
+        return dataclasses.replace(found, config=as_json(schema.filled(cls, config)))
 
     @functools.cached_property
     def needs(self) -> frozenset[str]:

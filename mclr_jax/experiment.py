@@ -55,10 +55,15 @@ class Experiment:
         return self.training.task(self.data, models)
 
     @functools.cached_property
+    def _weights(self) -> dict[str, tuple[Any, int]]:
+        """The companions' weights, on the devices, and their steps."""
+        read = {name: run.weights() for name, run in self.companions.items()}
+        return {name: (self.devices.put_state(tree), step) for name, (tree, step) in read.items()}
+
+    @property
     def frozen(self) -> dict[str, Any]:
         """The companions' weights, on the devices."""
-        weights = {name: run.default_weights[0] for name, run in self.companions.items()}
-        return {name: self.devices.put_state(tree) for name, tree in weights.items()}
+        return {name: tree for name, (tree, _) in self._weights.items()}
 
     @functools.cached_property
     def extra(self) -> dict[str, Source]:
@@ -106,13 +111,14 @@ class Experiment:
         if not (path := training.init_from):
             return state, None
         base = self.companions.get("reference") or runs.load(path)
-        weights, step = base.default_weights
+        weights, step = self._weights.get("reference") or base.weights()
         steps = base.config.get("num_steps", step)
         log = logging.warning if step < steps else logging.info
         log("Weights from step %d of %d of %s.", step, steps, path)
         params = devices.put_state(runs.fitted(weights, task.model, path))
-        copies = {name: jax.tree.map(jnp.copy, params) for name in state.ema}
-        return state.replace(params=params, ema=copies), {"run": path, "step": step}
+        params, *copies = (jax.tree.map(jnp.copy, params) for _ in range(1 + len(state.ema)))
+        averages = dict(zip(state.ema, copies, strict=True))
+        return state.replace(params=params, ema=averages), {"run": path, "step": step}
 
     def stored_state(self, checkpoints: Checkpoints) -> tuple[TrainState, int] | None:
         """State and step of the newest checkpoint; None: there is no checkpoint."""

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import json
+import operator
 import os
 import pathlib
 import shlex
@@ -63,6 +64,11 @@ def named(what: str) -> Iterator[None]:
     except Exception as error:
         first = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{what} ({first})") from error
+
+
+def as_json(value: Any) -> Any:
+    """The value as JSON holds it: lists for tuples, Python's numbers for NumPy's."""
+    return json.loads(json.dumps(value, default=operator.methodcaller("item")))
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

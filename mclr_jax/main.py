@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 from absl import logging
-from jax.experimental import multihost_utils
 
 from mclr_jax import hooks, record, runs
 from mclr_jax.config import Training
@@ -15,7 +14,7 @@ from mclr_jax.data import pipeline
 from mclr_jax.experiment import Experiment
 from mclr_jax.training import loop
 from mclr_jax.training.checkpoint import Checkpoints
-from mclr_jax.training.devices import banner, is_first, require_accelerator
+from mclr_jax.training.devices import banner, barrier, is_first, require_accelerator
 from mclr_jax.training.lock import locked
 from mclr_jax.training.log import Writer
 from mclr_jax.training.loop import Hook
@@ -73,7 +72,7 @@ def _train(experiment: Experiment, more_hooks: Sequence[Hook]) -> tuple[TrainSta
         else:
             (state, origin), start = experiment.first_state(), 0
         checkpoints.require_space(devices.to_global(state))
-        runs.keep(experiment.companions, workdir)
+        runs.keep(experiment.companions, devices.to_global(experiment.frozen), workdir)
         if is_first():  # all that has been read fits together
             record.write(workdir, experiment.description, changes, start, origin)
         shard = jax.process_index(), jax.process_count()
@@ -106,5 +105,4 @@ def _train(experiment: Experiment, more_hooks: Sequence[Hook]) -> tuple[TrainSta
 def _begin_anew(workdir: pathlib.Path) -> None:
     if is_first():
         record.set_aside(workdir)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("work directory")
+    barrier("work directory")

@@ -365,8 +365,8 @@ def suggestions(
 
     Each is shown when it is found, by its name: its cost, or the ValueError that it raises.
     """
-    given, found = flat(training.config), {}
-    possible = {"grad_accumulation": 4 * training.grad_accumulation}
+    given, found = flat(dict(training.config)), {}
+    possible: dict[str, Any] = {"grad_accumulation": 4 * training.grad_accumulation}
     for key, value in REMEDIES.items():
         section, _, name = key.rpartition(".")
         if given.get(key) != value and (not section or name in fields(training.network.factory)):

@@ -12,7 +12,7 @@ from absl import logging
 from mclr_jax import __version__, parts
 from mclr_jax.config import Training
 from mclr_jax.data.protocol import Source, evenly
-from mclr_jax.files import digest, flat, provenance, write_json
+from mclr_jax.files import as_json, digest, flat, provenance, write_json
 from mclr_jax.model import Model
 from mclr_jax.training.devices import banner
 
@@ -37,11 +37,13 @@ def describe(
 def of_model(model: Model, averages: list[str], sampler: Mapping[str, Any]) -> dict[str, Any]:
     """What sampling needs, which every run has: also one that was not trained here."""
     found = {"model": parts.describe(model), "averages": averages, "sampler": dict(sampler)}
-    return json.loads(json.dumps(found))
+    return as_json(found)
 
 
 def places(config: Mapping[str, Any]) -> dict[str, str]:
     """The files and directories that a config names, by key."""
+    if not config:
+        return {}
     values = {"init_from": config["init_from"], "data.path": config["data"]["path"]}
     values |= {f"companions.{name}": path for name, path in config["companions"].items()}
     for key in ("name", "test", "generated"):
@@ -93,7 +95,7 @@ def write(
     entry = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step, **made_by}
     history = [*old.get("history", []), {**entry, "changes": dict(changed)}]
     origin = {"start": found} if (found := start or old.get("start")) else {}
-    named = places(description["config"]) if "config" in description else {}
+    named = places(description.get("config", {}))
     absolute = {key: os.path.abspath(name) for key, name in named.items()}
     here = os.path.realpath(workdir)
     paths = {
@@ -102,15 +104,17 @@ def write(
     write_json(workdir / "run.json", {**description, **origin, "paths": paths, "history": history})
 
 
-def found(description: Mapping[str, Any], workdir: pathlib.Path) -> dict[str, str]:
-    """The config's files and directories, by key, where they are now."""
-    result, written = {}, flat(description["config"])
-    for key, name in places(description["config"]).items():
+def at_new_places(description: Mapping[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
+    """The config, empty without one, with its files and directories where they are now."""
+    config, written = dict(description.get("config", {})), flat(description.get("config", {}))
+    for key, name in places(config).items():
         absolute, relative = description.get("paths", {}).get(key, [name, name])
         options = [pathlib.Path(absolute), workdir / relative]
         place = str(next((place for place in options if place.exists()), absolute))
-        result[key] = written[key].removesuffix(name) + place
-    return result
+        section, _, last = key.rpartition(".")
+        value = {last: written[key].removesuffix(name) + place}
+        config |= {section: {**config[section], **value}} if section else value
+    return config
 
 
 def has_checkpoints(workdir: pathlib.Path) -> bool:
@@ -129,8 +133,9 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no JSON ({error}); restore it from a copy.") from error
     if not isinstance(description, dict) or "model" not in description:
         raise ValueError(f"{path} was written by an older version; train that run again.")
-    for key in ("config", "model", "companions"):
-        if not isinstance(description.get(key, {}), dict):
+    trained = ("config", "companions") if description.keys() & {"config", "companions"} else ()
+    for key in ("model", *trained):
+        if not isinstance(description.get(key), dict):
             raise ValueError(f"{path} is damaged ({key!r} has no keys); restore it from a copy.")
     return description
 

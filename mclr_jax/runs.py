@@ -2,13 +2,13 @@
 
 `run.json` (`record`) has the model and the sampler, and the config of a training; `checkpoints/`
 the training state, or the weights alone; `snapshots/` averages of earlier steps for post-hoc EMA;
-`frozen/NAME/` the runs that the objective reads, copied, so that no other directory is needed.
+`frozen/NAME/` copies of the runs that the objective reads, so that no other directory is needed.
 """
 
 import dataclasses
-import functools
 import itertools
 import pathlib
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,7 +26,8 @@ from mclr_jax.samplers import Sampler
 from mclr_jax.schema import read
 from mclr_jax.training import ema
 from mclr_jax.training.checkpoint import Checkpoints, check_same
-from mclr_jax.training.devices import placed
+from mclr_jax.training.devices import barrier, is_first, placed
+from mclr_jax.training.ema import EMA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,32 +39,21 @@ class Run:
     sampler: Sampler
     averages: tuple[str, ...] = ()  # names of EMA tracks; the first is the default
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # empty: not trained here
-
-    @functools.cached_property
-    def training(self) -> Training:
-        """What the config says; ValueError: the run was not trained here."""
-        if not self.config:
-            raise ValueError(f"{self.workdir} has weights alone: it was not trained here.")
-        return Training.parse(self.config)
-
-    @property
-    def started_from(self) -> str:
-        """The directory of the run whose weights were the first ones, or empty."""
-        return self.config.get("init_from", "")
+    data: Data = Data(name="")
+    stored: tuple[str, str] = ("checkpoints", "params")  # folder and branch of the raw parameters
 
     def source(self, split: str) -> Source:
-        """The data of training, or the held-out data for split "test"."""
-        data = read(Data, self.config["data"], "config.data")
-        try:
-            return data.source(split, self.config["seed"])
-        except FileNotFoundError as error:
-            origin = f"{self.workdir} was trained on {data.name}"
-            raise FileNotFoundError(f"{error}. {origin}; give its new place by --data.") from error
+        """The data of training, or the held-out data for split "test".
 
-    @functools.cached_property
-    def default_weights(self) -> tuple[Any, int]:
-        """`weights()`, read once."""
-        return self.weights()
+        ValueError: the run does not name its data. FileNotFoundError: they are not there.
+        """
+        if not self.data.name:
+            raise ValueError(f"{self.workdir} names no data; name them by --data.")
+        try:
+            return self.data.source(split, self.config.get("seed", 0))
+        except FileNotFoundError as error:
+            origin = f"{self.workdir} was trained on {self.data.name}"
+            raise FileNotFoundError(f"{error}. {origin}; give its new place by --data.") from error
 
     def weights(
         self, average: str = "", step: int | None = None, interpolation: float = 1.0
@@ -84,31 +74,30 @@ class Run:
             tuned, step = self.weights(average, step)
             start = self._start()
             return jax.tree.map(lambda a, b: a + interpolation * (b - a), start, tuned), step
-        like = _like(self.model)
+        like, (folder, raw) = _like(self.model), self.stored
         average = average or (*self.averages, "none")[0]
         if average not in (*self.averages, "none"):
             return self._reconstruct(like, average, step)
-        branch = {"params": like} if average == "none" else {"ema": {average: like}}
-        with Checkpoints(self.workdir / "checkpoints", keep=None) as checkpoints:
+        branch = {raw: like} if average == "none" else {"ema": {average: like}}
+        with Checkpoints(self.workdir / folder, keep=None) as checkpoints:
             restored = checkpoints.restore(branch, step)
         if restored is None:
             raise FileNotFoundError(f"{self.workdir} has no checkpoint yet.")
         state, step = restored
-        return (state["params"] if average == "none" else state["ema"][average]), step
+        return (state[raw] if average == "none" else state["ema"][average]), step
 
     def _start(self) -> Any:
         """The weights that training started from: the run's copy, or those of config.init_from."""
-        if not self.started_from:
+        if not (path := self.config.get("init_from")):
             raise ValueError(
                 f"{self.workdir} was not started from another run (config.init_from is empty): its "
                 "only interpolation is 1."
             )
-        held = self.workdir / "frozen" / "reference"
         try:
-            start = load(held if (held / "run.json").exists() else self.started_from)
+            start = _held(self.workdir, "reference") or load(path)
             return fitted(start.weights()[0], self.model, str(start.workdir))
         except FileNotFoundError as error:
-            origin = f"{self.workdir} was started from {self.started_from}"
+            origin = f"{self.workdir} was started from {path}"
             raise FileNotFoundError(
                 f"{error} {origin}; give its new place by --init_from."
             ) from error
@@ -152,34 +141,39 @@ def load(workdir: str | pathlib.Path, init_from: str = "", data: str = "") -> Ru
             f"{workdir} is not the directory of a run: no run.json. Pass the --workdir of training."
         )
     try:
-        config = dict(description.get("config", {}))
-        if config:
-            for key, place in record.found(description, workdir).items():
-                section, _, name = key.rpartition(".")
-                config |= {section: {**config[section], name: place}} if section else {name: place}
-            config |= {"init_from": init_from} if init_from else {}
-            if data:
-                moved = read(Data, config["data"], "config.data").moved(data)
-                config["data"] = config["data"] | {"name": moved.name, "path": moved.path}
+        config = record.at_new_places(description, workdir)
+        config |= {"init_from": init_from} if init_from else {}
+        held = read(Data, config["data"], "config.data") if config else Data(name="")
+        if data:
+            held = held.moved(data)
         model = parts.model_of(description["model"])
         hash(model)  # fails for values of other types
-        sampler = read(Sampler, description.get("sampler") or config["sampler"], "sampler")
+        sampler = read(Sampler, description.get("sampler") or config["sampler"], "config.sampler")
         averages = description.get("averages")  # which earlier versions did not write
         if averages is None:
-            averages = read(ema.EMA, config["ema"], "config.ema").tracks
+            averages = read(EMA, config["ema"], "config.ema").tracks
     except (KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{workdir}/run.json is damaged ({reason}); restore it.") from error
     except ValueError as error:
         raise ValueError(f"{workdir}/run.json: {error}") from error
-    return Run(workdir, model, sampler, tuple(averages), config)
+    return Run(workdir, model, sampler, tuple(averages), config, held)
 
 
-def publish(workdir: pathlib.Path, model: Model, params: Any, sampler: Sampler, step: int = 0):
-    """Write weights without a training as a run."""
+def load_model(workdir: str | pathlib.Path, interpolation: float = 1.0) -> tuple[Model, Any]:
+    """(model, parameters) of a run: its last step and its first average, if it has one."""
+    run = load(workdir)
+    return run.model, run.weights(interpolation=interpolation)[0]
+
+
+def publish(
+    workdir: pathlib.Path, model: Model, params: Any, sampler: Sampler, step: int = 0
+) -> None:
+    """Write parameters, on the devices of all processes, as a run without a training."""
     with Checkpoints(workdir / "checkpoints", keep=None) as checkpoints:
         checkpoints.save(step, {"params": params})
-    record.write(workdir, record.of_model(model, [], dataclasses.asdict(sampler)))
+    if is_first():
+        record.write(workdir, record.of_model(model, [], dataclasses.asdict(sampler)))
 
 
 def _like(model: Model) -> Any:
@@ -208,7 +202,7 @@ def fitted(weights: Any, model: Model, source: str) -> Any:
 
 
 def companions(training: Training, data: DataInfo, workdir: pathlib.Path) -> dict[str, Run]:
-    """The runs that the objective reads, by name: the copies in `workdir`, or the originals.
+    """The runs that the objective reads, by name: the copies of a training with checkpoints.
 
     ValueError: a run is not named, of the wrong kind, or for other data.
     """
@@ -216,33 +210,32 @@ def companions(training: Training, data: DataInfo, workdir: pathlib.Path) -> dic
     for name in sorted(unused):
         logging.warning("config.companions.%s is not used: this objective reads %s.",
                         name, ", ".join(training.runs) or "no companion")  # fmt: skip
-    _convert(workdir)
-    found = {}
+    found, resumed = {}, record.has_checkpoints(workdir)
     for name, path in training.runs.items():
-        held = workdir / "frozen" / name
-        found[name] = load(held if (held / "run.json").exists() else path)
+        found[name] = (resumed and _held(workdir, name)) or load(path)
         check_companion(name, path, found[name].model, data)
     return found
 
 
-def keep(companions: Mapping[str, Run], workdir: pathlib.Path) -> None:
-    """Copy the runs into `workdir`, unless they are there."""
+def keep(companions: Mapping[str, Run], weights: Mapping[str, Any], workdir: pathlib.Path) -> None:
+    """Copy runs, whose weights are on the devices of all processes, to `workdir`/frozen."""
+    if companions and not record.has_checkpoints(workdir):
+        if is_first():  # copies of a start that was stopped before its first checkpoint
+            shutil.rmtree(workdir / "frozen", ignore_errors=True)
+        barrier("companions")
     for name, run in companions.items():
-        if not (place := workdir / "frozen" / name / "run.json").exists():
-            publish(place.parent, run.model, run.default_weights[0], run.sampler)
+        if run.workdir != (place := workdir / "frozen" / name):
+            publish(place, run.model, weights[name], run.sampler)
 
 
-def _convert(workdir: pathlib.Path) -> None:
-    """Turn the weights of companions, as version 0.1 kept them in one tree, into runs."""
-    if not (workdir / "frozen" / "0").exists():
-        return
-    description = record.read(workdir)
-    models = {name: parts.model_of(d) for name, d in description["companions"].items()}
-    with Checkpoints(workdir / "frozen", keep=None) as store:
-        restored = store.restore({name: _like(model) for name, model in models.items()})
-    for name, model in models.items():
-        if restored and not (workdir / "frozen" / name / "run.json").exists():
-            publish(workdir / "frozen" / name, model, restored[0][name], Sampler())
+def _held(workdir: pathlib.Path, name: str) -> Run | None:
+    """The copy of a companion in the directory of a training, if there is one."""
+    if ((place := workdir / "frozen" / name) / "run.json").exists():
+        return load(place)
+    described = record.read(workdir).get("companions", {})
+    if name in described and (workdir / "frozen" / "0").exists():  # of version 0.1: one tree of all
+        return Run(workdir, parts.model_of(described[name]), Sampler(), stored=("frozen", name))
+    return None
 
 
 def check_companion(name: str, path: str, model: Model, data: DataInfo) -> None:

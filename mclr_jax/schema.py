@@ -203,10 +203,7 @@ def part(
     def filled_one(given: Mapping) -> dict[str, Any]:
         if not (name := given.get("name", default)):
             return {"name": ""}
-        known = fields(resolve(table, name, "name"))
-        values = {k: _plain_default(k, x.default) for k, x in known.items() if k not in late}
-        values |= {k: as_tuple(x) for k, x in given.items() if k in known}
-        return {"name": name} | {k: x for k, x in values.items() if x is not dataclasses.MISSING}
+        return {"name": name, **Part.read(table, {**given, "name": name}, "config", late).values}
 
     def explain_one(name: str) -> list[str]:
         of: dict[str, list[str]] = {}  # line -> the names that have this option
@@ -316,7 +313,7 @@ def _explained(known: Mapping[str, dataclasses.Field], prefix: str) -> list[str]
         if part := field.metadata.get("section"):
             lines += part.explain(f"{prefix}{name}")
         elif found := field.metadata.get("key"):
-            value = _plain_default(name, field.default)
+            value = np.dtype(field.default).name if name == "dtype" else field.default
             notes = "; ".join(filter(None, (found.says, found.limits().removeprefix("of "))))
             lines.append(f"{prefix}{name}={value!r}: {notes}")
         elif "rest" in field.metadata:
@@ -388,9 +385,9 @@ class Part:
     ) -> "Part":
         """From a section, whose key `name` is looked up by `resolve`.
 
-        Options of another name of the table are dropped if they have their default: they are left
-        from before the name was changed. ValueError: the name is unknown or names no dataclass, or
-        an option is unknown, or has a value of another kind or out of its range.
+        Options that another name of the table has are dropped if all have its defaults: they are
+        left from before the name was changed. ValueError: the name is unknown or names no
+        dataclass, or an option is unknown, or has a value of another kind or out of its range.
         """
         if not (name := given.get("name", "")):
             raise ValueError(f"{where} lacks 'name'; expected one of {', '.join(sorted(table))}.")
@@ -400,25 +397,24 @@ class Part:
                 f"{where}.name is {name!r}, a {type(factory).__name__}; expected a dataclass, "
                 "whose fields are config keys."
             )
-        known, values = fields(factory), {}
-        for key, value in given.items():
-            if key in known and key != "name":
-                values[key] = _value(known[key], value, f"{where}.{key}")
-            elif key != "name" and not _left_over(table, key, as_tuple(value)):
-                raise ValueError(
-                    f"{where}.{key}: {name!r} has no such option. "
-                    f"{nearest(key, known.keys() - set(late))} Each name has its own options: in a "
-                    f"config file, base.options({name!r})."
-                )
+        known, options = fields(factory), {k: x for k, x in given.items() if k != "name"}
+        values = _defaults(factory, late)
+        for key in (key for key in options if key in known):
+            values[key] = _value(known[key], options[key], f"{where}.{key}")
+        more = {key: as_tuple(value) for key, value in options.items() if key not in known}
+        if more and not any(_are_defaults(other, more) for other in table.values()):
+            key = next(iter(more))
+            raise ValueError(
+                f"{where}.{key}: {name!r} has no such option. "
+                f"{nearest(key, known.keys() - set(late))} Each name has its own options: in a "
+                f"config file, base.options({name!r})."
+            )
         return cls(factory, values, where, name)
 
     def make(self, **filled_in: Any) -> Any:
         """The object; of `filled_in`, the values of fields that the config does not give."""
         known = fields(self.factory)
         values = {key: x for key, x in filled_in.items() if key in known} | dict(self.values)
-        if (field := known.get("dtype")) and field.default is not dataclasses.MISSING:
-            # The type's name, as in a config, so that equal objects compare equal.
-            values.setdefault("dtype", np.dtype(field.default).name)
         missing = (dataclasses.MISSING, dataclasses.MISSING)
         for key, field in known.items():
             if key not in values and (field.default, field.default_factory) == missing:
@@ -426,15 +422,16 @@ class Part:
         return self.factory(**values)
 
 
-def _left_over(table: Mapping[str, Any], key: str, value: Any) -> bool:
-    others = (fields(factory).get(key) for factory in table.values())
-    return any(x and _plain_default(key, x.default) == value for x in others)
+def _are_defaults(factory: Any, values: Mapping[str, Any]) -> bool:
+    known = _defaults(factory)
+    return all(key in known and known[key] == value for key, value in values.items())
 
 
-def _plain_default(key: str, default: Any) -> Any:
-    """A default as a config holds it: of a dtype, the name."""
-    is_type = key == "dtype" and default is not dataclasses.MISSING
-    return np.dtype(default).name if is_type else default
+def _defaults(factory: Any, left_out: Collection[str] = ()) -> dict[str, Any]:
+    """The defaults of keys as a config holds them: of a type of numbers, the name."""
+    given = {k: x.default for k, x in fields(factory).items() if k not in left_out}
+    given = {k: x for k, x in given.items() if x is not dataclasses.MISSING}
+    return given | ({"dtype": np.dtype(given["dtype"]).name} if "dtype" in given else {})
 
 
 def options(
@@ -444,15 +441,14 @@ def options(
 
     Raises ValueError on an unknown name or option, or if an option without a default has no value.
     """
-    known = {key: x for key, x in fields(resolve(table, name, "name")).items() if key not in late}
+    factory = resolve(table, name, "name")
+    known = fields(factory).keys() - {*late}
     for key in values:
         if key not in known:
             raise ValueError(f"{name!r} has no option {key!r}. {nearest(key, known)}")
-    found = {key: _plain_default(key, field.default) for key, field in known.items()}
-    found |= values
-    for key, value in found.items():
-        if value is dataclasses.MISSING:
-            raise ValueError(f"Option {key!r} of {name!r} has no default; give it a value.")
+    found = _defaults(factory, late) | values
+    for key in known - found.keys():
+        raise ValueError(f"Option {key!r} of {name!r} has no default; give it a value.")
     return {"name": name, **found}
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import tiny
 
-from mclr_jax import experiment
+from mclr_jax.config import Training
 from mclr_jax.mixture import toy
 from mclr_jax.model import DataInfo, Model
 from mclr_jax.problem import Answers, Models, Problem
@@ -176,13 +176,13 @@ def task(case: str, **changes: Any) -> Task:
     judge = tiny.classifier()
     judge.network.dropout = 0.3
     companions: dict[str, Model] = {
-        "reference": experiment.make_model(base, DATA),
-        "weak": experiment.make_model(base, DATA),
-        "classifier": experiment.make_model(judge, DATA),
+        "reference": Training.parse(base).model(DATA),
+        "weak": Training.parse(base).model(DATA),
+        "classifier": Training.parse(judge).model(DATA),
     }
     made = config(case, **changes)
     data = TRAJECTORIES if "frames_per_token" in made.network else DATA
-    return experiment.make_task(made, data, companions)
+    return Training.parse(made).task(data, companions)
 
 
 def moved(tree: Any, seed: int, size: float = 0.1) -> Any:

@@ -11,7 +11,8 @@ import pytest
 import tiny
 from commands import call
 
-from mclr_jax import experiment, runs
+from mclr_jax import runs
+from mclr_jax.config import Training
 from mclr_jax.data import sources
 from mclr_jax.main import train
 from mclr_jax.networks import dit
@@ -34,7 +35,7 @@ def trained(tmp_path_factory):
 
 
 def model_of(config, source="digits"):
-    return experiment.make_model(config, experiment.data_info(config, sources.load(source)))
+    return Training.parse(config).model(Training.parse(config).data_info(sources.load(source)))
 
 
 def by_hand(model, params, x, sigma):

@@ -16,7 +16,8 @@ import pytest
 import tiny
 from jax.experimental import multihost_utils
 
-from mclr_jax import experiment, generate, main, reductions, runs
+from mclr_jax import generate, main, record, reductions, runs
+from mclr_jax.config import Training
 from mclr_jax.data import pipeline, sources
 from mclr_jax.training import step
 from mclr_jax.training.devices import MODES, Devices, exists, require_accelerator
@@ -94,7 +95,7 @@ def train(parallel, device_count, steps=20):
     """Metrics and final state of 20 steps of digits on the first devices."""
     config = tiny.config("digits")
     source = sources.from_config(config.data, "train", config.seed)
-    task = experiment.make_task(config, experiment.data_info(config, source), {})
+    task = Training.parse(config).task(Training.parse(config).data_info(source), {})
     devices = Devices(parallel, tuple(jax.devices()[:device_count]))
     state = devices.initialise(task.init, functools.partial(step.init_state, task))
     update = devices.compile(step.make_update(task, devices.axis_name))
@@ -232,7 +233,7 @@ def test_one_of_two_is_killed_and_the_same_command_ends_with_the_same_bits(train
     other.join()
     processes, logs = together(tiny.train_together, lambda *place: arguments(*place)[:-1], tmp_path)
     end(processes, logs)
-    assert [entry["step"] for entry in runs.read(tmp_path / "run")["history"]] == [0, 6]
+    assert [entry["step"] for entry in record.read(tmp_path / "run")["history"]] == [0, 6]
     states = [main.train(tiny.config(), path) for path in (trained("fsdp"), tmp_path / "run")]
     chex.assert_trees_all_equal(*map(jax.device_get, states))
 

@@ -5,8 +5,8 @@ import reference
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs.base import base
-from mclr_jax import ema
+from mclr_jax.schema import read
+from mclr_jax.training import ema
 
 REF = reference.load("edm2_heun_trajectory_and_phema")
 
@@ -71,9 +71,8 @@ def test_halflife_halves_and_ramps_up():
 
 
 def test_tracks_are_named_and_widths_checked():
-    config = base().ema
-    config.update({"halflife_steps": 10.0, "power_stds": (0.05, 0.1)})
-    assert list(ema.tracks(config)) == ["halflife", "power_0.05", "power_0.1"]
+    kept = ema.EMA(halflife_steps=10.0, power_stds=(0.05, 0.1))
+    assert list(kept.tracks) == ["halflife", "power_0.05", "power_0.1"]
     with pytest.raises(ValueError, match="expected 0 < std"):
         ema.power(0.3)
     for key, value, message in (
@@ -91,8 +90,5 @@ def test_tracks_are_named_and_widths_checked():
             "config.ema.snapshot_every is -1; expected an integer",
         ),
     ):
-        wrong = base().ema
-        with wrong.ignore_type():
-            wrong[key] = value
         with pytest.raises(ValueError, match=message):
-            ema.tracks(wrong)
+            read(ema.EMA, {key: value}, "config.ema")

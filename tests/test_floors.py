@@ -6,7 +6,7 @@ import pathlib
 import subprocess
 import sys
 
-from mclr_jax.experiment import OBJECTIVES
+from mclr_jax.config import OBJECTIVES
 
 ROOT = pathlib.Path(__file__).parent.parent
 # From the ground up. A file imports from floors below it; files of one folder import each other,

@@ -1,4 +1,4 @@
-import functools
+import dataclasses
 
 import chex
 import jax
@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import tiny
 
-from mclr_jax import experiment, generate, guidance, samplers
+from mclr_jax import generate, guidance, samplers
+from mclr_jax.config import Training
 from mclr_jax.data import sources
+from mclr_jax.generate import Guidance
 from mclr_jax.noise import normal_like, sample_keys
 from mclr_jax.samplers import Sampler
 from mclr_jax.types import Condition
@@ -19,8 +21,8 @@ EULER = Sampler("euler", 4, 0.01, 10.0)
 
 def make(**changes):
     """A model, and parameters that have left their zeros, so that labels and guidance matter."""
-    config = tiny.config("digits", **changes)
-    model = experiment.make_model(config, experiment.data_info(config, sources.load("digits")))
+    training = Training.parse(tiny.config("digits", **changes))
+    model = training.model(training.data_info(sources.load("digits")))
     params, key = jax.jit(model.init)(jax.random.key(0)), jax.random.key(1)
     return model, jax.tree.map(lambda x: x + 0.1 * jax.random.normal(key, x.shape), params)
 
@@ -44,7 +46,7 @@ def weaker():
 def test_samples_are_those_of_the_sampler_called_directly(trained):
     model, params = trained
     labels, grid = np.array([3, 1, 4]), EULER.grid()
-    got = generate.generate(model, params, labels, EULER, seed=5, guidance_scale=2.0)
+    got = generate.generate(model, params, labels, EULER, guided=Guidance(2.0), seed=5)
     denoise = guidance.classifier_free(model.denoise(params), 10, 2.0)
     x = np.float32(grid[0]) * normal_like(sample_keys(5, range(3)), jnp.zeros((3, 8, 8, 1)))
     expected = samplers.sample(denoise, x, jnp.asarray(labels), grid, "euler")
@@ -56,18 +58,18 @@ def test_autoguidance_puts_a_weaker_model_in_the_place_of_the_null_label(trained
     model, params = trained
     weak, weak_params = weaker
     labels, grid = np.array([3, 1, 4]), EULER.grid()
-    options = {"guidance_scale": 1.7, "interval": (0.1, 5.0)}
-    got = generate.generate(model, params, labels, EULER, weak=(weak, weak_params), **options)
+    cfg = Guidance(1.7, interval=(0.1, 5.0))
+    auto = dataclasses.replace(cfg, weak=(weak, weak_params))
+    got = generate.generate(model, params, labels, EULER, guided=auto)
     guided = guidance.autoguidance(
         model.denoise(params), weak.denoise(weak_params), 1.7, (0.1, 5.0)
     )
     x = np.float32(grid[0]) * normal_like(sample_keys(0, range(3)), jnp.zeros((3, 8, 8, 1)))
     expected = samplers.sample(guided, x, jnp.asarray(labels), grid, "euler")
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
-    alone = generate.generate(model, params, labels, EULER, **options)
+    alone = generate.generate(model, params, labels, EULER, guided=cfg)
     assert np.abs(got - alone).max() > 1e-3
-    calls = generate.network_calls(model, EULER, weak=(weak, weak_params), **options)
-    assert calls == 4 + sum(0.1 < level <= 5.0 for level in grid[:-1])
+    assert auto.calls(model, EULER) == 4 + sum(0.1 < level <= 5.0 for level in grid[:-1])
 
 
 @pytest.mark.parametrize("churn", [None, samplers.Churn(5.0)])
@@ -98,8 +100,7 @@ def test_network_calls_are_those_that_the_sampler_makes(trained, method, scale, 
     keys = sample_keys(0, range(2))
     jax.block_until_ready(samplers.sample(guided, x, label, sampler.grid(), method, keys=keys))
     jax.effects_barrier()
-    arguments = {"guidance_scale": scale, "interval": interval}
-    assert generate.network_calls(model, sampler, **arguments) == len(made)
+    assert Guidance(scale, interval=interval).calls(model, sampler) == len(made)
 
 
 def test_guidance_interval_and_grid_share_one_program(trained):
@@ -114,7 +115,7 @@ def test_guidance_interval_and_grid_share_one_program(trained):
     ]:
         generate.generate(
             model, params, labels, Sampler("heun", 5, sigma_min, 20.0),
-            guidance_scale=scale, interval=interval,
+            guided=Guidance(scale, interval=interval),
         )  # fmt: skip
     assert run._cache_size() == before + 1
 
@@ -127,31 +128,32 @@ def test_each_class_has_the_guidance_of_its_own_scale(trained, weaker, told, kin
     weak = weaker if kind == "weak model" else None
     labels, factors = np.array([3, 1, 4, 10]), np.zeros(10)
     factors[[3, 1, 4]] = 0.4, 2.0, 0.0
-    options = {"seed": 5, "weak": weak, "interval": (0.1, 5.0)}
+
+    def draw(scale, class_strengths=None):
+        guided = Guidance(scale, class_strengths, (0.1, 5.0), weak)
+        return generate.generate(model, params, labels, EULER, guided=guided, seed=5)
+
     run = generate.compiled(model, "euler", not as_input, False, weak and weak[0])
-    got = generate.generate(
-        model, params, labels, EULER, guidance_scale=2.5, class_strengths=factors, **options
-    )
+    got = draw(2.5, factors)
     programs = run._cache_size()
     for row, scale in enumerate([1.6, 4.0, 1.0, 2.5]):
         scale += 1e-9 * (scale == 1)  # 1 in float32; exactly 1 would be another program
-        expected = generate.generate(model, params, labels, EULER, guidance_scale=scale, **options)
+        expected = draw(scale)
         np.testing.assert_allclose(got[row], expected[row], rtol=1e-4, atol=1e-4)
         assert scale == 2.5 or np.abs(expected[row] - expected[(row + 1) % 4]).max() > 1e-3
     assert run._cache_size() == programs
-    ones = generate.generate(
-        model, params, labels, EULER, guidance_scale=0.1, class_strengths=[1] * 10, **options
-    )
-    none = generate.generate(model, params, labels, EULER, guidance_scale=0.1, **options)
-    np.testing.assert_array_equal(ones, none)
+    np.testing.assert_array_equal(draw(0.1, [1] * 10), draw(0.1))
 
 
 def test_classes_without_guidance_need_no_second_call(trained):
     model, params = trained
-    calls = functools.partial(generate.network_calls, model, EULER, guidance_scale=2.0)
-    assert calls(class_strengths=[0.0] * 10) == calls(guidance_scale=1.0) == 4
-    assert calls(class_strengths=[0.0] * 9 + [0.1]) == calls() == 8
-    assert calls(class_strengths=[0.0] * 10, weak=(model, params)) == 4
+
+    def calls(scale=2.0, factors=None, weak=None):
+        return Guidance(scale, factors, None, weak).calls(model, EULER)
+
+    assert calls(factors=[0.0] * 10) == calls(1.0) == 4
+    assert calls(factors=[0.0] * 9 + [0.1]) == calls() == 8
+    assert calls(factors=[0.0] * 10, weak=(model, params)) == 4
 
 
 def test_null_labels_are_allowed_and_others_refused(trained):
@@ -165,8 +167,8 @@ NAN, INF = float("nan"), float("inf")
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"guidance_scale": NAN}, "guidance_scale is nan"),
-    ({"guidance_scale": INF}, "guidance_scale is inf"),
+    ({"scale": NAN}, "guidance_scale is nan"),
+    ({"scale": INF}, "guidance_scale is inf"),
     ({"interval": (5.0, 1.0)}, r"interval is \(5.0, 1.0\); expected 0 <= low < high"),
     ({"interval": (NAN, 1.0)}, "interval is"),
     ({"churn": samplers.Churn(NAN)}, "churn.amount is nan"),
@@ -184,14 +186,19 @@ NAN, INF = float("nan"), float("inf")
 def test_values_that_spoil_samples_are_refused(trained, changes, message):
     model, params = trained
     options = {"labels": np.array([3])} | changes
+    ours = {
+        key: options.pop(key) for key in changes.keys() & {"scale", "interval", "class_strengths"}
+    }
     with pytest.raises(ValueError, match=message):
-        generate.generate(model, params, options.pop("labels"), SAMPLER, **options)
+        generate.generate(
+            model, params, options.pop("labels"), SAMPLER, guided=Guidance(**ours), **options
+        )
 
 
 def test_samples_that_are_not_finite_are_an_error(trained):
     model, params = trained
     with pytest.raises(FloatingPointError, match=r"sample 0, .*guidance_scale=1e\+38"):
-        generate.generate(model, params, np.arange(3), SAMPLER, guidance_scale=1e38)
+        generate.generate(model, params, np.arange(3), SAMPLER, guided=Guidance(1e38))
 
 
 def test_progress_counts_samples_and_not_padding(trained):
@@ -211,8 +218,8 @@ def test_a_network_with_strength_takes_the_scale_as_its_input(told):
     x = np.float32(grid[0]) * normal_like(sample_keys(5, range(3)), jnp.zeros((3, 8, 8, 1)))
     run = generate.compiled(model, "euler", False, False, None)
     for scale, interval in [(1.0, None), (2.5, None), (2.5, (0.1, 1.0))]:
-        options = {"guidance_scale": scale, "interval": interval}
-        got = generate.generate(model, params, labels, EULER, seed=5, **options)
+        guided = Guidance(scale, interval=interval)
+        got = generate.generate(model, params, labels, EULER, guided=guided, seed=5)
 
         def denoise(x, sigma, condition, scale=scale, interval=interval):
             low, high = interval or (0.0, np.inf)

@@ -18,7 +18,8 @@ import pytest
 import tiny
 from absl import logging
 
-from mclr_jax import experiment, main, reductions, runs
+from mclr_jax import main, reductions, runs
+from mclr_jax.config import Training
 from mclr_jax.data import sources
 from mclr_jax.training import loop
 from mclr_jax.training.checkpoint import Checkpoints
@@ -56,7 +57,7 @@ def run(workdir, *hooks, stream=None, num_steps=10, log_every=5, steps_per_dispa
     """Result of `loop.run` on one device, and the records that it has written."""
     config = tiny.config()
     source = sources.from_config(config.data, "train", 0)
-    task = experiment.make_task(config, experiment.data_info(config, source), {})
+    task = Training.parse(config).task(Training.parse(config).data_info(source), {})
     task = dataclasses.replace(task, objective=Plain())
     devices = Devices("data", (jax.devices()[0],))
     state = devices.initialise(task.init, functools.partial(init_state, task))

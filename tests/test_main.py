@@ -14,9 +14,10 @@ import pytest
 import tiny
 
 from configs import base as configs_base
-from mclr_jax import experiment, main, reductions, runs
+from mclr_jax import main, record, reductions, runs
+from mclr_jax.config import Training
 from mclr_jax.data import sources
-from mclr_jax.training import loop
+from mclr_jax.training import ema, loop
 from mclr_jax.training.checkpoint import Checkpoints, MismatchError
 from mclr_jax.training.loop import Hook, NonFiniteError
 from mclr_jax.training.step import make_evaluate
@@ -74,8 +75,8 @@ def test_the_held_out_loss_is_that_of_the_average_on_the_test_split(tmp_path):
     main.train(config, tmp_path / "run")
     images, labels = sources.load(config.data.test)[np.arange(16) % 5]
     batch = {"index": np.arange(16), "image": images, "label": labels}
-    source = sources.from_config(config.data, "train", 0)
-    task = experiment.make_task(config, experiment.data_info(config, source), {})
+    training = Training.parse(config)
+    task = training.task(training.data_info(training.data.source("train", 0)), {})
     params, _ = runs.load(tmp_path / "run").weights("halflife")
     found = make_evaluate(task)(params, {}, {name: rows[None] for name, rows in batch.items()})
     expected = reductions.report(jax.device_get(found))
@@ -203,7 +204,7 @@ def test_values_that_spoil_a_run_are_refused_before_it_is_written(tmp_path, key,
         config.update_from_flattened_dict({key: value})
     with pytest.raises(ValueError, match=expected) as error:
         main.train(config, tmp_path / "run")
-    assert key.rpartition(".")[2].partition("[")[0].replace("method", "sampler") in str(error.value)
+    assert key.rpartition(".")[2].partition("[")[0] in str(error.value)
     assert not (tmp_path / "run" / "run.json").exists()
 
 
@@ -212,24 +213,15 @@ def test_values_that_spoil_a_run_are_refused_before_it_is_written(tmp_path, key,
     [("", "num_stpes"), ("icr", "sigmas"), ("profile", "stop"), ("optimizer", "lr"),
      ("ema", "halflife"), ("sampler", "steps")],
 )  # fmt: skip
-def test_keys_that_nothing_reads_are_refused_and_missing_ones_named(tmp_path, section, key):
+def test_keys_that_nothing_reads_are_refused(tmp_path, section, key):
     """A config file that replaces a section can have any keys there."""
     config = tiny.config()
     part = config[section] if section else config
     part[key] = 3
-    with pytest.raises(ValueError, match=rf"no (key|such option).*|{key}: ") as error:
-        main.train(config, tmp_path)
-    assert key in str(error.value)
-    del part[key]
-    if section == "sampler":  # all its keys have defaults
-        return
-    lost = {"": "batch_size", "ema": "ramp_up", "optimizer": "b1"}.get(
-        section, next(iter(part.keys()))
-    )
-    del part[lost]
-    with pytest.raises(ValueError, match=rf"config(\.{section})? lacks '{lost}'"):
-        main.train(config, tmp_path)
-    assert not (tmp_path / "run.json").exists()
+    where = f"config.{section}".rstrip(".")
+    with pytest.raises(ValueError, match=rf"^{where} has no key '{key}'\. (Did|Known)"):
+        main.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_held_out_set_of_other_classes_or_shape_is_refused(tmp_path):
@@ -261,7 +253,7 @@ def test_damaged_checkpoints_stop_each_call_until_a_restart_is_asked_for(tmp_pat
 def test_damaged_companions_are_not_replaced_by_what_their_run_holds_now(base, tmp_path):
     config = mclr(base, **{"objective.target": "reference"})
     main.train(config, tmp_path)
-    shutil.rmtree(tmp_path / "frozen" / "0" / "state")
+    shutil.rmtree(tmp_path / "frozen" / "reference" / "checkpoints" / "0" / "state")
     config.num_steps += 2
     with pytest.raises(RuntimeError, match=r"None of the checkpoints .*frozen"):
         main.train(config, tmp_path)
@@ -296,7 +288,7 @@ def test_a_start_without_checkpoints_leaves_nothing_to_another_config(base, tmp_
     main.train(config, tmp_path / "run")
     assert (tmp_path / "run" / "frozen").exists()
     chex.assert_trees_all_equal(load(tmp_path / "run", interpolation=0.0), (load(other)[0], 12))
-    (entry,) = runs.read(tmp_path / "run")["history"]
+    (entry,) = record.read(tmp_path / "run")["history"]
     assert entry["changes"] == {}
     assert len(list((tmp_path / "run" / "replaced").iterdir())) == 1
 
@@ -319,7 +311,7 @@ def test_a_held_out_metric_that_is_not_finite_stops_the_run(tmp_path):
 
 def test_an_average_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
     decay = lambda step: jnp.where(step < 8, 0.5, jnp.nan)  # noqa: E731
-    monkeypatch.setattr(experiment.ema, "tracks", lambda config: {"mine": decay})
+    monkeypatch.setattr(ema.EMA, "tracks", {"mine": decay})
     config = tiny.config(eval_examples=0)
     with pytest.raises(
         NonFiniteError, match=r"ema/mine/.* is not finite after step 12.* of step 6"
@@ -429,13 +421,9 @@ def test_the_posterior_of_a_classifier_run(base, tmp_path):
     weights = load(classifier)[0]
     shutil.rmtree(classifier)
     main.train(mclr(base, **changes, num_steps=6), tmp_path / "run")  # goes on
-    assert runs.load(tmp_path / "run").companions["classifier"].is_classifier
-    with Checkpoints(tmp_path / "run" / "frozen", None) as store:
-        like = {
-            "classifier": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights)
-        }
-        held, _ = store.restore(like)
-    chex.assert_trees_all_equal(jax.device_get(held["classifier"]), weights)
+    held = runs.load(tmp_path / "run" / "frozen" / "classifier")
+    assert held.model.is_classifier
+    chex.assert_trees_all_equal(jax.device_get(held.weights()[0]), weights)
     with pytest.raises(FileNotFoundError, match="not the directory of a run"):
         main.train(mclr(base, **changes), tmp_path / "other")
     with pytest.raises(MismatchError, match="expected shape"):

@@ -2,31 +2,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from mclr_jax.optimizer import learning_rate, optimizer
-from ml_collections import ConfigDict
 
-from configs.base import base
-
-
-def config(**changes):
-    result = base().optimizer
-    result.update(ConfigDict(changes))
-    return result
+from mclr_jax.schema import read
+from mclr_jax.training.optimizer import Optimizer
 
 
 def test_schedules_match_their_formulas():
-    cosine = learning_rate(config(learning_rate=2.0, schedule="cosine", warmup_steps=10), 100)
+    cosine = Optimizer(learning_rate=2.0, schedule="cosine", warmup_steps=10).rate(100)
     np.testing.assert_allclose(cosine(0), 2.0 / 10, rtol=1e-3)
     np.testing.assert_allclose(cosine(4), 2 * 0.5 * 0.5 * (1 + np.cos(np.pi * 0.04)), rtol=1e-5)
     np.testing.assert_allclose(cosine(50), 1.0, rtol=1e-5)
     np.testing.assert_allclose(cosine(100), 0.0, atol=1e-6)
-    decay = learning_rate(config(learning_rate=1.0, schedule="inverse_sqrt", decay_steps=100), 1000)
+    decay = Optimizer(learning_rate=1.0, schedule="inverse_sqrt", decay_steps=100).rate(1000)
     np.testing.assert_allclose([decay(50), decay(100), decay(400)], [1, 1, 0.5], rtol=1e-6)
-    assert learning_rate(config(learning_rate=0.3), 10)(5) == pytest.approx(0.3)
+    assert Optimizer(learning_rate=0.3).rate(10)(5) == pytest.approx(0.3)
 
 
-def run(config, gradients):
-    transform = optimizer(config, 100)
+def run(optimizer, gradients):
+    transform = optimizer.transformation(100)
     params = jnp.array([1.0, -2.0])
     state = transform.init(params)
     for gradient in gradients:
@@ -37,7 +30,7 @@ def run(config, gradients):
 
 def test_adam_with_decay_and_clipping_matches_its_definition():
     """Loshchilov and Hutter 2019, Algorithm 2, after clipping, written out in NumPy."""
-    settings = config(learning_rate=0.1, weight_decay=0.2, clip_norm=1.0, b1=0.8, b2=0.9)
+    settings = Optimizer(learning_rate=0.1, weight_decay=0.2, clip_norm=1.0, b1=0.8, b2=0.9)
     gradients = [[3.0, 4.0], [0.3, -0.1], [0.0, 2.0]]
     params, m, v = np.array([1.0, -2.0]), 0.0, 0.0
     for t, g in enumerate(gradients, 1):
@@ -48,15 +41,8 @@ def test_adam_with_decay_and_clipping_matches_its_definition():
     np.testing.assert_allclose(run(settings, gradients), params, rtol=1e-5)
 
 
-def test_unknown_and_missing_keys_are_refused():
-    with pytest.raises(ValueError, match=r"config.optimizer has no key 'lr'"):
-        optimizer(config(lr=0.1), 10)
-    settings = config()
-    del settings.b1
-    with pytest.raises(ValueError, match=r"config.optimizer lacks 'b1'"):
-        optimizer(settings, 10)
-
-
-def test_unknown_schedules_are_refused():
-    with pytest.raises(ValueError, match=r"schedule 'linear'. .*Known: constant"):
-        learning_rate(config(schedule="linear"), 10)
+def test_unknown_keys_and_schedules_are_refused():
+    with pytest.raises(ValueError, match=r"config\.optimizer has no key 'lr'"):
+        read(Optimizer, {"lr": 0.1}, "config.optimizer")
+    with pytest.raises(ValueError, match=r"schedule is 'linear'\. .*Known: constant"):
+        Optimizer(schedule="linear")

@@ -16,7 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import digits as digits_config
 from launch import plan as command
-from mclr_jax import experiment, plan
+from mclr_jax import plan
+from mclr_jax.config import Training
 from mclr_jax.model import DataInfo
 from mclr_jax.samplers import Sampler
 from mclr_jax.training.devices import MODES, Devices, placed
@@ -30,7 +31,7 @@ DIGITS = DataInfo((8, 8, 1), 10, 1.0)
 
 
 def digits(**changes):
-    return experiment.make_task(tiny.config("digits", **changes), DIGITS, {})
+    return Training.parse(tiny.config("digits", **changes)).task(DIGITS, {})
 
 
 def test_an_mlp_has_the_closed_form():
@@ -107,7 +108,7 @@ def test_sampling_costs_its_network_calls(monkeypatch):
         assert moved * chip.bandwidth > 7 * memory["arguments"]  # the parameters in each call
     with pytest.raises(ValueError, match="12 samples on 8 devices; expected a multiple"):
         plan.sampling(model, "", sampler, batch_size=12)
-    judge = experiment.make_model(tiny.classifier(), DataInfo((2,), 3, 1.0))
+    judge = Training.parse(tiny.classifier()).model(DataInfo((2,), 3, 1.0))
     with pytest.raises(ValueError, match="is a classifier, which draws no samples"):
         plan.sampling(judge, "", sampler, batch_size=16)
 
@@ -119,7 +120,7 @@ def test_sampling_costs_its_network_calls(monkeypatch):
 def on_the_cpu():
     """The layout -> memory, collectives and number of parameters of a real step on 8 devices."""
     config = tiny.config("mixture", **{"network.width": 64, "network.dropout": 0.0})
-    arguments = plan.shapes(task := experiment.make_task(config, DataInfo((2,), 3, 1.0), {}), 16)
+    arguments = plan.shapes(task := Training.parse(config).task(DataInfo((2,), 3, 1.0), {}), 16)
     parameters = sum(x.size for x in jax.tree.leaves(arguments[0].params))
 
     def found(parallel):
@@ -157,7 +158,7 @@ def test_fsdp_gathers_kernels_and_moves_no_activations(name):
         changes |= {"objective.negative_share": 0.5, "objective.target": "data"}
     config = tiny.config("digits", **changes)
     data = dataclasses.replace(DIGITS, class_prior=(0.1,) * 10)
-    task = experiment.make_task(config, data, {"reference": experiment.make_model(config, data)})
+    task = Training.parse(config).task(data, {"reference": Training.parse(config).model(data)})
     arguments = plan.shapes(task, 64)
     parameters = sum(x.size for x in jax.tree.leaves(arguments[0].params))
     if name == "evaluation":
@@ -257,7 +258,7 @@ def test_bad_topologies_and_a_missing_compiler_are_named(monkeypatch):
 
 def test_what_exceeds_the_memory_of_a_gpu_does_not_fit(monkeypatch):
     """Its compiler only logs an error: the program is compared with the card."""
-    task = experiment.make_task(tiny.config("mixture"), DataInfo((2,), 3, 1.0), {})
+    task = Training.parse(tiny.config("mixture")).task(DataInfo((2,), 3, 1.0), {})
     options = {"batch_size": 8, "steps_per_dispatch": 1, "num_steps": 1, "network_calls": 1}
     fits = []
     for memory in (2**30, 2**10):
@@ -375,7 +376,7 @@ def test_digits_compile_for_chips(topology, parallel, chips):
     assert cost["flops_per_step"] == 64 * (3 * 11_372_544 - 2 * (16 * 4 * 96 + 256 * 96))
     assert 0 < cost["roofline"]["seconds_per_step"] < 1e-3
     if parallel == "data":
-        model, sampler = experiment.make_model(config, DIGITS), Sampler(num_steps=3)
+        model, sampler = Training.parse(config).model(DIGITS), Sampler(num_steps=3)
         drawn = plan.sampling(model, topology, sampler, batch_size=64, guidance_scale=2.0)
         assert drawn["thousand_samples"]["flops"] == 1000 * 10 * 11_372_544
         assert drawn["memory_per_chip_bytes"]["peak"] < 2**28

@@ -12,7 +12,8 @@ import pytest
 import tiny
 from commands import call
 
-from mclr_jax import experiment, runs
+from mclr_jax import record
+from mclr_jax.config import Training
 from mclr_jax.data import sources
 from mclr_jax.evaluation import report
 from mclr_jax.main import train
@@ -130,8 +131,8 @@ def test_runs_of_one_name_are_told_apart_and_empty_ones_say_so():
 def described(config, workdir):
     """The directory of a run that has not begun."""
     source = sources.load("digits")
-    model = experiment.make_model(config, experiment.data_info(config, source))
-    runs.record(workdir, runs.describe(config, model, {}, source), {}, 0)
+    model = Training.parse(config).model(Training.parse(config).data_info(source))
+    record.write(workdir, record.describe(config, model, {}, source), {}, 0)
 
 
 def test_a_damaged_log_is_read_as_far_as_it_goes(tmp_path):

@@ -1,10 +1,7 @@
 import dataclasses
 import json
 import logging
-import multiprocessing
-import os
 import pathlib
-import socket
 
 import chex
 import jax
@@ -13,7 +10,8 @@ import pytest
 import tiny
 
 from configs import base
-from mclr_jax import experiment, runs
+from mclr_jax import parts, record, runs
+from mclr_jax.config import Training
 from mclr_jax.data import sources
 from mclr_jax.objectives.dsm import DSM
 from mclr_jax.samplers import Sampler
@@ -21,18 +19,19 @@ from mclr_jax.training.checkpoint import Checkpoints, MismatchError
 
 
 def source_of(config):
-    return sources.from_config(config.data, "train", config.seed)
+    return Training.parse(config).data.source("train", config.seed)
 
 
 def model_of(config):
-    return experiment.make_model(config, experiment.data_info(config, source_of(config)))
+    training = Training.parse(config)
+    return training.model(training.data_info(source_of(config)))
 
 
-def describe(workdir, companions=(), **changes):
-    config = tiny.config(**changes)
-    model = model_of(config)
-    description = runs.describe(config, model, dict(companions), source_of(config))
-    runs.record(workdir, description, runs.changes(workdir, description), 0)
+def describe(workdir, companions=(), config=None, **changes):
+    config = config or tiny.config(**changes)
+    training, model = Training.parse(config), model_of(config)
+    description = record.describe(training, model, dict(companions), source_of(config))
+    record.write(workdir, description, record.changes(workdir, description), 0)
     return config, model
 
 
@@ -45,9 +44,10 @@ def test_a_run_comes_back_from_its_directory(tmp_path):
     loaded = runs.load(str(tmp_path))
     assert loaded.model == model
     assert hash(loaded.model) == hash(model)  # what is compiled for one serves the other
-    assert loaded.companions == {"classifier": judge}
-    assert loaded.companions["classifier"].is_classifier
-    assert json.dumps(loaded.config.to_dict()) == json.dumps(config.to_dict())
+    assert parts.model_of(record.read(tmp_path)["companions"]["classifier"]) == judge
+    assert loaded.averages == ("halflife",)
+    assert Training.parse(loaded.config) == Training.parse(config)
+    assert json.dumps(loaded.config) == json.dumps(record.read(tmp_path)["config"])
     assert loaded.sampler == Sampler("euler", 3, sigma_min=0.01, sigma_max=20.0)
     json.loads((tmp_path / "run.json").read_text(), parse_constant=pytest.fail)  # no Infinity
 
@@ -120,15 +120,15 @@ def test_a_run_and_its_data_are_found_where_they_were_moved(tmp_path, monkeypatc
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     run = runs.load("../old/tuned")
-    assert run.config.data.name == f"npz:{tmp_path}/old/data.npz"
-    assert run.config.init_from == f"{tmp_path}/old/base"
-    assert run.config.data.generated == f"zip:{tmp_path}/g.zip"  # nowhere
+    assert run.data.name == f"npz:{tmp_path}/old/data.npz"
+    assert run.config["init_from"] == f"{tmp_path}/old/base"
+    assert run.data.generated == f"zip:{tmp_path}/g.zip"  # nowhere
     np.testing.assert_array_equal(run.source("train")[np.arange(64)][0], points)
 
     (tmp_path / "old").rename(tmp_path / "new")
     run = runs.load(tmp_path / "new" / "tuned")
     np.testing.assert_array_equal(run.source("train")[np.arange(64)][0], points)
-    assert runs.load(run.config.init_from).model == run.model
+    assert runs.load(run.config["init_from"]).model == run.model
 
     (tmp_path / "new" / "tuned").rename(tmp_path / "elsewhere" / "tuned")
     run = runs.load("tuned")
@@ -143,7 +143,7 @@ def test_a_run_and_its_data_are_found_where_they_were_moved(tmp_path, monkeypatc
     with pytest.raises(FileNotFoundError, match="new/base has no checkpoint yet"):
         moved.weights("none", interpolation=0.0)
     assert runs.load("tuned", data="mixture").source("test").shape == (2,)
-    assert runs.load("tuned", data="folder").config.data.path == "folder"
+    assert runs.load("tuned", data="folder").data.path == "folder"
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"config": ', "[3]"])
@@ -177,87 +177,14 @@ def test_a_description_with_values_of_other_types_is_named(tmp_path, keys, value
         runs.load(tmp_path)
 
 
-# ---- one trainer ---------------------------------------------------------------------------------
-
-
-def hold(workdir, held, done):
-    with runs.locked(pathlib.Path(workdir)):
-        held.set()
-        done.wait(60)
-
-
-def test_a_second_trainer_is_refused_and_a_dead_ones_lock_is_taken_over(tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    held, done = context.Event(), context.Event()
-    process = context.Process(target=hold, args=(str(tmp_path), held, done))
-    process.start()
-    assert held.wait(60)
-    where = f"Process {process.pid} on {socket.gethostname()} has trained in .* since"
-    with pytest.raises(RuntimeError, match=where), runs.locked(tmp_path):
-        pass
-    process.kill()
-    process.join()
-    assert (tmp_path / "lock").exists()
-    with runs.locked(tmp_path), pytest.raises(RuntimeError, match=f"Process {os.getpid()} "):
-        with runs.locked(tmp_path):
-            pass
-    assert not any(tmp_path.iterdir())
-
-
-def test_a_lock_of_another_host_is_respected(tmp_path):
-    holder = {"host": "elsewhere", "pid": 1, "since": "today", "born": "7"}
-    (tmp_path / "lock").write_text(json.dumps(holder))
-    with pytest.raises(RuntimeError, match=r"on elsewhere .*delete .*lock"), runs.locked(tmp_path):
-        pass
-    assert json.loads((tmp_path / "lock").read_text()) == holder
-
-
-def test_a_lock_of_another_host_is_taken_over_without_signs_of_life(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "BEAT", 0.02)
-    monkeypatch.setattr(runs, "SILENCE", 0.3)
-    monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
-    with runs.locked(tmp_path):
-        held = (tmp_path / "lock").read_text()
-        monkeypatch.setattr(socket, "gethostname", lambda: "here")
-        with pytest.raises(RuntimeError, match="on elsewhere"), runs.locked(tmp_path):
-            pass
-    (tmp_path / "lock").write_text(held)  # as if that host had lost its power
-    with runs.locked(tmp_path):
-        assert json.loads((tmp_path / "lock").read_text())["host"] == "here"
-    assert not any(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("content", ["", "{", "[3]", "{}"])
-def test_a_lock_that_nobody_can_read_is_respected(tmp_path, content):
-    (tmp_path / "lock").write_text(content)
-    with pytest.raises(RuntimeError, match=r"unknown .*delete .*lock"), runs.locked(tmp_path):
-        pass
-    assert (tmp_path / "lock").read_text() == content
-
-
-def test_a_lock_needs_no_hard_links(tmp_path, monkeypatch):
-    def no_links(*_):
-        raise OSError("Operation not supported")
-
-    monkeypatch.setattr(os, "link", no_links)
-    with runs.locked(tmp_path), pytest.raises(RuntimeError, match=f"Process {os.getpid()} "):
-        with runs.locked(tmp_path):
-            pass
-    assert not any(tmp_path.iterdir())
-
-
-def test_a_number_that_another_process_has_got_is_no_holder(tmp_path):
-    holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": "then", "born": "7"}
-    (tmp_path / "lock").write_text(json.dumps(holder))
-    with runs.locked(tmp_path):
-        assert json.loads((tmp_path / "lock").read_text())["born"] != "7"
+# ---- what is missing ---------------------------------------------------------------------------
 
 
 def test_a_run_is_set_aside_whole(tmp_path):
     _, model = describe(tmp_path)
     with_weights(tmp_path, {"params": model.init(jax.random.key(0))})
     (tmp_path / "samples").mkdir()
-    runs.set_aside(tmp_path)
+    record.set_aside(tmp_path)
     (moved,) = (tmp_path / "replaced").iterdir()
     assert {path.name for path in moved.iterdir()} == {"run.json", "checkpoints"}
     assert {path.name for path in tmp_path.iterdir()} == {"replaced", "samples"}
@@ -377,10 +304,13 @@ def test_other_differences_are_refused(before, after, message):
 def others(tmp_path):
     """Directories of a denoiser and of a classifier for the mixture, without weights."""
     describe(tmp_path / "denoiser")
-    config = tiny.classifier()
-    description = runs.describe(config, model_of(config), {}, source_of(config))
-    runs.record(tmp_path / "classifier", description, {}, 0)
+    describe(tmp_path / "classifier", config=tiny.classifier())
     return tmp_path
+
+
+def companions_of(config, workdir, data=None):
+    training = Training.parse(config)
+    return runs.companions(training, data or model_of(config).data, workdir)
 
 
 def mclr(**changes):
@@ -394,16 +324,15 @@ def mclr(**changes):
 def test_companions_are_the_runs_that_the_objective_and_its_posterior_read(others):
     paths = {"reference": str(others / "denoiser"), "classifier": str(others / "classifier")}
     config = mclr(**{"init_from": paths["reference"], "companions.classifier": paths["classifier"]})
-    data = model_of(config).data
-    assert runs.companion_paths(config) == paths
-    found = runs.companions(config, data, others / "new")
-    assert found == {name: runs.load(path).model for name, path in paths.items()}
-    assert runs.companion_paths(tiny.config(init_from=paths["reference"])) == {}
+    assert Training.parse(config).runs == paths
+    found = companions_of(config, others / "new")
+    assert found == {name: runs.load(path) for name, path in paths.items()}
+    assert Training.parse(tiny.config(init_from=paths["reference"])).runs == {}
 
 
 def test_a_companion_that_nothing_reads_is_told(others, caplog):
     config = tiny.config(**{"companions.weak": str(others / "denoiser")})
-    assert runs.companions(config, model_of(config).data, others / "new") == {}
+    assert companions_of(config, others / "new") == {}
     assert "config.companions.weak is not used: this objective reads no companion." in caplog.text
 
 
@@ -412,10 +341,9 @@ def test_numbers_of_numpy_are_described_as_those_of_python():
     config.noise.std = np.float64(1.5)
     with config.ignore_type():
         config.num_steps, config.network.width = np.int64(7), np.int64(16)
-    source = sources.load("mixture")
-    found = runs.describe(config, model_of(config), {}, source)
+    found = record.describe(Training.parse(config), model_of(config), {}, source_of(config))
     assert (found["config"]["num_steps"], found["model"]["network"]["width"]) == (7, 16)
-    assert experiment.model_of(found["model"]) == model_of(tiny.config())
+    assert parts.model_of(found["model"]) == model_of(tiny.config())
 
 
 def test_what_is_wrong_with_companions_is_said(others):
@@ -423,7 +351,7 @@ def test_what_is_wrong_with_companions_is_said(others):
     denoiser, classifier = str(others / "denoiser"), str(others / "classifier")
 
     def companions(data=data, **changes):
-        return runs.companions(mclr(**changes), data, others / "new")
+        return companions_of(mclr(**changes), others / "new", data)
 
     with pytest.raises(ValueError, match=r"needs a classifier: set config\.companions\.classifier"):
         companions(init_from=denoiser)
@@ -435,7 +363,8 @@ def test_what_is_wrong_with_companions_is_said(others):
         companions(**{"init_from": classifier, "companions.classifier": classifier})
     images = model_of(tiny.config("digits")).data
     with pytest.raises(
-        ValueError, match=r"\(\(8, 8, 1\), 10\), those of .*; it is a classifier of \(\(2,\), 3"
+        ValueError,
+        match=r"\(\(8, 8, 1\), 10\), those of config\.data; it is a classifier of \(\(2,\), 3",
     ):
         companions(images, **{"init_from": denoiser, "companions.classifier": classifier})
     with pytest.raises(FileNotFoundError, match="not the directory of a run"):
@@ -452,21 +381,61 @@ class Taught(DSM):
 def test_an_objective_of_ones_own_names_its_companions(others, tmp_path):
     config = tiny.config()
     config.objective = base.options(f"{__name__}:Taught")
-    data = model_of(config).data
     with pytest.raises(
         ValueError, match=r"companion run 'teacher': set config\.companions\.teacher"
     ):
-        runs.companions(config, data, tmp_path / "new")
+        companions_of(config, tmp_path / "new")
     config.companions.teacher = str(others / "denoiser")
-    found = runs.companions(config, data, tmp_path / "new")
-    assert found == {"teacher": runs.load(others / "denoiser").model}
+    found = companions_of(config, tmp_path / "new")
+    assert found == {"teacher": runs.load(others / "denoiser")}
 
 
-def test_a_run_that_holds_its_companions_needs_their_directories_no_more(others, tmp_path):
+@pytest.mark.parametrize("old", [False, True])
+def test_a_run_that_holds_its_companions_needs_their_directories_no_more(others, tmp_path, old):
+    """In frozen/NAME or, as version 0.1 kept them, in one tree of all."""
     config = mclr(**{"init_from": "gone", "companions.classifier": "gone too"})
-    model, judge = model_of(tiny.config()), model_of(tiny.classifier())
-    held = {"reference": model, "classifier": judge}
-    runs.record(tmp_path / "run", runs.describe(config, model, held, source_of(config)), {}, 0)
-    (tmp_path / "run" / "checkpoints" / "3").mkdir(parents=True)
-    found = runs.companions(config, model.data, tmp_path / "run")
-    assert found == {"reference": model, "classifier": judge}
+    held = {"reference": model_of(tiny.config()), "classifier": model_of(tiny.classifier())}
+    trees = {name: model.init(jax.random.key(4)) for name, model in held.items()}
+    workdir = tmp_path / "run"
+    describe(workdir, held, config)
+    if old:
+        with Checkpoints(workdir / "frozen", keep=None) as store:
+            store.save(0, trees)
+    else:
+        for name, model in held.items():
+            runs.publish(workdir / "frozen" / name, model, trees[name], Sampler())
+    with pytest.raises(FileNotFoundError, match="gone"):  # without checkpoints these are no copies
+        companions_of(config, workdir)
+    (workdir / "checkpoints" / "3").mkdir(parents=True)
+    found = companions_of(config, workdir)
+    assert {name: run.model for name, run in found.items()} == held
+    for name, run in found.items():
+        chex.assert_trees_all_equal(run.weights()[0], trees[name])
+    runs.keep(found, {name: run.weights()[0] for name, run in found.items()}, workdir)
+    for name, model in held.items():
+        again = runs.load(workdir / "frozen" / name)
+        assert again.model == model
+        chex.assert_trees_all_equal(again.weights()[0], trees[name])
+
+
+# ---- runs without a training ---------------------------------------------------------------------
+
+
+def test_weights_without_a_training_are_a_run(tmp_path):
+    model = model_of(tiny.config())
+    params = model.init(jax.random.key(0))
+    runs.publish(tmp_path, model, params, Sampler("euler", 7), step=5)
+    run = runs.load(tmp_path)
+    assert (run.model, run.sampler, run.averages) == (model, Sampler("euler", 7), ())
+    assert "config" not in record.read(tmp_path)
+    found, step = run.weights()
+    assert step == 5
+    chex.assert_trees_all_equal(found, params)
+    with pytest.raises(ValueError, match=r"names no data; name them by --data"):
+        run.source("train")
+    assert runs.load(tmp_path, data="mixture").source("train").shape == (2,)
+    with pytest.raises(ValueError, match="not started from another run"):
+        run.weights(interpolation=0.5)
+    describe(tmp_path / "tuned", init_from=str(tmp_path))
+    with_weights(tmp_path / "tuned", {"params": params, "ema": {"halflife": params}})
+    chex.assert_trees_all_equal(runs.load_model(tmp_path / "tuned", 0.0)[1], params)

@@ -9,7 +9,8 @@ import optax
 import pytest
 import tiny
 
-from mclr_jax import experiment, plan, reductions
+from mclr_jax import plan, reductions
+from mclr_jax.config import OBJECTIVES, Training
 from mclr_jax.data import pipeline, sources
 from mclr_jax.training import step
 
@@ -17,7 +18,7 @@ from mclr_jax.training import step
 def setup(**changes):
     config = tiny.config(**changes)
     source = sources.from_config(config.data, "train", config.seed)
-    task = experiment.make_task(config, experiment.data_info(config, source), {})
+    task = Training.parse(config).task(Training.parse(config).data_info(source), {})
     return task, source, step.init_state(task)
 
 
@@ -72,7 +73,7 @@ def captured(program):
     return found if inner is program else found + captured(inner)
 
 
-@pytest.mark.parametrize("name", experiment.OBJECTIVES)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_step_captures_no_array_of_a_device(name):
     """JAX would read it back to compile the step, which the loop does not allow on a GPU."""
     task = sections.TINY_MLP.task(name)

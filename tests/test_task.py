@@ -15,7 +15,8 @@ import optax
 import pytest
 import tiny
 
-from mclr_jax import experiment, posterior, reductions
+from mclr_jax import posterior, reductions
+from mclr_jax.config import OBJECTIVES, Training
 from mclr_jax.data.augment import augment
 from mclr_jax.data.pixels import random_flip
 from mclr_jax.denoiser import EDM, Scales, denoiser
@@ -36,7 +37,7 @@ from mclr_jax.types import Condition
 def test_the_loss_is_the_objective_on_scaled_data(flip):
     """An untrained EDM network gives 0, so that the loss is that of c_skip x."""
     data = DataInfo((8, 8, 1), 10, 0.5)
-    task = experiment.make_task(tiny.config("digits", **{"data.flip": flip}), data, {})
+    task = Training.parse(tiny.config("digits", **{"data.flip": flip})).task(data, {})
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1), np.uint8)
     batch = {"image": images, "label": jnp.arange(4)}
     keys = jax.random.split(jax.random.key(0), 4)
@@ -100,9 +101,7 @@ def test_the_cases_have_every_pair_of_mclrs_options():
     for i, j in itertools.combinations(range(8), 2):
         wanted = set(itertools.product(values[i], values[j])) - {("posterior", "cfg")}
         assert {(row[i], row[j]) for row in cases.MCLR} == wanted
-    assert {changes["objective.name"] for changes in cases.CASES.values()} == set(
-        experiment.OBJECTIVES
-    )
+    assert {changes["objective.name"] for changes in cases.CASES.values()} == set(OBJECTIVES)
 
 
 # ---- what the models are shown -------------------------------------------------------------------

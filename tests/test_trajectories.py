@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import tiny
 
-from mclr_jax import experiment
 from mclr_jax.assimilation import trajectories
 from mclr_jax.assimilation.dynamics import Lorenz63, Lorenz96
 from mclr_jax.assimilation.trajectories import Trajectories
+from mclr_jax.config import Training
 from mclr_jax.data import sources
 
 NAME = "mclr_jax.assimilation.trajectories:Trajectories"
@@ -68,7 +68,7 @@ def test_a_config_names_it_and_the_run_gets_its_units(tmp_path):
         config.data[key] = value
     source = sources.from_config(config.data, "train", 0)
     assert len(source) == 50
-    data = experiment.data_info(config, source)
+    data = Training.parse(config).data_info(source)
     system = Lorenz63()
     assert (data.shape, data.num_classes) == ((5, 3), 1)
     assert (data.offset, data.scale, data.time_step) == (system.offset, system.scale, 0.025)

@@ -10,15 +10,16 @@ import jax
 from ml_collections import ConfigDict
 
 from configs import base
-from mclr_jax import experiment, main
+from mclr_jax import main, parts
+from mclr_jax.config import NOISE_LEVELS, OBJECTIVES, POSTERIORS
 from mclr_jax.training.loop import Hook
 
 SECTIONS = {
-    "network": experiment.NETWORKS,
-    "objective": experiment.OBJECTIVES,
-    "posterior": experiment.POSTERIORS,
-    "preconditioning": experiment.PRECONDITIONINGS,
-    "noise": experiment.NOISE_LEVELS,
+    "network": parts.NETWORKS,
+    "objective": OBJECTIVES,
+    "posterior": POSTERIORS,
+    "preconditioning": parts.PRECONDITIONINGS,
+    "noise": NOISE_LEVELS,
 }
 SMALL = {
     "num_steps": 12,

@@ -82,7 +82,7 @@ def load(name: str) -> Extractor:
 
 def _classifier(workdir: str) -> tuple[Any, Apply]:
     """The features are the last hidden layer."""
-    model, (params, _) = (run := runs.load(workdir)).model, run.weights()
+    model, params = runs.load_model(workdir)
     if not model.is_classifier:
         kind = type(model.network).__name__
         raise ValueError(f"{workdir} is a run of {kind}, which is no classifier; expected one.")

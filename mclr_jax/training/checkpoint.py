@@ -14,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from jax.experimental import multihost_utils
 
 from mclr_jax.files import read_lines, write_atomically
-from mclr_jax.training.devices import is_first
+from mclr_jax.training.devices import barrier, is_first
 
 OVERHEAD = 2**20  # bytes of a checkpoint beside its arrays, at most
 # Devices with the same array save a part of it each only if parts have so many bytes: to cut small
@@ -196,8 +195,7 @@ class Checkpoints:
             while target.exists():
                 target = target.with_name(target.name + "_")
             (self.directory / str(step)).rename(target)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("checkpoint set aside")
+        barrier("checkpoint set aside")
         self._manager.reload()
 
 

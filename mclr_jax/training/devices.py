@@ -87,8 +87,12 @@ class Devices:
 
     def put_state(self, state: Any) -> Any:
         """A tree of host or device arrays, placed by `state_shardings`."""
-        host = jax.tree.map(np.asarray, state)
-        return jax.device_put(host, self.state_shardings(host))
+
+        def put(x, sharding):
+            there = getattr(x, "sharding", None) == sharding
+            return x if there else jax.device_put(np.asarray(x), sharding)
+
+        return jax.tree.map(put, state, self.state_shardings(state))
 
     def put_batches(self, batches: Any) -> Any:
         """Host arrays (K, rows of this process, ...) -> device arrays, rows spread over devices."""
@@ -210,6 +214,12 @@ def check_memory(what: str, numbers: int, remedy: str) -> None:
             f"{what} need {4 * numbers / 1e9:.3g} GB; this machine has {memory / 1e9:.3g} GB. "
             f"{remedy}"
         )
+
+
+def barrier(name: str) -> None:
+    """Return when all processes have come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
 
 
 def is_first() -> bool:

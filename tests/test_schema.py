@@ -1,21 +1,27 @@
 import dataclasses
 import math
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
 from mclr_jax.schema import (
-    check_keys,
-    construct,
+    Keys,
+    Part,
+    explain,
+    filled,
     in_range,
+    key,
     look_up,
-    make,
     nearest,
     of_kind,
     pair,
+    part,
+    read,
     resolve,
+    section,
+    texts,
 )
 
 
@@ -161,41 +167,137 @@ def test_a_pair_is_two_rising_numbers(value):
     pair("x", (1.0, math.inf), 0.0)
 
 
-def test_keys_are_all_known_and_all_there():
-    check_keys("config.a", ["one", "two"], {"two", "one"})
-    with pytest.raises(ValueError, match=r"^config\.a has no key 'tow'\. Did you mean 'two'\?"):
-        check_keys("config.a", ["one", "tow"], ["one", "two"])
-    with pytest.raises(ValueError, match=r"^config\.a lacks 'two'; expected the keys"):
-        check_keys("config.a", ["one"], ["one", "two"])
+@dataclasses.dataclass(frozen=True)
+class Inner(Keys):
+    method: str = key("heun", words=("euler", "heun"), says="of sampling")
+    ends: tuple[float, ...] = key((), 0.0, ordered=True, says="low and high")
+
+    where: ClassVar[str] = "config.inner"
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class Thing:
+    size: int = key(3, 1, 9, says="of the thing")
+    late: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Other:
+    size: int = key(5, 1, 9, says="of the other")
+    rate: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Needy:
     size: int
     rate: float = 0.5
-    ends: tuple[float, ...] = ()
+
+
+TABLE = {"thing": Thing, "other": Other, "needy": Needy}
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole(Keys):
+    count: int = key(1, 0, says="of all")
+    shares: tuple[float, ...] = key((0.5,), 0.0, 1.0, "()", says="of each")
+    flag: bool = key(False, says="whether")
+    inner: Inner = section(Inner)
+    made: Any = part(TABLE, "thing", says="made at once")
+    later: Part = part({"thing": Thing}, "thing", ("late",), says="made when late is known")
+    maybe: Any = part(TABLE, "", optional=True, says="none without a name")
+    paths: dict = texts({"one": ""}, says="a path")
+
+    where: ClassVar[str] = "config"
+
+
+def test_a_config_is_read_with_defaults_for_absent_keys():
+    given = {"count": np.int64(4), "shares": [0.25], "inner": {"ends": [1, 2]},
+             "made": {"name": "other", "rate": 1}, "paths": {"two": "x"}}  # fmt: skip
+    whole = read(Whole, given, "config")
+    assert (whole.count, whole.shares, whole.flag) == (4, (0.25,), False)
+    assert whole.inner == Inner("heun", (1, 2))
+    assert whole.made == Other(5, 1)
+    assert whole.later.make(late=7) == Thing(3, 7)
+    assert whole.maybe is None
+    assert whole.paths == {"two": "x"}
+    every = filled(Whole, given)
+    assert every == {
+        "count": 4, "shares": (0.25,), "flag": False, "inner": {"method": "heun", "ends": (1, 2)},
+        "made": {"name": "other", "size": 5, "rate": 1}, "later": {"name": "thing", "size": 3},
+        "maybe": {"name": ""}, "paths": {"one": "", "two": "x"},
+    }  # fmt: skip
+    assert filled(Whole, every) == every
+    again = read(Whole, every, "config")
+    assert (again.made, again.inner) == (whole.made, whole.inner)
+
+
+def test_every_key_is_explained_with_default_range_and_meaning():
+    assert explain(Whole)[:5] == [
+        "count=1: of all; at least 0",
+        "shares=(0.5,): of each; above 0 and below 1",
+        "flag=False: whether",
+        "inner.method='heun': of sampling; one of euler, heun",
+        "inner.ends=(): low and high; rising pair of at least 0",
+    ]
+    assert "made.size=3: of the thing; at least 1 and at most 9 [thing]" in explain(Whole)
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("given", "message"),
     [
-        ({"size": 3}, r"^config\.part lacks 'name'; expected one of part\."),
-        ({"name": "part"}, r"^config\.part lacks 'size', which 'part' needs\."),
-        ({"name": "part", "size": 2.0}, r"^config\.part\.size is 2\.0; expected an integer"),
-        ({"name": "part", "size": 2, "rate": "x"}, r"^config\.part\.rate is 'x'; expected a num"),
-        ({"name": "part", "size": 2, "rtae": 1}, r"^config\.part\.rtae: 'part' has no such option"),
-        ({"name": ["part"], "size": 2}, r"^Unknown part \['part'\]"),
-        ({"name": 3, "size": 2}, r"^Unknown part 3"),
+        ({"cuont": 1}, "config has no key 'cuont'. Did you mean 'count'? Known: "),
+        ({"count": -1}, "config.count is -1; expected an integer of at least 0"),
+        ({"count": "1"}, "config.count is '1'; expected an integer of at least 0"),
+        ({"count": True}, "config.count is True; expected an integer"),
+        ({"flag": 1}, "config.flag is 1; expected True or False."),
+        ({"shares": (0.5, 1.0)}, "config.shares[1] is 1.0; expected a number above 0 and below 1."),
+        ({"shares": 0.5}, "config.shares is 0.5; expected any number of values in parentheses."),
+        ({"inner": 3}, "config.inner is 3; expected a section with keys."),
+        ({"inner": {"method": "huen"}}, "config.inner.method is 'huen'. Did you mean 'heun'? "),
+        ({"inner": {"method": 3}}, "config.inner.method is 3; expected a text."),
+        ({"inner": {"ends": (2, 1)}}, "config.inner.ends is (2, 1); expected (low, high), 0 <= "),
+        ({"made": 3}, "config.made is 3; expected a section with keys."),
+        ({"made": {"name": "thign"}}, "Unknown config.made.name 'thign'. Did you mean 'thing'"),
+        ({"made": {"name": ""}}, "config.made lacks 'name'; expected one of needy, other, thing."),
+        ({"made": {"name": 3}}, "Unknown config.made.name 3"),
+        ({"made": {"name": ["thing"]}}, "Unknown config.made.name ['thing']"),
+        ({"made": {"name": "thing", "szie": 1}}, "config.made.szie: 'thing' has no such option. D"),
+        ({"made": {"name": "thing", "size": 10}}, "config.made.size is 10; expected an integer "),
+        ({"made": {"name": "needy", "size": 2.0}}, "config.made.size is 2.0; expected an integer."),
+        ({"made": {"name": "needy"}}, "config.made lacks 'size', which 'needy' needs."),
         (
-            {"name": "json:dumps"},
-            r"^config\.part\.name is 'json:dumps', a function; expected a data",
+            {"made": {"name": "json:dumps"}},
+            "config.made.name is 'json:dumps', a function; expected",
         ),
+        ({"later": {"szie": 3, "name": "thing"}}, "config.later.szie: 'thing' has no such option."),
+        ({"maybe": {"name": "", "size": 3}}, "config.maybe without a name has no key 'size'."),
+        ({"maybe": {"name": None}}, "config.maybe.name is None; expected a text."),
+        ({"paths": {"one": 3}}, "config.paths.one is 3; expected a text."),
+        (3, "config is 3; expected a section with keys."),
     ],
 )
-def test_a_dataclass_is_made_from_values_of_its_kinds(config, message):
-    table = {"part": Part}
-    assert make(table, {"name": "part", "size": 2, "ends": [1, 2]}, "part") == Part(2, 0.5, (1, 2))
-    assert make(table, {"name": "part"}, "part", size=4, other=5) == Part(4)
-    assert construct(Part, {"size": 2}, "part") == Part(2)
-    with pytest.raises(ValueError, match=message):
-        make(table, config, "part")
+def test_the_first_wrong_key_is_named(given, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        read(Whole, given, "config")
+
+
+@pytest.mark.parametrize(("options", "fits"), [
+    ({"rate": 0.5}, True),  # left from "other" or "needy"
+    ({"rate": 0.25}, False),
+    ({"rate": 0.5, "late": 0}, True),
+    ({"speed": 0.5}, False),
+])  # fmt: skip
+def test_defaults_of_another_name_are_no_mistake(options, fits):
+    given = {"made": {"name": "thing", **options}}
+    if fits:
+        assert read(Whole, given, "config").made == Thing()
+        return
+    with pytest.raises(ValueError, match="has no such option"):
+        read(Whole, given, "config")
+
+
+def test_a_value_made_directly_is_checked_too():
+    with pytest.raises(ValueError, match=r"^config\.inner\.method is 'x'"):
+        Inner("x")
+    with pytest.raises(ValueError, match=r"^config\.inner\.ends is"):
+        Inner(ends=(2.0, 1.0))
