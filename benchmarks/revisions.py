@@ -28,7 +28,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,6 +35,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mclr_jax.files import digest, provenance, write_json
+from mclr_jax.training.devices import banner
 
 HERE = pathlib.Path(__file__).resolve()
 SHORT = {"num_steps": 20, "log_every": 5, "checkpoint_every": 20, "eval_examples": 64}
@@ -44,68 +44,68 @@ UNET = {"network.channels": 16, "network.channel_mult": (1, 2), "network.num_blo
         "batch_size": 32, "optimizer.warmup_steps": 10, "ema.snapshot_every": 10}  # fmt: skip
 # Trainings by name: the config, and its changes; "@NAME" is the directory of another training.
 TRAININGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "digits": ("digits", {"sample_every": 20, "icr.every_steps": 20, "icr.num_images": 256}),
+    "digits": ("digits", {}),
     "classifier": ("digits_classifier", {}),
     "digits_mclr": ("digits_mclr", {"init_from": "@digits",
                                     "companions.classifier": "@classifier"}),
-    "mixture": ("mixture", {"sample_every": 20, "grad_accumulation": 2}),
-    "mixture_mclr": ("mixture_mclr", {"init_from": "@mixture", "strength": (0.0, 2.0),
-                                      "class_strengths": (1.0, 0.5, 2.0)}),
+    "mixture": ("mixture", {"sample_every": 20, "grad_accumulation": 2, "icr.every_steps": 20,
+                            "icr.num_images": 512}),
+    "mixture_mclr": ("mixture_mclr", {"init_from": "@mixture", "strength": (0.0, 2.0)}),
+    "mixture_factors": ("mixture_mclr", {"init_from": "@mixture",
+                                         "class_strengths": (1.0, 0.5, 2.0)}),
     "unet": ("cifar10", UNET),  # with dropout, augmentation and snapshots
     "lorenz63": ("lorenz63_forcing", {"data.trajectories": 64, "data.length": 128}),
 }  # fmt: skip
 # Of the section `runs`: trainings, and those sampled with flags of launch.sample.
-RUNS = ("digits", "classifier", "digits_mclr", "unet")
+RUNS = ("digits", "classifier", "digits_mclr", "unet", "mixture")
 SAMPLES = [("digits", "--seed=1"), ("digits", "--guidance_scale=2 --ema=none"),
            ("unet", "--ema=0.075"), ("digits_mclr", "--interpolation=0.5")]  # fmt: skip
-# Wrong configs: a word is a case, flags --config.WORD, of which "&" joins several.
+# Wrong configs: a word is a case of flags --config.WORD, of which "&" joins several.
 FLAGS = {
     "digits": """sede=1 network.widht=8 optimizer.lr=1 num_steps=abc num_steps=1.5 num_steps=0
-        seed=-1 seed=99999999999 batch_size=0 grad_accumulation=7 optimizer=adam data=digits
-        optimizer.learning_rate=nan optimizer.learning_rate=inf optimizer.learning_rate=-1e-3
-        optimizer.b1=1.0 optimizer.schedule=cosin ema.ramp_up=2 ema.power_stds=(0.5,)
-        ema.power_stds=a ema.halflife_steps=-1 sampler.method=hun sampler.sigma_min=100
-        sampler.rho=0 sampler.num_steps=0 noise.name=loguniform noise.name=lognormla noise.std=0
-        noise.name=forcing network.name=unet network.name=my.module:Net network.name=json:dumps
-        network.patch_size=3 network.heads=5 network.dropout=1.5 network.dtype=float16
-        network.width=-8 objective.name=mcrl objective.name=mclr objective.label_dropout=2
-        objective.beta=1 preconditioning.name=edn preconditioning.name=v weight=natrual
-        weight=fused_snr parallel=ddp data.name=digit data.name=npz:/nowhere.npz data.name=zip:
-        data.limit=-5 data.augment=1.5 data.flip=maybe data.test=npz:/nowhere.npz
-        data.resolution=16 data.num_classes=3 sigma_data=-1 sigma_data=nan strength=(2.0,1.0)
+        seed=-1 batch_size=0 grad_accumulation=7 optimizer=adam optimizer.learning_rate=nan
+        optimizer.learning_rate=inf optimizer.learning_rate=-1e-3 optimizer.schedule=cosin
+        ema.ramp_up=2 ema.power_stds=(0.5,) ema.power_stds=a sampler.method=hun
+        sampler.sigma_min=100 sampler.rho=0 noise.name=loguniform noise.name=lognormla noise.std=0
+        network.name=unet network.name=my.module:Net network.name=json:dumps network.patch_size=3
+        network.heads=5 network.dropout=1.5 network.dtype=float16 objective.name=mcrl
+        objective.name=mclr objective.label_dropout=2 objective.beta=1 preconditioning.name=edn
+        preconditioning.name=v weight=natrual weight=fused_snr parallel=ddp data.name=digit
+        data.name=npz:/nowhere.npz data.name=zip: data.limit=-5 data.augment=1.5 data.flip=maybe
+        data.test=npz:/nowhere.npz data.resolution=16 sigma_data=-1 strength=(2.0,1.0)
         strength=(1.0,) class_strengths=(1.0,2.0) icr.sigma=0 icr.every_steps=1&icr.layer=nope
-        profile.start=-1 posterior.name=clasifier init_from=/nowhere init_from=@classifier
-        companions.weka=x require_accelerator=True""",
+        posterior.name=clasifier init_from=/nowhere init_from=@classifier companions.weka=x
+        require_accelerator=True""",
     "digits_mclr": """companions.classifier= init_from= posterior.name= posterior.name=denoiser
-        posterior.name=clasifier init_from=/nowhere companions.classifier=/nowhere
-        companions.classifier=@digits init_from=@classifier objective.negatives=posteriors
-        objective.sigma_interval=(2.0,1.0) objective.negative_share=0.3 objective.beta=-1
-        objective.bound=clp network.width=48 class_strengths=(1.0,2.0)
-        strength=(0.0,2.0)&class_strengths=(1.0,-1.0) objective.name=cca objective.name=ddo
-        objective.name=classify data.name=mixture network.name=mlp_classifier""",
+        init_from=/nowhere companions.classifier=/nowhere companions.classifier=@digits
+        init_from=@classifier objective.negatives=posteriors objective.sigma_interval=(2.0,1.0)
+        objective.negative_share=0.3 objective.beta=-1 network.width=48 class_strengths=(1.0,2.0)
+        strength=(0.0,2.0)&class_strengths=(1,1,1,1,1,1,1,1,1,-1.0) objective.name=cca
+        objective.name=ddo objective.name=classify data.name=mixture network.name=mlp_classifier""",
     "cifar10": "data.name=tfds:cifar11 network.architecture=edm3 network.channels=7",
     "lorenz63_forcing": "data.system=lorenz64 data.frames=0 noise.shared=2 noise.shred=1",
 }
-# The same by lines of a config file, in which `c` is the config.
+# The same by a line of a config file, in which `c` is the config.
 LINES = {
     "digits": (
         "c.num_steps = '10'", "c.batch_size = True", "c.optimizer.learning_rate = '1e-3'",
-        "c.optimizer.learning_rate = True", "c.data.flip = 1", "c.network.width = 96.0",
-        "c.ema.power_stds = 0.1", "c.ema.power_stds = (0.1, 'a')", "c.sampler = None",
-        "c.noise = {'name': 'lognormal', 'mean': 'x', 'std': 1.2}", "del c.optimizer",
-        "del c.network", "del c.data.name", "del c.noise.std", "c.objective = {'beta': 1.0}",
+        "c.data.flip = 1", "c.network.width = 96.0", "c.ema.power_stds = 0.1",
+        "c.ema.power_stds = (0.1, 'a')", "c.sampler = None", "c.sampler.name = 'heun'",
+        "c.noise = {'name': 'lognormal', 'mean': 'x', 'std': 1.2}", "c.noise.name = 3",
+        "del c.optimizer", "del c.network", "del c.data.name", "c.objective = {'beta': 1.0}",
         "c.companions = 'runs/x'", "c.companions.weak = 3", "c.posterior.levels = 2",
-        "c.extra = {'a': 1}", "c.seed = None", "c.init_from = 3", "c.network.depth = (1, 2)",
-        "c.icr.num_images = 1", "c.sampler.name = 'heun'", "c.strength = (0.0, 1.0, 2.0)",
-        "c.weight = None", "c.noise.name = 3", "raise KeyError('x')",
+        "c.extra = {'a': 1}", "c.seed = None", "c.network.depth = (1, 2)", "c.icr.num_images = 1",
+        "c.strength = (0.0, 1.0, 2.0)", "c.weight = None", "raise KeyError('x')",
     ),
     "cifar10": ("c.network.channel_mult = ()", "c.network.attention_resolutions = (16, '8')"),
 }  # fmt: skip
-COMMANDS = ["--config=configs/digits.py", "--config=configs/digit.py --workdir=@x",
-            "--config.seed=1 --workdir=@x", "--config=configs/digits.py --workdir=@x oops",
-            "--config=configs/digits.py --workdir=@x --sede=1",
-            "--config=configs/digits.py --workdir=@digits --config.network.width=48",
-            "--config=configs/digits.py --workdir=@digits --config.data.limit=100"]  # fmt: skip
+COMMANDS = [f"--config=configs/{rest}" for rest in (
+    "digits.py", "digit.py --workdir=@x", "digits.py --workdir=@x oops",
+    "digits.py --workdir=@x --sede=1", "digits.py --workdir=@digits --config.network.width=48",
+    "digits.py --workdir=@digits --config.data.limit=100",
+    "digits_mclr.py --workdir=@digits --config.init_from=@digits "
+    "--config.companions.classifier=@classifier",
+)]  # fmt: skip
 # Of the section `speed`: a config, its changes, the steps of a window; images of 32x32 are in @.
 IMAGES = {"data.name": "npz:@images.npz", "batch_size": 16, "objective.label_dropout": 0.0}
 SPEED: dict[str, tuple[str, dict[str, Any], int]] = {
@@ -115,6 +115,7 @@ SPEED: dict[str, tuple[str, dict[str, Any], int]] = {
         "network.attention_resolutions": (8,), "network.dtype": "float32"}, 4),
     "dit": ("digits", IMAGES | {"network.width": 192, "network.depth": 6}, 4),
 }  # fmt: skip
+SIDES = ("before", "after")
 WINDOWS, ROUNDS = 11, 5  # of the sections `speed` and `startup`
 
 
@@ -148,7 +149,7 @@ def train_all(folder: str, parallel: str) -> dict[str, str]:
 
 def refusals(cases: list[list[str]], log: str) -> list[dict[str, Any]]:
     """Exit status and last line of `launch.train` with these flags, each in a forked process."""
-    for module in ("launch.common", "launch.hosts", "mclr_jax.main"):
+    for module in ("launch.common", "launch.hosts", "mclr_jax.main", "sklearn.datasets"):
         importlib.import_module(module)
 
     def child(arguments: list[str]) -> None:
@@ -160,7 +161,6 @@ def refusals(cases: list[list[str]], log: str) -> list[dict[str, Any]]:
 
     found = []
     for arguments in cases:
-        T = time.time()
         process = multiprocessing.get_context("fork").Process(target=child, args=(arguments,))
         process.start()
         process.join()
@@ -168,7 +168,6 @@ def refusals(cases: list[list[str]], log: str) -> list[dict[str, Any]]:
         last = re.sub(r"^\d\d:\d\d:\d\d ", "", (text.strip().splitlines() or [""])[-1])
         last = "an error without a message: " * ("Traceback (most recent" in text) + last
         found.append([process.exitcode, last if process.exitcode else "trains"])
-        print(round(time.time() - T, 1), arguments[-1], found[-1], file=open(log + "_", "a"))
     return found
 
 
@@ -210,6 +209,7 @@ class Checkout:
             "PYTHONPATH": str(self.root), "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "JAX_COMPILATION_CACHE_DIR": str(cache or self.cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }  # fmt: skip
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen([sys.executable, *map(str, what)], cwd=self.root, text=True,
@@ -227,8 +227,13 @@ class Checkout:
         """Contents of TRAININGS[name] by launch.train; with a constant rate more steps continue."""
         file, changes = TRAININGS[name]
         changes = SHORT | changes | {"num_steps": steps, "optimizer.schedule": "constant"}
-        self.call("-m", "launch.train", f"--config=configs/{file}.py", f"--workdir={folder / name}",
-                  *(f"--config.{k}={v}".replace("@", f"{base}/") for k, v in changes.items()))
+        self.call(
+            "-m",
+            "launch.train",
+            f"--config=configs/{file}.py",
+            f"--workdir={folder / name}",
+            *(f"--config.{k}={v}".replace("@", f"{base}/") for k, v in changes.items()),
+        )
         return contents(folder / name, steps)
 
     def sample(self, run: pathlib.Path, flags: str) -> dict[str, Any]:
@@ -236,10 +241,10 @@ class Checkout:
         out = self.cache / "samples.npz"
         self.call("-m", "launch.sample", f"--workdir={run}", "--num_samples=12", "--steps=6",
                   f"--out={out}", *flags.split())  # fmt: skip
-        return {"arrays": digest(dict(np.load(out))), "picture": of_files([out.with_suffix(".png")])}
+        return {"arrays": digest(dict(np.load(out))), "picture": of_files(out.with_suffix(".png"))}
 
 
-def of_files(paths: Any) -> str:
+def of_files(*paths: pathlib.Path) -> str:
     return digest([np.frombuffer(path.read_bytes(), np.uint8) for path in paths])
 
 
@@ -251,9 +256,9 @@ def contents(run: pathlib.Path, step: int = 20) -> dict[str, Any]:
     said = json.loads((run / "run.json").read_text())
     keys = ("model", "companions", "data", "averages", "sampler")
     return {
-        "metrics": of_files([run / "metrics.jsonl"]),
+        "metrics": of_files(run / "metrics.jsonl"),
         "state": digest(store.restore(path, restore_args=kind)),
-        "pictures": of_files(sorted(run.glob("samples/*"))),
+        "pictures": of_files(*sorted(run.glob("samples/*"))),
         "description": [said.get(key) for key in keys],
     }
 
@@ -264,78 +269,87 @@ def row(what: str, before: dict[str, Any], after: dict[str, Any]) -> dict[str, A
     return {"what": what, "compared": list(before), "different": different}
 
 
-def bits(before: Checkout, after: Checkout, folder: pathlib.Path) -> Any:
-    rows, pair = [], {"before": before, "after": after}
+def bits(pair: list[Checkout], folder: pathlib.Path) -> list[dict]:
+    rows = []
     for parallel in ("pmap", "data", "fsdp"):
-        found = {s: c.call(train_all, folder / s / parallel, parallel, devices=4)
-                 for s, c in pair.items()}  # fmt: skip
+        places = [folder / side / parallel for side in SIDES]
+        drawn = [checkout.call(train_all, place, parallel, devices=4)
+                 for checkout, place in zip(pair, places, strict=True)]  # fmt: skip
         for name in TRAININGS:
-            one, other = (contents(folder / side / parallel / name)
-                          | {"samples": found[side].get(name, "")} for side in pair)  # fmt: skip
-            rows.append(row(f"{name}, {parallel}", one, other))
+            found = [contents(place / name) | {"samples": samples.get(name)}
+                     for place, samples in zip(places, drawn, strict=True)]  # fmt: skip
+            rows.append(row(f"{name}, {parallel}", *found))
     return rows
 
 
-def runs(before: Checkout, after: Checkout, folder: pathlib.Path) -> Any:
-    base, straight, mclr = folder / "base", folder / "straight", "digits_mclr"
+def runs(pair: list[Checkout], folder: pathlib.Path) -> list[dict]:
+    """Of 40 steps the last 20 are those of the checkout after, in the directory of the first 20."""
+    (before, after), mclr = pair, "digits_mclr"
+    base, straight = folder / "base", folder / "straight"
     written = {name: before.train(name, base, base) for name in RUNS}
-    longer = {name: before.train(name, straight, base, 40) for name in RUNS}
-    rows = [row(f"{name} sampled, {flags}", *(c.sample(base / name, flags) for c in (before, after)))
+    whole = {name: before.train(name, straight, base, 40) for name in RUNS}
+    rows = [row(f"{name} sampled, {flags}", *(c.sample(base / name, flags) for c in pair))
             for name, flags in SAMPLES]  # fmt: skip
     rows.append(row("digits fine-tuned", written[mclr], after.train(mclr, folder, base)))
-    for name in ("digits", "classifier", "unet", mclr):
-        if name == mclr:
-            shutil.rmtree(base / "digits")
-            shutil.rmtree(base / "classifier")
-        continued = after.train(name, base, base, 40)
-        rows.append(row(f"{name} continued" + ", its companions deleted" * (name == mclr),
-                        longer[name], continued))  # fmt: skip
-    one, other = before.sample(straight / mclr, SAMPLES[-1][1]), after.sample(base / mclr, SAMPLES[-1][1])
-    return [*rows, row("digits_mclr continued, then sampled", one, other)]
+    shutil.rmtree(base / "classifier")
+    for name in ("digits", "unet", "mixture"):
+        rows.append(row(f"{name} continued", whole[name], after.train(name, base, base, 40)))
+    shutil.rmtree(base / "digits")
+    continued = after.train(mclr, base, base, 40)
+    rows.append(row(f"{mclr} continued, its companions deleted", whole[mclr], continued))
+    (name, flags), places = SAMPLES[-1], (straight / mclr, base / mclr)
+    found = [c.sample(place, flags) for c, place in zip(pair, places, strict=True)]
+    return [*rows, row(f"{name} sampled after that, {flags}", *found)]
 
 
-def errors(before: Checkout, after: Checkout, folder: pathlib.Path) -> Any:
+def errors(pair: list[Checkout], folder: pathlib.Path) -> list[dict]:
     """Also prints a table in Markdown."""
-    made, held, names, cases = folder / "made", folder / "runs", [], []
+    made, held, cases = folder / "made", folder / "runs", {}
     for name in ("digits", "classifier"):
-        before.train(name, made, made)
+        pair[0].train(name, made, made)
 
     def add(file: str, what: str, *flags: str, path: str = "") -> None:
-        changes = {**dict(TRAININGS.values()).get(file, {}), "num_steps": 1, "eval_examples": 64}
-        fixed = [f"--config.{key}={value}" for key, value in changes.items()]
-        command = [f"--config={path or f'configs/{file}.py'}", "--workdir=@new", *fixed, *flags]
-        names.append(f"{file}: {what}")
-        cases.append([argument.replace("@", f"{held}/") for argument in command])
+        changes = {**dict(TRAININGS.values()).get(file, {}), **SHORT, "num_steps": 1}
+        given = [f"--config.{key}={value}" for key, value in changes.items()]
+        config = path or f"configs/{file}.py"
+        cases[f"{file}: {what}"] = [
+            f"--config={config}",
+            f"--workdir=@{len(cases)}",
+            *given,
+            *flags,
+        ]
 
     for file, words in FLAGS.items():
         for word in words.split():
             add(file, word, *(f"--config.{part}" for part in word.split("&")))
-    for number, (file, line) in enumerate((f, line) for f, lines in LINES.items() for line in lines):
-        path = folder / f"{file}_{number}.py"
-        text = ["from configs import FILE", "def get_config():", "    c = FILE.get_config()",
-                "    with c.ignore_type():", f"        {line}", "    return c\n"]  # fmt: skip
-        path.write_text("\n".join(text).replace("FILE", file))
-        add(file, line, path=str(path))
-    for command in COMMANDS:
-        names.append(command)
-        cases.append(command.replace("@", f"{held}/").split())
+    for file, lines in LINES.items():
+        for line in lines:
+            path = folder / f"{file}_{len(cases)}.py"
+            path.write_text(f"from configs import {file}\ndef get_config():\n"
+                            f"    c = {file}.get_config()\n    with c.ignore_type():\n"
+                            f"        {line}\n    return c\n")  # fmt: skip
+            add(file, line, path=str(path))
+    cases |= {command: command.split() for command in COMMANDS}
+    commands = [[x.replace("@", f"{held}/") for x in command] for command in cases.values()]
     found = []
-    for checkout in (before, after):
+    for checkout in pair:
         shutil.rmtree(held, ignore_errors=True)
         shutil.copytree(made, held)
-        found.append(checkout.call(refusals, cases, folder / "log"))
+        told = checkout.call(refusals, commands, folder / "log")
+        found.append([(status, text.replace(f"{folder}/", "")) for status, text in told])
     print("| case | before | after |\n|---|---|---|")
-    rows = []
-    for name, (status, message), (now, other) in zip(names, *found, strict=True):
-        message, other = (text.replace(f"{folder}/", "") for text in (message, other))
-        rows.append({"what": name, "before": [status, message], "after": [now, other]})
-        told = "the same" if (status, message) == (now, other) else f"{now} {other}"
-        print("|", " | ".join(x.replace("|", "\\|") for x in (name, f"{status} {message}", told)), "|")
-    return rows
+    for what, one, other in zip(cases, *found, strict=True):
+        texts = [f"{status} {text}" for status, text in (one, other)]
+        shown = (what, texts[0], "the same" if one == other else texts[1])
+        print("|", " | ".join(text.replace("|", "\\|") for text in shown), "|")
+    return [{"what": what, "before": one, "after": other}
+            for what, one, other in zip(cases, *found, strict=True)]  # fmt: skip
 
 
-def startup(before: Checkout, after: Checkout, folder: pathlib.Path) -> Any:
-    def seconds(checkout: Checkout, *what: str, until: str = "", cache: Any = None) -> list[float]:
+def startup(pair: list[Checkout], folder: pathlib.Path) -> list[dict]:
+    """The cache of compiled programs is empty in the cold case, and filled in the warm one."""
+
+    def seconds(checkout: Checkout, *what: Any, until: str = "", cache: Any = None) -> list[float]:
         began, used = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
         process = checkout.start(*what, cache=cache, stdout=subprocess.DEVNULL)
         if not any(until and until in line for line in process.stderr) and until:
@@ -346,40 +360,39 @@ def startup(before: Checkout, after: Checkout, folder: pathlib.Path) -> Any:
         now = resource.getrusage(resource.RUSAGE_CHILDREN)
         return [wall, now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime]
 
+    times: dict[str, list[list[float]]] = {}
     train = ("-m", "launch.train", "--config=configs/digits.py")
-    times: dict[str, dict[str, list]] = {}
     for number in range(ROUNDS):
-        for side, checkout in {"before": before, "after": after}.items():
-            cache, new = folder / f"{side}_{number}", f"--workdir={folder / side}_"
-            case = {"imports": seconds(checkout, "-c", "import launch.train")}
-            for name in ("first step, cold", "first step, warm"):
-                case[name] = seconds(checkout, *train, f"{new}{name}_{number}", until="Compiled in",
-                                     cache=cache)  # fmt: skip
-            for name, (wall, cpu) in case.items():
-                times.setdefault(f"{name}, wall", {}).setdefault(side, []).append(wall)
-                times.setdefault(f"{name}, CPU", {}).setdefault(side, []).append(cpu)
-    return [ratios(name, **found) for name, found in times.items()]
+        for side, checkout in enumerate(pair):
+            place = folder / f"{number}_{side}"
+            found = {"import launch.train": seconds(checkout, "-c", "import launch.train")}
+            for case in ("cold", "warm"):
+                found[f"first step, {case}"] = seconds(
+                    checkout, *train, f"--workdir={place}_{case}", until="Compiled in", cache=place
+                )
+            for name, values in found.items():
+                for kind, value in zip(("s", "CPU s"), values, strict=True):
+                    times.setdefault(f"{name}, {kind}", [[], []])[side].append(value)
+    return [ratios(name, *found) for name, found in times.items()]
 
 
-def speed(before: Checkout, after: Checkout, folder: pathlib.Path) -> Any:
-    random, rows = np.random.default_rng(0), []
-    images = random.integers(0, 256, (256, 32, 32, 3), np.uint8)
+def speed(pair: list[Checkout], folder: pathlib.Path) -> list[dict]:
+    images = np.random.default_rng(0).integers(0, 256, (256, 32, 32, 3), np.uint8)
     np.savez(folder / "images.npz", images=images, labels=np.arange(256) % 10)
+    rows = []
     for name, (_, _, steps) in SPEED.items():
-        devices = len(os.sched_getaffinity(0)) if name == "unet" else 1  # as launch.train has them
+        devices = len(os.sched_getaffinity(0)) if name == "unet" else 1  # as in launch.train
         processes = [
-            checkout.start(windows, name, folder, folder / f"{name}_{number}", devices=devices,
-                           stderr=subprocess.DEVNULL)
-            for number, checkout in enumerate((before, after))
+            c.start(windows, name, folder, folder / f"{name}_{side}", devices=devices,
+                    stderr=subprocess.DEVNULL) for side, c in zip(SIDES, pair, strict=True)
         ]  # fmt: skip
         rates: list[list[float]] = [[], []]
         for number in range(WINDOWS):
             for process, found in zip(processes, rates, strict=True):
-                if number:
-                    process.stdin.write("\n")
-                    process.stdin.flush()
-                line = process.stdout.readline().split()
-                found += [steps / float(line[1])] * (number > 0)  # the first window compiles
+                process.stdin.write("\n" * (number > 0))
+                process.stdin.flush()
+                seconds = float(process.stdout.readline().split()[1])
+                found += [steps / seconds] * (number > 0)  # the first window compiles
         for process in processes:
             process.kill()
             process.communicate()
@@ -415,14 +428,15 @@ def main() -> None:
     result = json.loads(args.out.read_text()) if args.out.exists() else {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = (args.folder or pathlib.Path(temporary)).resolve()
-        pair = [Checkout(args.before, args.before_revision, folder / "cache"),
-                Checkout(args.after, args.after_revision, folder / "cache")]  # fmt: skip
+        given = (args.before, args.before_revision), (args.after, args.after_revision)
+        pair = [Checkout(root, revision, folder / "cache") for root, revision in given]
         for name in args.sections.split(","):
             (folder / name).mkdir(parents=True)
-            began, rows = time.time(), SECTIONS[name](*pair, folder / name)
-            revisions = {"before": pair[0].revision, "after": pair[1].revision}
+            began, rows = time.time(), SECTIONS[name](pair, folder / name)
+            revisions = {side: c.revision for side, c in zip(SIDES, pair, strict=True)}
             seconds = round(time.time() - began)
-            result[name] = {**provenance(), **revisions, "seconds": seconds, "rows": rows}
+            result[name] = {**provenance(), **revisions, "device": banner(), "seconds": seconds,
+                            "rows": rows}  # fmt: skip
             write_json(args.out, result)
 
 
