@@ -148,9 +148,27 @@ def train_all(folder: str, parallel: str) -> dict[str, str]:
 
 
 def refusals(cases: list[list[str]], log: str) -> list[dict[str, Any]]:
-    """Exit status and last line of `launch.train` with these flags, each in a forked process."""
+    """Exit status and last line of `launch.train` with these flags, each in a forked process.
+
+    A process ends where it has traced the training step, which accepts the config.
+    """
+    from mclr_jax.training.devices import Devices
+
     for module in ("launch.common", "launch.hosts", "mclr_jax.main", "sklearn.datasets"):
         importlib.import_module(module)
+
+    def initialise(self: Any, draw: Any, complete: Any) -> Any:
+        shapes = jax.eval_shape(lambda: complete(draw()))
+        return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+
+    def compile_step(self: Any, update: Any, original: Any = Devices.compile) -> Any:
+        def traced(*arguments: Any) -> None:
+            jax.eval_shape(original(self, update), *arguments)
+            os._exit(0)
+
+        return traced
+
+    Devices.initialise, Devices.compile = initialise, compile_step  # type: ignore
 
     def child(arguments: list[str]) -> None:
         for number in (1, 2):
@@ -205,9 +223,10 @@ class Checkout:
         """A process of `python WHAT`, or of a function of this file with arguments."""
         if callable(what[0]):
             what = (HERE, what[0].__name__, json.dumps(what[1:], default=str))
+        options_of_xla = os.environ.get("XLA_FLAGS", "")
         environment = os.environ | {
             "PYTHONPATH": str(self.root), "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"{options_of_xla} --xla_force_host_platform_device_count={devices}",
             "JAX_COMPILATION_CACHE_DIR": str(cache or self.cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }  # fmt: skip
