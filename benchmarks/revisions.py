@@ -66,17 +66,17 @@ FLAGS = {
         seed=-1 batch_size=0 grad_accumulation=7 optimizer=adam optimizer.learning_rate=nan
         optimizer.learning_rate=inf optimizer.learning_rate=-1e-3 optimizer.schedule=cosin
         ema.ramp_up=2 ema.power_stds=(0.5,) ema.power_stds=a sampler.method=hun
-        sampler.sigma_min=100 sampler.rho=0 noise.name=loguniform noise.name=lognormla noise.std=0
+        sampler.sigma_min=100 sampler.rho=0 noise.name=loguniform noise.name=lognormla
         network.name=unet network.name=my.module:Net network.name=json:dumps network.patch_size=3
         network.heads=5 network.dropout=1.5 network.dtype=float16 objective.name=mcrl
         objective.name=mclr objective.label_dropout=2 objective.beta=1 preconditioning.name=edn
-        preconditioning.name=v weight=natrual weight=fused_snr parallel=ddp data.name=digit
+        network.name=mlp_classifier weight=natrual weight=fused_snr parallel=ddp data.name=digit
         data.name=npz:/nowhere.npz data.name=zip: data.limit=-5 data.augment=1.5 data.flip=maybe
         data.test=npz:/nowhere.npz data.resolution=16 sigma_data=-1 strength=(2.0,1.0)
         strength=(1.0,) class_strengths=(1.0,2.0) icr.sigma=0 icr.every_steps=1&icr.layer=nope
         posterior.name=clasifier init_from=/nowhere init_from=@classifier companions.weka=x
         require_accelerator=True""",
-    "digits_mclr": """companions.classifier= init_from= posterior.name= posterior.name=denoiser
+    "digits_mclr": """companions.classifier= posterior.name=
         init_from=/nowhere companions.classifier=/nowhere companions.classifier=@digits
         init_from=@classifier objective.negatives=posteriors objective.sigma_interval=(2.0,1.0)
         objective.negative_share=0.3 objective.beta=-1 network.width=48 class_strengths=(1.0,2.0)
@@ -97,7 +97,7 @@ LINES = {
         "c.extra = {'a': 1}", "c.seed = None", "c.network.depth = (1, 2)", "c.icr.num_images = 1",
         "c.strength = (0.0, 1.0, 2.0)", "c.weight = None", "raise KeyError('x')",
     ),
-    "cifar10": ("c.network.channel_mult = ()", "c.network.attention_resolutions = (16, '8')"),
+    "cifar10": ("c.network.dropout = '0.1'", "c.network.architecture = 3"),
 }  # fmt: skip
 COMMANDS = [f"--config=configs/{rest}" for rest in (
     "digits.py", "digit.py --workdir=@x", "digits.py --workdir=@x oops",
@@ -273,7 +273,7 @@ def contents(run: pathlib.Path, step: int = 20) -> dict[str, Any]:
     tree = store.metadata(path).item_metadata.tree
     kind = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
     said = json.loads((run / "run.json").read_text())
-    keys = ("model", "companions", "data", "averages", "sampler")
+    keys = ("model", "companions", "data", "frozen", "start")
     return {
         "metrics": of_files(run / "metrics.jsonl"),
         "state": digest(store.restore(path, restore_args=kind)),
