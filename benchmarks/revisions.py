@@ -8,8 +8,8 @@ Sections that are not run again keep their results.
   bits     trainings of 20 steps in three layouts on 4 devices: metrics, states, samples
   runs     runs written by the checkout before, which the one after samples, continues, fine-tunes
   errors   wrong configs and command lines: exit status and message; also printed as a table
-  startup  s until launch.train is imported, and until its first step, as ratios after / before
-  speed    steps/s of trainings whose windows of steps alternate, as ratios after / before
+  startup  s and CPU s until launch.train is imported and until its first step, and their ratios
+  speed    steps/s and steps/CPU s of trainings whose windows of steps alternate, and their ratios
 """
 
 import argparse
@@ -190,20 +190,20 @@ def refusals(cases: list[list[str]], log: str) -> list[dict[str, Any]]:
 
 
 def windows(name: str, folder: str, workdir: str) -> None:
-    """Train without end; print the seconds of each window of steps, then wait for a line."""
+    """Train without end; print the s and CPU s of each window of steps, then wait for a line."""
     from mclr_jax.main import train
     from mclr_jax.training.loop import Hook
 
     file, changes, steps = SPEED[name]
     long = {"num_steps": 10**6, "log_every": steps, "eval_examples": 0, "checkpoint_every": 0}
-    began = time.monotonic()
+    began = time.monotonic(), time.process_time()
 
     def wait(moment: Any) -> None:
         nonlocal began
         jax.block_until_ready(moment.state)
-        print(f"window {time.monotonic() - began}", flush=True)
+        print(time.monotonic() - began[0], time.process_time() - began[1], flush=True)
         sys.stdin.readline()
-        began = time.monotonic()
+        began = time.monotonic(), time.process_time()
 
     train(config_of(file, long | changes, folder), workdir, [Hook(steps, wait)])
 
@@ -405,17 +405,18 @@ def speed(pair: list[Checkout], folder: pathlib.Path) -> list[dict]:
             c.start(windows, name, folder, folder / f"{name}_{side}", devices=devices,
                     stderr=subprocess.DEVNULL) for side, c in zip(SIDES, pair, strict=True)
         ]  # fmt: skip
-        rates: list[list[float]] = [[], []]
+        rates = np.zeros((2, len(pair), WINDOWS))
         for number in range(WINDOWS):
-            for process, found in zip(processes, rates, strict=True):
+            for side, process in enumerate(processes):
                 process.stdin.write("\n" * (number > 0))
                 process.stdin.flush()
-                seconds = float(process.stdout.readline().split()[1])
-                found += [steps / seconds] * (number > 0)  # the first window compiles
+                seconds = np.array(process.stdout.readline().split(), float)
+                rates[:, side, number] = steps / seconds
         for process in processes:
             process.kill()
             process.communicate()
-        rows.append(ratios(f"{name}, steps/s", *rates))
+        for kind, found in zip(("s", "CPU s"), rates[:, :, 1:].tolist(), strict=True):
+            rows.append(ratios(f"{name}, steps/{kind}", *found))  # the first window compiles
     return rows
 
 

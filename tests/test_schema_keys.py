@@ -29,7 +29,7 @@ def declared(kind):
     return [line.target.id for line in body.body if isinstance(line, ast.AnnAssign)]
 
 
-@pytest.mark.parametrize("where, kind, late", KINDS, ids=lambda x: getattr(x, "__name__", ""))
+@pytest.mark.parametrize(("where", "kind", "late"), KINDS, ids=lambda x: getattr(x, "__name__", ""))
 def test_a_key_is_declared_once_with_its_section_and_meaning(where, kind, late):
     """Only a part may change the default of a key that it inherits, in its own body."""
     bodies = [declared(x) for x in kind.__mro__ if x.__module__.startswith("mclr_jax")]
