@@ -113,13 +113,16 @@ class Key(NamedTuple):
         if self.ordered:
             if value:
                 pair(name, value, self.low, math.inf if self.high is None else self.high)
-        elif isinstance(value, tuple):
-            for index, part in enumerate(value):
-                self.check(f"{name}[{index}]", part)
         elif self.words:
             word = getattr(value, "__name__", value)  # of a dtype
             if not isinstance(word, str | numbers.Real) or word not in self.words:
-                raise ValueError(f"{name} is {value!r}. {nearest(str(word), map(str, self.words))}")
+                names = [*map(str, self.words)]
+                texts = all(isinstance(word, str) for word in self.words)
+                known = nearest(str(word), names) if texts else f"Known: {', '.join(names)}."
+                raise ValueError(f"{name} is {value!r}. {known}")
+        elif isinstance(value, tuple):
+            for index, part in enumerate(value):
+                self.check(f"{name}[{index}]", part)
         elif self.low is not None and not hasattr(value, "aval"):  # traced values have no range
             in_range(name, value, self.low, self.high, self.ends)
 

@@ -265,7 +265,7 @@ def test_conventions_are_frozen_and_compare_by_value(make):
 
 @pytest.mark.parametrize("data_at", [2, -1, 0.5])
 def test_the_data_are_at_time_0_or_1(data_at):
-    with pytest.raises(ValueError, match=f"data_at is {data_at}; expected 0 or 1"):
+    with pytest.raises(ValueError, match=f"data_at is {data_at}. Known: 0, 1."):
         Velocity(data_at)
 
 

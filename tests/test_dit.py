@@ -156,7 +156,7 @@ def test_recomputation_repeats_what_its_policy_does_not_keep(params):
     assert kept["weight_products"] == attention
     weights = 6 + tokens * (4 + 2 * NET.mlp_ratio)  # modulation, qkv, projection, MLP
     assert kept["nothing"] == attention + 2 * len(X) * NET.depth * weights * width**2
-    with pytest.raises(ValueError, match=r"network.remat_policy 'dots'.*weight_products"):
+    with pytest.raises(ValueError, match=r"network.remat_policy is 'dots'.*weight_products"):
         NET.clone(remat_policy="dots")
 
 

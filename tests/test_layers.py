@@ -261,7 +261,7 @@ def test_dropout():
     [
         (MLP, {"width": 2**31}, "network.width is 2147483648; expected .* at most 65536"),
         (MLP, {"depth": 1.5}, "network.depth is 1.5; expected an integer"),
-        (UNet, {"channel_mult": (1, 0)}, "network.channel_mult is 0; expected an integer of at le"),
+        (UNet, {"channel_mult": (1, 0)}, r"network.channel_mult\[1\] is 0; expected an integer"),
         (UNet, {"channel_mult": ()}, r"network.channel_mult is \(\); expected a value for each"),
     ],
 )

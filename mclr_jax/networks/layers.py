@@ -87,8 +87,6 @@ def _layer_norm_jvp(
 
 def check_sizes(x: jax.Array, patch_size: int, levels: int, field: str) -> None:
     """Raises ValueError unless x (B, H, W, C) divides into patches and halves at each level."""
-    if not levels:
-        raise ValueError(f"config.network.{field} is (); expected a value for each level.")
     divisor = patch_size * 2 ** (levels - 1)
     if any(size % divisor for size in x.shape[1:3]):
         raise ValueError(
@@ -228,6 +226,9 @@ class Network(nn.Module, kw_only=True):
 
     def __post_init__(self):
         check(self)
+        for name in ("channel_mult", "channels"):
+            if getattr(self, name, None) == ():
+                raise ValueError(f"{self.where}.{name} is (); expected a value for each level.")
         super().__post_init__()
 
     def block(self, kind: type[nn.Module], looped: bool = False) -> type[nn.Module]:
