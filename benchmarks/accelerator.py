@@ -7,7 +7,7 @@
 It needs jax, flax, optax, ml_collections, Pillow and NumPy, the section `torch` also PyTorch. Run
 again, it makes the rows that are missing or have failed. Each section runs in a process of its own,
 and each row of `throughput`, `layouts` and `rivals`, so that its peak of memory is its own; a
-process that dies leaves the other rows. docs/devices.md explains the sections.
+process that dies leaves the other rows. docs/results/h200.md explains the sections.
 """
 
 import argparse

@@ -11,8 +11,6 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 from scipy.special import rel_entr
-from sklearn.utils import gen_batches
-from sklearn.utils.extmath import row_norms
 
 BLOCK_BYTES = 16 * 2**20  # of one block of pairwise values; memory holds up to five at a time
 
@@ -173,7 +171,8 @@ def _kernel_sum(x: np.ndarray, y: np.ndarray) -> float:
 
 def _products(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
     """Blocks of rows of x_i . y_j, as (rows, products (len(rows), len(y)))."""
-    for rows in gen_batches(len(x), max(1, BLOCK_BYTES // (8 * len(y)))):
+    size = max(1, BLOCK_BYTES // (8 * len(y)))
+    for rows in (slice(start, start + size) for start in range(0, len(x), size)):
         yield rows, x[rows] @ y.T
 
 
@@ -181,7 +180,7 @@ def _squared_distances(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[slice, np
     """Blocks of rows of |x_i - y_j|^2, as (rows, squared distances (len(rows), len(y)))."""
     center = y.mean(0)  # centered, |x|^2 + |y|^2 - 2 x.y loses fewer digits
     x, y = x - center, y - center
-    x_norms, y_norms = row_norms(x, squared=True), row_norms(y, squared=True)
+    x_norms, y_norms = (np.einsum("ij,ij->i", rows, rows) for rows in (x, y))
     for rows, products in _products(x, y):
         norms = x_norms[rows, None] + y_norms
         squared = norms - 2 * products
