@@ -59,7 +59,7 @@ def main() -> None:
     common.use_cores(run.model.network)
     guided = common.guidance(run.model)
     classifier, weights = runs.load_model(CLASSIFIER.value)
-    runs.check_companion("classifier", CLASSIFIER.value, classifier, run.model.data)
+    runs.check_companion("classifier", CLASSIFIER.value, classifier, run.model.data, run.data.name)
     apply = functools.partial(classifier.features, sigma=SIGMA.value)
     extractor = Extractor(f"classifier:{CLASSIFIER.value}", jax.device_get(weights), apply)
     params, step = run.weights(EMA.value, CHECKPOINT.value)

@@ -213,7 +213,7 @@ def companions(training: Training, data: DataInfo, workdir: pathlib.Path) -> dic
     found, resumed = {}, record.has_checkpoints(workdir)
     for name, path in training.runs.items():
         found[name] = (resumed and _held(workdir, name)) or load(path)
-        check_companion(name, path, found[name].model, data)
+        check_companion(name, path, found[name].model, data, training.data.name)
     return found
 
 
@@ -238,11 +238,11 @@ def _held(workdir: pathlib.Path, name: str) -> Run | None:
     return None
 
 
-def check_companion(name: str, path: str, model: Model, data: DataInfo) -> None:
+def check_companion(name: str, path: str, model: Model, data: DataInfo, source: str) -> None:
     """ValueError unless the model of the run in `path` is of the kind and data that `name` needs.
 
-    `data` are those of config.data: a companion has their shape and number of classes. The one
-    named "classifier" is a classifier, all others are denoisers.
+    `data` are those of `source`: a companion has their shape and number of classes. The one named
+    "classifier" is a classifier, all others are denoisers.
     """
     kind = "a classifier" if model.is_classifier else "a denoiser"
     wanted = "a classifier" if name == "classifier" else "a denoiser"
@@ -250,5 +250,5 @@ def check_companion(name: str, path: str, model: Model, data: DataInfo) -> None:
     if (kind, got) != (wanted, expected):
         raise ValueError(
             f"Companion {name!r} in {path!r}: expected {wanted}, data shape and number of "
-            f"classes {expected}, those of config.data; it is {kind} of {got}."
+            f"classes {expected}, those of config.data.name={source!r}; it is {kind} of {got}."
         )

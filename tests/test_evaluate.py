@@ -273,7 +273,7 @@ def test_calibrate_writes_strengths_and_says_how_to_use_them(made, tmp_path):
     assert found["classifier_weights"] == files.digest(judge[1])
     assert (found["held_out"], found["network_calls"]) == (300, 30 * (5 + 10))
     with pytest.raises(ValueError, match=r"'classifier' in 'base': expected a classifier, data sh"):
-        runs.check_companion("classifier", "base", run.model, run.model.data)
+        runs.check_companion("classifier", "base", run.model, run.model.data, "digits")
 
 
 def test_the_command_writes_rows_and_the_floor(made, tmp_path):
