@@ -299,7 +299,7 @@ def test_what_is_wrong_with_companions_is_said(others):
     images = tiny.model_of(tiny.config("digits")).data
     with pytest.raises(
         ValueError,
-        match=r"\(\(8, 8, 1\), 10\), those of config\.data\.name=.*; it is a classifier of \(\(2,\), 3",
+        match=r"\(\(8, 8, 1\), 10\), those of config\.data\.name='.*'; .* class.* of \(\(2,\), 3",
     ):
         companions(images, **{"init_from": denoiser, "companions.classifier": classifier})
     with pytest.raises(FileNotFoundError, match="not the directory of a run"):
