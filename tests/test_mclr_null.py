@@ -207,7 +207,7 @@ def test_it_needs_the_networks_that_it_asks(options, needs):
         ({"wrong": "posterior"}, "wrong is 'posterior'. (Did .*)?Known: .*null"),
         ({"teacher": "self"}, "teacher is 'self'. (Did .*)?Known: .*average"),
         ({"target": "x"}, "target is 'x'. (Did .*)?Known: .*mixed"),
-        ({"negative_share": 0.3}, "negative_share is 0.3\. Known: 1.0, 0.5, 0.25"),
+        ({"negative_share": 0.3}, r"negative_share is 0.3\. Known: 1.0, 0.5, 0.25"),
         ({"beta": -1.0}, "beta is -1.0; expected a number"),
         ({"wrong_label": float("inf")}, "wrong_label is inf; expected a number"),
         ({"wrong_label_scale": 0.0}, "wrong_label_scale is 0.0; expected a number above 0"),
