@@ -52,6 +52,7 @@ def no_programs_without_end():
 
 BY_FILE = collections.Counter()
 SO_FAR = [0.0]  # at the end of the test before, in this process
+START: list[float] = []  # at the end of the collection, until a test has reported it
 
 
 def cpu_seconds():
@@ -73,7 +74,7 @@ def cpu_seconds():
 
 
 def pytest_collection_finish():
-    SO_FAR[0] = cpu_seconds()
+    SO_FAR[:] = START[:] = [cpu_seconds()]
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -82,20 +83,20 @@ def pytest_runtest_makereport(item, call):
     if call.when == "teardown":
         now = cpu_seconds()
         item.user_properties.append(("cpu_seconds", now - SO_FAR[0]))
+        item.user_properties.append(("start_seconds", START.pop() if START else 0.0))
         SO_FAR[0] = now
 
 
 def pytest_runtest_logreport(report):
     if report.when == "teardown":
-        name = pathlib.Path(report.nodeid.partition("::")[0]).stem
-        BY_FILE[name] += dict(report.user_properties)["cpu_seconds"]
+        found, name = dict(report.user_properties), report.nodeid.partition("::")[0]
+        BY_FILE[pathlib.Path(name).stem.removeprefix("test_")] += found["cpu_seconds"]
+        BY_FILE["start and collection"] += found["start_seconds"]
 
 
 def pytest_terminal_summary(terminalreporter):
-    total, files = cpu_seconds(), BY_FILE.most_common()
-    rows = ", ".join(f"{name.removeprefix('test_')}\xa0{seconds:.1f}" for name, seconds in files)
-    terminalreporter.section(f"{total:.0f} CPU seconds")
-    start = total - BY_FILE.total()
-    terminalreporter.write_line(f"Start and collection {start:.1f}; tests by file:")
+    """A sum over the reports: a process that has left its parent is in no other count."""
+    rows = ", ".join(f"{name}\xa0{seconds:.1f}" for name, seconds in BY_FILE.most_common())
+    terminalreporter.section(f"{BY_FILE.total():.0f} CPU seconds")
     for line in textwrap.wrap(rows, 100):
         terminalreporter.write_line(line.replace("\xa0", " "))
