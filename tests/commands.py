@@ -8,6 +8,8 @@ import runpy
 import sys
 import tempfile
 
+import jax
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SERVER = multiprocessing.get_context("forkserver")
 PRELOADED = ["mclr_jax.main", "mclr_jax.assimilation.regimes", "mclr_jax.evaluation.evaluate",
@@ -24,10 +26,17 @@ def _child(target, argv, path, log, devices):
     os.chdir(ROOT)
     sys.path[:0] = [*map(str, path), str(ROOT), str(ROOT / "tests")]
     sys.argv, sys.orig_argv = [str(target), *argv], [sys.executable, "-m", str(target), *argv]
-    if callable(target):
-        target(*argv)
-    else:
-        runpy.run_module(target, run_name="__main__", alter_sys=True)
+    try:
+        if callable(target):
+            target(*argv)
+        else:
+            runpy.run_module(target, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if end.code:
+            raise
+    # JAX does so at the end of a program, but not of a forked one: without it a process that ends
+    # first closes the connections of another, which still reads from them.
+    jax.distributed.shutdown()
 
 
 def start(target, argv, log, path=(), devices=1):
