@@ -196,7 +196,7 @@ def part(
     """
 
     def read_one(given: Any, where: str) -> Any:
-        if optional and hasattr(given, "items") and not given.get("name", ""):
+        if optional and not given.get("name", ""):
             if more := [name for name in given if name != "name"]:
                 raise ValueError(
                     f"{where} without a name has no key {more[0]!r}. {nearest(more[0], ['name'])}"
