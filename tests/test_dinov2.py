@@ -1,12 +1,11 @@
 """The DINOv2 graph against timm's, with the same random weights."""
 
 import pathlib
-import zlib
 
 import jax
 import numpy as np
 import pytest
-from test_inception import images
+from test_inception import images, random_weights
 
 from mclr_jax.evaluation import dinov2, evaluate, features, metrics
 from mclr_jax.pretrained import torch_file
@@ -15,8 +14,8 @@ FIXTURE = pathlib.Path(__file__).parent / "data" / "dinov2.npz"
 WIDTH, DEPTH = 128, 2
 
 
-def random_weights(kind: str) -> dict[str, np.ndarray]:
-    """Small sizes under the published names; values of order one, from each name alone."""
+def weights_of(kind: str) -> dict[str, np.ndarray]:
+    """Small sizes under the published names."""
     gated = kind == "gated, registers"
     layers = {"norm": (WIDTH,), "patch_embed.proj": (WIDTH, 3, 14, 14)}
     for block in (f"blocks.{i}" for i in range(DEPTH)):
@@ -33,17 +32,7 @@ def random_weights(kind: str) -> dict[str, np.ndarray]:
     shapes |= {"cls_token": (1, 1, WIDTH), "mask_token": (1, WIDTH)}
     shapes["pos_embed"] = (1, 1 + 37 * 37, WIDTH)
     shapes |= {"register_tokens": (1, 4, WIDTH)} if gated else {}
-    weights = {}
-    for name, shape in shapes.items():
-        value = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
-        if name.endswith(".bias"):
-            value *= 0.1
-        elif len(shape) == 1:
-            value = np.exp(0.2 * value)
-        elif name.endswith(".weight"):
-            value *= np.sqrt(2 / np.prod(shape[1:]))
-        weights[name] = np.asarray(value, np.float32)
-    return weights
+    return random_weights(shapes)
 
 
 @pytest.mark.parametrize("kind", ["plain", "gated, registers"])
@@ -55,7 +44,7 @@ def test_the_class_token_is_that_of_timm(kind):
     """
     with np.load(FIXTURE) as file:
         expected = file[kind]
-    weights = dinov2.convert(random_weights(kind))
+    weights = dinov2.convert(weights_of(kind))
     pixels = images() / np.float32(127.5) - 1
     found, logits = jax.jit(dinov2.apply)(weights, pixels)
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
@@ -63,7 +52,7 @@ def test_the_class_token_is_that_of_timm(kind):
 
 
 def test_without_classes_there_is_neither_accuracy_nor_inception_score(monkeypatch):
-    monkeypatch.setattr(torch_file, "load", lambda path: random_weights("plain"))
+    monkeypatch.setattr(torch_file, "load", lambda path: weights_of("plain"))
     monkeypatch.setattr(features, "BATCH", 8)
     extractor = features.load("dinov2:vit.pth")
     grey = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 1)).astype(np.uint8)
@@ -77,7 +66,7 @@ def test_without_classes_there_is_neither_accuracy_nor_inception_score(monkeypat
 
 
 def test_other_weights_are_refused():
-    state = random_weights("plain")
+    state = weights_of("plain")
     del state["blocks.1.ls2.gamma"]
     with pytest.raises(ValueError, match=r"no 'blocks.1.ls2.gamma'; .* dinov2_vitl14_pretrain"):
         dinov2.convert(state)

@@ -151,12 +151,6 @@ def test_results_name_the_revision_that_made_them():
     assert dirty == {"lorenz63": 14, "forcing_fields": 6, "robustness": 1}
 
 
-def test_a_changed_number_is_found():
-    found = MEASURED.findall(PAGES["docs/results/mclr_images.md"])
-    ((name, expression),) = [place for number, *place in found if number == "2.1"]
-    assert f"{measured(name, expression):.1f}" != "2.2"
-
-
 @pytest.mark.parametrize(
     "text", ["2.1", "5%", "4,800 samples", "25 minutes", "one hour", "4 to 5 s"]
 )
@@ -240,19 +234,15 @@ def test_every_page_is_linked():
         for link in re.findall(r"\]\(([^)#:]+\.md)", text)
     }
     assert {path for path in tables.PAGES if path.name != "README.md"} <= linked
+    assert len(PAGES["README.md"].splitlines()) <= 160  # the front door is short
 
 
 def test_the_floors_of_architecture_are_those_of_the_imports():
-    listed = re.search(r"## Floors.*?```text\n(.*?)```", PAGES["docs/architecture.md"], re.DOTALL)[
-        1
-    ]
-    names = (re.findall(r"[\w/]+(?:\.py|/)(?!\S)", line) for line in listed.splitlines())
+    page = PAGES["docs/architecture.md"]
+    listed = re.search(r"## Floors.*?```text\n(.*?)```", page, re.DOTALL)
+    names = (re.findall(r"[\w/]+(?:\.py|/)(?!\S)", line) for line in listed[1].splitlines())
     found = [{name.removesuffix(".py") for name in floor} for floor in names]
     assert found[::-1] == [set(floor) for floor in FLOORS]
-
-
-def test_the_front_door_is_short():
-    assert len(PAGES["README.md"].splitlines()) <= 160
 
 
 def sentences(text):
@@ -284,12 +274,8 @@ def test_a_long_sentence_is_found():
     page = (
         "# No\n\nOne et al. 1. Two\nlines: a\n\n| a table |\n\n- Three.\n- Four\n  [five](six).\n"
     )
-    assert [s for s in sentences(page) if s] == [
-        "One et al. 1.",
-        "Two lines: a",
-        "Three.",
-        "Four five.",
-    ]
+    found = [s for s in sentences(page) if s]
+    assert found == ["One et al. 1.", "Two lines: a", "Three.", "Four five."]
 
 
 # Idioms that a reader with English as a second language may not know, and their plain words.
@@ -318,9 +304,7 @@ def test_docstrings_begin_with_a_noun_or_a_verb():
     for path in [*(ROOT / "mclr_jax").rglob("*.py"), *(ROOT / "launch").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             text = ast.get_docstring(node) if isinstance(node, kinds) else None
-            assert not text or text.split()[0] not in QUESTIONS, (
-                f"{path.name}: {text.split(chr(10))[0]}"
-            )
+            assert not text or text.split()[0] not in QUESTIONS, f"{path.name}: {text[:90]}"
 
 
 def test_every_error_of_mutants_can_be_inserted():

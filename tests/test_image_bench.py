@@ -23,11 +23,7 @@ from mclr_jax.data import sources
 from mclr_jax.evaluation import features
 from mclr_jax.model import DataInfo
 
-SETTINGS = {
-    "samples": 80,
-    "one_base": True,
-    "judge_steps": {"features": 2, "accuracy": 2},
-}
+SETTINGS = {"samples": 80, "one_base": True, "judge_steps": {"features": 2, "accuracy": 2}}
 JUDGE = {"network": {"name": "mlp_classifier", "width": 16, "depth": 1}, "weight_decay": 0.1}
 
 
@@ -143,17 +139,13 @@ def test_mixture_distance_of_trained_runs(tmp_path, monkeypatch):
 def test_mixture_rows_say_how_they_were_trained(tmp_path, monkeypatch):
     bench = mixture_mclr.Bench(tmp_path)
     for number, task in enumerate(bench.tasks()):
-        value = {"steps": number, "parameters": 5}
-        bench.write(
-            f"{task.name}/done", value | ({"diverged": "!"} if task.name == "plain" else {})
-        )
+        diverged = {"diverged": "!"} if task.name == "plain" else {}
+        bench.write(f"{task.name}/done", {"steps": number, "parameters": 5} | diverged)
     monkeypatch.setattr(mixture_mclr.Bench, "distance", lambda *_, **__: 0.5)
     result = mixture_mclr.collect(bench)
     assert result["runs"].keys() == {"base", "classifier", *mixture_mclr.VARIANTS}
-    assert [run["steps"] for run in result["runs"].values()] == list(
-        range(2 + len(mixture_mclr.VARIANTS))
-    )
-    assert all(run.keys() >= MADE_BY for run in result["runs"].values())
+    steps = [run["steps"] for run in result["runs"].values()]
+    assert steps == list(range(2 + len(mixture_mclr.VARIANTS)))
     assert result["parameters"] == 5
     assert result["distance_to_cfg"]["plain"] == "!"
     assert result["distance_to_cfg"]["a quarter of the negatives"] == 0.5
@@ -217,42 +209,28 @@ def test_rows_of_digits_say_how_they_were_made(digits):
     assert names == {"equal_noise_digits_6.png"}
 
 
-def test_guidance_free_collects_what_its_tasks_have_written(root):
-    bench = guidance_free.Comparison("digits")
-    keys = ("frechet", "per_class_frechet", "accuracy", "precision", "recall")
-    measured = {key: 0.5 for key in keys}
-    done = {"steps": 7, "parameters": 5}
-    methods = bench.methods()
+def test_rows_of_other_noise_and_seeds_are_kept_beside_new_ones(root):
+    bench, row = guidance_free.Comparison("digits"), {"frechet": 0.5, "network_calls": 3}
     for task in bench.tasks((0,)):
-        name = task.output.removesuffix(".json")
-        if name.endswith("/done"):
-            bench.write(name, done)
-    for rows in methods.values():
-        for model in rows.values():
-            row = {**measured, "network_calls": 3}
-            bench.write(f"sets/{model.samples(0)}", row, root / model.workdir(0))
-    bench.write("sets/real_test", measured)
-    tuned = [model.tuned for rows in methods.values() for model in rows.values()]
-    bench.write(guidance_free.FLOPS, dict.fromkeys(tuned, 2.5))
-    floor = {"frechet": 0.5}
+        if task.output.endswith("/done.json"):
+            bench.write(task.output.removesuffix(".json"), {"steps": 7, "parameters": 5})
+    models = bench.methods()["cca"].values()
+    for model in models:
+        bench.write(f"sets/{model.samples(0)}", row, root / model.workdir(0))
+    bench.write("sets/real_test", row)
+    bench.write(guidance_free.FLOPS, {model.tuned: 2.5 for model in models})
     old = [
-        {**measured, "strength": 1.0, "seed": seed, "noise": noise, "network_calls": 9}
+        {**row, "strength": 1.0, "seed": seed, "noise": noise}
         for seed, noise in [(0, [*guidance_free.NOISE.values()]), (0, [0.3, 1.2]), (1, [0.8, 1.5])]
     ]
-    result = guidance_free.collect(bench, (0,), {"floor": floor, "methods": {"cca": old}})
-    (_, kept, seed_1), again = old, result["methods"]["cca"]
+    before = {"floor": {"frechet": 0.5}, "methods": {"cca": old}}
+    (_, kept, seed_1), again = old, guidance_free.collect(bench, (0,), before)["methods"]["cca"]
     assert again[:2] == [kept, seed_1]  # the first was made again
-    assert len(again) == 2 + len(methods["cca"])
+    assert len(again) == 2 + len(models)
+    assert (again[2]["training_steps"], again[2]["step_flops_relative_to_dsm"]) == (7, 2.5)
+    assert again[2]["run"]["name"] == "equal_cca_0"
     with pytest.raises(SystemExit, match="judges"):
         guidance_free.collect(bench, (0,), {"floor": {"frechet": 0.6}, "methods": {}})
-    figures.pareto(bench, result, image_bench.SECOND)
-    assert (root / "docs" / "equal_noise_digits.png").exists()
-    assert result["parameters"] == 5
-    assert "weak" in result["other_runs"]
-    row = again[2]
-    assert row["training_steps"] == 7
-    assert row["run"]["name"] == "equal_cca_0"
-    assert row["step_flops_relative_to_dsm"] == 2.5
 
 
 def test_a_strength_with_fewer_seeds_is_not_compared_with_the_others():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mclr_jax.assimilation.schedules import Scheme, Update, lags, levels, updates
+from mclr_jax.assimilation.schedules import Scheme, lags, levels, segments, updates
 
 
 def until(lag, frames, before=0):
@@ -63,7 +63,6 @@ def test_a_regime_is_a_lag():
     np.testing.assert_array_equal(lags("filter", 2, 3), [0, 0])
     np.testing.assert_array_equal(lags("fixed_lag", 2, 3), [3, 3])
     np.testing.assert_array_equal(lags("batch", 2), [np.inf, np.inf])
-    assert Update(3, 2).seen == 2
 
 
 @pytest.mark.parametrize(
@@ -82,5 +81,25 @@ def test_a_regime_is_a_lag():
 def test_schemes_without_a_meaning_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         Scheme(**values)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepz=3", "scheme has no key 'stepz'. Did you mean 'steps'"),
+        ("steps=x", "scheme.steps is 'x'; expected an integer of at least 1"),
+        ("revise=maybe", "scheme.revise is 'maybe'; expected True or False"),
+    ],
+)
+def test_words_without_a_meaning_are_refused(text, message):
+    assert Scheme.parse(["steps=3", "revise=false"]) == Scheme(steps=3, revise=False)
+    with pytest.raises(ValueError, match=message):
+        Scheme.parse([text])
+
+
+@pytest.mark.parametrize("text", ["-1", "nan", "0.5", "0:2,10:1", "0:2,5:1,5:0", "2:1", "x"])
+def test_lags_without_a_meaning_are_refused(text):
+    with pytest.raises(ValueError, match=r"The lag is .*frames below 10 in rising order"):
+        segments(text.split(","), 10)
     with pytest.raises(ValueError, match="Did you mean 'filter'"):
         lags("filtre", 3)
