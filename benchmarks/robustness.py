@@ -24,7 +24,7 @@ import tempfile
 import time
 
 FLAGS = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
-os.environ.setdefault("XLA_FLAGS", f"{FLAGS} --xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", FLAGS)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_TRACEBACK_FILTERING"] = "off"  # an error is raised where its traceback ends
 

@@ -20,6 +20,9 @@ from mclr_jax.main import train
 
 common.define("config")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; made if missing.")
+CHANGE = flags.DEFINE_bool(
+    "change", False, "Train on with other values of keys that decide what the steps learn."
+)
 RESTART = flags.DEFINE_bool("restart", False, "Move the run to WORKDIR/replaced, and begin anew.")
 
 
@@ -27,7 +30,7 @@ def main() -> None:
     hosts.connect()
     training = Training.parse(flags.FLAGS.config)
     common.use_cores(training.network.factory, training.batch_size)
-    train(training, WORKDIR.value, restart=RESTART.value)
+    train(training, WORKDIR.value, restart=RESTART.value, change=CHANGE.value)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,19 @@ def append(path: str | os.PathLike, text: str) -> None:
 
 
 @contextlib.contextmanager
+def made(folder: pathlib.Path, *inner: str) -> Iterator[None]:
+    """Makes a folder; those that are still empty at the end go, its folders `inner` included."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for path in [*(folder / name for name in inner), *missing]:
+            with contextlib.suppress(OSError):  # it has content
+                path.rmdir()
+
+
+@contextlib.contextmanager
 def _naming(path: str | os.PathLike) -> Iterator[None]:
     """Adds the file to an OSError: that of a full disk names none."""
     try:

@@ -10,7 +10,7 @@ import numpy as np
 from absl import logging
 
 from mclr_jax import generate, images
-from mclr_jax.data.protocol import Source
+from mclr_jax.data.protocol import Source, drawn
 from mclr_jax.experiment import Experiment
 from mclr_jax.reductions import report
 from mclr_jax.task import Task
@@ -37,7 +37,8 @@ class Snapshots:
 class HeldOut:
     """Loss and metrics on held-out examples, always with the same noise.
 
-    Of the sources the one named "" gives the images; row i of another is its example i + 1.
+    Of the sources the one named "" gives the images. Those with more examples than `count` give a
+    random subset, each its own; of the others, row i of all but the first is example i + 1.
     """
 
     task: Task
@@ -49,13 +50,12 @@ class HeldOut:
     @functools.cached_property
     def batches(self) -> dict[str, np.ndarray]:
         """Arrays (K, rows of this process, ...)."""
-        total = len(self.sources[""])
-        count = -(-min(self.count, total) // self.size)
-        rows = np.resize(np.arange(total), (count, self.size))
+        count = -(-min(self.count, len(self.sources[""])) // self.size)
         local = np.array_split(np.arange(self.size), jax.process_count())[jax.process_index()]
         batches = {"index": np.broadcast_to(local.astype(np.int32), (count, len(local)))}
-        for prefix, examples in self.sources.items():
-            parts = [examples[(r[local] + bool(prefix)) % len(examples)] for r in rows]
+        for seed, (prefix, examples) in enumerate(self.sources.items()):
+            rows = np.roll(drawn(examples, count * self.size, seed), -bool(prefix))
+            parts = [examples[r[local]] for r in np.resize(rows, (count, self.size))]
             batches[f"{prefix}image"] = np.stack([found for found, _ in parts])
             batches[f"{prefix}label"] = np.stack([labels for _, labels in parts])
         return batches
@@ -112,10 +112,17 @@ class Save:
 
     checkpoints: Checkpoints
 
-    def last(self) -> int | None:
-        """The step of the last checkpoint, when all are on disk."""
+    def good(self, step: int) -> int | None:
+        """The step of the last checkpoint from before a divergence that `step` steps have made.
+
+        A checkpoint of just these steps is set aside, unless its own loss was measured.
+        """
         self.checkpoints.wait()
-        return max(self.checkpoints.steps(), default=None)
+        last = max(self.checkpoints.steps(), default=None)
+        if last is not None and last == step and not self.checkpoints.has_loss(last):
+            self.checkpoints.set_aside(last, "the next step diverged")
+            last = max(self.checkpoints.steps(), default=None)
+        return last
 
     def __call__(self, moment: Moment) -> None:
         found = {"loss": "eval_loss", "icr": "icr"}
@@ -123,7 +130,7 @@ class Save:
         if bad := not_finite(moment.state):
             raise NonFiniteError(
                 f"{bad[0]} is not finite after step {moment.step}, which is not saved. The last "
-                f"good checkpoint is of step {self.last()}."
+                f"good checkpoint is of step {self.good(moment.step)}."
             )
         self.checkpoints.save(moment.step, moment.state, metrics)
 

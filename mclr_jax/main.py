@@ -12,6 +12,7 @@ from mclr_jax import hooks, record, runs
 from mclr_jax.config import Training
 from mclr_jax.data import pipeline
 from mclr_jax.experiment import Experiment
+from mclr_jax.files import made
 from mclr_jax.training import loop
 from mclr_jax.training.checkpoint import Checkpoints
 from mclr_jax.training.devices import banner, barrier, is_first, require_accelerator
@@ -26,34 +27,42 @@ def train(
     workdir: str | pathlib.Path,
     more_hooks: Sequence[Hook] = (),
     restart: bool = False,
+    change: bool = False,
 ) -> TrainState:
     """Train to config.num_steps (see `config.Training`), and return the last state.
 
-    Training starts from the newest checkpoint in `workdir`, if one exists. SIGTERM and SIGINT save
-    a checkpoint and stop; the same call then continues to the same bits. `more_hooks` run before
-    the checkpoint is saved. `restart` moves an existing run to workdir/replaced and begins anew.
+    Training starts from the newest checkpoint in `workdir`, if one exists; a run that has done its
+    steps stays as it is. SIGTERM and SIGINT save a checkpoint and stop; the same call then
+    continues to the same bits. `more_hooks` run before the checkpoint is saved. `restart` moves an
+    existing run to workdir/replaced and begins anew. `change` permits other values of keys that
+    decide what the next steps learn, such as those of the objective; run.json has both, by step.
 
     Raises:
       Interrupted: a signal stopped the training; a SystemExit, so that callers stop too.
       NonFiniteError: a metric is not finite; names the metric, the step and the last checkpoint.
       RuntimeError: another process trains in `workdir`, or no checkpoint there can be read.
-      ValueError: the config is invalid, or `workdir` has a run of another model or of other data.
+      ValueError: the config is invalid, or `workdir` has a run of another model, of other data or,
+        without `change`, of other values of deciding keys.
     """
     experiment = Experiment(Training.parse(config), pathlib.Path(workdir))
-    experiment.workdir.mkdir(parents=True, exist_ok=True)
     logging.info(banner())
     if experiment.training.require_accelerator:
         require_accelerator()
-    with locked(experiment.workdir) if is_first() else contextlib.nullcontext():
+    with (
+        made(experiment.workdir, *("checkpoints", "snapshots") * is_first()),
+        locked(experiment.workdir) if is_first() else contextlib.nullcontext(),
+    ):
         if restart:
             _begin_anew(experiment.workdir)
-        state, stopped_by = _train(experiment, more_hooks)
+        state, stopped_by = _train(experiment, more_hooks, change)
     if stopped_by:
         raise loop.Interrupted(stopped_by, int(state.step))
     return state
 
 
-def _train(experiment: Experiment, more_hooks: Sequence[Hook]) -> tuple[TrainState, int]:
+def _train(
+    experiment: Experiment, more_hooks: Sequence[Hook], change: bool
+) -> tuple[TrainState, int]:
     """The last state, and the number of the signal that stopped the training, or 0."""
     training, workdir, task = experiment.training, experiment.workdir, experiment.task
     extra, devices = experiment.extra, experiment.devices
@@ -65,9 +74,20 @@ def _train(experiment: Experiment, more_hooks: Sequence[Hook]) -> tuple[TrainSta
         Checkpoints(workdir / "checkpoints", training.keep_checkpoints) as checkpoints,
         Checkpoints(workdir / "snapshots", keep=None) as snapshots,
     ):
+        if not change and max(checkpoints.steps(), default=0) < training.num_steps:
+            record.require_none(changes, workdir)
         stored = experiment.stored_state(checkpoints)
+        if stored and stored[1] >= training.num_steps:
+            ignored = f" Nothing is changed: {record.told(changes)}." if changes else ""
+            logging.warning(
+                "Nothing to train: %s has done %d steps, and config.num_steps is %d.%s",
+                workdir, stored[1], training.num_steps, ignored,
+            )  # fmt: skip
+            return stored[0], 0
         if stored:
             (state, start), origin = stored, None
+            if not change:  # the newest checkpoint could not be read
+                record.require_none(changes, workdir)
             logging.info("Resumed from the checkpoint of step %d.", start)
         else:
             (state, origin), start = experiment.first_state(), 0
@@ -97,7 +117,7 @@ def _train(experiment: Experiment, more_hooks: Sequence[Hook]) -> tuple[TrainSta
             return loop.run(
                 task, state, experiment.frozen, stream, [*ours, samples, *more_hooks, last], writer,
                 devices=devices, num_steps=training.num_steps, log_every=training.log_every,
-                steps_per_dispatch=training.dispatch, saved=save.last,
+                steps_per_dispatch=training.dispatch, saved=save.good,
             )  # fmt: skip
 
 

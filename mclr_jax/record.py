@@ -1,5 +1,6 @@
 """`run.json`: what a run is and what was done with it, and how it differs from what is asked."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -17,7 +18,16 @@ from mclr_jax.model import Model
 from mclr_jax.training.devices import banner
 
 # Values that a run with checkpoints cannot change: they decide what its weights mean.
-FIXED = ("model.", "companions.", "data.")
+FIXED = ("model.", "companions.", "data.", "config.init_from")
+# Keys that it can change at any time: no step learns anything else. The files and runs that some of
+# them name are told by their digests.
+FREE = tuple(
+    f"config.{key}"
+    for key in ("num_steps", "init_from", "parallel", "require_accelerator", "steps_per_dispatch",
+                "grad_accumulation", "log_every", "checkpoint_every", "keep_checkpoints",
+                "eval_examples", "sample_every", "companions.", "data.name", "data.path",
+                "data.test", "sampler.", "icr.", "profile.")
+)  # fmt: skip
 # Keys of earlier versions, by section, with the only values that mean what no such key means now.
 RETIRED: dict[str, dict[str, Any]] = {
     "objective": {"logistic_scale": 10.0, "reference_penalty": 0.0, "null_share": 1.0,
@@ -25,7 +35,7 @@ RETIRED: dict[str, dict[str, Any]] = {
     "posterior": {"candidates": 0},
 }  # fmt: skip
 # Parts that may differ without a warning.
-APART = ("history", "start", "paths", "frozen", "averages", "sampler")
+APART = ("history", "start", "spans", "paths", "frozen", "averages", "sampler")
 
 
 def describe(
@@ -59,13 +69,15 @@ def places(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def changes(workdir: pathlib.Path, description: Mapping[str, Any]) -> dict[str, list]:
-    """key: [old, new] of the values that differ from those in run.json; warns of each.
+    """key: [old, new] of the values that differ from those in run.json.
 
     Raises ValueError if the directory has checkpoints, which these values do not describe.
     """
-    before, now = flat(read(workdir)), flat(dict(description))
-    if not before:
+    if not (old := read(workdir)):
         return {}
+    with contextlib.suppress(ValueError):  # a key that is newer than the run has its default there
+        old["config"] = dict(Training.parse(old["config"]).config)
+    before, now = flat(old), flat(dict(description))
     known = before.get("frozen", now.get("frozen"))  # none: of a training without companions
     if has_checkpoints(workdir) and now.get("frozen", known) != known:
         raise ValueError(
@@ -77,16 +89,35 @@ def changes(workdir: pathlib.Path, description: Mapping[str, Any]) -> dict[str, 
     keys = [k for k in before.keys() | now.keys() if not k.startswith(APART)]
     keys = [k for k in keys if k in before or not k.startswith("data.")]  # of an older version
     found = {k: [before.get(k), now.get(k)] for k in sorted(keys) if before.get(k) != now.get(k)}
-    texts = {key: "is now {1}; it was {0}".format(*map(json.dumps, v)) for key, v in found.items()}
-    fixed = [f"{key} {text}" for key, text in texts.items() if key.startswith(FIXED)]
+    held = ("config.init_from",) * ("reference" in description["companions"])  # by its weights
+    fixed = {k: v for k, v in found.items() if k.startswith(FIXED) and k not in held}
     if fixed and has_checkpoints(workdir):
         raise ValueError(
-            f"{workdir} has checkpoints of another model or other data: {'; '.join(fixed)}. Use "
+            f"{workdir} has checkpoints of another model or other data: {told(fixed)}. Use "
             "another --workdir, the old values, or --restart to begin again in this one."
         )
-    for key, text in texts.items():
-        logging.warning("%s %s, when this run was started.", key, text)
     return found
+
+
+def told(changed: Mapping[str, list]) -> str:
+    """Changes in words."""
+    pairs = ((key, map(json.dumps, values[::-1])) for key, values in changed.items())
+    return "; ".join("{} is now {}; it was {}".format(key, *values) for key, values in pairs)
+
+
+def require_none(changed: Mapping[str, list], workdir: pathlib.Path) -> None:
+    """ValueError if some of the changes decide what the next steps of a run learn."""
+    if found := deciding(changed):
+        raise ValueError(
+            f"{workdir} was trained with other values: {told(found)}. Add --change (in Python, "
+            "change=True) to train on with the new values, restore the old ones, or use another "
+            "--workdir."
+        )
+
+
+def deciding(changed: Mapping[str, list]) -> dict[str, list]:
+    """Those of the changes that decide what the next steps learn."""
+    return {key: values for key, values in changed.items() if not key.startswith(FREE)}
 
 
 def write(
@@ -95,14 +126,21 @@ def write(
 ) -> None:  # fmt: skip
     """Write run.json: the description, its history, and `start`, the origin of the weights.
 
+    If values have changed, `spans` has a part for each span of steps: `from`, the number of steps
+    done before, and the values there of all keys that have ever changed.
+
     Paths are also stored in absolute form and relative to `workdir`, so that `runs.load` finds the
     files from another current directory, and in a run that was moved together with them.
     """
     old = read(workdir)
+    for key, values in changed.items():
+        logging.warning("%s, when this run was started.", told({key: values}))
     made_by = {**provenance(), "version": __version__, "device": banner()}
     entry = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step, **made_by}
     history = [*old.get("history", []), {**entry, "changes": dict(changed)}]
     origin = {"start": found} if (found := start or old.get("start")) else {}
+    if len(spans := _spans(old.get("spans", []), description, changed, step)) > 1:
+        origin["spans"] = spans
     named = places(description.get("config", {}))
     absolute = {key: os.path.abspath(name) for key, name in named.items()}
     here = os.path.realpath(workdir)
@@ -110,6 +148,20 @@ def write(
         k: [name, os.path.relpath(os.path.realpath(name), here)] for k, name in absolute.items()
     }
     write_json(workdir / "run.json", {**description, **origin, "paths": paths, "history": history})
+
+
+def _spans(
+    old: list[dict[str, Any]],
+    description: Mapping[str, Any],
+    changed: Mapping[str, list],
+    step: int,
+) -> list[dict[str, Any]]:
+    """The spans of `write`; later steps than `step` are done again."""
+    keys = deciding(changed).keys() | {"config.num_steps"} & changed.keys()
+    before, now = {key: changed[key][0] for key in sorted(keys)}, flat(dict(description))
+    spans = [before | span for span in old if span["from"] < step] or [{"from": 0, **before}]
+    last = {key: now.get(key) for key in spans[-1] if key != "from"}
+    return spans if last.items() <= spans[-1].items() else [*spans, {"from": step, **last}]
 
 
 def at_new_places(description: Mapping[str, Any], workdir: pathlib.Path) -> dict[str, Any]:

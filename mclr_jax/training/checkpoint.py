@@ -150,7 +150,7 @@ class Checkpoints:
                 broken[candidate] = error
             else:
                 for number, reason in broken.items():
-                    self._set_aside(number, reason)
+                    self.set_aside(number, f"cannot be read ({str(reason).splitlines()[0][:200]})")
                 return state, candidate
         if broken:
             reasons = "; ".join(f"{n}: {str(e).splitlines()[0][:200]}" for n, e in broken.items())
@@ -179,11 +179,15 @@ class Checkpoints:
                 raise OSError(f"{name} is damaged: its digest is not that of the saved array")
         return found["state"]
 
-    def _set_aside(self, step: int, error: Exception) -> None:
+    def has_loss(self, step: int) -> bool:
+        """True if the checkpoint of a step has the metric `loss`."""
+        return "loss" in self._metrics.get(step, {})
+
+    def set_aside(self, step: int, reason: str) -> None:
+        """Move a checkpoint to the folder `broken` beside the directory; readers only warn."""
         target = self.directory.parent / "broken" / str(step)
-        reason, moves = str(error).splitlines()[0][:200], self._keep is not None
-        moved = f"; moved to {target}" if moves else ""
-        logging.warning("Checkpoint %s cannot be read (%s)%s.", step, reason, moved)
+        moves = self._keep is not None
+        logging.warning("Checkpoint %s %s%s.", step, reason, f"; moved to {target}" * moves)
         if not moves:
             return
         if is_first():

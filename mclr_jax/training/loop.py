@@ -91,6 +91,12 @@ class Interrupt:
         return int(multihost_utils.process_allgather(np.array(self._requested)).max())
 
 
+def beyond(name: str, value: float) -> bool:
+    """True for a metric or reading that a training has only when it diverges."""
+    limit = LOSS_LIMIT if name in ("loss", "eval_loss") else np.inf
+    return not abs(value) < limit
+
+
 class _Log:
     """The metrics since the last report, each read from the device one dispatch later."""
 
@@ -112,7 +118,7 @@ class _Log:
         rows = jax.tree.map(lambda x: np.asarray(x[:count], np.float64), jax.device_get(metrics))
         for row in range(count):
             for name, value in report(jax.tree.map(operator.itemgetter(row), rows)).items():
-                if not np.isfinite(value) or (name == "loss" and abs(value) >= LOSS_LIMIT):
+                if beyond(name, value):
                     raise self._diverged(step + row, f"{name} is {value:.3g}")
         self._rows.append(rows)
 
@@ -135,7 +141,7 @@ def run(
     num_steps: int,  # of the whole training
     log_every: int,  # steps between two reports
     steps_per_dispatch: int,  # steps in one call of the compiled program
-    saved: Callable[[], Any] = lambda: None,  # step of the last checkpoint or None
+    saved: Callable[[int], Any] = lambda step: None,  # last checkpoint, good if `step` diverged
 ) -> tuple[TrainState, int]:
     """Train to num_steps, or until SIGTERM or SIGINT; the last state, and that signal or 0.
 
@@ -143,10 +149,11 @@ def run(
     """
 
     def diverged(step: int, what: str) -> NonFiniteError:
-        good = saved()
+        good = saved(step)
+        found = "none" if good is None else f"of step {good}, from which --change continues"
         return NonFiniteError(
-            f"{what} in step {step}: the run diverged. The last good checkpoint is "
-            f"{'none' if good is None else f'of step {good}'}. {task.objective.advice()}"
+            f"{what} in step {step}: the run diverged. The last good checkpoint is {found}. "
+            f"{task.objective.advice()}"
         )
 
     periods = [log_every, *(n for hook in hooks for n in hook.periods)]
@@ -180,7 +187,7 @@ def run(
                 moment = Moment(step, devices.to_global(state), dict(readings), bool(stopping))
                 if found := hook.run(moment):
                     for name, value in found.items():
-                        if not np.isfinite(value):
+                        if beyond(name, value):
                             raise diverged(step, f"{name} is {value:.3g}")
                     writer.scalars(step, dict(found))
                     readings |= found
