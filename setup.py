@@ -13,7 +13,7 @@ REQUIRED = [
     "flax>=0.12.4,<0.13",
     "grain>=0.2.16,<0.3",
     "importlib_resources>=6,<8",  # tensorflow-datasets needs it and does not say so
-    "jax>=0.9,<0.11",
+    "jax>=0.9,<0.13",
     "matplotlib>=3.9,<4",
     "ml-collections>=1.0,<2",
     "numpy>=2.1,<3",
@@ -57,7 +57,7 @@ setup(
         "features": FEATURES,
         "torch": ["torch>=2.4,<3"],
         # The compiler of this jax for NVIDIA's cards, which need not be there.
-        "gpu-compile": ["jax-cuda12-plugin>=0.9,<0.11", "nvidia-cuda-nvcc-cu12"],
-        "tpu-compile": ["jax[tpu]>=0.9,<0.11"],  # the libtpu of this jax
+        "gpu-compile": ["jax-cuda12-plugin>=0.9,<0.13", "nvidia-cuda-nvcc-cu12"],
+        "tpu-compile": ["jax[tpu]>=0.9,<0.13"],  # the libtpu of this jax
     },
 )
