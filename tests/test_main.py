@@ -94,7 +94,7 @@ def test_what_decides_the_next_steps_is_changed_if_asked_and_told_by_step(base, 
     workdir = shutil.copytree(base, tmp_path / "run")
     before = contents(workdir)
     rate = {"optimizer.learning_rate": 0.002, "optimizer.schedule": "constant"}
-    changed = rate | {"num_steps": 18, "checkpoint_every": 3}
+    changed = rate | {"num_steps": 18, "checkpoint_every": 3, "keep_checkpoints": 9}
     with pytest.raises(ValueError, match=r"rate is now 0.002; it was 0.001.*Add --change"):
         main.train(tiny.config(**changed), workdir)
     assert contents(workdir) == before
@@ -187,13 +187,12 @@ def test_values_that_spoil_a_run_are_refused_before_it_is_written(tmp_path, key)
         assert not (tmp_path / "run" / "run.json").exists()
 
 
-def test_damaged_checkpoints_stop_each_call_until_a_restart_is_asked_for(base, tmp_path):
+def test_a_restart_sets_damaged_checkpoints_aside(base, tmp_path):
     shutil.copytree(base, tmp_path, dirs_exist_ok=True)
     for folder in (tmp_path / "checkpoints").glob("[0-9]*"):
         shutil.rmtree(folder / "state")
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"None of the checkpoints .*--restart"):
-            main.train(tiny.config(), tmp_path)
+    with pytest.raises(RuntimeError, match=r"None of the checkpoints .*--restart"):
+        main.train(tiny.config(), tmp_path)
     state = main.train(tiny.config(num_steps=3, eval_examples=0), tmp_path, restart=True)
     assert int(state.step) == 3
     assert len(list((tmp_path / "replaced").iterdir())) == 1
@@ -235,22 +234,6 @@ def test_a_start_without_checkpoints_leaves_nothing_to_another_config(base, tmp_
 
 def _raise(moment):
     raise RuntimeError("stopped here")
-
-
-# ---- what is refused before training -------------------------------------------------------------
-
-
-def test_what_cannot_be_trained_is_refused_at_once(tmp_path):
-    with pytest.raises(ValueError, match="multiple of 8"):
-        main.train(tiny.config(batch_size=12), tmp_path / "batch")
-    with pytest.raises(RuntimeError, match="no accelerator"):
-        main.train(tiny.config(require_accelerator=True), tmp_path / "accelerator")
-    flat = tmp_path / "flat.npz"
-    np.savez(flat, images=np.ones((8, 2), np.float32), labels=np.arange(8) % 3)
-    config = tiny.config(**{"data.name": f"npz:{flat}", "sigma_data": 0.0})
-    with pytest.raises(ValueError, match=r"standard deviation 0.0; expected a positive"):
-        main.train(config, tmp_path / "flat")
-    assert not list(tmp_path.glob("*/run.json"))
 
 
 # ---- fine-tuning: what a run takes from others, and that it needs them only once -----------------
@@ -316,8 +299,6 @@ def test_the_posterior_of_a_classifier_run(base, tmp_path):
     chex.assert_trees_all_equal(jax.device_get(held.weights()[0]), weights)
     with pytest.raises(FileNotFoundError, match="not the directory of a run"):
         main.train(mclr(base, **changes), tmp_path / "other")
-    with pytest.raises(MismatchError, match="expected shape"):
-        main.train(mclr(base, **{"network.width": 24}), tmp_path / "wide")
 
 
 def test_objectives_that_want_other_examples_get_them(base, tmp_path):
