@@ -39,22 +39,6 @@ def test_an_interval_includes_its_upper_end_and_not_its_lower_one():
 # ---- errors --------------------------------------------------------------------------------------
 
 
-def test_the_square_error_is_the_mean_over_what_has_one_noise_level():
-    a, b = np.random.default_rng(0).normal(size=(2, 4, 3, 5, 2))
-    square = (a - b) ** 2
-    got = base.square_error(jnp.asarray(a), jnp.asarray(b), jnp.ones(4))
-    np.testing.assert_allclose(got, [square[i].mean() for i in range(4)], rtol=1e-5)
-    got = base.square_error(jnp.asarray(a), jnp.asarray(b), jnp.ones((4, 3)))
-    expected = [[square[i, f].mean() for f in range(3)] for i in range(4)]
-    np.testing.assert_allclose(got, expected, rtol=1e-5)
-
-
-def test_per_example_averages_over_frames():
-    values = jnp.arange(6.0)
-    np.testing.assert_array_equal(base.per_example(values), values)
-    np.testing.assert_allclose(base.per_example(values.reshape(2, 3)), [1.0, 4.0])
-
-
 @pytest.mark.parametrize("frames", [(), (3,)])
 def test_the_log_ratio_is_the_gain_over_the_reference_summed_over_dimensions(frames):
     rng = np.random.default_rng(0)
@@ -70,21 +54,15 @@ def test_the_log_ratio_is_the_gain_over_the_reference_summed_over_dimensions(fra
 # ---- calls of the network ------------------------------------------------------------------------
 
 
-def network(calls):
-    """A denoiser that depends on all that it is shown, and counts its calls."""
+def test_one_call_for_several_inputs_has_the_answers_of_separate_calls():
+    calls, told = [], condition()
 
-    def denoise(x, sigma, condition):
+    def denoise(x, sigma, condition):  # depends on all that it is shown
         calls.append(len(x))
         drops = jax.vmap(jax.random.uniform)(condition.dropout_keys)
         row = sigma + label_of(condition) + condition.strength + condition.augment.sum(-1) + drops
         return jnp.tanh(x) * row[:, None]
 
-    return denoise
-
-
-def test_one_call_for_several_inputs_has_the_answers_of_separate_calls():
-    calls = []
-    denoise, told = network(calls), condition()
     x, sigma = jax.random.normal(jax.random.key(0), (6, 2)), jnp.arange(1.0, 7.0)
     some = jax.tree.map(lambda v: v[::3], (x + 1, 2 * sigma, told))
     last = (x[:1], sigma[:1], jax.tree.map(lambda v: v[:1], told))
@@ -96,24 +74,11 @@ def test_one_call_for_several_inputs_has_the_answers_of_separate_calls():
         np.testing.assert_allclose(answer, denoise(*alone), rtol=1e-6)
 
 
-def test_labels_are_tried_in_one_call_with_all_else_the_same():
-    calls = []
-    denoise = network(calls)
-    x, sigma = jax.random.normal(jax.random.key(0), (6, 2)), jnp.arange(1.0, 7.0)
-    noisy = base.Noisy(x, sigma, condition(), jax.random.split(jax.random.key(1), 6))
-    other = jnp.array([2, 2, 1, 0, 0, 1])
-    got = base.at_labels(denoise, noisy, (other, 3))
-    assert calls == [12]
-    for answer, label in zip(got, (other, jnp.full(6, 3)), strict=True):
-        expected = denoise(x, sigma, noisy.condition.replace(label=label))
-        np.testing.assert_allclose(answer, expected, rtol=1e-6)
-
-
 # ---- draws ---------------------------------------------------------------------------------------
 
 
-def many(seed=0):
-    return jax.random.split(jax.random.key(seed), DRAWS)
+def many():
+    return jax.random.split(jax.random.key(0), DRAWS)
 
 
 def frequencies(classes, own):
@@ -139,19 +104,6 @@ def test_a_class_is_drawn_by_its_probability_and_never_the_excluded_one(by_row):
     assert np.all(np.diag(found) == 0)
     expected = rows * (1 - np.eye(3))
     np.testing.assert_allclose(found, expected / expected.sum(1, keepdims=True), atol=error)
-
-
-def test_the_draw_of_a_row_follows_from_its_key():
-    logits, own = jnp.zeros(5), jnp.arange(DRAWS) % 5
-    keys = many()
-    whole = base.draw_label(keys, logits, own)
-    np.testing.assert_array_equal(base.draw_label(keys[::7], logits, own[::7]), whole[::7])
-    assert (whole != base.draw_label(many(1), logits, own)).mean() > 0.5
-
-
-def test_the_log_prior_is_that_of_the_problem():
-    problem = cases.problem(Level(1.0), class_prior=(0.5, 0.2, 0.3))
-    np.testing.assert_allclose(base.log_prior(problem), np.log([0.5, 0.2, 0.3]), rtol=1e-6)
 
 
 def test_a_strength_is_drawn_by_its_law_only_where_the_network_takes_one():
@@ -209,39 +161,3 @@ def test_noise_is_added_at_its_level_and_labels_are_dropped_at_their_rate(frames
     level = log_sigma.reshape(DRAWS, -1)[:, 0]
     draws = np.stack([level, n[:, 0], dropped, later, np.asarray(x0)[:, 0, 0]])
     np.testing.assert_allclose(np.corrcoef(draws), np.eye(5), atol=4 / 200)
-
-
-@pytest.mark.parametrize("frames", [(), (3,)])
-def test_each_row_is_perturbed_by_its_own_key_alone(frames):
-    told = condition(8)
-    x0 = jax.random.normal(jax.random.key(1), (8, 3, 2))
-    keys = jax.random.split(jax.random.key(2), 8)
-    problem = cases.problem(noise.LogNormal(), frames=frames)
-
-    def run(x0, told, keys):
-        return base.perturb(problem, x0, told, keys, 0.5)
-
-    whole = run(x0, told, keys)
-    order = np.array([5, 2, 7])
-    rows = jax.tree.map(lambda v: v[order], (x0, told, keys))
-    assert same(run(*rows), jax.tree.map(lambda v: v[order], whole))
-    other = run(x0, told, keys.at[1].set(keys[0]))
-    kept = np.arange(8) != 1
-    assert same(*(jax.tree.map(lambda v: v[kept], tree) for tree in (other, whole)))
-    assert np.all(other.sigma[1] != whole.sigma[1])
-    assert np.all(other.x[1] != whole.x[1])
-
-
-@pytest.mark.parametrize(("rate", "shown"), [(0.0, [0, 1, 2, 0, 1, 2]), (1.0, [3] * 6)])
-def test_all_or_no_labels_are_dropped(rate, shown):
-    keys = jax.random.split(jax.random.key(2), 6)
-    noisy = base.perturb(cases.problem(Level(1.0)), jnp.ones((6, 2)), condition(), keys, rate)
-    np.testing.assert_array_equal(noisy.condition.label, shown)
-
-
-def test_keys_are_split_by_example():
-    keys = jax.random.split(jax.random.key(0), 5)
-    parts = base.split(keys, 3)
-    assert parts.shape == (3, 5)
-    expected = jnp.stack([jax.random.split(key, 3) for key in keys], axis=1)
-    assert same(parts, expected)

@@ -1,15 +1,12 @@
-"""The classifiers learn an exact posterior, and treat noise and dropout as promised."""
+"""The classifiers are their descriptions in NumPy, and treat dropout and dtypes as promised."""
 
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from mclr_jax import backend
-from mclr_jax.mixture import GaussianMixture
 from mclr_jax.networks.classifier import ConvClassifier, MLPClassifier
 from mclr_jax.networks.mlp import MLP
 from mclr_jax.plan import flops
@@ -31,59 +28,6 @@ X = {
     "mlp": jax.random.normal(jax.random.key(0), (BATCH, 2)),
     "conv": jax.random.normal(jax.random.key(0), (BATCH, 8, 4, 1)),
 }
-
-
-def test_the_mlp_learns_the_exact_posterior():
-    """Trained on labels alone, its cross-entropy exceeds that of Bayes' rule by under 3 percent.
-
-    Two classes of two components each, mixed up as in an exclusive or.
-    """
-    means = jnp.array([[[-1.0, -0.8], [0.9, 1.0]], [[-0.8, 1.0], [1.0, -1.0]]])
-    prior = jnp.array([0.7, 0.3])
-    mixture = GaussianMixture(means, jnp.full((2, 2), 0.3), jnp.full((2, 2), 0.5), prior)
-    net = MLPClassifier(num_classes=2, width=32, depth=2)
-    steps, batch = 200, 128
-
-    def draw(key, size):
-        data_key, noise_key, sigma_key = jax.random.split(key, 3)
-        clean, label = mixture.sample(data_key, size)
-        sigma = jnp.exp(jax.random.normal(sigma_key, (size,)) - 0.7)
-        return clean + sigma[:, None] * jax.random.normal(noise_key, (size, 2)), sigma, label
-
-    def log_probs(params, x, sigma):
-        scaled = x / jnp.sqrt(sigma**2 + 1)[:, None]
-        null = Condition(jnp.full(len(x), 2))
-        return jax.nn.log_softmax(net.apply({"params": params}, scaled, jnp.log(sigma) / 4, null))
-
-    def cross_entropy(log_p, label):
-        return -jnp.take_along_axis(log_p, label[:, None], axis=1).mean()
-
-    def loss(params, key):
-        x, sigma, label = draw(key, batch)
-        return cross_entropy(log_probs(params, x, sigma), label)
-
-    optimiser = optax.adam(optax.cosine_decay_schedule(8e-3, steps))
-
-    @jax.jit
-    def train(params):
-        def step(carry, key):
-            params, state = carry
-            updates, state = optimiser.update(jax.grad(loss)(params, key), state)
-            return (optax.apply_updates(params, updates), state), None
-
-        keys = jax.random.split(jax.random.key(1), steps)
-        return jax.lax.scan(step, (params, optimiser.init(params)), keys)[0][0]
-
-    x, sigma, label = jax.jit(draw, static_argnums=1)(jax.random.key(2), 8192)
-    params = jax.jit(net.init)(jax.random.key(0), x[:1], sigma[:1], Condition(label[:1]))["params"]
-    exact = jnp.log(jax.jit(mixture.posterior)(x, sigma))
-    learned = jax.jit(log_probs)(train(params), x, sigma)
-    best = cross_entropy(exact, label)
-    excess = (cross_entropy(learned, label) - best) / best
-    divergence = (jnp.exp(exact) * (exact - learned)).sum(-1).mean() / best
-    print("excess", excess, "divergence", divergence)
-    assert abs(excess) < 0.03
-    assert divergence < 0.03
 
 
 @pytest.fixture(scope="module")
@@ -160,8 +104,12 @@ def test_the_convolutional_network_is_its_description_in_numpy(variables, apply)
     features = silu(group_norm(h, **params["out_norm"])).mean(axis=(1, 2))
     expected = layer("out_linear", features)
 
-    actual = apply["conv"](variables["conv"], X["conv"], C_NOISE, CONDITION)
+    actual, found = NETWORKS["conv"].apply(
+        variables["conv"], X["conv"], C_NOISE, CONDITION, mutable="intermediates"
+    )
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+    (kept,) = found["intermediates"]["features"]
+    np.testing.assert_allclose(kept, features, rtol=1e-4, atol=1e-4)
 
 
 def test_the_mlp_ends_with_a_linear_map_of_the_activated_trunk(variables, apply):
@@ -173,34 +121,6 @@ def test_the_mlp_ends_with_a_linear_map_of_the_activated_trunk(variables, apply)
     expected = silu(h) @ params["out_linear"]["kernel"] + params["out_linear"]["bias"]
     actual = apply["mlp"](variables["mlp"], X["mlp"], C_NOISE, CONDITION)
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_features_are_what_the_last_layer_multiplies(name, variables):
-    run = jax.jit(partial(NETWORKS[name].apply, mutable="intermediates"))
-    logits, state = run(variables[name], X[name], C_NOISE, CONDITION)
-    (features,) = state["intermediates"]["features"]
-    last = variables[name]["params"]["out_linear"]
-    expected = np.asarray(features) @ np.asarray(last["kernel"]) + np.asarray(last["bias"])
-    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
-    assert features.dtype == jnp.float32
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_an_example_ignores_its_batch_with_and_without_dropout(name, variables, apply):
-    order = np.array([3, 0, 5, 4, 1, 2])
-    for keys, other_keys in [(None, None), (KEYS, jax.random.split(jax.random.key(8), BATCH))]:
-        batch = X[name], C_NOISE, CONDITION.replace(dropout_keys=keys)
-        # The other examples are changed, by ten times as much as there is.
-        other = Condition(LABEL, 10 * STRENGTH + 1, 10 * AUGMENT + 1, other_keys)
-        others = 10 * X[name] + 1, 10 * C_NOISE + 1, other
-        whole = apply[name](variables[name], *batch)
-        shuffled = apply[name](variables[name], *jax.tree.map(lambda a: a[order], batch))
-        np.testing.assert_allclose(shuffled, whole[order], rtol=1e-4, atol=1e-5)
-        mixed = jax.tree.map(lambda a, b: b.at[2].set(a[2]), batch, others)
-        changed = apply[name](variables[name], *mixed)
-        np.testing.assert_allclose(changed[2], whole[2], rtol=1e-4, atol=1e-5)
-        assert np.abs(np.delete(changed - whole, 2, axis=0)).max(axis=1).min() > 1e-3
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -221,26 +141,19 @@ def test_dropout_needs_keys_and_takes_one_for_each_example(name, variables, appl
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_input_but_the_label_matters(name, variables, apply):
-    def run(variables=variables[name], x=X[name], c_noise=C_NOISE, **condition):
-        condition = {"label": LABEL, "strength": 0 * STRENGTH, "augment": 0 * AUGMENT} | condition
-        return apply[name](variables, x, c_noise, Condition(**condition))
+def test_the_label_does_not_matter_and_optional_inputs_start_without_effect(name, variables, apply):
+    def run(variables=variables[name], **condition):
+        return apply[name](variables, X[name], C_NOISE, CONDITION.replace(**condition))
 
     def fresh(path, leaf):
         return 0 * leaf if path[-2].key in NETWORKS[name].optional_inputs else leaf
 
-    plain = run()
-    for changed in (
-        run(x=X[name][:, ::-1]),
-        run(c_noise=C_NOISE + 0.1),
-        run(strength=STRENGTH),
-        run(augment=AUGMENT),
-    ):
-        assert np.abs(changed - plain).max(axis=1).min() > 1e-3
-    np.testing.assert_array_equal(run(label=(LABEL + 1) % 4), plain)
+    np.testing.assert_array_equal(run(label=(LABEL + 1) % 4), run())
+    plain = run(strength=0 * STRENGTH, augment=0 * AUGMENT)
     np.testing.assert_allclose(run(strength=None, augment=None), plain, rtol=1e-5, atol=1e-6)
-    fresh = jax.tree_util.tree_map_with_path(fresh, variables[name])
-    np.testing.assert_array_equal(run(fresh, strength=STRENGTH, augment=AUGMENT), plain)
+    np.testing.assert_array_equal(
+        run(jax.tree_util.tree_map_with_path(fresh, variables[name])), plain
+    )
 
 
 def test_the_mlp_takes_images_as_vectors(variables, apply):

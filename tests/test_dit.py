@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mclr_jax.networks import layers
-from mclr_jax.networks.dit import Block, DiT, position_embedding, timestep_embedding
+from mclr_jax.networks.dit import Block, DiT
 from mclr_jax.plan import flops
 from mclr_jax.pretrained import dit as pretrained
 from mclr_jax.types import Condition
@@ -59,16 +59,6 @@ def test_official_output(params):
     assert error < 1e-5
 
 
-def test_position_and_time_tables():
-    table = position_embedding(48, 4, 4)
-    np.testing.assert_allclose(table, STATE["pos_embed"][0], atol=1e-6)
-    wide = position_embedding(8, 2, 3)[5]  # row 1, column 2
-    angles = np.array([2, 0.02])
-    np.testing.assert_allclose(wide, [*np.sin(angles), *np.cos(angles), *_sin_cos(1)], atol=1e-6)
-    embedding = timestep_embedding(jnp.array([3.0]), 4)[0]
-    np.testing.assert_allclose(embedding, [np.cos(3), np.cos(0.03), np.sin(3), np.sin(0.03)], 1e-5)
-
-
 def test_patches_of_an_image_that_is_no_square_are_where_they_were():
     """Fresh blocks change nothing: the output is one linear map of each normalised token."""
     net, rng = NET.clone(depth=1), np.random.default_rng(0)
@@ -99,21 +89,11 @@ def test_unit_conditions_start_larger_than_the_official_ones():
         assert np.std(params[name]["kernel"]) == pytest.approx(inputs**-0.5, rel=0.05)
 
 
-def _sin_cos(t):
-    return np.sin(t), np.sin(t / 100), np.cos(t), np.cos(t / 100)
-
-
-def test_time_scale_multiplies_c_noise(params):
-    scaled = NET.clone(time_scale=1000.0)
-    actual = jax.jit(scaled.apply)({"params": params}, X, T / 1000, Condition(LABEL))
-    assert relative_error(actual, EXPECTED) < 1e-4
-
-
 def test_fresh_network_gives_zero_with_official_initial_weights():
-    net = NET.clone(width=96, depth=3)
-    params = jax.jit(net.init)(jax.random.key(0), *PLAIN)["params"]
-    np.testing.assert_array_equal(net.apply({"params": params}, *PLAIN), 0)
-    blocks = params["blocks"]
+    net = NET.clone(width=96)
+    output, variables = jax.jit(net.init_with_output)(jax.random.key(0), *PLAIN)
+    np.testing.assert_array_equal(output, 0)
+    params, blocks = variables["params"], variables["params"]["blocks"]
     np.testing.assert_array_equal(blocks["adaLN_modulation"]["kernel"], 0)
     assert np.var(blocks["qkv"]["kernel"]) == pytest.approx(2 / (96 + 288), rel=0.03)
     assert not np.allclose(blocks["fc1"]["kernel"][0], blocks["fc1"]["kernel"][1])
@@ -131,13 +111,10 @@ def test_scan_and_remat_change_nothing(params):
 
         return jax.jit(jax.grad(loss))(params)
 
-    expected = gradient(plain)
-    for net in (plain.clone(remat=True), plain.clone(scan_blocks=True, remat=True)):
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * np.abs(b).max()),
-            gradient(net),
-            expected,
-        )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * np.abs(b).max()),
+        gradient(plain.clone(scan_blocks=True, remat=True)), gradient(plain),
+    )  # fmt: skip
 
 
 def test_recomputation_repeats_what_its_policy_does_not_keep(params):
@@ -160,22 +137,14 @@ def test_recomputation_repeats_what_its_policy_does_not_keep(params):
         NET.clone(remat_policy="dots")
 
 
-def test_dropout_depends_on_the_example_key_and_the_block(params):
-    net = NET.clone(dropout=0.3)
-    drop = jax.jit(net.apply)
-    whole = drop({"params": params}, *DROPPED)
-    part = drop({"params": params}, *jax.tree.map(lambda a: a[1:], DROPPED))
-    assert relative_error(part, whole[1:]) < 1e-5
-    assert relative_error(whole, EXPECTED) > 1e-2
-
+def test_dropout_depends_on_the_block(params):
     block = Block(heads=3, mlp_ratio=4.0, dropout=0.3, dtype=jnp.float32)
     first = {"params": jax.tree.map(lambda leaf: leaf[0], params["blocks"])}
     tokens = jax.random.normal(jax.random.key(1), (3, 16, 48))
     embedding = jax.random.normal(jax.random.key(2), (3, 48))
     run = jax.jit(block.apply)
-    at = [run(first, tokens, jnp.array(i), embedding, KEYS)[0] for i in (0, 1, 0)]
+    at = [run(first, tokens, jnp.array(i), embedding, KEYS)[0] for i in (0, 1)]
     assert relative_error(at[1], at[0]) > 1e-2  # the same weights, another mask
-    np.testing.assert_array_equal(at[2], at[0])
 
 
 def test_bfloat16(params):
@@ -228,7 +197,3 @@ def test_sizes_must_divide(change, message):
 def test_a_feed_forward_layer_of_no_units_is_refused():
     with pytest.raises(ValueError, match=r"mlp_ratio is 0\.05; expected a number of at least 0\.1"):
         DiT(width=8, mlp_ratio=0.05)
-    with pytest.raises(ValueError, match=r"width is 0; expected an integer of at least 1"):
-        DiT(out_channels=1, num_classes=1, width=0)
-    with pytest.raises(ValueError, match=r"time_scale is -1\.0; expected a number of at least 0"):
-        DiT(time_scale=-1.0)

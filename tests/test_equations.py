@@ -7,6 +7,7 @@ Labels are dropped, and all answers depend on label, strength and noise level.
 import dataclasses
 
 import cases
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,7 +47,8 @@ def observe(objective, dropout=0.4, n=400, strength=(), class_strengths=(), **fr
         noise.LogNormal(), weight=weight, class_prior=(0.5, 0.3, 0.2), strength=strength,
         sigma_data=0.6, class_strengths=class_strengths,
     )  # fmt: skip
-    held = cases.models(models["model"], **{name: models[name] for name in frozen})
+    held = {name: models[name] for name in frozen}
+    held = cases.models(models["model"], posterior.exact(exact), **held)
     objective = dataclasses.replace(objective, label_dropout=dropout)
     batch = Batch(x0, Condition(label), generated[0][::-1], generated)
     loss, _ = objective(held, problem, batch, jax.random.split(jax.random.key(2), n))
@@ -67,9 +69,8 @@ def test_cca_is_the_papers_equation(second_positives, factors):
     objective = CCA(0.7, 3.0, second_positives=second_positives)
     loss, x0, label, models = observe(objective, class_strengths=factors, reference=0.5)
     right, wrong = models["model"].pairs()
-    for a, b in zip((right, wrong), models["reference"].pairs(), strict=True):
-        for ours, theirs in zip(a, b, strict=True):  # the reference sees the same, wrong label too
-            np.testing.assert_array_equal(ours, theirs)
+    # the reference sees the same, wrong label too
+    chex.assert_trees_all_equal([right, wrong], list(models["reference"].pairs()))
     np.testing.assert_array_equal(wrong[0], right[0])
 
     def ratio(x, sigma, label, strength):
@@ -93,9 +94,7 @@ def test_cca_is_the_papers_equation(second_positives, factors):
 def test_dpo_is_the_papers_equation_in_the_error_of_the_noise():
     loss, x0, label, models = observe(DPO(0.5), reference=0.5)
     right, wrong = models["model"].pairs()
-    for a, b in zip((right, wrong), models["reference"].pairs(), strict=True):
-        for ours, theirs in zip(a, b, strict=True):
-            np.testing.assert_array_equal(ours, theirs)
+    chex.assert_trees_all_equal([right, wrong], list(models["reference"].pairs()))
 
     def noise_error(scale, x, sigma, label, strength):
         n = (x - x0) / sigma[:, None]
@@ -219,9 +218,7 @@ def test_mclr_null_is_its_equation(form, strength):
 def test_ddo_is_the_papers_equation():
     loss, x0, label, models = observe(DDO(0.7, 1.5), dropout=0.4, reference=0.5)
     data, generated = models["model"].calls
-    for call, frozen in zip((data, generated), models["reference"].calls, strict=True):
-        for ours, theirs in zip(call, frozen, strict=True):
-            np.testing.assert_array_equal(ours, theirs)
+    chex.assert_trees_all_equal([data, generated], models["reference"].calls)
     samples, sample_label = (np.asarray(a) for a in toy().sample(jax.random.key(1), 400))
     check_draws(data[2], label)
     check_draws(generated[2], sample_label)  # samples have their own labels
@@ -250,47 +247,34 @@ def test_contrastive_flow_is_the_papers_equation():
     np.testing.assert_allclose(loss, expected, rtol=1e-3, atol=1e-3)
 
 
-EQUATIONS = [
-    ({"target": "reference"}, "reference"),
-    ({"negative_share": 0.5, "bound": "clip", "clip_ratio": 1.5}, "clip"),
-    ({"negatives": "prior", "weighting": "cfg", "negative_share": 0.25}, "prior"),
-    ({"negatives": "mismatched", "weighting": "cfg"}, "mismatched"),
-    ({"negatives": "prior", "target": "reference"}, "plain"),
-    ({"sigma_interval": (0.3, 1.0)}, "interval"),
-]
+EQUATIONS = {
+    "reference": {"target": "reference"},
+    "clip": {"negative_share": 0.5, "bound": "clip", "clip_ratio": 1.5},
+    "prior": {"negatives": "prior", "weighting": "cfg", "negative_share": 0.25},
+    "mismatched": {"negatives": "mismatched", "weighting": "cfg"},
+    "plain": {"negatives": "prior", "target": "reference"},
+    "interval": {"sigma_interval": (0.3, 1.0)},
+}
 
 
-@pytest.mark.parametrize("options", [o for o, _ in EQUATIONS], ids=[name for _, name in EQUATIONS])
+@pytest.mark.parametrize("options", EQUATIONS.values(), ids=EQUATIONS)
 def test_mclr_is_its_equation(options):
-    n, exact = 400, toy()
-    x0, label = exact.sample(jax.random.key(4), n)
-    keys = jax.random.split(jax.random.key(5), n)
-    model, reference = Observed(0.8, False), Observed(0.5, True)
-    objective = MCLR(0.7, 0.4, **options)
-    problem = cases.problem(
-        noise.LogNormal(), weight=lambda s: 2 + 1 / s**2, class_prior=(0.5, 0.3, 0.2)
-    )
-    models = cases.models(model, posterior.exact(exact), reference=reference)
-    loss, _ = objective(models, problem, Batch(x0, Condition(label)), keys)
-
-    ((x, sigma, shown, _),) = model.calls
+    objective, n = MCLR(0.7, **options), 400
+    loss, x0, true, models = observe(objective, reference=0.5)
+    ((x, sigma, shown, _),) = models["model"].calls
     every, own, wrong = round(1 / objective.negative_share), shown[:n].astype(int), shown[n:]
     rows, wrong = np.arange(0, n, every), wrong.astype(int)
     assert len(wrong) == len(rows)
     np.testing.assert_array_equal(x[n:], x[:n][rows])
     np.testing.assert_array_equal(sigma[n:], sigma[:n][rows])
-    x, sigma, true = x[:n], sigma[:n], np.asarray(label)
-    dropped = own == 3
-    assert abs(dropped.mean() - 0.4) < 0.1
-    weight, to_reference = 2 + 1 / sigma**2, options.get("target") == "reference"
-    target = answer(0.5, x, sigma, own) if to_reference else np.asarray(x0)
+    x, sigma, dropped = x[:n], sigma[:n], check_draws(own, true)
+    target = answer(0.5, x, sigma, own) if objective.target == "reference" else x0
 
     def weighted(scale, labels, rows):
-        given = answer(scale, x[rows], sigma[rows], labels)
-        return weight[rows] * ((given - target[rows]) ** 2).mean(-1)
+        return weight(sigma[rows]) * error(scale, target[rows], x[rows], sigma[rows], labels)
 
     prior, every_row = np.array([0.5, 0.3, 0.2]), np.arange(n)
-    chance = np.asarray(exact.posterior(jnp.asarray(x), jnp.asarray(sigma)))
+    chance = np.asarray(toy().posterior(jnp.asarray(x), jnp.asarray(sigma)))
     right, left = chance[every_row, true], chance[rows, wrong]
     right_weight, wrong_weight = np.ones(len(rows)), np.ones(len(rows))
     if objective.negatives == "posterior":

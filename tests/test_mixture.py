@@ -4,11 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from mclr_jax.mixture import GaussianMixture, toy
-from mclr_jax.types import Condition
 
 
 @pytest.mark.parametrize("case", range(3))
@@ -38,41 +35,24 @@ def random_mixture(seed, num_classes=3, components=2, dim=2):
     )
 
 
-@settings(deadline=None, max_examples=20)
-@given(seed=st.integers(0, 10**6), sigma=st.floats(0.1, 10.0))
-def test_tweedie_and_bayes(seed, sigma):
-    """D = x + sigma^2 grad log p (Tweedie), and p(x) = sum_c p(c) p(x|c), on random mixtures."""
+def test_tweedie_and_bayes():
+    """D = x + sigma^2 grad log p (Tweedie), and p(x) = sum_c p(c) p(x|c), on a random mixture."""
     with jax.enable_x64(True):
-        mix = random_mixture(seed)
-        x = jnp.asarray(np.random.default_rng(seed + 1).normal(size=(5, 2)) * (1 + sigma))
-        label = jnp.arange(5) % 4  # 3 is the null label
+        mix, sigma = random_mixture(1), jnp.geomspace(0.1, 10, 20)
+        x = jnp.asarray(np.random.default_rng(2).normal(size=(20, 2)) * (1 + sigma)[:, None])
+        label = jnp.arange(20) % 4  # 3 is the null label
 
-        def log_density(point, label):
+        def log_density(point, sigma, label):
             per_class = mix.log_prob_given_label(point[None], sigma)[0]
             everything = mix.log_prob(point[None], sigma)[0]
             return jnp.append(per_class, everything)[label]
 
-        tweedie = x + sigma**2 * jax.vmap(jax.grad(log_density))(x, label)
+        slope = jax.jit(jax.vmap(jax.grad(log_density)))(x, sigma, label)
+        tweedie = x + sigma[:, None] ** 2 * slope
         np.testing.assert_allclose(mix.denoise(x, sigma, label), tweedie, rtol=1e-8, atol=1e-8)
         joint = jnp.exp(mix.log_prob_given_label(x, sigma)) * mix.class_prior
         posterior = joint / jnp.exp(mix.log_prob(x, sigma))[:, None]
         np.testing.assert_allclose(mix.posterior(x, sigma), posterior, rtol=1e-8)
-
-
-def test_per_example_sigma_equals_scalar_sigma():
-    mix, x = random_mixture(0), jnp.ones((3, 2))
-    label, sigmas = jnp.array([0, 1, 3]), jnp.array([0.1, 1.0, 5.0])
-    together = mix.denoise(x, sigmas, label)
-    for i in range(3):
-        alone = mix.denoise(x[i : i + 1], sigmas[i], label[i : i + 1])
-        np.testing.assert_allclose(together[i : i + 1], alone, rtol=1e-5)
-
-
-def test_a_condition_and_bare_labels_are_the_same():
-    mix, x, label = random_mixture(0), jnp.ones((3, 2)), jnp.array([0, 1, 3])
-    sigma = jnp.array([0.1, 1.0, 5.0])
-    condition = Condition(label, strength=jnp.ones(3), augment=jnp.ones((3, 9)))
-    np.testing.assert_array_equal(mix.denoise(x, sigma, condition), mix.denoise(x, sigma, label))
 
 
 def test_the_toy_has_the_symmetry_that_it_should():

@@ -1,19 +1,16 @@
 """A model is its network behind its preconditioning, with what the network lacks filled in."""
 
-import functools
 import pickle
 from typing import NamedTuple
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mclr_jax.denoiser import EDM, Epsilon, Velocity
+from mclr_jax.denoiser import EDM, Epsilon
 from mclr_jax.model import DataInfo, Model
-from mclr_jax.networks.classifier import MLPClassifier
 from mclr_jax.networks.mlp import MLP
 from mclr_jax.types import Condition
 
@@ -71,7 +68,7 @@ def test_a_denoiser_is_the_network_behind_its_preconditioning():
     np.testing.assert_allclose(got.clock, np.log(sigma[:, 0]) / 4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("preconditioning", [EDM(0.7), Velocity(), Epsilon()])
+@pytest.mark.parametrize("preconditioning", [EDM(0.7), Epsilon()])
 def test_a_classifier_has_only_the_input_half(preconditioning):
     model = Model(Spy("logits"), preconditioning, VECTORS)
     got = call(model, "logits", X, SIGMA, jnp.array([1, 2]))
@@ -82,9 +79,7 @@ def test_a_classifier_has_only_the_input_half(preconditioning):
     np.testing.assert_allclose(got.answer, jnp.tile(expected[:, None], 3), rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "condition", [None, jnp.array([1, 2]), [1, 2], Condition(jnp.array([1, 2]))]
-)
+@pytest.mark.parametrize("condition", [None, [1, 2]])
 def test_what_a_condition_lacks_is_filled_in(condition):
     wants = Spy(augment_dim=9, takes_strength=True)
     model = Model(wants, EDM(), VECTORS, strength=(0.0, 2.0))
@@ -201,23 +196,6 @@ def test_features_are_the_last_hidden_layer_beside_the_logits():
 
 # ---- pure functions, compared by value -----------------------------------------------------------
 
-MODELS = {
-    "mlp": Model(MLP(2, 3, 8, 1, augment_dim=9, takes_strength=True), EDM(), VECTORS, (0.0, 2.0)),
-    "frames": Model(MLP(2, 3, 8, 1, per_frame=True), EDM(), TRAJECTORIES),
-    "classifier": Model(MLPClassifier(3, 8, 1), EDM(), VECTORS),
-}
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_fresh_parameters_follow_from_the_key(name):
-    model = MODELS[name]
-    one, same, other = (model.init(jax.random.key(seed)) for seed in (0, 0, 1))
-    chex.assert_trees_all_equal(one, same)
-    assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True))
-    x = jnp.ones((2, *model.data.shape))
-    ask = model.logits if model.is_classifier else model.denoise
-    assert np.isfinite(ask(one)(x, SIGMA, None)).all()
-
 
 def test_models_compare_and_hash_by_value():
     """So that what is compiled for one is found again for its equal."""
@@ -231,11 +209,3 @@ def test_models_compare_and_hash_by_value():
     assert pickle.loads(pickle.dumps(make())) == make()
     others = [make(9), make(8, 0.6), make(8, 0.5, (0.0, 1.0)), make(prior=(0.5, 0.3, 0.2))]
     assert len({make(), *others}) == 5
-
-    @functools.partial(jax.jit, static_argnums=0)
-    @chex.assert_max_traces(n=1)
-    def answer(model, params):
-        return model.denoise(params)(X, SIGMA, None)
-
-    params = make().init(jax.random.key(0))
-    np.testing.assert_array_equal(answer(make(), params), answer(make(), params))

@@ -2,12 +2,11 @@
 
 import itertools
 
-import cases
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl.testing import parameterized
+import pytest
 
 from mclr_jax import denoiser, guidance, mixture, model, noise, posterior, samplers
 from mclr_jax.data import augment, pixels
@@ -22,7 +21,6 @@ from mclr_jax.objectives.mclr_null import NullMCLR
 from mclr_jax.objectives.rivals import CCA, DDO, DPO, GFT, ContrastiveFlow, ModelGuidance
 from mclr_jax.representation import perturb
 from mclr_jax.training import ema
-from mclr_jax.training.step import init_state, make_update
 from mclr_jax.types import Answers, Condition
 
 B, EXACT = 6, mixture.toy()
@@ -148,16 +146,17 @@ CASES = {
 }  # fmt: skip
 
 
-class VariantsTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_device=True, with_pmap=True)
-    @parameterized.named_parameters(CASES.items())
-    def test(self, case):
-        function, arguments = case
-        plain = jax.tree.leaves(function(*arguments))
-        found = jax.tree.leaves(self.variant(function)(*arguments))
+@pytest.mark.parametrize("case", CASES)
+def test_a_pure_function_is_the_same_plain_from_numpy_under_jit_and_under_pmap(case):
+    function, arguments = CASES[case]
+    plain = jax.tree.leaves(function(*arguments))
+    chex.assert_tree_all_finite(plain)
+    arguments = jax.tree.map(np.asarray, arguments)
+    by_pmap = jax.pmap(function)(*jax.tree.map(lambda x: x[None], arguments))
+    for found in (jax.jit(function)(*arguments), jax.tree.map(lambda x: x[0], by_pmap)):
+        found = jax.tree.leaves(found)
         chex.assert_trees_all_equal_shapes_and_dtypes(found, plain)
         chex.assert_trees_all_close(found, plain, rtol=2e-4, atol=2e-5)
-        chex.assert_tree_all_finite(found)
 
 
 @chex.assert_max_traces(n=1)
@@ -178,13 +177,3 @@ def test_scales_intervals_grids_and_seeds_do_not_recompile():
     ]
     for a, b in itertools.pairwise(results):
         assert np.abs(a - b).max() > 1e-3
-
-
-def test_a_training_step_is_traced_once_for_all_counts():
-    task = cases.task("mclr classifier")
-    update = jax.jit(chex.assert_max_traces(n=1)(make_update(task)))
-    state, held = init_state(task), cases.frozen(task)
-    batches = jax.tree.map(lambda x: jnp.stack([x] * 3), cases.batch(task))
-    for count in (1, 2, 3):
-        state, _ = update(state, held, batches, jnp.int32(count))
-    assert int(state.step) == 6
