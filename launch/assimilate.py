@@ -85,7 +85,7 @@ def main() -> None:
     out = common.output(OUT.value, ".npz")
     if out.resolve() == pathlib.Path(OBSERVATIONS.value).resolve():
         common.stop(f"--out is {OUT.value!r}, the file of --observations.")
-    with Progress(None, "member") as shown:
+    with Progress(count * ENSEMBLE.value, "member") as shown:
         result = regimes.assimilate(
             run.model, params, observations, scheme, lags, ensemble=ENSEMBLE.value,
             seed=SEED.value, forecast=FORECAST.value, state=state, batch_size=BATCH_SIZE.value,

@@ -137,12 +137,18 @@ class Operator:
         """Mean of A(x), slope and residual variance (B, F, m), for x ~ N(mean, diag(variance)).
 
         A(x) is about its mean + slope (L x - L mean), and the rest has the residual variance:
-        statistical linearisation, by Gauss-Hermite quadrature. Exact for the identity.
+        statistical linearisation, by Gauss-Hermite quadrature. Exact for the identity. For the
+        logarithm x has the part of the distribution in its domain, since a value was observed.
         """
         z, f = (self.linear(mean) - self.offset) / self.scale, FUNCTIONS[self.function]
         if self.function == "identity":
             return z, jnp.full_like(z, 1 / self.scale), jnp.zeros_like(z)
         std = jnp.sqrt(jnp.maximum(self.linear(variance, 2), 1e-6 * self.scale**2)) / self.scale
+        if self.function == "log":
+            center, std, spread = _positive(z, std)
+            slope = center * spread / std**2
+            predicted = jnp.log(center) - spread / 2 + slope * (z - center)
+            return predicted, slope / self.scale, jnp.maximum(spread - (slope * std) ** 2, 0)
         values = jnp.stack([f(z + std * node) for node in _NODES])
         weights = jnp.asarray(_WEIGHTS, z.dtype)
         predicted = jnp.tensordot(weights, values, 1)
@@ -155,6 +161,17 @@ class Operator:
         values = dataclasses.asdict(self)  # the linear map as its parameters
         name = next(name for name, kind in LINEAR.items() if isinstance(self.linear, kind))
         return {"name": name, **values.pop("linear"), **values}
+
+
+def _positive(mean: jax.Array, std: jax.Array) -> tuple[jax.Array, ...]:
+    """Mean and std of the positive part of a normal distribution, and the variance of its log.
+
+    The variance is that of the log-normal distribution with this mean and std.
+    """
+    a = jnp.clip(mean / std, -10, 100)
+    hazard = jnp.exp(-(a**2) / 2 - jax.scipy.special.log_ndtr(a)) / np.sqrt(2 * np.pi)
+    center, std = std * (a + hazard), std * jnp.sqrt(1 - hazard * (a + hazard))
+    return jnp.maximum(mean, center), std, jnp.log1p((std / jnp.maximum(mean, center)) ** 2)
 
 
 def operator_of(description: Mapping[str, Any]) -> Operator:

@@ -119,7 +119,7 @@ def log_evidence(
 def plausible(operator: Operator, seen: guide.Seen, x: jax.Array, share: float) -> jax.Array:
     """True (B,) if the misfit of x (B, F, *state) is within this share of its chi-square law."""
     error = (seen.values - operator(seen.offset + seen.scale * x)) / seen.std
-    known = jnp.isfinite(error)
+    known = jnp.isfinite(seen.values)
     misfit, count = jnp.where(known, error**2, 0).sum((1, 2)), known.sum((1, 2))
     # quantiles of the law for each number of values: a table takes no time to compile
     limits = 2 * gammaincinv(np.maximum(np.arange(error[0].size + 1), 1) / 2, share)
@@ -131,6 +131,11 @@ def screened(x: jax.Array, kept: jax.Array, group: jax.Array, keys: jax.Array) -
     candidates = kept & (group == group[:, None])
     drawn = jax.vmap(jax.random.categorical)(keys, jnp.where(candidates, 0.0, -jnp.inf))
     return x[jnp.where(kept | ~candidates.any(1), jnp.arange(len(x)), drawn)]
+
+
+def trajectory_label(model: Any) -> int:
+    """The label of all trajectories: null, or the class if the data have but one."""
+    return 0 if model.data.num_classes == 1 else model.null_label
 
 
 @functools.lru_cache(maxsize=8)
@@ -148,7 +153,7 @@ def _compiled(model: Any, operator: Operator, scheme: Scheme, ensemble: int) -> 
 
     def run(params, x, values, std, group, keys, grid, resampled):
         moments = samplers.stabilised(model.moments(params), scheme.sigma_min)
-        label = jnp.full(len(x), model.null_label, jnp.int32)
+        label = jnp.full(len(x), trajectory_label(model), jnp.int32)
         seen = guide.Seen(values, std, *_units(model))
         sigma = jnp.broadcast_to(grid[0], x.shape[:2])
         x = x + expand(sigma, x) * normal_like(keys, x)
@@ -187,7 +192,8 @@ def _physical(model: Any, x: np.ndarray, ensemble: int, scheme: Scheme) -> np.nd
     if not np.isfinite(x).all():
         raise FloatingPointError(
             f"{(~np.isfinite(x)).reshape(len(x), -1).any(1).sum()} of {len(x)} members are not "
-            f"finite with {scheme}. Take more steps, or check the weights and the observations."
+            f"finite with {scheme}. Take more steps or scheme.guidance=posterior, or check the "
+            "weights, the observations and the operator's offset and scale."
         )
     offset, scale = _units(model)
     x = offset + scale * x.reshape(-1, ensemble, *x.shape[1:])
@@ -282,7 +288,7 @@ def assimilate(
     forecast: int = 0,  # frames after the last one
     state: State | None = None,  # of an earlier run; frame 0 of these observations comes next
     batch_size: int = 256,  # members at a time
-    progress: Callable[[int], Any] = lambda count: None,  # called with the members of each update
+    progress: Callable[[int], Any] = lambda count: None,  # called with the number of new members
 ) -> Result:
     """Members of each trajectory, given its observations.
 
@@ -306,7 +312,7 @@ def assimilate(
     for rows, real in _chunks(len(path), size):
         keys, here, group = member_keys(seed, rows, ensemble), path[rows], rows // ensemble
         last, estimated = -1, begun  # the last observation seen; places before have an estimate
-        for end, seen in order:
+        for number, (end, seen) in enumerate(order):
             k = np.arange(end - window, end)
             old, informed = window + k < estimated, seen > last
             clean = old & (not scheme.revise or not informed)
@@ -324,7 +330,7 @@ def assimilate(
             k = k[k >= -before]
             k = k[until[k + before] >= seen]
             out[rows[:real, None], k + before] = here[:real, window + k]
-            progress(real)
+            progress(real * (number + 1) // len(order) - real * number // len(order))
         path[rows[:real]] = here[:real]
     members = _physical(model, out, ensemble, scheme)
     kept = slice(frames if state else max(frames, order[0].end), window + frames)
