@@ -60,7 +60,8 @@ def analysed(
     ahead = lags(kind[0], frames, kind[1])
     if kind[0] == "fixed_lag":  # fewer updates: a frame is read where up to so many see the same
         ahead = ahead - np.arange(frames) % together
-    x, seconds = subject.estimate(seen, scheme, ahead, progress=calls.append, **options)
+    options["progress"] = lambda members, updates: calls.append(members)
+    x, seconds = subject.estimate(seen, scheme, ahead, **options)
     truth, mean = arrays["truth"][some], x.mean(1)
     row = score(
         system, truth, np.asarray(seen.values), mean, x.std(1, ddof=1), x, kind[0] == "batch",

@@ -85,11 +85,17 @@ def main() -> None:
     out = common.output(OUT.value, ".npz")
     if out.resolve() == pathlib.Path(OBSERVATIONS.value).resolve():
         common.stop(f"--out is {OUT.value!r}, the file of --observations.")
+    done = []  # members of each update
     with Progress(count * ENSEMBLE.value, "member") as shown:
+
+        def progress(members: int, updates: int) -> None:
+            done.append(members)
+            shown.update(sum(done) // updates - sum(done[:-1]) // updates)
+
         result = regimes.assimilate(
             run.model, params, observations, scheme, lags, ensemble=ENSEMBLE.value,
             seed=SEED.value, forecast=FORECAST.value, state=state, batch_size=BATCH_SIZE.value,
-            progress=shown.update,
+            progress=progress,
         )  # fmt: skip
     regimes.write(out, result, settings)
     members, begins = result.members, result.before

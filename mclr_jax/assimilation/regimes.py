@@ -288,7 +288,7 @@ def assimilate(
     forecast: int = 0,  # frames after the last one
     state: State | None = None,  # of an earlier run; frame 0 of these observations comes next
     batch_size: int = 256,  # members at a time
-    progress: Callable[[int], Any] = lambda count: None,  # called with the number of new members
+    progress: Callable[[int, int], Any] = lambda members, updates: None,  # at each of the updates
 ) -> Result:
     """Members of each trajectory, given its observations.
 
@@ -312,7 +312,7 @@ def assimilate(
     for rows, real in _chunks(len(path), size):
         keys, here, group = member_keys(seed, rows, ensemble), path[rows], rows // ensemble
         last, estimated = -1, begun  # the last observation seen; places before have an estimate
-        for number, (end, seen) in enumerate(order):
+        for end, seen in order:
             k = np.arange(end - window, end)
             old, informed = window + k < estimated, seen > last
             clean = old & (not scheme.revise or not informed)
@@ -330,7 +330,7 @@ def assimilate(
             k = k[k >= -before]
             k = k[until[k + before] >= seen]
             out[rows[:real, None], k + before] = here[:real, window + k]
-            progress(real * (number + 1) // len(order) - real * number // len(order))
+            progress(real, len(order))
         path[rows[:real]] = here[:real]
     members = _physical(model, out, ensemble, scheme)
     kept = slice(frames if state else max(frames, order[0].end), window + frames)
