@@ -16,9 +16,9 @@ import tiny
 from mclr_jax.config import Training
 from mclr_jax.mixture import toy
 from mclr_jax.model import DataInfo, Model
-from mclr_jax.objectives.base import Models, Problem
+from mclr_jax.objectives.base import Batch, Models, Problem
 from mclr_jax.task import Task
-from mclr_jax.types import Answers, label_of
+from mclr_jax.types import Answers, Condition, label_of, with_label
 
 # ---- objectives alone ----------------------------------------------------------------------------
 
@@ -49,6 +49,53 @@ def models(denoise, posterior=None, **frozen) -> Models:
 def no_answer(x, sigma, condition):
     """In place of the logits of a denoiser, or the other way round."""
     raise AssertionError("the network was asked for what it does not give")
+
+
+def draws(count: int) -> tuple[Batch, jax.Array]:
+    """Examples of `toy`, each with another one, and their keys."""
+    k_data, k_other, k_loss = jax.random.split(jax.random.key(3), 3)
+    x0, label = toy().sample(k_data, count)
+    other, _ = toy().sample(k_other, count)
+    return Batch(x0, Condition(label), other), jax.random.split(k_loss, count)
+
+
+def waves(x, sigma, condition):
+    return jnp.tanh(2 * x + label_of(condition)[:, None])
+
+
+def guidance_direction(*inputs):
+    x, sigma, condition = inputs
+    exact = toy()
+    return exact.denoise(*inputs) - exact.denoise(x, sigma, with_label(condition, 3))
+
+
+def slopes_in_standard_errors(objective, points, more=(), **frozen):
+    """The largest slope of the mean loss on `toy`, over its error, at each denoiser of `points`.
+
+    Along the two directions above and `more`; of a parabola, for which this is exact.
+    """
+    directions, prior = (guidance_direction, waves, *more), (1 / 3, 1 / 3, 1 / 3)
+
+    @jax.jit  # one loss for all places, which compiles in a tenth of the time
+    def slopes():
+        given = problem(Level(0.8), class_prior=prior), *draws(30_000)
+
+        def slope(place):
+            def loss(size):
+                def moved(*inputs):
+                    start = jnp.stack([point(*inputs) for point in points])[place[0]]
+                    along = jnp.stack([along(*inputs) for along in directions])[place[1]]
+                    return start + size * along
+
+                return objective(models(moved, **frozen), *given)[0]
+
+            return (loss(1.0) - loss(-1.0)) / 2
+
+        places = jnp.indices((len(points), len(directions))).reshape(2, -1).T
+        return jax.lax.map(slope, places).reshape(len(points), len(directions), -1)
+
+    found = np.asarray(slopes(), np.float64)  # (points, directions, draws)
+    return np.abs(found.mean(-1) / (found.std(-1) / np.sqrt(found.shape[-1]) + 1e-6)).max(-1)
 
 
 # ---- objectives observed, to evaluate the equations of their papers in NumPy -------------------
@@ -210,3 +257,14 @@ def batch(task: Task, size: int = 16) -> dict[str, jax.Array]:
         extra = toy().sample(jax.random.key(4 + seed), size)
         rows |= dict(zip((f"{name}_image", f"{name}_label"), extra, strict=True))
     return rows
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+
+def untrained(workdir: Any, given: Any, step: int = 12) -> None:
+    """Write a run of a config: random weights, and another average of them."""
+    _, model = tiny.describe(workdir, given=given)
+    start = jax.jit(model.init)(jax.random.key(0))
+    params, average = (moved(start, seed, 0.03) for seed in (1, 2))
+    tiny.with_weights(workdir, {"params": params, "ema": {"halflife": average}}, step)

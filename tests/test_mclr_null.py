@@ -1,22 +1,18 @@
 """MCLR against a network's own wrong answer: its optimum for networks that err."""
 
-import functools
-
 import cases
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from cases import Level
 
 from mclr_jax import guidance, posterior
 from mclr_jax.mixture import toy
-from mclr_jax.objectives.base import Batch
 from mclr_jax.objectives.mclr_null import NullMCLR
 from mclr_jax.types import Condition, label_of, with_label
 
-BETA, NULL, PRIOR, DRAWS = 1.5, 3, (1 / 3, 1 / 3, 1 / 3), 30_000
+BETA, NULL = 1.5, 3
 EXACT = toy()
 POSTERIOR = posterior.exact(EXACT)
 
@@ -60,49 +56,8 @@ OPTIMA = {
 }  # fmt: skip
 
 
-@functools.cache
-def draws():
-    x0, label = EXACT.sample(jax.random.key(0), DRAWS)
-    return Batch(x0, Condition(label)), jax.random.split(jax.random.key(1), DRAWS)
-
-
-def guidance_direction(*inputs):
-    return EXACT.denoise(*inputs) - null(EXACT.denoise)(*inputs)
-
-
-def waves(x, sigma, condition):
-    return jnp.tanh(2 * x + label_of(condition)[:, None])
-
-
 def error_of_null(*inputs):
     return null(erring)(*inputs) - expected_label(erring)(*inputs)
-
-
-DIRECTIONS = (guidance_direction, waves, error_of_null)
-
-
-def slopes_in_standard_errors(objective, points, **frozen):
-    """The largest slope of the mean loss along DIRECTIONS, over its error, at each denoiser."""
-    batch, keys = draws()
-    problem = cases.problem(Level(0.8), class_prior=PRIOR)
-
-    def slope(place):  # of a parabola, for which this is exact
-        def loss(size):
-            def moved(*inputs):
-                start = jnp.stack([point(*inputs) for point in points])[place[0]]
-                return start + size * jnp.stack([along(*inputs) for along in DIRECTIONS])[place[1]]
-
-            return objective(cases.models(moved, **frozen), problem, batch, keys)[0]
-
-        return (loss(1.0) - loss(-1.0)) / 2
-
-    @jax.jit  # one loss for all places, which compiles in a tenth of the time
-    def slopes():
-        places = jnp.indices((len(points), len(DIRECTIONS))).reshape(2, -1).T
-        return jax.lax.map(slope, places).reshape(len(points), len(DIRECTIONS), DRAWS)
-
-    found = np.asarray(slopes(), np.float64)  # (points, directions, DRAWS)
-    return np.abs(found.mean(-1) / (found.std(-1) / np.sqrt(DRAWS) + 1e-6)).max(-1)
 
 
 @pytest.mark.parametrize("form", OPTIMA)
@@ -112,7 +67,9 @@ def test_the_optimum_of_each_form_for_networks_that_err(form):
     # beside the optimum: no guidance, and that of an exact network
     others = [EXACT.denoise, guidance.classifier_free(EXACT.denoise, NULL, 1 + BETA)]
     frozen = {"reference": erring, "weak": weaker}
-    at_optimum, *elsewhere = slopes_in_standard_errors(objective, [optimum, *others], **frozen)
+    at_optimum, *elsewhere = cases.slopes_in_standard_errors(
+        objective, [optimum, *others], [error_of_null], **frozen
+    )
     assert at_optimum < 4
     assert min(elsewhere) > 15
 
@@ -122,13 +79,13 @@ def test_with_the_average_as_teacher_the_fixed_point_is_cfg():
     objective = NullMCLR(BETA, label_dropout=0.0, teacher="average")
     for share, fixed in [(1.0, True), (0.8, False)]:
         guided = guidance.classifier_free(EXACT.denoise, NULL, 1 + share * BETA)
-        (slope,) = slopes_in_standard_errors(objective, [guided], average=guided)
+        (slope,) = cases.slopes_in_standard_errors(objective, [guided], average=guided)
         assert slope < 4 if fixed else slope > 15
 
 
 def test_the_second_contrast_begins_as_the_plain_one_and_is_bounded():
-    batch, keys = jax.tree.map(lambda x: x[:500], draws())
-    problem = cases.problem(Level(0.8), class_prior=PRIOR)
+    batch, keys = cases.draws(500)
+    problem = cases.problem(Level(0.8), class_prior=(1 / 3, 1 / 3, 1 / 3))
     label, weight, beta = batch.condition.label, 0.8, 0.5
 
     def second(shift):

@@ -18,7 +18,7 @@ from mclr_jax.noise import normal_like
 from mclr_jax.objectives.base import Batch, perturb
 from mclr_jax.objectives.rivals import CCA, DDO, DPO, GFT, ContrastiveFlow, ModelGuidance
 from mclr_jax.training.step import TrainState, example_keys, make_update
-from mclr_jax.types import Condition, label_of, with_label
+from mclr_jax.types import Condition, label_of
 
 DRAWS = 200_000
 
@@ -101,45 +101,26 @@ def test_the_optimal_log_ratio_is_the_papers(objective, optimum):
 # ---- objectives on the denoiser ----------------------------------------------------------------
 
 
-def slope_in_standard_errors(objective, denoise, mixture, sigma=0.8, **frozen):
-    """Slope of the mean loss along D_c - D_0 + 0.3 tanh(x + c) at `denoise`, over its error."""
-    k_data, k_other, k_loss = jax.random.split(jax.random.key(3), 3)
-    x0, label = mixture.sample(k_data, DRAWS)
-    batch = Batch(x0, Condition(label), other=mixture.sample(k_other, DRAWS)[0])
-
-    def loss(epsilon):
-        def moved(x, sigma, condition):
-            null = with_label(condition, 3)
-            direction = mixture.denoise(x, sigma, condition) - mixture.denoise(x, sigma, null)
-            direction += 0.3 * jnp.tanh(x + label_of(condition)[:, None])
-            return denoise(x, sigma, condition) + epsilon * direction
-
-        keys = jax.random.split(k_loss, DRAWS)
-        models = cases.models(moved, **frozen)
-        return objective(models, cases.problem(Level(sigma)), batch, keys)[0]
-
-    slopes = np.asarray(jax.jit(lambda: jax.jvp(loss, (0.0,), (1.0,))[1])(), np.float64)
-    return abs(slopes.mean()) / (slopes.std() / np.sqrt(DRAWS))
-
-
 def test_the_optimum_of_gft_is_cfg_of_one_over_b():
-    exact = toy()
-    beta = 1.5
-    objective, frozen = GFT(beta, label_dropout=0.0), {"self": exact.denoise}
+    exact, beta = toy(), 1.5
     guided = guidance.classifier_free(exact.denoise, 3, 1 + beta)  # b = 1 / (1 + beta)
-    assert slope_in_standard_errors(objective, guided, exact, **frozen) < 4
-    assert slope_in_standard_errors(objective, exact.denoise, exact, **frozen) > 20
+    objective = GFT(beta, label_dropout=0.0)
+    at_optimum, elsewhere = cases.slopes_in_standard_errors(
+        objective, [guided, exact.denoise], self=exact.denoise
+    )
+    assert at_optimum < 4
+    assert elsewhere > 20
 
 
 def test_the_fixed_point_of_model_guidance_is_cfg_of_one_over_one_minus_w():
-    exact = toy()
+    exact, objective = toy(), ModelGuidance(label_dropout=0.0)
     guided = guidance.classifier_free(exact.denoise, 3, 1 / (1 - 0.45))
-    objective, frozen = ModelGuidance(label_dropout=0.0), {"average": guided}
-    assert slope_in_standard_errors(objective, guided, exact, **frozen) < 4
     weaker = guidance.classifier_free(exact.denoise, 3, 1.45)
-    assert slope_in_standard_errors(objective, weaker, exact, **frozen) > 20
-    # outside the interval it is plain DSM
-    assert slope_in_standard_errors(objective, exact.denoise, exact, 3.5, **frozen) < 4
+    at_fixed_point, elsewhere = cases.slopes_in_standard_errors(
+        objective, [guided, weaker], average=guided
+    )
+    assert at_fixed_point < 4
+    assert elsewhere > 20
 
 
 @pytest.mark.parametrize(("sigma", "guided"), [(0.5, False), (0.625, True), (1.5, True)])
@@ -174,8 +155,9 @@ def test_the_optimum_of_contrastive_flow_matching():
         return (x / s - velocity) / (1 + 1 / s)
 
     objective = ContrastiveFlow(share, label_dropout=0.0)
-    assert slope_in_standard_errors(objective, optimum, exact) < 4
-    assert slope_in_standard_errors(objective, exact.denoise, exact) > 20
+    at_optimum, elsewhere = cases.slopes_in_standard_errors(objective, [optimum, exact.denoise])
+    assert at_optimum < 4
+    assert elsewhere > 20
 
 
 # ---- gradients of what the loop differentiates ---------------------------------------------------
@@ -250,10 +232,8 @@ def test_the_teacher_of_model_guidance_is_the_first_average():
     new, _ = make_update(task)(state, {}, stacked, 1)
     keys = example_keys(task.step_key, jnp.int32(3), batch["index"])
     taken = jax.tree.map(jnp.subtract, params, new.params)
-    gradients = {
-        name: jax.grad(formula, 1)(task, params, weights, batch, keys)
-        for name, weights in {"raw": params, **averages}.items()
-    }
+    of = jax.jit(lambda weights: jax.grad(formula, 1)(task, params, weights, batch, keys))
+    gradients = {name: of(weights) for name, weights in {"raw": params, **averages}.items()}
     chex.assert_trees_all_close(taken, gradients.pop("halflife"), rtol=1e-3, atol=1e-5)
     for name, other in gradients.items():
         off = optax.tree.norm(jax.tree.map(jnp.subtract, taken, other))
