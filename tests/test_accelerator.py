@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import pathlib
 import subprocess
@@ -29,16 +28,9 @@ SELECTION = [("parity", "dit"), ("throughput", "MLP"), ("plan", ""), ("torch", "
              ("layouts", "small"), ("layouts", "MLP"), ("rivals", "MLP")]  # fmt: skip
 # What jax, flax, optax, ml_collections, Pillow and NumPy do not bring cannot be imported.
 PROGRAM = """
-import importlib.machinery, sys
-
-missing = {"sklearn", "matplotlib", "tensorboardX", "tensorflow_datasets", "tqdm", "torch", "chex"}
-
-class Known(importlib.machinery.PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        return None if name.split(".")[0] in missing else super().find_spec(name, path, target)
-
-sys.meta_path = [Known if each is Known.__base__ else each for each in sys.meta_path]
+import sys
+missing = "sklearn", "matplotlib", "tensorboardX", "tensorflow_datasets", "tqdm", "torch", "chex"
+sys.modules |= dict.fromkeys(missing)
 import accelerator
 for only, row in SELECTION:
     accelerator.main(["--tiny", "--out=OUT", f"--only={only}", f"--row={row}"])
@@ -75,27 +67,13 @@ def test_each_section_has_good_rows_that_name_their_origin(made):
 
 @pytest.mark.slow
 def test_the_cpu_equals_itself_but_for_the_type(made):
+    """So does a resumed training the whole one."""
     row = made["parity", "dit"]
     assert row["float32"]["output"] == row["float32"]["gradient"] == 0
     assert 1e-4 < row["bfloat16"]["output"] < 3e-2
     step = made["objectives", "contrastive_flow"]
     assert step["update"] == step["metrics"] == 0
-
-
-@pytest.mark.slow
-def test_the_rate_and_the_flops_of_a_step(made):
-    row, width = made["throughput", "MLP"], 8
-    first = 2 * (32 * width + 2 * width)  # noise and data, without a gradient in the input
-    forward = first + 2 * (width**2 + 4 * width**2 + 2 * width)
-    dsm, mclr = row["dsm"], row["mclr"]
-    assert dsm["flops_per_step"] == row["batch_size"] * (3 * forward - first)
-    assert mclr["flops_per_step"] > 1.5 * dsm["flops_per_step"]
-    assert dsm["examples_per_second"] == row["batch_size"] / np.median(dsm["seconds"])
-    assert row["over_first"]["mclr"] == mclr["seconds_per_step"] / dsm["seconds_per_step"]
-    assert dsm["utilisation"] is None  # no published peak
-    assert row["parameters"] == sum(
-        math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes_of(sections.TINY_MLP.model()))
-    )
+    assert len({*made["resume", "small"]["digests"].values()}) == 1
 
 
 @pytest.mark.slow
@@ -105,27 +83,8 @@ def test_recomputation_is_no_work_and_several_steps_are_counted(made):
     assert work == {made["throughput", "MLP"]["dsm"]["flops_per_step"]}
     longer = made["layouts", "small, dispatches"]["2 steps"]
     assert longer["seconds_per_step"] == np.median(longer["seconds"])
-    assert made["sampling", "MLP"]["CFG"]["network_calls"] == 6
-    assert made["sampling", "MLP"]["unguided"]["network_calls"] == 3
-
-
-@pytest.mark.slow
-def test_the_plan_is_compared_with_the_time(made):
-    found, peaks = made["plan", "MLP"]["dsm"], made["plan", "peaks"]
-    step = made["throughput", "MLP"]["dsm"]
-    memory = step["memory_bytes"]
-    moved = memory["arguments"] + memory["outputs"] + 2 * memory["temporaries"]
-    bound = max(
-        step["flops_per_step"] / peaks["flops_per_second"], moved / peaks["bytes_per_second"]
-    )
-    assert found["over_bound"] == {"measured": pytest.approx(step["seconds_per_step"] / bound)}
-    assert found["planned_bytes"] == memory["arguments"] + memory["temporaries"]
-
-
-@pytest.mark.slow
-def test_a_resumed_training_has_the_bits_of_the_whole_one(made):
-    digests = made["resume", "small"]["digests"]
-    assert len({*digests.values()}) == 1
+    sampling = made["sampling", "MLP"]
+    assert [sampling[name]["network_calls"] for name in ("CFG", "unguided")] == [6, 3]
 
 
 # ---- parts ---------------------------------------------------------------------------------------
@@ -183,9 +142,7 @@ def test_a_step_that_does_not_fit_or_fails(monkeypatch):
 # ---- rows ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def rows(tmp_path, monkeypatch):
-    """Functions of two rows of `plan`, which can be changed, and a call of the script."""
+def test_rows_that_failed_are_made_again_and_finished_ones_are_not(tmp_path, monkeypatch, capsys):
     functions = {"good": lambda stored: {"value": len(stored)}, "bad": lambda stored: 1 / 0}
     monkeypatch.setattr(sections, "all_rows", lambda size: {"plan": functions})
     # inside a subprocess these are of use
@@ -196,20 +153,13 @@ def rows(tmp_path, monkeypatch):
         status = accelerator.main(["--tiny", "--only=plan", f"--out={out}", *arguments])
         return status, {row["name"]: row for row in accelerator.read(out)}
 
-    return functions, call
-
-
-def test_rows_that_failed_are_made_again_and_finished_ones_are_not(rows, capsys):
-    functions, call = rows
     status, found = call()
-    assert status == 1
-    assert found["good"]["value"] == 0
+    assert (status, found["good"]["value"]) == (1, 0)
     assert found["bad"]["error"] == "ZeroDivisionError: division by zero"
     assert "1 of 2 rows have errors: plan, bad" in capsys.readouterr().out
     functions["bad"] = lambda stored: {"value": len(stored), "passed": True}
     status, found = call()
-    assert status == 0
-    assert found["good"]["value"] == 0
+    assert (status, found["good"]["value"]) == (0, 0)
     assert found["bad"]["value"] == 2  # the good row, and the one that failed
     functions["bad"] = functions["third"] = lambda stored: {"passed": False}
     assert call("--row=bad")[1].keys() == {"good", "bad"}

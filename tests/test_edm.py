@@ -49,7 +49,6 @@ def test_official_outputs(architecture):
         expected = arrays[f"output/{name}"].transpose(0, 2, 3, 1)
         actual = denoise(params, x, arrays["input/sigma"], label)
         error = np.abs(actual - expected).max(axis=(1, 2, 3)) / np.abs(expected).max(axis=(1, 2, 3))
-        print(architecture, name, error)
         assert error.max() < 1e-5
 
 

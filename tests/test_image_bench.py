@@ -7,7 +7,6 @@ import figures
 import guidance_free
 import icr
 import image_bench
-import jax
 import mixture_mclr
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ import tasks
 import two_digits
 from small_bench import MADE_BY, TRAINED
 
-from mclr_jax import runs
 from mclr_jax.config import Training
 from mclr_jax.data import sources
 from mclr_jax.evaluation import features
@@ -63,22 +61,15 @@ def test_every_task_has_what_it_needs_and_every_objective_makes_a_task(data, roo
         assert task.problem.class_strengths == known
 
 
-def test_another_base_has_the_judges_of_the_config_s_own_and_files_of_its_own(
-    tmp_path, monkeypatch
-):
+def test_another_base_has_files_of_its_own_beside_the_judges(tmp_path, monkeypatch):
     monkeypatch.setattr(image_bench, "ROOT", tmp_path)
     own, long = (image_bench.Bench("fashion_mnist", steps) for steps in (0, 40_000))
     own.write("classifier/done", {"steps": 3})
-    long.share()
-    long.share()  # again
+    for _ in range(2):
+        long.share()
     assert long.read("classifier/done") == {"steps": 3}
     assert not (long.root / "judge_features").exists()  # to be made
-    trained = []
-    monkeypatch.setattr(image_bench.Bench, "train", lambda self, *given: trained.append(given))
-    long.train_base(0)
-    assert trained[0][2].num_steps == 40_000
-    assert long.fine_tuning(0, {}).init_from == str(long.root / "base")
-    assert long.root != own.root
+    assert long.fine_tuning(0, {}).init_from == str(long.root / "base") != str(own.root / "base")
 
 
 def test_the_second_judge_measures_the_distances_of_its_own_features(root, monkeypatch):
@@ -89,8 +80,7 @@ def test_the_second_judge_measures_the_distances_of_its_own_features(root, monke
         pixels = images.astype(float) / 127.5 if images.dtype == np.uint8 else images
         return pixels.reshape(len(images), -1), np.zeros((len(images), 3))
 
-    judge = features.Extractor("pixels", {}, apply)
-    monkeypatch.setattr(image_bench.features, "load", lambda name: judge)
+    monkeypatch.setattr(features, "load", lambda name: features.Extractor("pixels", {}, apply))
     bench = image_bench.Bench("digits")
     images = np.random.default_rng(0).integers(0, 245, (400, 2, 2, 1), np.uint8)
     (root / "sets").mkdir()
@@ -99,12 +89,9 @@ def test_the_second_judge_measures_the_distances_of_its_own_features(root, monke
         bench.second(name)
     bench.write("sets/moved", {"frechet": 1.0})
     row = bench.row("moved")
-    assert row["frechet"] == 1.0
-    found = row[image_bench.SECOND]
+    found, expected = row[image_bench.SECOND], pytest.approx(4 * (10 / 127.5) ** 2, rel=1e-3)
     assert found.keys() == MADE_BY | {"samples", "frechet", "per_class_frechet"}
-    assert [found["frechet"], found["per_class_frechet"]] == pytest.approx(
-        [4 * (10 / 127.5) ** 2] * 2, rel=1e-3
-    )
+    assert (row["frechet"], found["frechet"], found["per_class_frechet"]) == (1, expected, expected)
 
 
 # ---- the mixture ---------------------------------------------------------------------------------
@@ -119,37 +106,10 @@ def test_mixture_distance_of_trained_runs(tmp_path, monkeypatch):
     for task in bench.tasks():
         if task.name != "classifier":
             task.run()
-    done = tasks.training(tmp_path / "strength_as_an_input")
-    assert done.keys() == TRAINED
-    assert done["steps"] == 3
-    assert done["config"] == "configs/mixture_mclr.py"
-    assert done["changes"]["strength"] == [0.0, 2.0]
-    assert "data.name" not in done["changes"]
-    params, _ = runs.load(tmp_path / "strength_as_an_input").weights()
-    assert done["parameters"] == sum(x.size for x in jax.tree.leaves(params))
-
     distance = functools.partial(bench.distance, beta=1.0, draws=1000)
-    base = distance("base")
-    assert base > 0
-    assert distance("strength as an input", interpolation=0.0) == pytest.approx(base)
-    told = {distance("strength as an input", strength=s) for s in (0.0, 1.0)}
-    assert len(told | {base}) == 3
-
-
-def test_mixture_rows_say_how_they_were_trained(tmp_path, monkeypatch):
-    bench = mixture_mclr.Bench(tmp_path)
-    for number, task in enumerate(bench.tasks()):
-        diverged = {"diverged": "!"} if task.name == "plain" else {}
-        bench.write(f"{task.name}/done", {"steps": number, "parameters": 5} | diverged)
-    monkeypatch.setattr(mixture_mclr.Bench, "distance", lambda *_, **__: 0.5)
-    result = mixture_mclr.collect(bench)
-    assert result["runs"].keys() == {"base", "classifier", *mixture_mclr.VARIANTS}
-    steps = [run["steps"] for run in result["runs"].values()]
-    assert steps == list(range(2 + len(mixture_mclr.VARIANTS)))
-    assert result["parameters"] == 5
-    assert result["distance_to_cfg"]["plain"] == "!"
-    assert result["distance_to_cfg"]["a quarter of the negatives"] == 0.5
-    assert result["by_strength"]["1.5"].keys() == {"base", "input", "share"}
+    base, name = distance("base"), "strength as an input"
+    assert distance(name, interpolation=0.0) == pytest.approx(base) != 0
+    assert len({base, *(distance(name, strength=s) for s in (0.0, 1.0))}) == 3
 
 
 # ---- digits --------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import tracemalloc
 import numpy as np
 import prdc
 import pytest
-import scipy.linalg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -111,21 +110,16 @@ def test_kernel_distance_of_points_on_a_line():
 # --- Parity with other implementations ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dim", [1, 5, 40])
-def test_frechet_distance_matches_sqrtm_of_scipy(dim):
-    a, b = features(0, 100, dim), features(1, 80, dim, mean=0.3)
-    (m1, c1), (m2, c2) = ((x.mean(0), np.atleast_2d(np.cov(x, rowvar=False))) for x in (a, b))
-    expected = np.sum((m1 - m2) ** 2) + np.trace(c1 + c2 - 2 * scipy.linalg.sqrtm(c1 @ c2).real)
-    assert frechet_distance(moments(a), moments(b)) == pytest.approx(expected, rel=1e-6)
-
-
-def test_frechet_distance_of_rank_deficient_sets_matches_singular_values_of_the_samples():
+@pytest.mark.parametrize("sizes", [(100, 80, 1), (100, 80, 40), (10, 14, 64)])  # n, m and d
+def test_frechet_distance_matches_singular_values_of_the_samples(sizes):
     """tr (C1 C2)^(1/2) is the nuclear norm of X1 X2^T / sqrt((n1 - 1) (n2 - 1)), X centered."""
-    a, b = features(0, 10, 64), features(1, 14, 64)
+    a, b = features(0, sizes[0], sizes[2]), features(1, sizes[1], sizes[2], mean=0.3)
     x, y = ((f - f.mean(0)) / np.sqrt(len(f) - 1) for f in (a, b))
     shift = np.sum((a.mean(0) - b.mean(0)) ** 2)
     expected = shift + np.sum(x**2) + np.sum(y**2) - 2 * np.linalg.norm(x @ y.T, "nuc")
     assert frechet_distance(moments(a), moments(b)) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(moments(b), moments(a)) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(moments(a), moments(a)) <= 1e-10 * np.sum(a**2)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -158,25 +152,6 @@ def test_scores_are_those_of_torch_fidelity():
 
 
 # --- Properties -----------------------------------------------------------------------------------
-
-
-@settings(deadline=None, max_examples=30)
-@given(seed=SEEDS, n=st.integers(2, 30), m=st.integers(2, 30), dim=st.integers(1, 12))
-def test_frechet_distance_is_symmetric_bounded_and_blind_to_rotation(seed, n, m, dim):
-    a, b = features(seed, n, dim), features(seed + 1, m, dim, mean=0.3)
-    distance = frechet_distance(moments(a), moments(b))
-    scale = np.sum(a**2) + np.sum(b**2)
-    assert isinstance(distance, float)
-    # Triangle inequalities of the standard deviations, and the cost of moving all independently.
-    shift = np.sum((a.mean(0) - b.mean(0)) ** 2)
-    one, other = (x.var(0, ddof=1).sum() for x in (a, b))
-    assert shift + (one**0.5 - other**0.5) ** 2 <= distance + 1e-10 * scale
-    assert distance <= shift + one + other + 1e-10 * scale
-    assert frechet_distance(moments(b), moments(a)) == pytest.approx(distance, abs=1e-10 * scale)
-    assert frechet_distance(moments(a), moments(a)) <= 1e-10 * scale
-    rotation, _ = np.linalg.qr(RNG(seed).normal(size=(dim, dim)))
-    rotated = frechet_distance(moments(a @ rotation), moments(b @ rotation))
-    assert rotated == pytest.approx(distance, abs=1e-6 * scale)  # the root of a tiny eigenvalue
 
 
 @settings(deadline=None, max_examples=30)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mclr_jax import reductions
 
@@ -58,15 +57,6 @@ def assert_same(found, expected):
         np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-def test_a_report_in_closed_form():
-    """Weights 1, 1, 2: (1 + 1 + 2)^2 / (3 (1 + 1 + 4)) = 8/9."""
-    values, weights = jnp.array([2.0, 4.0, 9.0]), jnp.array([1.0, 1.0, 2.0])
-    found = reductions.over_rows(of(values, weights, jnp.array([True, False, True])))
-    expected = {"mean": 5.0, "some": 5.5, "ratio": 6.0, "share": 8 / 9, "largest": 9.0}
-    assert reductions.report(found) == pytest.approx(expected)
-    assert all(isinstance(value, float) for value in reductions.report(found).values())
-
-
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 2**31), st.integers(1, 24), st.data())
 def test_any_split_into_parts_is_the_whole(seed, count, data):
@@ -78,26 +68,26 @@ def test_any_split_into_parts_is_the_whole(seed, count, data):
         reductions.over_rows(of(*(values[a:b] for values in everything)))
         for a, b in itertools.pairwise(ends)
     ]
-    order = data.draw(st.permutations(parts))
-    assert_same(reductions.report(together(*order)), by_hand(*everything))
+    order = data.draw(st.permutations(parts))  # with a negative maximum in some of them
+    report = reductions.report(together(*order))
+    assert_same(report, by_hand(*everything))
+    assert all(isinstance(value, float) for value in report.values())
 
 
-@pytest.mark.parametrize("mapped", ["pmap", "vmap"])
-@pytest.mark.parametrize("seed", range(4))
-def test_devices_together_have_the_whole(mapped, seed):
-    everything = rows(seed, 24)
+def test_devices_together_have_the_whole():
+    """On every device."""
 
     def device(*shard):
         return reductions.over_devices(reductions.over_rows(of(*shard)), "data")
 
-    shards = [values.reshape(8, 3) for values in everything]
-    wrap = {"pmap": jax.pmap, "vmap": jax.vmap}[mapped]
-    found = wrap(device, axis_name="data")(*shards)
-    for one in (0, 7):  # every device has it
-        assert_same(
-            reductions.report(jax.tree.map(lambda x, i=one: np.asarray(x[i]), found)),
-            by_hand(*everything),
-        )
+    run = jax.pmap(device, axis_name="data")
+    for seed in range(4):
+        everything = rows(seed, 24)
+        everything[0] -= 9 * seed  # with a negative maximum, which a start from 0 would lose
+        found = jax.device_get(run(*(values.reshape(8, 3) for values in everything)))
+        for one in (0, 7):
+            report = reductions.report(jax.tree.map(lambda x, i=one: x[i], found))
+            assert_same(report, by_hand(*everything))
 
 
 def test_empty_subsets_are_left_out_and_add_nothing():
@@ -110,7 +100,7 @@ def test_empty_subsets_are_left_out_and_add_nothing():
     assert reductions.report(total) == {"some": 5.0}
 
 
-@pytest.mark.parametrize("reduce", ["rows", "parts", "pmap", "mesh"])
+@pytest.mark.parametrize("reduce", ["rows", "parts", "pmap"])
 @pytest.mark.parametrize("first", [True, False])
 def test_what_is_not_a_number_is_reported(reduce, first):
     """A run must not go on over it, wherever it stands."""
@@ -118,23 +108,12 @@ def test_what_is_not_a_number_is_reported(reduce, first):
     pair = [bad, good] if first else [good, bad]
 
     def one(values):
-        found = {
-            "mean": reductions.mean(values),
-            "some": reductions.mean(values, where=jnp.ones(len(values), bool)),
-            "ratio": reductions.ratio(values, values),
-            "share": reductions.effective_share(values),
-            "largest": reductions.maximum(values),
-        }
-        return reductions.over_rows(found)
+        return reductions.over_rows(of(values, values, jnp.ones(len(values), bool)))
 
     if reduce == "rows":
         found = one(jnp.concatenate(pair))
     elif reduce == "parts":
         found = together(one(pair[0]), one(pair[1]))
-    elif reduce == "mesh":
-        mesh = Mesh(np.array(jax.devices()[:2]), ("data",), axis_types=(AxisType.Auto,))
-        sharding = NamedSharding(mesh, PartitionSpec("data"))
-        found = jax.jit(one)(jax.device_put(jnp.concatenate(pair), sharding))
     else:
         device = jax.pmap(
             lambda values: reductions.over_devices(one(values), "data"),
@@ -146,35 +125,3 @@ def test_what_is_not_a_number_is_reported(reduce, first):
     assert report.pop("largest") == np.inf  # devices' maximum may lose a NaN
     assert set(report) == {"mean", "some", "ratio", "share"}
     assert np.isnan(list(report.values())).all(), report
-
-
-def test_a_negative_maximum_survives_parts_and_devices():
-    """Where a reduction started from 0 it would be lost."""
-    values = jnp.arange(-16.0, 0.0).reshape(8, 2)
-    alone = reductions.over_rows({"largest": reductions.maximum(values[0])})
-    assert reductions.report(alone) == {"largest": -15.0}
-    start = {"largest": reductions.Max(jnp.float32(-jnp.inf))}
-    assert reductions.report(together(start, alone)) == {"largest": -15.0}
-
-    def device(values):
-        found = reductions.over_rows({"largest": reductions.maximum(values)})
-        return reductions.over_devices(found, "data")
-
-    found = jax.pmap(device, axis_name="data")(values)
-    largest = {"largest": reductions.Max(np.asarray(found["largest"].parts[0]))}
-    assert reductions.report(largest) == {"largest": -1.0}
-
-
-def test_metrics_pass_through_jit_and_loops():
-    """As trees whose structure says how they are reduced: equal for equal metrics."""
-    everything = [jnp.asarray(values) for values in rows(5, 8)]
-    found = jax.jit(lambda *rows: reductions.over_rows(of(*rows)))(*everything)
-    assert jax.tree.structure(found) == jax.tree.structure(of(*everything))
-
-    def step(total, part):
-        return together(total, reductions.over_rows(of(*part))), None
-
-    first, *pieces = [[values[i : i + 2] for values in everything] for i in (0, 2, 4, 6)]
-    stacked = [jnp.stack(part) for part in zip(*pieces, strict=True)]
-    total, _ = jax.lax.scan(step, reductions.over_rows(of(*first)), stacked)
-    assert_same(reductions.report(total), by_hand(*map(np.asarray, everything)))

@@ -89,14 +89,6 @@ def test_guidance_of_the_paper_is_biased():
     assert spread < 0.9
 
 
-def test_each_frame_may_have_its_own_regime():
-    """The first 6 frames smoothed, the others filtered; with all frames in the window."""
-    lag = np.where(np.arange(FRAMES) < 6, np.inf, 0)
-    wrong, ratio = errors(run(dataclasses.replace(EXACT, window=FRAMES), lag), lag)
-    assert wrong < 0.05
-    assert abs(ratio - 1) < 0.05
-
-
 def test_a_known_start_and_a_forecast():
     """In physical units. Beyond the last observation the spread grows to that of the process."""
     process = oracle.Process(offset=(3.0, -1.0), scale=(8.0, 0.5))

@@ -55,9 +55,9 @@ def test_files_of_other_splits_and_lengths_are_not_taken(tmp_path, monkeypatch):
     assert np.abs(test - train).min() > 0
     assert longer.shape == train.shape
     np.testing.assert_allclose(longer[0], train[0], rtol=1e-4, atol=1e-5)
-    assert len(Trajectories(path=str(tmp_path), **SMALL | {"length": 13})) == 16 * 9
-    last = Trajectories(path=str(tmp_path), **SMALL | {"length": 13})[np.array([16 * 8])][0]
-    assert last.shape == (1, 5, 3)
+    source = Trajectories(path=str(tmp_path), **SMALL | {"length": 13})
+    assert len(source) == 16 * 9
+    assert source[np.array([16 * 8])][0].shape == (1, 5, 3)
 
 
 def test_parts_that_exist_are_not_made_again(tmp_path, monkeypatch):
@@ -79,9 +79,7 @@ def test_parts_that_exist_are_not_made_again(tmp_path, monkeypatch):
 
 def test_a_config_names_it_and_the_run_gets_its_units(tmp_path):
     config = tiny.config("mixture", sigma_data=0.0)
-    config.data.name, config.data.path, config.data.limit = NAME, str(tmp_path), 50
-    for key, value in SMALL.items():
-        config.data[key] = value
+    config.data.update({"name": NAME, "path": str(tmp_path), "limit": 50, **SMALL})
     training = Training.parse(config)
     source = training.data.source("train", 0)
     assert len(source) == 50
