@@ -47,6 +47,8 @@ def write(directory, steps, losses=None):
 
 
 def test_round_trip_of_the_newest_and_of_a_branch(tmp_path):
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        assert checkpoints.restore(like(state_at(0))) is None
     write(tmp_path / "c", [10, 20])
     with Checkpoints(tmp_path / "c") as checkpoints:
         state, step = checkpoints.restore(like(state_at(0)))
@@ -58,29 +60,12 @@ def test_round_trip_of_the_newest_and_of_a_branch(tmp_path):
         chex.assert_trees_all_equal(state["ema"]["halflife"], state_at(10).ema["halflife"])
 
 
-def test_nothing_there_gives_none(tmp_path):
-    with Checkpoints(tmp_path / "c") as checkpoints:
-        assert checkpoints.restore(like(state_at(0))) is None
-
-
-def test_the_last_two_and_the_best_are_kept(tmp_path):
-    write(tmp_path / "c", [1, 2, 3, 4, 5], losses=[3.0, 1.0, 2.0, 4.0, 5.0])
-    with Checkpoints(tmp_path / "c") as checkpoints:
-        assert checkpoints.steps() == [2, 4, 5]
-        assert lowest(checkpoints) == 2
-
-
 @pytest.mark.parametrize(("keep", "kept"), [(1, [1, 3, 6]), (3, [1, 3, 4, 5, 6]), (0, [1, 3])])
 def test_the_lowest_of_either_metric_is_kept_across_runs(tmp_path, keep, kept):
     """Some checkpoints lack one metric, some both, and some have one that is not a number."""
-    metrics = [
-        {"loss": 1.0, "icr": 9.0},
-        {"loss": float("nan"), "icr": float("-inf")},
-        {"icr": 0.5},
-        None,
-        {"loss": 2.0},
-        {"loss": 3.0, "icr": 4.0},
-    ]
+    no_numbers = {"loss": float("nan"), "icr": float("-inf")}
+    metrics = [{"loss": 1.0, "icr": 9.0}, no_numbers, {"icr": 0.5}, None, {"loss": 2.0},
+               {"loss": 3.0, "icr": 4.0}]  # fmt: skip
     for step, values in enumerate(metrics, 1):
         with Checkpoints(tmp_path / "c", keep) as checkpoints:
             checkpoints.save(step, state_at(step), values)
@@ -120,21 +105,15 @@ def test_the_best_is_remembered_until_its_successor_is_on_disk(tmp_path):
         assert [record["step"] for record in records] == [10, 30, 40]  # it does not grow for ever
 
 
-@pytest.mark.parametrize(
-    ("damage", "best"),
-    [
-        (lambda file: file.unlink(), None),
-        (lambda file: file.write_text(""), None),
-        (lambda file: file.write_bytes(b"\xff\x00{"), None),
-        (
-            lambda file: file.write_text('{"step": 10, "loss": "1"}\n{"step": 20, "loss": null}'),
-            None,
-        ),
-        (lambda file: file.write_text('3\n"x"\n{"loss": 1}\n{"step": 10, "loss": [1]}\n'), None),
-        (lambda file: cut_to_half(file), 10),  # the first line is whole
-        (lambda file: file.write_text(file.read_text().replace("1.0", "1.0.")), 20),
-    ],
-)
+@pytest.mark.parametrize(("damage", "best"), [
+    (lambda file: file.unlink(), None),
+    (lambda file: file.write_text(""), None),
+    (lambda file: file.write_bytes(b"\xff\x00{"), None),
+    (lambda file: file.write_text('{"step": 10, "loss": "1"}\n{"step": 20, "loss": null}'), None),
+    (lambda file: file.write_text('3\n"x"\n{"loss": 1}\n{"step": 10, "loss": [1]}\n'), None),
+    (lambda file: cut_to_half(file), 10),  # the first line is whole
+    (lambda file: file.write_text(file.read_text().replace("1.0", "1.0.")), 20),
+])  # fmt: skip
 def test_damaged_metrics_only_hide_the_best(tmp_path, damage, best):
     write(tmp_path / "c", [10, 20], losses=[1.0, 2.0])
     damage(tmp_path / "c" / "metrics.jsonl")
@@ -157,12 +136,8 @@ def empty(path):
 def test_damage_to_any_file_falls_back_or_does_not_matter(tmp_path, caplog):
     """Each file of the newest checkpoint in turn is cut to half, emptied, and removed."""
     write(tmp_path / "good", [10, 20], losses=[1.0, 2.0])
-    files = [
-        p.relative_to(tmp_path / "good")
-        for p in sorted((tmp_path / "good" / "20").rglob("*"))
-        if p.is_file()
-    ]
-    fell_back = 0
+    found = sorted((tmp_path / "good" / "20").rglob("*"))
+    files, fell_back = [p.relative_to(tmp_path / "good") for p in found if p.is_file()], 0
     for i, file in enumerate(files):
         for j, damage in enumerate([cut_to_half, empty, pathlib.Path.unlink]):
             run = tmp_path / f"{i}_{j}"
@@ -177,10 +152,6 @@ def test_damage_to_any_file_falls_back_or_does_not_matter(tmp_path, caplog):
                     assert "20 cannot be read" in caplog.text
                     assert (run / "broken" / "20").exists()
                     assert lowest(checkpoints) == 10
-                    checkpoints.save(20, state_at(20), {"loss": 0.0})  # the way is free again
-                    checkpoints.wait()
-                    assert checkpoints.steps() == [10, 20]
-                    assert lowest(checkpoints) == 20
     assert fell_back > 3 / 4 * len(files)  # a quarter of all cases; the rest holds nothing needed
 
 
@@ -201,25 +172,19 @@ def test_a_reader_leaves_alone_what_is_being_written(tmp_path):
         chex.assert_trees_all_equal(checkpoints.restore(like(state_at(0)), 15), (state_at(15), 15))
 
 
-def test_all_broken_is_an_error_each_time_and_nothing_is_moved(tmp_path):
+def test_a_reader_moves_nothing_and_where_all_are_broken_that_is_an_error_each_time(tmp_path):
     write(tmp_path / "c", [10, 20])
-    for step in ("10", "20"):
-        shutil.rmtree(tmp_path / "c" / step / "state")
+    shutil.rmtree(tmp_path / "c" / "20" / "state")
+    with Checkpoints(tmp_path / "c", keep=None) as checkpoints:
+        assert checkpoints.restore(like(state_at(0)))[1] == 10
+    shutil.rmtree(tmp_path / "c" / "10" / "state")
+    message = r"None of the checkpoints \[20, 10\].*--restart"
     for _ in range(2):
-        with (
-            Checkpoints(tmp_path / "c") as checkpoints,
-            pytest.raises(RuntimeError, match=r"None of the checkpoints \[20, 10\].*--restart"),
-        ):
-            checkpoints.restore(like(state_at(0)))
-        assert not (tmp_path / "broken").exists()
-
-
-def flip_a_bit(directory, step, seed):
-    """One bit of the arrays of a checkpoint, in the file that has most of them."""
-    file = max((directory / str(step)).rglob("d/*"), key=lambda path: path.stat().st_size)
-    content, rng = bytearray(file.read_bytes()), np.random.default_rng(seed)
-    content[rng.integers(len(content) // 4, 3 * len(content) // 4)] ^= 1 << rng.integers(8)
-    file.write_bytes(content)
+        with Checkpoints(tmp_path / "c") as checkpoints:
+            with pytest.raises(RuntimeError, match=message):
+                checkpoints.restore(like(state_at(0)))
+    assert (tmp_path / "c" / "20").exists()
+    assert not (tmp_path / "broken").exists()
 
 
 def noise_at(step):
@@ -228,12 +193,16 @@ def noise_at(step):
     return State(jnp.int32(step), {"a": x}, {"halflife": {"a": -x}})
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_read(tmp_path, caplog, seed):
     with Checkpoints(tmp_path / "c") as checkpoints:
         for step in (10, 20):
             checkpoints.save(step, noise_at(step))
-    flip_a_bit(tmp_path / "c", 20, seed)
+    # Of the file that has most of the arrays.
+    file = max((tmp_path / "c" / "20").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content, rng = bytearray(file.read_bytes()), np.random.default_rng(seed)
+    content[rng.integers(len(content) // 4, 3 * len(content) // 4)] ^= 1 << rng.integers(8)
+    file.write_bytes(content)
     with Checkpoints(tmp_path / "c") as checkpoints:
         state, step = checkpoints.restore(like(noise_at(0)))
     assert step == 10
@@ -272,15 +241,6 @@ def test_a_checkpoint_that_does_not_fit_is_not_begun(tmp_path, monkeypatch):
     assert not list((tmp_path / "c").glob("2*"))
 
 
-def test_a_branch_is_checked_by_its_own_digests(tmp_path):
-    with Checkpoints(tmp_path / "c") as checkpoints:
-        checkpoints.save(10, noise_at(10))
-    with Checkpoints(tmp_path / "c", keep=None) as checkpoints:
-        branch = {"ema": {"halflife": like(noise_at(0).params)}}
-        found, _ = checkpoints.restore(branch)
-        chex.assert_trees_all_equal(found["ema"]["halflife"], noise_at(10).ema["halflife"])
-
-
 def test_a_checkpoint_under_another_step_is_refused(tmp_path):
     write(tmp_path / "c", [10])
     shutil.copytree(tmp_path / "c" / "10", tmp_path / "c" / "30")
@@ -306,27 +266,6 @@ def test_a_step_that_breaks_again_is_set_aside_beside_the_first(tmp_path):
             assert checkpoints.restore(like(state_at(0)))[1] == 10
     found = sorted(path.name for path in (tmp_path / "broken").iterdir())
     assert found == ["20", "20_", "20__"]
-
-
-def test_a_reader_moves_nothing(tmp_path):
-    write(tmp_path / "c", [10, 20])
-    shutil.rmtree(tmp_path / "c" / "20" / "state")
-    with Checkpoints(tmp_path / "c", keep=None) as checkpoints:
-        assert checkpoints.restore(like(state_at(0)))[1] == 10
-    assert (tmp_path / "c" / "20").exists()
-
-
-def test_the_digest_tells_every_bit_place_and_type():
-    x = jax.random.normal(jax.random.key(0), (3, 5))
-    first = digests({"a": x})["a"]
-    bits = np.array(x).view(np.uint32)
-    for place, bit in np.ndindex(15, 32):
-        changed = bits.copy()
-        changed.flat[place] ^= np.uint32(1 << bit)
-        assert digests({"a": jnp.asarray(changed.view(np.float32))})["a"] != first
-    others = [x.T, x[::-1], x.reshape(5, 3), x.astype(jnp.bfloat16), jnp.zeros((3, 5))]
-    assert len({first, *(digests({"a": other})["a"] for other in others)}) == 6
-    assert digests({"b": {"c": x, "d": jnp.int32(3)}}).keys() == {"b/c", "b/d"}
 
 
 def test_the_digest_is_its_definition_and_that_of_earlier_versions():

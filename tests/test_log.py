@@ -10,10 +10,6 @@ from mclr_jax.training import log
 from mclr_jax.training.log import Progress, Writer
 
 
-def records(path):
-    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_records_are_json_lines_and_each_step_stands_once(tmp_path):
     with Writer(tmp_path, 0, 100) as writer:
         for step in (10, 20, 30):
@@ -24,7 +20,9 @@ def test_records_are_json_lines_and_each_step_stands_once(tmp_path):
         file.write('{"step": 35, "lo')  # killed while writing
     with Writer(tmp_path, 20, 100) as writer:  # resumed from a checkpoint of step 20
         writer.scalars(30, {"loss": 3.5})
-    assert [(r["step"], r["loss"]) for r in records(tmp_path)] == [(10, 1.0), (20, 2.0), (30, 3.5)]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    steps = [(record["step"], record["loss"]) for record in map(json.loads, lines)]
+    assert steps == [(10, 1.0), (20, 2.0), (30, 3.5)]
     assert not list(tmp_path.glob("*.tmp"))
     assert list((tmp_path / "tensorboard").glob("events*"))
 

@@ -3,7 +3,6 @@ import numpy as np
 import optax
 import pytest
 
-from mclr_jax.schema import read
 from mclr_jax.training.optimizer import Optimizer
 
 
@@ -39,10 +38,3 @@ def test_adam_with_decay_and_clipping_matches_its_definition():
         step = (m / (1 - 0.8**t)) / (np.sqrt(v / (1 - 0.9**t)) + 1e-8)
         params = params - 0.1 * (step + 0.2 * params)
     np.testing.assert_allclose(run(settings, gradients), params, rtol=1e-5)
-
-
-def test_unknown_keys_and_schedules_are_refused():
-    with pytest.raises(ValueError, match=r"config\.optimizer has no key 'lr'"):
-        read(Optimizer, {"lr": 0.1}, "config.optimizer")
-    with pytest.raises(ValueError, match=r"schedule is 'linear'\. .*Known: constant"):
-        Optimizer(schedule="linear")

@@ -3,7 +3,6 @@
 import json
 import logging
 
-import jax
 import numpy as np
 import pytest
 import tiny
@@ -30,7 +29,7 @@ def test_changed_values_are_named(tmp_path, caplog):
 
 def test_harmless_changes_are_history_and_others_are_refused_where_weights_are(tmp_path):
     _, model = tiny.describe(tmp_path)
-    tiny.with_weights(tmp_path, {"params": model.init(jax.random.key(0))})
+    tiny.with_weights(tmp_path, {"params": tiny.weights(model)})
     tiny.describe(tmp_path, num_steps=24)
     before = (tmp_path / "run.json").read_text()
     first, second = json.loads(before)["history"]
@@ -55,7 +54,7 @@ def test_data_are_told_by_their_content_not_by_their_place(tmp_path, caplog):
     np.savez(tmp_path / "b.npz", images=points, labels=labels)
     changes = {"sigma_data": 1.0, "data.name": f"npz:{tmp_path}/a.npz"}
     _, model = tiny.describe(tmp_path / "run", **changes)
-    tiny.with_weights(tmp_path / "run", {"params": model.init(jax.random.key(0))})
+    tiny.with_weights(tmp_path / "run", {"params": tiny.weights(model)})
     tiny.describe(tmp_path / "run", **changes | {"data.name": f"npz:{tmp_path}/b.npz"})
     assert "config.data.name is now" in caplog.text
     points[63] += 0.01
@@ -78,7 +77,7 @@ def test_numbers_of_numpy_are_described_as_those_of_python():
 
 def test_a_run_is_set_aside_whole(tmp_path):
     _, model = tiny.describe(tmp_path)
-    tiny.with_weights(tmp_path, {"params": model.init(jax.random.key(0))})
+    tiny.with_weights(tmp_path, {"params": tiny.weights(model)})
     (tmp_path / "samples").mkdir()
     record.set_aside(tmp_path)
     (moved,) = (tmp_path / "replaced").iterdir()
@@ -87,7 +86,7 @@ def test_a_run_is_set_aside_whole(tmp_path):
     assert runs.load(moved).weights("none")[1] == 1
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"config": ', "[3]"])
+@pytest.mark.parametrize("content", ["", "{", '{"config": ', "[3]", '{"config": {}}'])
 def test_a_broken_description_is_named(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(ValueError, match=r"run\.json (is no JSON|was written by an older)"):

@@ -47,11 +47,3 @@ def test_the_base_config_declares_nothing():
     assert base.base().to_dict() == config.blank()
     nodes = ast.walk(ast.parse(inspect.getsource(base)))
     assert not [x for x in nodes if isinstance(x, ast.Assign | ast.AnnAssign | ast.Dict)]
-
-
-def test_help_has_each_key_of_a_section_once():
-    lines = [line.partition("=")[0] for line in schema.explain(config.Training)]
-    for where, kind, _ in KINDS[: 1 + len(SECTIONS)]:
-        prefix = f"{where}.".removeprefix("config.")
-        for name, field in schema.fields(kind).items():
-            assert lines.count(prefix + name) == ("key" in field.metadata), name

@@ -104,12 +104,12 @@ def test_dispatches_of_any_length_give_the_same_bits_and_compile_once():
         losses.append([report(log, row)["loss"] for row in range(count)])
         start += count
     chex.assert_trees_all_equal(whole, parts)
-    np.testing.assert_array_equal(
-        [report(found, row)["loss"] for row in range(5)], np.concatenate(losses)
-    )
+    expected = [report(found, row)["loss"] for row in range(5)]
+    np.testing.assert_array_equal(expected, np.concatenate(losses))
 
 
 def test_evaluation_is_repeatable_and_without_dropout():
+    """It is the mean over all examples."""
     task, source, state = setup(**{"network.dropout": 0.5})
     params = jax.tree.map(lambda x: x + 0.02, state.params)  # zero-initialised layers move
     data = batches(source, 3)
@@ -117,70 +117,15 @@ def test_evaluation_is_repeatable_and_without_dropout():
     first, again = evaluate(params, {}, data), evaluate(params, {}, data)
     chex.assert_trees_all_equal(first, again)
     plain, _, _ = setup(**{"network.dropout": 0.0})
-    expected = reductions.report(
-        jax.device_get(jax.jit(step.make_evaluate(plain))(params, {}, data))
-    )
-    chex.assert_trees_all_close(reductions.report(jax.device_get(first)), expected, rtol=1e-5)
 
+    @jax.jit
+    def loss(batch, number):
+        keys = step.example_keys(plain.eval_key, number, batch["index"])
+        return plain.loss(params, {}, batch, keys, train=False)[0]
 
-def test_evaluation_is_the_mean_over_all_examples():
-    task, source, state = setup()
-    data = batches(source, 3)
-    found = reductions.report(
-        jax.device_get(jax.jit(step.make_evaluate(task))(state.params, {}, data))
-    )
-    losses = []
-    for number in range(3):
-        batch = {name: rows[number] for name, rows in data.items()}
-        keys = step.example_keys(task.eval_key, number, batch["index"])
-        losses.append(task.loss(state.params, {}, batch, keys, train=False)[0])
+    losses = [loss({name: rows[n] for name, rows in data.items()}, n) for n in range(3)]
+    found = reductions.report(jax.device_get(first))
     np.testing.assert_allclose(found["loss"], np.mean(losses), rtol=1e-5)
-
-
-@dataclasses.dataclass(frozen=True)
-class Extremes:
-    """An objective without a network in its loss but for a linear pull; every kind of metric."""
-
-    needs = frozenset[str]()
-
-    def __call__(self, models, problem, batch, keys):
-        label = batch.condition.label
-        value = batch.x0[:, 0]
-        zeros = jnp.zeros(len(label))
-        pull = models.denoise(batch.x0, jnp.ones(len(label)), batch.condition).mean(-1)
-        return pull, {
-            "value_max": reductions.maximum(value),
-            "negative_max": reductions.maximum(value - 100),
-            "some": reductions.mean(value, where=label == 0),
-            "none": reductions.mean(value, where=label < 0),
-            "ratio": reductions.ratio(value, value**2),
-            "share": reductions.effective_share(jnp.abs(value)),
-            "nothing": reductions.effective_share(zeros),
-        }
-
-    def advice(self):
-        return ""
-
-
-@pytest.mark.parametrize("parts", [1, 2, 4])
-def test_metrics_of_a_batch_in_parts_are_those_of_the_batch(parts):
-    """Maxima, also of negative numbers; means over a subset whose size differs between parts."""
-    task, source, state = setup()
-    task = dataclasses.replace(task, objective=Extremes(), grad_accumulation=parts)
-    data = batches(source, 1)
-    _, found = jax.jit(step.make_update(task))(state, {}, data, 1)
-    value, label = data["image"][0][:, 0], data["label"][0]
-    got, size = report(found, 0), np.abs(value)
-    for name, expected in {
-        "value_max": value.max(),
-        "negative_max": value.max() - 100,
-        "some": value[label == 0].mean(),
-        "ratio": value.sum() / (value**2).sum(),
-        "share": size.sum() ** 2 / (len(value) * (value**2).sum()),
-        "nothing": 0.0,
-    }.items():
-        np.testing.assert_allclose(got[name], expected, rtol=1e-5, err_msg=name)
-    assert "none" not in got
 
 
 def test_keys_address_the_example_and_the_step():

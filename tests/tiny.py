@@ -7,11 +7,15 @@ import signal
 import time
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from configs import base
 from mclr_jax import main, parts, record
 from mclr_jax.config import NOISE_LEVELS, OBJECTIVES, POSTERIORS, Training
+from mclr_jax.files import read_lines
+from mclr_jax.model import shapes_of
 from mclr_jax.training.checkpoint import Checkpoints
 from mclr_jax.training.loop import Hook
 
@@ -81,6 +85,13 @@ def model_of(given):
     return training.model(training.data_info(source_of(given)))
 
 
+def weights(model, seed=0):
+    """Random parameters, drawn by NumPy, which compiles nothing."""
+    draw = np.random.default_rng(seed).normal
+    shapes = shapes_of(model)
+    return jax.tree.map(lambda x: jnp.asarray(0.1 * draw(size=x.shape), x.dtype), shapes)
+
+
 def describe(workdir, companions=(), given=None, **changes):
     """(config, model) of a run that has not begun, with its run.json."""
     given = given or config(**changes)
@@ -94,6 +105,11 @@ def with_weights(workdir, state, step=1):
     """Write a checkpoint of a run."""
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         checkpoints.save(step, state)
+
+
+def records(workdir):
+    """The log of a run."""
+    return list(read_lines(workdir / "metrics.jsonl"))
 
 
 def train_together(address, number, workdir, parallel, kill=""):
