@@ -45,9 +45,8 @@ def test_all_run_one_command_with_flags_that_exist():
     commands = trainings()
     assert commands.keys() == {"jobset.yaml", "slurm.sbatch", "tpu_pod.sh"}
     keys = flat(cifar10.get_config().to_dict())
-    flags = re.findall(
-        r"^ +--(?:\[no\])?(\w+)", call("train", "--helpfull", expect=1), re.MULTILINE
-    )
+    text = call("train", "--helpfull", expect=1)
+    flags = re.findall(r"^ +--(?:\[no\])?(\w+)", text, re.MULTILINE)
     for name, (python, dash, module, *arguments) in commands.items():
         assert (python, dash, module) == ("python", "-m", "launch.train")
         given = dict(argument.lstrip("-").partition("=")[::2] for argument in arguments)
@@ -71,16 +70,13 @@ def test_the_job_set_has_a_pod_for_each_host_of_the_slice():
     assert mounted == {volume["name"] for volume in pod["volumes"]}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--num_processes=2"], r"--num_processes and --process_id need --coordinator"),
-        (["--coordinator=host:1"], r"'host:1'; expected auto, or HOST:PORT together with"),
-        (["--coordinator=host", "--num_processes=2", "--process_id=0"], "'host'; expected auto"),
-        (["--coordinator=h:1", "--num_processes=2", "--process_id=2"], "2; expected 0 to 1 for 2"),
-        (["--coordinator=auto"], r"auto found no TPU pod and no Slurm step; give --coordinator="),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--num_processes=2"], r"--num_processes and --process_id need --coordinator"),
+    (["--coordinator=host:1"], r"'host:1'; expected auto, or HOST:PORT together with"),
+    (["--coordinator=host", "--num_processes=2", "--process_id=0"], "'host'; expected auto"),
+    (["--coordinator=h:1", "--num_processes=2", "--process_id=2"], "2; expected 0 to 1 for 2"),
+    (["--coordinator=auto"], r"auto found no TPU pod and no Slurm step; give --coordinator="),
+])  # fmt: skip
 def test_flags_that_do_not_fit_together_are_refused(arguments, message, tmp_path):
     status = 1 if arguments == ["--coordinator=auto"] else 2
     required = ["--config=configs/digits.py", f"--workdir={tmp_path / 'run'}"]
