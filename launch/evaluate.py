@@ -3,9 +3,10 @@
   python -m launch.evaluate --workdir=runs/digits --features=classifier:runs/digits_classifier \\
       --num_samples=1000 --guidance_scales=1,1.5,2 --out=digits.json
 
-Prints a row for each guidance scale, interpolation and average of the weights, and a row for the
-held-out real images: the floor. Each row is stored in WORKDIR/evaluation when it is complete, and
-the same command makes only the missing rows. --metrics names any of
+Prints a row for each guidance scale, interpolation and average of the weights, and a row for
+held-out real images, at most as many, drawn by --seed: the floor. Each row of samples is stored in
+WORKDIR/evaluation when it is complete, and the same command makes only the missing rows. --metrics
+names any of
 
   fd        Frechet distance of the features, to the training set
   fd_class  the same for each class, averaged
@@ -23,11 +24,11 @@ Several processes share the work and process 0 writes the files: --coordinator a
 
 import pathlib
 
-import numpy as np
 from absl import flags
 
 from launch import common, hosts
 from mclr_jax import runs
+from mclr_jax.data.protocol import drawn
 from mclr_jax.evaluation import evaluate, features
 from mclr_jax.files import write_json
 from mclr_jax.training.devices import is_first
@@ -72,7 +73,7 @@ def main() -> None:
     with Progress(len(train), "real image", quiet=not first) as progress:
         real = evaluate.real_statistics(extractor, train, cache, progress.update)
     shown = {"names": METRICS.value, "judge": judge, "training": train if MEMORIZED.value else None}
-    held_out, labels = test[np.arange(min(NUM_SAMPLES.value, len(test)))]
+    held_out, labels = test[drawn(test, NUM_SAMPLES.value, SEED.value, by_class=True)]
     floor = {
         "samples": len(labels), **evaluate.judged(held_out, labels, extractor, real, **shown)
     }  # fmt: skip

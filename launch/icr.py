@@ -16,7 +16,6 @@ from absl import flags
 
 from launch import common
 from mclr_jax import runs
-from mclr_jax.data.protocol import evenly
 from mclr_jax.files import write_atomically, write_json
 from mclr_jax.representation import blocks, perturb, sweep
 from mclr_jax.training.log import Progress
@@ -50,7 +49,7 @@ def main() -> None:
             num_images=NUM_IMAGES.value, batch_size=BATCH_SIZE.value, progress=progress.update,
         )  # fmt: skip
     settings = common.made_by(WORKDIR.value, step, EMA.value, params)
-    settings |= {"num_images": len(evenly(train, NUM_IMAGES.value)), "seed": SEED.value}
+    settings |= {"num_images": min(NUM_IMAGES.value, len(train)), "seed": SEED.value}
     write_json(out, {"settings": settings, "rows": rows})
     columns = [key for key in rows[0] if key != "layer"]
     print(f"{'':20s}", *(f"{name[:14]:>14s}" for name in columns))

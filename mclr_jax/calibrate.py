@@ -19,13 +19,13 @@ import numpy as np
 
 from mclr_jax import generate, images
 from mclr_jax.data.pixels import to_float
-from mclr_jax.data.protocol import Source, evenly
+from mclr_jax.data.protocol import Source, drawn
 from mclr_jax.model import Model
 from mclr_jax.noise import SIGMA_RANGE
 from mclr_jax.samplers import Sampler
 from mclr_jax.schema import in_range
 
-HELD_OUT = 10_000  # at most so many held-out images, evenly spaced
+HELD_OUT = 10_000  # at most so many held-out images, drawn by class
 # (images (n, ...), labels (n,)) -> a value with log_probs (n, K), as evaluation.features.Extractor.
 ClassifyFn = Callable[[np.ndarray, np.ndarray], Any]
 
@@ -116,7 +116,7 @@ def calibrate(
     in_range("grid", grid, 2)
     in_range("samples_per_class", samples_per_class, 2)
     in_range("sigma", sigma, 0.0, SIGMA_RANGE[1], "(")
-    examples, classes = held_out[evenly(held_out, HELD_OUT)]
+    examples, classes = held_out[drawn(held_out, HELD_OUT, by_class=True)]
     real, real_error = recognition(classifier, examples, classes, sigma, seed)
     labels = np.resize(np.arange(model.null_label), model.null_label * samples_per_class)
     strengths, rows, calls = np.linspace(0.0, max_strength, grid), [], 0

@@ -13,6 +13,7 @@ from commands import call
 
 from mclr_jax import files, generate, images, runs
 from mclr_jax.data import sources
+from mclr_jax.data.protocol import drawn
 from mclr_jax.evaluation import evaluate, features, metrics
 from mclr_jax.generate import Guidance
 
@@ -264,7 +265,8 @@ def test_the_command_writes_rows_and_the_floor(made, tmp_path):
     result = json.loads((tmp_path / "x.json").read_text())
     assert set(result["floor"]) == {"samples", "accuracy", "frechet", "precision", "recall",
                                     "memorized"}  # fmt: skip
-    held_out, labels = sources.load("digits", "test")[np.arange(COUNT)]
+    test = sources.load("digits", "test")
+    held_out, labels = test[drawn(test, COUNT, by_class=True)]
     expected = evaluate.measure(extractor(held_out, labels), real, ["fd", "pr"])
     expected["memorized"] = evaluate.memorized(held_out, sources.load("digits"))
     assert result["floor"] == pytest.approx({"samples": COUNT, **expected}, rel=1e-6)

@@ -1,10 +1,12 @@
 """Formats against files that the tests write byte by byte, or by other libraries."""
 
+import concurrent.futures
 import gzip
 import io
 import json
+import shutil
 import struct
-import threading
+import unicodedata
 import zipfile
 import zlib
 
@@ -18,16 +20,70 @@ from mclr_jax.data.sources import load
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (6, 5, 4, 3), np.uint8)
+SHOWN = np.stack([np.add.outer(30 * np.arange(6), 9 * np.arange(8)) % 256,
+                  np.add.outer(5 * np.arange(6), 20 * np.arange(8)),
+                  np.full((6, 8), 90)], -1).astype(np.uint8)  # fmt: skip
+TURNED = {  # what a file holds with this Exif mark of its orientation, if it shows SHOWN
+    1: SHOWN, 2: SHOWN[:, ::-1], 3: SHOWN[::-1, ::-1], 4: SHOWN[::-1],
+    5: SHOWN.transpose(1, 0, 2), 6: np.rot90(SHOWN), 7: SHOWN[::-1, ::-1].transpose(1, 0, 2),
+    8: np.rot90(SHOWN, -1),
+}  # fmt: skip
+BEST = {"quality": 100, "subsampling": 0}
+
+
+def mark(turn):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    return exif
+
+
+def hidden(image):
+    """The image with a first row of noise that is transparent, and a second that is half so."""
+    alpha = np.full(image.shape[:2], 255, np.uint8)
+    alpha[0], alpha[1] = 0, 128
+    noise = RNG.integers(0, 256, image[:1].shape, np.uint8)
+    return np.dstack([np.concatenate([noise, image[1:]]), alpha])
+
+
+def over(image, background):
+    """What is seen of such an image, over a grey background."""
+    seen = image.astype(float)
+    seen[0], seen[1] = background, (seen[1] * 128 + background * 127) / 255
+    return seen
 
 
 def everything(source):
     return source[np.arange(len(source))]
 
 
-def png(array, image_format="PNG"):
-    file = io.BytesIO()
-    Image.fromarray(array).save(file, image_format)
+def refused(message, name, *split, error=ValueError, **options):
+    with pytest.raises(error, match=message):
+        everything(load(name, *split, **options))
+
+
+def png(image, image_format="PNG", **options):
+    """The bytes of an array, or of an image of Pillow's, as a file of this format."""
+    file, image = io.BytesIO(), image if isinstance(image, Image.Image) else Image.fromarray(image)
+    image.save(file, image_format, **options)
     return file.getvalue()
+
+
+def chunk(kind, content):
+    checksum = struct.pack(">I", zlib.crc32(kind + content))
+    return struct.pack(">I", len(content)) + kind + content + checksum
+
+
+def png16(colour_type, channels):
+    """A PNG of 16 bits a channel, of which 12 are in use, as by a camera."""
+    rows = RNG.integers(0, 4096, (4, 4 * channels)).astype(">u2")
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, colour_type, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows)))
+    return b"\x89PNG\r\n\x1a\n" + header + body + chunk(b"IEND", b"")
+
+
+SMALL = png(PIXELS[0])
+BOMB = chunk(b"IHDR", struct.pack(">II", 60_000, 60_000) + SMALL[24:29])
+LATENTS = np.concatenate([RNG.normal(size=(4, 8, 8)), np.exp(RNG.normal(size=(4, 8, 8)) - 4)])
 
 
 def npy(array):
@@ -44,17 +100,16 @@ def write_idx(folder, prefix, images, labels, suffix=""):
         file.write(struct.pack(">II", 0x801, len(labels)) + bytes(labels))
 
 
-def write_zip(path, files, labels):
-    """`files` {name: bytes}; `labels` whatever dataset.json shall say, or ... for no such file."""
+def write_zip(path, files, labels=0, place="dataset.json"):
+    """`files` {name: bytes}; `labels` whatever dataset.json shall say, 0 for label 0 of each file,
+    or ... for no such file."""
+    labels = [[name, 0] for name in files] if labels == 0 else labels
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in files.items():
             archive.writestr(name, content)
         if labels is not ...:
-            archive.writestr("dataset.json", json.dumps({"labels": labels}))
+            archive.writestr(place, json.dumps({"labels": labels}))
     return f"zip:{path}"
-
-
-# digits
 
 
 def test_digits_are_scikit_learns_split_in_equal_shares():
@@ -62,20 +117,15 @@ def test_digits_are_scikit_learns_split_in_equal_shares():
 
     data = load_digits()
     whole, train, test = (load("digits", split) for split in ("all", "train", "test"))
-    np.testing.assert_array_equal(
-        everything(whole)[0][..., 0], np.rint(data.data * 15.9375).reshape(-1, 8, 8)
-    )
+    expected = np.rint(data.data * 15.9375).reshape(-1, 8, 8, 1)
+    np.testing.assert_array_equal(everything(whole)[0], expected)
     np.testing.assert_array_equal(everything(whole)[1], data.target)
     assert (len(train), len(test), train.shape, train.num_classes) == (1497, 300, (8, 8, 1), 10)
     assert set(np.bincount(train.labels)) == {149, 150}
     both = np.concatenate([train.images, test.images]).reshape(1797, -1)
     everyone = whole.images.reshape(1797, -1)
-    np.testing.assert_array_equal(
-        both[np.lexsort(both.T)], everyone[np.lexsort(everyone.T)]
-    )  # each example is in exactly one
-
-
-# mixture
+    ordered = [rows[np.lexsort(rows.T)] for rows in (both, everyone)]
+    np.testing.assert_array_equal(*ordered)  # each example is in exactly one
 
 
 def test_the_mixture_is_held_out_from_other_draws():
@@ -85,8 +135,7 @@ def test_the_mixture_is_held_out_from_other_draws():
     train, test = load("mixture"), load("mixture", "test")
     assert (len(train), len(test), train.shape, train.num_classes) == (65_536, 8192, (2,), 3)
     assert not {*map(bytes, train.images)} & {*map(bytes, test.images)}
-    with pytest.raises(ValueError, match="expected one of"):
-        load("mixture", "all")
+    refused("expected one of", "mixture", "all")
     for source in (train, test):
         for c, means in enumerate(np.asarray(toy().means)):
             points = source.images[source.labels == c]
@@ -94,9 +143,6 @@ def test_the_mixture_is_held_out_from_other_draws():
             spread = (means**2).mean(0) + 0.45**2 - means.mean(0) ** 2
             np.testing.assert_allclose(points.mean(0), means.mean(0), atol=0.12)
             np.testing.assert_allclose(points.var(0), spread, rtol=0.05)
-
-
-# fashion_mnist
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
@@ -115,30 +161,21 @@ def test_idx_files(tmp_path, suffix):
 
 
 def test_idx_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match="apt-get install dataset-fashion-mnist"):
-        load("fashion_mnist", path=str(tmp_path / "nowhere"))
+    file, path = tmp_path / "train-images-idx3-ubyte", str(tmp_path)
+    refused("apt-get install dataset-f", "fashion_mnist", error=FileNotFoundError, path=path)
     write_idx(tmp_path, "train", PIXELS[..., 0], [0] * 5)
-    with pytest.raises(ValueError, match=r"labels of shape \(5,\) .* each of 6 images"):
-        load("fashion_mnist", path=str(tmp_path))
+    refused(r"labels of shape \(5,\) .* each of 6 images", "fashion_mnist", path=path)
     write_idx(tmp_path, "train", PIXELS[..., 0], [0, 0, 0, 0, 0, 10])
-    with pytest.raises(ValueError, match="labels from 0 to 10, expected 0 to 9"):
-        load("fashion_mnist", path=str(tmp_path))
-    file = tmp_path / "train-images-idx3-ubyte"
+    refused("labels from 0 to 10, expected 0 to 9", "fashion_mnist", path=path)
     content = file.read_bytes()
     for broken in (content[:-1], content[:9], b""):
         file.write_bytes(broken)
-        with pytest.raises(ValueError, match="no intact IDX"):
-            load("fashion_mnist", path=str(tmp_path))
+        refused("no intact IDX", "fashion_mnist", path=path)
     file.write_bytes(b"\0\0\x0d\x03" + content[4:])
-    with pytest.raises(ValueError, match="0xd03, expected 0x803"):
-        load("fashion_mnist", path=str(tmp_path))
+    refused("0xd03, expected 0x803", "fashion_mnist", path=path)
     file.unlink()
-    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(content)[:-20])
-    with pytest.raises(ValueError, match="no intact IDX"):
-        load("fashion_mnist", path=str(tmp_path))
-
-
-# tfds
+    file.with_name(f"{file.name}.gz").write_bytes(gzip.compress(content)[:-20])
+    refused("no intact IDX", "fashion_mnist", path=path)
 
 
 @pytest.fixture(scope="module")
@@ -174,16 +211,15 @@ def tfds_dir(tmp_path_factory):
     wide[:, 12:28] = [200, 100, 50]
     unequal = [png(wide), png(wide[:, ::2].copy(), "JPEG")]
     prepare("mclr_unequal", (None, None, 3), train=unequal)
+    turned = png(SHOWN.transpose(1, 0, 2)[::-1].copy(), "JPEG", exif=mark(6), **BEST)
+    prepare("mclr_shown", SHOWN.shape, train=[turned, png(hidden(SHOWN))])
     return str(folder)
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_tfds(tfds_dir, in_memory):
-    source = load(
-        "tfds:mclr_equal:1.0.0" if in_memory else "tfds:mclr_equal",
-        path=tfds_dir,
-        in_memory=in_memory,
-    )
+    name = "tfds:mclr_equal:1.0.0" if in_memory else "tfds:mclr_equal"
+    source = load(name, path=tfds_dir, in_memory=in_memory)
     images, labels = everything(source)
     order = [int(np.flatnonzero((PIXELS == image).all((1, 2, 3)))[0]) for image in images]
     assert sorted(order) == list(range(6))  # TFDS permutes by a hash of the key
@@ -201,8 +237,7 @@ def test_tfds_of_grey_images_has_one_channel_in_each_split(tfds_dir):
 
 
 def test_tfds_unequal_sizes_are_cropped_and_resized(tfds_dir):
-    with pytest.raises(ValueError, match=r"config\.data\.resolution"):
-        load("tfds:mclr_unequal", path=tfds_dir)
+    refused(r"config\.data\.resolution", "tfds:mclr_unequal", path=tfds_dir)
     images, _ = everything(load("tfds:mclr_unequal", path=tfds_dir, resolution=8))
     assert images.shape == (2, 8, 8, 3)
     by_brightness = images[np.argsort(images.mean((1, 2, 3)))]
@@ -212,19 +247,25 @@ def test_tfds_unequal_sizes_are_cropped_and_resized(tfds_dir):
     assert by_brightness[0][:, 0].mean() < 20
 
 
-def test_tfds_errors(tfds_dir):
-    with pytest.raises(
-        FileNotFoundError, match=r"tfds\.builder\('mnist', data_dir='DIR', file_format"
-    ):
-        load("tfds:mnist", path=tfds_dir)
-    with pytest.raises(ValueError, match="no 'no_such_set'") as error:
-        load("tfds:no_such_set", path=tfds_dir)
-    assert len(str(error.value)) < 300
-    with pytest.raises(ValueError, match=r"splits \['train'\], got 'test'"):
-        load("tfds:mclr_equal", "test", path=tfds_dir)
+def test_tfds_images_are_read_as_they_are_shown(tfds_dir):
+    images, _ = everything(load("tfds:mclr_shown", path=tfds_dir, background="black"))
+    expected = np.stack([SHOWN, over(SHOWN, 0)])
+    expected = expected[:: -1 if images[0, 0, 0].max() == 0 else 1]  # TFDS permutes
+    np.testing.assert_allclose(images, expected.astype(int), atol=4)
 
 
-# zip
+def test_tfds_errors(tfds_dir, tmp_path):
+    shutil.copytree(f"{tfds_dir}/mclr_equal", tmp_path / "mclr_equal")
+    (file,) = tmp_path.rglob("*array_record*")
+    content = file.read_bytes()
+    middle = content.index(b"IHDR")
+    file.write_bytes(content[:middle] + bytes(9) + content[middle + 9 :])
+    broken = r"image \d of TFDS set 'mclr_equal' in .* is corrupt; prepare the set again"
+    refused(broken, "tfds:mclr_equal", path=str(tmp_path))
+    unprepared = r"tfds\.builder\('mnist', data_dir='DIR', file_format"
+    refused(unprepared, "tfds:mnist", error=FileNotFoundError, path=tfds_dir)
+    refused("^TFDS has no 'no_such_set'.{,250}$", "tfds:no_such_set", path=tfds_dir)
+    refused(r"splits \['train'\], got 'test'", "tfds:mclr_equal", "test", path=tfds_dir)
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -244,14 +285,9 @@ def test_zip_of_png(tmp_path, in_memory):
     assert load(write_zip(tmp_path / "b.zip", files, labels), num_classes=9).num_classes == 9
 
 
-def test_zip_of_grey_png(tmp_path):
-    name = write_zip(tmp_path / "a.zip", {"0.png": png(PIXELS[0, ..., 0])}, [["0.png", 1]])
-    np.testing.assert_array_equal(everything(load(name))[0], PIXELS[:1, ..., :1])
-
-
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
 def test_zip_of_npy_is_channels_first(tmp_path, dtype):
-    array = (RNG.normal(size=(8, 3, 2)) * 100).astype(dtype)
+    array = (RNG.normal(size=(8, 5, 2)) * 100).astype(dtype)
     name = write_zip(tmp_path / "a.zip", {"0.npy": npy(array)}, [["0.npy", 0]])
     images, _ = everything(load(name, in_memory=False))
     np.testing.assert_allclose(images[0], array.transpose(1, 2, 0), rtol=1e-6)
@@ -261,92 +297,125 @@ def test_zip_of_npy_is_channels_first(tmp_path, dtype):
 def test_zip_is_read_by_threads(tmp_path):
     large = RNG.integers(0, 256, (40, 64, 64, 3), np.uint8)
     files = {f"{i:02d}.png": png(image) for i, image in enumerate(large)}
-    name = write_zip(tmp_path / "a.zip", files, [[file, 0] for file in files])
-    source, errors = load(name, in_memory=False), []
+    source = load(write_zip(tmp_path / "a.zip", files), in_memory=False)
 
     def work(seed):
-        try:
-            indices = np.random.default_rng(seed).permutation(40)
-            np.testing.assert_array_equal(source[indices][0], large[indices])
-        except Exception as error:
-            errors.append(error)
+        indices = np.random.default_rng(seed).permutation(40)
+        np.testing.assert_array_equal(source[indices][0], large[indices])
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert errors == []
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        assert len(list(threads.map(work, range(8)))) == 8
 
 
-def test_zip_labels(tmp_path):
-    files = {"0.png": png(PIXELS[0]), "1.png": png(PIXELS[1])}
+A, B = {"0.png": SMALL}, {"1.png": png(PIXELS[1])}
+PAIRS = [["0.png", 1], ["1.png", 0]]
+ACCENT = unicodedata.normalize("NFC", "B\u00e4r/")
+
+
+@pytest.mark.parametrize(("names", "labels", "place"), [
+    (["0.png", "1.png"], PAIRS[::-1], "dataset.json"),
+    (["0.png", "1.png"], dict(PAIRS), "dataset.json"),
+    (["0.png", "1.png"], PAIRS * 2, "dataset.json"),
+    (["mine/0.png", "mine/1.png"], PAIRS, "mine/dataset.json"),
+    (["mine/0.png", "mine/1.png"], [["mine/0.png", 1], ["mine/1.png", 0]], "mine/dataset.json"),
+    (["a/0.png", "a/1.png"], [["a\\0.png", 1], ["a\\1.png", 0]], "dataset.json"),
+    (["a\\0.png", "a\\1.png"], [["a/0.png", 1], ["a/1.png", 0]], "dataset.json"),
+    (["0.png", "1.png"], [["./0.png", 1], ["/1.png", 0]], "dataset.json"),
+    ([unicodedata.normalize("NFD", ACCENT) + name for name in ("0.png", "1.png")],
+     [[ACCENT + "0.png", 1], [ACCENT + "1.png", 0]], "dataset.json"),
+    (["0.PNG", "no_suffix"], [["0.PNG", 1], ["no_suffix", 0]], "dataset.json"),
+    ([".hidden/0.png", "../1.png"], [[".hidden/0.png", 1], ["../1.png", 0]], "./dataset.json"),
+])  # fmt: skip
+def test_zip_labels_are_found_under_every_name(tmp_path, names, labels, place):
+    files = dict(zip(names, [*A.values(), *B.values()], strict=True))
+    source = load(write_zip(tmp_path / "a.zip", files, labels, place))
+    for images, label in zip(*everything(source), strict=True):
+        np.testing.assert_array_equal(images, PIXELS[1 - label])
+    assert sorted(source.labels) == [0, 1]
+
+
+@pytest.mark.parametrize(("labels", "options", "message"), [
+    (..., {}, r"2 images, but no dataset\.json; .*\[\[\"0\.png\", 0\].*unlabelled = True"),
+    (None, {}, r"2 images, but no labels in dataset\.json; .*unlabelled = True"),
+    (PAIRS[:1], {}, r"2 images and 1 labels; 1 images have no label, such as 1\.png.*skip = True"),
+    ([*PAIRS, ["2.png", 0]], {}, r"3 labels; 1 labels have no image, such as 2\.png\. Complete"),
+    ([["0.jpg", 1], ["1.jpg", 0]], {}, r"such as 0\.png; 2 labels have no image, such as 0\.jpg"),
+    ([["0.jpg", 1]], {"skip": True}, r"2 images have no label, such as 0\.png"),
+    (PAIRS, {"num_classes": 1}, "labels from 0 to 1, expected 0 to 0"),
+    *[([["0.png", odd], ["1.png", 1]], {}, f"broken dataset.json.*0.png has the label {odd}")
+      for odd in (-1, 0.5, None, "", True)],
+    ([*PAIRS, ["./0.png", 0]], {}, r"broken dataset\.json.*\./0\.png has the labels 1 and 0"),
+    *[(odd, {}, r"broken dataset\.json") for odd in (3, [3], "ab", [["0.png"]], [[["a"], 0]])],
+])  # fmt: skip
+def test_zip_labels_that_cannot_be_are_refused(tmp_path, labels, options, message):
+    name = write_zip(tmp_path / "a.zip", A | B, labels)
+    refused(rf"a\.zip has .*{message}", name, in_memory=False, **options)
+
+
+def test_what_a_zip_leaves_out_is_said(tmp_path, caplog):
+    more = {"__MACOSX/._0.png": b"\0\5\x16\7", ".DS_Store": b"", "Thumbs.db": b"", "notes.txt": b""}
+    assert len(load(write_zip(tmp_path / "a.zip", A | B | more, PAIRS))) == 2
+    assert "a.zip: left out 4 files that are no images, such as .DS_Store." in caplog.text
+    name = write_zip(tmp_path / "b.zip", A | B, [["0.png", 3], ["2.png", 0]])
+    images, labels = everything(load(name, skip=True))
+    np.testing.assert_array_equal(images, PIXELS[:1])
+    assert labels.tolist() == [3]
+    assert "1 images have no label, such as 1.png; 1 labels have no image, such as 2" in caplog.text
     for labels in (None, ...):
-        name = write_zip(tmp_path / "a.zip", files, labels)
-        with pytest.raises(ValueError, match=r"data\.unlabelled = True"):
-            load(name)
-        source = load(name, unlabelled=True)
+        source = load(write_zip(tmp_path / "c.zip", A | B, labels), unlabelled=True)
         assert (source.num_classes, list(source.labels)) == (1, [0, 0])
-    for labels, options, message in [
-        ([["0.png", 0]], {}, "2 images of which 1 have no label"),
-        ([["0.png", 0], ["1.png", -1]], {}, "labels from -1 to 0"),
-        ([["0.png", 0], ["1.png", 3]], {"num_classes": 3}, "labels from 0 to 3, expected 0 to 2"),
-        ([["0.png", 0.5], ["1.png", 1]], {}, "float64, expected one integer"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            load(write_zip(tmp_path / "a.zip", files, labels), in_memory=False, **options)
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("0.png", SMALL[:60], "cannot be decoded; mend it or get it again"),
+    ("0.jpg", png(PIXELS[0], "JPEG")[:-200], "cannot be decoded; mend it or get it.*[Tt]runcated"),
+    ("0.png", b"", r"cannot be decoded; mend it or get it again \(it is empty"),
+    ("0.webp", b"text", "cannot be decoded.*no image that Pillow reads"),
+    ("0.png", SMALL[:8] + BOMB + SMALL[33:], "cannot be decoded.*exceeds limit"),
+    ("0.png", png16(0, 1), "more than 8 bits a channel; convert it"),
+    ("0.png", png16(2, 3), "more than 8 bits a channel; convert it"),
+    ("0.png", png16(4, 2), "more than 8 bits a channel; convert it"),
+    ("0.png", png16(6, 4), "more than 8 bits a channel; convert it"),
+    ("0.ppm", b"P6 1 1 4095\n" + bytes(6), "more than 8 bits a channel"),
+    ("0.tif", png(np.zeros((4, 4), np.float32), "TIFF"), "more than 8 bits a channel"),
+    ("5.png", png(PIXELS[1, :3]), r"has shape \(3, 4, 3\), expected \(5, .*data\.resolution"),
+    ("0.npy", b"no array", "Cannot load|[Pp]ickle"),
+    ("0.npy", npy(np.float32(3)), "axis"),
+    ("0.npy", npy(np.array([{}])), "Object|allow_pickle"),
+    ("0.npy", npy(np.full((3, 5, 4), np.nan)), "has 1 images that are not finite"),
+    ("0.npy", npy(np.zeros((3, 5, 4), np.uint16)), "has images of uint16"),
+    ("0.npy", npy(np.full((3, 5, 4), 255.0)), "has float images from 255 to 255"),
+    ("5.npy", npy(LATENTS[:4, :7]), r"has shape \(7, 8, 4\), expected \(5, 4, 3\)"),
+    ("img-mean-std-0.npy", npy(LATENTS), "seems to hold EDM2's latents: .* 4 standard deviations"),
+])  # fmt: skip
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_files_that_are_no_images_are_refused_by_name(tmp_path, in_memory, name, content, message):
+    files = {name: content} if name[0] != "5" else {"2.png": SMALL, name: content}
+    message = rf"(a\.zip is corrupt at {name}|{name} in .*a\.zip).*({message})"
+    refused(message, write_zip(tmp_path / "a.zip", files), in_memory=in_memory)
 
 
 def test_zip_errors(tmp_path):
-    labels = [["0.png", 0], ["1.png", 0]]
-    unequal = {"0.png": png(PIXELS[0]), "1.png": png(PIXELS[1, :3])}
-    with pytest.raises(ValueError, match=r"image 1 of shape \(3, 4, 3\)"):
-        load(write_zip(tmp_path / "a.zip", unequal, labels))
-    broken = {"0.png": png(PIXELS[0]), "1.png": png(PIXELS[1])[:60]}
-    with pytest.raises(ValueError, match=r"1\.png in .* cannot be decoded"):
-        load(write_zip(tmp_path / "a.zip", broken, labels))
-    for content in (b"no array", npy(np.float32(3))):
-        with pytest.raises(ValueError, match=r"corrupt at 0\.npy"):
-            load(write_zip(tmp_path / "a.zip", {"0.npy": content}, [["0.npy", 0]]))
-    with pytest.raises(ValueError, match=r"a\.zip has a broken dataset\.json"):
-        load(write_zip(tmp_path / "a.zip", {"0.png": b"", "dataset.json": b"{"}, ...))
-    for text in (
-        b"[]",
-        b"[" * 100_000,
-        b"3",
-        b'{"labels": 3}',
-        b'{"labels": [[["a"], 0]]}',
-        b"\xff\xfe",
-    ):
-        with pytest.raises(ValueError, match=r"a\.zip has a broken dataset\.json"):
-            load(write_zip(tmp_path / "a.zip", {"0.png": b"", "dataset.json": text}, ...))
-    ragged = [["0.png", 0], ["1.png", [1, 2]]]
-    with pytest.raises(ValueError, match=r"a\.zip has a broken dataset\.json"):
-        load(write_zip(tmp_path / "a.zip", unequal, ragged))
-    small = png(PIXELS[0])
-    header = b"IHDR" + struct.pack(">II", 60_000, 60_000) + small[24:29]
-    bomb = {"0.png": small[:12] + header + struct.pack(">I", zlib.crc32(header)) + small[33:]}
-    with pytest.raises(ValueError, match=r"0\.png in .* cannot be decoded.*exceeds limit"):
-        load(write_zip(tmp_path / "a.zip", bomb, [["0.png", 0]]))
-    with pytest.raises(ValueError, match=r"no \.png or \.npy"):
-        load(write_zip(tmp_path / "a.zip", {"a.txt": b""}, []))
-    intact = tmp_path / "b.zip"
-    write_zip(intact, {"0.png": png(PIXELS[0])}, [["0.png", 0]])
-    content = intact.read_bytes()
+    path = tmp_path / "a.zip"
+    for text in (b"{", b"[]", b"[" * 100_000, b"3", b"\xff\xfe"):
+        name = write_zip(path, A | {"dataset.json": text}, ...)
+        refused(r"a\.zip has a broken dataset\.json", name)
+    refused(r"a\.zip has 0 images and 0 labels", write_zip(path, {"a.txt": b""}, []))
+    twice = write_zip(path, {"x/0.png": SMALL, "x\\0.png": SMALL})
+    refused(r"a\.zip has two files x/0\.png; write it again with one", twice)
+    array = write_zip(path, {"0.npy": npy(LATENTS[:4])})
+    refused(r"0\.npy .* is an array; config\.data\.resolution is for", array, resolution=8)
+    name = write_zip(path, A)
+    refused(r"data\.background='blak'; expected the name of a colour", name, background="blak")
+    refused("no 'test' split", name, "test")
+    content = path.read_bytes()
     middle = content.index(b"IDAT") + 6
-    intact.write_bytes(content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :])
-    with pytest.raises(ValueError, match="corrupt at 0"):
-        load(f"zip:{intact}")
-    intact.write_bytes(content[:-30])
-    with pytest.raises(ValueError, match="no intact file"):
-        load(f"zip:{intact}")
-    with pytest.raises(FileNotFoundError, match=r"found no file .*none\.zip"):
-        load(f"zip:{tmp_path}/none.zip")
-    with pytest.raises(ValueError, match="no 'test' split"):
-        load(f"zip:{intact}", "test")
-
-
-# npz
+    path.write_bytes(content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :])
+    refused(r"a\.zip is corrupt at 0\.png", name)
+    path.write_bytes(content[:-30])
+    refused("no intact file", name)
+    path.unlink()
+    refused(r"found no file .*a\.zip", name, error=FileNotFoundError)
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 5, 2), (3, 4, 5), (3, 7)])
@@ -360,25 +429,32 @@ def test_npz(tmp_path, shape):
     np.testing.assert_array_equal(images, floats.reshape(channels))
     np.testing.assert_array_equal(labels, [0, 4, 1])
     assert (source.shape, source.num_classes, images.dtype) == (channels[1:], 5, np.float32)
-    with pytest.raises(ValueError, match=r"no \['test_images', 'test_labels'\]"):
-        load(f"npz:{path}", "test")
+    refused(r"no \['test_images', 'test_labels'\]", f"npz:{path}", "test")
     np.savez(path, images=floats, labels=[0, 4, 1], test_images=test, test_labels=[2, 2, 0])
     images, labels = everything(load(f"npz:{path}", "test", num_classes=5))
     np.testing.assert_array_equal(images, test.reshape(channels))
     np.testing.assert_array_equal(labels, [2, 2, 0])
 
 
-@pytest.mark.parametrize(("images", "message"), [
-    (np.full((3, 4, 4, 1), np.nan), "3 images that are not finite, 0 first"),
-    (np.array([0.5, np.inf])[:, None], "1 images that are not finite, 1 first"),
-    (np.linspace(0, 255, 48).reshape(1, 4, 4, 3), r"from 0 to 255; expected \[-1, 1\], or uint8"),
-    (np.zeros((2, 3, 8, 8)), r"shape \(3, 8, 8\), which seem to be \(C, H, W\)"),
-    (np.zeros((2, 1, 8, 8), np.uint8), r"shape \(1, 8, 8\), which seem"),
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"images": np.full((6, 4, 4, 1), np.nan)}, "6 images that are not finite, 0 first"),
+    ({"images": np.array([[0.5], [np.inf]] * 3)}, "3 images that are not finite, 1 first"),
+    ({"images": PIXELS.astype(float)}, r"float images from 0 to 255; expected \[-1, 1\], or uint8"),
+    ({"images": np.zeros((6, 3, 8, 8))}, r"shape \(3, 8, 8\), which seem to be \(C, H, W\)"),
+    ({"images": np.zeros((6, 1, 8, 8), np.uint8)}, r"shape \(1, 8, 8\), which seem"),
+    ({"images": np.moveaxis([LATENTS] * 6, 1, 3)}, "a.npz seems to hold EDM2's latents"),
+    ({"images": PIXELS.astype(np.int64)}, "images of int64"),
+    ({"images": PIXELS[0, 0, 0, 0]}, r"`images` has shape \(\), expected an axis"),
+    ({"labels": [0, 1]}, r"labels of shape \(2,\) .* each of 6 images"),
+    ({"labels": [0, 1, 2, 3, 4, -1]}, "labels from -1 to 4"),
+    ({"labels": [0, 0, 0, 0, 0, 2**32 + 1]}, "0 to 4294967297, expected 0 to 2147483647"),
+    ({"labels": [0.0] * 6}, "float64, expected one integer"),
+    ({"labels": 0}, r"shape \(\)"),
+    ({"labels": np.eye(6, dtype=np.int32)}, r"shape \(6, 6\)"),
 ])  # fmt: skip
-def test_images_that_are_not_what_they_should_be_are_refused(tmp_path, images, message):
-    np.savez(tmp_path / "a.npz", images=images, labels=np.zeros(len(images), np.int64))
-    with pytest.raises(ValueError, match=message):
-        load(f"npz:{tmp_path / 'a.npz'}")
+def test_arrays_that_are_not_what_they_should_be_are_refused(tmp_path, changes, message):
+    np.savez(tmp_path / "a.npz", **{"images": PIXELS, "labels": np.arange(6)} | changes)
+    refused(message, f"npz:{tmp_path / 'a.npz'}")
 
 
 def test_what_may_be_meant_is_warned_of(tmp_path, caplog):
@@ -396,55 +472,18 @@ def test_what_may_be_meant_is_warned_of(tmp_path, caplog):
     assert not caplog.text
 
 
-def test_labels_beyond_32_bits_do_not_wrap(tmp_path):
-    np.savez(tmp_path / "a.npz", images=PIXELS[:2], labels=[0, 2**32 + 1])
-    with pytest.raises(ValueError, match="labels from 0 to 4294967297, expected 0 to 2147483647"):
-        load(f"npz:{tmp_path / 'a.npz'}")
-
-
-def test_images_of_16_bits_are_refused(tmp_path):
-    buffer = io.BytesIO()
-    Image.fromarray(np.full((4, 4), 40000, np.uint16)).save(buffer, "PNG")
-    with pytest.raises(ValueError, match=r"cannot be decoded.*mode I.*expected 8 bits"):
-        load(write_zip(tmp_path / "a.zip", {"0.png": buffer.getvalue()}, [["0.png", 0]]))
-
-
 def test_npz_errors(tmp_path):
-    path = tmp_path / "a.npz"
-    with path.open("wb") as file:
-        np.save(file, PIXELS)
-    np.savez(path.with_name("b.npz"), images=PIXELS[0, 0, 0, 0], labels=[0])
-    with pytest.raises(ValueError, match=r"`images` has shape \(\), expected an axis"):
-        load(f"npz:{path.with_name('b.npz')}")
-    with pytest.raises(ValueError, match=r"a\.npz holds one array; expected an npz file"):
-        load(f"npz:{path}")
-    for labels, message in [
-        ([0, 1], r"labels of shape \(2,\) .* each of 6 images"),
-        ([0, 1, 2, 3, 4, -1], "labels from -1 to 4"),
-        ([0.0] * 6, "float64, expected one integer"),
-        (0, r"shape \(\)"),
-        (np.eye(6, dtype=np.int32), r"shape \(6, 6\)"),
-    ]:
-        np.savez(path, images=PIXELS, labels=labels)
-        with pytest.raises(ValueError, match=message):
-            load(f"npz:{path}")
+    path, name = tmp_path / "a.npz", f"npz:{tmp_path / 'a.npz'}"
+    path.write_bytes(npy(PIXELS))
+    refused(r"a\.npz holds one array; expected an npz file", name)
     np.savez(path, images=PIXELS, labels=np.arange(6))
-    with pytest.raises(ValueError, match="expected 0 to 4"):
-        load(f"npz:{path}", num_classes=5)
+    refused("expected 0 to 4", name, num_classes=5)
     content = path.read_bytes()
     for broken in (content[:-30], b"", b"no zip", content[:300] + b"?" + content[301:]):
         path.write_bytes(broken)
-        with pytest.raises(ValueError, match=r"no intact file|corrupt"):
-            load(f"npz:{path}")
-    np.savez(path, images=PIXELS.astype(np.int64), labels=np.arange(6))
-    with pytest.raises(ValueError, match="images of int64"):
-        load(f"npz:{path}")
+        refused(r"no intact file|corrupt", name)
     np.savez(path, images=PIXELS)
-    with pytest.raises(ValueError, match=r"no \['labels'\]"):
-        load(f"npz:{path}")
-
-
-# images
+    refused(r"no \['labels'\]", name)
 
 
 def test_center_crop_takes_the_middle():
@@ -479,13 +518,69 @@ def test_what_is_small_is_in_memory(tmp_path, monkeypatch):
         assert load(name).in_memory == expected
 
 
-def test_images_with_a_palette_or_transparency_become_colour(tmp_path):
-    """The palette has PIXELS' first 20 colours; transparency is left out."""
-    image = Image.fromarray(np.arange(20, dtype=np.uint8).reshape(5, 4), "P")
-    image.putpalette(PIXELS[0].ravel().tolist())
-    clear = np.dstack([PIXELS[0], np.full((5, 4), 7, np.uint8)])
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    files = {"0.png": buffer.getvalue(), "1.png": png(clear)}
-    images, _ = everything(load(write_zip(tmp_path / "a.zip", files, [[f, 0] for f in files])))
-    np.testing.assert_array_equal(images, [PIXELS[0], PIXELS[0]])
+def as_palette(image, image_format="PNG"):
+    """The bytes of an image of few colours (H, W, 3 or 4) with a palette."""
+    colours, numbers = np.unique(image.reshape(-1, image.shape[-1]), axis=0, return_inverse=True)
+    picture = Image.fromarray(numbers.reshape(image.shape[:2]).astype(np.uint8), "P")
+    picture.putpalette(colours[:, :3].ravel().tolist())
+    alpha = {"transparency": bytes(colours[:, 3].tolist())} if image.shape[-1] == 4 else {}
+    return png(picture, image_format, **alpha)
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("0.PNG", png(SHOWN)),
+    ("0.jpeg", png(SHOWN, "JPEG", **BEST)),
+    ("0.webp", png(SHOWN, "WEBP", lossless=True)),
+    ("0.bmp", png(SHOWN, "BMP")),
+    ("0.gif", as_palette(SHOWN, "GIF")),
+    ("0.png", as_palette(SHOWN)),
+    ("0.png", png(np.dstack([SHOWN, np.full((6, 8), 255, np.uint8)]))),
+    ("0.tiff", png(Image.fromarray(SHOWN).convert("CMYK"), "TIFF")),
+    ("0.jpg", png(Image.fromarray(SHOWN).convert("CMYK"), "JPEG", **BEST)),
+    ("0.png", png(SHOWN, exif=b"Exif\0\0no mark")),
+    *[(f"0.{kind}", png(np.ascontiguousarray(TURNED[turn]), kind, exif=mark(turn), **options))
+      for turn in TURNED for kind, options in
+      (("png", {}), ("jpeg", BEST), ("tiff", {}), ("webp", {"lossless": True}))],
+])  # fmt: skip
+def test_whatever_pillow_reads_is_read_as_it_is_shown(tmp_path, name, content):
+    images, _ = everything(load(write_zip(tmp_path / "a.zip", {name: content})))
+    np.testing.assert_allclose(images[0], SHOWN.astype(int), atol=4 if "jp" in name else 0)
+
+
+@pytest.mark.parametrize("content", [
+    png(hidden(SHOWN)), png(hidden(SHOWN[..., :1])), as_palette(hidden(SHOWN)),
+    png(hidden(SHOWN), "WEBP", lossless=True, exact=True), png(hidden(SHOWN), "TIFF"),
+])  # fmt: skip
+@pytest.mark.parametrize(("background", "value"), [("", 255), ("black", 0), ("#808080", 128)])
+def test_transparent_pixels_show_the_background(tmp_path, caplog, content, background, value):
+    """Not the colours that nobody sees; a half transparent row is half of both."""
+    options = {"background": background} if background else {}
+    images, _ = everything(load(write_zip(tmp_path / "a.zip", {"0.png": content}), **options))
+    np.testing.assert_allclose(images[0], over(SHOWN, value)[..., : images.shape[-1]], atol=1)
+    assert "a.zip has images with transparent pixels, which are shown over" in caplog.text
+
+
+BITS = np.where(PIXELS[0, ..., 0] > 99, 255, 0).astype(np.uint8)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize(("others", "channels"), [
+    ([], 1), (["L"], 1), (["LA"], 1), (["1"], 1), (["P"], 1), (["LA", "1", "P"], 1),
+    (["RGB"], 3), (["1", "P", "RGBA"], 3),
+])  # fmt: skip
+def test_grey_images_become_colour_only_among_colour(tmp_path, others, channels, order):
+    pictures = [Image.fromarray(BITS), *(Image.fromarray(BITS).convert(mode) for mode in others)]
+    files = {f"{i}.png": png(picture) for i, picture in enumerate(pictures[::order])}
+    images, _ = everything(load(write_zip(tmp_path / "a.zip", files)))
+    assert images.shape == (len(files), 5, 4, channels)
+    np.testing.assert_array_equal(images, np.broadcast_to(BITS[..., None], images.shape))
+
+
+def test_zip_images_are_resized_and_the_first_of_several_frames_is_read(tmp_path, caplog):
+    frames = [Image.fromarray(image) for image in PIXELS[:2]]
+    files = {"0.png": png(frames[0], save_all=True, append_images=frames[1:]),
+             "1.png": png(np.full((9, 20, 3), 7, np.uint8))}  # fmt: skip
+    images, _ = everything(load(write_zip(tmp_path / "a.zip", files), resolution=4))
+    square = formats.center_crop(frames[0], 4)
+    np.testing.assert_array_equal(images, [np.asarray(square), np.full((4, 4, 3), 7)])
+    assert "a.zip has images of several frames, of which the first are used" in caplog.text

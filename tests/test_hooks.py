@@ -10,6 +10,7 @@ import tiny
 from mclr_jax import hooks, main, reductions, runs
 from mclr_jax.config import Training
 from mclr_jax.data import sources
+from mclr_jax.data.protocol import Arrays
 from mclr_jax.training.checkpoint import Checkpoints
 from mclr_jax.training.loop import Hook, Moment, NonFiniteError
 from mclr_jax.training.step import make_evaluate
@@ -72,6 +73,23 @@ def test_the_held_out_loss_is_that_of_the_average_on_the_test_split(run):
     np.testing.assert_allclose(last["eval_loss"], expected["loss"], rtol=1e-4)
     np.testing.assert_allclose(last["eval_error"], expected["error"], rtol=1e-4)
     assert first["eval_loss"] != last["eval_loss"]
+
+
+def test_of_many_held_out_examples_some_of_all_are_drawn():
+    """They are stored by class; a companion's are drawn apart, in pairs of all classes."""
+    labels = np.repeat(np.arange(5), 100).astype(np.int32)
+    source = Arrays(np.arange(500, dtype=np.float32)[:, None], labels, 5)
+
+    def batches(count):
+        found = hooks.HeldOut(None, {}, {"": source, "other_": source}, count, 8).batches
+        return {name: rows.reshape(-1) for name, rows in found.items()}
+
+    some, whole = batches(100), batches(500)
+    assert len(set(some["image"])) == len(some["image"]) == 104
+    assert np.bincount(some["label"]).min() > 10  # of 21
+    assert (some["label"] == some["other_label"]).mean() < 0.4
+    np.testing.assert_array_equal(whole["image"], np.arange(504) % 500)
+    np.testing.assert_array_equal(whole["other_image"], np.arange(1, 505) % 500)
 
 
 def test_averages_of_any_width_are_reconstructed_from_snapshots(run):

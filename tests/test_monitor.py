@@ -11,6 +11,7 @@ import tiny
 from mclr_jax import generate, runs
 from mclr_jax.config import Training
 from mclr_jax.data import sources
+from mclr_jax.data.protocol import drawn
 from mclr_jax.evaluation import metrics
 from mclr_jax.main import train
 from mclr_jax.representation import icr, monitor, perturb, sweep
@@ -46,7 +47,7 @@ def test_a_run_with_the_monitor_ends_with_the_bits_of_one_without(tmp_path):
     run = runs.load(tmp_path / "read")
     params, step = run.weights()
     source = sources.load("digits")
-    rows = np.linspace(0, len(source) - 1, 64).astype(int)
+    rows = drawn(source, 64)
     views = sweep.accumulate(
         run.model, params, source, rows, 0.29, ("blocks.0",), perturb.Augmentation(flip=False)
     )["blocks.0"]

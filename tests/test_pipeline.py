@@ -55,28 +55,22 @@ def assert_same(got, expected):
     first=st.integers(0, 50),
 )
 def test_every_epoch_has_every_example_once(seed, length, batch_size, first):
-    """Also for batches larger than the set; and each step is as if asked for alone."""
+    """Also for batches larger than the set, in an order that does not depend on the batch size;
+    and each step is as if asked for alone."""
     steps = range(first, first + 2 + 2 * length // batch_size)
     parts = [pipeline.step_indices(seed, step, batch_size, length) for step in steps]
     assert all(part.shape == (batch_size,) and part.dtype == np.int64 for part in parts)
     flat = np.concatenate(parts)
+    one = pipeline.step_indices(seed, 0, steps.stop * batch_size, length)
+    np.testing.assert_array_equal(flat, one[first * batch_size :])
     start = -first * batch_size % length
     whole = flat[start : start + (len(flat) - start) // length * length].reshape(-1, length)
     assert len(whole) >= 1
-    np.testing.assert_array_equal(
-        np.sort(whole, axis=1), np.tile(np.arange(length), (len(whole), 1))
-    )
+    expected = np.tile(np.arange(length), (len(whole), 1))
+    np.testing.assert_array_equal(np.sort(whole, axis=1), expected)
     pipeline._permutation.cache_clear()
     again = pipeline.step_indices(seed, steps[-1], batch_size, length)
     np.testing.assert_array_equal(again, parts[-1])
-
-
-@settings(deadline=None, max_examples=30)
-@given(seed=st.integers(0, 2**32), n=st.integers(1, 8), total=st.integers(1, 200))
-def test_order_does_not_depend_on_batch_size(seed, n, total):
-    one = pipeline.step_indices(seed, 0, total * n, 31)
-    many = [pipeline.step_indices(seed, step, n, 31) for step in range(total)]
-    np.testing.assert_array_equal(np.concatenate(many), one)
 
 
 @given(seed=st.integers(0, 2**32 - 10), epoch=st.integers(0, 8), other=st.integers(0, 8))
@@ -122,13 +116,6 @@ def test_resumed_stream_continues_exactly(lazy, done):
     assert_same(take(stopped, 12 - done), whole[done:])
 
 
-def test_a_lazy_stream_survives_two_interruptions():
-    whole = take(pipeline.stream(source(True), 6, seed=1), 9)
-    for part in range(3):
-        stream = pipeline.stream(source(True), 6, seed=1, start_step=3 * part)
-        assert_same(take(stream, 3), whole[3 * part : 3 * part + 3])
-
-
 def test_nothing_in_memory_is_read_ahead():
     reads = []
 
@@ -140,15 +127,6 @@ def test_nothing_in_memory_is_read_ahead():
     watched = Watched(source(False), np.arange(LENGTH))
     take(pipeline.stream(watched, 4, seed=0, extra={"other": watched}), 3)
     assert len(reads) == 6
-
-
-def test_read_ahead_starts_at_the_step():
-    """Nothing before it is decoded, however far the run has come."""
-    decoded, step = [], 10**9
-    next(pipeline.stream(source(True, decoded), 2, seed=0, start_step=step, threads=1))
-    expected = [pipeline.step_indices(0, step + ahead, 2, LENGTH) for ahead in range(4)]
-    seen = list(decoded)  # more may come at any time
-    assert seen == list(np.concatenate(expected)[: len(seen)])
 
 
 @pytest.mark.parametrize("lazy", [False, True])
@@ -165,17 +143,15 @@ def test_processes_share_the_global_batch(lazy):
     assert_same(joined, whole)
 
 
-def test_process_decodes_only_its_rows():
-    decoded = []
-    stream = pipeline.stream(
-        source(True, decoded), 8, 0, process_index=1, process_count=4, threads=1
-    )
-    batch = next(stream)
-    assert decoded[:2] == list(batch["image"][:, 0, 0, 0])
-    assert decoded[:2] == list(pipeline.step_indices(0, 0, 8, LENGTH)[2:4])
-    assert set(decoded) <= set(
-        np.concatenate([pipeline.step_indices(0, step, 8, LENGTH)[2:4] for step in range(4)])
-    )
+def test_a_process_decodes_only_its_rows_from_the_step_on():
+    """Nothing of other processes, and nothing before the step, however far the run has come."""
+    decoded, step = [], 10**9
+    shard = {"start_step": step, "process_index": 1, "process_count": 4, "threads": 1}
+    batch = next(pipeline.stream(source(True, decoded), 8, 0, **shard))
+    rows = [pipeline.step_indices(0, step + ahead, 8, LENGTH)[2:4] for ahead in range(4)]
+    seen = list(decoded)  # more may come at any time
+    assert seen == list(np.concatenate(rows)[: len(seen)])
+    np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], rows[0])
 
 
 def test_stream_refuses_what_cannot_work():
@@ -190,44 +166,22 @@ def test_stream_refuses_what_cannot_work():
         pipeline.stream(source(False), 8, seed=0, extra={"other": empty})
 
 
-@pytest.mark.parametrize("value", [np.nan, -np.inf])
-def test_an_image_that_is_not_finite_is_named(value):
-    images = np.zeros((9, 4), np.float32)
-    images[5, 3] = value
-    bad = Lazy(9, (4,), 1, lambda index: (images[index], 0), lambda: np.zeros(9, np.int32))
-    batches = pipeline.stream(bad, 3, 0)
-    with pytest.raises(ValueError, match="image 5 of the data is not finite"):
-        take(batches, 3)
-
-
-def test_reading_error_reaches_the_caller():
+@pytest.mark.parametrize("value", [np.nan, -np.inf, None])
+def test_an_image_that_is_not_finite_or_cannot_be_read_is_named(value):
     def read(index):
-        if index == 20:
-            raise ValueError("image 20 is broken")
-        return np.zeros((2,), np.uint8), 0
+        if index == 20 and value is None:
+            raise ValueError("image 20 of the data is not finite, nor anything else")
+        return np.full((2,), value if index == 20 else 0.0), 0
 
-    broken = Lazy(LENGTH, (2,), 1, read, lambda: np.zeros(LENGTH, np.int32))
-    with pytest.raises(ValueError, match="image 20 is broken"):
-        take(pipeline.stream(broken, 5, seed=0), 5)
-
-
-@pytest.mark.parametrize("lazy", [False, True])
-def test_companions_are_drawn_apart_and_without_repetition(lazy):
-    stream = pipeline.stream(source(False), LENGTH, seed=3, extra={"other": source(lazy)})
-    epochs = [next(stream) for _ in range(3)]
-    for batch in epochs:
-        assert sorted(batch["other_image"][:, 0, 0, 0]) == list(range(LENGTH))
-        np.testing.assert_array_equal(batch["other_label"], batch["other_image"][:, 0, 0, 0] % 3)
-        assert (batch["other_image"] != batch["image"]).any()
-    assert (epochs[0]["other_image"] != epochs[1]["other_image"]).any()
-    alone = next(pipeline.stream(source(False), LENGTH, seed=3))
-    np.testing.assert_array_equal(alone["image"], epochs[0]["image"])
+    bad = Lazy(LENGTH, (2,), 1, read, lambda: np.zeros(LENGTH, np.int32))
+    with pytest.raises(ValueError, match="image 20 of the data is not finite"):
+        take(pipeline.stream(bad, 5, seed=0), 5)
 
 
-@pytest.mark.parametrize("name", ["other", "generated"])
-def test_a_companion_has_the_rows_that_runs_were_trained_on(name):
+@pytest.mark.parametrize(("name", "lazy"), [("other", False), ("generated", True)])
+def test_a_companion_has_the_rows_that_runs_were_trained_on(name, lazy):
     """Of another length than the source, in a share of the batch, from a later step."""
-    generated = Subset(source(False), np.arange(17))
+    generated = Subset(source(lazy), np.arange(17))
     stream = pipeline.stream(
         source(False), 8, 5, start_step=6, process_index=1, process_count=2, extra={name: generated}
     )

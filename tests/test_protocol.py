@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mclr_jax.data.protocol import Arrays, Lazy, evenly, limit, sigma_data
+from mclr_jax.data.protocol import Arrays, Lazy, drawn, evenly, limit, sigma_data
 
 
 def test_sigma_data():
@@ -34,6 +34,23 @@ def test_limit_is_balanced_nested_and_seeded():
     for n in (0, 153):
         with pytest.raises(ValueError, match="expected 1 to 152"):
             limit(source, n, 0)
+
+
+@pytest.mark.parametrize("by_class", [False, True])
+@pytest.mark.parametrize("stored", [np.sort, lambda rows: rows, np.random.default_rng(0).permuted])
+def test_a_subset_stands_for_the_set_in_whatever_order_it_is_stored(stored, by_class):
+    """Classes of 50%, 40% and 10%, stored one after the other, in turn or in a random order."""
+    labels = stored(np.resize([0, 1, 0, 1, 0, 1, 0, 1, 0, 2], 5000)).astype(np.int32)
+    source = Arrays(np.zeros((5000, 1), np.float32), labels, 3)
+    rows = drawn(source, 501, 3, by_class)
+    assert len(set(rows)) == len(rows) == 501
+    counts = np.bincount(labels[rows], minlength=3)
+    np.testing.assert_allclose(counts, [250, 200, 50], atol=2 if by_class else 45)  # 4 sigma
+    assert abs(rows.mean() - 2500) < 260  # 4 sigma
+    np.testing.assert_array_equal(drawn(source, 501, 3, by_class), rows)
+    assert set(drawn(source, 501, 4, by_class)) != set(rows)
+    for count in (5000, 9999):
+        np.testing.assert_array_equal(drawn(source, count, 3, by_class), np.arange(5000))
 
 
 def test_lazy_reads_labels_once_and_checks_them():

@@ -1,19 +1,18 @@
 """Data sets by their names: those of one's own, from a config, and names that are wrong."""
 
 import dataclasses
+import zipfile
 
 import numpy as np
 import pytest
 
 from mclr_jax.data.protocol import Arrays, limit
 from mclr_jax.data.sources import Data, load
+from mclr_jax.images import png
 from mclr_jax.schema import read
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (6, 5, 4, 3), np.uint8)
-
-
-# one's own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,18 +89,15 @@ def test_a_dataclass_of_ones_own():
     np.testing.assert_array_equal(labels, [1, 1])
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        (f"{__name__}:Walks", {"lenght": 3}, r"option 'lenght' .*Did you mean 'length'"),
-        (f"{__name__}:Walks", {"num_classes": 3}, r"option 'num_classes' .*Known: classes, in_mem"),
-        (f"{__name__}:Arrays", {"images": 0}, r"option 'split' for '.*:Arrays'"),
-        (f"{__name__}:Wlaks", {}, r"no 'Wlaks'.*Did you mean 'Walks'"),
-        ("tfd:mnist", {}, r"no module 'tfd'.*Did you mean 'tfds'"),
-        ("json:dumps", {}, r"'json:dumps' cannot be called with split \(.*missing.*keyword argum"),
-        ("zpi:/data/a.zip", {}, r"Unknown data source 'zpi'.*Did you mean 'zip'"),
-    ],
-)
+@pytest.mark.parametrize(("name", "options", "message"), [
+    (f"{__name__}:Walks", {"lenght": 3}, r"option 'lenght' .*Did you mean 'length'"),
+    (f"{__name__}:Walks", {"num_classes": 3}, r"option 'num_classes' .*Known: classes, in_mem"),
+    (f"{__name__}:Arrays", {"images": 0}, r"option 'split' for '.*:Arrays'"),
+    (f"{__name__}:Wlaks", {}, r"no 'Wlaks'.*Did you mean 'Walks'"),
+    ("tfd:mnist", {}, r"no module 'tfd'.*Did you mean 'tfds'"),
+    ("json:dumps", {}, r"'json:dumps' cannot be called with split \(.*missing.*keyword argum"),
+    ("zpi:/data/a.zip", {}, r"Unknown data source 'zpi'.*Did you mean 'zip'"),
+])  # fmt: skip
 def test_wrong_names_and_options_of_ones_own(name, options, message):
     with pytest.raises(ValueError, match=message):
         load(name, **options)
@@ -124,33 +120,24 @@ def test_sound_sources_of_ones_own_are_accepted():
          get=lambda indices: (np.zeros((2, 2), np.float32), np.array([2, 2])))  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"without": ["shape", "labels"]},
-            r"'.*:Broken' lacks shape, labels, expected all",
-        ),
-        ({"shape": [2]}, r"got .* shape \[2\] .* expected .* a tuple of int"),
-        ({"shape": (2.0,)}, r"got .* shape \(2\.0,\)"),
-        ({"num_classes": np.int64(3)}, r"got .* num_classes=np\.int64\(3\).* expected .* an int"),
-        ({"count": 0}, "got 0 examples .* expected at least one"),
-        ({"get": lambda indices: [0, 1, 2, 3][indices]}, r"two examples \(only integer"),
-        ({"get": lambda indices: np.zeros((1, 2))}, r"two examples \(not enough"),
-        ({"shape": (3,)}, r"images of shape \(2, 2\), expected \(2, 3\)"),
-        ({"images": np.zeros((4, 2), np.int32)}, "images of int32, expected uint8 or a float type"),
-        ({"labels": np.array([0, 1, 2, 2.0])}, "float64, expected one integer for each of 2"),
-        ({"labels": np.array([0, 1, 2, 3])}, "labels from 0 to 3, expected 0 to 2"),
-        ({"labels": np.array([0, -1, 2, 2])}, "labels from -1 to 2"),  # not of the first or last
-        ({"count": 3}, r"shape \(4,\) .* one integer for each of 3"),
-    ],
-)
+@pytest.mark.parametrize(("options", "message"), [
+    ({"without": ["shape", "labels"]}, r"'.*:Broken' lacks shape, labels, expected all"),
+    ({"shape": [2]}, r"got .* shape \[2\] .* expected .* a tuple of int"),
+    ({"shape": (2.0,)}, r"got .* shape \(2\.0,\)"),
+    ({"num_classes": np.int64(3)}, r"got .* num_classes=np\.int64\(3\).* expected .* an int"),
+    ({"count": 0}, "got 0 examples .* expected at least one"),
+    ({"get": lambda indices: [0, 1, 2, 3][indices]}, r"two examples \(only integer"),
+    ({"get": lambda indices: np.zeros((1, 2))}, r"two examples \(not enough"),
+    ({"shape": (3,)}, r"images of shape \(2, 2\), expected \(2, 3\)"),
+    ({"images": np.zeros((4, 2), np.int32)}, "images of int32, expected uint8 or a float type"),
+    ({"labels": np.array([0, 1, 2, 2.0])}, "float64, expected one integer for each of 2"),
+    ({"labels": np.array([0, 1, 2, 3])}, "labels from 0 to 3, expected 0 to 2"),
+    ({"labels": np.array([0, -1, 2, 2])}, "labels from -1 to 2"),  # not of the first or last
+    ({"count": 3}, r"shape \(4,\) .* one integer for each of 3"),
+])  # fmt: skip
 def test_what_is_wrong_with_ones_own_is_said(options, message):
     with pytest.raises(ValueError, match=message):
         load(f"{__name__}:Broken", **options)
-
-
-# from a config
 
 
 def data(**changes):
@@ -170,6 +157,20 @@ def test_config_of_ours(tmp_path):
     assert len(data(test=name).source("train", 0)) == 1497
 
 
+def test_held_out_images_are_shown_like_those_of_training(tmp_path):
+    """Cropped, and over the same background, where the format of the held-out set can do so."""
+    for name, size in (("train", 8), ("test", 6)):
+        with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as archive:
+            archive.writestr("0.png", png(np.full((size, 9, 4), [200, 200, 200, 0], np.uint8)))
+            archive.writestr("dataset.json", '{"labels": [["0.png", 0]]}')
+    train, test = (f"zip:{tmp_path / name}.zip" for name in ("train", "test"))
+    both = data(name=train, test=test, resolution=4, background="black")
+    for split in ("train", "test"):
+        images, _ = both.source(split, 0)[np.arange(1)]
+        np.testing.assert_array_equal(images, np.zeros((1, 4, 4, 3)))
+    assert len(data(name=train, test="digits", background="black").source("test", 0)) == 1497
+
+
 def test_config_limits_training_examples_by_its_seed():
     subset = data(limit=50).source("train", 3)
     np.testing.assert_array_equal(subset.indices, limit(load("digits"), 50, 3).indices)
@@ -187,23 +188,17 @@ def test_config_of_ones_own():
     assert data(name=walks, classes=2).source("train", 0).classes == 2
 
 
-# names
-
-
-@pytest.mark.parametrize(
-    ("name", "split", "options", "message"),
-    [
-        ("digit", "train", {}, "Did you mean 'digits'"),
-        ("fashion-mnist", "train", {}, "Did you mean 'fashion_mnist'"),
-        ("qqq", "train", {}, "Known: digits, fashion_mnist, mixture, npz, tfds, zip"),
-        ("zip", "train", {}, "expected 'zip:PATH'"),
-        ("digits:8", "train", {}, "expected 'digits'"),
-        ("digits", "valid", {}, r"expected one of \['train', 'test', 'all'\]"),
-        ("zip:a", "all", {}, r"expected one of \['train', 'test'\]"),
-        ("tfds:mnist", "train", {"resoluton": 8}, "Did you mean 'resolution'"),
-        ("digits", "train", {"path": "a"}, "Known: none"),
-    ],
-)
+@pytest.mark.parametrize(("name", "split", "options", "message"), [
+    ("digit", "train", {}, "Did you mean 'digits'"),
+    ("fashion-mnist", "train", {}, "Did you mean 'fashion_mnist'"),
+    ("qqq", "train", {}, "Known: digits, fashion_mnist, mixture, npz, tfds, zip"),
+    ("zip", "train", {}, "expected 'zip:PATH'"),
+    ("digits:8", "train", {}, "expected 'digits'"),
+    ("digits", "valid", {}, r"expected one of \['train', 'test', 'all'\]"),
+    ("zip:a", "all", {}, r"expected one of \['train', 'test'\]"),
+    ("tfds:mnist", "train", {"resoluton": 8}, "Did you mean 'resolution'"),
+    ("digits", "train", {"path": "a"}, "Known: none"),
+])  # fmt: skip
 def test_wrong_names(name, split, options, message):
     with pytest.raises(ValueError, match=message):
         load(name, split, **options)

@@ -3,18 +3,24 @@
 The keyword-only arguments of a function are the options of its format.
 """
 
+import contextlib
+import functools
 import gzip
 import io
 import json
 import pathlib
+import posixpath
+import re
 import threading
+import unicodedata
 import zipfile
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
+from absl import logging
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from mclr_jax import mixture
 from mclr_jax.data import protocol
@@ -22,6 +28,9 @@ from mclr_jax.data.protocol import Arrays, Lazy, Source
 from mclr_jax.files import named
 
 IN_MEMORY_BYTES = 2**30
+# How Pillow is to decode an image of which it would leave out the lower bits (BGR;16 has 5 to 6).
+DEEP = re.compile(r"(?<!BGR);16|'ppm'.*, \d{4,}\)")
+HIDDEN = re.compile(r"(^|/)\.[^./]")  # a path with a name such as .DS_Store or ._0.png
 FASHION_MNIST_PATH = "/usr/share/datasets/fashion-mnist"
 
 
@@ -62,12 +71,14 @@ def _read_idx(name: str, dimensions: int) -> np.ndarray:
 
 
 def _tfds(
-    name: str, split: str, *, path: str = "", resolution: int = 0, in_memory: bool | None = None
-) -> Source:
+    name: str, split: str, *, path: str = "", resolution: int = 0, background: str = "white",
+    in_memory: bool | None = None,
+) -> Source:  # fmt: skip
     """A TensorFlow Datasets set prepared as array_record, read without TensorFlow.
 
-    Images are center-cropped and resized to `resolution`, required if their sizes differ. `path` is
-    TFDS's data_dir; `in_memory` decodes all images now (default: if they take less than 1 GiB).
+    Images are center-cropped and resized to `resolution`, required if their sizes differ, and
+    transparent pixels show the `background`. `path` is TFDS's data_dir; `in_memory` decodes all
+    images now (default: if they take less than 1 GiB).
     """
     import tensorflow_datasets as tfds
 
@@ -96,61 +107,130 @@ def _tfds(
         )
     mode = "L" if shape[-1] == 1 else "RGB"
     encoded = isinstance(features["image"], tfds.features.Image)
+    if encoded and (dtype := np.dtype(features["image"].np_dtype)) != np.uint8:
+        raise ValueError(f"TFDS set {name!r} has images of {dtype}, expected uint8; convert them")
+    where = f"TFDS set {name!r}"
+    decode = functools.partial(_decode, where, mode, resolution, background)
     decoders = {"image": tfds.decode.SkipDecoding()} if encoded else None
     records = builder.as_data_source(split=split, decoders=decoders)
 
-    def read(index: int) -> tuple[np.ndarray, int]:
-        record = records[index]
-        image = record["image"]
-        if encoded or resolution:
-            image = _decode(image, f"image {index} of {name!r}", mode, resolution)
-        return image, int(record["label"])
+    def record(index: int) -> Any:
+        with named(f"{what(index)} in {builder.data_path} is corrupt; prepare the set again"):
+            return records[index]
 
-    labels = lambda: np.array([record["label"] for record in records], np.int32)  # noqa: E731
-    return _source(len(records), num_classes, read, labels, in_memory)
+    def read(index: int) -> tuple[np.ndarray, int]:
+        found = record(index)
+        image = found["image"]
+        if encoded or resolution:
+            image = decode(image, what(index))
+        return protocol.as_images(image, what(index)), int(found["label"])
+
+    what = f"image {{}} of {where}".format
+    labels = lambda: np.array([record(i)["label"] for i in range(len(records))])  # noqa: E731
+    return _source(len(records), num_classes, read, labels, in_memory, what)
 
 
 def _zip(
-    path: str, split: str, *, num_classes: int = 0, unlabelled: bool = False, in_memory: Any = None
-) -> Source:
-    """The data set format of EDM and EDM2: a zip of .png or .npy (C, H, W) and dataset.json.
+    path: str, split: str, *, num_classes: int = 0, resolution: int = 0, unlabelled: bool = False,
+    skip: bool = False, background: str = "white", in_memory: bool | None = None,
+) -> Source:  # fmt: skip
+    """The data set format of EDM and EDM2: a zip of images or .npy (C, H, W) and dataset.json.
 
-    `num_classes` is by default the largest label plus 1; with `unlabelled`, a set without labels
-    has one class; `in_memory` is as in `_tfds`.
+    Images are those that Pillow reads, in grey if all are grey. `num_classes` is by default the
+    largest label plus 1; with `unlabelled`, a set without labels has one class; `skip` leaves out
+    images without a label and labels without an image; the other options are those of `_tfds`.
     """
     if split != "train":
         raise ValueError(
             f"a zip file has no {split!r} split; set config.data.test to the zip of the test set"
         )
     archive, lock = _open(path, zipfile.ZipFile), threading.Lock()
-    files = sorted(n for n in archive.namelist() if n.lower().endswith((".png", ".npy")))
-    if not files:
-        raise ValueError(f"{path} has no .png or .npy files, so it is no EDM data set")
-    described = "dataset.json" in archive.namelist()
-    with named(f"{path} has a broken dataset.json; get it again"):
-        pairs = json.loads(archive.read("dataset.json")).get("labels") if described else None
-        by_file = dict.fromkeys(files, 0) if pairs is None and unlabelled else dict(pairs or ())
-        found = np.array([by_file[file] for file in files if file in by_file])
-    if missing := [file for file in files if file not in by_file]:
-        raise ValueError(
-            f"{path} has {len(files)} images of which {len(missing)} have no label in dataset.json,"
-            f" such as {missing[0]}; add labels, or for a set without labels put data.unlabelled = "
-            "True in the config file"
-        )
+    files, found = _labelled(archive, path, unlabelled, skip)
     labels = protocol.as_labels(found, len(files), path, num_classes or np.inf)
+
+    def content(file: str) -> bytes:
+        with named(f"{path} is corrupt at {file}; get it again"), lock:
+            return archive.read(file)
 
     def read(index: int) -> tuple[np.ndarray, int]:
         file, label = files[index], int(labels[index])
-        with named(f"{path} is corrupt at {file}; get it again"), lock:
-            content = archive.read(file)
-        if file.lower().endswith(".png"):
-            return _decode(content, f"{file} in {path}"), label
+        if not file.lower().endswith(".npy"):
+            return decode(content(file), name(index)), label
         with named(f"{path} is corrupt at {file}; get it again"):
-            array = np.moveaxis(np.load(io.BytesIO(content)), 0, -1)
-        return protocol.as_images(array, f"{file} in {path}"), label
+            array = np.moveaxis(np.load(io.BytesIO(content(file))), 0, -1)
+        if resolution:
+            raise ValueError(f"{name(index)} is an array; config.data.resolution is for images")
+        array = protocol.as_images(array, name(index))
+        protocol.check_finite(array[None], name(index))
+        return array, label
 
+    name = lambda index: f"{files[index]} in {path}"  # noqa: E731
+    pictures = (file for file in files if not file.lower().endswith(".npy"))
+    grey = all(_is_grey(content(file), f"{file} in {path}") for file in pictures)
+    decode = functools.partial(_decode, path, "L" if grey else "RGB", resolution, background)
     num_classes = num_classes or protocol.count_classes(labels, path)
-    return _source(len(files), num_classes, read, lambda: labels, in_memory)
+    return _source(len(files), num_classes, read, lambda: labels, in_memory, name)
+
+
+def _labelled(archive: zipfile.ZipFile, path: str, unlabelled: bool, skip: bool) -> Any:
+    """The files of a zip that are examples, in the order of their names, and their labels.
+
+    Names in dataset.json may have backslashes, "./" or accents in another form of Unicode, and
+    dataset.json may lie with the images in a folder. Hidden files, as of macOS, are no images.
+    """
+
+    def plain(name: str) -> str:
+        return posixpath.normpath(unicodedata.normalize("NFC", name.replace("\\", "/")))
+
+    def key(name: str) -> str:
+        return plain(name).removeprefix(f"{folder}/")
+
+    names = [name for name in archive.namelist() if not name.endswith("/")]
+    told = [n for n in names if posixpath.basename(plain(n)) == "dataset.json"]
+    told = sorted((n for n in told if not HIDDEN.search(plain(n))), key=len)[:1]
+    folder = posixpath.dirname(plain(told[0])) if told else ""
+    by_key: dict[str, str] = {}
+    for name in names:
+        if key(name) in by_key:
+            raise ValueError(f"{path} has two files {by_key[key(name)]}; write it again with one")
+        by_key[key(name)] = name
+    labels: dict[str, int] = {}
+    with named(f"{path} has a broken dataset.json; mend it, or get the zip again"):
+        pairs = json.loads(archive.read(told[0])).get("labels") if told else None
+        for name, label in pairs.items() if isinstance(pairs, dict) else pairs or ():
+            if type(label) is not int or label < 0:
+                raise ValueError(f"{name} has the label {label!r}, expected an integer from 0")
+            if labels.setdefault(key(name), label) != label:
+                raise ValueError(f"{name} has the labels {labels[key(name)]} and {label}")
+    suffixes = {".npy", *(k for k, v in Image.registered_extensions().items() if v in Image.OPEN)}
+
+    def is_image(place: str) -> bool:
+        return posixpath.splitext(place)[1].lower() in suffixes and not HIDDEN.search(place)
+
+    files = {place: n for place, n in by_key.items() if place in labels or is_image(place)}
+    if others := {*names} - {*files.values(), *told}:
+        text = "%s: left out %d files that are no images, such as %s."
+        logging.warning(text, path, len(others), min(others))
+    if pairs is None and not unlabelled and files:
+        raise ValueError(
+            f"{path} has {len(files)} images, but no {'labels in ' * len(told)}dataset.json; write "
+            f'there {{"labels": [["{min(files)}", 0], ...]}}, or for a set without labels put '
+            "data.unlabelled = True in the config file"
+        )
+    labels = dict.fromkeys(files, 0) if pairs is None else labels
+    bare, lost = sorted(files.keys() - labels), sorted(labels.keys() - files)
+    text = f"{path} has {len(files)} images and {len(labels)} labels"
+    text += f"; {len(bare)} images have no label, such as {bare[0]}" if bare else ""
+    text += f"; {len(lost)} labels have no image, such as {lost[0]}" if lost else ""
+    if len(bare) == len(files) or ((bare or lost) and not skip):
+        raise ValueError(
+            f"{text}. Complete the zip or correct the names in dataset.json; to leave out what has "
+            "no partner put data.skip = True in the config file"
+        )
+    if bare or lost:
+        logging.warning("%s; these are left out.", text)
+    chosen = sorted((name, labels[place]) for place, name in files.items() if place in labels)
+    return [name for name, _ in chosen], np.array([label for _, label in chosen])
 
 
 def _npz(path: str, split: str, *, num_classes: int = 0) -> Arrays:
@@ -201,25 +281,70 @@ def center_crop(image: Image.Image, resolution: int) -> Image.Image:
     return image.crop((left, top, left + resolution, top + resolution))
 
 
-def _decode(data: bytes | np.ndarray, what: str, mode: str = "", resolution: int = 0) -> np.ndarray:
-    """PNG or JPEG bytes, or a uint8 array (H, W, C), -> (H, W, C) uint8, cropped and resized."""
-    with named(f"{what} cannot be decoded; get it again"):
+@functools.cache
+def _say_once(text: str) -> None:
+    logging.warning("%s", text)
+
+
+def _picture(data: bytes) -> Any:
+    """An image whose header is read; ValueError: it is none, or has more than 8 bits a channel."""
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise ValueError("it is no image that Pillow reads" if data else "it is empty") from None
+    if image.mode[0] in "IF" or DEEP.search(str(image.tile)):
+        raise ValueError("it has more than 8 bits a channel; convert it to 8 bits")
+    return image
+
+
+def _is_grey(data: bytes, what: str) -> bool:
+    with named(f"{what} cannot be decoded; mend it or get it again"):
+        image = _picture(data)
+        if image.mode[0] != "P":
+            return image.mode in ("1", "L", "LA", "La")
+        pixels = np.asarray(image.convert("RGBA"))
+        seen = pixels[pixels[..., 3] > 0, :3]
+        return bool((seen == seen[:, :1]).all())
+
+
+def _decode(
+    where: str, mode: str, resolution: int, background: str, data: bytes | np.ndarray, what: str
+) -> np.ndarray:
+    """The bytes of an image, or a uint8 array (H, W, C), -> (H, W, C) uint8 as it is shown: turned
+    as its Exif mark says, and over the background. `where` is its set, for warnings."""
+    with named(f"data.background={background!r}; expected the name of a colour, or #rrggbb"):
+        ground = ImageColor.getcolor(background, "RGBA")
+    with named(f"{what} cannot be decoded; mend it or get it again"):
         if isinstance(data, bytes):
-            image: Image.Image = Image.open(io.BytesIO(data))
-            if image.mode[0] in "IF":
-                raise ValueError(f"it has mode {image.mode}; expected 8 bits a channel")
+            image = _picture(data)
+            if getattr(image, "is_animated", False) and image.format != "MPO":
+                _say_once(f"{where} has images of several frames, of which the first are used.")
+            image.load()
+            with contextlib.suppress(SyntaxError):  # a mark that is no Exif
+                ImageOps.exif_transpose(image, in_place=True)
         else:
             image = Image.fromarray(data[..., 0] if data.shape[-1] == 1 else data)
-        image = image.convert(mode or ("L" if image.mode == "L" else "RGB"))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            if np.asarray(image)[..., 3].min() < 255:
+                _say_once(f"{where} has images with transparent pixels, which are shown over "
+                          f"{background}; data.background is another colour.")  # fmt: skip
+            image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
+        image = image.convert(mode)
     array = np.asarray(center_crop(image, resolution) if resolution else image)
     return array[..., None] if array.ndim == 2 else array
 
 
-def _source(size: int, num_classes: int, read: Callable, labels: Callable, in_memory: Any):
+def _source(
+    size: int, num_classes: int, read: Callable, labels: Callable, in_memory: bool | None,
+    name: Callable[[int], str],
+) -> Source:  # fmt: skip
     first, _ = read(0)
-    lazy = Lazy(size, first.shape, num_classes, read, labels)
+    lazy = Lazy(size, first.shape, num_classes, read, labels, name=name)
     in_memory = size * first.nbytes < IN_MEMORY_BYTES if in_memory is None else in_memory
-    return Arrays(*lazy[np.arange(size)], num_classes) if in_memory else lazy
+    source = Arrays(*lazy[np.arange(size)], num_classes) if in_memory else lazy
+    protocol.check_values(source.images if isinstance(source, Arrays) else first[None], name(0))
+    return source
 
 
 def _open(path: str, opener: Callable) -> Any:

@@ -62,6 +62,7 @@ class Lazy:
     read: Callable[[int], tuple[np.ndarray, int]]  # index -> image, label; thread-safe
     read_labels: Callable[[], np.ndarray]
     in_memory: bool = False
+    name: Callable[[int], str] = "image {}".format  # index -> what errors call it
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
@@ -75,8 +76,8 @@ class Lazy:
         for index, image in zip(indices, images, strict=True):
             if image.shape != self.shape:
                 raise ValueError(
-                    f"got image {index} of shape {image.shape}, expected {self.shape} as of the "
-                    "first; resize the images, or use a source with config.data.resolution"
+                    f"{self.name(int(index))} has shape {image.shape}, expected {self.shape} as "
+                    "the first; resize the images, or set config.data.resolution (tfds, zip)"
                 )
         labels = as_labels(np.array(values), len(images), "the source", self.num_classes)
         return np.stack(images), labels
@@ -105,8 +106,22 @@ class Subset:
 
 
 def evenly(source: Source, count: int) -> np.ndarray:
-    """The indices of at most `count` examples, evenly spaced: the same for each call."""
+    """The indices of at most `count` examples, evenly spaced, by which data are told apart."""
     return np.linspace(0, len(source) - 1, min(count, len(source))).astype(np.int64)
+
+
+def drawn(source: Source, count: int, seed: int = 0, by_class: bool = False) -> np.ndarray:
+    """The indices of at most `count` examples, drawn by `seed`: in whatever order a set is stored,
+    they stand for all of it. If they suffice, all examples in their order.
+
+    With `by_class`, which reads all labels, each class has its share in the set, to one example.
+    """
+    rows = np.arange(len(source))
+    if count < len(rows):
+        np.random.default_rng(seed).shuffle(rows)
+        if by_class:
+            rows = rows[np.argsort(source.labels[rows], kind="stable")]
+    return rows[evenly(source, count)]
 
 
 def sigma_data(source: Source) -> float:
@@ -136,6 +151,13 @@ def as_images(images: np.ndarray, what: str) -> np.ndarray:
     return images if images.dtype == np.uint8 else images.astype(np.float32)
 
 
+def check_finite(images: np.ndarray, what: str) -> None:
+    """Raise ValueError on images (n, ...) with an infinity or NaN."""
+    if images.dtype != np.uint8 and not np.isfinite(images).all():
+        bad = np.flatnonzero(~np.isfinite(images).reshape(len(images), -1).all(1))
+        raise ValueError(f"{what} has {len(bad)} images that are not finite, {bad[0]} first")
+
+
 def check_values(images: np.ndarray, what: str) -> None:
     """Raise ValueError on images (n, ...) that are not finite or, in grey or colour, not [-1, 1].
 
@@ -148,10 +170,14 @@ def check_values(images: np.ndarray, what: str) -> None:
         )
     if images.dtype == np.uint8 or not images.size:
         return
-    if not np.isfinite(images).all():
-        bad = np.flatnonzero(~np.isfinite(images).reshape(len(images), -1).all(1))
-        raise ValueError(f"{what} has {len(bad)} images that are not finite, {bad[0]} first")
+    check_finite(images, what)
     low, high = images.min(), images.max()
+    if images.ndim == 4 and images.shape[3] == 8 and images[..., 4:].min() > 0 > low:
+        raise ValueError(
+            f"{what} seems to hold EDM2's latents: not images of 8 channels, but 4 means and 4 "
+            "standard deviations for each pixel of 4 channels. Store latents drawn from them, "
+            "(mean + std * noise) * scale + bias by EDM2's StabilityVAEEncoder, or use the images"
+        )
     if images.ndim == 4 and images.shape[3] in (1, 3) and high > 10:
         raise ValueError(
             f"{what} has float images from {low:g} to {high:g}; expected [-1, 1], or uint8: store "

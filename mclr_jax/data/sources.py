@@ -62,19 +62,22 @@ class Data(Keys):
     path: str = key("", says="folder of the files (fashion_mnist, tfds); empty for the default")
     test: str = key("", says="source of held-out examples; empty for the test split of the name")
     num_classes: int = key(0, 0, says="0 counts them in the labels (zip, npz)")
-    resolution: int = key(0, 0, says="crop and resize to this size (tfds); 0 for the original")
+    resolution: int = key(0, 0, says="crop and resize to this size (tfds, zip); 0: as they are")
     generated: str = key("", says="source with samples of the run in init_from (objective ddo)")
     limit: int = key(0, 0, says="train on a random subset of this size; 0 for all")
     flip: bool = key(False, says="random horizontal flips")
     augment: float = key(0.0, 0.0, 1.0, says="probability of EDM's non-leaking augmentations")
-    options: dict = rest("options of a source of your own")
+    options: dict = rest("options of the format, or of a source of your own")
 
     where: ClassVar[str] = "config.data"
 
     def source(self, split: str, seed: int) -> Source:
         """The data set, in training a subset of `limit` examples drawn by `seed`."""
-        if split == "test" and self.test:
-            return load(self.test)
+        if split == "test" and self.test:  # its images are shown like those of training
+            shown = {"resolution": self.resolution, "background": self.options.get("background")}
+            loader, _ = FORMATS.get(self.test.partition(":")[0], (None, ""))
+            known = getattr(loader, "__kwdefaults__", None) or ()
+            return load(self.test, "train", **{k: v for k, v in shown.items() if v and k in known})
         given = {"path": self.path, "resolution": self.resolution, "num_classes": self.num_classes}
         given = {name: value for name, value in given.items() if value}
         source = load(self.name, split, **given, **self.options)

@@ -19,7 +19,7 @@ import numpy as np
 
 from mclr_jax import generate, images, runs
 from mclr_jax.data.pixels import to_float
-from mclr_jax.data.protocol import Source, evenly
+from mclr_jax.data.protocol import Source, drawn, evenly
 from mclr_jax.evaluation import metrics
 from mclr_jax.evaluation.features import BATCH, Extractor, Features
 from mclr_jax.files import digest, provenance, save_arrays, write_json
@@ -34,7 +34,7 @@ class RealStatistics:
     """Statistics of real data, with which samples are compared."""
 
     moments: metrics.Moments  # of the features of all examples
-    kept: Features  # of at most KEPT evenly spaced examples
+    kept: Features  # of at most KEPT examples, drawn by class
     digest: str  # hash of the extractor's weights and of the data
 
 
@@ -107,7 +107,7 @@ def real_statistics(
 
     The file is named by a hash of the extractor, all labels and 256 evenly spaced images.
     """
-    key = _hash(extractor.digest + _content(source))
+    key = _hash(extractor.digest + _content(source) + "drawn" * (len(source) > KEPT))
     path = cache / f"{key}.npz" if cache else None
     if path is not None and exists(path):
         with np.load(path) as file:
@@ -115,7 +115,7 @@ def real_statistics(
             return RealStatistics(
                 moments, Features(*(file[name] for name in Features._fields)), key
             )
-    chosen, kept = np.isin(np.arange(len(source)), evenly(source, KEPT)), []
+    chosen, kept = np.isin(np.arange(len(source)), drawn(source, KEPT, by_class=True)), []
 
     def read(rows: np.ndarray) -> metrics.Moments:
         found = extractor(*source[rows], progress)

@@ -11,7 +11,7 @@ from absl import logging
 
 from mclr_jax import generate, images
 from mclr_jax.config import ICR
-from mclr_jax.data.protocol import Source, evenly
+from mclr_jax.data.protocol import Source, drawn
 from mclr_jax.evaluation import evaluate
 from mclr_jax.files import read_lines
 from mclr_jax.model import Model
@@ -50,7 +50,7 @@ class Monitor:
 
     @property
     def rows(self) -> np.ndarray:
-        return evenly(self.source, self.options.num_images)
+        return drawn(self.source, self.options.num_images)
 
     @functools.cached_property
     def readings(self) -> list[tuple[int, float]]:

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from mclr_jax.data.protocol import Source, evenly
+from mclr_jax.data.protocol import Source, drawn
 from mclr_jax.model import Model
 from mclr_jax.representation import blocks, icr, perturb
 
@@ -47,7 +47,7 @@ def probe_accuracy(
 
 def _noisy(model, params, source, count, sigma, layers, **options) -> dict[str, tuple]:
     """Features (n, d), by layer, of images with noise alone; and their labels (n,)."""
-    rows, options = evenly(source, count), options | {"number_of_views": 1}
+    rows, options = drawn(source, count), options | {"number_of_views": 1}
     batches = list(blocks.extract(model, params, source, rows, sigma, layers=layers, **options))
     features = {name: np.concatenate([h[name][0] for h in batches]) for name in layers}
     return {name: (h, source.labels[rows]) for name, h in features.items()}
@@ -62,7 +62,7 @@ def sweep(
     augmentation: perturb.Augmentation,  # of the views for ICR; flip if training flipped
     sigmas: Sequence[float] = SIGMAS,
     layers: Sequence[str] = (),  # names of blocks; default: the middle one
-    num_images: int = 4096,  # at most, of each source, evenly spaced
+    num_images: int = 4096,  # at most, of each source, drawn at random
     **options: Any,
 ) -> list[dict[str, Any]]:
     """A row for each noise level and layer, all with the same perturbations.
@@ -70,7 +70,7 @@ def sweep(
     Its columns: layer, sigma, icr (bias-corrected), icr_plain, those of `icr.traces`,
     effective_rank and, with `test`, probe_accuracy. Options: see `blocks.extract`.
     """
-    chosen, rows = blocks.choose(model, layers), evenly(train, num_images)
+    chosen, rows = blocks.choose(model, layers), drawn(train, num_images)
     table, sources = [], [train, test] if test is not None else []
     for sigma in sigmas:
         found = accumulate(model, params, train, rows, sigma, chosen, augmentation, **options)
