@@ -12,6 +12,7 @@ exit status is 1 if a case is bad.
   runs       500 damages of a run, which is then read, and one in 10 continued
   files      500 damaged or hostile files of data and weights
   processes  30 SIGKILLs, 10 SIGTERMs, 20 samplers beside a trainer, full disks, other devices
+  sequences  300 pairs and triples of uses of one directory, compared with what they claim
 """
 
 import argparse
@@ -31,6 +32,7 @@ os.environ["JAX_TRACEBACK_FILTERING"] = "off"  # an error is raised where its tr
 import outcomes  # noqa: E402
 import robustness_commands as commands  # noqa: E402
 import robustness_files as files  # noqa: E402
+import robustness_sequences as sequences  # noqa: E402
 import robustness_values as values  # noqa: E402
 from tasks import RESULTS  # noqa: E402
 
@@ -45,6 +47,7 @@ SECTIONS = {
     "runs": (files.damaged_runs, 500, 3),
     "files": (files.damaged_files, 500, 60),
     "processes": (commands.processes, 30, 1),
+    "sequences": (sequences.cases, 300, 3),
 }
 
 

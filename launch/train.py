@@ -4,7 +4,8 @@
 
 Every key of the config is also a flag: --config.batch_size=64 --config.data.limit=512.
 --help explains all keys. The same command resumes a run that was killed, bit for bit; to
-train longer, raise --config.num_steps. The work directory gets run.json (what was run),
+train longer, raise --config.num_steps; other keys that decide what the steps learn are changed with
+--change. The work directory gets run.json (what was run),
 metrics.jsonl and tensorboard/ (curves), samples/ (pictures) and checkpoints/. Sample from it with
 launch.sample. A run that Ctrl-C or SIGTERM has stopped exits with status 130 or 143.
 
@@ -16,6 +17,7 @@ from absl import flags
 
 from launch import common, hosts
 from mclr_jax.config import Training
+from mclr_jax.labels import warn_of_companions
 from mclr_jax.main import train
 
 common.define("config")
@@ -27,8 +29,9 @@ RESTART = flags.DEFINE_bool("restart", False, "Move the run to WORKDIR/replaced,
 
 
 def main() -> None:
-    hosts.connect()
+    hosts.connect(WORKDIR.value)
     training = Training.parse(flags.FLAGS.config)
+    warn_of_companions(training)
     common.use_cores(training.network.factory, training.batch_size)
     train(training, WORKDIR.value, restart=RESTART.value, change=CHANGE.value)
 
