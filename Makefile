@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-lowest tpu gpu mutants clean
+.PHONY: demo test test-lowest test-newest tpu gpu mutants clean
 
 demo: $(VENV)/installed
 	$(RUN) -m launch.demo --workdir=runs/demo
@@ -19,9 +19,14 @@ test: $(VENV)/installed
 mutants: $(VENV)/installed
 	$(RUN) tests/mutants.py
 
-# The oldest versions that setup.py allows, in an environment of their own.
+# The oldest and the newest versions that setup.py allows, in environments of their own; outcomes go
+# to benchmarks/results/environments.json. The newest JAX needs a newer Python than the oldest.
 test-lowest:
-	$(MAKE) test VENV=.venv-lowest PIP_CONSTRAINT=requirements-lowest.txt
+	MCLR_JAX_ENVIRONMENT=lowest $(MAKE) test VENV=.venv-lowest PIP_CONSTRAINT=requirements-lowest.txt
+
+NEWEST ?= python3.13
+test-newest:
+	MCLR_JAX_ENVIRONMENT=newest $(MAKE) test VENV=.venv-newest PYTHON=$(NEWEST)
 
 # Compilers of 137 and 600 MB, which look for their chips when JAX is imported: each gets an
 # environment of its own.
@@ -37,4 +42,4 @@ $(VENV)/installed: setup.py
 	touch $@
 
 clean:
-	rm -rf .venv .venv-lowest .venv-tpu .venv-gpu runs
+	rm -rf .venv .venv-lowest .venv-newest .venv-tpu .venv-gpu runs

@@ -1,4 +1,4 @@
-"""Packaging. Both bounds of every dependency are tested: `make test` and `make test-lowest`."""
+"""Packaging. The bounds of all dependencies are tested by `make test-lowest` and `test-newest`."""
 
 import pathlib
 import re

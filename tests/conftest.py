@@ -6,9 +6,11 @@ A run ends with the CPU seconds of each test file, processes that it started inc
 import collections
 import gc
 import importlib.metadata
+import json
 import math
 import os
 import pathlib
+import platform
 import sys
 import textwrap
 
@@ -21,6 +23,7 @@ FLAGS = (
 )
 if importlib.metadata.version("jaxlib").startswith(("0.9.", "0.10.")):  # later ones abort on it
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scipy")
 CACHE = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "xla"
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
@@ -98,8 +101,25 @@ def pytest_runtest_logreport(report):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """A sum over the reports: a process that has left its parent is in no other count."""
+    """A sum over the reports: a process that has left its parent is in no other count.
+
+    With MCLR_JAX_ENVIRONMENT=NAME the numbers of tests and the versions are kept, too.
+    """
+    if name := os.environ.get("MCLR_JAX_ENVIRONMENT"):
+        keep_outcome(name, {key: len(value) for key, value in terminalreporter.stats.items()})
     rows = ", ".join(f"{name}\xa0{seconds:.1f}" for name, seconds in BY_FILE.most_common())
     terminalreporter.section(f"{BY_FILE.total():.0f} CPU seconds")
     for line in textwrap.wrap(rows, 100):
         terminalreporter.write_line(line.replace("\xa0", " "))
+
+
+def keep_outcome(name, found):
+    """Write the outcome of all tests in an environment to benchmarks/results/environments.json."""
+    from mclr_jax.files import provenance, write_json
+
+    path = pathlib.Path(__file__).parent.parent / "benchmarks" / "results" / "environments.json"
+    told = json.loads(path.read_text()) if path.exists() else {}
+    versions = {"python": platform.python_version()}
+    versions |= {package: importlib.metadata.version(package) for package in PACKAGES}
+    counts = {key: found.get(key, 0) for key in ("passed", "skipped", "failed", "error")}
+    write_json(path, told | {name: {**counts, **provenance(), "versions": versions}})
