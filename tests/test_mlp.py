@@ -24,7 +24,7 @@ def test_learns_the_exact_denoiser():
     means = jnp.array([[[-1.0, 0.0], [0.5, 0.8]], [[0.0, -0.8], [1.0, 0.0]]])
     halves = jnp.full((2, 2), 0.5)
     mixture = GaussianMixture(means, halves / 5, halves, halves[0])
-    net, steps = MLP(num_classes=2, width=64, depth=4), 500
+    net, steps = MLP(num_classes=2, width=64, depth=2), 400
 
     def draw(key, size):
         data_key, noise_key, sigma_key, drop_key = jax.random.split(key, 4)
