@@ -369,7 +369,7 @@ def test_what_a_zip_leaves_out_is_said(tmp_path, caplog):
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("0.png", SMALL[:60], "cannot be decoded; mend it or get it again"),
     ("0.jpg", png(PIXELS[0], "JPEG")[:-200], "cannot be decoded; mend it or get it.*[Tt]runcated"),
-    ("0.png", b"", r"cannot be decoded; mend it or get it again \(it is empty"),
+    ("0.png", b"", r"cannot be decoded; mend it or get it again \(it is no image that Pillow"),
     ("0.webp", b"text", "cannot be decoded.*no image that Pillow reads"),
     ("0.png", SMALL[:8] + BOMB + SMALL[33:], "cannot be decoded.*exceeds limit"),
     ("0.png", png16(0, 1), "more than 8 bits a channel; convert it"),
@@ -386,7 +386,8 @@ def test_what_a_zip_leaves_out_is_said(tmp_path, caplog):
     ("0.npy", npy(np.zeros((3, 5, 4), np.uint16)), "has images of uint16"),
     ("0.npy", npy(np.full((3, 5, 4), 255.0)), "has float images from 255 to 255"),
     ("5.npy", npy(LATENTS[:4, :7]), r"has shape \(7, 8, 4\), expected \(5, 4, 3\)"),
-    ("img-mean-std-0.npy", npy(LATENTS), "seems to hold EDM2's latents: .* 4 standard deviations"),
+    ("0.npy", npy(LATENTS), "seems to hold EDM2's latents: .* 4 standard deviations"),
+    ("img-mean-std-0.npy", npy(np.abs(LATENTS)), "seems to hold EDM2's latents"),
 ])  # fmt: skip
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_files_that_are_no_images_are_refused_by_name(tmp_path, in_memory, name, content, message):
@@ -411,7 +412,7 @@ def test_zip_errors(tmp_path):
     content = path.read_bytes()
     middle = content.index(b"IDAT") + 6
     path.write_bytes(content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :])
-    refused(r"a\.zip is corrupt at 0\.png", name)
+    refused(r"0\.png.*Bad CRC-32", name)
     path.write_bytes(content[:-30])
     refused("no intact file", name)
     path.unlink()

@@ -15,7 +15,7 @@ import threading
 import unicodedata
 import zipfile
 from collections.abc import Callable
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -28,6 +28,7 @@ from mclr_jax.data.protocol import Arrays, Lazy, Source
 from mclr_jax.files import named
 
 IN_MEMORY_BYTES = 2**30
+UNREADABLE = "cannot be decoded; mend it or get it again"
 # How Pillow is to decode an image of which it would leave out the lower bits (BGR;16 has 5 to 6).
 DEEP = re.compile(r"(?<!BGR);16|'ppm'.*, \d{4,}\)")
 HIDDEN = re.compile(r"(^|/)\.[^./]")  # a path with a name such as .DS_Store or ._0.png
@@ -164,9 +165,12 @@ def _zip(
         protocol.check_finite(array[None], name(index))
         return array, label
 
+    def is_grey(file: str) -> bool:
+        with named(f"{file} in {path} {UNREADABLE}"), archive.open(file) as stream:
+            return _is_grey(_picture(stream))  # of most formats it reads no more than the header
+
     name = lambda index: f"{files[index]} in {path}"  # noqa: E731
-    pictures = (file for file in files if not file.lower().endswith(".npy"))
-    grey = all(_is_grey(content(file), f"{file} in {path}") for file in pictures)
+    grey = all(is_grey(file) for file in files if not file.lower().endswith(".npy"))
     decode = functools.partial(_decode, path, "L" if grey else "RGB", resolution, background)
     num_classes = num_classes or protocol.count_classes(labels, path)
     return _source(len(files), num_classes, read, lambda: labels, in_memory, name)
@@ -286,25 +290,23 @@ def _say_once(text: str) -> None:
     logging.warning("%s", text)
 
 
-def _picture(data: bytes) -> Any:
+def _picture(file: IO[bytes]) -> Any:
     """An image whose header is read; ValueError: it is none, or has more than 8 bits a channel."""
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(file)
     except UnidentifiedImageError:
-        raise ValueError("it is no image that Pillow reads" if data else "it is empty") from None
+        raise ValueError("it is no image that Pillow reads") from None
     if image.mode[0] in "IF" or DEEP.search(str(image.tile)):
         raise ValueError("it has more than 8 bits a channel; convert it to 8 bits")
     return image
 
 
-def _is_grey(data: bytes, what: str) -> bool:
-    with named(f"{what} cannot be decoded; mend it or get it again"):
-        image = _picture(data)
-        if image.mode[0] != "P":
-            return image.mode in ("1", "L", "LA", "La")
-        pixels = np.asarray(image.convert("RGBA"))
-        seen = pixels[pixels[..., 3] > 0, :3]
-        return bool((seen == seen[:, :1]).all())
+def _is_grey(image: Image.Image) -> bool:
+    if image.mode[0] != "P":
+        return image.mode in ("1", "L", "LA", "La")
+    pixels = np.asarray(image.convert("RGBA"))
+    seen = pixels[pixels[..., 3] > 0, :3]
+    return bool((seen == seen[:, :1]).all())
 
 
 def _decode(
@@ -314,9 +316,9 @@ def _decode(
     as its Exif mark says, and over the background. `where` is its set, for warnings."""
     with named(f"data.background={background!r}; expected the name of a colour, or #rrggbb"):
         ground = ImageColor.getcolor(background, "RGBA")
-    with named(f"{what} cannot be decoded; mend it or get it again"):
+    with named(f"{what} {UNREADABLE}"):
         if isinstance(data, bytes):
-            image = _picture(data)
+            image = _picture(io.BytesIO(data))
             if getattr(image, "is_animated", False) and image.format != "MPO":
                 _say_once(f"{where} has images of several frames, of which the first are used.")
             image.load()

@@ -172,7 +172,11 @@ def check_values(images: np.ndarray, what: str) -> None:
         return
     check_finite(images, what)
     low, high = images.min(), images.max()
-    if images.ndim == 4 and images.shape[3] == 8 and images[..., 4:].min() > 0 > low:
+    if (
+        images.ndim == 4
+        and images.shape[3] == 8
+        and ("img-mean-std-" in what or images[..., 4:].min() > 0 > low)
+    ):
         raise ValueError(
             f"{what} seems to hold EDM2's latents: not images of 8 channels, but 4 means and 4 "
             "standard deviations for each pixel of 4 channels. Store latents drawn from them, "
