@@ -26,6 +26,7 @@ from launch import common
 from mclr_jax import runs
 from mclr_jax.assimilation import figure, observe, regimes, schedules, scores
 from mclr_jax.files import digest, provenance, write_atomically
+from mclr_jax.labels import warn_untrained
 from mclr_jax.schema import fields
 from mclr_jax.training.devices import banner
 from mclr_jax.training.log import Progress
@@ -76,6 +77,7 @@ def main() -> None:
         )
     truth = observe.truth_of(arrays, count, shape[1:], OBSERVATIONS.value)
     common.use_cores(run.model.network)
+    warn_untrained(run, [regimes.trajectory_label(run.model)])
     params, step = run.weights(EMA.value)
     settings = {"workdir": WORKDIR.value, "step": step, "weights": digest(params),
                 "regime": REGIME.value, "lag": ",".join(LAG.value), "seed": SEED.value,
@@ -85,17 +87,11 @@ def main() -> None:
     out = common.output(OUT.value, ".npz")
     if out.resolve() == pathlib.Path(OBSERVATIONS.value).resolve():
         common.stop(f"--out is {OUT.value!r}, the file of --observations.")
-    done = []  # members of each update
     with Progress(count * ENSEMBLE.value, "member") as shown:
-
-        def progress(members: int, updates: int) -> None:
-            done.append(members)
-            shown.update(sum(done) // updates - sum(done[:-1]) // updates)
-
         result = regimes.assimilate(
             run.model, params, observations, scheme, lags, ensemble=ENSEMBLE.value,
             seed=SEED.value, forecast=FORECAST.value, state=state, batch_size=BATCH_SIZE.value,
-            progress=progress,
+            progress=regimes.counted(shown.update),
         )  # fmt: skip
     regimes.write(out, result, settings)
     members, begins = result.members, result.before

@@ -26,6 +26,7 @@ from launch import common
 from mclr_jax import calibrate, runs
 from mclr_jax.evaluation.features import Extractor
 from mclr_jax.files import write_json
+from mclr_jax.labels import warn_untrained
 from mclr_jax.training.log import Progress
 
 WORKDIR, INIT_FROM, DATA, EMA, CHECKPOINT, BATCH_SIZE = common.define(
@@ -57,13 +58,14 @@ def main() -> None:
     run = runs.load(WORKDIR.value, INIT_FROM.value, DATA.value)
     out = common.output(OUT.value, ".json")
     common.use_cores(run.model.network)
-    guided = common.guidance(run.model)
+    guided = common.guidance(run)
     classifier, weights = runs.load_model(CLASSIFIER.value)
     runs.check_companion("classifier", CLASSIFIER.value, classifier, run.model.data, run.data.name)
     apply = functools.partial(classifier.features, sigma=SIGMA.value)
     extractor = Extractor(f"classifier:{CLASSIFIER.value}", jax.device_get(weights), apply)
     params, step = run.weights(EMA.value, CHECKPOINT.value)
     weights = None
+    warn_untrained(run, [0], guided.at(1 if INTERPOLATION.value else 1 + MAX_STRENGTH.value))
     if INTERPOLATION.value:
         if guided.interval or guided.weak or run.model.strength:
             raise ValueError(

@@ -1,7 +1,6 @@
 """Shared by the command lines: set-up, and one-line errors that name the nearest valid word."""
 
 import functools
-import json
 import logging as python_logging
 import os
 import pathlib
@@ -10,19 +9,18 @@ import runpy
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from mclr_jax import cpu, runs, schema
+from mclr_jax import cpu, meeting, runs, schema
 from mclr_jax.config import Training
-from mclr_jax.files import digest, named, provenance, write_atomically
-from mclr_jax.generate import Guidance
-from mclr_jax.model import Model
-from mclr_jax.schema import class_factors, nearest
+from mclr_jax.files import digest, made, provenance, write_atomically
+from mclr_jax.generate import Guidance, class_strengths
+from mclr_jax.schema import nearest
 from mclr_jax.training.devices import banner
 
 flags.disclaim_key_flags()  # those that are defined here belong to the commands
@@ -65,17 +63,18 @@ def run(main: Callable[..., None], arguments: bool = False) -> None:
 
 
 def stop(message: str, status: int = 2) -> NoReturn:
-    """Print one message and exit."""
+    """Print one message and exit, with all processes of this command."""
+    meeting.end(message)
     print(message, file=sys.stderr)
     sys.exit(status)
 
 
-def numbers(flag, kind: type, count: int | None = None) -> list | None:
-    """The values of a list flag; stops with a message if they are not `count` numbers."""
+def numbers(flag, kind: type, count: int | None = None, words: Mapping = {}) -> list | None:
+    """The values of a list flag; stops with a message if they are not `count` numbers or words."""
     if flag.value is None:
         return None
     try:
-        values = [kind(text) for text in flag.value]
+        values = [words[text] if text in words else kind(text) for text in flag.value]
     except ValueError:
         values = []
     if not values or (count and len(values) != count):
@@ -93,26 +92,17 @@ def define(*names: str) -> list[flags.FlagHolder]:
     return found
 
 
-def guidance(model: Model, scale: float = 1.0) -> Guidance:
-    """The guidance that the flags GUIDANCE ask for."""
+def guidance(run: runs.Run, scale: float = 1.0) -> Guidance:
+    """The guidance of a run that the flags GUIDANCE ask for."""
     found = flags.FLAGS.flag_values_dict()
     interval = numbers(flags.FLAGS["guidance_interval"], float, 2)
-    factors = class_strengths(found["class_strengths"], model.null_label)
-    weak = runs.load_model(path) if (path := found["autoguidance"]) else None
+    factors = class_strengths(found["class_strengths"], run.model.null_label)
+    weak = None
+    if path := found["autoguidance"]:
+        other = runs.load(path)
+        runs.check_companion("autoguidance", path, other.model, run.model.data, run.data.name)
+        weak = other.model, other.weights()[0]
     return Guidance(scale, factors, tuple(interval) if interval else None, weak)
-
-
-def class_strengths(name: str | None, num_classes: int) -> list[float] | None:
-    """The factors of the guidance strength by class in a file of launch.calibrate; None: no file.
-
-    ValueError: the file has other content, or the factors are for another number of classes.
-    """
-    if name is None:
-        return None
-    with named(f"--class_strengths={name}: expected the --out of launch.calibrate"):
-        found = json.loads(pathlib.Path(name).read_text())["class_strengths"]
-    class_factors(f"class_strengths in {name}", found, num_classes)
-    return found
 
 
 def made_by(workdir: str, step: int, average: str, params: Any) -> dict[str, Any]:
@@ -130,8 +120,9 @@ def output(name: str, ending: str) -> pathlib.Path:
     try:
         if path.is_dir():
             raise IsADirectoryError("it is a directory")
-        write_atomically(probe, b"")
-        probe.unlink()
+        with made(path.parent):
+            write_atomically(probe, b"")
+            probe.unlink()
     except OSError as error:
         stop(f"--out is {name!r}, where no file can be written ({error.strerror or error}).")
     return path
@@ -143,11 +134,17 @@ def _parse(arguments: bool, argv: list[str]) -> list[str]:
         argv = _read_config(argv)
     try:
         rest = flags.FLAGS(argv)
-    except flags.Error as error:
+        for name, value in {**flags.FLAGS.flag_values_dict(), "argument": rest[1:]}.items():
+            schema.local(f"--{name}", value)
+    except (flags.Error, ValueError) as error:
         text = re.sub(r"invalid literal for int\(\).*", "expected an integer.", str(error))
         text = re.sub(
             r"Failed to parse .* as a ConfigDict.*", "it is a section; set its keys.", text
         )
+        if isinstance(error, flags.UnrecognizedFlagError):
+            keys = schema.names(Training, "--config.") * ("config" in flags.FLAGS)
+            known = [f"--{name}" for name in flags.FLAGS] + keys
+            text += schema.elsewhere(error.flagname, known, cutoff=0.6)
         stop(f"{text} (--help lists all flags.)")
     except SystemExit:  # of --help
         if "config" in flags.FLAGS:
@@ -220,6 +217,7 @@ def _check_keys(config: ConfigDict, keys: list[str]) -> None:
             known = section.keys() if isinstance(section, ConfigDict) else ()
             if name not in known:
                 what = f"--config.{key}: {so_far} has no key {name!r}."
+                what += schema.elsewhere(f"--config.{key}", schema.names(Training, "--config."))
                 stop(f"{what} {nearest(name, known)} --help explains all keys.")
             section, so_far = section[name], f"{so_far}.{name}"
 

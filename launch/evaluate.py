@@ -58,14 +58,14 @@ CACHE = flags.DEFINE_string(
 
 
 def main() -> None:
-    hosts.connect()
+    hosts.connect(WORKDIR.value)
     scales = common.numbers(GUIDANCE_SCALES, float) or [1.0]
     places = common.numbers(INTERPOLATIONS, float) or [1.0]
     run = runs.load(WORKDIR.value, INIT_FROM.value, DATA.value)
     first = is_first()
     out = common.output(OUT.value, ".json") if first else None
     common.use_cores(run.model.network)
-    guided = common.guidance(run.model)
+    guided = common.guidance(run)
     extractor = features.load(FEATURES.value)
     judge = features.load(JUDGE.value) if JUDGE.value else None
     train, test = run.source("train"), run.source("test")
@@ -98,6 +98,7 @@ def main() -> None:
     for name, row in table.items():
         cells = (f"{row[c]:12.4g}" if c in row else f"{'':12s}" for c in columns)
         print(f"{name:{width}s}", *cells)
+    print(evaluate.remark(rows, floor))
     print(f"Wrote {out}.")
 
 

@@ -17,6 +17,7 @@ from absl import flags
 from launch import common
 from mclr_jax import runs
 from mclr_jax.files import write_atomically, write_json
+from mclr_jax.labels import warn_untrained
 from mclr_jax.representation import blocks, perturb, sweep
 from mclr_jax.training.log import Progress
 
@@ -39,6 +40,7 @@ def main() -> None:
     common.use_cores(run.model.network)
     layers = list(blocks.sizes(run.model)) if LAYERS.value == ["all"] else LAYERS.value
     layers = blocks.choose(run.model, layers)
+    warn_untrained(run, [run.model.null_label])
     params, step = run.weights(EMA.value, CHECKPOINT.value)
     data, train = run.data, run.source("train")
     test = run.source("test") if PROBE.value else None

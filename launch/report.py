@@ -25,8 +25,8 @@ def main(workdirs: list[str]) -> None:
     if not workdirs:
         common.stop("No run was named: python -m launch.report DIR [DIR ...] --out=report.html")
     scales = common.numbers(GUIDANCE_SCALES, float) or []
-    models = [runs.load(workdir).model for workdir in workdirs]
-    guidances = [common.guidance(model) for model in models]
+    found = [runs.load(workdir) for workdir in workdirs]
+    guidances, models = [common.guidance(run) for run in found], [run.model for run in found]
     out = common.output(OUT.value, ".html")
     common.use_cores(models[0].network)
     classes = sum(model.null_label for model in models if not model.is_classifier)

@@ -5,7 +5,7 @@
 
 Writes the arrays `images` ((N, H, W, C) float32 in [-1, 1]) and `labels` ((N,) int32), and beside
 them a PNG with a row for each class. Sample i depends on the seed, i and its label alone: a run of
-more samples begins with the same samples. The labels repeat all classes in order, or --labels.
+more samples begins with the same ones. The labels repeat all classes, or --labels; null: no class.
 Several processes share the work and process 0 writes the files: --coordinator as in launch.train.
 """
 
@@ -17,6 +17,7 @@ from absl import flags
 from launch import common, hosts
 from mclr_jax import generate, images, runs, samplers
 from mclr_jax.files import save_arrays
+from mclr_jax.labels import warn_untrained
 from mclr_jax.training.devices import is_first
 from mclr_jax.training.log import Progress
 
@@ -26,7 +27,7 @@ WORKDIR, SEED, INIT_FROM, EMA, CHECKPOINT, BATCH_SIZE = common.define(
 common.define(*common.GUIDANCE)
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.npz; NAME.png goes beside it.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 100, "How many samples.", lower_bound=1)
-LABELS = flags.DEFINE_list("labels", None, "Classes to repeat in order, as 0,1,2; default all.")
+LABELS = flags.DEFINE_list("labels", None, "Classes, as 0,1,2, or null, repeated; default: all.")
 SAMPLER = flags.DEFINE_enum("sampler", None, sorted(samplers.METHODS), "Default: the config's.")
 STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; default: the config's.", lower_bound=1)
 SIGMA_MIN = flags.DEFINE_float("sigma_min", None, "Last noise level before 0.", lower_bound=0)
@@ -43,15 +44,19 @@ CHURN = flags.DEFINE_float("churn", 0.0, "S_churn of EDM's stochastic sampler; 0
 
 
 def main() -> None:
-    hosts.connect()
+    hosts.connect(WORKDIR.value)
     run = runs.load(WORKDIR.value, INIT_FROM.value)
     common.use_cores(run.model.network)
+    null = run.model.null_label
     given = {"method": SAMPLER.value, "num_steps": STEPS.value, "sigma_min": SIGMA_MIN.value,
              "sigma_max": SIGMA_MAX.value, "rho": RHO.value}  # fmt: skip
     sampler = dataclasses.replace(run.sampler, **{k: v for k, v in given.items() if v is not None})
-    classes = common.numbers(LABELS, int) or range(run.model.null_label)
-    labels = np.resize(np.array(classes), NUM_SAMPLES.value)
-    guided = common.guidance(run.model, GUIDANCE_SCALE.value)
+    classes = common.numbers(LABELS, int, words={"null": None}) or range(null)
+    if null in classes:
+        common.stop(f"--labels has {null}, which is no class; for samples of none write null.")
+    labels = np.resize([null if label is None else label for label in classes], NUM_SAMPLES.value)
+    guided = common.guidance(run, GUIDANCE_SCALE.value)
+    warn_untrained(run, labels, guided)
     params, _ = run.weights(EMA.value, CHECKPOINT.value, INTERPOLATION.value)
     first = is_first()
     out = common.output(OUT.value, ".npz") if first else None

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import json
 import math
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 from absl import logging
 
 from mclr_jax import guidance, samplers
-from mclr_jax.files import digest
+from mclr_jax.files import digest, named
 from mclr_jax.model import Model
 from mclr_jax.noise import normal_like, sample_keys
 from mclr_jax.samplers import Sampler
@@ -82,6 +84,19 @@ class Guidance:
 NONE = Guidance()
 
 
+def class_strengths(name: str | None, num_classes: int) -> list[float] | None:
+    """The factors of the guidance strength by class in a file of launch.calibrate; None: no file.
+
+    ValueError: the file has other content, or the factors are for another number of classes.
+    """
+    if name is None:
+        return None
+    with named(f"--class_strengths={name}: expected the --out of launch.calibrate"):
+        found = json.loads(pathlib.Path(name).read_text())["class_strengths"]
+    class_factors(f"class_strengths in {name}", found, num_classes)
+    return found
+
+
 def _with_strength(denoise: DenoiseFn, strength: Any, interval: Any) -> DenoiseFn:
     """The denoiser with the guidance strength (B,) as its input, 0 outside the interval."""
     low, high = interval
@@ -142,10 +157,13 @@ def _checked(
             f"Labels must lie in 0..{model.null_label} ({model.null_label} is the null label); got "
             f"{labels.min()}..{labels.max()}."
         )
-    if weak is not None and weak[0].data.shape != model.data.shape:
+    got, expected = (
+        (m.data.shape, m.data.num_classes) for m in (weak[0] if weak else model, model)
+    )
+    if got != expected:
         raise ValueError(
-            f"The weak model has samples of shape {weak[0].data.shape}; expected "
-            f"{model.data.shape}, the shape of the guided model's."
+            f"The weak model has samples of shape and number of classes {got}; expected "
+            f"{expected}, those of the guided model."
         )
     if weak is None and model.strength:
         (low, high), scales = model.strength, guided.scales(model.null_label)

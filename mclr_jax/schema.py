@@ -30,6 +30,26 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"{guess}Known: {', '.join(known) or 'none'}."
 
 
+def elsewhere(name: str, known: Iterable[str], cutoff: float = 1.0) -> str:
+    """The part of an error that names keys, as a.b, that end like `name`, or nearly."""
+    last = {key: key.lstrip("-").rpartition(".")[2] for key in known if key != name}
+    word = name.rpartition(".")[2]
+    close = difflib.get_close_matches(word, {*last.values()}, n=1, cutoff=cutoff)
+    found = [key for key in last if last[key] in close or last[key].endswith(f"_{word}")]
+    found.sort(key=lambda key: (key.count("."), last[key] != word))
+    return f" Did you mean {' or '.join(found[:3])}?" if found else ""
+
+
+def local(key: str, value: Any) -> None:
+    """Raise ValueError with key and value if the value, or one of several, is a URL."""
+    for text in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(text, str) and "://" in text:
+            raise ValueError(
+                f"{key} is {text!r}, a URL; expected a path of this machine. Copy the files here, "
+                "or mount the bucket (of gs:// by gcsfuse) and give the path there."
+            )
+
+
 def of_kind(key: str, value: Any, kind: Any) -> None:
     """Raise ValueError with key and value unless the value has this kind, as a type says it.
 
@@ -39,7 +59,7 @@ def of_kind(key: str, value: Any, kind: Any) -> None:
     if kind in KINDS:
         allowed, words = KINDS[kind]
         if isinstance(value, allowed) and (kind is bool or not isinstance(value, bool)):
-            return
+            return local(key, value)
         raise ValueError(f"{key} is {value!r}; expected {words}.")
     if typing.get_origin(kind) is not tuple:
         return
@@ -276,7 +296,8 @@ def read(kind: Any, given: Any, where: str) -> Any:
         elif more:
             others[name] = as_tuple(value)
         else:
-            raise ValueError(f"{where} has no key {name!r}. {nearest(str(name), known)}")
+            hint = elsewhere(f"{where}.{name}", names(kind, f"{where}."))
+            raise ValueError(f"{where} has no key {name!r}.{hint} {nearest(str(name), known)}")
     for name, field in known.items():  # the section of a part that is absent has a default name
         if name not in values and (found := field.metadata.get("section")) and found.table:
             values[name] = found.read(found.filled({}), f"{where}.{name}")
@@ -310,6 +331,11 @@ def filled(kind: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 def explain(kind: Any, prefix: str = "") -> list[str]:
     """A line for each key: its name, default, range and meaning."""
     return _explained(fields(kind), prefix)
+
+
+def names(kind: Any, prefix: str = "") -> list[str]:
+    """The name of each key, of all names that a part may have."""
+    return [line.partition("=")[0] for line in explain(kind, prefix)]
 
 
 def _explained(known: Mapping[str, dataclasses.Field], prefix: str) -> list[str]:

@@ -14,7 +14,7 @@ from commands import call
 from mclr_jax import files, generate, images, runs
 from mclr_jax.data import sources
 from mclr_jax.data.protocol import drawn
-from mclr_jax.evaluation import evaluate, features, metrics
+from mclr_jax.evaluation import evaluate, features, metrics, report
 from mclr_jax.generate import Guidance
 
 NAMES = ("fd", "fd_class", "fd_inter", "is", "kid", "pr", "dc")
@@ -278,3 +278,28 @@ def test_the_command_writes_rows_and_the_floor(made, tmp_path):
     assert [row["guidance_scale"] for row in result["rows"]] == [1.0, 2.0]
     assert "scale 2" in log
     assert "real, held out" in log
+
+
+def test_a_classifier_takes_its_own_images_and_judges_its_own_classes(made, caplog):
+    _, extractor, real = made
+    with pytest.raises(ValueError, match=r"of shape \(8, 8, 1\); got \(8, 12, 3\). Name a"):
+        extractor(np.zeros((2, 8, 12, 3)), np.arange(2))
+    images, labels = sources.load("digits")[np.arange(30)]
+    assert "accuracy" in evaluate.judged(images, labels, extractor, real, ["fd"])
+    fewer = dataclasses.replace(extractor, classes=3)
+    assert evaluate.judged(images, labels, fewer, real, ["fd"]).keys() == {"frechet"}
+    assert "knows 3 classes, the data have 10; name another --judge" in caplog.text
+
+
+def test_frechet_distances_are_told_with_the_number_of_samples():
+    row = {"samples": 150, "feature_length": 1280, "frechet": 9.0}
+    text = evaluate.remark([row], {"samples": 4000, "frechet": 1.0})
+    assert "depend on the number of samples, 150, of the floor 4,000: compare equal ones" in text
+    assert "150 samples are too few for 1,280 features: their bias is large below 2,560" in text
+    assert "4,000 samples" not in text
+    older = {"samples": 9000, "per_class_frechet": 1.0}
+    assert "9,000: compare" in evaluate.remark([older])
+    assert evaluate.remark([row | {"samples": 2560}]).endswith("compare equal ones.")
+    assert evaluate.remark([{"samples": 10, "feature_length": 99, "precision": 1.0}]) == ""
+    column = report.Column("a", {}, {}, [row | {"average": "", "guidance_scale": 1.0}], {})
+    assert "150 samples are too few for 1,280 features" in report.page([column])

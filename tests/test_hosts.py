@@ -3,13 +3,15 @@
 import pathlib
 import re
 import shlex
+import socket
 import subprocess
 
 import pytest
 import yaml
-from commands import call
+from commands import call, start
 
 from configs import cifar10
+from mclr_jax import meeting
 from mclr_jax.files import flat
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -82,3 +84,49 @@ def test_flags_that_do_not_fit_together_are_refused(arguments, message, tmp_path
     required = ["--config=configs/digits.py", f"--workdir={tmp_path / 'run'}"]
     assert re.search(message, call("train", *required, *arguments, expect=status))
     assert not (tmp_path / "run").exists()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize("fault", ["folders", "data"])
+def test_an_error_of_one_process_ends_both_at_once_with_its_message(fault, tmp_path):
+    port, processes = free_port(), []
+    for number in (0, 1):
+        folder = tmp_path / ("ab"[number] if fault == "folders" else "shared")
+        given = ["--config=configs/digits.py", f"--workdir={folder}", "--num_processes=2",
+                 f"--coordinator=127.0.0.1:{port}", f"--process_id={number}"]  # fmt: skip
+        if fault == "data" and number:
+            given.append("--config.data.name=npz:nowhere.npz")
+        log = tmp_path / f"{number}.log"
+        processes.append((start("launch.train", given, log), log))
+    message = {
+        "folders": f"RuntimeError: --workdir is {tmp_path / 'a'} on .* for process 0, and another "
+        f"folder, {tmp_path / 'b'} on .* for process 1: name one on a disk that all hosts share",
+        "data": r"FileNotFoundError: .*nowhere\.npz",
+    }[fault]
+    for process, log in processes:
+        process.join(120)
+        assert process.exitcode == 1
+        assert re.search(message, log.read_text())
+    prefix = "Process 0: " if fault == "folders" else "Process 1: "
+    assert [prefix in log.read_text() for _, log in processes] == [fault == "data", fault != "data"]
+    assert {path.name for path in tmp_path.iterdir()} <= {"0.log", "1.log", "shared"}
+
+
+def alone(port):
+    """In a new process, one of two, the other of which is never started."""
+    meeting.PATIENCE, meeting.WAIT = 3.0, 1.0
+    meeting.meet(f"127.0.0.1:{port}", 2, 0)
+
+
+def test_a_process_that_is_alone_says_so_and_ends_with_an_error(tmp_path):
+    process = start(alone, [free_port()], tmp_path / "log")
+    process.join(120)
+    text = (tmp_path / "log").read_text()
+    assert process.exitcode == 1
+    assert text.count("Waiting for the other processes of --coordinator=127.0.0.1") > 1
+    assert re.search("RuntimeError: The processes of .* did not meet within 3 s. Start all", text)

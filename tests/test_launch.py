@@ -3,11 +3,13 @@
 import json
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import tiny
 from commands import call
 from PIL import Image
 
@@ -147,3 +149,67 @@ def test_help_is_worth_reading(module):
     rate = "optimizer.learning_rate=0.001: after the warm-up; at least 0 and at most 1000000\n"
     beta = "objective.negative_weight=1000.0: lambda; at least 0 and at most 1000000000 [cca]\n"
     assert (rate in text and beta in text) == (module in ("train", "plan"))
+
+
+@pytest.mark.parametrize(("module", "arguments", "flag"), [
+    ("train", [CONFIG, "--workdir=gs://bucket/run"], "--workdir is 'gs://bucket/run'"),
+    ("train", [CONFIG, "--workdir=W", "--config.data.path=s3://b"], "--config.data.path is 's3"),
+    ("train", [CONFIG, "--workdir=W", "--config.data.name=zip:gs://b/a.zip"], "--config.data.name"),
+    ("sample", ["--workdir=W", "--out=gs://bucket/a.npz"], "--out is 'gs://bucket/a.npz', a URL"),
+    ("evaluate", ["--workdir=W", "--features=classifier:hf://a/b", "--out=W"], "--features is"),
+    ("evaluate", ["--workdir=W", "--features=x", "--out=W", "--emas=,http://x"], "--emas is 'http"),
+    ("report", ["file:///runs/a", "--out=W/a.html"], "--argument is 'file:///runs/a', a URL"),
+])  # fmt: skip
+def test_urls_are_no_paths(module, arguments, flag, tmp_path):
+    arguments = [argument.replace("=W", f"={tmp_path / 'w'}") for argument in arguments]
+    log = call(module, *arguments, expect=2)
+    assert flag in log
+    assert "Copy the files here, or mount the bucket" in log
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("arguments", "keys"), [
+    (["--config.learning_rate=1"], "--config.optimizer.learning_rate?"),
+    (["--config.optimizer.num_steps=1"], "--config.num_steps or --config.sampler.num_steps or"),
+    (["--config.beta=1"], "--config.objective.beta?"),  # of objectives that are not this one
+    (["--steps=1"], "--config.num_steps or"),
+    (["--learning_rate=1"], "--config.optimizer.learning_rate?"),
+])  # fmt: skip
+def test_a_key_in_the_wrong_place_is_told_its_own(arguments, keys):
+    log = call("train", CONFIG, "--workdir=x", *arguments, expect=2)
+    assert f"Did you mean {keys}" in log
+
+
+def test_the_word_null_draws_samples_of_no_class(workdir, tmp_path):
+    arguments = [f"--workdir={workdir}", "--num_samples=3", "--steps=1"]
+    call("sample", *arguments, "--labels=null,2", f"--out={tmp_path / 'x.npz'}")
+    with np.load(tmp_path / "x.npz") as file:
+        assert file["labels"].tolist() == [10, 2, 10]
+    out = tmp_path / "new" / "deep" / "y.npz"
+    log = call("sample", *arguments, "--labels=10,2", f"--out={out}", expect=2)
+    assert "--labels has 10, which is no class; for samples of none write null" in log
+    log = call("sample", *arguments, "--labels=11", f"--out={out}", expect=1)
+    assert "Labels must lie in 0..10" in log
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []  # none was left
+
+
+def test_autoguidance_by_a_run_of_other_classes_is_refused(workdir, tmp_path):
+    source = {"images": np.zeros((9, 8, 8, 1), np.uint8), "labels": np.arange(9) % 3}
+    np.savez(tmp_path / "three.npz", **source)
+    tiny.describe(tmp_path / "weak", given=tiny.config(
+        "digits", sigma_data=1.0, **{"data.name": f"npz:{tmp_path / 'three.npz'}"}
+    ))  # fmt: skip
+    given = [f"--workdir={workdir}", f"--autoguidance={tmp_path / 'weak'}"]
+    log = call("sample", *given, "--guidance_scale=2", f"--out={tmp_path / 'x.npz'}", expect=1)
+    assert re.search(r"'autoguidance' in '.*weak': .* \(\(8, 8, 1\), 10\), .* of \(.*, 3\)", log)
+
+
+def test_guidance_of_a_model_that_never_saw_the_null_label_is_warned_of(workdir, tmp_path):
+    run = shutil.copytree(workdir, tmp_path / "run")
+    told = json.loads((run / "run.json").read_text())
+    told["config"]["objective"]["label_dropout"] = 0.0
+    (run / "run.json").write_text(json.dumps(told))
+    given = [f"--workdir={run}", "--num_samples=1", "--steps=1", f"--out={tmp_path / 'x.npz'}"]
+    warning = "was trained with objective.label_dropout=0.0, and so was not shown the null label"
+    assert warning in call("sample", *given, "--guidance_scale=3")
+    assert warning not in call("sample", *given)

@@ -349,3 +349,11 @@ def test_data_of_one_class_are_asked_for_by_the_label_that_training_has_shown():
 
     plain, told = (run(Scheme(), 0, small(), process, ensemble=2) for process in (PROCESS, Told()))
     np.testing.assert_array_equal(told.members, plain.members)
+
+
+def test_updates_are_counted_as_parts_of_members():
+    shown = []
+    progress = regimes.counted(shown.append)
+    for members in (3, 3, 1, 1):
+        progress(members, 2)
+    assert shown == [1, 2, 0, 1]

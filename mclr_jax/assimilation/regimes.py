@@ -276,6 +276,17 @@ def _course(
     return path, values, np.append(until, [frames] * forecast), order, window, ahead
 
 
+def counted(update: Callable[[int], Any]) -> Callable[[int, int], None]:
+    """A `progress` of `assimilate` that calls `update` with the number of new whole members."""
+    done: list[int] = []
+
+    def progress(members: int, updates: int) -> None:
+        done.append(members)
+        update(sum(done) // updates - sum(done[:-1]) // updates)
+
+    return progress
+
+
 def assimilate(
     model: Any,  # with moments(params), data, null_label and preconditioning.sigma_range
     params: Any,

@@ -11,11 +11,12 @@ import itertools
 import json
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from mclr_jax import generate, images, runs
 from mclr_jax.data.pixels import to_float
@@ -23,6 +24,7 @@ from mclr_jax.data.protocol import Source, drawn, evenly
 from mclr_jax.evaluation import metrics
 from mclr_jax.evaluation.features import BATCH, Extractor, Features
 from mclr_jax.files import digest, provenance, save_arrays, write_json
+from mclr_jax.labels import warn_untrained
 from mclr_jax.schema import look_up
 from mclr_jax.training.devices import banner, exists, is_first
 
@@ -92,9 +94,34 @@ def judged(
     """The measures of images with these labels; the options are those of `evaluate`."""
     other = judge(pixels, labels) if judge else None
     found = measure(extractor(pixels, labels), real, names, other)
+    known, classes = (judge or extractor).classes, 1 + max(labels.max(), real.kept.labels.max())
+    if known not in (0, classes):
+        del found["accuracy"]
+        logging.warning("No accuracy: %s knows %d classes, the data have %d; name another --judge.",
+                        (judge or extractor).name, known, classes)  # fmt: skip
     if training is not None:
         found["memorized"] = memorized(pixels, training)
     return found
+
+
+def remark(rows: Iterable[Mapping[str, Any]], floor: Mapping[str, Any] = {}) -> str:
+    """Sentences on Frechet distances, which depend on the number of samples; none without any."""
+    found = [row for row in rows if "samples" in row and any("frechet" in key for key in row)]
+    if not found:
+        return ""
+    counts = ", ".join(f"{count:,}" for count in sorted({row["samples"] for row in found}))
+    held = f", of the floor {floor['samples']:,}" if floor else ""
+    text = f"Frechet distances depend on the number of samples, {counts}{held}: compare equal ones."
+    sizes = {
+        (one["samples"], row.get("feature_length", 0))
+        for row in found
+        for one in (row, floor or row)
+    }
+    for count, length in sorted(sizes):
+        if count < 2 * length:
+            text += (f" {count:,} samples are too few for {length:,} features: their bias is large "
+                     f"below {2 * length:,}.")  # fmt: skip
+    return text
 
 
 def real_statistics(
@@ -168,6 +195,9 @@ def evaluate(
     rows: list[dict[str, Any]] = []
     for name in names:  # before samples are drawn
         look_up(METRICS, name, "metric")
+    guidance_scales = [*guidance_scales]
+    strongest = max(guidance_scales, key=lambda scale: abs(scale - 1))
+    warn_untrained(run, [0], guided.at(strongest))
     made_by = {**provenance(), "device": banner()}
     labels = np.resize(np.arange(run.model.null_label), num_samples)
     fixed: dict[str, Any] = {
@@ -198,6 +228,7 @@ def evaluate(
             cost = {
                 "network_calls": here.calls(run.model, run.sampler),
                 "samples_per_second": num_samples / (time.perf_counter() - start),
+                "feature_length": len(real.moments.mean),
             }
             pixels = images.as_8_bits(samples)
             found = judged(pixels, labels, extractor, real, names, judge, training)

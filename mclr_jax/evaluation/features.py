@@ -37,6 +37,8 @@ class Extractor:
     name: str  # the argument of `load`
     weights: Any  # a tree of arrays
     apply: Apply
+    shape: tuple[int, ...] = ()  # of an image; () for any
+    classes: int = 0  # that it was trained on, of the package's own data; 0 for others
 
     @functools.cached_property
     def digest(self) -> str:
@@ -56,6 +58,11 @@ class Extractor:
 
         `progress` is called with the number of new images.
         """
+        if self.shape not in ((), images.shape[1:]):
+            raise ValueError(
+                f"{self.name} takes images of shape {self.shape}; got {images.shape[1:]}. Name a "
+                "classifier of these images, or an extractor of images of any size."
+            )
         spread, kept = shardings()[0], []
 
         def compute(rows: np.ndarray) -> Any:
@@ -80,13 +87,13 @@ def load(name: str) -> Extractor:
     return Extractor(name, *look_up(_LOADERS, kind, "feature extractor")(argument))
 
 
-def _classifier(workdir: str) -> tuple[Any, Apply]:
+def _classifier(workdir: str) -> tuple[Any, ...]:
     """The features are the last hidden layer."""
     model, params = runs.load_model(workdir)
     if not model.is_classifier:
         kind = type(model.network).__name__
         raise ValueError(f"{workdir} is a run of {kind}, which is no classifier; expected one.")
-    return jax.device_get(params), model.features
+    return jax.device_get(params), model.features, model.data.shape, model.data.num_classes
 
 
 def _efficientnet(argument: str) -> tuple[Any, Apply]:
@@ -95,7 +102,7 @@ def _efficientnet(argument: str) -> tuple[Any, Apply]:
     return efficientnet.load_weights(), efficientnet.apply
 
 
-_LOADERS: dict[str, Callable[[str], tuple[Any, Apply]]] = {
+_LOADERS: dict[str, Callable[[str], tuple[Any, ...]]] = {
     "classifier": _classifier,
     "efficientnet_lite0": _efficientnet,
     "inception": lambda path: (inception.convert(torch_file.load(path)), inception.apply),

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from mclr_jax import generate, images
+from mclr_jax.evaluation.evaluate import remark
 from mclr_jax.files import flat, read_lines
+from mclr_jax.labels import warn_untrained
 from mclr_jax.runs import load
 
 FIRST = ("loss", "eval_loss", "accuracy", "eval_accuracy", "error", "eval_error")
@@ -57,6 +59,7 @@ def read(
     grids = {}
     if guidance_scales and not run.model.is_classifier:
         params, _ = run.weights()
+        warn_untrained(run, [0], guided.at(max(guidance_scales, key=lambda s: abs(s - 1))))
         labels = np.tile(np.arange(run.model.null_label), per_class)
         for scale in map(float, guidance_scales):
             samples = generate.generate(
@@ -110,8 +113,9 @@ def _metrics(runs: Sequence[Column]) -> str:
     if not rows:
         return "<p>No run was evaluated yet (launch.evaluate).</p>"
     numeric = [k for _, row in rows for k, value in row.items() if isinstance(value, int | float)]
+    remarks = f"<p>{html.escape(remark(row for _, row in rows))}</p>"
     keys = [key for key in dict.fromkeys([*SETTINGS, *numeric]) if key != "seed"]
-    return _table(["run", *keys], ([name, *map(row.get, keys)] for name, row in rows))
+    return _table(["run", *keys], ([name, *map(row.get, keys)] for name, row in rows)) + remarks
 
 
 def _configs(runs: Sequence[Column]) -> str:

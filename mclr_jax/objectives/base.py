@@ -95,6 +95,11 @@ class Objective(Protocol):
         """
         return frozenset()
 
+    @property
+    def reads_null(self) -> frozenset[str]:
+        """Those of `needs` that it asks for answers at the null label."""
+        return frozenset()
+
     def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
         """Loss (B,) and metrics by name; the random draws of example i depend only on keys[i]."""
 

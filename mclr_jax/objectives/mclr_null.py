@@ -75,6 +75,10 @@ class NullMCLR(Objective):
         found = {name for name, needed in needs.items() if needed} | {"class_strengths"}
         return frozenset(found | ({"reference", "class_prior"} if self.wrong_label else set()))
 
+    @property
+    def reads_null(self) -> frozenset[str]:
+        return frozenset({self.teacher} if self.wrong == "null" else set())
+
     def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
         """Loss (B,) and metrics; raises ValueError unless 1 / negative_share divides the rows.
 

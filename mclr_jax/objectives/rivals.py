@@ -216,6 +216,7 @@ class GFT(Objective):
     label_dropout: float = base.label_dropout()
 
     needs = frozenset({"self", "class_strengths"})
+    reads_null = frozenset({"self"})
 
     def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
         """Metrics: `error` of the combination, unweighted."""
@@ -256,6 +257,7 @@ class ModelGuidance(Objective):
     label_dropout: float = base.label_dropout()
 
     needs = frozenset({"average", "class_strengths"})
+    reads_null = frozenset({"average"})
 
     def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
         """Metrics: `error`, |D - x|^2 unweighted."""

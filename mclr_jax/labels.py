@@ -1,0 +1,67 @@
+"""Warnings of answers at labels that no training has shown to the network."""
+
+import pathlib
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from absl import logging
+
+from mclr_jax.config import Training
+from mclr_jax.generate import NONE, Guidance
+from mclr_jax.runs import Run, load
+
+NEEDED_BY = {"null": "the null label, which guidance, unconditional samples, ICR and some "
+             "objectives ask for", "class": "the classes"}  # fmt: skip
+
+
+def untrained(config: Mapping[str, Any], asked: Collection[str]) -> str:
+    """The reason why one of "null" and "class" has no trained answer after a training, or "".
+
+    Nothing is known of a run without a config, which was trained elsewhere.
+    """
+    objective = config.get("objective", {"name": "classify"})
+    dropout, name = objective.get("label_dropout"), objective["name"]
+    label = "null" if dropout is None else {0: "null", 1: "class"}.get(dropout)
+    if name == "classify" or label is None or label not in asked:
+        return ""
+    why = f"objective.label_dropout={dropout}"
+    if dropout is None:
+        why = f"the objective {name!r}, which has no label_dropout"
+    start = f", from {config['init_from']}," if config.get("init_from") else ""
+    return f"was trained{start} with {why}, and so was not shown {NEEDED_BY[label]}"
+
+
+def warn_untrained(run: Run, labels: Iterable[int] = (), guided: Guidance = NONE) -> None:
+    """Warn if samples of these labels, or their guidance, ask a run for untrained answers."""
+    null = run.model.null_label
+    asked = {"null" if label == null else "class" for label in labels}
+    scales = guided.scales(null)[:-1] if guided.weak is None else ()
+    if any(guided.is_second_call(run.model, scale) for scale in scales):
+        asked.add("null")
+    if why := untrained(run.config, asked):
+        logging.warning(
+            "%s %s. Train it with a label_dropout between 0 and 1, such as 0.1, or guide by "
+            "--autoguidance.", run.workdir, why,
+        )  # fmt: skip
+
+
+def warn_of_companions(training: Training) -> None:
+    """Warn if an objective reads answers, of other runs or its own, that are untrained.
+
+    Dropped labels ask the reference, too, for the null label. The model itself has the answers of
+    the run that it starts from.
+    """
+    objective, runs = training.objective, dict(training.runs)
+    null = set(objective.reads_null)
+    null |= {"reference"} if getattr(objective, "label_dropout", 0) else set()
+    start = {"start": training.init_from} if training.init_from else {}
+    if null & {"self", "average"}:
+        null, runs = null | {"start"}, runs | start
+        if not start and (why := untrained(training.config, ["null"])):
+            logging.warning("The model in training %s.", why.replace("was", "is", 1))
+    for path in dict.fromkeys(runs.values()):
+        names = {name for name in runs if runs[name] == path}
+        asked = ["class", *["null"] * bool(names & null)]
+        held = (pathlib.Path(path) / "run.json").exists()  # else its copy in the work directory
+        if held and (why := untrained(load(path).config, asked)):
+            logging.warning("%s, which this objective reads, %s.", path, why)

@@ -1,0 +1,133 @@
+"""How the processes of a command meet, and how an error of one ends all of them at once.
+
+JAX's own calls abort a process after minutes if another one is absent or has ended. The processes
+therefore tell each other what went wrong, through the store of JAX's distributed service.
+"""
+
+import atexit
+import contextlib
+import os
+import pathlib
+import secrets
+import socket
+import sys
+import threading
+import time
+from typing import Any, NoReturn
+
+import jax
+from jax._src import distributed
+
+from mclr_jax.files import made
+from mclr_jax.training.log import say
+
+PATIENCE = 300.0  # seconds until all processes must have met
+WAIT = 15.0  # seconds between two lines of the log meanwhile
+ANSWER = 60_000  # milliseconds in which a process that is there answers
+LOOK = 10.0  # seconds in which a new file is seen by other hosts
+_alone = threading.Event()  # set but while the processes of a command have met
+_alone.set()
+
+
+def meet(where: str, count: int | None = None, number: int | None = None) -> None:
+    """Join `count` processes at the address of process 0; `auto` finds all out of the cluster.
+
+    RuntimeError: there is no such cluster, or not all processes are there within PATIENCE.
+    """
+    address = None if where == "auto" else where
+    errors: list[Exception] = []
+
+    def join() -> None:
+        try:
+            patience = int(2 * PATIENCE)  # at its end JAX would abort
+            jax.distributed.initialize(address, count, number, initialization_timeout=patience)
+        except Exception as error:
+            errors.append(error)
+
+    joining = threading.Thread(target=join, daemon=True)
+    joining.start()
+    end = time.monotonic() + PATIENCE
+    while joining.is_alive() and (left := end - time.monotonic()) > 0:
+        joining.join(min(WAIT, left))
+        if joining.is_alive():
+            say(f"Waiting for the other processes of --coordinator={where} ...")
+    if joining.is_alive():
+        raise RuntimeError(
+            f"The processes of --coordinator={where} did not meet within {PATIENCE:.0f} s. Start "
+            "all of --num_processes, with --process_id from 0 on, and let them reach that address."
+        )
+    if errors and isinstance(errors[0], ValueError):
+        raise RuntimeError(
+            f"--coordinator={where} found no TPU pod and no Slurm step; give --coordinator="
+            f"HOST:PORT, --num_processes and --process_id instead ({errors[0]})"
+        )
+    if errors:
+        raise errors[0]
+    _alone.clear()
+    listening = threading.Thread(target=_listen, daemon=True)
+    listening.start()
+
+    def leave() -> None:  # at the interpreter's end a thread may not return from the service
+        _alone.set()
+        listening.join()
+
+    atexit.register(leave)
+
+
+def share(folder: pathlib.Path) -> None:
+    """RuntimeError in process 0, which ends the others, unless all see the same folder."""
+    state = distributed.global_state
+    here = f"{folder.resolve()} on {socket.gethostname()}"
+    if state.process_id:
+        name, end = _answer("folder"), time.monotonic() + LOOK
+        while not (seen := (folder / name).exists()) and time.monotonic() < end:
+            time.sleep(0.2)
+        _store().key_value_set(f"mclr/sees {state.process_id}", "" if seen else here)
+        _answer("shared")
+        return
+    with contextlib.suppress(OSError), made(folder):  # a run may be read only
+        (mark := folder / f".shared-{secrets.token_hex(8)}").touch()
+        _store().key_value_set("mclr/folder", mark.name)
+        others = {i: _answer(f"sees {i}") for i in range(1, state.num_processes)}
+        mark.unlink()
+        if blind := {i: place for i, place in others.items() if place}:
+            places = ", ".join(f"{place} for process {i}" for i, place in blind.items())
+            raise RuntimeError(
+                f"--workdir is {here} for process 0, and another folder, {places}: name one on a "
+                "disk that all hosts share."
+            )
+    _store().key_value_set("mclr/folder", "", allow_overwrite=True)
+    _store().key_value_set("mclr/shared", "yes")
+
+
+def end(message: str) -> None:
+    """End all processes with the message of this one; return if there are no others."""
+    if not _alone.is_set():
+        _alone.set()
+        state = distributed.global_state
+        with contextlib.suppress(Exception):  # another error has come first
+            _store().key_value_set("mclr/error", f"Process {state.process_id}: {message}")
+        _exit(message)
+
+
+def _store() -> Any:
+    return distributed.global_state.client
+
+
+def _answer(key: str) -> str:
+    return _store().blocking_key_value_get(f"mclr/{key}", ANSWER)
+
+
+def _listen() -> None:
+    while not _alone.wait(1):
+        with contextlib.suppress(Exception):  # no error, or the service has ended
+            _exit(_store().key_value_try_get("mclr/error"))
+
+
+def _exit(message: str) -> NoReturn:
+    """At once: what runs at the end of a program would wait for the others."""
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    if distributed.global_state.process_id == 0:
+        time.sleep(2)  # the others read the message from the service in this process
+    os._exit(1)
