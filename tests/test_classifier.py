@@ -1,6 +1,5 @@
 """The classifiers are their descriptions in NumPy, and treat dropout and dtypes as promised."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
