@@ -25,8 +25,6 @@ from mclr_jax.files import write_json
 from mclr_jax.types import Condition
 
 PLAIN = {"objective.negatives": "prior"}
-# 24 more network calls a step
-DENOISER = {"posterior.name": "denoiser", "posterior.levels": 4, "num_steps": 1500}
 VARIANTS: dict[str, dict] = {
     "mclr": {},
     "prior negatives, weighted": {"objective.negatives": "prior", "objective.weighting": "cfg"},
@@ -38,8 +36,6 @@ VARIANTS: dict[str, dict] = {
     "a quarter of the negatives": {"objective.negative_share": 0.25},
     "the reference as the target": {"objective.target": "reference"},
     "posterior from a classifier": {"posterior.name": "classifier"},
-    "posterior from the denoiser": DENOISER,
-    "posterior from the denoiser, clip": DENOISER | {"objective.bound": "clip"},
     "strength as an input": {"strength": (0.0, 2.0)},
     "plain": PLAIN,
     "plain, beta 0.2": PLAIN | {"objective.beta": 0.2},

@@ -45,7 +45,6 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("mixture", {"optimizer.schedule": "inverse_sqrt", "icr.every_steps": 3}),
     *(("mixture_mclr", {"objective.name": name}) for name in ("cca", "dpo")),
     ("mixture_mclr", {}),
-    ("mixture_mclr", {"posterior.name": "denoiser"}),
     ("mixture_mclr", {"posterior.name": "classifier"}),
     ("mixture_mclr", {"objective.bound": "clip", "strength": (0.0, 2.0)}),
     ("mixture_mclr", {"objective.negatives": "prior", "objective.bound": "clip"}),

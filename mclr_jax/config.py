@@ -29,7 +29,7 @@ from mclr_jax.objectives.mclr import MCLR
 from mclr_jax.objectives.mclr_null import NullMCLR
 from mclr_jax.objectives.rivals import CCA, DDO, DPO, GFT, ContrastiveFlow, ModelGuidance
 from mclr_jax.parts import NETWORKS, PRECONDITIONINGS, UNITS
-from mclr_jax.posterior import Classifier, Denoiser, Exact
+from mclr_jax.posterior import Classifier, Exact
 from mclr_jax.samplers import Sampler
 from mclr_jax.schema import Keys, Part, key, part, section
 from mclr_jax.task import MADE_HERE, Posterior, Task, needs_of
@@ -42,7 +42,7 @@ OBJECTIVES: dict[str, Any] = {
     "contrastive_flow": ContrastiveFlow, "ddo": DDO, "dpo": DPO, "gft": GFT,
     "model_guidance": ModelGuidance,
 }  # fmt: skip
-POSTERIORS: dict[str, Any] = {"exact": Exact, "classifier": Classifier, "denoiser": Denoiser}
+POSTERIORS: dict[str, Any] = {"exact": Exact, "classifier": Classifier}
 NOISE_LEVELS: dict[str, Any] = {"lognormal": LogNormal, "loguniform": LogUniform,
                                 "forcing": Forcing, "causal_forcing": CausalForcing}  # fmt: skip
 WEIGHTS: dict[str, Any] = {"natural": natural_weight, "fused_snr": fused_snr_weight}
@@ -123,8 +123,8 @@ class Training(Keys):
         super().__post_init__()
         if "posterior" in self.objective.needs and self.posterior is None:
             raise ValueError(
-                "This objective needs a posterior: set config.posterior.name to 'exact', "
-                "'classifier' or 'denoiser'."
+                "This objective needs a posterior: set config.posterior.name to 'exact' or "
+                "'classifier'."
             )
         if self.class_strengths and "class_strengths" not in self.needs:
             raise ValueError(

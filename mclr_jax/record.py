@@ -32,7 +32,6 @@ FREE = tuple(
 RETIRED: dict[str, dict[str, Any]] = {
     "objective": {"logistic_scale": 10.0, "reference_penalty": 0.0, "null_share": 1.0,
                   "null_interval": []},
-    "posterior": {"candidates": 0},
 }  # fmt: skip
 # Parts that may differ without a warning.
 APART = ("history", "start", "spans", "paths", "frozen", "averages", "sampler")

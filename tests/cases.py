@@ -159,16 +159,13 @@ TRAJECTORIES = DataInfo((8, 2), 3, 1.0)  # for the networks with frames
 
 
 def _case(objective: str, posterior: str = "", strength: tuple = (), **options: Any) -> dict:
-    """Changes of `tiny.config`; options of the posterior begin with posterior_."""
+    """Changes of `tiny.config`."""
     changes = {"objective.name": objective, "strength": strength}
     if posterior:
         changes["posterior.name"] = posterior
     if objective != "classify":
         options["label_dropout"] = 0.3
-    for key, value in options.items():
-        section = "posterior" if key.startswith("posterior_") else "objective"
-        changes[f"{section}.{key.removeprefix('posterior_')}"] = value
-    return changes
+    return changes | {f"objective.{key}": value for key, value in options.items()}
 
 
 def _trajectories(noise: str, **changes: Any) -> dict:
@@ -199,7 +196,6 @@ CASES: dict[str, dict] = {
     "mclr_null": _case("mclr_null", wrong_label=0.5, negative_share=0.25),
     "mclr_null average": _case("mclr_null", strength=RANGE, teacher="average", wrong="weak"),
     "mclr classifier": _case("mclr", "classifier"),
-    "mclr denoiser": _case("mclr", "denoiser", posterior_levels=2),
     **{" ".join(["mclr", *(str(value) for value in row if value)]): _mclr(row) for row in MCLR},
 }
 ROWS = [*CASES][-len(MCLR) :]  # of MCLR's options

@@ -104,7 +104,7 @@ def test_only_a_training_that_came_to_an_end_is_marked(tmp_path):
 
 
 def test_changes_of_a_config_are_told_apart_by_key():
-    changes = {"posterior.name": "denoiser", "posterior.levels": 4, "strength": (0.0, 2.0)}
+    changes = {"posterior.name": "classifier", "noise.std": 4.0, "strength": (0.0, 2.0)}
     base = {"init_from": str(tasks.ROOT / "runs" / "base")}
     told = changes | {"strength": [0.0, 2.0], "init_from": "runs/base"}
     config = tasks.config_of("mixture_mclr", changes | base)

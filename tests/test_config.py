@@ -23,7 +23,7 @@ from mclr_jax.data.protocol import Lazy
 from mclr_jax.model import DataInfo
 from mclr_jax.noise import LogUniform
 from mclr_jax.objectives.mclr import MCLR
-from mclr_jax.posterior import Denoiser
+from mclr_jax.posterior import Classifier
 from mclr_jax.training import step
 
 CONFIGS = sorted(
@@ -218,12 +218,12 @@ def test_a_task_has_what_the_config_says():
     config = tiny.config("mixture", seed=3, strength=(0.0, 2.0), grad_accumulation=2)
     config.noise = base.options("loguniform", sigma_max=9.0)
     config.objective = base.options("mclr", beta=0.4)
-    config.posterior = base.options("denoiser", levels=3)
+    config.posterior = base.options("classifier")
     data = DataInfo((2,), 3, 0.7, (0.2, 0.3, 0.5))
     companion = Training.parse(tiny.config("mixture")).model(data)
-    task = Training.parse(config).task(data, {"reference": companion})
+    task = Training.parse(config).task(data, {"classifier": companion})
     assert task.objective == MCLR(beta=0.4)
-    assert task.posterior == Denoiser(levels=3)
+    assert task.posterior == Classifier()
     assert task.problem.levels == LogUniform(sigma_max=9.0)
     assert (task.problem.null_label, task.problem.class_prior) == (3, (0.2, 0.3, 0.5))
     assert (task.problem.sigma_data, task.problem.strength) == (0.7, (0.0, 2.0))
@@ -231,7 +231,7 @@ def test_a_task_has_what_the_config_says():
     expected = (sigma**2 + 0.49) / (0.7 * sigma) ** 2
     np.testing.assert_allclose(task.problem.weight(sigma), expected, rtol=1e-5)
     assert (task.seed, task.grad_accumulation, next(iter(task.averages))) == (3, 2, "halflife")
-    assert task.frozen == {"reference": companion}
+    assert task.frozen == {"classifier": companion}
     assert task.model.network.takes_strength
 
 

@@ -39,10 +39,8 @@ def test_keys_of_earlier_versions_are_left_out_if_they_have_their_default(tmp_pa
     path = tmp_path / "run.json"
     older = json.loads(path.read_text())
     older["config"]["objective"] |= {"logistic_scale": 10.0, "reference_penalty": 0.0}
-    older["config"]["posterior"] = {"name": "denoiser", "levels": 4, "candidates": 0}
     path.write_text(json.dumps(older))
     found = record.read(tmp_path)["config"]
-    assert found["posterior"] == {"name": "denoiser", "levels": 4}
     assert found["objective"] == Training.parse(config).config["objective"]
     Training.parse(runs.load(tmp_path).config)
     older["config"]["objective"]["reference_penalty"] = 0.5

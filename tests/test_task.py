@@ -26,7 +26,7 @@ from mclr_jax.objectives.dsm import DSM
 from mclr_jax.objectives.mclr import MCLR
 from mclr_jax.objectives.mclr_null import NullMCLR
 from mclr_jax.objectives.rivals import CCA, DDO, DPO, GFT, ModelGuidance
-from mclr_jax.posterior import Classifier, Denoiser, Exact
+from mclr_jax.posterior import Classifier, Exact
 from mclr_jax.task import Task
 from mclr_jax.types import Condition
 
@@ -310,7 +310,6 @@ def test_companion_examples_are_scaled_and_given_where_they_are_needed():
     (CCA(), None, {"reference"}),
     (MCLR(), Exact(), set()),
     (MCLR(), Classifier(), {"classifier"}),
-    (MCLR(), Denoiser(), {"reference"}),
     (MCLR(negatives="prior"), Classifier(), set()),  # which asks no posterior
     (MCLR(negatives="prior", target="reference"), Classifier(), {"reference"}),
     (MCLR(negatives="prior", weighting="cfg"), Classifier(), {"classifier"}),

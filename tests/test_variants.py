@@ -118,10 +118,6 @@ CASES = {
     "mixture sample": (lambda seed: EXACT.sample(jax.random.key(seed), B), (SEED,)),
     "posterior exact": (of_posterior(posterior.exact(EXACT)), (*NOISY, SEED)),
     "posterior classifier": (of_posterior(posterior.from_classifier(logits, 3)), (*NOISY, SEED)),
-    "posterior denoiser": (
-        of_posterior(posterior.from_denoiser(EXACT.denoise, LEVELS.class_prior, 1.0, 2)),
-        (*NOISY, SEED),
-    ),
     "ema halflife": (ema.halflife(100.0), (STEP,)),
     "ema power": (ema.power(0.1), (STEP,)),
     "to_float": (pixels.to_float, (jnp.arange(12, dtype=jnp.uint8).reshape(1, 2, 2, 3),)),

@@ -166,9 +166,8 @@ class MCLR(Objective):
             )
         return (
             "The loss has no minimum if the posterior is more than (1 + beta) / beta = "
-            f"{1 / bound:.3g} times too large at some (x_s, c~): improve the posterior (for "
-            "'denoiser' more posterior.levels), lower objective.beta, or set "
-            f"objective.bound='clip'. {super().advice()}"
+            f"{1 / bound:.3g} times too large at some (x_s, c~): improve the posterior, "
+            f"lower objective.beta, or set objective.bound='clip'. {super().advice()}"
         )
 
 
