@@ -32,7 +32,7 @@ def train(
     """Train to config.num_steps (see `config.Training`), and return the last state.
 
     Training starts from the newest checkpoint in `workdir`, if one exists; a run that has done its
-    steps stays as it is. SIGTERM and SIGINT save a checkpoint and stop; the same call then
+    steps does not change. SIGTERM and SIGINT save a checkpoint and stop; the same call then
     continues to the same bits. `more_hooks` run before the checkpoint is saved. `restart` moves an
     existing run to workdir/replaced and begins anew. `change` permits other values of keys that
     decide what the next steps learn, such as those of the objective; run.json has both, by step.

@@ -129,3 +129,18 @@ def test_an_average_that_is_not_finite_is_not_saved(tmp_path):
         with pytest.raises(NonFiniteError, match=message):
             save(Moment(12, bad, {}, False))
         assert checkpoints.steps() == [6]
+
+
+@pytest.mark.parametrize(("metrics", "step", "kept"), [
+    ({"loss": 1.0}, 6, [3, 6]),
+    ({}, 6, [3]),
+    ({}, 7, [3, 6]),  # the weights after 6 steps had a loss in reason
+])  # fmt: skip
+def test_of_a_divergence_only_a_checkpoint_that_was_not_measured_is_suspected(
+    tmp_path, metrics, step, kept
+):
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(3, {"x": jnp.ones(2)})
+        checkpoints.save(6, {"x": jnp.ones(2)}, metrics)
+        assert hooks.Save(checkpoints).good(step) == kept[-1]
+        assert checkpoints.steps() == kept
