@@ -15,18 +15,18 @@ NEEDED_BY = {"null": "the null label, which guidance, unconditional samples, ICR
 
 
 def untrained(config: Mapping[str, Any], asked: Collection[str]) -> str:
-    """The reason why one of "null" and "class" has no trained answer after a training, or "".
+    """The reason why a denoiser has no trained answer at "null" or "class", if it is asked; or "".
 
     Nothing is known of a run without a config, which was trained elsewhere.
     """
-    objective = config.get("objective", {"name": "classify"})
-    dropout, name = objective.get("label_dropout"), objective["name"]
-    label = "null" if dropout is None else {0: "null", 1: "class"}.get(dropout)
-    if name == "classify" or label is None or label not in asked:
+    if not (objective := config.get("objective")):
         return ""
-    why = f"objective.label_dropout={dropout}"
-    if dropout is None:
-        why = f"the objective {name!r}, which has no label_dropout"
+    label, why = "null", f"the objective {objective['name']!r}, which has no label_dropout"
+    if (dropout := objective.get("label_dropout")) is not None:
+        label = {0: "null", 1: "class"}.get(dropout, "")
+        why = f"objective.label_dropout={dropout}"
+    if label not in asked:
+        return ""
     start = f", from {config['init_from']}," if config.get("init_from") else ""
     return f"was trained{start} with {why}, and so was not shown {NEEDED_BY[label]}"
 
@@ -38,7 +38,7 @@ def warn_untrained(run: Run, labels: Iterable[int] = (), guided: Guidance = NONE
     scales = guided.scales(null)[:-1] if guided.weak is None else ()
     if any(guided.is_second_call(run.model, scale) for scale in scales):
         asked.add("null")
-    if why := untrained(run.config, asked):
+    if not run.model.is_classifier and (why := untrained(run.config, asked)):
         logging.warning(
             "%s %s. Train it with a label_dropout between 0 and 1, such as 0.1, or guide by "
             "--autoguidance.", run.workdir, why,
@@ -62,6 +62,8 @@ def warn_of_companions(training: Training) -> None:
     for path in dict.fromkeys(runs.values()):
         names = {name for name in runs if runs[name] == path}
         asked = ["class", *["null"] * bool(names & null)]
-        held = (pathlib.Path(path) / "run.json").exists()  # else its copy in the work directory
-        if held and (why := untrained(load(path).config, asked)):
+        if not (pathlib.Path(path) / "run.json").exists():
+            continue  # its copy is in the work directory
+        run = load(path)
+        if not run.model.is_classifier and (why := untrained(run.config, asked)):
             logging.warning("%s, which this objective reads, %s.", path, why)

@@ -1,4 +1,4 @@
-"""How the processes of a command meet, and how an error of one ends all of them at once.
+"""The processes of a command meet, and an error of one ends all of them at once.
 
 JAX's own calls abort a process after minutes if another one is absent or has ended. The processes
 therefore tell each other what went wrong, through the store of JAX's distributed service.

@@ -206,7 +206,7 @@ def test_options_of_objectives_exist(page):
 
 
 def test_flags_of_commands_exist(page):
-    for module, rest in re.findall(r"launch\.(\w+)([^`\n#]*)", PAGES[page].replace("\\\n", " ")):
+    for module, rest in re.findall(r"\blaunch\.(\w+)([^`\n#]*)", PAGES[page].replace("\\\n", " ")):
         files = [ROOT / f"launch/{name}.py" for name in (module, "common", "hosts")]
         code = "".join(file.read_text() for file in files)
         known = {"config", "help", *re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", code)}

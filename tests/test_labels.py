@@ -24,7 +24,6 @@ def of(dropout, **more):
         (of(1.0), "class", "not shown the classes"),
         ({"objective": {"name": OTHER}}, "null", f"{OTHER!r}, which has no label_dropout"),
         (of(0.1), "", ""),
-        ({"objective": {"name": "classify"}}, "", ""),
         ({}, "", ""),  # published weights
     ],
 )
@@ -58,6 +57,12 @@ def test_samples_that_ask_for_an_untrained_label_are_warned_of(
     caplog.clear()
     weak = run.model, None
     labels.warn_untrained(run, [1] if dropout < 1 else [3], Guidance(2.0, weak=weak))
+    assert not caplog.text
+
+
+def test_a_classifier_is_asked_for_no_label(tmp_path, caplog):
+    tiny.describe(tmp_path / "run", given=tiny.classifier())
+    labels.warn_untrained(runs.load(tmp_path / "run"), [0, 3])
     assert not caplog.text
 
 
