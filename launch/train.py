@@ -5,9 +5,9 @@
 Every key of the config is also a flag: --config.batch_size=64 --config.data.limit=512.
 --help explains all keys. The same command resumes a run that was killed, bit for bit; to
 train longer, raise --config.num_steps; other keys that decide what the steps learn are changed with
---change. The work directory gets run.json (what was run),
-metrics.jsonl and tensorboard/ (curves), samples/ (pictures) and checkpoints/. Sample from it with
-launch.sample. A run that Ctrl-C or SIGTERM has stopped exits with status 130 or 143.
+--change. The work directory gets run.json (what was run), metrics.jsonl and tensorboard/ (curves),
+samples/ (pictures) and checkpoints/. Sample from it with launch.sample. A run that Ctrl-C or
+SIGTERM has stopped exits with status 130 or 143.
 
 On several hosts run the same command on each: with --coordinator=auto on TPU pods and Slurm, else
 with --coordinator=HOST:PORT --num_processes=N --process_id=I.
@@ -17,7 +17,6 @@ from absl import flags
 
 from launch import common, hosts
 from mclr_jax.config import Training
-from mclr_jax.labels import warn_of_companions
 from mclr_jax.main import train
 
 common.define("config")
@@ -31,7 +30,6 @@ RESTART = flags.DEFINE_bool("restart", False, "Move the run to WORKDIR/replaced,
 def main() -> None:
     hosts.connect(WORKDIR.value)
     training = Training.parse(flags.FLAGS.config)
-    warn_of_companions(training)
     common.use_cores(training.network.factory, training.batch_size)
     train(training, WORKDIR.value, restart=RESTART.value, change=CHANGE.value)
 

@@ -13,6 +13,8 @@ from mclr_jax.config import Training
 from mclr_jax.data import pipeline
 from mclr_jax.experiment import Experiment
 from mclr_jax.files import made
+from mclr_jax.labels import warn_of_companions
+from mclr_jax.schema import local
 from mclr_jax.training import loop
 from mclr_jax.training.checkpoint import Checkpoints
 from mclr_jax.training.devices import banner, barrier, is_first, require_accelerator
@@ -44,7 +46,9 @@ def train(
       ValueError: the config is invalid, or `workdir` has a run of another model, of other data or,
         without `change`, of other values of deciding keys.
     """
+    local("workdir", str(workdir))
     experiment = Experiment(Training.parse(config), pathlib.Path(workdir))
+    warn_of_companions(experiment.training)
     logging.info(banner())
     if experiment.training.require_accelerator:
         require_accelerator()

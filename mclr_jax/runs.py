@@ -21,6 +21,7 @@ from mclr_jax import parts, record
 from mclr_jax.config import Training
 from mclr_jax.data.protocol import Source
 from mclr_jax.data.sources import Data
+from mclr_jax.files import made
 from mclr_jax.model import DataInfo, Model, shapes_of
 from mclr_jax.samplers import Sampler
 from mclr_jax.schema import read
@@ -79,7 +80,10 @@ class Run:
         if average not in (*self.averages, "none"):
             return self._reconstruct(like, average, step)
         branch = {raw: like} if average == "none" else {"ema": {average: like}}
-        with Checkpoints(self.workdir / folder, keep=None) as checkpoints:
+        with (
+            made(self.workdir / folder),  # a reader leaves no folder
+            Checkpoints(self.workdir / folder, keep=None) as checkpoints,
+        ):
             restored = checkpoints.restore(branch, step)
         if restored is None:
             raise FileNotFoundError(f"{self.workdir} has no checkpoint yet.")
