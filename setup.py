@@ -51,6 +51,7 @@ setup(
     python_requires=">=3.11",
     classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)],
     packages=find_packages(include=["mclr_jax", "mclr_jax.*"]),
+    package_data={"mclr_jax.evaluation": ["report.html"]},
     install_requires=REQUIRED,
     extras_require={
         "test": TEST + FEATURES,

@@ -18,6 +18,7 @@ from mclr_jax.files import flat, read_lines
 from mclr_jax.labels import warn_untrained
 from mclr_jax.runs import load
 
+PAGE = string.Template(pathlib.Path(__file__).with_suffix(".html").read_text())
 FIRST = ("loss", "eval_loss", "accuracy", "eval_accuracy", "error", "eval_error")
 SETTINGS = ("step", "average", "interpolation", "guidance_scale", "class_strengths",
             "guidance_interval", "autoguidance", "samples", "features")  # fmt: skip
@@ -177,34 +178,3 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
         '<div class="scroll" tabindex="0" role="region" aria-label="Table"><table>'
         f"<thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table></div>"
     )
-
-
-PAGE = string.Template("""\
-<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>$title</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 1500px; padding: 1rem;
-       color: #1a1a1a; background: #fff; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-nav a { margin-right: 1rem; } a { color: #00527f; }
-.side { display: flex; flex-wrap: wrap; gap: 1.5rem; align-items: flex-start; }
-figure { margin: 0; } figcaption { font-weight: 600; } figure img { max-width: 100%; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; }
-th, td { text-align: right; padding: .2rem .6rem; border-bottom: 1px solid #ddd; }
-tbody th { text-align: left; font-weight: 500; } input[type=range] { width: 20rem; }
-:focus-visible { outline: 3px solid #0072b2; outline-offset: 2px; }
-</style></head>
-<body><header><h1>$title</h1><nav aria-label="Sections">$links</nav></header><main>$body</main>
-<script>
-const slider = document.getElementById('scale');
-const show = () => {
-  const scale = slider.dataset.scales.split(' ')[slider.value];
-  document.getElementById('scale-value').textContent = scale;
-  slider.setAttribute('aria-valuetext', scale);
-  for (const image of document.querySelectorAll('img[data-scale]'))
-    image.hidden = image.dataset.scale !== scale;
-};
-if (slider) { slider.addEventListener('input', show); show(); }
-</script></body></html>
-""")
