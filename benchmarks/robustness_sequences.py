@@ -277,3 +277,6 @@ def cases(seed: int, count: int, folder: pathlib.Path) -> Iterator[Case]:
                 break
         yield Case("; ".join(done), SILENT if wrong else WORKS, wrong)
         shutil.rmtree(folder / str(number), ignore_errors=True)
+        if number % 10 == 9:  # compiled programs fill the memory
+            trained.cache_clear()
+            jax.clear_caches()
