@@ -60,7 +60,7 @@ def assert_same(got, expected):
 
 # Each kind of row, frozen model and share of the negatives; tests/test_task.py has all cases.
 DIVIDED = [
-    "dsm", "dsm variance", "contrastive_flow", "gft strength", "mclr denoiser",
+    "dsm", "dsm variance", "contrastive_flow", "gft strength", "mclr classifier",
     *(pytest.param(name, marks=pytest.mark.slow)
       for name in ("ddo", "mclr_null average", "mclr classifier", *cases.ROWS[::6])),
 ]  # fmt: skip

@@ -9,7 +9,6 @@ from mclr_jax.objectives.dsm import DSM
 from mclr_jax.objectives.mclr import MCLR
 from mclr_jax.objectives.mclr_null import NullMCLR
 from mclr_jax.objectives.rivals import CCA, DDO, DPO, GFT, ContrastiveFlow, ModelGuidance
-from mclr_jax.posterior import Denoiser
 
 
 @pytest.mark.parametrize(
@@ -56,7 +55,6 @@ def test_an_objective_needs_what_it_reads(objective, needs):
         (DDO, {"beta": 0.0}, "beta is 0.0; expected a number above 0"),
         (GFT, {"beta": -1.0}, "beta is -1.0; expected a number of at least 0"),
         (DSM, {"variance_power": 2.0}, r"objective\.variance_power is 2\.0"),
-        (Denoiser, {"levels": 0}, "levels is 0; expected an integer of at least 1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(kind, options, message):

@@ -312,8 +312,8 @@ def _is_grey(image: Image.Image) -> bool:
 def _decode(
     where: str, mode: str, resolution: int, background: str, data: bytes | np.ndarray, what: str
 ) -> np.ndarray:
-    """The bytes of an image, or a uint8 array (H, W, C), -> (H, W, C) uint8 as it is shown: turned
-    as its Exif mark says, and over the background. `where` is its set, for warnings."""
+    """The bytes of an image, or a uint8 array (H, W, C), -> (H, W, C) uint8, shown upright:
+    turned as its Exif mark says, and over the background. `where` is its set, for warnings."""
     with named(f"data.background={background!r}; expected the name of a colour, or #rrggbb"):
         ground = ImageColor.getcolor(background, "RGBA")
     with named(f"{what} {UNREADABLE}"):
