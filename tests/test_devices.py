@@ -62,7 +62,7 @@ def assert_same(got, expected):
 DIVIDED = [
     "dsm", "dsm variance", "contrastive_flow", "gft strength", "mclr classifier",
     *(pytest.param(name, marks=pytest.mark.slow)
-      for name in ("ddo", "mclr_null average", "mclr classifier", *cases.ROWS[::6])),
+      for name in ("ddo", "mclr_null average", *cases.ROWS[::6])),
 ]  # fmt: skip
 
 
