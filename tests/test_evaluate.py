@@ -153,6 +153,10 @@ def test_rows_of_other_settings_are_computed_anew(made, monkeypatch):
     stored = [row(**changes) for changes in settings]
     assert stored == json.loads(json.dumps(rows))
     assert len(drawn) == len(settings)
+    written = {*(folder / "base" / "evaluation").iterdir()}
+    monkeypatch.setattr(evaluate, "is_first", lambda: False)  # other processes store nothing
+    row(seed=2)
+    assert {*(folder / "base" / "evaluation").iterdir()} == written
 
 
 def test_one_device_evaluates_as_eight_do(made, monkeypatch, tmp_path):

@@ -116,7 +116,7 @@ def test_a_checkpoint_from_after_the_divergence_is_not_trained_on(tmp_path, held
     """The loss of step 2 shows what step 1 did to the weights; held-out examples, at once."""
     options = {"eval_examples": held_out, "optimizer.schedule": "constant", "checkpoint_every": 1,
                "steps_per_dispatch": 1}  # fmt: skip
-    wild = tiny.config(**options, **{"optimizer.learning_rate": 1e5})
+    wild = tiny.config(**options, **{"optimizer.learning_rate": 10.0})
     with pytest.raises(loop.NonFiniteError, match="The last good checkpoint is none"):
         main.train(wild, tmp_path)
     assert (tmp_path / "broken" / "1").exists() == (not held_out)
