@@ -31,7 +31,7 @@ BASE = {"objective.name": "dsm", "network.name": "mlp", "network.dropout": 0.1, 
         "checkpoint_every": 3, "keep_checkpoints": 9, "log_every": 1, "ema.halflife_steps": 2.0,
         "optimizer.warmup_steps": 0, "eval_examples": 0}  # fmt: skip
 DECIDING = ({"objective.label_dropout": 0.5}, {"optimizer.learning_rate": 0.02}, {"seed": 1},
-            {"noise.std": 2.0}, {"batch_size": 16}, {"ema.halflife_steps": 8.0},
+            {"optimizer.schedule": "constant"}, {"batch_size": 16}, {"ema.halflife_steps": 8.0},
             {"optimizer.clip_norm": 0.1}, {"noise.name": "loguniform"})  # fmt: skip
 FREE = ({"log_every": 2}, {"eval_examples": 8}, {"sampler.num_steps": 3}, {"parallel": "data"},
         {"steps_per_dispatch": 2}, {"checkpoint_every": 2}, {"keep_checkpoints": 8})  # fmt: skip
