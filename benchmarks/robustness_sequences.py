@@ -145,6 +145,7 @@ def train(
                 if place.saved and flat(dict(parsed(place.spans[-1][1]).config)).get(key) != value
                 and not free(key) and key != "num_steps"}  # fmt: skip
     fixed = deciding & {key for change in FIXED for key in change}
+    fixed |= deciding & {"seed"} if "data.limit" in changes else set()  # it draws the subset
     refused = fixed or (deciding and not options.get("change") and place.done < target)
     outcome, detail, _ = attempt(call)
     if outcome in BAD:
