@@ -139,10 +139,14 @@ def profile(experiment: Experiment) -> list[Hook]:
     """Trace some steps for TensorBoard's profiler."""
     options, folder = experiment.training.profile, str(experiment.workdir / "profile")
     start, stop = options.start, options.start + options.num_steps
-    return [] if stop == start else [
-        Hook(0, lambda moment: jax.profiler.start_trace(folder), at=(start,)),
-        Hook(0, lambda moment: jax.profiler.stop_trace(), at=(stop,)),
-    ]  # fmt: skip
+
+    def begin(moment: Moment) -> None:
+        jax.profiler.start_trace(folder)  # of which newer versions of JAX return a session
+
+    def end(moment: Moment) -> None:
+        jax.profiler.stop_trace()
+
+    return [Hook(0, begin, at=(start,)), Hook(0, end, at=(stop,))] if stop > start else []
 
 
 def readings(experiment: Experiment, start: int) -> list[Hook]:
