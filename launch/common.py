@@ -138,9 +138,6 @@ def _parse(arguments: bool, argv: list[str]) -> list[str]:
             schema.local(f"--{name}", value)
     except (flags.Error, ValueError) as error:
         text = re.sub(r"invalid literal for int\(\).*", "expected an integer.", str(error))
-        text = re.sub(
-            r"Failed to parse .* as a ConfigDict.*", "it is a section; set its keys.", text
-        )
         if isinstance(error, flags.UnrecognizedFlagError):
             keys = schema.names(Training, "--config.") * ("config" in flags.FLAGS)
             known = [f"--{name}" for name in flags.FLAGS] + keys
@@ -220,6 +217,8 @@ def _check_keys(config: ConfigDict, keys: list[str]) -> None:
                 what += schema.elsewhere(f"--config.{key}", schema.names(Training, "--config."))
                 stop(f"{what} {nearest(name, known)} --help explains all keys.")
             section, so_far = section[name], f"{so_far}.{name}"
+        if isinstance(section, ConfigDict):
+            stop(f"--config.{key} is a section; set its keys. --help explains all keys.")
 
 
 def use_cores(network: Any, batch_size: int | None = None) -> None:

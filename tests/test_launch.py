@@ -90,7 +90,7 @@ CONFIG = "--config=configs/digits.py"
     ("train", [CONFIG, "--config.optimizer.lr=1"], "config.optimizer has no key 'lr'. Known: b1"),
     ("train", [CONFIG, "--config.seed.x=1"], "--config.seed.x: config.seed has no key 'x'"),
     ("train", [CONFIG, "--config.num_steps=1e3"], "num_steps=1e3: expected an integer."),
-    ("train", [CONFIG, "--config.objective=mclr"], "objective=mclr: it is a section; set its"),
+    ("train", [CONFIG, "--config.objective=mclr"], "--config.objective is a section; set its"),
     ("train", [CONFIG, "--config.noise.name=logunifrm"], "Did you mean 'loguniform'"),
     ("train", [CONFIG, "--config.noise.name", "loguniform", "--config.noise.std=1"],
      "config.noise has no key 'std'. Known: name, sigma_max, sigma_min"),
