@@ -23,6 +23,7 @@ FLAGS = (
 )
 if importlib.metadata.version("jaxlib").startswith(("0.9.", "0.10.")):  # later ones abort on it
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
+ENVIRONMENT = os.environ.pop("MCLR_JAX_ENVIRONMENT", "")  # not for tests that run tests
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scipy")
 CACHE = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "xla"
 
@@ -105,8 +106,10 @@ def pytest_terminal_summary(terminalreporter):
 
     With MCLR_JAX_ENVIRONMENT=NAME the numbers of tests and the versions are kept, too.
     """
-    if name := os.environ.get("MCLR_JAX_ENVIRONMENT"):
-        keep_outcome(name, {key: len(value) for key, value in terminalreporter.stats.items()})
+    if ENVIRONMENT:
+        keep_outcome(
+            ENVIRONMENT, {key: len(value) for key, value in terminalreporter.stats.items()}
+        )
     rows = ", ".join(f"{name}\xa0{seconds:.1f}" for name, seconds in BY_FILE.most_common())
     terminalreporter.section(f"{BY_FILE.total():.0f} CPU seconds")
     for line in textwrap.wrap(rows, 100):
