@@ -5,11 +5,12 @@ the training state, or the weights alone; `snapshots/` averages of earlier steps
 `frozen/NAME/` copies of the runs that the objective reads, so that no other directory is needed.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -80,15 +81,19 @@ class Run:
         if average not in (*self.averages, "none"):
             return self._reconstruct(like, average, step)
         branch = {raw: like} if average == "none" else {"ema": {average: like}}
-        with (
-            made(self.workdir / folder),  # a reader leaves no folder
-            Checkpoints(self.workdir / folder, keep=None) as checkpoints,
-        ):
+        with self._stored(folder) as checkpoints:
             restored = checkpoints.restore(branch, step)
         if restored is None:
             raise FileNotFoundError(f"{self.workdir} has no checkpoint yet.")
         state, step = restored
         return (state[raw] if average == "none" else state["ema"][average]), step
+
+    @contextlib.contextmanager
+    def _stored(self, folder: str) -> Iterator[Checkpoints]:
+        """The checkpoints in a folder, to read; a folder that is not there is not left behind."""
+        path = self.workdir / folder
+        with made(path), Checkpoints(path, keep=None) as checkpoints:
+            yield checkpoints
 
     def _start(self) -> Any:
         """The weights that training started from: the run's copy, or those of config.init_from."""
@@ -112,7 +117,7 @@ class Run:
         try:
             width = float(average)
             stds = [float(name.removeprefix("power_")) for name in names if "power_" in name]
-            with Checkpoints(self.workdir / "snapshots", keep=None) as snapshots:
+            with self._stored("snapshots") as snapshots:
                 steps = [s for s in snapshots.steps() if step is None or s <= step]
                 if not steps or not stds:
                     raise ValueError("the run stored no power-function snapshots")

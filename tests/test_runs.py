@@ -297,3 +297,11 @@ def test_weights_without_a_training_are_a_run(tmp_path):
     tiny.describe(tmp_path / "tuned", init_from=str(tmp_path))
     tiny.with_weights(tmp_path / "tuned", {"params": params, "ema": {"halflife": params}})
     chex.assert_trees_all_equal(runs.load_model(tmp_path / "tuned", 0.0)[1], params)
+
+
+def test_a_reader_leaves_no_folder_behind(tmp_path):
+    tiny.describe(tmp_path)
+    for average, error in [("", FileNotFoundError), ("0.1", ValueError)]:
+        with pytest.raises(error):
+            runs.load(tmp_path).weights(average)
+        assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
