@@ -17,7 +17,8 @@ import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import nn
 
 # The process of DiT and, without learned variances, of its published folder.
@@ -26,23 +27,17 @@ PROCESS = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02,
 CLASSES = 10  # its null label is 10
 NETWORK = {
     "num_attention_heads": 3, "attention_head_dim": 32, "num_layers": 4, "in_channels": 1,
+    "out_channels": 1,  # DiTPipeline does not take it from in_channels
     "sample_size": 28, "patch_size": 4, "num_embeds_ada_norm": CLASSES,
 }  # fmt: skip
 STEPS, BATCH, RATE, WARMUP, DECAY, DROPOUT = 9000, 64, 1.5e-3, 200, 0.999, 0.1
 
 
-class Pixels(nn.Module):
-    """In place of an autoencoder: the DiT is one of pixels."""
+class Pixels(AutoencoderKL):
+    """The autoencoder that the pipeline asks for; this DiT is one of pixels."""
 
-    class Config:
-        scaling_factor = 1.0
-
-    class Decoded:
-        def __init__(self, sample):
-            self.sample = sample
-
-    config = Config()
-    decode = Decoded
+    def decode(self, z, *_, **__) -> DecoderOutput:
+        return DecoderOutput(sample=z)
 
 
 def train(images: str, out: str, seed: int = 0, steps: int = STEPS, keep_every: int = 250) -> dict:
@@ -105,10 +100,69 @@ def train(images: str, out: str, seed: int = 0, steps: int = STEPS, keep_every: 
     return {"steps": step, "seconds": seconds, "parameters": count}
 
 
+@torch.inference_mode()
+def sample(
+    folder: str, out: str, count: int, seed: int, scale: float = 1.0, steps: int = 50,
+    batch: int = 50,
+) -> dict:  # fmt: skip
+    """Write `images` in [-1, 1] of labels 0, 1, ..., 9, 0, ... and their noise.
+
+    Without guidance (scale 1) they are those of DiTPipeline. It guides towards the label 1000,
+    which this network does not have: with guidance the same loop is written out.
+    """
+    pipe = DiTPipeline.from_pretrained(folder, vae=Pixels(scaling_factor=1.0))
+    pipe.set_progress_bar_config(disable=True)
+    labels, images, noises = torch.arange(count) % CLASSES, [], []
+    calls = Calls(pipe.transformer)
+    for start in range(0, count, batch):
+        own = labels[start : start + batch]
+        noise = torch.randn(len(own), 1, 28, 28, generator=seeded(seed, start))
+        if scale == 1:
+            drawn = pipe(own.tolist(), 1.0, seeded(seed, start), steps, output_type="pt")
+            images.append(2 * drawn.images - 1)
+        else:
+            images.append(guided(pipe, noise, own, scale, steps))
+        noises.append(noise)
+    np.savez(
+        out, images=torch.cat(images)[:, 0].numpy(), noise=torch.cat(noises)[:, 0].numpy(),
+        labels=labels.numpy(),
+    )  # fmt: skip
+    return {"samples": count, "network_calls": calls.rows / count, "scale": scale}
+
+
+def seeded(seed: int, start: int) -> torch.Generator:
+    """The generator of the noise of the samples from `start` on."""
+    return torch.Generator().manual_seed(1_000_003 * seed + start)
+
+
+def guided(pipe, x: torch.Tensor, labels: torch.Tensor, scale: float, steps: int) -> torch.Tensor:
+    """The loop of DiTPipeline with this network's null label, and clipped as it does."""
+    both = torch.cat([labels, torch.full_like(labels, CLASSES)])
+    pipe.scheduler.set_timesteps(steps)
+    for level in pipe.scheduler.timesteps:
+        answers = pipe.transformer(
+            torch.cat([x, x]), timestep=level.expand(len(both)), class_labels=both
+        ).sample
+        right, null = answers.chunk(2)
+        x = pipe.scheduler.step(null + scale * (right - null), level, x).prev_sample
+    return x.clamp(-1, 1)
+
+
+class Calls:
+    """Counts the examples that a network has been called on."""
+
+    def __init__(self, network: nn.Module):
+        self.rows = 0
+        network.register_forward_pre_hook(self.count, with_kwargs=True)
+
+    def count(self, network, args, kwargs) -> None:
+        self.rows += len(args[0])
+
+
 def main() -> None:
     asked = json.loads(sys.argv[1])
     torch.set_num_threads(1)
-    done = {"train": train}[asked.pop("do")](**asked)
+    done = {"train": train, "sample": sample}[asked.pop("do")](**asked)
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
     print(json.dumps(done | versions))
 
