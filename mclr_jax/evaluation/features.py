@@ -13,7 +13,7 @@ from mclr_jax import runs
 from mclr_jax.data.pixels import to_float
 from mclr_jax.evaluation import dinov2, efficientnet, inception
 from mclr_jax.files import digest
-from mclr_jax.pretrained import torch_file
+from mclr_jax.pretrained import tensors
 from mclr_jax.schema import look_up
 from mclr_jax.training.devices import in_batches, shardings, spread_size
 
@@ -105,6 +105,6 @@ def _efficientnet(argument: str) -> tuple[Any, Apply]:
 _LOADERS: dict[str, Callable[[str], tuple[Any, ...]]] = {
     "classifier": _classifier,
     "efficientnet_lite0": _efficientnet,
-    "inception": lambda path: (inception.convert(torch_file.load(path)), inception.apply),
-    "dinov2": lambda path: (dinov2.convert(torch_file.load(path)), dinov2.apply),
+    "inception": lambda path: (inception.convert(tensors.load(path)), inception.apply),
+    "dinov2": lambda path: (dinov2.convert(tensors.load(path)), dinov2.apply),
 }

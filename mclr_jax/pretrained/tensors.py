@@ -1,0 +1,297 @@
+"""Read files of weights without PyTorch: torch.save (both formats), NVlabs pickles, safetensors.
+
+Reads tensors in plain containers alone: no code that a file names or holds is imported or run.
+Classes become placeholders, and arrays are views of the file where the format allows it.
+"""
+
+import dataclasses
+import functools
+import io
+import mmap
+import os
+import pickle
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from mclr_jax.files import named, write_atomically
+
+MAGIC = 0x1950A86A20F9469CFC6C  # of the format before PyTorch 1.6
+DTYPES = {
+    "Double": "<f8", "Float": "<f4", "Half": "<f2", "BFloat16": ml_dtypes.bfloat16, "Long": "<i8",
+    "Int": "<i4", "Short": "<i2", "Char": "i1", "Byte": "u1", "Bool": "?",
+}  # fmt: skip
+DEEPEST = 64  # modules within modules
+
+
+def load(path: str | os.PathLike) -> Any:
+    """The object in a file, with NumPy arrays for its tensors, which may share memory with it.
+
+    Raises ValueError for other files and for objects other than tensors in plain containers.
+    """
+    with named(f"{os.fspath(path)} is not a file of tensors that this project reads"):
+        with open(path, "rb") as file:
+            if file.read(9)[8:] == b"{" or os.fspath(path).endswith(".safetensors"):
+                return _load_safetensors(path)
+            file.seek(0)
+            content = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+            if content[:2].tobytes() == b"PK" or zipfile.is_zipfile(file):
+                return _load_zip(file, content)
+            file.seek(0)
+            first = _Unpickler(file).load()
+            if isinstance(first, dict):
+                return first
+            if first != MAGIC:
+                raise pickle.UnpicklingError(f"it holds {first!r:.20}, expected tensors by name")
+            return _load_legacy(file, content)
+
+
+def save(path: str | os.PathLike, state: Mapping[str, np.ndarray]) -> None:
+    """Write tensors as a file of safetensors, atomically."""
+    whole = {name: np.array(value, order="C") for name, value in sorted(state.items())}
+    write_atomically(path, _safetensors().numpy.save(whole, metadata={"format": "pt"}))
+
+
+def dtype(name: str) -> np.dtype:
+    """The type of numbers with this name, bfloat16 among them."""
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
+class Dict(dict):
+    """A dictionary without the attributes that a file gives to it."""
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+class Namespace(Dict):
+    """The arguments of a training (argparse.Namespace), by name."""
+
+    def __setstate__(self, state: dict) -> None:
+        self.update(state)
+
+
+class Module:
+    """Placeholder of a torch module: the name of its class and its attributes."""
+
+    class_name: str = "ModuleDict"
+
+    def __setstate__(self, state: dict) -> None:
+        self.state = Dict(state)
+
+    def parts(self, kind: str) -> dict[str, Any]:
+        """The `_parameters`, `_buffers` or `_modules` that are there, by name."""
+        found = getattr(self, "state", {}).get(kind) or {}
+        if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
+            raise ValueError(f"{kind} of a {self.class_name} is {found!r:.20}, expected a mapping")
+        return {name: value for name, value in found.items() if value is not None}
+
+    def modules(self, prefix: str = "") -> "Iterator[tuple[str, Module]]":
+        """The module and all modules in it, with dotted names that end in a dot, or are empty."""
+        yield prefix, self
+        for name, part in self.parts("_modules").items():
+            if not isinstance(part, Module) or prefix.count(".") > DEEPEST:
+                raise ValueError(f"module {prefix}{name} is {part!r:.20}, expected a module")
+            yield from part.modules(f"{prefix}{name}.")
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """All parameters and buffers by dotted name; raises ValueError for other values."""
+        found = {}
+        for prefix, part in self.modules():
+            for name, value in (part.parts("_parameters") | part.parts("_buffers")).items():
+                if not isinstance(value, np.ndarray):
+                    raise ValueError(f"parameter {prefix}{name} is {value!r:.20}, not a tensor")
+                found[prefix + name] = value
+        return found
+
+
+def _module(about: dict) -> Module:
+    """The object of `torch_utils.persistence`, whose source text is in the file and is not used."""
+    module = Module()
+    module.class_name = str(about["class_name"])
+    module.__setstate__(about["state"])
+    return module
+
+
+class Dtype:
+    """Placeholder of numpy.dtype, for numbers alone."""
+
+    def __init__(self, name: str, *_: Any):
+        self.dtype = np.dtype(name) if isinstance(name, str) else np.dtype(object)
+        if self.dtype.kind not in "biuf":
+            raise TypeError(f"an array of type {name!r:.20}, expected numbers")
+
+    def __setstate__(self, state: tuple) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class Array:
+    """Placeholder of numpy.ndarray, which `numpy.asarray` turns into it."""
+
+    values: np.ndarray
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, fortran, data = state
+        self.values = np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if fortran else "C")
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        return np.array(self.values, dtype)
+
+
+def _tensor(storage: np.ndarray, offset: int, shape: tuple, strides: tuple, *_: Any) -> np.ndarray:
+    """A strided view of a storage; the arguments are those of `_rebuild_tensor_v2`."""
+    if not isinstance(storage, np.ndarray):
+        raise TypeError(f"a tensor's storage is {storage!r:.20}")
+    inside = len(shape) == len(strides) and min((offset, *shape, *strides)) >= 0
+    if inside and 0 not in shape:  # nothing is negative: the last element is the farthest
+        last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+        inside = last < len(storage)
+    if not inside or offset > len(storage):
+        raise KeyError(
+            f"a tensor of shape {shape}, strides {strides} and offset {offset} is not inside its "
+            f"storage of {len(storage)} numbers"
+        )
+    if functools.reduce(int.__mul__, shape, 1) > max(len(storage), 2**20):
+        raise KeyError(f"a tensor of shape {shape} repeats {len(storage)} numbers")
+    steps = [stride * storage.itemsize for stride in strides]
+    return np.lib.stride_tricks.as_strided(storage[offset:], shape, steps)
+
+
+def _nested(content: bytes) -> np.ndarray:
+    """The storage in a file in the file; its tree is nothing but the storage."""
+    file = io.BytesIO(content)
+    if _Unpickler(file, known=STORAGES).load() != MAGIC:
+        raise pickle.UnpicklingError("a storage in it is not of torch.save")
+    return _load_legacy(file, np.frombuffer(content, np.uint8), STORAGES)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Known:
+    """What a name in a file means here: a value or a function, which no file can change."""
+
+    value: Any
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.value(*inputs)
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError(f"it changes {self.value!r:.20}")
+
+
+Names = dict[tuple[str, str], Any]
+STORAGES: Names = {
+    (module, f"{kind}Storage"): Known(np.dtype(dtype))
+    for kind, dtype in DTYPES.items()
+    for module in ("torch", "torch.storage")
+}
+KNOWN: Names = STORAGES | {
+    ("collections", "OrderedDict"): Dict,
+    ("dnnlib.util", "EasyDict"): Dict,
+    ("argparse", "Namespace"): Namespace,
+    ("builtins", "set"): Known(set),
+    ("_codecs", "encode"): Known(lambda text, _: text.encode("latin1")),
+    ("torch._utils", "_rebuild_tensor_v2"): Known(_tensor),
+    ("torch._utils", "_rebuild_parameter"): Known(lambda tensor, *_: tensor),
+    ("torch.storage", "_load_from_bytes"): Known(_nested),
+    ("torch.nn.modules.container", "ModuleDict"): Module,
+    ("torch_utils.persistence", "_reconstruct_persistent_obj"): Known(_module),
+    ("numpy", "dtype"): Dtype,
+    ("numpy", "ndarray"): Array,
+}
+for _core in ("numpy.core.multiarray", "numpy._core.multiarray"):
+    KNOWN[_core, "_reconstruct"] = Known(lambda *_: Array())
+    KNOWN[_core, "scalar"] = Known(lambda dtype, data: np.frombuffer(data, dtype.dtype)[0].item())
+
+
+class _Unpickler(pickle.Unpickler):
+    """Gets the values of tensors from storage(kind, dtype, key, location, count, ...)."""
+
+    def __init__(self, file: BinaryIO, storage: Callable | None = None, known: Names = KNOWN):
+        super().__init__(file)
+        self._storage, self._known = storage, known
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self._known:
+            return self._known[module, name]
+        raise pickle.UnpicklingError(f"it holds a {module}.{name}, not tensors in containers only")
+
+    def persistent_load(self, identifier: tuple) -> np.ndarray:
+        if self._storage is None:
+            raise pickle.UnpicklingError("it holds a storage without its numbers")
+        return self._storage(*identifier)
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise ImportError("safetensors is missing: pip install 'mclr_jax[published]'") from error
+    return safetensors
+
+
+def _load_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    with _safetensors().safe_open(path, framework="numpy") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
+
+
+def _load_zip(file: BinaryIO, content: np.ndarray) -> Any:
+    with zipfile.ZipFile(file) as archive:
+        names = [n for n in archive.namelist() if n.endswith("/data.pkl")]
+        if len(names) != 1:
+            raise pickle.UnpicklingError(f"it holds {len(names)} files data.pkl, expected one")
+        name = names[0].removesuffix("data.pkl")
+
+        def record(key: str) -> np.ndarray:
+            """The bytes of a record, in the file."""
+            info = archive.getinfo(name + key)
+            with archive.open(info):  # checks its header
+                start = info.header_offset + 30  # then name and other fields, with these lengths
+                start += content[start - 4 : start].view("<u2").sum(dtype=int)
+            found = content[start : start + info.file_size]
+            if (
+                info.compress_type
+                or len(found) < info.file_size
+                or zlib.crc32(found.data) != info.CRC
+            ):
+                raise zipfile.BadZipFile(f"{name}{key} is compressed, damaged or truncated")
+            return found
+
+        @functools.cache
+        def storage(kind: str, dtype: Known, key: str, *_: Any) -> np.ndarray:
+            return record(f"data/{key}").view(dtype.value)
+
+        if f"{name}byteorder" in archive.namelist() and bytes(record("byteorder")) != b"little":
+            raise pickle.UnpicklingError("its numbers are big-endian, expected little-endian")
+        return _Unpickler(io.BytesIO(record("data.pkl").tobytes()), storage).load()
+
+
+def _load_legacy(file: BinaryIO, content: np.ndarray, known: Names = KNOWN) -> Any:
+    """The tree after the magic number. It is read twice: the numbers follow it."""
+    for _ in range(2):  # protocol, sizes of C's types
+        _Unpickler(file, known=known).load()
+    start, told = file.tell(), {}
+
+    def declared(kind: str, dtype: Known, key: str, place: str, count: int, view: Any = None):
+        if view is not None:
+            raise pickle.UnpicklingError("it holds a view of a storage, as in files of PyTorch 0.3")
+        if not 0 <= count * dtype.value.itemsize <= len(content):
+            raise EOFError("it is truncated")
+        told[key] = dtype.value, count
+        return np.zeros(count, dtype.value)
+
+    _Unpickler(file, declared, known).load()
+    storages = {}
+    keys = _Unpickler(file, known=known).load()
+    end = file.tell()
+    for key in keys:
+        dtype, count = told[key]
+        begin, end = end + 8, end + 8 + count * dtype.itemsize
+        numbers = content[begin:end]
+        if int.from_bytes(content[begin - 8 : begin], "little") != count or end > len(content):
+            raise EOFError("it is truncated")
+        storages[key] = numbers.view(dtype)
+    file.seek(start)
+    return _Unpickler(file, lambda _, __, key, *___: storages[key], known).load()
