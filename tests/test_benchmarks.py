@@ -23,7 +23,7 @@ from mclr_jax.config import Training
 from mclr_jax.training import loop
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-NEEDS_MORE = {"dapper_baselines": "dapper", "torch_models": "torch"}
+NEEDS_MORE = {"dapper_baselines": "dapper", "torch_models": "torch", "torch_dit": "diffusers"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda p: p.stem)

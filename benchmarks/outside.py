@@ -1,0 +1,240 @@
+"""A model that this project did not train: in, MCLR on top, and out again.
+
+  pip install -e '.[torch,published,features]'
+  python benchmarks/outside.py
+
+torch_dit.py trains a DiT of diffusers' own classes and samples it. launch.convert reads its folder,
+`mclr_null` fine-tunes the run, and launch.convert writes a folder again, which diffusers' pipeline
+samples without guidance. Strengths are chosen with one seed, and compared with three others. Writes
+benchmarks/results/outside.json; --collect writes the rows that are there, without making others.
+--torch is the Python that has torch and diffusers, if that is another.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from image_bench import JUDGES, Bench, done
+from tasks import RESULTS, ROOT, Task, add_flags, config_of, run, training
+
+from mclr_jax import generate, images, samplers
+from mclr_jax.data import sources
+from mclr_jax.files import save_arrays, write_json
+
+VALIDATION, COUNTS, COUNT = 100, {100: 2000}, 5000  # the seed; samples of it, and of others
+INTERVAL = (0.0, 3.0)  # of noise levels that are guided, and where MCLR has a contrast
+# Strengths to choose from: guidance scales at all levels and in the interval, beta of MCLR.
+GRIDS = {"scale": (1.1, 1.2, 1.3, 1.4, 1.6, 2.0), "interval": (1.4, 1.6, 2.0, 2.5),
+         "beta": (0.5, 1.0, 2.0)}  # fmt: skip
+TUNING = {
+    "data.name": "fashion_mnist", "data.flip": False, "num_steps": 1200, "batch_size": 64,
+    "noise.mean": 0.8, "noise.std": 1.5, "optimizer.learning_rate": 1e-3,
+    "optimizer.warmup_steps": 50, "optimizer.schedule": "cosine", "ema.halflife_steps": 60.0,
+    "log_every": 100, "checkpoint_every": 400, "steps_per_dispatch": 10, "sample_every": 0,
+}  # fmt: skip
+MCLR = {"objective.teacher": "average", "objective.sigma_interval": INTERVAL}
+# The rows: what samples, and where its strength was chosen; "" for none.
+METHODS = {"base": "", "base, CFG": "scale", "base, CFG in an interval": "interval", "MCLR": "beta"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Outside(Bench):
+    """The Bench whose base comes from PyTorch."""
+
+    data: str = "fashion_mnist"
+    torch: str = sys.executable
+
+    root = ROOT / "runs" / "outside"  # type: ignore[assignment]
+
+    def in_torch(self, do: str, **options: Any) -> dict:
+        """What a function of torch_dit.py gives."""
+        script = ROOT / "benchmarks" / "torch_dit.py"
+        command = [self.torch, str(script), json.dumps({"do": do, **options})]
+        made = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        return json.loads(made.splitlines()[-1])
+
+    def convert(self, **flags: pathlib.Path) -> None:
+        """launch.convert, in or out; the last flag is what it writes, anew."""
+        shutil.rmtree([*flags.values()][-1], ignore_errors=True)
+        given = [f"--{name}={path}" for name, path in flags.items()]
+        subprocess.run([sys.executable, "-m", "launch.convert", *given], cwd=ROOT, check=True)
+
+    def train_base(self, seed: int = 0) -> None:
+        """The folder of diffusers, trained in PyTorch."""
+        source = sources.load(self.source, "train")
+        pixels, labels = source[np.arange(len(source))]
+        save_arrays(self.root / "train.npz", images=pixels[..., 0], labels=labels)
+        folder = self.root / "diffusers"
+        made = self.in_torch("train", images=str(self.root / "train.npz"), out=str(folder))
+        self.write("diffusers/done", made)
+
+    def take(self) -> None:
+        self.convert(input=self.root / "diffusers", out=self.root / "base")
+
+    def back(self, name: str) -> None:
+        """The folder of diffusers of a run."""
+        self.convert(workdir=self.root / name, to=self.root / f"{name}_diffusers")
+
+    def parity(self) -> None:
+        """The largest difference of samples from the same noise, here and in PyTorch."""
+        path = self.root / "parity.npz"
+        made = self.in_torch("sample", folder=str(self.root / "base_diffusers"), out=str(path),
+                             count=100, seed=7)  # fmt: skip
+        found, params = self.load("base")
+        with np.load(path) as file:
+            noise, theirs, labels = (file[k][..., None] for k in ("noise", "images", "labels"))
+        sigmas = found.sampler.grid(found.model.preconditioning)
+        # At the first level, x / sqrt(alpha) is noise / sqrt(alpha).
+        x = jnp.asarray(noise * np.sqrt(1 + sigmas[0] ** 2), jnp.float32)
+        denoise = found.model.denoise(params)
+        ours = samplers.sample(denoise, x, labels[:, 0], sigmas, found.sampler.method)
+        error = np.abs(images.clip(np.asarray(ours)) - theirs)
+        self.write("parity", {**made, "largest": float(error.max()), "mean": float(error.mean())})
+
+    def fine_tuning(self, seed: int, changes: Mapping[str, Any]) -> Any:
+        config = config_of("finetune", {"init_from": str(self.root / "base")})
+        config.update_from_flattened_dict(TUNING | MCLR | dict(changes))
+        config.seed = seed + 1
+        return config
+
+    def mclr(self, seed: int, strength: float | None) -> None:
+        """A fine-tuning; None: with the strength that was chosen."""
+        changes = {"objective.beta": strength or self.chosen("beta")}
+        self.train(named("mclr", seed, strength), "finetune", self.fine_tuning(seed, changes))
+
+    def chosen(self, kind: str) -> float:
+        return self.read("chosen")[kind]["best"]
+
+    def draw(self, method: str, seed: int, strength: float | None) -> None:
+        """Samples of a method, judged; None: the strength that was chosen."""
+        kind, count, name = METHODS[method], COUNTS.get(seed, COUNT), named(method, seed, strength)
+        tuned = named("mclr", seed, strength) if kind == "beta" else "base"
+        if strength is None and kind:
+            strength = self.chosen(kind)
+        labels = np.arange(count) % 10
+        if kind == "interval":
+            found, params = self.load("base")
+            guided = generate.Guidance(strength, interval=INTERVAL)
+            samples = generate.generate(found.model, params, labels, found.sampler, guided=guided,
+                                        seed=seed, batch_size=self.batch)  # fmt: skip
+            made = {"samples": count, "scale": strength,
+                    "network_calls": guided.calls(found.model, found.sampler)}  # fmt: skip
+        else:
+            path = self.root / f"{name}.npz"
+            options = {"count": count, "seed": seed, "scale": strength if kind == "scale" else 1.0}
+            folder = str(self.root / f"{tuned}_diffusers")
+            made = self.in_torch("sample", folder=folder, out=str(path), **options)
+            with np.load(path) as file:
+                samples = file["images"][..., None]
+            path.unlink()
+        row = {"method": method, "seed": seed, "strength": strength, **made}
+        workdir = self.root / tuned if kind == "beta" else None
+        self.store(name, images.as_8_bits(samples), labels, row, workdir)
+        self.second(name)
+
+    def choose(self) -> None:
+        """The strength of each kind with the lowest FD of the validation seed."""
+        found: dict[str, Any] = {}
+        for method, kind in METHODS.items():
+            if not kind:
+                continue
+            sets = {s: named(method, VALIDATION, s) for s in GRIDS[kind]}
+            distances = {s: self.read(f"sets/{name}")["frechet"] for s, name in sets.items()}
+            best = min(distances, key=distances.__getitem__)
+            inside = min(distances) < best < max(distances)
+            found[kind] = {"best": best, "inside": inside, "frechet": distances}
+        self.write("chosen", found)
+
+    def tasks(self, seeds: tuple[int, ...]) -> list[Task]:
+        do, real = functools.partial, "second/real_train.json"
+        tasks = [
+            Task("diffusers", self.train_base, done("diffusers")),
+            *(Task(f"judge_{j}", do(self.judge, j), done(f"judge_{j}")) for j in JUDGES),
+            Task("real_train", do(self.real, "train"), "sets/real_train.json",
+                 tuple(done(f"judge_{j}") for j in JUDGES)),
+            Task("real_test", do(self.real, "test"), "sets/real_test.json",
+                 ("sets/real_train.json",)),
+            Task("second_train", do(self.second, "real_train"), real, ("sets/real_train.json",)),
+            Task("second_test", do(self.second, "real_test"), "second/real_test.json",
+                 ("sets/real_test.json", real)),
+            Task("base", self.take, "base/run.json", (done("diffusers"),)),
+            Task("base_back", do(self.back, "base"), back("base"), ("base/run.json",)),
+            Task("parity", self.parity, "parity.json", (back("base"),)),
+        ]  # fmt: skip
+        for method, kind in METHODS.items():
+            for strength in GRIDS[kind] if kind else []:
+                tasks += self.of_method(method, VALIDATION, strength, real)
+        every = [task.output for task in tasks if f"_{VALIDATION}_at_" in task.output]
+        tasks.append(Task("choose", self.choose, "chosen.json", tuple(every)))
+        for seed in seeds:
+            for method, kind in METHODS.items():
+                needs = ("chosen.json",) if kind else ()
+                tasks += self.of_method(method, seed, None, real, *needs)
+        return tasks
+
+    def of_method(self, method: str, seed: int, strength: float | None, *needs: str) -> list[Task]:
+        """The tasks for a set of samples: a fine-tuning and its way back to PyTorch, if any."""
+        do, name, tuned = functools.partial, named(method, seed, strength), "base"
+        tasks = []
+        if METHODS[method] == "beta":
+            tuned = named("mclr", seed, strength)
+            start = ("base/run.json", *needs)
+            tasks += [
+                Task(tuned, do(self.mclr, seed, strength), done(tuned), start),
+                Task(f"{tuned}_back", do(self.back, tuned), back(tuned), (done(tuned),)),
+            ]
+        draw = do(self.draw, method, seed, strength)
+        return [*tasks, Task(f"set_{name}", draw, f"second/{name}.json", (back(tuned), *needs))]
+
+
+def named(method: str, seed: int, strength: float | None) -> str:
+    """Name of a set of samples, or of a run."""
+    place = method.lower().replace(",", "").replace(" ", "_")
+    return f"{place}_{seed}" + (f"_at_{strength:g}" if strength else "")
+
+
+def back(name: str) -> str:
+    """A file of the folder that a run is written to."""
+    return f"{name}_diffusers/model_index.json"
+
+
+def collect(bench: Outside, seeds: tuple[int, ...]) -> dict[str, Any]:
+    """The rows that are there."""
+    of_seeds: dict[str, list] = {"validation": [], "rows": []}
+    for method, kind in METHODS.items():
+        grid = [(VALIDATION, s) for s in GRIDS[kind]] if kind else []
+        for seed, strength in [*grid, *((seed, None) for seed in seeds)]:
+            if bench.there(f"second/{(name := named(method, seed, strength))}"):
+                of_seeds["validation" if strength else "rows"].append(bench.row(name))
+    judges = {name: training(bench.root / name) for name in (f"judge_{j}" for j in JUDGES)}
+    single = {
+        name: bench.read(name) | bench.made_by(name)
+        for name in ("diffusers/done", "parity", "chosen") if bench.there(name)
+    }  # fmt: skip
+    return {"floor": bench.row("real_test"), "interval": INTERVAL, **single, **of_seeds,
+            "other_runs": judges}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", default="0,1,2", help="of fine-tuning and sampling")
+    parser.add_argument("--torch", default=sys.executable, help="Python with torch and diffusers")
+    add_flags(parser)
+    arguments = parser.parse_args()
+    seeds = tuple(map(int, arguments.seeds.split(",")))
+    bench = Outside(torch=arguments.torch)
+    result = run(bench.root, bench.tasks(seeds), arguments)
+    write_json(RESULTS / "outside.json", result | collect(bench, seeds))
+
+
+if __name__ == "__main__":
+    main()
