@@ -65,22 +65,41 @@ class EDM(Keys):
 
 @dataclasses.dataclass(frozen=True)
 class Velocity(Keys):
-    """Linear flow matching, x_t = (1 - t) x0 + t n with sigma = t / (1 - t).
+    """Flow matching, x_u = a x0 + s n with sigma = s / a, for u from 0 (data) to 1 (noise).
 
-    With data_at = 1 the network gets 1 - t and gives x0 - n (SiT, Ma et al. 2024, arXiv
-    2401.08740); with data_at = 0 it gets t and gives n - x0 (REPA, Yu et al. 2024, arXiv
-    2410.06940). Natural weight ((1 + sigma) / sigma)^2. Sampling starts at a finite level (1e4).
+    The path is linear (a = 1 - u, s = u), cosine (cos and sin of pi u / 2; SiT's GVP) or vp (SiT's
+    VP: ln a = -4.975 u^2 - .05 u, a^2 + s^2 = 1). With data_at = 1 the network gets 1 - u and
+    gives the velocity towards the data (SiT, Ma et al. 2024, arXiv 2401.08740); with data_at = 0 it
+    gets u and gives the velocity towards the noise, n - x0 on the linear path (REPA, Yu et al.
+    2024, arXiv 2410.06940). SiT's other predictions are the noise n and the score, -n / s. Natural
+    weight ((1 + sigma) / sigma)^2 on the linear path. Sampling starts at a finite level (1e4).
     """
 
     data_at: int = key(1, words=(0, 1), says="time of the data: 1 of SiT, 0 of REPA")
+    path: str = key("linear", words=("linear", "cosine", "vp"), says="between data and noise")
+    prediction: str = key("velocity", words=("velocity", "noise", "score"), says="of the network")
 
     where: ClassVar[str] = "config.preconditioning"
     sigma_range = (0.0, float("inf"))
 
     def scales(self, sigma: jax.Array) -> Scales:
-        data, noise = 1 / (1 + sigma), sigma / (1 + sigma)  # 1 - t and t
-        c_out, clock = (noise, data) if self.data_at else (-noise, noise)
-        return Scales(data, data, c_out, clock)
+        if self.path == "linear":
+            data, noise = 1 / (1 + sigma), sigma / (1 + sigma)  # a and s
+            times, skip, out = (noise, data), data, noise
+        else:
+            data, noise = 1 / jnp.sqrt(1 + sigma**2), sigma / jnp.sqrt(1 + sigma**2)
+            if self.path == "cosine":
+                time, out = 2 / np.pi * jnp.arctan(sigma), 2 / np.pi * noise
+            else:
+                depth, low, rise = jnp.log1p(sigma**2) / 2, 0.05, 9.95  # -ln a; its slope in u
+                time = 2 * depth / (low + jnp.sqrt(low**2 + 2 * rise * depth))
+                out = noise**2 / (data * (low + rise * time))
+            times, skip = (time, 1 - time), data**2
+        if self.prediction != "velocity":
+            skip, out = jnp.ones_like(sigma), sigma
+            out = -noise * out if self.prediction == "score" else out
+        towards_data = self.data_at and self.prediction == "velocity"
+        return Scales(data, skip, out if towards_data else -out, times[self.data_at])
 
 
 class _Discrete(Keys, abc.ABC):

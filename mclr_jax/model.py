@@ -28,6 +28,7 @@ class DataInfo:
     offset: tuple[float, ...] = ()  # () for data without units
     scale: tuple[float, ...] = ()
     time_step: float = 0.0  # between two frames of a trajectory; 0 for none
+    has_null: bool = True  # False: no training has shown the null label to the network
 
 
 @dataclasses.dataclass(frozen=True)

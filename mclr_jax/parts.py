@@ -21,6 +21,7 @@ NETWORKS: dict[str, Any] = {"mlp": MLP, "unet": UNet, "dit": DiT, "trajectory": 
                             "frame_dit": FrameDiT, **CLASSIFIERS}  # fmt: skip
 PRECONDITIONINGS: dict[str, Any] = {"edm": EDM, "velocity": Velocity, "epsilon": Epsilon, "v": V}
 UNITS = ("offset", "scale", "time_step")  # of the data; optional attributes of a source
+LATER = (*UNITS, "has_null")  # not in descriptions of earlier versions, and so not by default
 
 
 def describe(model: Model) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def describe(model: Model) -> dict[str, Any]:
         "data": {
             key: _plain(key, value)
             for key, value in dataclasses.asdict(model.data).items()
-            if value or key not in UNITS  # as in descriptions of earlier versions
+            if key not in LATER or value != getattr(DataInfo, key)
         },
         "strength": list(model.strength),
     }

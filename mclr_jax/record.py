@@ -76,6 +76,9 @@ def changes(workdir: pathlib.Path, description: Mapping[str, Any]) -> dict[str, 
         return {}
     with contextlib.suppress(ValueError):  # a key that is newer than the run has its default there
         old["config"] = dict(Training.parse(old["config"]).config)
+        old["model"] = as_json(parts.describe(parts.model_of(old["model"])))
+        for name, other in old["companions"].items():
+            old["companions"][name] = as_json(parts.describe(parts.model_of(other)))
     before, now = flat(old), flat(dict(description))
     known = before.get("frozen", now.get("frozen"))  # none: of a training without companions
     if has_checkpoints(workdir) and now.get("frozen", known) != known:

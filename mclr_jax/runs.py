@@ -176,13 +176,18 @@ def load_model(workdir: str | pathlib.Path, interpolation: float = 1.0) -> tuple
 
 
 def publish(
-    workdir: pathlib.Path, model: Model, params: Any, sampler: Sampler, step: int = 0
-) -> None:
-    """Write parameters, on the devices of all processes, as a run without a training."""
+    workdir: pathlib.Path, model: Model, params: Any, sampler: Sampler, step: int = 0,
+    origin: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Write parameters, on the devices of all processes, as a run without a training.
+
+    `origin` says where the weights come from.
+    """
     with Checkpoints(workdir / "checkpoints", keep=None) as checkpoints:
         checkpoints.save(step, {"params": params})
     if is_first():
-        record.write(workdir, record.of_model(model, [], dataclasses.asdict(sampler)))
+        described = record.of_model(model, [], dataclasses.asdict(sampler))
+        record.write(workdir, described | ({"origin": dict(origin)} if origin else {}))
 
 
 def _like(model: Model) -> Any:

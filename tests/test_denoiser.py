@@ -104,11 +104,36 @@ def v(x, clock, alpha_bar):
     return data * n - noise * x0
 
 
+def flow(x, clock, path, prediction, data_at):
+    """The velocity along a path towards t = 1, the noise or the score (SiT, section 3)."""
+    u = 1 - clock if data_at else clock
+    vp = np.exp(-(u**2) * 19.9 / 4 - u / 20)
+    data = {"linear": 1 - u, "cosine": np.cos(np.pi * u / 2), "vp": vp}[path]
+    slopes = {"linear": -1 + 0 * u, "cosine": -np.pi / 2 * np.sin(np.pi * u / 2)}
+    slope = slopes.get(path, -(u * 19.9 / 2 + 1 / 20) * vp)
+    noise = u if path == "linear" else np.sqrt(1 - data**2)
+    x0, n = gaussian(x, data, noise)
+    if prediction != "velocity":
+        return n if prediction == "noise" else -n / noise
+    towards_noise = slope * x0 + (1 if path == "linear" else -data * slope / noise) * n
+    return -towards_noise if data_at else towards_noise
+
+
 CONVENTIONS = {
     "edm": (EDM(0.5), partial(edm, sigma_data=0.5)),
     "edm, other sigma_data": (EDM(1.7), partial(edm, sigma_data=1.7)),
     "velocity, data at 1": (Velocity(1), sit),
     "velocity, data at 0": (Velocity(0), repa),
+    **{
+        f"{path}, {prediction}, data at {data_at}": (
+            Velocity(data_at, path, prediction),
+            partial(flow, path=path, prediction=prediction, data_at=data_at),
+        )
+        for path in ("linear", "cosine", "vp")
+        for prediction in ("velocity", "noise", "score")
+        for data_at in (0, 1)
+        if (path, prediction) != ("linear", "velocity")
+    },
     "epsilon": (
         Epsilon((1e-7, 0.03), 1000),
         partial(epsilon, alpha_bar=alpha_bar_of_betas(1e-7, 0.03, 1000)),

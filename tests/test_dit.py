@@ -15,6 +15,7 @@ from mclr_jax.networks import layers
 from mclr_jax.networks.dit import Block, DiT
 from mclr_jax.plan import flops
 from mclr_jax.pretrained import dit as pretrained
+from mclr_jax.pretrained.names import to_params
 from mclr_jax.types import Condition
 
 ARRAYS = dict(np.load(Path(__file__).parent / "data" / "dit.npz"))
@@ -38,9 +39,16 @@ DROPPED = X, T, Condition(LABEL, dropout_keys=KEYS)
 EXPECTED = ARRAYS["output/out"].transpose(0, 2, 3, 1)
 
 
+def read(state, net=NET):
+    """The parameters of `net`, which computes the position embedding that the file holds."""
+    found = pretrained.read("dit", state, {}, {"heads": net.heads})
+    assert found.model.network == net.clone(stored_positions=True, dtype="float32")
+    return {name: value for name, value in found.params.items() if name != "pos_embed"}
+
+
 @pytest.fixture(scope="module")
 def params():
-    return pretrained.convert(STATE, NET)
+    return read(STATE)
 
 
 @jax.jit
@@ -156,7 +164,9 @@ def test_bfloat16(params):
 def test_optional_inputs_enter_by_kernels_that_start_at_zero():
     """Official weights have no such kernels, and stay the same model."""
     net = NET.clone(augment_dim=2, takes_strength=True)
-    params = pretrained.convert(STATE, net)
+    shapes = jax.eval_shape(net.init, KEYS[0], *PLAIN)["params"]
+    state = {name: value for name, value in STATE.items() if name != "pos_embed"}
+    params = to_params(state, shapes, pretrained.names(net), net.optional_inputs)
     values = {"augment": jax.random.normal(KEYS[0], (3, 2)), "strength": jnp.array([0.5, 1, 3])}
     zeros = jax.tree.map(jnp.zeros_like, values)
 
@@ -175,14 +185,18 @@ def test_optional_inputs_enter_by_kernels_that_start_at_zero():
 def test_wrong_weights_are_named():
     name = "blocks.1.attn.qkv.weight"
     without = {k: v for k, v in STATE.items() if k != name}
-    with pytest.raises(ValueError, match=r"'blocks.1.attn.qkv.weight' is missing.*\(48, 144\)"):
-        pretrained.convert(without, NET)
-    with pytest.raises(ValueError, match=r"qkv.weight' has shape \(143, 48\).*\(48, 144\)"):
-        pretrained.convert(STATE | {name: STATE[name][1:]}, NET)
-    with pytest.raises(ValueError, match=r"'blocks.1.*' of shape .* is unexpected"):
-        pretrained.convert(STATE, NET.clone(depth=1))
-    with pytest.raises(ValueError, match="not weights of a DiT"):
-        pretrained.convert({}, NET)
+    with pytest.raises(ValueError, match=r"'blocks.1.attn.qkv.weight' is missing.*\(144, 48\)"):
+        read(without)
+    with pytest.raises(
+        ValueError, match=r"qkv.weight' is float32 of shape \(143, 48\).*\(144, 48\)"
+    ):
+        read(STATE | {name: STATE[name][1:]})
+    with pytest.raises(ValueError, match=r"'blocks.1.extra' of shape \(2,\) is unexpected"):
+        read(STATE | {"blocks.1.extra": np.zeros(2)})
+    with pytest.raises(ValueError, match=r"blocks.1.attn.qkv.weight' is complex64"):
+        read(STATE | {name: STATE[name].astype(np.complex64)})
+    with pytest.raises(ValueError, match=r"x_embedder.proj.weight.*missing"):
+        read({})
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,8 @@ def test_descriptions_name_what_they_can_and_say_every_value():
     found = parts.describe(Model(MLP(2, 3, dtype="float32"), Velocity(), DATA))
     assert found["network"]["name"] == "mlp"
     assert found["network"]["depth"] == 4  # a default
-    assert found["preconditioning"] == {"name": "velocity", "data_at": 1}
+    expected = {"name": "velocity", "data_at": 1, "path": "linear", "prediction": "velocity"}
+    assert found["preconditioning"] == expected
     guest = parts.describe(Model(Guest(), EDM(), DATA))
     assert guest["network"] == {"name": f"{__name__}:Guest", "widths": [4, 8]}
 

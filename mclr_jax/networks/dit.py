@@ -1,9 +1,11 @@
 """DiT: a transformer on image patches, modulated by noise level and class (adaLN-Zero).
 
-Source: Peebles and Xie 2022 (arXiv:2212.09748). SiT (Ma et al. 2024, arXiv:2401.08740) is the same
-network. Official weights load through `mclr_jax.pretrained.dit`.
+Source: Peebles and Xie 2022 (arXiv:2212.09748). SiT (Ma et al. 2024, arXiv:2401.08740) and REPA
+(Yu et al. 2024, arXiv:2410.06940) have the same network. Official weights load through
+`mclr_jax.pretrained.dit`.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -29,12 +31,22 @@ class Block(nn.Module):
     dtype: Any
     window: int | None = None  # see `self_attention`
     causal: bool = False
+    qk_norm: bool = False
+    mlp_epsilon: float = layers.LAYER_NORM_EPSILON
+    embed: Callable[..., jax.Array] | None = None  # for an embedding of the block's own
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, index: jax.Array, embedding: jax.Array, dropout_keys: jax.Array | None
-    ) -> tuple[jax.Array, None]:
-        """x (B, N, D), index () of this block, embedding (B[, N], E) -> x and no scan output."""
+        self, x: jax.Array, index: jax.Array, embedding: Any, dropout_keys: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """x (B, N, D), index () of this block, embedding (B[, N], E) -> x and no scan output.
+
+        With `embed` the embedding is that function's value, to be made of the given inputs, and
+        the scan output.
+        """
+        own = None
+        if self.embed is not None:
+            own = embedding = self.embed(*embedding)
         linear = partial(Linear, dtype=self.dtype)
         if dropout_keys is not None:  # scanned blocks share one path, so `Dropout` needs the index
             dropout_keys = jax.vmap(jax.random.fold_in, (0, None))(dropout_keys, index)
@@ -45,13 +57,15 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
 
         h = layers.layer_norm(x, self.dtype) * (1 + scale_a) + shift_a
-        h = self_attention(h, self.heads, self.dtype, self.window, self.causal)
+        h = self_attention(
+            h, self.heads, self.dtype, self.window, self.causal, qk_norm=self.qk_norm
+        )
         x = x + gate_a * dropout(name="dropout_attention")(h, dropout_keys)
 
-        h = layers.layer_norm(x, self.dtype) * (1 + scale_m) + shift_m
+        h = layers.layer_norm(x, self.dtype, self.mlp_epsilon) * (1 + scale_m) + shift_m
         h = feed_forward(h, self.mlp_ratio, self.dtype)
         x = x + gate_m * dropout(name="dropout_mlp")(h, dropout_keys)
-        return x, None
+        return x, own
 
 
 def modulated(modulation: jax.Array, x: jax.Array, count: int) -> list[jax.Array]:
@@ -62,11 +76,12 @@ def modulated(modulation: jax.Array, x: jax.Array, count: int) -> list[jax.Array
 
 def self_attention(
     x: jax.Array, heads: int, dtype: Any, window: int | None = None, causal: bool = False,
-    prefix: str = "", ring: bool = False,
+    prefix: str = "", ring: bool = False, qk_norm: bool = False,
 ) -> jax.Array:  # fmt: skip
     """Self-attention of x (B, N, D), to be called in a module, with its linear maps.
 
-    A `window` limits and weighs what a token sees, see `RelativeBias`.
+    A `window` limits and weighs what a token sees, see `RelativeBias`. `qk_norm` normalises the
+    queries and keys of each head, with a learned scale and bias (REPA's option).
     """
     (_, tokens, width), linear, bias = x.shape, partial(Linear, dtype=dtype), None
     if window is not None:
@@ -74,6 +89,9 @@ def self_attention(
         bias = bias.astype(dtype)
     qkv = linear(3 * width, name=f"{prefix}qkv")(x).reshape(*x.shape[:2], 3, heads, -1)
     q, k, v = jnp.moveaxis(qkv, 2, 0)
+    if qk_norm:
+        norm = partial(nn.LayerNorm, epsilon=1e-5, dtype=dtype)
+        q, k = norm(name=f"{prefix}q_norm")(q), norm(name=f"{prefix}k_norm")(k)
     h = layers.attention(q, k, v, bias).reshape(x.shape)
     return linear(width, name=f"{prefix}proj")(h)
 
@@ -82,6 +100,23 @@ def feed_forward(x: jax.Array, ratio: float, dtype: Any) -> jax.Array:
     """Two linear maps with a GELU between them, to be called in a module."""
     hidden = Linear(int(x.shape[-1] * ratio), dtype=dtype, name="fc1")(x)
     return Linear(x.shape[-1], dtype=dtype, name="fc2")(layers.gelu(hidden))
+
+
+def embedded(
+    rows: int, width: int, unit: bool, dtype: Any,
+    t: jax.Array, label: jax.Array, others: jax.Array | None,
+) -> jax.Array:  # fmt: skip
+    """Embedding (B, width) of a level's features t (B, 256), a label (B,) and others (B, width).
+
+    The layers are those of the calling module; `unit` is that of `DiT.unit_condition`.
+    """
+    dense = lecun_normal() if unit else normal(0.02)
+    t = nn.silu(Linear(width, kernel_init=dense, name="t_embedder_0")(t))
+    t = Linear(width, kernel_init=dense, name="t_embedder_2")(t)
+    table = normal(1.0 if unit else 0.02)
+    embedding = t + nn.Embed(rows, width, embedding_init=table, name="y_embedder")(label)
+    embedding = embedding if others is None else embedding + others
+    return nn.silu(embedding).astype(dtype)  # the first operation of each use
 
 
 def position_embedding(dim: int, height: int, width: int) -> np.ndarray:
@@ -93,9 +128,13 @@ def position_embedding(dim: int, height: int, width: int) -> np.ndarray:
 
 
 class DiT(Network):
-    """DiT for images (B, H, W, C). DiT-XL/2 is width 1152, depth 28, heads 16, patch_size 2."""
+    """DiT for images (B, H, W, C). DiT-XL/2 is width 1152, depth 28, heads 16, patch_size 2.
 
-    out_channels: int = 3  # official DiT has 2C, for noise and variance
+    With a learned variance, as in the published DiT, `out_channels` is 2 C; SiT's has 2 C, too, and
+    does not use the second half.
+    """
+
+    out_channels: int = 3
     num_classes: int = 10
     patch_size: int = key(4, 1, DEEPEST, says="sides of a patch, a token")
     width: int = key(384, 1, WIDEST, says="of a token")
@@ -109,6 +148,13 @@ class DiT(Network):
     # At depth 6 on the CPU, this compiles about 1.5x faster and runs 8% slower; on an H200, DiT-B/2
     # compiles 5x faster and takes 1.3x as long: what a loop keeps for gradients is copied.
     scan_blocks: bool = key(False, says="compile one block instead of each, same parameters")
+    qk_norm: bool = key(False, says="normalise queries and keys, an option of REPA")
+    stored_positions: bool = key(False, says="position embedding among the parameters, not "
+                                 "trained: that of a published file")  # fmt: skip
+    # diffusers' DiT differs from the official one in the next three.
+    own_embeddings: bool = key(False, says="embeddings of level and class in each block")
+    time_endpoint: bool = key(False, says="time frequencies down to 1/10000, included")
+    mlp_epsilon: float = key(layers.LAYER_NORM_EPSILON, 0.0, 1.0, "()", says="of MLPs' norms")
 
     def __post_init__(self):
         super().__post_init__()
@@ -130,20 +176,25 @@ class DiT(Network):
             )
         rows, columns = height // p, width // p
         linear = partial(Linear, dtype=self.dtype)
-        dense = lecun_normal() if self.unit_condition else normal(0.02)
-        table = normal(1.0 if self.unit_condition else 0.02)
 
         # A p x p convolution of stride p is a dense layer on flattened patches.
         x = layers.space_to_depth(x, p).reshape(batch, rows * columns, -1)
         x = linear(self.width, name="x_embedder")(x)
-        x = x + position_embedding(self.width, rows, columns).astype(self.dtype)
+        position = position_embedding(self.width, rows, columns)[None]
+        if self.stored_positions:
+            position = self.param("pos_embed", lambda key: jnp.asarray(position))
+            position = jax.lax.stop_gradient(position)
+        x = x + position.astype(self.dtype)
 
-        t = timestep_embedding(c_noise * self.time_scale)
-        t = nn.silu(Linear(self.width, kernel_init=dense, name="t_embedder_0")(t))
-        embedding = Linear(self.width, kernel_init=dense, name="t_embedder_2")(t)
-        label = nn.Embed(self.num_classes + 1, self.width, embedding_init=table, name="y_embedder")
-        embedding = self.with_optional_inputs(embedding + label(condition.label), condition)
-        embedding = nn.silu(embedding).astype(self.dtype)  # the first operation of each use
+        optional = self.takes_strength or self.augment_dim
+        inputs = (
+            timestep_embedding(c_noise * self.time_scale, endpoint=self.time_endpoint),
+            jnp.minimum(condition.label, self.num_classes),  # a network without classes has one row
+            self.with_optional_inputs(jnp.zeros((batch, self.width)), condition)
+            if optional else None,
+        )  # fmt: skip
+        embed = partial(embedded, self.num_classes + 1, self.width, self.unit_condition, self.dtype)
+        embedding = inputs if self.own_embeddings else embed(*inputs)
 
         # The parameters have a leading depth axis, also if the blocks are unrolled.
         blocks = nn.scan(
@@ -153,8 +204,14 @@ class DiT(Network):
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=self.depth,
             unroll=1 if self.scan_blocks else self.depth,
-        )(self.heads, self.mlp_ratio, self.dropout, self.dtype, name="blocks")
-        x, _ = blocks(x, jnp.arange(self.depth), embedding, condition.dropout_keys)
+        )(
+            self.heads, self.mlp_ratio, self.dropout, self.dtype, qk_norm=self.qk_norm,
+            mlp_epsilon=self.mlp_epsilon, embed=embed if self.own_embeddings else None,
+            name="blocks",
+        )  # fmt: skip
+        x, embeddings = blocks(x, jnp.arange(self.depth), embedding, condition.dropout_keys)
+        if self.own_embeddings:
+            embedding = embeddings[0]
 
         modulation = linear(2 * self.width, kernel_init=zeros, name="final_adaLN_modulation")
         shift, scale = jnp.split(modulation(embedding)[:, None, :], 2, axis=-1)

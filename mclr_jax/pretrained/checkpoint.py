@@ -1,0 +1,34 @@
+"""A published checkpoint as a model with weights, which all families of files become."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mclr_jax.model import Model
+from mclr_jax.samplers import Sampler
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A published model."""
+
+    family: str
+    model: Model
+    params: Any  # float32, of the network
+    sampler: Sampler  # that of the official script
+    rest: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # other tensors
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for run.json
+
+
+def take(given: dict[str, Any], name: str, known: Any = None) -> Any:
+    """The value `name` that the user has given, or else the one that the file tells.
+
+    ValueError: there is neither.
+    """
+    value = given.pop(name, None)
+    value = known if value is None else value
+    if value is None:
+        raise ValueError(f"the file does not hold {name}: give it, as --set={name}=VALUE.")
+    return value

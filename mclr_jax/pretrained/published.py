@@ -1,0 +1,159 @@
+"""Files and folders of other code bases as runs, and runs as such files and folders."""
+
+import collections
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mclr_jax import record, runs
+from mclr_jax.files import digest, named, save_arrays
+from mclr_jax.pretrained import diffusers, dit, edm, names, tensors
+from mclr_jax.pretrained.checkpoint import Checkpoint, take
+from mclr_jax.runs import Run
+from mclr_jax.schema import look_up, nearest
+
+FAMILIES: dict[str, Any] = {"edm": edm, "edm2": edm, "dit": dit, "sit": dit, "repa": dit,
+                            "diffusers": diffusers}  # fmt: skip
+REST = "rest.npz"  # of a run's directory: official tensors that are no parameters here
+
+
+def read(path: str | os.PathLike, family: str = "", **given: Any) -> Checkpoint:
+    """The model in a published file (.pkl, .pt, .safetensors) or folder of diffusers.
+
+    `family` is needed where the file does not tell it: edm, edm2, dit, sit, repa or diffusers.
+    `given` is what the file does not hold: heads, num_classes (if its last label is no null label),
+    image_size, path_type, prediction; average ("ema" or "model") of a training file.
+
+    Nothing that a file names or holds is executed. ValueError: the file is damaged or of another
+    family, a tensor is missing, unexpected or misshapen, or a value must be given.
+    """
+    path, left = pathlib.Path(path), dict(given)
+    if family:
+        look_up(FAMILIES, family, "family")
+    if path.is_dir():
+        content: Any = diffusers.weights(diffusers.transformer(path))
+    else:
+        content = tensors.load(path)
+    with named(f"{path} cannot be read as a published model"):
+        found, state, args = _parts(content, family, left)
+        if path.is_dir():
+            checkpoint = diffusers.read(path, left)
+        elif found in ("edm", "edm2"):
+            checkpoint = edm.read(content, left)
+        else:
+            checkpoint = dit.read(found, state, args, left)
+        for key in left:
+            known = ("heads", "num_classes", "image_size", "path_type", "prediction", "average")
+            raise ValueError(f"{key} is not used for this file. {nearest(key, known)}")
+        if family and family != checkpoint.family:
+            raise ValueError(f"it is of the family {checkpoint.family!r}, not {family!r}.")
+    facts = {"average": given.get("average", "ema"), **_types(state), **checkpoint.facts}
+    return dataclasses.replace(checkpoint, facts=facts)
+
+
+def _parts(
+    content: Any, family: str, given: dict[str, Any]
+) -> tuple[str, dict[str, np.ndarray], Mapping[str, Any]]:
+    """Family, tensors by name and training arguments of a file's content."""
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}; expected tensors by name")
+    if any(isinstance(value, tensors.Module) for value in content.values()):
+        if not isinstance(module := content.get("ema"), tensors.Module):
+            raise ValueError("it has no network 'ema'; expected a snapshot of EDM or EDM2")
+        return edm.family_of(module), module.tensors(), {}
+    args: Any = content.get("args", {})
+    if isinstance(content.get("ema"), dict) or isinstance(content.get("model"), dict):
+        average = str(take(given, "average", "ema"))
+        content = content.get(average)
+    state = content if isinstance(content, dict) else {}
+    if wrong := [name for name, value in state.items() if not isinstance(value, np.ndarray)]:
+        raise ValueError(f"{wrong[0]!r} is no tensor")
+    if not dit.is_dit(state):
+        if family == "diffusers" or "pos_embed.proj.weight" in state:
+            return "diffusers", state, {}
+        raise ValueError(
+            "it has no tensors x_embedder.proj.weight and final_layer.linear.weight; expected a "
+            "DiT, SiT or REPA, or a snapshot of EDM or EDM2 (.pkl)"
+        )
+    args = args if isinstance(args, Mapping) else {}
+    if not (found := family or dit.family_of(state, args)):
+        raise ValueError(
+            "files of DiT and SiT without their training arguments cannot be told apart: give "
+            "--family=dit or --family=sit"
+        )
+    return found, state, args
+
+
+def _types(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The most frequent type of the tensors, and those of the others by name."""
+    types = {name: np.asarray(value).dtype.name for name, value in state.items()}
+    ((most, _),) = collections.Counter(types.values()).most_common(1)
+    return {"dtype": most, "dtypes": {name: t for name, t in types.items() if t != most}}
+
+
+def state(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint by their official names, in the types of the file."""
+    family = FAMILIES[checkpoint.family]
+    found = names.to_state(checkpoint.params, family.names(checkpoint.model.network))
+    if hasattr(family, "state"):
+        found = family.state(checkpoint, found)
+    found |= checkpoint.rest
+    usual, types = checkpoint.facts.get("dtype", "float32"), checkpoint.facts.get("dtypes", {})
+    return {n: np.asarray(x).astype(jnp.dtype(types.get(n, usual))) for n, x in found.items()}
+
+
+def convert(path: str | os.PathLike, workdir: pathlib.Path, family: str = "", **given: Any) -> Run:
+    """Write a published model as the run `workdir`, without a training.
+
+    ValueError: `workdir` has a run already; and those of `read`.
+    """
+    if record.read(workdir):
+        raise ValueError(f"{workdir} has a run already; use another directory.")
+    checkpoint = read(path, family, **given)
+    origin = {
+        "file": os.path.abspath(path), "family": checkpoint.family,
+        "digest": digest(checkpoint.params), **checkpoint.facts,
+    }  # fmt: skip
+    runs.publish(workdir, checkpoint.model, checkpoint.params, checkpoint.sampler, origin=origin)
+    if checkpoint.rest:
+        save_arrays(workdir / REST, **checkpoint.rest)
+    return runs.load(workdir)
+
+
+def checkpoint_of(run: Run, params: Any) -> Checkpoint:
+    """A run with these weights as a checkpoint of the family that it, or its start, was read from.
+
+    ValueError: it was started from no published model.
+    """
+    base = run
+    while not (origin := record.read(base.workdir).get("origin")):
+        if not (start := base.config.get("init_from")):
+            raise ValueError(
+                f"{run.workdir} comes from no published model: neither it nor a run that it was "
+                "started from was written by launch.convert."
+            )
+        base = runs.load(start)
+    rest = {}
+    if (base.workdir / REST).exists():
+        with np.load(base.workdir / REST) as arrays:
+            rest = dict(arrays)
+    return Checkpoint(origin["family"], run.model, params, run.sampler, rest, origin)
+
+
+def export(run: Run, params: Any, path: pathlib.Path) -> None:
+    """Write weights under their official names: FILE.safetensors, or a folder of diffusers."""
+    checkpoint = checkpoint_of(run, params)
+    if path.suffix == ".safetensors":
+        tensors.save(path, state(checkpoint))
+    elif checkpoint.family == "diffusers":
+        diffusers.write(path, checkpoint, state(checkpoint))
+    else:
+        raise ValueError(
+            f"{path} is a folder of diffusers, and the run is of the family "
+            f"{checkpoint.family!r}: expected a name that ends in .safetensors."
+        )
