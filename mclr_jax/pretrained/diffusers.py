@@ -5,21 +5,32 @@ weights. Sources of names and layouts: huggingface/diffusers, `AutoencoderKL` an
 `DiTTransformer2DModel`, which is `Transformer2DModel` in older files.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
+from mclr_jax import schema
+from mclr_jax.denoiser import Epsilon
 from mclr_jax.files import named
+from mclr_jax.model import DataInfo, Model, shapes_of
 from mclr_jax.networks.autoencoder import Autoencoder
+from mclr_jax.networks.dit import DiT
+from mclr_jax.networks.layers import DEEPEST, WIDEST
 from mclr_jax.pretrained import tensors
+from mclr_jax.pretrained.checkpoint import Checkpoint
 from mclr_jax.pretrained.names import Names, Path, to_params
-from mclr_jax.schema import read
+from mclr_jax.samplers import Sampler
+from mclr_jax.schema import key
 
+INDEX = "model_index.json"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 # Names of an attention's parts before diffusers 0.17.
 OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -39,14 +50,14 @@ def settings(
         found = {k: v for k, v in json.loads(path.read_text()).items() if v is not None}
     if (kind := found.get("_class_name")) not in classes:
         raise ValueError(f"{path} is of the class {kind!r}; expected {' or '.join(classes)}.")
-    for key, value in fixed.items():
-        got = found.get(key, value)
+    for name, value in fixed.items():
+        got = found.get(name, value)
         if any(one != value for one in (got if isinstance(got, list) else [got])):
-            raise ValueError(f"{path}: {key} is {found[key]!r}; only {value!r} is known here.")
+            raise ValueError(f"{path}: {name} is {got!r}; only {value!r} is known here.")
     return {k: v for k, v in found.items() if k[0] != "_" and k not in (*unused, *fixed)}
 
 
-def weights(folder: pathlib.Path) -> dict[str, Any]:
+def weights(folder: pathlib.Path) -> dict[str, np.ndarray]:
     """The tensors of a part of a pipeline by name."""
     for path in (folder / name for name in WEIGHTS):
         if path.is_file():
@@ -57,19 +68,24 @@ def weights(folder: pathlib.Path) -> dict[str, Any]:
     raise FileNotFoundError(f"found no {' or '.join(WEIGHTS)} in {folder}; check the folder.")
 
 
+def described(folder: pathlib.Path) -> Autoencoder:
+    """The autoencoder that the config in a folder `vae` describes."""
+    fixed = {"act_fn": "silu", "down_block_types": "DownEncoderBlock2D",
+             "up_block_types": "UpDecoderBlock2D"}  # fmt: skip
+    found = settings(folder, ["AutoencoderKL"], ("sample_size", "force_upcast"), fixed)
+    with named(f"{folder}/config.json describes no autoencoder that is known here"):
+        return schema.read(Autoencoder, found, "it")
+
+
 def autoencoder(folder: str | os.PathLike) -> tuple[Autoencoder, Any]:
     """The autoencoder in a folder `vae` of diffusers, and its parameters, float32.
 
     ValueError: a config of another network, or tensors that do not fit it.
     """
-    folder = pathlib.Path(folder)
-    fixed = {"act_fn": "silu", "down_block_types": "DownEncoderBlock2D",
-             "up_block_types": "UpDecoderBlock2D"}  # fmt: skip
-    found = settings(folder, ["AutoencoderKL"], ("sample_size", "force_upcast"), fixed)
+    network = described(folder := pathlib.Path(folder))
+    side = 2 ** len(network.block_out_channels)
+    images = jax.ShapeDtypeStruct((1, side, side, network.in_channels), np.float32)
     with named(f"{folder}/config.json describes no autoencoder that is known here"):
-        network = read(Autoencoder, found, "it")
-        side = 2 ** len(network.block_out_channels)
-        images = jax.ShapeDtypeStruct((1, side, side, network.in_channels), np.float32)
         shapes = jax.eval_shape(network.init, jax.random.key(0), images)["params"]
     state = {}
     for name, value in weights(folder).items():
@@ -89,3 +105,168 @@ def _dense(path: Path) -> tuple[int, ...]:
 AUTOENCODER = Names(
     lambda path: ".".join(path).replace(".kernel", ".weight").replace(".scale", ".weight"), _dense
 )
+
+
+# ---- DiT -----------------------------------------------------------------------------------------
+
+CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
+UNUSED = ("upcast_attention", "norm_num_groups")
+FIXED = {
+    "activation_fn": "gelu-approximate", "attention_bias": True, "norm_type": "ada_norm_zero",
+    "norm_elementwise_affine": False, "attention_type": "default", "double_self_attention": False,
+    "only_cross_attention": False, "use_linear_projection": False,
+}  # fmt: skip
+# Of schedulers: what is learned, and how the pipeline samples.
+PROCESS = {"beta_schedule": "linear", "prediction_type": "epsilon", "trained_betas": None,
+           "rescale_betas_zero_snr": False}  # fmt: skip
+SAMPLING = {"_class_name": "DDIMScheduler", "clip_sample": False, "thresholding": False,
+            "timestep_spacing": "leading", "steps_offset": 0,
+            "set_alpha_to_one": True}  # fmt: skip
+EMBEDDERS = "norm1.emb."
+OUTSIDE = {"x_embedder": "pos_embed.proj", "final_adaLN_modulation": "proj_out_1",
+           "final_linear": "proj_out_2"}  # fmt: skip
+INSIDE = {
+    "t_embedder_0": f"{EMBEDDERS}timestep_embedder.linear_1",
+    "t_embedder_2": f"{EMBEDDERS}timestep_embedder.linear_2",
+    "y_embedder": f"{EMBEDDERS}class_embedder.embedding_table",
+    "adaLN_modulation": "norm1.linear", "proj": "attn1.to_out.0", "fc1": "ff.net.0.proj",
+    "fc2": "ff.net.2",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Transformer:
+    """The keys of a transformer's config that decide what the network is; defaults of the class."""
+
+    num_attention_heads: int = key(16, 1, DEEPEST)
+    attention_head_dim: int = key(72, 1, WIDEST)
+    in_channels: int = key(4, 1, WIDEST)
+    out_channels: int = key(0, 0, WIDEST)  # 0: those of the input
+    num_layers: int = key(28, 1, DEEPEST)
+    dropout: float = key(0.0, 0.0, 1.0, ")")
+    sample_size: int = key(32, 1, WIDEST)
+    patch_size: int = key(2, 1, DEEPEST)
+    num_embeds_ada_norm: int = key(1000, 1)
+    norm_eps: float = key(1e-5, 0.0, 1.0, "()")
+
+
+def names(net: DiT) -> Names:
+    """The names of the parameters of `networks.dit.DiT`; shared embedders are those of block 0."""
+
+    def name(path: Path) -> Any:
+        if path[0] in net.optional_inputs:
+            return None
+        module, end = path[-2], ".bias" if path[-1] == "bias" else ".weight"
+        if module in OUTSIDE:
+            return OUTSIDE[module] + end
+        blocks = [f"transformer_blocks.{number}." for number in range(net.depth)]
+        if module == "qkv":
+            return [tuple(f"{block}attn1.to_{one}{end}" for one in "qkv") for block in blocks]
+        found = [block + INSIDE[module] + end for block in blocks]
+        return found if path[0] == "blocks" else found[0]
+
+    patch = (net.patch_size, net.patch_size)
+    return Names(name, lambda path: patch if path[0] == "x_embedder" else ())
+
+
+def transformer(folder: pathlib.Path) -> pathlib.Path:
+    """The folder of the transformer of a pipeline; the folder itself if it is that."""
+    return folder / "transformer" if (folder / "transformer").is_dir() else folder
+
+
+def read(folder: str | os.PathLike, given: dict[str, Any]) -> Checkpoint:
+    """The DiT in the folder of a pipeline, or in its folder `transformer` alone.
+
+    The config holds all that `given` can say. ValueError: a config of another network or process,
+    or tensors that do not fit it.
+    """
+    part = transformer(folder := pathlib.Path(folder))
+    with named(f"{part}/config.json describes no DiT that is known here"):
+        config = schema.read(Transformer, settings(part, CLASSES, UNUSED, FIXED), "it")
+    state, heads, channels = weights(part), config.num_attention_heads, config.in_channels
+    copies = _copies(state, config.num_layers)
+    own = any(k not in state or (state[k] != state[first]).any() for k, first in copies.items())
+    net = DiT(
+        out_channels=config.out_channels or channels, num_classes=config.num_embeds_ada_norm,
+        patch_size=config.patch_size, width=heads * config.attention_head_dim, heads=heads,
+        depth=config.num_layers, dropout=config.dropout, time_scale=1.0, time_endpoint=True,
+        mlp_epsilon=config.norm_eps, own_embeddings=own,
+    )  # fmt: skip
+    state = {name: x for name, x in state.items() if own or name not in copies}
+    facts, units = _of_pipeline(folder, channels) if part != folder else ({}, {})
+    data = DataInfo((config.sample_size,) * 2 + (channels,), net.num_classes, 1.0, **units)
+    model = Model(net, _process(folder / "scheduler"), data)
+    with named(f"the weights in {part} do not fit its config.json"):
+        params = to_params(state, shapes_of(model), names(net), net.optional_inputs)
+    return Checkpoint("diffusers", model, params, Sampler("euler", 50, 0.01, 157.0), facts=facts)
+
+
+def state(checkpoint: Checkpoint, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors of a folder, from those of `names`: each block has embedders."""
+    net = checkpoint.model.network
+    copies = {} if net.own_embeddings else _copies(found, net.depth)
+    return found | {name: found[first] for name, first in copies.items()}
+
+
+def write(folder: pathlib.Path, checkpoint: Checkpoint, found: dict[str, np.ndarray]) -> None:
+    """Write the tensors of `state` as a folder that diffusers loads.
+
+    Everything but the weights is that of the folder which the checkpoint was read from. ValueError:
+    `folder` exists, or the checkpoint no longer has DiT's process. FileNotFoundError: the folder
+    that it was read from has gone.
+    """
+    process = type(checkpoint.model.preconditioning).__name__
+    if process != "Epsilon":
+        raise ValueError(f"diffusers' DiT predicts the noise (epsilon); this run has {process}.")
+    if folder.exists():
+        raise ValueError(f"{folder} exists; give a new folder.")
+    part = transformer(source := pathlib.Path(checkpoint.facts["file"]))
+    if not (part / "config.json").is_file():
+        raise FileNotFoundError(f"found no {part}/config.json, of the folder that this run was "
+                                "read from: put it there, or write a .safetensors.")  # fmt: skip
+    (target := folder / part.relative_to(source)).mkdir(parents=True)
+    tensors.save(target / WEIGHTS[0], found)
+    shutil.copy(part / "config.json", target)
+    for name in ("scheduler", "vae") if part != source else ():
+        if (source / name).is_dir():
+            shutil.copytree(source / name, folder / name)
+    if part != source and (source / INDEX).is_file():
+        shutil.copy(source / INDEX, folder)
+
+
+def _copies(state: Mapping[str, Any], depth: int) -> dict[str, str]:
+    """The names of the embedders of later blocks, and their names in block 0."""
+    firsts = [name for name in state if name.startswith(f"transformer_blocks.0.{EMBEDDERS}")]
+    return {name.replace(".0.", f".{i}.", 1): name for name in firsts for i in range(1, depth)}
+
+
+def _of_pipeline(folder: pathlib.Path, channels: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Facts about the labels and the autoencoder of a pipeline, and the units of its latents."""
+    facts: dict[str, Any] = {}
+    units: dict[str, Any] = {}
+    if (vae := folder / "vae").is_dir():
+        network = described(vae)
+        units = {"offset": network.shift_factor, "scale": 1 / network.scaling_factor}
+        facts |= {"autoencoder": os.path.abspath(vae), "latents": "stable_diffusion"}
+    if (path := folder / INDEX).is_file():
+        with named(f"{path} is no index of a pipeline"):
+            facts |= {"id2label": dict(json.loads(path.read_text()).get("id2label") or {})}
+    return facts, {name: (value,) * channels for name, value in units.items()}
+
+
+def _process(folder: pathlib.Path) -> Epsilon:
+    """The process of a pipeline's scheduler; that of DiT without one."""
+    if not (path := folder / "scheduler_config.json").is_file():
+        return Epsilon()
+    with named(f"{path} describes no process that is known here"):
+        config = {k: v for k, v in json.loads(path.read_text()).items() if v is not None}
+        for name, value in {**PROCESS, **SAMPLING}.items():
+            if (got := config.get(name, value)) != value and name in PROCESS:
+                raise ValueError(f"{name} is {got!r}; only {value!r} is known here")
+            if got != value:
+                logging.warning("%s: %s is %r; samples here are as if it were %r.",
+                                path, name, got, value)  # fmt: skip
+        betas = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+        return schema.read(
+            Epsilon, {"betas": betas, "steps": config.get("num_train_timesteps", 1000)}, "it"
+        )
