@@ -33,7 +33,7 @@ from mclr_jax.files import save_arrays, write_json
 VALIDATION, COUNTS, COUNT = 100, {100: 2000}, 5000  # the seed; samples of it, and of others
 INTERVAL = (0.0, 3.0)  # of noise levels that are guided, and where MCLR has a contrast
 # Strengths to choose from: guidance scales at all levels and in the interval, beta of MCLR.
-GRIDS = {"scale": (1.1, 1.2, 1.3, 1.4, 1.6, 2.0), "interval": (1.4, 1.6, 2.0, 2.5),
+GRIDS = {"scale": (1.0, 1.1, 1.2, 1.3, 1.4, 1.6, 2.0), "interval": (1.4, 1.6, 2.0, 2.5),
          "beta": (0.5, 1.0, 2.0)}  # fmt: skip
 TUNING = {
     "data.name": "fashion_mnist", "data.flip": False, "num_steps": 1200, "batch_size": 64,
@@ -85,20 +85,27 @@ class Outside(Bench):
         self.convert(workdir=self.root / name, to=self.root / f"{name}_diffusers")
 
     def parity(self) -> None:
-        """The largest difference of samples from the same noise, here and in PyTorch."""
-        path = self.root / "parity.npz"
-        made = self.in_torch("sample", folder=str(self.root / "base_diffusers"), out=str(path),
-                             count=100, seed=7)  # fmt: skip
-        found, params = self.load("base")
-        with np.load(path) as file:
+        """Largest differences of samples from the same noise: the base here and in PyTorch.
+
+        And in PyTorch that of the folder that was read, and of the one written.
+        """
+        paths = {name: self.root / f"parity_{name}.npz" for name in ("diffusers", "base_diffusers")}
+        for name, path in paths.items():
+            folder = str(self.root / name)
+            made = self.in_torch("sample", folder=folder, out=str(path), count=100, seed=7)
+        with np.load(paths["diffusers"]) as file:
+            original = file["images"][..., None]
+        with np.load(paths["base_diffusers"]) as file:
             noise, theirs, labels = (file[k][..., None] for k in ("noise", "images", "labels"))
+        found, params = self.load("base")
         sigmas = found.sampler.grid(found.model.preconditioning)
         # At the first level, x / sqrt(alpha) is noise / sqrt(alpha).
         x = jnp.asarray(noise * np.sqrt(1 + sigmas[0] ** 2), jnp.float32)
         denoise = found.model.denoise(params)
         ours = samplers.sample(denoise, x, labels[:, 0], sigmas, found.sampler.method)
-        error = np.abs(images.clip(np.asarray(ours)) - theirs)
-        self.write("parity", {**made, "largest": float(error.max()), "mean": float(error.mean())})
+        errors = {"here": images.clip(np.asarray(ours)), "original": original}
+        largest = {name: float(np.abs(x - theirs).max()) for name, x in errors.items()}
+        self.write("parity", {**made, "largest_difference": largest})
 
     def fine_tuning(self, seed: int, changes: Mapping[str, Any]) -> Any:
         config = config_of("finetune", {"init_from": str(self.root / "base")})
@@ -131,7 +138,7 @@ class Outside(Bench):
         else:
             path = self.root / f"{name}.npz"
             options = {"count": count, "seed": seed, "scale": strength if kind == "scale" else 1.0}
-            folder = str(self.root / f"{tuned}_diffusers")
+            folder = str(self.root / (f"{tuned}_diffusers" if kind == "beta" else "diffusers"))
             made = self.in_torch("sample", folder=folder, out=str(path), **options)
             with np.load(path) as file:
                 samples = file["images"][..., None]
