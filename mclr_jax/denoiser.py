@@ -189,14 +189,92 @@ class V(_Discrete):
         return Scales(c_in, 1 / total, -sigma * c_in, self._clock(sigma))
 
 
+@dataclasses.dataclass(frozen=True)
+class VP(Keys):
+    """Song et al. 2021's variance-preserving process in time t (Karras et al. 2022, Table 1).
+
+    The network gives the noise, and gets (steps - 1) t. Natural weight 1 / sigma^2.
+    """
+
+    beta_d: float = key(19.9, 0.0, 1e6, "(", says="growth of beta over the process")
+    beta_min: float = key(0.1, 0.0, 1e6, says="beta at its start")
+    steps: int = key(1000, 2, 1_000_000, says="of the process from which the clock is taken")
+    first: float = key(1e-5, 0.0, 1.0, "()", says="lowest t of the training")
+
+    where: ClassVar[str] = "config.preconditioning"
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        low, high = np.expm1([(self.beta_d / 2 * t + self.beta_min) * t for t in (self.first, 1.0)])
+        return float(np.sqrt(low)), float(np.sqrt(high))
+
+    def scales(self, sigma: jax.Array) -> Scales:
+        total = self.beta_min**2 + 2 * self.beta_d * jnp.log1p(sigma**2)
+        time = (jnp.sqrt(total) - self.beta_min) / self.beta_d
+        c_in, clock = 1 / jnp.sqrt(1 + sigma**2), (self.steps - 1) * time
+        return Scales(c_in, jnp.ones_like(sigma), -sigma, clock)
+
+
+@dataclasses.dataclass(frozen=True)
+class VE(Keys):
+    """Song et al. 2021's variance-exploding process (Karras et al. 2022, Table 1).
+
+    The network gives x0 - x over sigma, and gets ln(sigma / 2). Natural weight 1 / sigma^2.
+    """
+
+    sigma_min: float = key(0.02, 0.0, 1e9, "(", says="lowest level of the training")
+    sigma_max: float = key(100.0, 0.0, 1e9, "(", says="highest level of the training")
+
+    where: ClassVar[str] = "config.preconditioning"
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        return self.sigma_min, self.sigma_max
+
+    def scales(self, sigma: jax.Array) -> Scales:
+        one = jnp.ones_like(sigma)
+        return Scales(one, one, sigma, jnp.log(sigma / 2))
+
+
+@dataclasses.dataclass(frozen=True)
+class IDDPM(_Discrete):
+    """The network gives the noise, and gets the nearest step of a cosine schedule.
+
+    Sources: Nichol and Dhariwal 2021 (arXiv 2102.09672); Karras et al. 2022, Table 1, whose step j
+    is steps - 1 minus ours. Levels that are nearer to 0 than to the first step get the step -1.
+    """
+
+    offset: float = key(0.008, 0.0, 1.0, says="of the cosine, C_2")
+    least_alpha: float = key(0.001, 0.0, 1.0, "()", says="of a step, C_1")
+    steps: int = key(1000, 2, 1_000_000, says="of the process")
+
+    @property
+    def alphas(self) -> np.ndarray:
+        place = np.arange(self.steps, -1, -1) / self.steps
+        alpha_bar = np.sin(np.pi / 2 * place / (self.offset + 1)) ** 2
+        return np.maximum(alpha_bar[1:] / alpha_bar[:-1], self.least_alpha)
+
+    def scales(self, sigma: jax.Array) -> Scales:
+        middles = (np.append(0.0, self.table[:-1]) + self.table) / 2
+        step = jnp.searchsorted(jnp.asarray(middles, sigma.dtype), sigma) - 1
+        c_in = 1 / jnp.sqrt(1 + sigma**2)
+        return Scales(c_in, jnp.ones_like(sigma), -sigma, step.astype(sigma.dtype))
+
+
 def denoiser(preconditioning: Preconditioning, network: NetworkFn) -> DenoiseFn:
     """The network as a `DenoiseFn`, computed in the type of x.
 
     Output channels beyond the number of channels of x (the variance of DiT) are dropped.
     """
+    return lambda *inputs: _parts(preconditioning, network, *inputs)[0]
 
-    mean_and_variance = moments(preconditioning, network, learned=False)
-    return lambda x, sigma, condition: mean_and_variance(x, sigma, condition)[0]
+
+def with_range(preconditioning: Preconditioning, network: NetworkFn) -> DenoiseFn:
+    """The denoiser, its answer followed by the second half of the network's output channels.
+
+    That half is the place of a step's log variance between its ends, see `samplers.sample`.
+    """
+    return lambda *inputs: jnp.concatenate(_parts(preconditioning, network, *inputs)[:2], axis=-1)
 
 
 def moments(preconditioning: Preconditioning, network: NetworkFn, learned: bool) -> MomentsFn:
@@ -207,15 +285,22 @@ def moments(preconditioning: Preconditioning, network: NetworkFn, learned: bool)
     """
 
     def mean_and_variance(x: jax.Array, sigma: jax.Array, condition: Any):
-        sigma = jnp.broadcast_to(jnp.asarray(sigma, x.dtype), jnp.shape(sigma) or x.shape[:1])
-        scales, channels = preconditioning.scales(sigma), x.shape[-1]
-        raw = network(expand(scales.c_in, x) * x, scales.c_noise, as_condition(condition))
-        first = raw[..., :channels].astype(x.dtype)
-        s = raw[..., channels : 2 * channels].astype(x.dtype) if learned else jnp.zeros_like(x)
-        mean = expand(scales.c_skip, x) * x + expand(scales.c_out, x) * first
-        return mean, expand(scales.c_out, x) ** 2 * jnp.exp(s)
+        mean, second, c_out = _parts(preconditioning, network, x, sigma, condition)
+        return mean, c_out**2 * jnp.exp(second if learned else jnp.zeros_like(x))
 
     return mean_and_variance
+
+
+def _parts(
+    preconditioning: Preconditioning, network: NetworkFn, x: jax.Array, sigma: Any, condition: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The denoised x, the second half of the output's channels, and c_out with the axes of x."""
+    sigma = jnp.broadcast_to(jnp.asarray(sigma, x.dtype), jnp.shape(sigma) or x.shape[:1])
+    scales, channels = preconditioning.scales(sigma), x.shape[-1]
+    raw = network(expand(scales.c_in, x) * x, scales.c_noise, as_condition(condition))
+    first, second = (raw[..., k * channels :][..., :channels].astype(x.dtype) for k in (0, 1))
+    c_out = expand(scales.c_out, x)
+    return expand(scales.c_skip, x) * x + c_out * first, second, c_out
 
 
 def natural_weight(preconditioning: Preconditioning, sigma: jax.Array) -> jax.Array:

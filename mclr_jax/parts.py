@@ -7,19 +7,22 @@ from typing import Any
 
 import numpy as np
 
-from mclr_jax.denoiser import EDM, Epsilon, V, Velocity
+from mclr_jax.denoiser import EDM, IDDPM, VE, VP, Epsilon, V, Velocity
 from mclr_jax.model import DataInfo, Model
 from mclr_jax.networks.classifier import ConvClassifier, MLPClassifier
 from mclr_jax.networks.dit import DiT
+from mclr_jax.networks.edm2 import EDM2
 from mclr_jax.networks.mlp import MLP
 from mclr_jax.networks.trajectory import FrameDiT, Trajectory
 from mclr_jax.networks.unet import UNet
 from mclr_jax.schema import Part, fields, read
 
 CLASSIFIERS: dict[str, Any] = {"mlp_classifier": MLPClassifier, "conv_classifier": ConvClassifier}
-NETWORKS: dict[str, Any] = {"mlp": MLP, "unet": UNet, "dit": DiT, "trajectory": Trajectory,
-                            "frame_dit": FrameDiT, **CLASSIFIERS}  # fmt: skip
-PRECONDITIONINGS: dict[str, Any] = {"edm": EDM, "velocity": Velocity, "epsilon": Epsilon, "v": V}
+NETWORKS: dict[str, Any] = {"mlp": MLP, "unet": UNet, "edm2": EDM2, "dit": DiT,
+                            "trajectory": Trajectory, "frame_dit": FrameDiT,
+                            **CLASSIFIERS}  # fmt: skip
+PRECONDITIONINGS: dict[str, Any] = {"edm": EDM, "velocity": Velocity, "epsilon": Epsilon, "v": V,
+                                    "vp": VP, "ve": VE, "iddpm": IDDPM}  # fmt: skip
 UNITS = ("offset", "scale", "time_step")  # of the data; optional attributes of a source
 LATER = (*UNITS, "has_null")  # not in descriptions of earlier versions, and so not by default
 

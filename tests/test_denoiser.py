@@ -15,6 +15,9 @@ import pytest
 
 from mclr_jax.denoiser import (
     EDM,
+    IDDPM,
+    VE,
+    VP,
     Epsilon,
     V,
     Velocity,
@@ -104,6 +107,19 @@ def v(x, clock, alpha_bar):
     return data * n - noise * x0
 
 
+def vp(x, clock, beta_d, beta_min, steps):
+    """The noise at t = clock / (M - 1); Karras et al. 2022, Table 1, column VP."""
+    t = clock / (steps - 1)
+    sigma = np.sqrt(np.exp(beta_d / 2 * t**2 + beta_min * t) - 1)
+    data = 1 / np.sqrt(sigma**2 + 1)
+    return gaussian(x, data, data * sigma)[1]
+
+
+def ve(x, clock):
+    """(D - x) / sigma at ln(sigma / 2); Karras et al. 2022, Table 1, column VE."""
+    return -gaussian(x, 1.0, 2 * np.exp(clock))[1]
+
+
 def flow(x, clock, path, prediction, data_at):
     """The velocity along a path towards t = 1, the noise or the score (SiT, section 3)."""
     u = 1 - clock if data_at else clock
@@ -134,6 +150,8 @@ CONVENTIONS = {
         for data_at in (0, 1)
         if (path, prediction) != ("linear", "velocity")
     },
+    "vp": (VP(29.0, 0.2, 500, 1e-7), partial(vp, beta_d=29.0, beta_min=0.2, steps=500)),
+    "ve": (VE(1e-4, 1e4), ve),
     "epsilon": (
         Epsilon((1e-7, 0.03), 1000),
         partial(epsilon, alpha_bar=alpha_bar_of_betas(1e-7, 0.03, 1000)),
@@ -205,6 +223,49 @@ def test_steps_have_the_published_levels(preconditioning, alpha_bar, levels):
     np.testing.assert_array_equal(preconditioning.scales(outside).c_noise, [0, len(expected) - 1])
 
 
+def iddpm_levels(steps, c_1, c_2):
+    """u_j of Karras et al. 2022, Table 1, column iDDPM, from u_M = 0 down to j = 0."""
+
+    def alpha_bar(j):
+        return np.sin(np.pi / 2 * j / (steps * (c_2 + 1))) ** 2
+
+    u = np.zeros(steps + 1)
+    for j in range(steps, 0, -1):
+        ratio = np.maximum(alpha_bar(j - 1) / alpha_bar(j), c_1)
+        u[j - 1] = np.sqrt((u[j] ** 2 + 1) / ratio - 1)
+    return u
+
+
+@pytest.mark.parametrize("choice", [(1000, 0.001, 0.008), (40, 0.02, 0.1)])
+def test_iddpm_has_the_noise_at_the_nearest_of_its_steps(choice):
+    """The network's clock is M - 1 - j for the nearest level u_j, which may be u_M = 0."""
+    steps, c_1, c_2 = choice
+    u = iddpm_levels(steps, c_1, c_2)
+    preconditioning = IDDPM(c_2, c_1, steps)
+    np.testing.assert_allclose(preconditioning.table, u[-2::-1], rtol=1e-6)
+    np.testing.assert_allclose(preconditioning.sigma_range, u[[-2, 0]], rtol=1e-6)
+    with jax.enable_x64(True):
+        sigma = np.concatenate([np.geomspace(u[-2] / 5, u[0] * 3, 500), u[:-1]])
+        scales = preconditioning.scales(jnp.asarray(sigma))
+        nearest = np.abs(sigma[:, None] - u).argmin(-1)
+        np.testing.assert_array_equal(scales.c_noise, steps - 1 - nearest)
+        x = M + np.hypot(S, sigma)[:, None] * np.random.default_rng(0).normal(size=(len(sigma), 4))
+
+        def network(scaled, clock, condition):  # the noise, whatever the clock
+            return jnp.asarray(gaussian(x, 1.0, sigma[:, None])[1])
+
+        given = jnp.asarray(x), jnp.asarray(sigma), jnp.zeros(len(x), int)
+        got = denoiser(preconditioning, network)(*given)
+        np.testing.assert_allclose(got, gaussian(x, 1.0, sigma[:, None])[0], atol=1e-6)
+        np.testing.assert_allclose(scales.c_in, 1 / np.sqrt(1 + sigma**2))
+
+
+def test_vp_and_ve_have_the_published_ranges():
+    """EDM's networks of the baselines: attributes sigma_min and sigma_max of the pickles."""
+    np.testing.assert_allclose(VP().sigma_range, (0.0010004, 152.17), rtol=1e-4)
+    assert VE().sigma_range == (0.02, 100.0)
+
+
 @pytest.mark.parametrize("name", CONVENTIONS)
 def test_the_natural_weight_makes_the_loss_the_networks_own(name):
     """weight |D - D'|^2 = |F - F'|^2 for any two networks."""
@@ -225,9 +286,10 @@ def test_the_natural_weight_makes_the_loss_the_networks_own(name):
 
 
 def test_conventions_compare_by_value():
-    others = {EDM(0.6), Velocity(0), Epsilon((1e-4, 0.03)), Epsilon(steps=9), V(tau=2.0), V(-2.0)}
-    assert len(others) == 6
-    for make in (EDM, Velocity, Epsilon, V):
+    others = {EDM(0.6), Velocity(0), Epsilon((1e-4, 0.03)), Epsilon(steps=9), V(tau=2.0), V(-2.0),
+              VP(18.0), VE(0.01), IDDPM(0.01)}  # fmt: skip
+    assert len(others) == 9
+    for make in (EDM, Velocity, Epsilon, V, VP, VE, IDDPM):
         one, same = make(), make()
         _ = one.sigma_range  # what it has computed and kept must not count
         assert one == same
