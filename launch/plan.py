@@ -19,8 +19,7 @@ import jax
 from absl import flags
 
 from launch import common
-from mclr_jax import plan
-from mclr_jax.config import Training
+from mclr_jax import plan, runs
 from mclr_jax.files import provenance, write_json
 from mclr_jax.training.devices import MODES
 
@@ -104,7 +103,7 @@ def main() -> None:
     config = flags.FLAGS.config
     if PARALLEL.value:
         config.parallel = PARALLEL.value
-    training = Training.parse(config)
+    training = runs.training(config)
     if GUIDANCE_SCALE.value != 1 and not SAMPLE_BATCH.value:
         raise ValueError("--guidance_scale is that of samples: set --sample_batch, too.")
     out = common.output(OUT.value, ".json") if OUT.value else None

@@ -16,7 +16,7 @@ with --coordinator=HOST:PORT --num_processes=N --process_id=I.
 from absl import flags
 
 from launch import common, hosts
-from mclr_jax.config import Training
+from mclr_jax import runs
 from mclr_jax.main import train
 
 common.define("config")
@@ -29,7 +29,7 @@ RESTART = flags.DEFINE_bool("restart", False, "Move the run to WORKDIR/replaced,
 
 def main() -> None:
     hosts.connect(WORKDIR.value)
-    training = Training.parse(flags.FLAGS.config)
+    training = runs.training(flags.FLAGS.config, WORKDIR.value)
     common.use_cores(training.network.factory, training.batch_size)
     train(training, WORKDIR.value, restart=RESTART.value, change=CHANGE.value)
 

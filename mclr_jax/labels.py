@@ -65,5 +65,12 @@ def warn_of_companions(training: Training) -> None:
         if not (pathlib.Path(path) / "run.json").exists():
             continue  # its copy is in the work directory
         run = load(path)
+        asks = {"start" if name in ("self", "average") else name for name in objective.reads_null}
+        if names & asks and not run.model.data.has_null:
+            raise ValueError(
+                f"The objective asks {path} for answers at the null label, which no training has "
+                "shown to it: let a weak or unconditional model explain, by "
+                "config.objective.wrong='weak' and config.companions.weak."
+            )
         if not run.model.is_classifier and (why := untrained(run.config, asked)):
             logging.warning("%s, which this objective reads, %s.", path, why)

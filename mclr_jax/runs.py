@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 from flax import traverse_util
+from ml_collections import ConfigDict
 
 from mclr_jax import parts, record
 from mclr_jax.config import Training
@@ -169,6 +170,36 @@ def load(workdir: str | pathlib.Path, init_from: str = "", data: str = "") -> Ru
     return Run(workdir, model, sampler, tuple(averages), config, held)
 
 
+def training(config: Any, workdir: str | pathlib.Path = "") -> Training:
+    """The training that a config describes, with the model of config.init_from if it names none.
+
+    Where config.network.name, or config.preconditioning.name, is empty, that part is the one of
+    the run; so are keys of config.sampler that have their default, and sigma_data, if it is 0. A
+    run that is continued, in `workdir`, keeps its own. ValueError: the config is invalid.
+    """
+    values = config.to_dict() if isinstance(config, ConfigDict) else config
+    path = "" if isinstance(values, Training) else values.get("init_from", "")
+    empty = [part for part in ("network", "preconditioning")
+             if path and not values.get(part, {}).get("name", part != "network")]  # fmt: skip
+    if not empty:
+        return Training.parse(values)
+    of_data = ("num_classes", "augment_dim", "takes_strength")
+    found = dict(record.read(pathlib.Path(workdir)).get("config", {})) if workdir else {}
+    if not found:
+        run = load(path)
+        found = {**parts.describe(run.model), "sampler": dataclasses.asdict(run.sampler)}
+        found["sigma_data"] = found["preconditioning"].get("sigma_data", 0.0)
+    model = {key: value for key, value in found["network"].items() if key not in of_data}
+    inherited = {part: found[part] for part in empty} | (
+        {"network": model} if "network" in empty else {}
+    )
+    default = dataclasses.asdict(Sampler())
+    given = {key: x for key, x in values.get("sampler", {}).items() if x != default.get(key)}
+    sigma_data = values.get("sigma_data") or found["sigma_data"]
+    inherited |= {"sampler": {**found["sampler"], **given}, "sigma_data": sigma_data}
+    return Training.parse({**values, **inherited})
+
+
 def load_model(workdir: str | pathlib.Path, interpolation: float = 1.0) -> tuple[Model, Any]:
     """(model, parameters) of a run: its last step and its first average, if it has one."""
     run = load(workdir)
@@ -255,12 +286,14 @@ def _held(workdir: pathlib.Path, name: str) -> Run | None:
 def check_companion(name: str, path: str, model: Model, data: DataInfo, source: str) -> None:
     """ValueError unless the model of the run in `path` is of the kind and data that `name` needs.
 
-    `data` are those of `source`: a companion has their shape and number of classes. The one named
-    "classifier" is a classifier, all others are denoisers.
+    `data` are those of `source`: a companion has their shape and number of classes, and a weak
+    model may have no classes. The one named "classifier" is a classifier, all others are denoisers.
     """
     kind = "a classifier" if model.is_classifier else "a denoiser"
     wanted = "a classifier" if name == "classifier" else "a denoiser"
     got, expected = ((info.shape, info.num_classes) for info in (model.data, data))
+    if name in ("weak", "autoguidance") and model.data.num_classes == 0:
+        got = (got[0], data.num_classes)  # its one answer is for all classes
     if (kind, got) != (wanted, expected):
         raise ValueError(
             f"Companion {name!r} in {path!r}: expected {wanted}, data shape and number of "

@@ -81,11 +81,10 @@ def read(
         outputs, _ = shapes["final_layer.linear.weight"]
         rows, _ = shapes["y_embedder.embedding_table.weight"]
         hidden, _ = shapes["blocks.0.mlp.fc1.weight"]
-    except (KeyError, ValueError) as error:
-        raise ValueError(
-            f"tensor {error} is missing, or another one has an unexpected number of axes"
-            if isinstance(error, KeyError) else "a tensor has an unexpected number of axes"
-        ) from None  # fmt: skip
+    except KeyError as error:
+        raise ValueError(f"tensor {error} is missing.") from error
+    except ValueError as error:  # of the unpacking
+        raise ValueError("a kernel or a table has not the number of axes that it needs.") from error
     if blocks != {*range(depth)} or patch != again or outputs % patch**2:
         raise ValueError(
             f"it has the blocks {sorted(blocks)}, patches of {patch}x{again} and {outputs} outputs "
