@@ -22,6 +22,7 @@ from mclr_jax import chips, plan
 from mclr_jax.config import Training
 from mclr_jax.files import provenance, write_json
 from mclr_jax.model import DataInfo, Model
+from mclr_jax.objectives.dsm import DSM
 
 # Shape of an example and number of classes, so that no data set need be there.
 DATA = {
@@ -34,7 +35,8 @@ DATA = {
     "kuramoto_sivashinsky": ((32, 128), 1),
     "navier_stokes": ((16, 64, 64, 1), 1),
 }
-LATENTS = (32, 32, 4), 1000  # of ImageNet at 256x256
+# Latents of ImageNet, at 256x256 and, for EDM2, at 512x512; by the beginning of a row's name.
+LATENTS = {"DiT": ((32, 32, 4), 1000), "SiT": ((32, 32, 4), 1000), "EDM2": ((64, 64, 4), 1000)}
 # DiT-XL/2 as changes of a config; each block is recomputed, and one program serves all.
 XL = {"network.patch_size": 2, "network.width": 1152, "network.depth": 28, "network.heads": 16,
       "network.dtype": "bfloat16", "network.remat": True, "network.scan_blocks": True,
@@ -43,6 +45,23 @@ CLASSIFIER = {"network.name": "conv_classifier", "network.channels": (128, 256, 
               "network.patch_size": 1, "network.dtype": "bfloat16"}  # fmt: skip
 HALF = {"objective.negative_share": 0.5}
 MODES = ("pmap", "data", "fsdp")
+# Published models, fine-tuned for the 28 epochs of ImageNet of guidance-free training (arXiv
+# 2501.15420). EDM2 has no null label: its wrong answer is that of a smaller network.
+TUNED = {"network.dtype": "bfloat16", "network.remat": True, "batch_size": 256,
+         "num_steps": 28 * 1_281_167 // 256}  # fmt: skip
+NULL = XL | {"network.remat_policy": "weight_products"} | TUNED
+WEAK = TUNED | {
+    "network.name": "edm2",
+    "objective.wrong": "weak",
+    "companions.weak": "runs/fashion_mnist",
+}
+LARGE = [("v5e:4x4", "fsdp"), ("cuda:h200x8", "fsdp")]
+PUBLISHED = {
+    "DiT-XL/2, null answer": NULL | {"preconditioning.name": "epsilon"},
+    "SiT-XL/2, null answer": NULL | {"preconditioning.name": "velocity"},
+    "EDM2-S, weak answer": WEAK | {"network.channels": 192},
+    "EDM2-XXL, weak answer": WEAK | {"network.channels": 448},
+}
 # name -> (config, changes, topologies and layouts)
 CASES: dict[str, tuple[str, dict[str, Any], list[tuple[str, str]]]] = {
     "digits": ("digits", {}, [("v5e:1x1", "pmap"), *(("v5e:2x2", mode) for mode in MODES)]),
@@ -66,6 +85,9 @@ CASES: dict[str, tuple[str, dict[str, Any], list[tuple[str, str]]]] = {
     "fashion_mnist, MCLR, null answer": ("fashion_mnist_mclr_null", {}, [("v5e:1x1", "pmap")]),
     "cifar10": ("cifar10", {}, [("v5e:4x4", "data")]),
     "cifar10, MCLR": ("cifar10_mclr", {}, []),
+    "DiT-XL/2's classifier": ("digits_classifier", CLASSIFIER | {
+        "batch_size": 256, "num_steps": TUNED["num_steps"]}, LARGE),
+    **{name: ("fashion_mnist_mclr_null", found, LARGE) for name, found in PUBLISHED.items()},
 }  # fmt: skip
 # Sampling: name -> topologies and samples at once, each unguided and with CFG.
 SAMPLED = {
@@ -82,11 +104,13 @@ class Case:
     def __init__(self, name: str):
         file, changes, _ = CASES[name]
         self.training = Training.parse(tasks.config_of(file, changes))
-        latent = name.startswith("DiT")
-        shape, classes = LATENTS if latent else DATA[self.training.data.name]
+        latent = next((latent for k, latent in LATENTS.items() if name.startswith(k)), None)
+        shape, classes = latent or DATA[self.training.data.name]
         self.data = info(shape, classes, self.training.sigma_data)
         configs = {key: pathlib.Path(path).name for key, path in self.training.runs.items()}
-        own = {"reference": changes, "classifier": CLASSIFIER} if latent else {}
+        weak = {k: x for k, x in changes.items() if k.startswith("network.")}
+        weak["network.channels"] = 128  # EDM2-XS
+        own = {"reference": changes, "classifier": CLASSIFIER, "weak": weak} if latent else {}
         others = {k: tasks.config_of(file, own.get(k, {})) for k, file in configs.items()}
         self.models = {key: Training.parse(c).model(self.data) for key, c in others.items()}
 
@@ -94,6 +118,13 @@ class Case:
         """The cost of training."""
         training = dataclasses.replace(self.training, parallel=parallel)
         return plan.planned(training, self.data, topology, self.models)
+
+    def relative(self) -> float:
+        """FLOPs of a step over those of DSM with the same batch."""
+        dsm = dataclasses.replace(self.training, objective=DSM())
+        steps = (each.task(self.data, self.models) for each in (self.training, dsm))
+        mclr, plain = (plan.step_flops(task, self.training.batch_size) for task in steps)
+        return mclr / plain
 
     def samples(self, topology: str, **options: Any) -> dict[str, Any]:
         """The cost of drawing samples."""
@@ -160,6 +191,8 @@ def main() -> None:
         def make() -> dict[str, Any]:
             cost = find(Case(name), **asked)
             print(f"{name}: {summary(cost)}", flush=True)
+            if name.endswith(" answer"):
+                cost["step_flops_relative_to_dsm"] = Case(name).relative()
             return {"config": file, "changes": changes, **cost, "jax": jax.__version__}
 
         try:
