@@ -68,12 +68,14 @@ def _parts(
         return edm.family_of(module), module.tensors(), {}
     args: Any = content.get("args", {})
     if isinstance(content.get("ema"), dict) or isinstance(content.get("model"), dict):
-        average = str(take(given, "average", "ema"))
-        content = content.get(average)
+        average, known = str(take(given, "average", "ema")), ("ema", "model")
+        if average not in known or not isinstance(content.get(average), dict):
+            raise ValueError(f"average is {average!r}; expected one that it holds of {known}.")
+        content = content[average]
     state = content if isinstance(content, dict) else {}
     if wrong := [name for name, value in state.items() if not isinstance(value, np.ndarray)]:
         raise ValueError(f"{wrong[0]!r} is no tensor")
-    if not dit.is_dit(state):
+    if not dit.is_dit(state) or family in ("edm", "edm2"):
         if family == "diffusers" or "pos_embed.proj.weight" in state:
             return "diffusers", state, {}
         raise ValueError(
