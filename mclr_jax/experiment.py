@@ -38,7 +38,14 @@ class Experiment:
 
     @functools.cached_property
     def source(self) -> Source:
-        return self.training.data.source("train", self.training.seed)
+        data = self.training.data
+        source = data.source("train", self.training.seed)
+        if (kind := getattr(source, "latents", "")) != data.latents:
+            raise ValueError(
+                f"config.data.latents is {data.latents!r}; the examples of {data.name} are "
+                f"{kind or 'no latents, but images'}. Encode images by launch.encode."
+            )
+        return source
 
     @functools.cached_property
     def data(self) -> DataInfo:

@@ -10,7 +10,7 @@ import numpy as np
 from absl import logging
 
 from mclr_jax import generate, images
-from mclr_jax.data.protocol import Source, drawn
+from mclr_jax.data.protocol import Source, drawn, for_training
 from mclr_jax.experiment import Experiment
 from mclr_jax.reductions import report
 from mclr_jax.task import Task
@@ -55,7 +55,7 @@ class HeldOut:
         batches = {"index": np.broadcast_to(local.astype(np.int32), (count, len(local)))}
         for seed, (prefix, examples) in enumerate(self.sources.items()):
             rows = np.roll(drawn(examples, count * self.size, seed), -bool(prefix))
-            parts = [examples[r[local]] for r in np.resize(rows, (count, self.size))]
+            parts = [for_training(examples, r[local]) for r in np.resize(rows, (count, self.size))]
             batches[f"{prefix}image"] = np.stack([found for found, _ in parts])
             batches[f"{prefix}label"] = np.stack([labels for _, labels in parts])
         return batches

@@ -8,7 +8,7 @@ import jax
 import optax
 
 from mclr_jax.data.augment import augment
-from mclr_jax.data.pixels import random_flip, to_float
+from mclr_jax.data.pixels import from_moments, random_flip
 from mclr_jax.model import Model
 from mclr_jax.noise import split
 from mclr_jax.objectives.base import Batch, Models, Objective, Problem
@@ -98,7 +98,14 @@ class Task:
           Loss (B,), and metrics whose parts have a leading axis of rows.
         """
         k_flip, k_augment, k_dropout, k_objective = split(keys, 4)
-        x0, augment_label = to_float(batch["image"]), None
+        channels = self.model.data.shape[-1]
+
+        def example(name: str, number: int) -> jax.Array:
+            """The images of this name; the keys of its draws differ from those of `split`."""
+            draws = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+            return from_moments(batch[f"{name}image"], draws, channels)
+
+        x0, augment_label = example("", 4), None
         if train and self.flip:
             x0 = random_flip(x0, k_flip)
         if train and self.augment:
@@ -107,10 +114,10 @@ class Task:
         condition = Condition(
             batch["label"], augment=augment_label, dropout_keys=k_dropout if drops else None
         )
-        other = to_float(batch["other_image"]) if "other" in self.needs else None
+        other = example("other_", 5) if "other" in self.needs else None
         generated = None
         if "generated" in self.needs:
-            generated = to_float(batch["generated_image"]), batch["generated_label"]
+            generated = example("generated_", 6), batch["generated_label"]
         inputs = Batch(x0, condition, other, generated)
         return self.objective(self._models(params, frozen), self.problem, inputs, k_objective)
 

@@ -386,8 +386,8 @@ def test_what_a_zip_leaves_out_is_said(tmp_path, caplog):
     ("0.npy", npy(np.zeros((3, 5, 4), np.uint16)), "has images of uint16"),
     ("0.npy", npy(np.full((3, 5, 4), 255.0)), "has float images from 255 to 255"),
     ("5.npy", npy(LATENTS[:4, :7]), r"has shape \(7, 8, 4\), expected \(5, 4, 3\)"),
-    ("0.npy", npy(LATENTS), "seems to hold EDM2's latents: .* 4 standard deviations"),
-    ("img-mean-std-0.npy", npy(np.abs(LATENTS)), "seems to hold EDM2's latents"),
+    ("0.npy", npy(LATENTS), "seems to hold latents: .* 4 standard deviations"),
+    ("img-mean-std-0.npy", npy(np.abs(LATENTS)), "seems to hold latents"),
 ])  # fmt: skip
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_files_that_are_no_images_are_refused_by_name(tmp_path, in_memory, name, content, message):
@@ -443,7 +443,7 @@ def test_npz(tmp_path, shape):
     ({"images": PIXELS.astype(float)}, r"float images from 0 to 255; expected \[-1, 1\], or uint8"),
     ({"images": np.zeros((6, 3, 8, 8))}, r"shape \(3, 8, 8\), which seem to be \(C, H, W\)"),
     ({"images": np.zeros((6, 1, 8, 8), np.uint8)}, r"shape \(1, 8, 8\), which seem"),
-    ({"images": np.moveaxis([LATENTS] * 6, 1, 3)}, "a.npz seems to hold EDM2's latents"),
+    ({"images": np.moveaxis([LATENTS] * 6, 1, 3)}, "a.npz seems to hold latents"),
     ({"images": PIXELS.astype(np.int64)}, "images of int64"),
     ({"images": PIXELS[0, 0, 0, 0]}, r"`images` has shape \(\), expected an axis"),
     ({"labels": [0, 1]}, r"labels of shape \(2,\) .* each of 6 images"),

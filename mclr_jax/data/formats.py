@@ -24,6 +24,7 @@ from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from mclr_jax import mixture
 from mclr_jax.data import protocol
+from mclr_jax.data.latents import Latents, check_moments
 from mclr_jax.data.protocol import Arrays, Lazy, Source
 from mclr_jax.files import named
 
@@ -133,21 +134,30 @@ def _tfds(
 
 def _zip(
     path: str, split: str, *, num_classes: int = 0, resolution: int = 0, unlabelled: bool = False,
-    skip: bool = False, background: str = "white", in_memory: bool | None = None,
+    skip: bool = False, background: str = "white", latents: str = "",
+    in_memory: bool | None = None,
 ) -> Source:  # fmt: skip
     """The data set format of EDM and EDM2: a zip of images or .npy (C, H, W) and dataset.json.
 
     Images are those that Pillow reads, in grey if all are grey. `num_classes` is by default the
     largest label plus 1; with `unlabelled`, a set without labels has one class; `skip` leaves out
-    images without a label and labels without an image; the other options are those of `_tfds`.
+    images without a label and labels without an image; arrays are `latents` of a kind of
+    `latents.KINDS`; the other options are those of `_tfds`.
     """
     if split != "train":
         raise ValueError(
             f"a zip file has no {split!r} split; set config.data.test to the zip of the test set"
         )
     archive, lock = _open(path, zipfile.ZipFile), threading.Lock()
-    files, found = _labelled(archive, path, unlabelled, skip)
+    files, found, kind = _labelled(archive, path, unlabelled, skip)
     labels = protocol.as_labels(found, len(files), path, num_classes or np.inf)
+    arrays = all(file.lower().endswith(".npy") for file in files)
+    if arrays and kind not in ("", latents):
+        raise ValueError(
+            f"{path} holds latents of the kind {kind!r}, and config.data.latents is {latents!r}: "
+            f"set it to {kind}"
+        )
+    check = check_moments if arrays and latents else protocol.check_values
 
     def content(file: str) -> bytes:
         with named(f"{path} is corrupt at {file}; get it again"), lock:
@@ -162,7 +172,7 @@ def _zip(
         if resolution:
             raise ValueError(f"{name(index)} is an array; config.data.resolution is for images")
         array = protocol.as_images(array, name(index))
-        protocol.check_finite(array[None], name(index))
+        (check_moments if arrays and latents else protocol.check_finite)(array[None], name(index))
         return array, label
 
     def is_grey(file: str) -> bool:
@@ -173,11 +183,13 @@ def _zip(
     grey = all(is_grey(file) for file in files if not file.lower().endswith(".npy"))
     decode = functools.partial(_decode, path, "L" if grey else "RGB", resolution, background)
     num_classes = num_classes or protocol.count_classes(labels, path)
-    return _source(len(files), num_classes, read, lambda: labels, in_memory, name)
+    source = _source(len(files), num_classes, read, lambda: labels, in_memory, name, check)
+    return Latents(source, latents) if arrays and latents else source
 
 
 def _labelled(archive: zipfile.ZipFile, path: str, unlabelled: bool, skip: bool) -> Any:
-    """The files of a zip that are examples, in the order of their names, and their labels.
+    """The files of a zip that are examples, in the order of their names, their labels, and the kind
+    of their latents, if dataset.json says so.
 
     Names in dataset.json may have backslashes, "./" or accents in another form of Unicode, and
     dataset.json may lie with the images in a folder. Hidden files, as of macOS, are no images.
@@ -200,7 +212,8 @@ def _labelled(archive: zipfile.ZipFile, path: str, unlabelled: bool, skip: bool)
         by_key[key(name)] = name
     labels: dict[str, int] = {}
     with named(f"{path} has a broken dataset.json; mend it, or get the zip again"):
-        pairs = json.loads(archive.read(told[0])).get("labels") if told else None
+        about = json.loads(archive.read(told[0])) if told else {}
+        pairs, kind = about.get("labels"), about.get("latents", "")
         for name, label in pairs.items() if isinstance(pairs, dict) else pairs or ():
             if type(label) is not int or label < 0:
                 raise ValueError(f"{name} has the label {label!r}, expected an integer from 0")
@@ -234,7 +247,7 @@ def _labelled(archive: zipfile.ZipFile, path: str, unlabelled: bool, skip: bool)
     if bare or lost:
         logging.warning("%s; these are left out.", text)
     chosen = sorted((name, labels[place]) for place, name in files.items() if place in labels)
-    return [name for name, _ in chosen], np.array([label for _, label in chosen])
+    return [name for name, _ in chosen], np.array([label for _, label in chosen]), kind
 
 
 def _npz(path: str, split: str, *, num_classes: int = 0) -> Arrays:
@@ -339,13 +352,13 @@ def _decode(
 
 def _source(
     size: int, num_classes: int, read: Callable, labels: Callable, in_memory: bool | None,
-    name: Callable[[int], str],
+    name: Callable[[int], str], check: Callable[[np.ndarray, str], None] = protocol.check_values,
 ) -> Source:  # fmt: skip
     first, _ = read(0)
     lazy = Lazy(size, first.shape, num_classes, read, labels, name=name)
     in_memory = size * first.nbytes < IN_MEMORY_BYTES if in_memory is None else in_memory
     source = Arrays(*lazy[np.arange(size)], num_classes) if in_memory else lazy
-    protocol.check_values(source.images if isinstance(source, Arrays) else first[None], name(0))
+    check(source.images if isinstance(source, Arrays) else first[None], name(0))
     return source
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 import grain
 import numpy as np
 
-from mclr_jax.data.protocol import Source
+from mclr_jax.data.protocol import Source, for_training
 
 Batch = dict[str, np.ndarray]
 OTHER_SEED = 2**31  # step between the seeds of companions; other runs have far smaller seeds
@@ -47,7 +47,8 @@ def stream(
 ) -> Iterator[Batch]:
     """An endless stream of this process's rows of the global batches.
 
-    A batch has image (b, *source.shape) uint8 or float32, label (b,) int32, and index (b,) int32,
+    A batch has image (b, *source.shape) uint8 or float32 (of latents, means and standard deviations
+    with twice the channels), label (b,) int32, and index (b,) int32,
     the row in the global batch, from which the example's random key is derived; and NAME_image and
     NAME_label for each name in `extra`. The k-th name in alphabetical order, k = 1, 2, ..., is
     drawn with seed + k * OTHER_SEED.
@@ -71,7 +72,7 @@ def stream(
         result = {"index": rows.copy()}
         for k, (prefix, examples) in enumerate(sources.items()):
             chosen = step_indices(seed + k * OTHER_SEED, step, batch_size, len(examples))[rows]
-            images, result[f"{prefix}label"] = examples[chosen]
+            images, result[f"{prefix}label"] = for_training(examples, chosen)
             if images.dtype != np.uint8 and not np.isfinite(images).all():
                 fine = np.isfinite(images).reshape(len(images), -1).all(1)
                 number = chosen[fine.argmin()]

@@ -90,9 +90,11 @@ class Subset:
         self.source, self.indices = source, indices
         self.shape, self.num_classes = source.shape, source.num_classes
         self.in_memory = source.in_memory
-        for name in ("offset", "scale", "time_step"):  # optional
+        for name in ("offset", "scale", "time_step", "latents"):  # optional
             if hasattr(source, name):
                 setattr(self, name, getattr(source, name))
+        if moments := getattr(source, "moments", None):
+            self.moments = lambda indices: moments(self.indices[indices])
 
     @property
     def labels(self) -> np.ndarray:
@@ -103,6 +105,11 @@ class Subset:
 
     def __getitem__(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self.source[self.indices[indices]]
+
+
+def for_training(source: Source, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels as a training takes them: of latents, what they are drawn from."""
+    return getattr(source, "moments", source.__getitem__)(indices)
 
 
 def evenly(source: Source, count: int) -> np.ndarray:
@@ -178,9 +185,9 @@ def check_values(images: np.ndarray, what: str) -> None:
         and ("img-mean-std-" in what or images[..., 4:].min() > 0 > low)
     ):
         raise ValueError(
-            f"{what} seems to hold EDM2's latents: not images of 8 channels, but 4 means and 4 "
-            "standard deviations for each pixel of 4 channels. Store latents drawn from them, "
-            "(mean + std * noise) * scale + bias by EDM2's StabilityVAEEncoder, or use the images"
+            f"{what} seems to hold latents: not images of 8 channels, but 4 means and 4 standard "
+            "deviations for each pixel of 4 channels. In a zip, set config.data.latents to the "
+            "convention by which they were made: edm2, or stable_diffusion (DiT, SiT, REPA)"
         )
     if images.ndim == 4 and images.shape[3] in (1, 3) and high > 10:
         raise ValueError(

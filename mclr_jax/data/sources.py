@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mclr_jax.data.formats import FORMATS
+from mclr_jax.data.latents import KINDS
 from mclr_jax.data.protocol import Source, as_images, as_labels, check_values, limit
 from mclr_jax.files import named
 from mclr_jax.schema import Keys, fields, key, look_up, nearest, resolve, rest
@@ -47,6 +48,12 @@ def load(name: str, split: str = "train", **options) -> Source:
     return loader(argument, split, **options)
 
 
+def options_of(name: str) -> Collection[str]:
+    """The options of the format of a source; none of a source of the user's own."""
+    loader, _ = FORMATS.get(name.partition(":")[0], (None, ""))
+    return getattr(loader, "__kwdefaults__", None) or ()
+
+
 def _check_options(name: str, options: Iterable[str], known: Collection[str]) -> None:
     for option in options:
         if option not in known:
@@ -63,6 +70,10 @@ class Data(Keys):
     test: str = key("", says="source of held-out examples; empty for the test split of the name")
     num_classes: int = key(0, 0, says="0 counts them in the labels (zip, npz)")
     resolution: int = key(0, 0, says="crop and resize to this size (tfds, zip); 0: as they are")
+    latents: str = key("", words=("", *KINDS), says="how those of a zip were made: edm2 (pixels in "
+                       "[0, 1]), or stable_diffusion (DiT, SiT, REPA: [-1, 1])")  # fmt: skip
+    autoencoder: str = key("", says="folder of diffusers with the autoencoder of the latents, by "
+                           "which they are shown and measured")  # fmt: skip
     generated: str = key("", says="source with samples of the run in init_from (objective ddo)")
     limit: int = key(0, 0, says="train on a random subset of this size; 0 for all")
     flip: bool = key(False, says="random horizontal flips")
@@ -75,13 +86,16 @@ class Data(Keys):
         """The data set, in training a subset of `limit` examples drawn by `seed`."""
         if split == "test" and self.test:  # its images are shown like those of training
             shown = {"resolution": self.resolution, "background": self.options.get("background")}
-            loader, _ = FORMATS.get(self.test.partition(":")[0], (None, ""))
-            known = getattr(loader, "__kwdefaults__", None) or ()
-            return load(self.test, "train", **{k: v for k, v in shown.items() if v and k in known})
+            shown = {k: v for k, v in shown.items() if v and k in options_of(self.test)}
+            return load(self.test, "train", **shown, **self._latents(self.test))
         given = {"path": self.path, "resolution": self.resolution, "num_classes": self.num_classes}
         given = {name: value for name, value in given.items() if value}
-        source = load(self.name, split, **given, **self.options)
+        source = load(self.name, split, **given, **self._latents(self.name), **self.options)
         return limit(source, self.limit, seed) if self.limit and split == "train" else source
+
+    def _latents(self, name: str) -> dict[str, str]:
+        """The option `latents` of a source that has it: images have none, see `launch.evaluate`."""
+        return {"latents": self.latents} if self.latents and "latents" in options_of(name) else {}
 
     def moved(self, place: str) -> "Data":
         """The same data at another place: a source, see `load`, or the folder `path`."""
