@@ -30,7 +30,7 @@ NETWORK = {
     "out_channels": 1,  # DiTPipeline does not take it from in_channels
     "sample_size": 28, "patch_size": 4, "num_embeds_ada_norm": CLASSES,
 }  # fmt: skip
-STEPS, BATCH, RATE, WARMUP, DECAY, DROPOUT = 9000, 64, 1.5e-3, 200, 0.999, 0.1
+STEPS, BATCH, RATE, WARMUP, DECAY, DROPOUT = 6000, 64, 1.5e-3, 200, 0.999, 0.1
 
 
 class Pixels(AutoencoderKL):
