@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from mclr_jax import guidance, samplers
+from mclr_jax import flow, guidance, samplers
 from mclr_jax.files import digest, named
 from mclr_jax.model import Model
 from mclr_jax.noise import normal_like, sample_keys
@@ -36,6 +36,7 @@ class Guidance:
     class_strengths: Sequence[float] | None = None  # factors of scale - 1, (num_classes,)
     interval: tuple[float, float] | None = None  # (low, high] of sigma; None: all
     weak: tuple[Model, Any] | None = None  # (model, params) for autoguidance
+    channels: int | None = None  # guide only this number of first channels; None: all
 
     def __post_init__(self):
         in_range("guidance_scale", self.scale, -math.inf)
@@ -43,6 +44,8 @@ class Guidance:
             raise ValueError(
                 f"The guidance interval is {tuple(self.interval)}; expected 0 <= low < high."
             )
+        if self.channels is not None:
+            in_range("guidance_channels", self.channels, 1)
 
     def at(self, scale: float) -> "Guidance":
         """The same guidance with another scale."""
@@ -67,8 +70,7 @@ class Guidance:
 
         A second call is for all samples of a batch: classes of strength 0 have it beside others.
         """
-        grid = sampler.grid(model.preconditioning.sigma_range)
-        levels = samplers.call_levels(grid, sampler.method)
+        levels = sampler.levels(model.preconditioning)
         low, high = self.interval or (0.0, np.inf)
         guided = any(self.is_second_call(model, s) for s in self.scales(model.null_label)[:-1])
         return len(levels) + int(((low < levels) & (levels <= high) & guided).sum())
@@ -77,6 +79,7 @@ class Guidance:
         """Entries of a file about the guidance, beside its scale; other files keep their keys."""
         found: dict[str, Any] = {"guidance_interval": self.interval and list(self.interval)}
         found |= {"autoguidance": digest(self.weak[1])} if self.weak else {}
+        found |= {"guidance_channels": self.channels} if self.channels else {}
         strengths = self.class_strengths
         return found | ({} if strengths is None else {"class_strengths": list(strengths)})
 
@@ -101,35 +104,54 @@ def _with_strength(denoise: DenoiseFn, strength: Any, interval: Any) -> DenoiseF
     """The denoiser with the guidance strength (B,) as its input, 0 outside the interval."""
     low, high = interval
 
-    def with_strength(x, sigma, condition):
-        inside = jnp.where((low < sigma) & (sigma <= high), strength, 0.0)
+    def with_strength(x, sigma, condition, level=None):
+        level = sigma if level is None else level
+        inside = jnp.where((low < level) & (level <= high), strength, 0.0)
         return denoise(x, sigma, condition.replace(strength=inside))
 
     return with_strength
 
 
 def program(
-    model: Model, method: str, guided: bool, stochastic: bool = False, weak: Model | None = None
-) -> Callable:
-    """(both models' params, seed, indices, labels, sigmas, scales, interval, churn) -> x.
+    model: Model, method: str, guided: bool, stochastic: bool = False, weak: Model | None = None,
+    channels: int | None = None,
+) -> Callable:  # fmt: skip
+    """(both models' params, seed, indices, labels, table, scales, interval, churn) -> x.
 
-    The scales (num_classes + 1,) are those of `Guidance.scales`.
+    The table is that of `Sampler.table`, the scales (num_classes + 1,) those of `Guidance.scales`.
     """
 
-    def run(all_params, seed, indices, labels, sigmas, scales, interval, churn):
+    in_time = method in flow.METHODS
+    if in_time and weak is not None and weak.preconditioning != model.preconditioning:
+        raise ValueError(
+            f"The weak model has {weak.preconditioning}; sampler {method!r} needs that of the "
+            f"guided model, {model.preconditioning}. Use a sampler such as heun."
+        )
+    if method == "ddpm":  # the place of the variance follows the channels, and is not guided
+        channels = min(channels or model.data.shape[-1], model.data.shape[-1])
+
+    def function(model: Model, params: Any) -> Any:
+        """What the method calls."""
+        if in_time:
+            output = model.output(params)
+            return lambda x, clock, condition, level=None: output(x, clock, condition)
+        return (model.denoise_with_range if method == "ddpm" else model.denoise)(params)
+
+    def run(all_params, seed, indices, labels, table, scales, interval, churn):
         params, weak_params = all_params
-        denoise, scale = model.denoise(params), scales[labels]
+        denoise, scale = function(model, params), scales[labels]
+        options = scale, interval, channels
         if weak is not None:
-            denoise = guidance.autoguidance(denoise, weak.denoise(weak_params), scale, interval)
+            denoise = guidance.autoguidance(denoise, function(weak, weak_params), *options)
         elif model.strength:
             denoise = _with_strength(denoise, scale - 1, interval)
         elif guided:
-            denoise = guidance.classifier_free(denoise, model.null_label, scale, interval)
+            denoise = guidance.classifier_free(denoise, model.null_label, *options)
         keys = sample_keys(seed, indices)
-        x_init = sigmas[0] * normal_like(keys, jnp.zeros((len(keys), *model.data.shape)))
+        noise = normal_like(keys, jnp.zeros((len(keys), *model.data.shape)))
         churn = churn if stochastic else None
-        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)  # not those of x_init
-        return samplers.sample(denoise, x_init, labels, sigmas, method, churn=churn, keys=keys)
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)  # not those of the first noise
+        return samplers.draw(denoise, noise, labels, table, method, churn=churn, keys=keys)
 
     return run
 
@@ -145,6 +167,11 @@ def _checked(
 ) -> np.ndarray:
     """Labels as int32; ValueError on arguments of `generate` without a meaning."""
     labels, weak = np.asarray(labels), guided.weak
+    if guided.channels and weak is None and model.strength:
+        raise ValueError(
+            "guidance_channels needs guidance by a second call; this network has the strength as "
+            "an input, and no channel without it."
+        )
     if labels.size and labels.dtype.kind not in "iu":
         raise ValueError(f"Got labels of {labels.dtype}; expected integers.")
     in_range("seed", seed, 0, 2**32 - 1)
@@ -157,13 +184,18 @@ def _checked(
             f"Labels must lie in 0..{model.null_label} ({model.null_label} is the null label); got "
             f"{labels.min()}..{labels.max()}."
         )
-    got, expected = (
-        (m.data.shape, m.data.num_classes) for m in (weak[0] if weak else model, model)
-    )
-    if got != expected:
+    other = weak[0].data if weak else model.data
+    got, expected = ((data.shape, data.num_classes) for data in (other, model.data))
+    if got not in (expected, (model.data.shape, 0)):
         raise ValueError(
             f"The weak model has samples of shape and number of classes {got}; expected "
             f"{expected}, those of the guided model."
+        )
+    if weak is None and guided.is_second_call(model) and not model.data.has_null:
+        raise ValueError(
+            f"guidance_scale is {guided.scale:g}, and this model has no answer without a class: no "
+            "training has shown it the null label. Guide it by a weak or unconditional model "
+            "(--autoguidance)."
         )
     if weak is None and model.strength:
         (low, high), scales = model.strength, guided.scales(model.null_label)
@@ -197,10 +229,12 @@ def generate(
     scales, labels = guided.scales(model.null_label), _checked(model, labels, guided, churn, seed)
     weak_model, weak_params = guided.weak or (None, {})
     second = guided.is_second_call(model)
-    run = compiled(model, sampler.method, second, churn is not None, weak_model)
-    sigmas = sampler.grid(model.preconditioning.sigma_range)
+    run = compiled(model, sampler.method, second, churn is not None, weak_model, guided.channels)
     interval = guided.interval or (0.0, np.inf)
-    scalars = jax.tree.map(np.float32, (sigmas, scales, interval, churn or samplers.Churn()))
+    scalars = (
+        sampler.table(model.preconditioning),
+        *jax.tree.map(np.float32, (scales, interval, churn or samplers.Churn())),
+    )
     both, (spread, _) = replicated((params, weak_params)), shardings()
 
     def draw(rows: np.ndarray, labels: np.ndarray) -> jax.Array:

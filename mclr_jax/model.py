@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from mclr_jax.denoiser import NetworkFn, Preconditioning, denoiser, moments
+from mclr_jax.denoiser import Epsilon, NetworkFn, Preconditioning, denoiser, moments, with_range
 from mclr_jax.networks.layers import divided
 from mclr_jax.schema import in_range
 from mclr_jax.types import Answers, Condition, DenoiseFn, LogitsFn, MomentsFn, as_condition, expand
@@ -68,6 +68,12 @@ class Model:
         return getattr(self.network, "variance", False)
 
     @property
+    def has_range(self) -> bool:
+        """True if the second half of the output is the place of DDPM's variance, as in DiT."""
+        twice = getattr(self.network, "out_channels", 0) == 2 * self.data.shape[-1]
+        return twice and isinstance(self.preconditioning, Epsilon) and not self.has_variance
+
+    @property
     def is_classifier(self) -> bool:
         return getattr(self.network, "gives", "denoised") == "logits"
 
@@ -121,6 +127,24 @@ class Model:
         """A `DenoiseFn` (condition None: the null label); raises ValueError for a classifier."""
         denoise = denoiser(self.preconditioning, self._denoising(params))
         return lambda x, sigma, condition: denoise(x, sigma, self.complete(condition, len(x)))
+
+    def denoise_with_range(self, params: Any) -> DenoiseFn:
+        """`denoise` and the place of the variance for the sampler ddpm: 2 C channels.
+
+        Without `has_range` the place is 1, the upper end, as in DiT without a learned variance.
+        """
+        if self.has_range:
+            found = with_range(self.preconditioning, self._denoising(params))
+            return lambda x, sigma, condition: found(x, sigma, self.complete(condition, len(x)))
+        denoise = self.denoise(params)
+        return lambda *inputs: jnp.concatenate([denoise(*inputs), jnp.ones_like(inputs[0])], -1)
+
+    def output(self, params: Any) -> NetworkFn:
+        """The network's own output for (x (B, ...), c_noise (B,), condition), of x's shape."""
+        network = self._denoising(params)
+        return lambda x, c_noise, condition: network(x, c_noise, self.complete(condition, len(x)))[
+            ..., : x.shape[-1]
+        ].astype(x.dtype)
 
     def moments(self, params: Any) -> MomentsFn:
         """A `MomentsFn`: the denoiser's answer, and the variance of x0 given x, both of x's shape.

@@ -191,3 +191,8 @@ def split(keys: jax.Array, count: int) -> jax.Array:
 def normal_like(keys: jax.Array, x: jax.Array) -> jax.Array:
     """Standard normal noise of the shape and type of x (B, ...); example i uses only keys[i]."""
     return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)
+
+
+def step_noise(keys: jax.Array, number: jax.Array | int, x: jax.Array) -> jax.Array:
+    """The noise of a sampler's call of this number, as `normal_like`."""
+    return normal_like(jax.vmap(jax.random.fold_in, (0, None))(keys, number), x)

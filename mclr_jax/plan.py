@@ -227,13 +227,14 @@ def sampling(
         raise ValueError(
             f"A batch of {batch_size} samples on {len(all_devices)} devices; expected a multiple."
         )
-    sigmas = sampler.grid(model.preconditioning.sigma_range)
     guided = Guidance(guidance_scale)
     scales = guided.scales(model.null_label)
     run = generate.program(model, sampler.method, guided.is_second_call(model))
-    scalars = jax.eval_shape(
-        lambda: jax.tree.map(np.float32, (sigmas, scales, (0.0, np.inf), Churn()))
+    scalars = (
+        sampler.table(model.preconditioning),
+        *jax.tree.map(np.float32, (scales, (0.0, np.inf), Churn())),
     )
+    scalars = jax.eval_shape(lambda: scalars)
     params: tuple = (shapes_of(model), {})  # no weaker model's
     seed = jax.ShapeDtypeStruct((), np.uint32)
     every = jax.ShapeDtypeStruct((batch_size,), np.int32)

@@ -7,7 +7,8 @@ step, x the input of the call, D its output and D_prev the output of the call be
 
 A method is therefore a table of coefficients, computed from the grid, with one row per call. The
 compiled program contains one network call for all methods, and the grid may be a traced array.
-Ancestral methods have fresh noise: they sample the reverse stochastic differential equation.
+Ancestral methods, `ddpm` and `ddim` have fresh noise: they sample the reverse stochastic
+differential equation. `Sampler` also has the methods of `flow`, which go by time instead of sigma.
 
 A grid of shape (num_steps + 1, F) gives each frame of a trajectory (B, F, ...) its own levels. A
 step in which the level of a frame stays the same does not change the frame, and the next step of a
@@ -23,7 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mclr_jax.noise import SIGMA_RANGE, normal_like, rho_grid
+from mclr_jax import flow
+from mclr_jax.denoiser import Preconditioning
+from mclr_jax.noise import SIGMA_RANGE, rho_grid, step_noise
 from mclr_jax.schema import Keys, key, look_up
 from mclr_jax.types import Condition, DenoiseFn, as_condition, expand
 
@@ -65,6 +68,8 @@ class _Calls(NamedTuple):
     fresh: jax.Array  # std of the noise at the end of the step
     active: jax.Array  # bool: the call changes x; otherwise the coefficients are not used
     ends_step: np.ndarray  # bool (num_calls,): the result becomes the next `base`
+    # ln of the ratio of the highest and the lowest std of the noise before the call, for `ddpm`
+    spread: jax.Array | None = None
 
 
 def _euler(start: jax.Array, stop: jax.Array, eta: Any = 0.0) -> _Calls:
@@ -107,35 +112,96 @@ def _dpmpp_2m(start: jax.Array, stop: jax.Array, eta: Any = 0.0) -> _Calls:
     return calls._replace(from_d=calls.from_d * (1 + extra), from_prev=-calls.from_d * extra)
 
 
+def _ddpm(start: jax.Array, stop: jax.Array) -> _Calls:
+    """Ancestral sampling whose noise has a learned std (arXiv 2102.09672, eq. 15; DiT's sampler).
+
+    The variance lies between that of x_stop given x_start and x0, and beta = 1 - alpha_bar(start) /
+    alpha_bar(stop), both in units of sigma.
+    """
+    calls = _euler(start, stop, 1.0)
+    a, b = (jnp.where(calls.active & (stop > 0), level, 1) for level in (start, stop))
+    spread = jnp.log(a / b) - jnp.log((1 + a**2) / (1 + b**2)) / 2
+    return calls._replace(spread=jnp.roll(spread, 1, axis=0))
+
+
 METHODS: dict[str, Callable[..., _Calls]] = {
     "euler": _euler,
     "heun": _heun,
     "dpmpp_2m": _dpmpp_2m,
+    "ddpm": _ddpm,
+    "ddim": _euler,
     "ancestral": functools.partial(_euler, eta=1.0),
     "ancestral_2m": functools.partial(_dpmpp_2m, eta=1.0),
 }
 
 
+# The steps of a process with `steps` steps, in `count` of them; ValueError if none has the count.
+SPACINGS: dict[str, Callable[[int, int], np.ndarray]] = {
+    # a sum, as DiT has it: its halves are rounded like the official ones
+    "even": lambda count, steps: np.round(
+        np.cumsum([0.0, *[(steps - 1) / max(count - 1, 1)] * (count - 1)])
+    ).astype(int),
+    "leading": lambda count, steps: np.arange(count) * (steps // count),
+    "ddim": lambda count, steps: np.arange(0, steps, -(-steps // count)),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampler(Keys):
-    """The keys of config.sampler: a method, see `sample`, and a grid, see `noise.rho_grid`."""
+    """The keys of config.sampler: a method, see `sample` and `flow`, and a grid.
+
+    The grid is `noise.rho_grid`, or steps of the model's process; methods of `flow` have equal
+    steps of time.
+    """
 
     where: ClassVar[str] = "config.sampler"
 
-    method: str = key("heun", words=METHODS, says="euler, heun or dpmpp_2m")
+    method: str = key("heun", words=(*METHODS, *flow.METHODS), says="euler, heun or dpmpp_2m; ddpm "
+                      "or ddim of DiT; ode_* or sde_* of SiT and REPA")  # fmt: skip
     num_steps: int = key(18, 1, 100_000, says="steps of the grid")
     sigma_min: float = key(0.002, *SIGMA_RANGE, says="last noise level before 0")
     sigma_max: float = key(80.0, *SIGMA_RANGE, says="first noise level")
     rho: float = key(7.0, 0.1, 100.0, says="larger: more steps at low noise")
+    spacing: str = key("rho", words=("rho", *SPACINGS), says="of the grid: rho between sigma_max "
+                       "and sigma_min, or of the steps of the model's process even (DiT's N), "
+                       "ddim (DiT's ddimN) or leading (diffusers)")  # fmt: skip
+    eta: float = key(0.0, 0.0, 1.0, says="fresh noise of ddim: 0 none, 1 that of ancestral")
+    diffusion: str = key("sigma", words=flow.DIFFUSIONS, says="fresh noise of sde_*: sigma of SiT, "
+                         "linear of REPA")  # fmt: skip
 
     def __post_init__(self):
         super().__post_init__()
-        self.grid()
+        rho_grid(self.num_steps, self.sigma_min, self.sigma_max, self.rho)
 
-    def grid(self, sigma_range: tuple[float, float] = (0.0, np.inf)) -> np.ndarray:
-        """The grid (num_steps + 1,), within the `sigma_range` of the model's preconditioning."""
-        low, high = max(self.sigma_min, sigma_range[0]), min(self.sigma_max, sigma_range[1])
+    def grid(self, preconditioning: Preconditioning | None = None) -> np.ndarray:
+        """The noise levels (num_steps + 1,), those that the preconditioning knows.
+
+        ValueError: the spacing is in steps, and the process has none or not so many.
+        """
+        if self.spacing != "rho":
+            table = np.asarray(getattr(preconditioning, "table", ()))
+            found = SPACINGS[self.spacing](self.num_steps, len(table)) if len(table) else ()
+            if len(np.unique(found)) != self.num_steps:
+                raise ValueError(
+                    f"config.sampler.spacing is {self.spacing!r} with {self.num_steps} steps; the "
+                    f"model's process has {len(table)}. Use spacing rho, or another num_steps."
+                )
+            return np.append(table[found][::-1], 0.0)
+        known = (0.0, np.inf) if preconditioning is None else preconditioning.sigma_range
+        low, high = max(self.sigma_min, known[0]), min(self.sigma_max, known[1])
         return rho_grid(self.num_steps, low, high, self.rho)
+
+    def table(self, preconditioning: Preconditioning) -> Any:
+        """What `draw` needs of the grid, arrays whose values may be traced."""
+        if self.method in flow.METHODS:
+            return flow.tabulate(preconditioning, self.method, self.num_steps, self.diffusion)
+        return jax.tree.map(np.float32, (self.grid(preconditioning), self.eta))
+
+    def levels(self, preconditioning: Preconditioning) -> np.ndarray:
+        """The noise levels (num_calls,) for which each network call has guidance or not."""
+        if self.method in flow.METHODS:
+            return self.table(preconditioning).sigma
+        return call_levels(self.grid(preconditioning), self.method)
 
 
 def call_levels(sigmas: np.ndarray, method: str = "heun") -> np.ndarray:
@@ -176,10 +242,10 @@ def _has_noise(method: str, churn: Churn | None, keys: jax.Array | None) -> bool
             f"Churn needs per-sample keys (got {'none' if keys is None else 'some'}) and a "
             f"single-step method without fresh noise of its own, euler or heun (got {method!r})."
         )
-    ancestral = method.startswith("ancestral")
-    if ancestral and keys is None:
+    fresh = method.startswith(("ancestral", "sde_")) or method in ("ddpm", "ddim")
+    if fresh and keys is None:
         raise ValueError(f"Fresh noise (method {method!r}) needs per-sample keys; got none.")
-    return ancestral or churn is not None
+    return fresh or churn is not None
 
 
 def sample(
@@ -192,6 +258,7 @@ def sample(
     churn: Churn | None = None,
     keys: jax.Array | None = None,
     correct: CorrectFn | None = None,
+    eta: Any = 0.0,
 ) -> jax.Array:
     """Integrate from sigmas[0] to 0: samples of the shape and type of x_init.
 
@@ -202,11 +269,14 @@ def sample(
       sigmas: (N + 1,) noise levels that fall to 0, see `noise.rho_grid`; or (N + 1, F) for
         trajectories (B, F, ...), where no column rises.
       method: "euler" (N denoiser calls), "heun" (2N - 1) or "dpmpp_2m" (N); with fresh noise in
-        each step "ancestral" (N, first order) or "ancestral_2m" (N, second order).
+        each step "ancestral" (N, first order), "ancestral_2m" (N, second order), "ddim" (N) or
+        "ddpm" (N), for which the denoiser may have more channels than x: the learned place of the
+        noise's log variance, -1 for its lower and 1 for its upper end; without it, the upper end.
       churn: stochastic sampling with euler or heun; None for none.
       keys: (B,) typed keys, needed with fresh noise; example i uses only keys[i].
       correct: replaces the call of the denoiser: it gets `denoise`, x, a `Level` and the condition,
         and gives the estimate and a shift that is added to active frames at the end of the step.
+      eta: share of fresh noise for "ddim", from 0 (none) to 1 (ancestral).
 
     Raises:
       ValueError: on an unknown method, an invalid grid, fresh noise without keys, or churn with a
@@ -224,14 +294,14 @@ def sample(
         # sqrt(raised^2 - start^2), in a form that rounding cannot make negative
         fresh_noise = start * jnp.sqrt(rise * (2 + rise)) * churn.noise_scale
         start = start * (1 + rise)
-    calls = tabulate(start, stop)
+    calls = tabulate(start, stop, eta) if method == "ddim" else tabulate(start, stop)
     noise_std = jnp.roll(calls.fresh, 1, axis=0)  # before the next call; the last one, at 0, is 0
     if fresh_noise is not None:  # added before the first call of each step
         begins_step = np.append(True, calls.ends_step[:-1])
         noise_std = noise_std.at[np.flatnonzero(begins_step)].set(fresh_noise)
 
     def call(carry, row):
-        base, x, prev = carry
+        base, x, prev, place = carry
         number, noise_std, c = row
         level = Level(
             *(jnp.broadcast_to(a, (len(x), *a.shape)) for a in (c.sigma, c.stop, c.active))
@@ -239,18 +309,41 @@ def sample(
         # the entries of the row, () or (F,), broadcast against x
         noise_std, c = jax.tree.map(lambda values: expand(values[None], x), (noise_std, c))
         if keys is not None and noisy:
-            step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
-            x = x + noise_std * normal_like(step_keys, x)
+            std = noise_std if c.spread is None else noise_std * jnp.exp(c.spread * place)
+            x = x + std * step_noise(keys, number, x)
             base = jnp.where(noise_std > 0, x, base)
         if correct is None:
-            d, shift = denoise(x, level.sigma, condition).astype(x.dtype), jnp.zeros((), x.dtype)
+            found, shift = denoise(x, level.sigma, condition), jnp.zeros((), x.dtype)
+            d, learned = jnp.split(found.astype(x.dtype), [x.shape[-1]], axis=-1)
+            place = (1 + learned) / 2 if method == "ddpm" and learned.size else place
         else:
             d, shift = correct(denoise, x, level, condition)
         new = c.from_base * base + c.from_x * x + c.from_d * d + c.from_prev * prev
         last = c.ends_step | (c.stop == 0)  # Heun's method ends with its first call there
         new = jnp.where(c.active, new + jnp.where(last, shift, 0), x)
-        return (jnp.where(c.ends_step, new, base), new, d), None
+        return (jnp.where(c.ends_step, new, base), new, d, place), None
 
     rows = (jnp.arange(len(calls.sigma)), noise_std, calls)
-    (x, _, _), _ = jax.lax.scan(call, (x_init, x_init, jnp.zeros_like(x_init)), rows)
+    ones = jnp.ones_like(x_init) if method == "ddpm" else jnp.ones(())
+    (x, *_), _ = jax.lax.scan(call, (x_init, x_init, jnp.zeros_like(x_init), ones), rows)
     return x
+
+
+def draw(
+    model: Any,  # a DenoiseFn, or for a method of `flow` a FlowFn
+    noise: jax.Array,
+    condition: Condition | jax.Array,
+    table: Any,
+    method: str,
+    *,
+    churn: Churn | None = None,
+    keys: jax.Array | None = None,
+) -> jax.Array:
+    """Samples from normal noise (B, ...), with the `table` of a `Sampler`; raises like `sample`."""
+    if method in flow.METHODS:
+        noisy = _has_noise(method, churn, keys)
+        return flow.sample(model, noise, condition, table, keys if noisy else None)
+    sigmas, eta = table
+    # a variance-preserving process starts from x_t = x / sqrt(1 + sigma^2) of variance 1
+    start = jnp.sqrt(1 + sigmas[0] ** 2) if method in ("ddpm", "ddim") else sigmas[0]
+    return sample(model, start * noise, condition, sigmas, method, churn=churn, keys=keys, eta=eta)

@@ -122,7 +122,7 @@ def test_network_calls_are_those_that_the_sampler_makes(trained, method, scale, 
 def test_guidance_interval_and_grid_share_one_program(trained):
     model, params = trained
     labels = np.arange(8)
-    run = generate.compiled(model, "heun", True, False, None)
+    run = generate.compiled(model, "heun", True, False, None, None)
     before = run._cache_size()
     for scale, interval, sigma_min in [
         (2.0, None, 0.01),
@@ -149,7 +149,7 @@ def test_each_class_has_the_guidance_of_its_own_scale(trained, weaker, told, kin
         guided = Guidance(scale, class_strengths, (0.1, 5.0), weak)
         return generate.generate(model, params, labels, EULER, guided=guided, seed=5)
 
-    run = generate.compiled(model, "euler", not as_input, False, weak and weak[0])
+    run = generate.compiled(model, "euler", not as_input, False, weak and weak[0], None)
     got = draw(2.5, factors)
     programs = run._cache_size()
     for row, scale in enumerate([1.6, 4.0, 1.0, 2.5]):
@@ -211,7 +211,7 @@ def test_a_network_with_strength_takes_the_scale_as_its_input(told):
     model, params = told
     labels, grid = np.array([3, 1, 4]), EULER.grid()
     x = np.float32(grid[0]) * normal_like(sample_keys(5, range(3)), jnp.zeros((3, 8, 8, 1)))
-    run = generate.compiled(model, "euler", False, False, None)
+    run = generate.compiled(model, "euler", False, False, None, None)
     for scale, interval in [(1.0, None), (2.5, None), (2.5, (0.1, 1.0)), (2.5, ends(grid, 2, 0))]:
         guided = Guidance(scale, interval=interval)
         got = generate.generate(model, params, labels, EULER, guided=guided, seed=5)

@@ -1,4 +1,5 @@
 import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +92,8 @@ def test_a_grid_stays_within_the_levels_that_a_model_knows():
         ((0.1, 70.0), 0.1, 70.0),
         ((0.01, 157.0), 0.05, 90.0),
     ]:
-        np.testing.assert_array_equal(sampler.grid(levels), rho_grid(5, low, high, 5.0))
+        model = types.SimpleNamespace(sigma_range=levels)
+        np.testing.assert_array_equal(sampler.grid(model), rho_grid(5, low, high, 5.0))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,192 @@
+"""The samplers of published models against trajectories of the official code.
+
+The references have the noise of the start and of the steps, and the states x. The network's inputs
+are compared with these states, and so is the end.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from mclr_jax import flow, generate, pretrained, samplers
+from mclr_jax.denoiser import Velocity
+from mclr_jax.generate import Guidance
+from mclr_jax.model import Model
+from mclr_jax.samplers import Sampler
+
+FORMATS = reference.DATA / "formats"
+DIT = ("dit", "dit/DiT-train-0050000.pt")
+SIT = ("sit", "sit/SiT-train-0050000.pt")
+REPA = ("repa", "repa/REPA-train-0400000.pt")
+HEADS = {DIT: 2, SIT: 4, REPA: 3}
+
+
+@functools.cache
+def published(family, file):
+    """(checkpoint, arrays of the reference in our layout)."""
+    with np.load(FORMATS / f"{file}.reference.npz") as found:
+        arrays = {name: found[name] for name in found.files}
+    arrays = {k: np.moveaxis(x, -3, -1) if x.ndim >= 4 else x for k, x in arrays.items()}
+    return pretrained.read(FORMATS / file, family, heads=HEADS[family, file]), arrays
+
+
+def relative(got, expected):
+    return np.abs(np.asarray(got) - expected).max() / np.abs(expected).max()
+
+
+class Injected:
+    """Reference noise in place of that of keys, and a list of the network's inputs."""
+
+    def __init__(self, monkeypatch, start, steps, number, label):
+        seen = self.seen = []
+        apply = Model._apply
+
+        def listened(model, params, x, c_noise, condition, **options):
+            def listen(x, labels):
+                seen.extend([x] if (labels == label).all() else [])
+
+            jax.debug.callback(listen, x, condition.label, ordered=True)
+            return apply(model, params, x, c_noise, condition, **options)
+
+        def step_noise(keys, call, x):
+            return jnp.asarray(steps, x.dtype)[jnp.asarray(number(len(steps)))[call]]
+
+        monkeypatch.setattr(Model, "_apply", listened)
+        monkeypatch.setattr(generate, "normal_like", lambda keys, x: jnp.asarray(start, x.dtype))
+        monkeypatch.setattr(samplers, "step_noise", step_noise)
+        monkeypatch.setattr(flow, "step_noise", step_noise)
+
+
+def drawn(model, params, labels, sampler, guided=generate.NONE, churn=None):
+    """Samples as `generate.generate` draws them."""
+    weak_model, weak_params = guided.weak or (None, {})
+    run = generate.program(
+        model, sampler.method, guided.is_second_call(model), churn is not None, weak_model,
+        guided.channels,
+    )  # fmt: skip
+    return run(
+        (params, weak_params), 0, jnp.arange(len(labels)), jnp.asarray(labels, jnp.int32),
+        sampler.table(model.preconditioning), jnp.float32(guided.scales(model.null_label)),
+        guided.interval or (0.0, np.inf), churn,
+    )  # fmt: skip
+
+
+def after(count):
+    """Noise k comes before call k + 1."""
+    return [0, *range(count)]
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler", "channels"),
+    [
+        ("ddpm", Sampler("ddpm", 10, spacing="even"), None),
+        ("ddpm_cfg", Sampler("ddpm", 10, spacing="even"), 3),
+        ("ddim", Sampler("ddim", 10, spacing="even"), None),
+        ("ddim_cfg", Sampler("ddim", 10, spacing="even"), 3),
+        ("ddim_ddim10", Sampler("ddim", 10, spacing="ddim"), None),
+        ("ddim_eta0.7", Sampler("ddim", 10, spacing="even", eta=0.7), None),
+    ],
+)
+def test_dit(monkeypatch, name, sampler, channels):
+    found, arrays = published(*DIT)
+    states, labels = arrays[f"sampler/{name}/x"], arrays["sampler/y"]
+    noises = arrays.get(f"sampler/{name}/noises", np.zeros_like(states[1:]))
+    scale = float(arrays["sampler/cfg_scale"]) if channels else 1.0
+    injected = Injected(monkeypatch, states[0], noises, after, labels)
+    guided = Guidance(scale, channels=channels)
+    got = drawn(found.model, found.params, labels, sampler, guided)
+    assert relative(got, states[-1]) < 2e-5
+    jax.effects_barrier()
+    assert relative(injected.seen, states[:-1]) < 2e-5
+    assert guided.calls(found.model, sampler) == 10 * (1 + (scale > 1))
+
+
+ODE = {"ode_euler": "ode_euler", "ode_heun": "ode_heun2", "ode_rk4": "ode_rk4"}
+
+
+@pytest.mark.parametrize("name", [*ODE, "ode_euler_cfg", "ode_heun_cfg", "ode_dopri5"])
+def test_sit_odes(monkeypatch, name):
+    """The reference of dopri5 has steps of its own, within its tolerance of 1e-3."""
+    found, arrays = published(*SIT)
+    states, labels = arrays[f"sampler/{name}/x"], arrays["sampler/y"]
+    guided = "cfg" in name
+    sampler = Sampler(ODE.get(name.removesuffix("_cfg"), name), len(states) - 1)
+    injected = Injected(monkeypatch, states[0], states, after, labels)
+    scale = float(arrays["sampler/cfg_scale"]) if guided else 1.0
+    guidance = Guidance(scale, channels=3 if guided else None)
+    got = drawn(found.model, found.params, labels, sampler, guidance)
+    limit = 1e-3 if name == "ode_dopri5" else 2e-6
+    assert relative(got, states[-1]) < limit
+    jax.effects_barrier()
+    stages = len(flow.METHODS[sampler.method].weights)
+    assert relative(injected.seen[::stages], states[:-1]) < limit
+    assert guidance.calls(found.model, sampler) == stages * (len(states) - 1) * (1 + guided)
+
+
+def test_sit_from_data_to_noise():
+    found, arrays = published(*SIT)
+    states, output = arrays["sampler/ode_euler_reverse/x"], found.model.output(found.params)
+    calls = flow.tabulate(found.model.preconditioning, "ode_euler", 10, reverse=True)
+    got = flow.sample(lambda *inputs: output(*inputs[:3]), states[0], arrays["sampler/y"], calls)
+    assert relative(got, states[-1]) < 2e-6
+
+
+@pytest.mark.parametrize("name", [
+    "sde_euler_sigma", "sde_euler_linear", "sde_heun_sigma", "sde_euler_sigma_cfg",
+])  # fmt: skip
+def test_sit_sdes(monkeypatch, name):
+    found, arrays = published(*SIT)
+    states, labels = arrays[f"sampler/{name}/x"], arrays["sampler/y"]
+    _, method, diffusion, *guided = name.split("_")
+
+    def number(count):
+        """Of the noise before each call: Heun's is that of its own step."""
+        return after(count) if method == "euler" else [*np.repeat(range(count), 2), 0]
+
+    sampler = Sampler(f"sde_{method}", len(states) - 1, diffusion=diffusion)
+    injected = Injected(monkeypatch, states[0], arrays[f"sampler/{name}/noises"], number, labels)
+    guidance = Guidance(float(arrays["sampler/cfg_scale"]) if guided else 1.0, channels=3)
+    got = drawn(found.model, found.params, labels, sampler, guidance)
+    assert relative(got, states[-1]) < 2e-6
+    jax.effects_barrier()
+    if method == "euler":  # the other one's inputs have the noise of their step
+        assert relative(injected.seen, states[:-1]) < 2e-6
+    calls = len(states) - 1 if method == "euler" else 2 * len(states) - 3
+    assert guidance.calls(found.model, sampler) == calls * (1 + len(guided))
+
+
+REPAS = {"ode": "ode_euler", "ode_heun": "ode_heun", "sde_linear": "sde_euler",
+         "sde_cosine": "sde_euler"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(n, k) for n in REPAS for k in ("", "_cfg", "_cfg_interval") if n != "sde_cosine" or not k],
+)
+def test_repa(monkeypatch, name, kind):
+    found, arrays = published(*REPA)
+    key = f"sampler/{name}{kind}"
+    states, end, labels = arrays[f"{key}/x"], arrays[f"{key}/sample"], arrays["sampler/y"]
+    path = "cosine" if name == "sde_cosine" else "linear"
+    model = dataclasses.replace(found.model, preconditioning=Velocity(data_at=0, path=path))
+    sampler = Sampler(REPAS[name], len(states), diffusion="linear")
+    low, high = (t / (1 - t) for t in arrays["sampler/guidance_interval"])
+    guided = Guidance(
+        float(arrays["sampler/cfg_scale"]) if kind else 1.0,
+        interval=(low, high) if "interval" in kind else None,
+    )
+    noises = arrays.get(f"{key}/noises", states)
+    injected = Injected(monkeypatch, states[0], noises, after, labels)
+    got = drawn(model, found.params, labels, sampler, guided)
+    assert relative(got, end) < 2e-6
+    jax.effects_barrier()
+    assert relative(injected.seen[:: 1 + ("heun" in name)], states) < 2e-6
+    calls = 19 if "heun" in name else 10
+    times = arrays[f"{key}/t"].repeat(2)[:19] if "heun" in name else arrays[f"{key}/t"]
+    guided_calls = (times <= (high / (1 + high) if "interval" in kind else 1)).sum()
+    assert guided.calls(model, sampler) == calls + guided_calls * bool(kind)
