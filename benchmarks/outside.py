@@ -23,27 +23,33 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from image_bench import JUDGES, Bench, done
+from image_bench import JUDGES, SETTINGS, Bench, done
 from tasks import RESULTS, ROOT, Task, add_flags, config_of, run, training
 
-from mclr_jax import generate, images, samplers
+from mclr_jax import generate, images, pretrained, samplers
 from mclr_jax.data import sources
 from mclr_jax.files import save_arrays, write_json
 
-VALIDATION, COUNTS, COUNT = 100, {100: 2000}, 5000  # the seed; samples of it, and of others
+VALIDATION, COUNTS, COUNT = 100, {100: 1000}, 2000  # the seed; samples of it, and of others
 INTERVAL = (0.0, 3.0)  # of noise levels that are guided, and where MCLR has a contrast
-# Strengths to choose from: guidance scales at all levels and in the interval, beta of MCLR.
-GRIDS = {"scale": (1.0, 1.1, 1.2, 1.3, 1.4, 1.6, 2.0), "interval": (1.4, 1.6, 2.0, 2.5),
-         "beta": (0.5, 1.0, 2.0)}  # fmt: skip
+# Strengths to choose from: guidance scales at all levels and in the interval, and of MCLR the place
+# between the base's weights (0) and those that were fine-tuned with beta 1.
+GRIDS = {"scale": (1.0, 1.2, 1.4, 1.6, 2.0), "interval": (1.4, 1.8, 2.4),
+         "interpolation": (0.5, 0.75, 1.0, 1.25)}  # fmt: skip
 TUNING = {
-    "data.name": "fashion_mnist", "data.flip": False, "num_steps": 1200, "batch_size": 64,
+    "data.name": "fashion_mnist", "data.flip": False, "num_steps": 800, "batch_size": 64,
     "noise.mean": 0.8, "noise.std": 1.5, "optimizer.learning_rate": 1e-3,
     "optimizer.warmup_steps": 50, "optimizer.schedule": "cosine", "ema.halflife_steps": 60.0,
     "log_every": 100, "checkpoint_every": 400, "steps_per_dispatch": 10, "sample_every": 0,
 }  # fmt: skip
 MCLR = {"objective.teacher": "average", "objective.sigma_interval": INTERVAL}
 # The rows: what samples, and where its strength was chosen; "" for none.
-METHODS = {"base": "", "base, CFG": "scale", "base, CFG in an interval": "interval", "MCLR": "beta"}
+METHODS = {
+    "base": "",
+    "base, CFG": "scale",
+    "base, CFG in an interval": "interval",
+    "MCLR": "interpolation",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +60,7 @@ class Outside(Bench):
     torch: str = sys.executable
 
     root = ROOT / "runs" / "outside"  # type: ignore[assignment]
+    settings = SETTINGS["fashion_mnist"] | {"samples": COUNT}  # type: ignore[assignment]
 
     def in_torch(self, do: str, **options: Any) -> dict:
         """What a function of torch_dit.py gives."""
@@ -61,12 +68,6 @@ class Outside(Bench):
         command = [self.torch, str(script), json.dumps({"do": do, **options})]
         made = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         return json.loads(made.splitlines()[-1])
-
-    def convert(self, **flags: pathlib.Path) -> None:
-        """launch.convert, in or out; the last flag is what it writes, anew."""
-        shutil.rmtree([*flags.values()][-1], ignore_errors=True)
-        given = [f"--{name}={path}" for name, path in flags.items()]
-        subprocess.run([sys.executable, "-m", "launch.convert", *given], cwd=ROOT, check=True)
 
     def train_base(self, seed: int = 0) -> None:
         """The folder of diffusers, trained in PyTorch."""
@@ -78,31 +79,29 @@ class Outside(Bench):
         self.write("diffusers/done", made)
 
     def take(self) -> None:
-        self.convert(input=self.root / "diffusers", out=self.root / "base")
-
-    def back(self, name: str) -> None:
-        """The folder of diffusers of a run."""
-        self.convert(workdir=self.root / name, to=self.root / f"{name}_diffusers")
+        shutil.rmtree(self.root / "base", ignore_errors=True)
+        pretrained.convert(self.root / "diffusers", self.root / "base")
 
     def parity(self) -> None:
         """Largest differences of samples from the same noise: the base here and in PyTorch.
 
         And in PyTorch that of the folder that was read, and of the one written.
         """
-        paths = {name: self.root / f"parity_{name}.npz" for name in ("diffusers", "base_diffusers")}
+        folders = {"read": self.root / "diffusers", "written": self.back("base")}
+        paths = {name: self.root / f"parity_{name}.npz" for name in folders}
         for name, path in paths.items():
-            folder = str(self.root / name)
+            folder = str(folders[name])
             made = self.in_torch("sample", folder=folder, out=str(path), count=100, seed=7)
-        with np.load(paths["diffusers"]) as file:
+        with np.load(paths["read"]) as file:
             original = file["images"][..., None]
-        with np.load(paths["base_diffusers"]) as file:
+        with np.load(paths["written"]) as file:
             noise, theirs, labels = (file[k][..., None] for k in ("noise", "images", "labels"))
         found, params = self.load("base")
         sigmas = found.sampler.grid(found.model.preconditioning)
         # At the first level, x / sqrt(alpha) is noise / sqrt(alpha).
         x = jnp.asarray(noise * np.sqrt(1 + sigmas[0] ** 2), jnp.float32)
         denoise = found.model.denoise(params)
-        ours = samplers.sample(denoise, x, labels[:, 0], sigmas, found.sampler.method)
+        ours = samplers.sample(denoise, x, labels[:, 0], sigmas, "euler")
         errors = {"here": images.clip(np.asarray(ours)), "original": original}
         largest = {name: float(np.abs(x - theirs).max()) for name, x in errors.items()}
         self.write("parity", {**made, "largest_difference": largest})
@@ -113,10 +112,16 @@ class Outside(Bench):
         config.seed = seed + 1
         return config
 
-    def mclr(self, seed: int, strength: float | None) -> None:
-        """A fine-tuning; None: with the strength that was chosen."""
-        changes = {"objective.beta": strength or self.chosen("beta")}
-        self.train(named("mclr", seed, strength), "finetune", self.fine_tuning(seed, changes))
+    def mclr(self, seed: int) -> None:
+        self.train(f"mclr_{seed}", "finetune", self.fine_tuning(seed, {}))
+
+    def back(self, name: str, place: float = 1.0) -> pathlib.Path:
+        """The folder of diffusers of a run; of its weights at a place."""
+        folder = self.root / f"{name}_at_{place:g}_diffusers"
+        shutil.rmtree(folder, ignore_errors=True)
+        found, params = self.load(name, place)
+        pretrained.export(found, params, folder)
+        return folder
 
     def chosen(self, kind: str) -> float:
         return self.read("chosen")[kind]["best"]
@@ -124,7 +129,6 @@ class Outside(Bench):
     def draw(self, method: str, seed: int, strength: float | None) -> None:
         """Samples of a method, judged; None: the strength that was chosen."""
         kind, count, name = METHODS[method], COUNTS.get(seed, COUNT), named(method, seed, strength)
-        tuned = named("mclr", seed, strength) if kind == "beta" else "base"
         if strength is None and kind:
             strength = self.chosen(kind)
         labels = np.arange(count) % 10
@@ -138,15 +142,18 @@ class Outside(Bench):
         else:
             path = self.root / f"{name}.npz"
             options = {"count": count, "seed": seed, "scale": strength if kind == "scale" else 1.0}
-            folder = str(self.root / (f"{tuned}_diffusers" if kind == "beta" else "diffusers"))
-            made = self.in_torch("sample", folder=folder, out=str(path), **options)
+            folder = self.root / "diffusers"
+            if method == "MCLR":
+                folder = self.back(f"mclr_{seed}", strength)
+            made = self.in_torch("sample", folder=str(folder), out=str(path), **options)
             with np.load(path) as file:
                 samples = file["images"][..., None]
             path.unlink()
         row = {"method": method, "seed": seed, "strength": strength, **made}
-        workdir = self.root / tuned if kind == "beta" else None
+        workdir = self.root / f"mclr_{seed}" if method == "MCLR" else None
         self.store(name, images.as_8_bits(samples), labels, row, workdir)
-        self.second(name)
+        if seed != VALIDATION:
+            self.second(name)
 
     def choose(self) -> None:
         """The strength of each kind with the lowest FD of the validation seed."""
@@ -174,33 +181,28 @@ class Outside(Bench):
             Task("second_test", do(self.second, "real_test"), "second/real_test.json",
                  ("sets/real_test.json", real)),
             Task("base", self.take, "base/run.json", (done("diffusers"),)),
-            Task("base_back", do(self.back, "base"), back("base"), ("base/run.json",)),
-            Task("parity", self.parity, "parity.json", (back("base"),)),
+            Task("parity", self.parity, "parity.json", ("base/run.json",)),
         ]  # fmt: skip
         for method, kind in METHODS.items():
             for strength in GRIDS[kind] if kind else []:
                 tasks += self.of_method(method, VALIDATION, strength, real)
-        every = [task.output for task in tasks if f"_{VALIDATION}_at_" in task.output]
+        every = [task.output for task in tasks if task.output.startswith("sets/")]
         tasks.append(Task("choose", self.choose, "chosen.json", tuple(every)))
         for seed in seeds:
             for method, kind in METHODS.items():
                 needs = ("chosen.json",) if kind else ()
                 tasks += self.of_method(method, seed, None, real, *needs)
-        return tasks
+        return [*{task.name: task for task in tasks}.values()]  # a fine-tuning has several places
 
     def of_method(self, method: str, seed: int, strength: float | None, *needs: str) -> list[Task]:
-        """The tasks for a set of samples: a fine-tuning and its way back to PyTorch, if any."""
-        do, name, tuned = functools.partial, named(method, seed, strength), "base"
-        tasks = []
-        if METHODS[method] == "beta":
-            tuned = named("mclr", seed, strength)
-            start = ("base/run.json", *needs)
-            tasks += [
-                Task(tuned, do(self.mclr, seed, strength), done(tuned), start),
-                Task(f"{tuned}_back", do(self.back, tuned), back(tuned), (done(tuned),)),
-            ]
-        draw = do(self.draw, method, seed, strength)
-        return [*tasks, Task(f"set_{name}", draw, f"second/{name}.json", (back(tuned), *needs))]
+        """The tasks for a set of samples."""
+        name, tuned = named(method, seed, strength), f"mclr_{seed}"
+        start = {"MCLR": done(tuned), "base, CFG in an interval": "base/run.json"}
+        output = f"{'sets' if seed == VALIDATION else 'second'}/{name}.json"
+        draw = functools.partial(self.draw, method, seed, strength)
+        sets = [Task(f"set_{name}", draw, output, (start.get(method, done("diffusers")), *needs))]
+        tune = Task(tuned, functools.partial(self.mclr, seed), done(tuned), ("base/run.json",))
+        return [tune, *sets] if method == "MCLR" else sets
 
 
 def named(method: str, seed: int, strength: float | None) -> str:
@@ -209,18 +211,13 @@ def named(method: str, seed: int, strength: float | None) -> str:
     return f"{place}_{seed}" + (f"_at_{strength:g}" if strength else "")
 
 
-def back(name: str) -> str:
-    """A file of the folder that a run is written to."""
-    return f"{name}_diffusers/model_index.json"
-
-
 def collect(bench: Outside, seeds: tuple[int, ...]) -> dict[str, Any]:
     """The rows that are there."""
     of_seeds: dict[str, list] = {"validation": [], "rows": []}
     for method, kind in METHODS.items():
         grid = [(VALIDATION, s) for s in GRIDS[kind]] if kind else []
         for seed, strength in [*grid, *((seed, None) for seed in seeds)]:
-            if bench.there(f"second/{(name := named(method, seed, strength))}"):
+            if bench.there(f"sets/{(name := named(method, seed, strength))}"):
                 of_seeds["validation" if strength else "rows"].append(bench.row(name))
     judges = {name: training(bench.root / name) for name in (f"judge_{j}" for j in JUDGES)}
     single = {
