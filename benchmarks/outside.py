@@ -155,6 +155,14 @@ class Outside(Bench):
         if seed != VALIDATION:
             self.second(name)
 
+    def store(
+        self, name: str, pixels: Any, labels: Any, more: dict, workdir: pathlib.Path | None = None
+    ) -> None:
+        """As the Bench does, with the accuracy by the judge of features, too."""
+        found = self.judged("features", pixels, labels).log_probs.argmax(1)
+        accuracy = {"accuracy_by_features": float((found == labels).mean())}
+        super().store(name, pixels, labels, accuracy | more, workdir)
+
     def choose(self) -> None:
         """The strength of each kind with the lowest FD of the validation seed."""
         found: dict[str, Any] = {}
