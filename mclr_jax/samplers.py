@@ -157,7 +157,7 @@ class Sampler(Keys):
     where: ClassVar[str] = "config.sampler"
 
     method: str = key("heun", words=(*METHODS, *flow.METHODS), says="euler, heun or dpmpp_2m; ddpm "
-                      "or ddim of DiT; ode_* or sde_* of SiT and REPA")  # fmt: skip
+                      "or ddim of DiT; ode_* or sde_* of SiT and REPA, see flow")  # fmt: skip
     num_steps: int = key(18, 1, 100_000, says="steps of the grid")
     sigma_min: float = key(0.002, *SIGMA_RANGE, says="last noise level before 0")
     sigma_max: float = key(80.0, *SIGMA_RANGE, says="first noise level")
@@ -178,18 +178,23 @@ class Sampler(Keys):
 
         ValueError: the spacing is in steps, and the process has none or not so many.
         """
-        if self.spacing != "rho":
-            table = np.asarray(getattr(preconditioning, "table", ()))
-            found = SPACINGS[self.spacing](self.num_steps, len(table)) if len(table) else ()
-            if len(np.unique(found)) != self.num_steps:
-                raise ValueError(
-                    f"config.sampler.spacing is {self.spacing!r} with {self.num_steps} steps; the "
-                    f"model's process has {len(table)}. Use spacing rho, or another num_steps."
-                )
-            return np.append(table[found][::-1], 0.0)
-        known = (0.0, np.inf) if preconditioning is None else preconditioning.sigma_range
-        low, high = max(self.sigma_min, known[0]), min(self.sigma_max, known[1])
-        return rho_grid(self.num_steps, low, high, self.rho)
+        if self.spacing == "rho":
+            known = (0.0, np.inf) if preconditioning is None else preconditioning.sigma_range
+            low, high = max(self.sigma_min, known[0]), min(self.sigma_max, known[1])
+            return rho_grid(self.num_steps, low, high, self.rho)
+        table = np.asarray(getattr(preconditioning, "table", ()))
+        found = SPACINGS[self.spacing](self.num_steps, len(table)) if len(table) else ()
+        if len(np.unique(found)) != self.num_steps:
+            raise ValueError(
+                f"config.sampler.spacing is {self.spacing!r} with {self.num_steps} steps; the "
+                f"model's process has {len(table)}. Use spacing rho, or another num_steps."
+            )
+        return np.append(table[found][::-1], 0.0)
+
+    def settings(self) -> dict[str, Any]:
+        """The keys, for a file about samples; those of later versions only where they count."""
+        later = {"spacing": "rho", "eta": 0.0, "diffusion": "sigma"}
+        return {k: v for k, v in dataclasses.asdict(self).items() if v != later.get(k)}
 
     def table(self, preconditioning: Preconditioning) -> Any:
         """What `draw` needs of the grid, arrays whose values may be traced."""
@@ -324,22 +329,19 @@ def sample(
         return (jnp.where(c.ends_step, new, base), new, d, place), None
 
     rows = (jnp.arange(len(calls.sigma)), noise_std, calls)
-    ones = jnp.ones_like(x_init) if method == "ddpm" else jnp.ones(())
-    (x, *_), _ = jax.lax.scan(call, (x_init, x_init, jnp.zeros_like(x_init), ones), rows)
+    place = jnp.ones_like(x_init) if method == "ddpm" else jnp.ones(())
+    (x, *_), _ = jax.lax.scan(call, (x_init, x_init, jnp.zeros_like(x_init), place), rows)
     return x
 
 
 def draw(
-    model: Any,  # a DenoiseFn, or for a method of `flow` a FlowFn
-    noise: jax.Array,
-    condition: Condition | jax.Array,
-    table: Any,
-    method: str,
-    *,
-    churn: Churn | None = None,
-    keys: jax.Array | None = None,
-) -> jax.Array:
-    """Samples from normal noise (B, ...), with the `table` of a `Sampler`; raises like `sample`."""
+    model: Any, noise: jax.Array, condition: Any, table: Any, method: str, *,
+    churn: Churn | None = None, keys: jax.Array | None = None,
+) -> jax.Array:  # fmt: skip
+    """Samples from normal noise (B, ...), with the `table` of a `Sampler`; raises like `sample`.
+
+    The model is a DenoiseFn, or for a method of `flow` a FlowFn.
+    """
     if method in flow.METHODS:
         noisy = _has_noise(method, churn, keys)
         return flow.sample(model, noise, condition, table, keys if noisy else None)

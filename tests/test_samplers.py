@@ -8,6 +8,7 @@ import pytest
 import reference
 
 from mclr_jax import guidance, samplers
+from mclr_jax.denoiser import EDM, Epsilon, V
 from mclr_jax.noise import normal_like, rho_grid, sample_keys
 
 
@@ -185,3 +186,105 @@ def test_ancestral_steps_are_those_of_ddpm():
 def test_grids_that_cannot_be_computed_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         samplers.Sampler(**options)
+
+
+# ---- DDPM and DDIM -------------------------------------------------------------------------------
+
+
+def alpha_bar(sigmas):
+    return 1 / (1 + np.asarray(sigmas) ** 2)
+
+
+@pytest.mark.parametrize("place", [-1.0, 0.4, 1.0, None])
+def test_the_noise_of_ddpm_lies_between_the_posterior_variance_and_beta(place):
+    """In x_t = sqrt(alpha_bar) x, as arXiv 2102.09672, eq. 15; without a place it is beta."""
+    grid = np.append(Epsilon().table[[999, 600, 200, 0]], 0.0)
+    bar = alpha_bar(grid)
+    keys = sample_keys(0, range(3))
+    x = 2.0 * normal_like(keys, jnp.zeros((3, 5)))  # x_t
+    expected = np.asarray(x)
+    for call in range(4):
+        now, then = bar[call], bar[call + 1]
+        beta = 1 - now / then
+        low = beta * (1 - then) / (1 - now)
+        f = (1 if place is None else place) / 2 + 0.5
+        d = 0.5 * expected
+        mean = np.sqrt(then) * beta / (1 - now) * d
+        mean += np.sqrt(now / then) * (1 - then) / (1 - now) * expected
+        noise = normal_like(jax.vmap(jax.random.fold_in, (0, None))(keys, call + 1), x)
+        expected = mean if call == 3 else mean + np.sqrt(beta**f * low ** (1 - f)) * noise
+
+    def denoise(x, sigma, condition):
+        found = 0.5 * x / jnp.sqrt(1 + sigma[:, None] ** 2)
+        return found if place is None else jnp.append(found, jnp.full_like(x, place), axis=-1)
+
+    x = x / np.sqrt(bar[0])
+    got = samplers.sample(denoise, x, jnp.zeros(3, int), grid, "ddpm", keys=keys)
+    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_ddpm_leaves_frames_that_wait_or_are_finished_as_they_are():
+    grid = np.array([[9.0, 0.0, 9.0], [3.0, 0.0, 9.0], [0.0, 0.0, 2.0], [0.0, 0.0, 0.0]])
+    keys = sample_keys(0, range(2))
+    x = normal_like(keys, jnp.zeros((2, 3, 4)))
+    got = samplers.sample(lambda x, s, c: 0.5 * x, x, jnp.zeros(2, int), grid, "ddpm", keys=keys)
+    assert np.isfinite(got).all()
+    np.testing.assert_array_equal(got[:, 1], x[:, 1])
+    assert (got[:, [0, 2]] != x[:, [0, 2]]).all()
+
+
+def test_ddim_is_between_euler_and_ancestral_sampling():
+    mix, grid, labels = reference.mixture(), rho_grid(6, 0.01, 20.0), jnp.arange(4)
+    keys = sample_keys(2, range(4))
+    x = 20 * normal_like(keys, jnp.zeros((4, 2)))
+
+    def end(method, eta=0.0):
+        return samplers.sample(mix.denoise, x, labels, grid, method, keys=keys, eta=eta)
+
+    np.testing.assert_array_equal(end("ddim"), end("euler"))
+    np.testing.assert_array_equal(end("ddim", 1.0), end("ancestral"))
+    assert np.abs(end("ddim", 0.5) - end("ddim")).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("spacing", "count", "steps"),
+    [
+        ("even", 4, [0, 333, 666, 999]),
+        ("even", 3, [0, 500, 999]),  # 499.5, to even
+        ("even", 1, [0]),
+        ("ddim", 4, [0, 250, 500, 750]),
+        ("ddim", 3, [0, 334, 668]),
+        ("leading", 3, [0, 333, 666]),
+    ],
+)
+def test_grids_of_steps(spacing, count, steps):
+    grid = samplers.Sampler(num_steps=count, spacing=spacing).grid(Epsilon())
+    np.testing.assert_array_equal(grid, np.append(Epsilon().table[steps][::-1], 0))
+
+
+def test_even_steps_are_rounded_like_those_of_dit():
+    """Its sum of 15 times 49.95 is below 749.25 - 0.5 at 20 intervals, where the product is not."""
+    for count in range(2, 1001):
+        sampler = samplers.Sampler(num_steps=count, spacing="even")
+        place, expected = 0.0, []
+        for _ in range(count):
+            expected.append(round(place))
+            place += 999 / (count - 1)
+        found = sampler.grid(Epsilon())
+        np.testing.assert_array_equal(found, np.append(Epsilon().table[expected][::-1], 0))
+
+
+@pytest.mark.parametrize(
+    ("model", "count", "spacing"),
+    [(EDM(), 10, "even"), (None, 10, "ddim"), (V(steps=9), 10, "leading"), (V(), 300, "ddim")],
+)
+def test_steps_that_a_process_has_not_are_refused(model, count, spacing):
+    with pytest.raises(ValueError, match=f"spacing is '{spacing}' with {count} steps"):
+        samplers.Sampler(num_steps=count, spacing=spacing).grid(model)
+
+
+def test_keys_of_later_versions_are_told_where_they_count():
+    first = {"method": "heun", "num_steps": 18, "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}
+    assert samplers.Sampler().settings() == first
+    found = samplers.Sampler("ddim", spacing="even", eta=0.5).settings()
+    assert found == first | {"method": "ddim", "spacing": "even", "eta": 0.5}

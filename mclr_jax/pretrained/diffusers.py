@@ -198,7 +198,8 @@ def read(folder: str | os.PathLike, given: dict[str, Any]) -> Checkpoint:
     model = Model(net, _process(folder / "scheduler"), data)
     with named(f"the weights in {part} do not fit its config.json"):
         params = to_params(state, shapes_of(model), names(net), net.optional_inputs)
-    return Checkpoint("diffusers", model, params, Sampler("euler", 50, 0.01, 157.0), facts=facts)
+    sampler = Sampler("ddim", 50, 0.01, 157.0, spacing="leading")
+    return Checkpoint("diffusers", model, params, sampler, facts=facts)
 
 
 def state(checkpoint: Checkpoint, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -190,11 +190,12 @@ def _process(
 ) -> tuple[Preconditioning, Sampler]:
     """The preconditioning and the sampler of the official script."""
     if family == "dit":
-        return Epsilon(), Sampler("euler", 50, 0.01, 157.0)
+        return Epsilon(), Sampler("ddpm", 250, 0.01, 157.0, spacing="even")
     path = str(take(given, "path_type", args.get("path_type", "linear"))).lower()
     prediction = str(take(given, "prediction", args.get("prediction", "velocity")))
     if path not in PATHS or (path == "vp" and family == "repa"):
         raise ValueError(f"path_type is {path!r}; expected one of {', '.join(PATHS)}.")
     prediction = "velocity" if prediction == "v" else prediction
     process = Velocity(int(family == "sit"), PATHS[path], prediction)
-    return process, Sampler("euler", 50, 1e-3, 1e4)
+    diffusion = "sigma" if family == "sit" else "linear"
+    return process, Sampler("sde_euler", 250, 1e-3, 1e4, diffusion=diffusion)
