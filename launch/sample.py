@@ -15,7 +15,7 @@ import numpy as np
 from absl import flags
 
 from launch import common, hosts
-from mclr_jax import generate, images, runs, samplers
+from mclr_jax import flow, generate, images, runs, samplers
 from mclr_jax.files import save_arrays
 from mclr_jax.labels import warn_untrained
 from mclr_jax.training.devices import is_first
@@ -28,11 +28,20 @@ common.define(*common.GUIDANCE)
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.npz; NAME.png goes beside it.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 100, "How many samples.", lower_bound=1)
 LABELS = flags.DEFINE_list("labels", None, "Classes, as 0,1,2, or null, repeated; default: all.")
-SAMPLER = flags.DEFINE_enum("sampler", None, sorted(samplers.METHODS), "Default: the config's.")
+SAMPLER = flags.DEFINE_enum(
+    "sampler", None, sorted({**samplers.METHODS, **flow.METHODS}), "Default: the config's."
+)
 STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; default: the config's.", lower_bound=1)
 SIGMA_MIN = flags.DEFINE_float("sigma_min", None, "Last noise level before 0.", lower_bound=0)
 SIGMA_MAX = flags.DEFINE_float("sigma_max", None, "Noise level to start from.", lower_bound=0)
 RHO = flags.DEFINE_float("rho", None, "Exponent of the grid; larger: more steps at low noise.")
+SPACING = flags.DEFINE_enum(
+    "spacing", None, ["rho", *samplers.SPACINGS], "Grid: rho, or steps of the model's process."
+)
+ETA = flags.DEFINE_float("eta", None, "Fresh noise of ddim, from 0 to 1.", lower_bound=0)
+DIFFUSION = flags.DEFINE_enum(
+    "diffusion", None, [*flow.DIFFUSIONS], "Fresh noise of sde_euler and sde_heun."
+)
 GUIDANCE_SCALE = flags.DEFINE_float(
     "guidance_scale", 1.0, "Guidance: weak + scale * (conditional - weak), weak the null label."
 )
@@ -49,7 +58,8 @@ def main() -> None:
     common.use_cores(run.model.network)
     null = run.model.null_label
     given = {"method": SAMPLER.value, "num_steps": STEPS.value, "sigma_min": SIGMA_MIN.value,
-             "sigma_max": SIGMA_MAX.value, "rho": RHO.value}  # fmt: skip
+             "sigma_max": SIGMA_MAX.value, "rho": RHO.value, "spacing": SPACING.value,
+             "eta": ETA.value, "diffusion": DIFFUSION.value}  # fmt: skip
     sampler = dataclasses.replace(run.sampler, **{k: v for k, v in given.items() if v is not None})
     classes = common.numbers(LABELS, int, words={"null": None}) or range(null)
     if null in classes:

