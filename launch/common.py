@@ -32,6 +32,8 @@ SHARED: dict[str, tuple] = {
                   "for --interpolation."),
     "data": (flags.DEFINE_string, "", "Where the data of the run are now: as config.data.name, or "
              "the folder config.data.path."),
+    "autoencoder": (flags.DEFINE_string, "", "Folder of diffusers with the autoencoder that shows "
+                    "latents, where the run names none or has another place for it."),
     "ema": (flags.DEFINE_string, "", "Average of the weights: a track's name, none, or a relative "
             "width such as 0.075."),
     "checkpoint": (flags.DEFINE_integer, None, "Training step; default: the last."),

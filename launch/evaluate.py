@@ -19,6 +19,8 @@ names any of
 and every row has the class accuracy, network calls and samples per second. With --memorized it has
 the share of samples that copy a training image: their distance to it, in pixels, is less than a
 third of the distance to the second nearest image.
+
+All measures of a model of latents are of decoded images; --data may name the images themselves.
 Several processes share the work and process 0 writes the files: --coordinator as in launch.train.
 """
 
@@ -27,15 +29,15 @@ import pathlib
 from absl import flags
 
 from launch import common, hosts
-from mclr_jax import runs
+from mclr_jax import latents, runs
 from mclr_jax.data.protocol import drawn
 from mclr_jax.evaluation import evaluate, features
 from mclr_jax.files import write_json
 from mclr_jax.training.devices import is_first
 from mclr_jax.training.log import Progress
 
-WORKDIR, SEED, INIT_FROM, DATA, BATCH_SIZE = common.define(
-    "workdir", "seed", "init_from", "data", "batch_size"
+WORKDIR, SEED, INIT_FROM, DATA, BATCH_SIZE, AUTOENCODER = common.define(
+    "workdir", "seed", "init_from", "data", "batch_size", "autoencoder"
 )
 common.define(*common.GUIDANCE)
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.json.")
@@ -61,14 +63,15 @@ def main() -> None:
     hosts.connect(WORKDIR.value)
     scales = common.numbers(GUIDANCE_SCALES, float) or [1.0]
     places = common.numbers(INTERPOLATIONS, float) or [1.0]
-    run = runs.load(WORKDIR.value, INIT_FROM.value, DATA.value)
+    run = runs.load(WORKDIR.value, INIT_FROM.value, DATA.value, AUTOENCODER.value)
     first = is_first()
     out = common.output(OUT.value, ".json") if first else None
     common.use_cores(run.model.network)
     guided = common.guidance(run)
     extractor = features.load(FEATURES.value)
     judge = features.load(JUDGE.value) if JUDGE.value else None
-    train, test = run.source("train"), run.source("test")
+    decode = latents.decoder(run.data, run.model)
+    train, test = (latents.decoded(run.source(split), decode) for split in ("train", "test"))
     cache = pathlib.Path(CACHE.value).expanduser()
     with Progress(len(train), "real image", quiet=not first) as progress:
         real = evaluate.real_statistics(extractor, train, cache, progress.update)

@@ -4,7 +4,9 @@
       --steps=18 --guidance_scale=2.0 --out=digits.npz
 
 Writes the arrays `images` ((N, H, W, C) float32 in [-1, 1]) and `labels` ((N,) int32), and beside
-them a PNG with a row for each class. Sample i depends on the seed, i and its label alone: a run of
+them a PNG with a row for each class. Samples of a model of latents are decoded, and the latents are
+there too, as `latents`; without an autoencoder `images` are the latents, of which there is no PNG.
+Sample i depends on the seed, i and its label alone: a run of
 more samples begins with the same ones. The labels repeat all classes, or --labels; null: no class.
 Several processes share the work and process 0 writes the files: --coordinator as in launch.train.
 """
@@ -15,14 +17,14 @@ import numpy as np
 from absl import flags
 
 from launch import common, hosts
-from mclr_jax import flow, generate, images, runs, samplers
+from mclr_jax import flow, generate, images, latents, runs, samplers
 from mclr_jax.files import save_arrays
 from mclr_jax.labels import warn_untrained
 from mclr_jax.training.devices import is_first
 from mclr_jax.training.log import Progress
 
-WORKDIR, SEED, INIT_FROM, EMA, CHECKPOINT, BATCH_SIZE = common.define(
-    "workdir", "seed", "init_from", "ema", "checkpoint", "batch_size"
+WORKDIR, SEED, INIT_FROM, EMA, CHECKPOINT, BATCH_SIZE, AUTOENCODER = common.define(
+    "workdir", "seed", "init_from", "ema", "checkpoint", "batch_size", "autoencoder"
 )
 common.define(*common.GUIDANCE)
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.npz; NAME.png goes beside it.")
@@ -54,7 +56,7 @@ CHURN = flags.DEFINE_float("churn", 0.0, "S_churn of EDM's stochastic sampler; 0
 
 def main() -> None:
     hosts.connect(WORKDIR.value)
-    run = runs.load(WORKDIR.value, INIT_FROM.value)
+    run = runs.load(WORKDIR.value, INIT_FROM.value, autoencoder=AUTOENCODER.value)
     common.use_cores(run.model.network)
     null = run.model.null_label
     given = {"method": SAMPLER.value, "num_steps": STEPS.value, "sigma_min": SIGMA_MIN.value,
@@ -67,6 +69,7 @@ def main() -> None:
     labels = np.resize([null if label is None else label for label in classes], NUM_SAMPLES.value)
     guided = common.guidance(run, GUIDANCE_SCALE.value)
     warn_untrained(run, labels, guided)
+    decode = latents.decoder(run.data, run.model)
     params, _ = run.weights(EMA.value, CHECKPOINT.value, INTERPOLATION.value)
     first = is_first()
     out = common.output(OUT.value, ".npz") if first else None
@@ -76,11 +79,16 @@ def main() -> None:
             churn=samplers.Churn(CHURN.value) if CHURN.value else None,
             batch_size=BATCH_SIZE.value, progress=progress.update,
         )  # fmt: skip
+    shown = latents.shown(samples, decode)
     if out is None:
         return
-    samples = images.clip(samples)
-    save_arrays(out, images=samples, labels=labels.astype(np.int32))
-    images.save(out.with_suffix(".png"), images.picture(samples, labels))
+    arrays = {"images": samples if shown is None else shown}
+    arrays |= {"latents": samples} if decode else {}
+    save_arrays(out, **arrays, labels=labels.astype(np.int32))
+    if shown is None:
+        print(f"Wrote {out}.")
+        return
+    images.save(out.with_suffix(".png"), images.picture(shown, labels))
     print(f"Wrote {out} and {out.with_suffix('.png')}.")
 
 

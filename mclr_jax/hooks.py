@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from mclr_jax import generate, images
+from mclr_jax import generate, images, latents
 from mclr_jax.data.protocol import Source, drawn, for_training
 from mclr_jax.experiment import Experiment
 from mclr_jax.reductions import report
@@ -95,12 +95,15 @@ class Samples:
         model, params = task.model, task.default(moment.state.params, moment.state.ema)
         number = 8 if len(model.data.shape) == 3 else 500
         labels = np.repeat(np.arange(min(model.null_label, 10)), number)
+        data, sampler = self.experiment.training.data, self.experiment.training.sampler
         try:
-            found = generate.generate(model, params, labels, self.experiment.training.sampler)
-        except FloatingPointError as error:  # a picture is no reason to stop a run
+            decode = latents.decoder(data, model)
+            samples = generate.generate(model, params, labels, sampler)
+            found = latents.shown(samples, decode)
+        except (FloatingPointError, FileNotFoundError) as error:  # no reason to stop a run
             logging.warning("No picture at step %d: %s", moment.step, error)
             return
-        if is_first():
+        if found is not None and is_first():
             grid = images.picture(found, labels)
             images.save(workdir / "samples" / f"{moment.step:08d}.png", grid)
             self.writer.image(moment.step, "samples", grid)

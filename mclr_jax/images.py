@@ -18,11 +18,16 @@ COLOURS = np.array([  # Okabe and Ito's palette, which colour-blind readers can 
 def picture(samples: np.ndarray, labels: np.ndarray, columns: int = 10) -> np.ndarray:
     """An (H, W, 3) uint8 picture of samples with labels (n,) int.
 
-    Samples are images (n, h, w, c) in [-1, 1], of which it shows at most `columns` per class and
-    the first three channels, or the first if c < 3; or points (n, d), of which it plots the first
-    two coordinates.
+    Samples are images (n, h, w, c) in [-1, 1], of which it shows at most `columns` per class, and
+    of 2 channels the first; or points (n, d), of which it plots the first two coordinates.
+    ValueError: they have more than 3 channels, such as latents.
     """
     samples, labels = np.asarray(samples), np.asarray(labels)
+    if samples.ndim == 4 and samples.shape[-1] > 3:
+        raise ValueError(
+            f"samples have {samples.shape[-1]} channels; a picture shows at most 3: decode latents "
+            "first (`latents.shown`)"
+        )
     return _grid(samples, labels, columns) if samples.ndim == 4 else _scatter(samples, labels)
 
 
@@ -44,7 +49,7 @@ def to_uint8(samples: np.ndarray) -> np.ndarray:
 
 def _grid(samples, labels, columns):
     zoom = max(1, round(40 / samples.shape[1]))
-    channels = [0, 1, 2] if samples.shape[-1] >= 3 else [0, 0, 0]
+    channels = [0, 1, 2] if samples.shape[-1] == 3 else [0, 0, 0]
     pixels = to_uint8(samples[..., channels])
     pixels = pixels.repeat(zoom, 1).repeat(zoom, 2)
     _, height, width, _ = pixels.shape

@@ -26,7 +26,7 @@ FREE = tuple(
     for key in ("num_steps", "init_from", "parallel", "require_accelerator", "steps_per_dispatch",
                 "grad_accumulation", "log_every", "checkpoint_every", "keep_checkpoints",
                 "eval_examples", "sample_every", "companions.", "data.name", "data.path",
-                "data.test", "sampler.", "icr.", "profile.")
+                "data.test", "data.autoencoder", "sampler.", "icr.", "profile.")
 )  # fmt: skip
 # Keys of earlier versions, by section, with the only values that mean what no such key means now.
 RETIRED: dict[str, dict[str, Any]] = {
@@ -55,16 +55,18 @@ def of_model(model: Model, averages: list[str], sampler: Mapping[str, Any]) -> d
     return as_json(found)
 
 
-def places(config: Mapping[str, Any]) -> dict[str, str]:
-    """The files and directories that a config names, by key."""
+def places(config: Mapping[str, Any], origin: Mapping[str, Any] = {}) -> dict[str, str]:
+    """The files and directories that a config, or an origin of published weights, names, by key."""
+    found = {f"origin.{key}": origin[key] for key in ("file", "autoencoder") if key in origin}
     if not config:
-        return {}
+        return found
     values = {"init_from": config["init_from"], "data.path": config["data"]["path"]}
+    values |= {"data.autoencoder": config["data"].get("autoencoder", "")}  # a newer key
     values |= {f"companions.{name}": path for name, path in config["companions"].items()}
     for key in ("name", "test", "generated"):
         kind, _, path = config["data"][key].partition(":")
-        values[f"data.{key}"] = path if kind in ("npz", "zip") else ""
-    return {key: path for key, path in values.items() if path}
+        values[f"data.{key}"] = path if kind in ("npz", "zip", "folder") else ""
+    return found | {key: path for key, path in values.items() if path}
 
 
 def changes(workdir: pathlib.Path, description: Mapping[str, Any]) -> dict[str, list]:
@@ -143,7 +145,7 @@ def write(
     origin = {"start": found} if (found := start or old.get("start")) else {}
     if len(spans := _spans(old.get("spans", []), description, changed, step)) > 1:
         origin["spans"] = spans
-    named = places(description.get("config", {}))
+    named = places(description.get("config", {}), description.get("origin", {}))
     absolute = {key: os.path.abspath(name) for key, name in named.items()}
     here = os.path.realpath(workdir)
     paths = {
@@ -170,13 +172,26 @@ def at_new_places(description: Mapping[str, Any], workdir: pathlib.Path) -> dict
     """The config, empty without one, with its files and directories where they are now."""
     config, written = dict(description.get("config", {})), flat(description.get("config", {}))
     for key, name in places(config).items():
-        absolute, relative = description.get("paths", {}).get(key, [name, name])
-        options = [pathlib.Path(absolute), workdir / relative]
-        place = str(next((place for place in options if place.exists()), absolute))
+        place = _now(description, workdir, key, name)
         section, _, last = key.rpartition(".")
         value = {last: written[key].removesuffix(name) + place}
         config |= {section: {**config[section], **value}} if section else value
     return config
+
+
+def origin(description: Mapping[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
+    """Where published weights come from, {} for others, with its files where they are now."""
+    found = dict(description.get("origin", {}))
+    for key, name in places({}, found).items():
+        found[key.removeprefix("origin.")] = _now(description, workdir, key, name)
+    return found
+
+
+def _now(description: Mapping[str, Any], workdir: pathlib.Path, key: str, name: str) -> str:
+    """Where a file or directory of `places` is now: at its absolute or its relative path."""
+    absolute, relative = description.get("paths", {}).get(key, [name, name])
+    options = [pathlib.Path(absolute), workdir / relative]
+    return str(next((place for place in options if place.exists()), absolute))
 
 
 def has_checkpoints(workdir: pathlib.Path) -> bool:

@@ -138,12 +138,14 @@ class Run:
             ) from error
 
 
-def load(workdir: str | pathlib.Path, init_from: str = "", data: str = "") -> Run:
+def load(
+    workdir: str | pathlib.Path, init_from: str = "", data: str = "", autoencoder: str = ""
+) -> Run:
     """The run in a directory; FileNotFoundError: no run.json; ValueError: an old run.json.
 
     Files and runs that its config names are looked for at their absolute path, and then relative to
-    `workdir`. `init_from` and `data` (a source, see `sources.load`, or the folder
-    config.data.path) are new places that replace those of the config.
+    `workdir`. `init_from`, `data` (a source, see `sources.load`, or the folder config.data.path)
+    and `autoencoder` are new places that replace those of the config.
     """
     workdir = pathlib.Path(workdir)
     if not (description := record.read(workdir)):
@@ -153,9 +155,13 @@ def load(workdir: str | pathlib.Path, init_from: str = "", data: str = "") -> Ru
     try:
         config = record.at_new_places(description, workdir)
         config |= {"init_from": init_from} if init_from else {}
-        held = read(Data, config["data"], "config.data") if config else Data(name="")
+        origin = record.origin(description, workdir)
+        told = {key: origin[key] for key in ("latents", "autoencoder") if key in origin}
+        held = read(Data, config["data"] if config else {"name": "", **told}, "config.data")
         if data:
             held = held.moved(data)
+        if autoencoder:
+            held = dataclasses.replace(held, autoencoder=autoencoder)
         model = parts.model_of(description["model"])
         hash(model)  # fails for values of other types
         sampler = read(Sampler, description.get("sampler") or config["sampler"], "config.sampler")
@@ -189,6 +195,7 @@ def training(config: Any, workdir: str | pathlib.Path = "") -> Training:
         run = load(path)
         found = {**parts.describe(run.model), "sampler": dataclasses.asdict(run.sampler)}
         found["sigma_data"] = found["preconditioning"].get("sigma_data", 0.0)
+        found["data"] = {"autoencoder": run.data.autoencoder}
     model = {key: value for key, value in found["network"].items() if key not in of_data}
     inherited = {part: found[part] for part in empty} | (
         {"network": model} if "network" in empty else {}
@@ -197,6 +204,9 @@ def training(config: Any, workdir: str | pathlib.Path = "") -> Training:
     given = {key: x for key, x in values.get("sampler", {}).items() if x != default.get(key)}
     sigma_data = values.get("sigma_data") or found["sigma_data"]
     inherited |= {"sampler": {**found["sampler"], **given}, "sigma_data": sigma_data}
+    data = values.get("data", {})
+    if data.get("latents") and not data.get("autoencoder"):
+        inherited["data"] = {**data, "autoencoder": found["data"].get("autoencoder", "")}
     return Training.parse({**values, **inherited})
 
 

@@ -29,6 +29,7 @@ FLOORS = [
     ["labels"],
     ["experiment", "plan", "calibrate"],
     ["pretrained/", "assimilation/"],
+    ["latents"],
     ["evaluation/"],
     ["representation/"],
     ["hooks"],

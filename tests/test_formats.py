@@ -396,6 +396,21 @@ def test_files_that_are_no_images_are_refused_by_name(tmp_path, in_memory, name,
     refused(message, write_zip(tmp_path / "a.zip", files), in_memory=in_memory)
 
 
+def test_a_folder_is_read_like_a_zip_and_its_folders_may_be_the_classes(tmp_path):
+    for number, name in enumerate(["cat/1.png", "ant/b/2.png", "cat/0.png"]):
+        (path := tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(PIXELS[number]))
+    images, labels = everything(source := load(f"folder:{tmp_path}/set"))
+    np.testing.assert_array_equal(images, PIXELS[[1, 2, 0]])
+    assert (labels.tolist(), source.num_classes) == ([0, 1, 1], 2)
+    about = {"labels": [["cat/1.png", 2], ["ant/b/2.png", 0], ["cat/0.png", 1]]}
+    (tmp_path / "set" / "dataset.json").write_text(json.dumps(about))
+    np.testing.assert_array_equal(everything(load(f"folder:{tmp_path}/set"))[1], [0, 1, 2])
+    (tmp_path / "set" / "3.png").write_bytes(SMALL)
+    refused("1 images have no label, such as 3.png", f"folder:{tmp_path}/set")
+    refused("found no file", f"folder:{tmp_path}/none", error=FileNotFoundError)
+
+
 def test_zip_errors(tmp_path):
     path = tmp_path / "a.zip"
     for text in (b"{", b"[]", b"[" * 100_000, b"3", b"\xff\xfe"):

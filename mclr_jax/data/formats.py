@@ -148,7 +148,8 @@ def _zip(
         raise ValueError(
             f"a zip file has no {split!r} split; set config.data.test to the zip of the test set"
         )
-    archive, lock = _open(path, zipfile.ZipFile), threading.Lock()
+    is_folder, lock = pathlib.Path(path).is_dir(), threading.Lock()
+    archive: Any = Folder(path) if is_folder else _open(path, zipfile.ZipFile)
     files, found, kind = _labelled(archive, path, unlabelled, skip)
     labels = protocol.as_labels(found, len(files), path, num_classes or np.inf)
     arrays = all(file.lower().endswith(".npy") for file in files)
@@ -187,12 +188,30 @@ def _zip(
     return Latents(source, latents) if arrays and latents else source
 
 
-def _labelled(archive: zipfile.ZipFile, path: str, unlabelled: bool, skip: bool) -> Any:
+class Folder:
+    """A folder, read like a zip file."""
+
+    def __init__(self, path: str):
+        self.path = pathlib.Path(path)
+
+    def namelist(self) -> list[str]:
+        paths = sorted(path for path in self.path.rglob("*") if path.is_file())
+        return [path.relative_to(self.path).as_posix() for path in paths]
+
+    def open(self, name: str) -> IO[bytes]:
+        return (self.path / name).open("rb")
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+
+def _labelled(archive: Any, path: str, unlabelled: bool, skip: bool) -> Any:
     """The files of a zip that are examples, in the order of their names, their labels, and the kind
     of their latents, if dataset.json says so.
 
     Names in dataset.json may have backslashes, "./" or accents in another form of Unicode, and
     dataset.json may lie with the images in a folder. Hidden files, as of macOS, are no images.
+    In a folder without dataset.json, the classes are its folders.
     """
 
     def plain(name: str) -> str:
@@ -228,6 +247,11 @@ def _labelled(archive: zipfile.ZipFile, path: str, unlabelled: bool, skip: bool)
     if others := {*names} - {*files.values(), *told}:
         text = "%s: left out %d files that are no images, such as %s."
         logging.warning(text, path, len(others), min(others))
+    tops = {place: place.partition("/")[0] for place in files if "/" in place}
+    classes = sorted({*tops.values()})
+    if pairs is None and isinstance(archive, Folder) and len(classes) > 1:
+        logging.info("%s: %d classes, folders in the order of their names.", path, len(classes))
+        pairs = labels = {place: classes.index(top) for place, top in tops.items()}
     if pairs is None and not unlabelled and files:
         raise ValueError(
             f"{path} has {len(files)} images, but no {'labels in ' * len(told)}dataset.json; write "
@@ -282,7 +306,8 @@ def _mixture(_: str, split: str) -> Arrays:
 # The function of each format, and the argument after the colon, if the format takes one.
 FORMATS: dict[str, tuple[Callable[..., Source], str]] = {
     "digits": (_digits, ""), "fashion_mnist": (_fashion_mnist, ""), "mixture": (_mixture, ""),
-    "tfds": (_tfds, "NAME"), "zip": (_zip, "PATH"), "npz": (_npz, "PATH"),
+    "tfds": (_tfds, "NAME"), "zip": (_zip, "PATH"), "folder": (_zip, "PATH"),
+    "npz": (_npz, "PATH"),
 }  # fmt: skip
 
 

@@ -14,7 +14,8 @@ from mclr_jax.schema import Keys, fields, key, look_up, nearest, resolve, rest
 
 
 def load(name: str, split: str = "train", **options) -> Source:
-    """The data set 'digits', 'fashion_mnist', 'mixture', 'tfds:NAME', 'zip:PATH' or 'npz:PATH'.
+    """The data set 'digits', 'fashion_mnist', 'mixture', 'tfds:NAME', 'zip:PATH', 'folder:PATH' or
+    'npz:PATH'.
 
     'package.module:Name' is the user's own Source, Name(split=split, **options). The split is
     'train' or 'test' ('digits' also has 'all'); the options are keyword arguments of the format's
@@ -64,8 +65,8 @@ def _check_options(name: str, options: Iterable[str], known: Collection[str]) ->
 class Data(Keys):
     """The keys of config.data: a data set and what training takes of it."""
 
-    name: str = key("digits", says="digits, fashion_mnist, mixture, tfds:NAME, zip:PATH, npz:PATH, "
-                    "or package.module:Name, a source of your own")  # fmt: skip
+    name: str = key("digits", says="digits, fashion_mnist, mixture, tfds:NAME, zip:PATH, "
+                    "folder:PATH, npz:PATH, or package.module:Name, one of your own")  # fmt: skip
     path: str = key("", says="folder of the files (fashion_mnist, tfds); empty for the default")
     test: str = key("", says="source of held-out examples; empty for the test split of the name")
     num_classes: int = key(0, 0, says="0 counts them in the labels (zip, npz)")

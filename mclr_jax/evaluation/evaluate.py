@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from mclr_jax import generate, images, runs
+from mclr_jax import generate, images, latents, runs
 from mclr_jax.data.pixels import to_float
 from mclr_jax.data.protocol import Source, drawn, evenly
 from mclr_jax.evaluation import metrics
@@ -189,10 +189,12 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """A row, with its settings, for each average of the weights, interpolation and guidance scale.
 
-    Images are rounded to 8 bits. Rows stored in the run's directory are read, not computed again.
+    Images, for a model of latents the decoded ones, are rounded to 8 bits. Rows stored in the run's
+    directory are read, not computed again.
     `runs.Run.weights` explains averages and interpolations, `generate.generate` the other options.
     """
     rows: list[dict[str, Any]] = []
+    decode = latents.decoder(run.data, run.model)
     for name in names:  # before samples are drawn
         look_up(METRICS, name, "metric")
     guidance_scales = [*guidance_scales]
@@ -207,6 +209,7 @@ def evaluate(
         "judge": (judge or extractor).name, "judge_weights": (judge or extractor).digest,
         "reference": real.digest, "reference_examples": real.moments.count,
     }  # fmt: skip
+    fixed |= {"autoencoder": decode.digest} if decode else {}
     fixed |= {"memorized_from": _content(training)} if training is not None else {}
     for average, interpolation in itertools.product(averages, interpolations):
         params, step = run.weights(average, interpolation=interpolation)
@@ -230,7 +233,7 @@ def evaluate(
                 "samples_per_second": num_samples / (time.perf_counter() - start),
                 "feature_length": len(real.moments.mean),
             }
-            pixels = images.as_8_bits(samples)
+            pixels = decode(samples, np.uint8) if decode else images.as_8_bits(samples)
             found = judged(pixels, labels, extractor, real, names, judge, training)
             rows.append({**settings, **found, **cost, **made_by})
             if is_first():

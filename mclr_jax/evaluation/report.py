@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mclr_jax import generate, images
+from mclr_jax import generate, images, latents
 from mclr_jax.evaluation.evaluate import remark
 from mclr_jax.files import flat, read_lines
 from mclr_jax.labels import warn_untrained
@@ -34,6 +34,7 @@ class Column:
     curves: dict[str, tuple[list[float], list[float]]]  # metric -> (steps, values) as logged
     rows: list[dict[str, Any]]  # of launch.evaluate
     grids: dict[float, bytes]  # guidance scale -> PNG of samples
+    note: str = ""  # why there are none
 
 
 def read(
@@ -58,17 +59,20 @@ def read(
     stored = sorted((workdir / "evaluation").glob("*.json"))
     rows = [json.loads(path.read_text()) for path in stored]
     rows.sort(key=lambda row: (row["average"], row["guidance_scale"]))
-    grids = {}
+    grids, note = {}, ""
     if guidance_scales and not run.model.is_classifier:
-        params, _ = run.weights()
+        params, decode = run.weights()[0], latents.decoder(run.data, run.model)
         warn_untrained(run, [0], guided.at(max(guidance_scales, key=lambda s: abs(s - 1))))
         labels = np.tile(np.arange(run.model.null_label), per_class)
         for scale in map(float, guidance_scales):
             samples = generate.generate(
                 run.model, params, labels, run.sampler, guided=guided.at(scale), **options
             )
-            grids[scale] = images.png(images.picture(images.clip(samples), labels, per_class))
-    return Column(workdir.name, flat(dict(run.config)), curves, rows, grids)
+            if (shown := latents.shown(samples, decode)) is not None:
+                grids[scale] = images.png(images.picture(shown, labels, per_class))
+            else:
+                note = latents.UNSEEN.format(samples.shape[-1])
+    return Column(workdir.name, flat(dict(run.config)), curves, rows, grids, note)
 
 
 def page(runs: Sequence[Column]) -> str:
@@ -87,8 +91,9 @@ def page(runs: Sequence[Column]) -> str:
 
 def _samples(runs: Sequence[Column]) -> str:
     scales = sorted({scale for one in runs for scale in one.grids})
+    notes = "".join(f"<p>{html.escape(f'{x.name}: {x.note}')}</p>" for x in runs if x.note)
     if not scales:
-        return "<p>No samples were asked for (--guidance_scales).</p>"
+        return notes or "<p>No samples were asked for (--guidance_scales).</p>"
     figures = ""
     for one in runs:
         pictures = ""
@@ -99,8 +104,9 @@ def _samples(runs: Sequence[Column]) -> str:
         figures += f"<figure>{pictures}<figcaption>{html.escape(one.name)}</figcaption></figure>"
     ticks = " ".join(f"{scale:g}" for scale in scales)
     return (
-        '<p><label for="scale">Guidance scale</label> <input id="scale" type="range" value="0" '
-        f'min="0" max="{len(scales) - 1}" data-scales="{ticks}"> '
+        f'{notes}<p><label for="scale">Guidance scale</label> '
+        f'<input id="scale" type="range" value="0" min="0" max="{len(scales) - 1}" '
+        f'data-scales="{ticks}"> '
         f'<output for="scale" id="scale-value"></output></p><div class="side">{figures}</div>'
     )
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mclr_jax import record, runs
+from mclr_jax.data.latents import units
 from mclr_jax.files import digest, named, save_arrays
 from mclr_jax.pretrained import diffusers, dit, edm, names, tensors
 from mclr_jax.pretrained.checkpoint import Checkpoint, take
@@ -27,12 +28,14 @@ def read(path: str | os.PathLike, family: str = "", **given: Any) -> Checkpoint:
 
     `family` is needed where the file does not tell it: edm, edm2, dit, sit, repa or diffusers.
     `given` is what the file does not hold: heads, num_classes (if its last label is no null label),
-    image_size, path_type, prediction; average ("ema" or "model") of a training file.
+    image_size, path_type, prediction; average ("ema" or "model") of a training file; autoencoder,
+    the folder of diffusers by which latents are shown.
 
     Nothing that a file names or holds is executed. ValueError: the file is damaged or of another
     family, a tensor is missing, unexpected or misshapen, or a value must be given.
     """
     path, left = pathlib.Path(path), dict(given)
+    autoencoder = left.pop("autoencoder", "")
     if family:
         look_up(FAMILIES, family, "family")
     if path.is_dir():
@@ -48,12 +51,36 @@ def read(path: str | os.PathLike, family: str = "", **given: Any) -> Checkpoint:
         else:
             checkpoint = dit.read(found, state, args, left)
         for key in left:
-            known = ("heads", "num_classes", "image_size", "path_type", "prediction", "average")
+            known = ("heads", "num_classes", "image_size", "path_type", "prediction", "average",
+                     "autoencoder")  # fmt: skip
             raise ValueError(f"{key} is not used for this file. {nearest(key, known)}")
         if family and family != checkpoint.family:
             raise ValueError(f"it is of the family {checkpoint.family!r}, not {family!r}.")
+    checkpoint = _of_latents(checkpoint, autoencoder)
     facts = {"average": given.get("average", "ema"), **_types(state), **checkpoint.facts}
     return dataclasses.replace(checkpoint, facts=facts)
+
+
+def _of_latents(checkpoint: Checkpoint, autoencoder: str) -> Checkpoint:
+    """The checkpoint, which says of latents how they are made; of 4 channels are only these.
+
+    ValueError: the autoencoder is not one in a folder of diffusers, or the model has no latents.
+    """
+    *_, channels = checkpoint.model.data.shape
+    kind = "edm2" if checkpoint.family == "edm2" else "stable_diffusion"
+    facts = {"latents": kind, **checkpoint.facts} if channels == 4 else dict(checkpoint.facts)
+    model = checkpoint.model
+    if "latents" in facts and not model.data.scale:
+        offset, scale = units(kind, channels)
+        data = dataclasses.replace(model.data, offset=offset, scale=scale)
+        model = dataclasses.replace(model, data=data)
+    if autoencoder:
+        diffusers.described(pathlib.Path(autoencoder))
+        if "latents" not in facts:
+            raise ValueError(f"it has images of {channels} channels, not latents of 4: no "
+                             "autoencoder shows them.")  # fmt: skip
+        facts["autoencoder"] = os.path.abspath(autoencoder)
+    return dataclasses.replace(checkpoint, model=model, facts=facts)
 
 
 def _parts(
@@ -133,7 +160,7 @@ def checkpoint_of(run: Run, params: Any) -> Checkpoint:
     ValueError: it was started from no published model.
     """
     base = run
-    while not (origin := record.read(base.workdir).get("origin")):
+    while not (origin := record.origin(record.read(base.workdir), base.workdir)):
         if not (start := base.config.get("init_from")):
             raise ValueError(
                 f"{run.workdir} comes from no published model: neither it nor a run that it was "
