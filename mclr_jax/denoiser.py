@@ -209,7 +209,7 @@ class VP(Keys):
         return float(np.sqrt(low)), float(np.sqrt(high))
 
     def scales(self, sigma: jax.Array) -> Scales:
-        total = self.beta_min**2 + 2 * self.beta_d * jnp.log1p(sigma**2)
+        total = self.beta_min**2 + 2 * self.beta_d * jnp.log(1 + sigma**2)
         time = (jnp.sqrt(total) - self.beta_min) / self.beta_d
         c_in, clock = 1 / jnp.sqrt(1 + sigma**2), (self.steps - 1) * time
         return Scales(c_in, jnp.ones_like(sigma), -sigma, clock)

@@ -159,7 +159,7 @@ class EDM2(Network):
         embedding = self._embedding(c_noise, condition).astype(self.dtype)
 
         def block(name: str, h: jax.Array, features: int, attend=False, resample=None) -> jax.Array:
-            heads = features // self.channels_per_head if attend else 0
+            heads = self.heads(features) if attend else 0
             module = self.block(Block)(
                 features, name.startswith("dec"), heads, (self.res_balance, self.attn_balance),
                 self.clip_act, self.dropout, self.dtype, resample, name=name,
@@ -205,6 +205,11 @@ class EDM2(Network):
             label = linear(name="emb_label")(one_hot * np.sqrt(self.num_classes))
             embedding = mp_sum(embedding, label, self.label_balance)
         return mp_silu(self.with_optional_inputs(embedding, condition))
+
+    @nn.nowrap
+    def heads(self, features: int) -> int:
+        """Attention heads of a block of so many channels; 0 for no attention."""
+        return features // self.channels_per_head
 
     @nn.nowrap
     def normalised(self, params: Any) -> Any:

@@ -84,13 +84,16 @@ def _initialised(adm: bool, dtype: Any, edm_init: bool = True) -> tuple[partial,
     return linear, {"kernel_init": last}, {"kernel_init": qkv}
 
 
-def attention_heads(architecture: str, features: int) -> int:
-    """ADM has 64 channels per head, the other architectures have one head."""
-    return max(1, features // 64) if architecture == "adm" else 1
+# What "" and 0 mean in the fields of `UNet`: embedding, encoder, decoder, taps, noise channels.
+USUAL = {"ddpmpp": ("positional", "standard", "standard", (1.0, 1.0), 1),
+         "ncsnpp": ("fourier", "residual", "standard", (1.0, 3.0, 3.0, 1.0), 2),
+         "adm": ("positional", "standard", "standard", (1.0, 1.0), 1)}  # fmt: skip
 
 
 class UNet(Network):
     """EDM's U-Net, of the architecture "ddpmpp", "ncsnpp" or "adm".
+
+    The first two are settings of one class of the official code, whose other settings have fields.
 
     Official settings: for CIFAR-10 the defaults, dropout 0.13 and augment_dim 9; for FFHQ and AFHQ
     64x64 channel_mult (1, 2, 2, 2), dropout 0.05 (AFHQ: 0.25); for ImageNet 64x64 architecture
@@ -109,6 +112,15 @@ class UNet(Network):
     )
     patch_size: int = key(1, 1, DEEPEST, says="pixels of a patch become channels of one pixel: "
                           "patch_size^2 times cheaper; not in EDM")  # fmt: skip
+    channel_mult_noise: int = key(0, 0, 2**8, says="of the noise level's features; 0: 2 in ncsnpp, "
+                                  "1 in others")  # fmt: skip
+    channel_mult_emb: int = key(4, 1, 2**8, says="of the embedding")
+    embedding: str = key("", words=("", "positional", "fourier"), says="of the noise level")
+    encoder: str = key("", words=("", "standard", "residual", "skip"), says="path of the image")
+    decoder: str = key("", words=("", "standard", "skip"), says="sums outputs of all levels: skip")
+    resample_filter: tuple[float, ...] = key((), says="taps; () for those of the architecture")
+    channels_per_head: int = key(0, 0, WIDEST, says="of adm's attention, which narrower blocks "
+                                 "lack; 0: 64, and one head in narrower blocks")  # fmt: skip
     cpu_device_per_core: ClassVar[bool] = True  # XLA:CPU runs a small convolution on one thread
 
     @nn.compact
@@ -117,19 +129,17 @@ class UNet(Network):
 
         Raises ValueError if the levels do not divide the image.
         """
-        if self.channels % 2:
-            raise ValueError(f"network.channels is {self.channels}; expected an even number")
+        _, encoder, decoder, taps, _ = self.settings
         levels = len(self.channel_mult)
         layers.check_sizes(x, self.patch_size, levels, "channel_mult")
         x = layers.space_to_depth(x, self.patch_size)
-        adm, ncsnpp = self.architecture == "adm", self.architecture == "ncsnpp"
-        taps = (1, 3, 3, 1) if ncsnpp else (1, 1)
+        adm, norm = self.architecture == "adm", partial(layers.GroupNorm, dtype=self.dtype)
         up, down = partial(layers.upsample, taps=taps), partial(layers.downsample, taps=taps)
         linear, init_last, _ = _initialised(adm, self.dtype)
         embedding = self._embedding(c_noise, condition).astype(self.dtype)
 
         def block(name: str, h: jax.Array, features: int, attend=False, resample=None) -> jax.Array:
-            heads = attention_heads(self.architecture, features) if attend else 0
+            heads = self.heads(features) if attend else 0
             options = (features, adm, resample, heads, self.dropout, self.dtype)
             module = self.block(Block)(*options, name=name)
             return module(h, embedding, condition.dropout_keys)
@@ -144,17 +154,22 @@ class UNet(Network):
         for level, (width, size) in enumerate(zip(widths, sizes, strict=True)):
             if level > 0:
                 h = block(f"enc_{size}_down", h, h.shape[-1], resample=down)
-                if ncsnpp:  # the downsampled image is added at each level
+                if encoder == "residual":  # the downsampled image is added at each level
                     residual = layers.blur(residual, taps, stride=1, pad=len(taps) // 2)
                     name = f"enc_{size}_aux_residual"
                     residual = linear(h.shape[-1], 3, 2, "VALID", name=name)(residual)
                     h = residual = (h + residual) * np.sqrt(0.5).item()
+                elif encoder == "skip":
+                    residual = down(residual)
+                    h = h + linear(h.shape[-1], name=f"enc_{size}_aux_skip")(residual)
                 skips.append(h)
             for index in range(self.num_blocks):
                 h = block(f"enc_{size}_block{index}", h, width, attends[level])
                 skips.append(h)
 
         # Decoder.
+        features = self.patch_size**2 * self.out_channels
+        output: Any = None
         for level in reversed(range(levels)):
             width, size = widths[level], sizes[level]
             if level == levels - 1:
@@ -167,20 +182,48 @@ class UNet(Network):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
                 h = block(f"dec_{size}_block{index}", h, width, attend)
 
-        prefix = "out" if adm else f"dec_{sizes[0]}_aux"
-        h = layers.GroupNorm(1e-5 if adm else 1e-6, self.dtype, name=f"{prefix}_norm")(h)
-        features = self.patch_size**2 * self.out_channels
-        h = linear(features, 3, name=f"{prefix}_conv", **init_last)(nn.silu(h))
-        return layers.depth_to_space(h, self.patch_size).astype(jnp.float32)
+            if level == 0 or decoder == "skip":  # outputs of lower levels are doubled and added
+                prefix = "out" if adm else f"dec_{size}_aux"
+                out = norm(1e-5 if adm else 1e-6, name=f"{prefix}_norm")(h)
+                out = linear(features, 3, name=f"{prefix}_conv", **init_last)(nn.silu(out))
+                output = out if output is None else up(output) + out
+        return layers.depth_to_space(output, self.patch_size).astype(jnp.float32)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.channels * self.settings[-1] % 2:
+            raise ValueError(f"network.channels is {self.channels}; expected an even number")
+        own = (self.embedding, self.encoder, self.decoder, self.resample_filter)
+        if self.architecture == "adm" and any(own):
+            raise ValueError(f"network.architecture adm has no embedding, encoder, ...; got {own}")
+        if len(self.resample_filter) % 2:
+            raise ValueError(f"network.resample_filter is {self.resample_filter}; expected an even "
+                             "number of taps")  # fmt: skip
+
+    @property
+    def settings(self) -> tuple[str, str, str, tuple[float, ...], int]:
+        """Embedding, encoder, decoder, taps and noise channels over `channels`."""
+        own = (self.embedding, self.encoder, self.decoder, self.resample_filter,
+               self.channel_mult_noise)  # fmt: skip
+        usual = USUAL[self.architecture]
+        return tuple(a or b for a, b in zip(own, usual, strict=True))  # type: ignore[return-value]
+
+    @nn.nowrap
+    def heads(self, features: int) -> int:
+        """Attention heads of a block of so many channels; 0 for no attention."""
+        if self.architecture != "adm":
+            return 1
+        per_head = self.channels_per_head
+        return features // per_head if per_head else max(1, features // 64)
 
     def _embedding(self, c_noise: jax.Array, condition: Condition) -> jax.Array:
-        """Embedding of noise level (B,) and condition -> (B, 4 * channels) float32."""
-        adm, ncsnpp = self.architecture == "adm", self.architecture == "ncsnpp"
+        """Embedding of noise level (B,) and condition -> (B, channel_mult_emb channels) float32."""
+        adm, (kind, *_, factor) = self.architecture == "adm", self.settings
         linear = _initialised(adm, jnp.float32)[0]
         one_hot = jax.nn.one_hot(condition.label, self.num_classes)  # the null label gives zeros
 
-        noise_channels = self.channels * (2 if ncsnpp else 1)
-        if ncsnpp:
+        noise_channels, width = self.channels * factor, self.channels * self.channel_mult_emb
+        if kind == "fourier":
             frequencies = self.param("map_noise_freqs", normal(16.0), (noise_channels // 2,))
             angles = 2 * np.pi * c_noise.astype(jnp.float32)
             embedding = layers.sinusoids(angles, jax.lax.stop_gradient(frequencies))
@@ -193,9 +236,9 @@ class UNet(Network):
             embedding = embedding + linear(noise_channels, name="map_label")(scaled)
         embedding = self.with_optional_inputs(embedding, condition)
 
-        embedding = nn.silu(linear(4 * self.channels, name="map_layer0")(embedding))
-        embedding = linear(4 * self.channels, name="map_layer1")(embedding)
+        embedding = nn.silu(linear(width, name="map_layer0")(embedding))
+        embedding = linear(width, name="map_layer1")(embedding)
         if self.num_classes and adm:
             options = {"use_bias": False, "kernel_init": normal(1.0), "name": "map_label"}
-            embedding = embedding + linear(4 * self.channels, **options)(one_hot)
+            embedding = embedding + linear(width, **options)(one_hot)
         return nn.silu(embedding)

@@ -1,0 +1,263 @@
+"""EDM2's U-Net: reference outputs, a second implementation, magnitudes, and its training."""
+
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import nvlabs
+import pytest
+from flax import traverse_util
+
+from mclr_jax import pretrained
+from mclr_jax.networks import edm2
+from mclr_jax.networks.edm2 import EDM2
+from mclr_jax.pretrained import edm, names, tensors
+from mclr_jax.types import Condition
+
+FORMATS = pathlib.Path(__file__).parent / "data" / "formats" / "edm2"
+SNAPSHOTS = sorted(FORMATS.glob("*.pkl"))
+
+
+def error(found, expected):
+    """The largest error of an example relative to the largest number of its reference."""
+    found, expected = (np.asarray(a).reshape(len(a), -1) for a in (found, expected))
+    return float((np.abs(found - expected).max(1) / np.abs(expected).max(1)).max())
+
+
+@functools.cache
+def loaded(path):
+    return pretrained.read(path), dict(np.load(f"{path}.reference.npz"))
+
+
+@pytest.mark.parametrize("path", SNAPSHOTS, ids=lambda path: path.stem)
+def test_official_outputs(path):
+    """Denoised, the network's own output, without a label, and the log-variance."""
+    checkpoint, arrays = loaded(path)
+    model, params = checkpoint.model, checkpoint.params
+    x, sigma = arrays["input/x"].transpose(0, 2, 3, 1), arrays["input/sigma"]
+    label = jnp.asarray(arrays.get("input/labels", np.zeros(len(x))), jnp.int32)
+    labels = jnp.append(label, jnp.full_like(label, model.null_label))
+    twice = np.concatenate([x, x]), np.append(sigma, sigma), labels
+    denoised, raw = jax.jit(lambda *i: (model.denoise(params)(*i), model._raw(params, *i)))(*twice)
+    for name, found in {
+        "denoised": denoised[: len(x)], "denoised_null": denoised[len(x) :],
+        "raw": raw[: len(x)], "raw_null": raw[len(x) :],
+    }.items():  # fmt: skip
+        if f"output/{name}" in arrays:
+            assert error(found.transpose(0, 3, 1, 2), arrays[f"output/{name}"]) < 5e-6, name
+    found = model.network.apply({"params": params}, jnp.log(sigma) / 4, method="log_variance")
+    assert error(found, arrays["output/logvar"]) < 1e-6
+
+
+@pytest.mark.parametrize("path", SNAPSHOTS, ids=lambda path: path.stem)
+def test_hyper_parameters_are_those_of_the_constructor(path):
+    checkpoint, arrays = loaded(path)
+    told = json.loads(str(arrays["meta.json"]))["kwargs"]
+    net, data = checkpoint.model.network, checkpoint.model.data
+    usual = {"channel_mult": [1, 2, 3, 4], "num_blocks": 3, "channels_per_head": 64}
+    assert net.channels == told["model_channels"]
+    for key, value in (usual | told).items():
+        if key in ("channel_mult", "num_blocks", "channels_per_head", "dropout", "label_balance",
+                   "channel_mult_emb"):  # fmt: skip
+            assert getattr(net, key) == (tuple(value) if isinstance(value, list) else value), key
+    assert data.shape == (told["img_resolution"],) * 2 + (told["img_channels"],)
+    assert (data.num_classes, data.sigma_data) == (told["label_dim"], 0.5)
+    assert data.has_null == (not told["label_dim"])
+
+
+def test_latents_have_the_units_of_the_encoder():
+    """FORMATS.md: raw means and deviations of the latents, which become 0 and 0.5."""
+    data = loaded(FORMATS / "edm2-lat8-cond-0131072-0.075.pkl")[0].model.data
+    np.testing.assert_allclose(data.offset, [5.81, 3.25, 0.12, -2.15], rtol=1e-6)
+    np.testing.assert_allclose(np.array(data.scale) / 2, [4.17, 4.62, 3.71, 3.28], rtol=1e-6)
+    assert not loaded(SNAPSHOTS[0])[0].model.data.offset
+
+
+@pytest.mark.parametrize("path", SNAPSHOTS, ids=lambda path: path.stem)
+def test_what_was_read_is_given_back_bit_for_bit(path):
+    expected, found = tensors.load(path)["ema"].tensors(), pretrained.state(loaded(path)[0])
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape), name
+        assert found[name].tobytes() == value.tobytes(), name
+
+
+# ---- options that the snapshots do not vary ------------------------------------------------------
+
+OPTIONS = {
+    "balances": EDM2(3, 5, channels=8, channel_mult=(1, 2), num_blocks=1, channels_per_head=8,
+                     attention_resolutions=(8,), label_balance=0.3, concat_balance=0.7,
+                     res_balance=0.4, attn_balance=0.2, clip_act=0.6),
+    "widths": EDM2(2, 0, channels=6, channel_mult=(2, 3, 1), num_blocks=1, channels_per_head=5,
+                   attention_resolutions=(4, 2), channel_mult_noise=5, channel_mult_emb=2,
+                   clip_act=0.0, logvar_channels=7),
+    "filter": EDM2(3, 4, channels=4, channel_mult=(1, 1, 2), num_blocks=1, channels_per_head=64,
+                   attention_resolutions=(8, 4), resample_filter=(1.0, 3.0, 3.0, 1.0), dropout=0.1),
+}  # fmt: skip
+INPUTS = 3
+SIGMA = np.float32([0.02, 0.7, 45.0])
+
+
+def random_params(net, shape, seed=0):
+    """Random parameters, none of them zero."""
+    inputs = jnp.zeros((1, *shape)), jnp.zeros(1), Condition(jnp.zeros(1, jnp.int32))
+    shapes = jax.eval_shape(net.init, jax.random.key(0), *inputs)["params"]
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: np.float32(rng.normal(size=leaf.shape)), shapes)
+
+
+def snapshot(net, state, shape):
+    """The content of a file that the official code would write of such a network."""
+
+    def classes(name):
+        kind, out = "Module", name.rpartition(".")[2]
+        if name == "unet":
+            return "UNet", {n: getattr(net, n) for n in ("label_balance", "concat_balance")}
+        if name.count(".") == 2 and "_conv" not in out and out[0].isdigit():
+            features = state[f"{name}.conv_res1.weight"].shape[0]
+            height, attends = int(out.partition("x")[0]), "_block" in out
+            attends = height in net.attention_resolutions if attends else "_in0" in out
+            kind = "Block", {
+                "out_channels": features,
+                "num_heads": features // net.channels_per_head if attends else 0,
+                "clip_act": net.clip_act or None, "resample_filter": list(net.resample_filter),
+                **{n: getattr(net, n) for n in ("dropout", "res_balance", "attn_balance")},
+            }  # fmt: skip
+            return kind
+        return kind, {}
+
+    attributes = {"img_resolution": shape[0], "img_channels": shape[-1], "sigma_data": 0.5,
+                  "label_dim": net.num_classes}  # fmt: skip
+    return {"ema": nvlabs.module("Precond", state, classes, **attributes), "encoder": None}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_against_a_second_implementation(name):
+    net = OPTIONS[name]
+    shape = (8, 8, net.out_channels)
+    params = random_params(net, shape)
+    params["out_gain"] = np.float32(0.8)
+    state = names.to_state(params, edm.names(net))
+    inner = {k.removeprefix("unet."): v for k, v in state.items()}
+    x = np.random.default_rng(1).normal(size=(INPUTS, *shape)).astype(np.float32)
+    clock, label = np.log(SIGMA) / 4, np.arange(INPUTS)
+    options = {n: getattr(net, n) for n in (
+        "label_balance", "concat_balance", "res_balance", "attn_balance", "channels_per_head",
+        "resample_filter")} | {"clip_act": net.clip_act or None}  # fmt: skip
+    one_hot = np.eye(max(net.num_classes, INPUTS), dtype=np.float32)[label, : net.num_classes or 1]
+    second = jax.jit(functools.partial(nvlabs.edm2, inner, options))
+    expected = second(x.transpose(0, 3, 1, 2), clock, one_hot)
+    found = jax.jit(net.apply)({"params": params}, x, clock, Condition(label))
+    assert error(found.transpose(0, 3, 1, 2), expected) < 1e-5
+
+    content = snapshot(net, state, shape)
+    again = edm.read(content, {})
+    found, widths = again.model.network, [net.channels * mult for mult in net.channel_mult]
+    asked = {n: getattr(net, n) for n in ("channels_per_head", "attention_resolutions")}
+    assert found.clone(**asked) == net
+    assert [found.heads(w) for w in widths[-2:]] == [net.heads(w) for w in widths[-2:]]
+    back = names.to_state(again.params, edm.names(again.model.network))
+    assert back.keys() == state.keys()
+    assert all((back[k] == state[k]).all() for k in state)
+
+
+# ---- published sizes -----------------------------------------------------------------------------
+
+# Millions of parameters: Karras et al. 2024, Table 2 and the names of the presets.
+PUBLISHED = {128: 125, 192: 280, 256: 498, 320: 777, 384: 1119, 448: 1523}
+
+
+@pytest.mark.parametrize("channels", PUBLISHED)
+def test_numbers_of_parameters_are_the_published_ones(channels):
+    """XS to XXL for latents of ImageNet 512; Fourier features are no parameters there."""
+    net = EDM2(4, 1000, channels=channels)
+    inputs = jnp.zeros((1, 64, 64, 4)), jnp.zeros(1), Condition(jnp.zeros(1, jnp.int32))
+    shapes = jax.eval_shape(net.init, jax.random.key(0), *inputs)["params"]
+    count = sum(
+        int(np.prod(leaf.shape))
+        for path, leaf in traverse_util.flatten_dict(shapes).items()
+        if not path[-1].endswith(("freqs", "phases"))
+    )
+    assert round(count / 1e6) == PUBLISHED[channels]
+
+
+# ---- magnitudes and training ---------------------------------------------------------------------
+
+
+def test_sums_and_joins_keep_the_variance():
+    """Var(mp_sum) = Var(mp_cat) = 1 for independent inputs of variance 1; shares are as asked."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 10**6, 1)).astype(np.float32)
+    for balance in (0.0, 0.3, 0.5):
+        total = edm2.mp_sum(a, b, balance)
+        assert abs(total.var() - 1) < 5e-3
+        assert abs((total * b).mean() - balance / np.hypot(balance, 1 - balance)) < 5e-3
+    joined = edm2.mp_cat(np.ones((1, 6), np.float32), np.ones((1, 2), np.float32), 0.25)
+    first, second = (joined[0, :6] ** 2).sum(), (joined[0, 6:] ** 2).sum()
+    np.testing.assert_allclose([first + second, second / first], [8, 1 / 9], rtol=1e-6)
+    assert abs(edm2.mp_silu(a[..., 0]).std() ** 2 + edm2.mp_silu(a[..., 0]).mean() ** 2 - 1) < 5e-3
+
+
+NET = EDM2(3, 4, channels=8, channel_mult=(1,), num_blocks=1, attention_resolutions=(8,),
+           channels_per_head=4)  # fmt: skip
+SHAPE = (8, 8, 3)
+X = np.random.default_rng(2).normal(size=(INPUTS, *SHAPE)).astype(np.float32)
+NOISY = X, np.log(SIGMA) / 4, Condition(jnp.arange(INPUTS))
+
+
+def test_normalised_weights_have_unit_variance_and_give_the_same_answer():
+    """The size of a weight has no effect, and the sizes after an update are those before it."""
+    params = random_params(NET, SHAPE)
+    scaled = jax.tree.map(lambda x: 7.0 * x if np.ndim(x) > 1 else x, params)
+    normal = NET.normalised(scaled)
+    for path, leaf in traverse_util.flatten_dict(normal).items():
+        if path[-1] == "kernel":
+            square = (leaf**2).mean(tuple(range(leaf.ndim - 1)))
+            np.testing.assert_allclose(square, 1, rtol=1e-3)
+        else:
+            np.testing.assert_array_equal(leaf, traverse_util.flatten_dict(params)[path])
+    run = jax.jit(NET.apply)
+    answers = [run({"params": p}, *NOISY) for p in (params, scaled, normal)]
+    assert error(answers[1], answers[0]) < 1e-3  # the epsilon of the normalisation
+    assert error(answers[2], answers[0]) < 1e-3
+
+
+def test_initial_values_and_gradients():
+    """The output starts at zero, weights at variance 1; Fourier features are not trained."""
+    params = NET.lazy_init(jax.random.key(0), *NOISY)["params"]
+    assert params["out_gain"] == params["enc_8x8_block0"]["emb_gain"] == 0
+    kernel = np.asarray(params["enc_8x8_conv"]["kernel"])
+    assert kernel.shape == (3, 3, 4, 8)
+    assert abs(kernel.std() - 1) < 0.2
+    assert 4 < np.asarray(params["logvar_fourier_freqs"]).std() < 9  # 2 pi
+    phases = np.asarray(params["logvar_fourier_phases"])
+    assert 0 <= phases.min() < 1 < 5 < phases.max() < 2 * np.pi
+    params = random_params(NET, SHAPE)
+
+    def loss(params):
+        u = NET.apply({"params": params}, NOISY[1], method="log_variance")
+        return (NET.apply({"params": params}, *NOISY) ** 2).mean() + (u**2).sum()
+
+    gradients = traverse_util.flatten_dict(jax.jit(jax.grad(loss))(params))
+    for path, gradient in gradients.items():
+        fixed = path[-1].endswith(("freqs", "phases"))
+        assert np.isfinite(gradient).all()
+        assert (np.abs(gradient).max() > 0) != fixed, path
+
+
+def test_dropout_types_and_remat():
+    params = random_params(NET, SHAPE)
+    params["out_gain"] = np.float32(0.8)
+    run = jax.jit(NET.apply)({"params": params}, *NOISY)
+    half = jax.jit(NET.clone(dtype=jnp.bfloat16).apply)({"params": params}, *NOISY)
+    assert half.dtype == jnp.float32
+    assert 1e-4 < error(half, run) < 0.1
+    remat = jax.jit(NET.clone(remat=True).apply)({"params": params}, *NOISY)
+    assert error(remat, run) < 1e-5
+    keys = jax.random.split(jax.random.key(2), INPUTS)
+    shown = NOISY[2].replace(dropout_keys=keys)
+    dropped = jax.jit(NET.clone(dropout=0.3).apply)({"params": params}, *NOISY[:2], shown)
+    assert error(dropped, run) > 1e-2
