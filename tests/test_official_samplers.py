@@ -23,7 +23,10 @@ FORMATS = reference.DATA / "formats"
 DIT = ("dit", "dit/DiT-train-0050000.pt")
 SIT = ("sit", "sit/SiT-train-0050000.pt")
 REPA = ("repa", "repa/REPA-train-0400000.pt")
-HEADS = {DIT: 2, SIT: 4, REPA: 3}
+EDM = ("edm", "edm/edm-img8-uncond-ncsnpp.pkl")
+EDM2 = ("edm2", "edm2/edm2-lat8-cond-0131072-0.075.pkl")
+DIFFUSERS = ("diffusers", "diffusers/DiT-pipeline")
+GIVEN = {DIT: {"heads": 2}, SIT: {"heads": 4}, REPA: {"heads": 3}}
 
 
 @functools.cache
@@ -32,7 +35,7 @@ def published(family, file):
     with np.load(FORMATS / f"{file}.reference.npz") as found:
         arrays = {name: found[name] for name in found.files}
     arrays = {k: np.moveaxis(x, -3, -1) if x.ndim >= 4 else x for k, x in arrays.items()}
-    return pretrained.read(FORMATS / file, family, heads=HEADS[family, file]), arrays
+    return pretrained.read(FORMATS / file, family, **GIVEN.get((family, file), {})), arrays
 
 
 def relative(got, expected):
@@ -190,3 +193,41 @@ def test_repa(monkeypatch, name, kind):
     times = arrays[f"{key}/t"].repeat(2)[:19] if "heun" in name else arrays[f"{key}/t"]
     guided_calls = (times <= (high / (1 + high) if "interval" in kind else 1)).sum()
     assert guided.calls(model, sampler) == calls + guided_calls * bool(kind)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(EDM, "heun"), (EDM, "churn"), (EDM2, "unguided")])
+def test_edm(monkeypatch, kind, name):
+    """Heun in float32; the references of EDM are in float64."""
+    found, arrays = published(*kind)
+    churned = name == "churn"
+    model, start = found.model, arrays["sampler/latents" if kind == EDM else "sampler/noise"]
+    labels = arrays.get("sampler/labels", np.full(len(start), model.null_label))
+    states = arrays[f"sampler/{name}/{'x_hat' if churned else 'x'}"][:8]
+    end = arrays["sampler/churn/sample"] if churned else arrays[f"sampler/{name}/x"][8]
+    noises = arrays.get(f"sampler/{name}/noises", states)
+
+    def number(count):
+        return np.repeat(range(count), 2)
+
+    injected = Injected(monkeypatch, start, noises, number, labels)
+    churn = samplers.Churn(5.0) if churned else None
+    got = drawn(model, found.params, labels, Sampler("heun", 8), churn=churn)
+    assert relative(got, end) < 1e-5
+    jax.effects_barrier()
+    levels = arrays[f"sampler/{name}/{'sigma_hat' if churned else 'sigma'}"]
+    inputs = states / np.sqrt(levels**2 + 0.25).reshape(8, 1, 1, 1, 1)
+    assert relative(injected.seen[::2], inputs) < 1e-5
+
+
+@pytest.mark.parametrize(("name", "scale"), [("pipeline", 1.0), ("pipeline_cfg", 4.0)])
+def test_diffusers(monkeypatch, name, scale):
+    """Its guidance is of all four channels."""
+    found, arrays = published(*DIFFUSERS)
+    states, labels = arrays[f"{name}/x_in"], arrays[f"{name}/labels"]
+    injected = Injected(monkeypatch, states[0], states, after, labels)
+    sampler = dataclasses.replace(found.sampler, num_steps=10)
+    got = drawn(found.model, found.params, labels, sampler, Guidance(scale))
+    latents = np.asarray(got) * found.model.data.scale + np.array(found.model.data.offset)
+    assert relative(latents, arrays[f"{name}/latents_over_scale"]) < 2e-5
+    jax.effects_barrier()
+    assert relative(injected.seen, states) < 2e-5
