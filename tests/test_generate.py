@@ -1,5 +1,6 @@
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,9 @@ import tiny
 from mclr_jax import generate, guidance, samplers
 from mclr_jax.config import Training
 from mclr_jax.data import sources
+from mclr_jax.denoiser import Epsilon, Velocity
 from mclr_jax.generate import Guidance
+from mclr_jax.model import DataInfo, Model
 from mclr_jax.noise import normal_like, sample_keys
 from mclr_jax.samplers import Sampler
 from mclr_jax.types import Condition
@@ -180,6 +183,7 @@ NAN, INF = float("nan"), float("inf")
     ({"scale": INF}, "guidance_scale is inf"),
     ({"interval": (5.0, 1.0)}, r"interval is \(5.0, 1.0\); expected 0 <= low < high"),
     ({"interval": (NAN, 1.0)}, "interval is"),
+    ({"channels": 0}, "guidance_channels is 0; expected an integer of at least 1"),
     ({"churn": samplers.Churn(NAN)}, "churn.amount is nan"),
     ({"churn": samplers.Churn(noise_scale=-1.0)}, "churn.noise_scale is -1.0"),
     ({"seed": -1}, "seed is -1; expected an integer of at least 0 and at most 4294967295"),
@@ -227,3 +231,62 @@ def test_a_network_with_strength_takes_the_scale_as_its_input(told):
             unguided = got
     assert np.abs(got - unguided).max() > 1e-3
     assert run._cache_size() == 1
+    with pytest.raises(ValueError, match="guidance_channels needs guidance by a second call"):
+        generate.generate(model, params, labels, EULER, guided=Guidance(2.0, channels=1))
+
+
+def test_flows_by_time_and_sigma_end_at_the_same_samples():
+    """Euler's method is the same in both on the linear path; guidance is in sigma for both."""
+    model, params = make(preconditioning={"name": "velocity", "data_at": 0})
+    labels, guided = np.array([3, 1, 4]), Guidance(2.0, interval=(0.3, 3.0), channels=1)
+    sampler = Sampler("ode_euler", 8)
+    got = generate.generate(model, params, labels, sampler, guided=guided, seed=5)
+    times = np.linspace(1, 0, 9)
+    grid = times / np.maximum(1 - times, 1e-5)
+    denoise = guidance.classifier_free(model.denoise(params), 10, 2.0, (0.3, 3.0))
+    x = np.float32(grid[0]) * normal_like(sample_keys(5, range(3)), jnp.zeros((3, 8, 8, 1)))
+    expected = samplers.sample(denoise, x, jnp.asarray(labels), grid, "euler")
+    np.testing.assert_allclose(got, expected, rtol=2e-3, atol=2e-3)
+    assert guided.calls(model, sampler) == 8 + sum((0.3 < grid) & (grid <= 3))
+    other = dataclasses.replace(model, preconditioning=Velocity(1))
+    with pytest.raises(ValueError, match="The weak model has Velocity"):
+        generate.generate(
+            model, params, labels, sampler, guided=Guidance(2.0, weak=(other, params))
+        )
+
+
+class Constant(nn.Module):
+    """Another noise and another place of the variance for a class than without one."""
+
+    out_channels: int = 4
+
+    @nn.compact
+    def __call__(self, x, c_noise, condition):
+        rows = jnp.array([1.0, 2.0, 0.5, 0.5]), jnp.array([0.5, 0.8, -0.5, -0.5])
+        is_class = (condition.label < 2)[:, None, None, None]
+        return jnp.where(is_class, *rows) + 0 * x[..., :1]
+
+
+@pytest.mark.parametrize(("channels", "guided"), [(None, 2), (1, 1), (9, 2)])
+def test_the_variance_of_ddpm_and_channels_beyond_the_guided_are_those_of_the_class(
+    channels, guided
+):
+    model = Model(Constant(), Epsilon(), DataInfo((2, 2, 2), 2, 1.0))
+    sampler, labels = Sampler("ddpm", 3, spacing="even"), jnp.zeros(4, int)
+    run = generate.program(model, "ddpm", True, channels=channels)
+    table = sampler.table(model.preconditioning)
+    got = run(({}, {}), 5, jnp.arange(4), labels, table, jnp.full(3, 2.0), (0.0, np.inf), None)
+
+    def by_hand(x, sigma, condition):
+        denoise = model.denoise_with_range({})
+        strong, weak = (denoise(x, sigma, jnp.full(4, label)) for label in (0, 2))
+        return strong.at[..., :guided].add((strong - weak)[..., :guided])
+
+    keys = sample_keys(5, range(4))
+    noise = normal_like(keys, jnp.zeros((4, 2, 2, 2)))
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
+    expected = samplers.draw(by_hand, noise, labels, table, "ddpm", keys=keys)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    network = dataclasses.replace(model, network=Constant(out_channels=2))
+    assert model.has_range
+    assert not network.has_range
