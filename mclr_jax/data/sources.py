@@ -100,7 +100,8 @@ class Data(Keys):
 
     def moved(self, place: str) -> "Data":
         """The same data at another place: a source, see `load`, or the folder `path`."""
-        if ":" in place or place in FORMATS:
+        _, argument = FORMATS.get(place, (None, "PATH"))
+        if ":" in place or not argument:
             return dataclasses.replace(self, name=place, path="")
         return dataclasses.replace(self, path=place)
 
