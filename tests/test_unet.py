@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mclr_jax.networks import layers
-from mclr_jax.networks.unet import UNet, attention_heads
+from mclr_jax.networks.unet import UNet
 from mclr_jax.types import Condition
 
 BATCH, SIZE = 3, 4
@@ -46,9 +46,31 @@ def relative_error(actual, expected):
 
 
 def test_attention_heads():
-    assert attention_heads("adm", 192) == 3
-    assert attention_heads("adm", 32) == 1
-    assert attention_heads("ddpmpp", 256) == 1
+    """Without channels_per_head those of earlier versions, which descriptions of runs mean."""
+    assert [UNet("adm").heads(width) for width in (192, 32)] == [3, 1]
+    official = UNet("adm", channels_per_head=64)
+    assert [official.heads(width) for width in (192, 64, 63)] == [3, 1, 0]
+    assert UNet("ddpmpp").heads(256) == 1
+
+
+@pytest.mark.parametrize(("net", "size", "millions"), [
+    (UNet(num_classes=0, augment_dim=9), 32, 55.7),
+    (UNet(num_classes=0, augment_dim=9, channel_mult=(1, 2, 2, 2)), 64, 61.8),
+    (UNet("adm", 3, 1000, 192, (1, 2, 3, 4), 3, (32, 16, 8), channels_per_head=64), 64, 295.9),
+], ids=["CIFAR-10", "FFHQ", "ImageNet"])  # fmt: skip
+def test_numbers_of_parameters_are_the_published_ones(net, size, millions):
+    """Karras et al. 2022, Table 7."""
+    inputs = jnp.zeros((1, size, size, 3)), jnp.zeros(1), Condition(jnp.zeros(1, jnp.int32))
+    shapes = jax.eval_shape(net.init, jax.random.key(0), *inputs)["params"]
+    count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    assert round(count / 1e6, 1) == millions
+
+
+def test_descriptions_of_earlier_versions_mean_the_same():
+    """Fields that are absent have the values that the code had; names are those of the paper."""
+    assert UNet("ddpmpp").settings == ("positional", "standard", "standard", (1, 1), 1)
+    assert UNet("ncsnpp").settings == ("fourier", "residual", "standard", (1, 3, 3, 1), 2)
+    assert UNet("adm").settings == ("positional", "standard", "standard", (1, 1), 1)
 
 
 @pytest.mark.parametrize(("resolution", "attends"), [(8, True), (4, False)])
@@ -136,6 +158,8 @@ def test_remat_changes_no_gradient_and_fourier_frequencies_stay_fixed():
         ("adm", {"channel_mult": (1, 1, 1, 1)}, r"images are 4x4; .* 4 levels .* divisible by 8"),
         ("adm", {"channels": 5}, r"channels is 5; expected an even number"),
         ("adm", {"patch_size": 3}, r"patch_size 3 and 1 levels .* divisible by 3"),
+        ("adm", {"encoder": "skip"}, r"adm has no embedding, encoder"),
+        ("ddpmpp", {"resample_filter": (1.0, 2.0, 1.0)}, r"expected an even number of taps"),
     ],
 )
 def test_unknown_architectures_and_indivisible_sizes_are_refused(architecture, changes, message):
