@@ -12,7 +12,6 @@ from absl import logging
 
 from mclr_jax import record, runs
 from mclr_jax.config import Training
-from mclr_jax.data import sources
 from mclr_jax.data.protocol import Source
 from mclr_jax.files import digest
 from mclr_jax.model import DataInfo, Model, shapes_of
@@ -78,12 +77,12 @@ class Experiment:
         extra = {"other": self.source} if "other" in self.task.needs else {}
         if "generated" not in self.task.needs:
             return extra
-        if not (path := self.training.data.generated):
+        if not self.training.data.generated:
             raise ValueError(
                 "This objective needs samples of the model that training starts from: write them "
                 "with python -m launch.sample and set config.data.generated=npz:FILE."
             )
-        generated = sources.load(path)
+        generated = self.training.data.generated_source()
         if (shape := tuple(generated.shape)) != self.data.shape:
             raise ValueError(
                 f"config.data.generated: examples of shape {shape}; expected {self.data.shape}."

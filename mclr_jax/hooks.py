@@ -1,5 +1,6 @@
 """Hooks, called beside the update: functions of a Moment, as frozen dataclasses of typed parts."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -89,6 +90,10 @@ class Samples:
 
     experiment: Experiment
     writer: Writer
+
+    def __post_init__(self):  # an autoencoder that does not fit is an error before the first step
+        with contextlib.suppress(FileNotFoundError):
+            latents.decoder(self.experiment.training.data, self.experiment.model)
 
     def __call__(self, moment: Moment) -> None:
         task, workdir = self.experiment.task, self.experiment.workdir

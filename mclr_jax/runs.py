@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from flax import traverse_util
 from ml_collections import ConfigDict
@@ -309,3 +310,10 @@ def check_companion(name: str, path: str, model: Model, data: DataInfo, source: 
             f"Companion {name!r} in {path!r}: expected {wanted}, data shape and number of "
             f"classes {expected}, those of config.data.name={source!r}; it is {kind} of {got}."
         )
+    if len(data.shape) == 3 and model.data.scale and data.scale:
+        a, b = ([info.offset, info.scale] for info in (model.data, data))
+        if not np.allclose(a, b, rtol=1e-3, atol=1e-3):
+            raise ValueError(
+                f"Companion {name!r} in {path!r} is for latents in other units than those of "
+                f"config.data.name={source!r}: check config.data.latents."
+            )

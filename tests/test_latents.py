@@ -219,6 +219,30 @@ def test_a_set_that_says_its_convention_is_read_by_it_alone(tmp_path):
                 latents=given)  # fmt: skip
 
 
+def test_samples_in_latents_are_read_as_they_are(tmp_path, source):
+    """The file of launch.sample has decoded images beside them."""
+    x, labels = source[ALL]
+    np.savez(path := tmp_path / "a.npz", images=np.zeros((12, 16, 16, 3)), latents=x, labels=labels)
+    found = load(f"npz:{path}", latents="edm2")
+    np.testing.assert_array_equal(found[ALL][0], x)
+    assert (found.latents, found.scale) == ("edm2", source.scale)
+    assert load(f"npz:{path}").shape == (16, 16, 3)
+    given = Training.parse(config(tmp_path, **{"data.generated": f"npz:{path}"}))
+    np.testing.assert_array_equal(given.data.generated_source()[ALL][0], x)
+    given = Training.parse(config(tmp_path, **{"data.name": f"npz:{path}"}))
+    assert Experiment(given, tmp_path / "run").data.offset == source.offset
+
+
+def test_companions_have_the_same_units(tmp_path):
+    """DiT's latents are not those of EDM2."""
+    data = Experiment(Training.parse(config(tmp_path)), tmp_path / "run").data
+    other = config(tmp_path, **{"data.latents": "stable_diffusion"})
+    _, model = tiny.describe(tmp_path / "other", given=other)
+    with pytest.raises(ValueError, match="for latents in other units"):
+        runs.check_companion("reference", "there", model, data, "zip:a.zip")
+    runs.check_companion("reference", "there", model, model.data, "zip:a.zip")
+
+
 def test_the_way_round_gives_the_mean_and_std_of_the_autoencoder(tmp_path):
     """Encoded images, read again, are what the autoencoder gives, by either convention."""
     images = load(f"zip:{FORMATS}/datasets/img16-pixels.zip")

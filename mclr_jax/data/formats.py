@@ -24,7 +24,7 @@ from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from mclr_jax import mixture
 from mclr_jax.data import protocol
-from mclr_jax.data.latents import Latents, check_moments
+from mclr_jax.data.latents import Drawn, Latents, check_moments
 from mclr_jax.data.protocol import Arrays, Lazy, Source
 from mclr_jax.files import named
 
@@ -274,13 +274,15 @@ def _labelled(archive: Any, path: str, unlabelled: bool, skip: bool) -> Any:
     return [name for name, _ in chosen], np.array([label for _, label in chosen]), kind
 
 
-def _npz(path: str, split: str, *, num_classes: int = 0) -> Arrays:
+def _npz(path: str, split: str, *, num_classes: int = 0, latents: str = "") -> Arrays:
     """Arrays `images` (N, H, W, C), (N, H, W) or (N, d), and `labels` (N,), as in this project's
-    sample files; `test_images` and `test_labels` are the test split."""
+    sample files; `test_images` and `test_labels` are the test split. With a kind of `latents` the
+    images are the array `latents`, as in sample files of a model of these."""
     archive = _open(path, np.load)
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise ValueError(f"{path} holds one array; expected an npz file with `images` and `labels`")
-    names = [{"train": "", "test": "test_"}[split] + name for name in ("images", "labels")]
+    found = "latents" if latents and "latents" in archive else "images"
+    names = [{"train": "", "test": "test_"}[split] + name for name in (found, "labels")]
     if absent := [name for name in names if name not in archive]:
         raise ValueError(
             f"{path} has no {absent} for split={split!r}, only {sorted(archive)}; add them, or "
@@ -293,7 +295,10 @@ def _npz(path: str, split: str, *, num_classes: int = 0) -> Arrays:
     images = protocol.as_images(images[..., None] if images.ndim == 3 else images, path)
     protocol.check_values(images, path)
     labels = protocol.as_labels(labels, len(images), path)
-    return Arrays(images, labels, num_classes or protocol.count_classes(labels, path))
+    num_classes = num_classes or protocol.count_classes(labels, path)
+    if found == "latents":
+        return Drawn(images, labels, num_classes, latents=latents)
+    return Arrays(images, labels, num_classes)
 
 
 def _mixture(_: str, split: str) -> Arrays:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mclr_jax.data.protocol import Source, check_finite
+from mclr_jax.data.protocol import Arrays, Source, check_finite
 
 
 class Kind(NamedTuple):
@@ -39,8 +39,33 @@ def units(kind: str, channels: int) -> tuple[tuple[float, ...], tuple[float, ...
     return offset, scale
 
 
+class _Units:
+    """Attributes of a source of latents, whose last axis has the channels."""
+
+    latents: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    @property
+    def offset(self) -> tuple[float, ...]:
+        return units(self.latents, self.shape[-1])[0]
+
+    @property
+    def scale(self) -> tuple[float, ...]:
+        return units(self.latents, self.shape[-1])[1]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class Latents:
+class Drawn(Arrays, _Units):
+    """Latents x as they are, such as those that a model has drawn."""
+
+    latents: str = ""  # the kind, of KINDS
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Latents(_Units):
     """A source of latents x, drawn from the means and standard deviations of another source.
 
     Indexing draws with noise that follows from the index: the same latents each time. Training
@@ -68,14 +93,6 @@ class Latents:
     @property
     def labels(self) -> np.ndarray:
         return self.source.labels
-
-    @property
-    def offset(self) -> tuple[float, ...]:
-        return units(self.latents, self.shape[-1])[0]
-
-    @property
-    def scale(self) -> tuple[float, ...]:
-        return units(self.latents, self.shape[-1])[1]
 
     def __len__(self) -> int:
         return len(self.source)

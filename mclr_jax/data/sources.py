@@ -94,6 +94,10 @@ class Data(Keys):
         source = load(self.name, split, **given, **self._latents(self.name), **self.options)
         return limit(source, self.limit, seed) if self.limit and split == "train" else source
 
+    def generated_source(self) -> Source:
+        """The samples in `generated`."""
+        return load(self.generated, **self._latents(self.generated))
+
     def _latents(self, name: str) -> dict[str, str]:
         """The option `latents` of a source that has it: images have none, see `launch.evaluate`."""
         return {"latents": self.latents} if self.latents and "latents" in options_of(name) else {}
