@@ -113,7 +113,7 @@ def _edm(state: State, modules: Mapping[str, Module]) -> UNet:
     adm = kind == "DhariwalUNet"
     widths, blocks, attention = _levels(state, "model.enc.", "conv1", "qkv")
     width, noise = _shape(state, "model.map_layer0.weight")
-    channels = noise if adm else widths[0] and _first(state, "model.enc.")
+    channels = noise if adm else _first(state, "model.enc.")
     filters = [v for k, v in state.items() if k.endswith(".resample_filter")]
     taps = _taps(filters) if filters else ()
     own: dict[str, Any] = {"channels_per_head": 64}
@@ -183,7 +183,7 @@ def _units(encoder: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         return {}, {}
     scale, bias = (np.asarray(told[key], np.float64).ravel() for key in ("scale", "bias"))
     units = {"offset": tuple((-bias / scale).tolist()), "scale": tuple((1 / scale).tolist())}
-    return units, {"autoencoder": str(told.get("vae_name", ""))}
+    return units, {"autoencoder_name": str(told.get("vae_name", ""))}
 
 
 def _levels(
