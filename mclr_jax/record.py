@@ -34,7 +34,7 @@ RETIRED: dict[str, dict[str, Any]] = {
                   "null_interval": []},
 }  # fmt: skip
 # Parts that may differ without a warning.
-APART = ("history", "start", "spans", "paths", "frozen", "averages", "sampler")
+APART = ("history", "start", "origin", "spans", "paths", "frozen", "averages", "sampler")
 
 
 def describe(
@@ -133,6 +133,8 @@ def write(
     If values have changed, `spans` has a part for each span of steps: `from`, the number of steps
     done before, and the values there of all keys that have ever changed.
 
+    A run that starts from published weights, or from a run that did, has their `origin`.
+
     Paths are also stored in absolute form and relative to `workdir`, so that `runs.load` finds the
     files from another current directory, and in a run that was moved together with them.
     """
@@ -142,16 +144,21 @@ def write(
     made_by = {**provenance(), "version": __version__, "device": banner()}
     entry = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step, **made_by}
     history = [*old.get("history", []), {**entry, "changes": dict(changed)}]
-    origin = {"start": found} if (found := start or old.get("start")) else {}
+    more = {"start": found} if (found := start or old.get("start")) else {}
     if len(spans := _spans(old.get("spans", []), description, changed, step)) > 1:
-        origin["spans"] = spans
-    named = places(description.get("config", {}), description.get("origin", {}))
+        more["spans"] = spans
+    published = description.get("origin") or old.get("origin", {})
+    if start and not published:
+        base = pathlib.Path(start["run"])
+        published = origin(read(base), base)
+    more |= {"origin": published} if published else {}
+    named = places(description.get("config", {}), published)
     absolute = {key: os.path.abspath(name) for key, name in named.items()}
     here = os.path.realpath(workdir)
     paths = {
         k: [name, os.path.relpath(os.path.realpath(name), here)] for k, name in absolute.items()
     }
-    write_json(workdir / "run.json", {**description, **origin, "paths": paths, "history": history})
+    write_json(workdir / "run.json", {**description, **more, "paths": paths, "history": history})
 
 
 def _spans(
@@ -180,7 +187,7 @@ def at_new_places(description: Mapping[str, Any], workdir: pathlib.Path) -> dict
 
 
 def origin(description: Mapping[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
-    """Where published weights come from, {} for others, with its files where they are now."""
+    """The origin of published weights, {} for others, with its files where they are now."""
     found = dict(description.get("origin", {}))
     for key, name in places({}, found).items():
         found[key.removeprefix("origin.")] = _now(description, workdir, key, name)
@@ -188,7 +195,7 @@ def origin(description: Mapping[str, Any], workdir: pathlib.Path) -> dict[str, A
 
 
 def _now(description: Mapping[str, Any], workdir: pathlib.Path, key: str, name: str) -> str:
-    """Where a file or directory of `places` is now: at its absolute or its relative path."""
+    """The present place of a file or directory of `places`: its absolute or its relative path."""
     absolute, relative = description.get("paths", {}).get(key, [name, name])
     options = [pathlib.Path(absolute), workdir / relative]
     return str(next((place for place in options if place.exists()), absolute))

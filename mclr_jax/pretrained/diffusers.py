@@ -214,7 +214,7 @@ def write(folder: pathlib.Path, checkpoint: Checkpoint, found: dict[str, np.ndar
 
     Everything but the weights is that of the folder which the checkpoint was read from. ValueError:
     `folder` exists, or the checkpoint no longer has DiT's process. FileNotFoundError: the folder
-    that it was read from has gone.
+    that it was read from is not there.
     """
     process = type(checkpoint.model.preconditioning).__name__
     if process != "Epsilon":
