@@ -4,11 +4,13 @@ import collections
 import dataclasses
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from mclr_jax import record, runs
 from mclr_jax.data.latents import units
@@ -57,8 +59,10 @@ def read(path: str | os.PathLike, family: str = "", **given: Any) -> Checkpoint:
         if family and family != checkpoint.family:
             raise ValueError(f"it is of the family {checkpoint.family!r}, not {family!r}.")
     checkpoint = _of_latents(checkpoint, autoencoder)
-    facts = {"average": given.get("average", "ema"), **_types(state), **checkpoint.facts}
-    return dataclasses.replace(checkpoint, facts=facts)
+    facts: dict[str, Any] = {"average": given.get("average", "ema"), **_types(state)}
+    if told := re.search(r"-(\d{7})-(\d\.\d+)\.pkl$", path.name):  # EDM2's; the file has neither
+        facts |= {"kimg": int(told[1]), "average": f"power_{float(told[2])}"}
+    return dataclasses.replace(checkpoint, facts=facts | dict(checkpoint.facts))
 
 
 def _of_latents(checkpoint: Checkpoint, autoencoder: str) -> Checkpoint:
@@ -146,11 +150,15 @@ def convert(path: str | os.PathLike, workdir: pathlib.Path, family: str = "", **
     checkpoint = read(path, family, **given)
     origin = {
         "file": os.path.abspath(path), "family": checkpoint.family,
-        "digest": digest(checkpoint.params), **checkpoint.facts,
+        "digest": digest(checkpoint.params), "rest": sorted(checkpoint.rest), **checkpoint.facts,
     }  # fmt: skip
     runs.publish(workdir, checkpoint.model, checkpoint.params, checkpoint.sampler, origin=origin)
-    if checkpoint.rest:
-        save_arrays(workdir / REST, **checkpoint.rest)
+    if checkpoint.rest:  # npz files have no bfloat16
+        rest = {
+            n: x.astype(np.float32) if x.dtype.kind == "V" else x
+            for n, x in checkpoint.rest.items()
+        }
+        save_arrays(workdir / REST, **rest)
     return runs.load(workdir)
 
 
@@ -159,17 +167,16 @@ def checkpoint_of(run: Run, params: Any) -> Checkpoint:
 
     ValueError: it was started from no published model.
     """
-    base = run
-    while not (origin := record.origin(record.read(base.workdir), base.workdir)):
-        if not (start := base.config.get("init_from")):
-            raise ValueError(
-                f"{run.workdir} comes from no published model: neither it nor a run that it was "
-                "started from was written by launch.convert."
-            )
-        base = runs.load(start)
-    rest = {}
-    if (base.workdir / REST).exists():
-        with np.load(base.workdir / REST) as arrays:
+    if not (origin := record.origin(record.read(run.workdir), run.workdir)):
+        raise ValueError(
+            f"{run.workdir} comes from no published model: neither it nor the run that it was "
+            "started from was written by launch.convert."
+        )
+    rest, place = {}, pathlib.Path(run.config.get("init_from") or run.workdir) / REST
+    if origin.get("rest") and not place.exists():
+        logging.warning("Written without %s, which are in %s.", ", ".join(origin["rest"]), place)
+    elif origin.get("rest"):
+        with np.load(place) as arrays:
             rest = dict(arrays)
     return Checkpoint(origin["family"], run.model, params, run.sampler, rest, origin)
 
