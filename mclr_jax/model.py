@@ -156,6 +156,26 @@ class Model:
         found = moments(self.preconditioning, self._denoising(params), self.has_variance)
         return lambda x, sigma, condition: found(x, sigma, self.complete(condition, len(x)))
 
+    def log_variance(self, params: Any) -> Callable[[jax.Array], jax.Array] | None:
+        """u of the levels sigma (B,), of the network's log-variance head; None without one.
+
+        The loss error / e^u + u has its minimum at u = ln E[error] (Karras et al. 2024, arXiv
+        2312.02696, eq. 14 and 21).
+        """
+        if not hasattr(self.network, "log_variance"):
+            return None
+
+        def log_variance(sigma: jax.Array) -> jax.Array:
+            c_noise = self.preconditioning.scales(sigma).c_noise
+            u: Any = self.network.apply({"params": params}, c_noise, method="log_variance")
+            return u
+
+        return log_variance
+
+    def normalised(self, params: Any) -> Any:
+        """The parameters that training keeps after an update: EDM2 normalises its weights."""
+        return getattr(self.network, "normalised", lambda params: params)(params)
+
     def _raw(self, params: Any, x: jax.Array, sigma: Any, condition: Any, **options: Any) -> Any:
         """The output of the network, without output preconditioning, for x at level sigma."""
         scales = self.preconditioning.scales(jnp.broadcast_to(sigma, jnp.shape(sigma) or len(x)))

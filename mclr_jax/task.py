@@ -130,7 +130,8 @@ class Task:
         if self.posterior is not None and "posterior" in self.needs:
             posterior = self.posterior(held, self.problem)
         moments = self.model.moments(params) if self.model.has_variance else None
-        return Models(*self.model.answers(params), held, posterior, moments)
+        log_variance = self.model.log_variance(params)
+        return Models(*self.model.answers(params), held, posterior, moments, log_variance)
 
 
 def needs_of(objective: Objective, posterior: Posterior | None) -> frozenset[str]:

@@ -43,6 +43,29 @@ def test_frames_are_weighted_by_their_own_levels():
     np.testing.assert_allclose(metrics["error"].parts[0], error.mean(-1), rtol=1e-5)
 
 
+def test_a_log_variance_head_divides_the_weighted_error_and_is_added():
+    """weight error / e^u + u (EDM2), whose slope in u vanishes at u = ln(weight error)."""
+    x0 = jax.random.normal(jax.random.key(0), (50, 4))
+    keys = jax.random.split(jax.random.key(1), 50)
+    problem = cases.problem(LEVELS, weight=WEIGHT)
+    models = cases.models(lambda x, sigma, condition: 0.5 * x)
+    batch = Batch(x0, Condition(jnp.zeros(50, int)))
+    plain, _ = DSM(0.0)(models, problem, batch, keys)
+    u = {}
+
+    def head(sigma):
+        return u.setdefault("u", 0.3 * jnp.log(sigma))
+
+    loss, _ = DSM(0.0)(models._replace(log_variance=head), problem, batch, keys)
+    np.testing.assert_allclose(loss, plain * jnp.exp(-u["u"]) + u["u"], rtol=1e-5)
+
+    def total(u):
+        head = models._replace(log_variance=lambda sigma: u)
+        return DSM(0.0)(head, problem, batch, keys)[0].sum()
+
+    np.testing.assert_allclose(jax.grad(total)(jnp.log(plain)), 0, atol=1e-5)
+
+
 # ---- learned variances ---------------------------------------------------------------------------
 
 

@@ -4,17 +4,26 @@ import functools
 import json
 import pathlib
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import nvlabs
+import optax
 import pytest
 from flax import traverse_util
 
 from mclr_jax import pretrained
+from mclr_jax.denoiser import EDM, natural_weight
+from mclr_jax.model import DataInfo, Model
 from mclr_jax.networks import edm2
 from mclr_jax.networks.edm2 import EDM2
+from mclr_jax.noise import LogNormal
+from mclr_jax.objectives.base import Batch, Problem
+from mclr_jax.objectives.dsm import DSM
 from mclr_jax.pretrained import edm, names, tensors
+from mclr_jax.task import Task
+from mclr_jax.training import ema, step
 from mclr_jax.types import Condition
 
 FORMATS = pathlib.Path(__file__).parent / "data" / "formats" / "edm2"
@@ -261,3 +270,84 @@ def test_dropout_types_and_remat():
     shown = NOISY[2].replace(dropout_keys=keys)
     dropped = jax.jit(NET.clone(dropout=0.3).apply)({"params": params}, *NOISY[:2], shown)
     assert error(dropped, run) > 1e-2
+
+
+def task_of(rate, levels=None):
+    """DSM of NET, with Adam and a power-function average."""
+    model = Model(NET, EDM(0.5), DataInfo(SHAPE, 4, 0.5))
+    weight = functools.partial(natural_weight, model.preconditioning)
+    problem = Problem(levels or LogNormal(-0.4, 1.0), weight, 4)
+    averages = {"power_0.1": ema.power(0.1)}
+    return Task(model, DSM(0.0), problem, optax.adam(rate), lambda step: rate, averages)
+
+
+def batches(count, size, std):
+    rng = np.random.default_rng(3)
+    images = np.float32(std * rng.normal(size=(count, size, *SHAPE)))
+    numbers = np.arange(count * size, dtype=np.int32).reshape(count, size)
+    return {"image": images, "label": numbers % 4, "index": numbers}
+
+
+def test_weights_are_normalised_after_each_update_and_in_the_start():
+    """The update itself is the optimizer's; averages are of the normalised weights."""
+    task = task_of(0.3)
+    start = jax.tree.map(lambda x: 5 * x, random_params(NET, SHAPE))
+    state = step.init_state(task, start)
+    np.testing.assert_array_equal(jax.tree.leaves(state.params)[3],
+                                  jax.tree.leaves(NET.normalised(start))[3])  # fmt: skip
+    data = batches(1, 4, 0.5)
+    after, _ = jax.jit(step.make_update(task))(state, {}, data, 1)
+    moved = 0.0
+    flat, before = (traverse_util.flatten_dict(s.params) for s in (after, state))
+    for path, leaf in flat.items():
+        if path[-1] == "kernel":
+            size = jnp.sqrt((leaf**2).mean(tuple(range(leaf.ndim - 1))))
+            np.testing.assert_allclose(size, 1, rtol=2e-3)
+            moved = max(moved, float(np.abs(leaf - before[path]).max()))
+    assert moved > 0.1
+    for path, leaf in traverse_util.flatten_dict(after.ema["power_0.1"]).items():
+        np.testing.assert_array_equal(leaf, flat[path])  # of the first step all
+
+
+def test_the_head_learns_the_logarithm_of_the_weighted_error():
+    """For D = c_skip x and data N(0, s^2) the error at each level is known:
+
+    E[weight |D - x0|^2] = ((1 - c_skip)^2 s^2 + c_skip^2 sigma^2) / c_out^2.
+    """
+    std, task = 1.1, task_of(0.1, LogNormal(-0.4, 1.2))
+    scales = task.model.preconditioning.scales
+    params = random_params(NET, SHAPE)
+    params["logvar_fourier_freqs"] *= 2 * np.pi
+
+    def denoise(x, sigma, condition):
+        return scales(sigma).c_skip[:, None] * x
+
+    def loss(head, key):
+        u = task.model.log_variance(params | {"logvar_linear": head})
+        models = cases.models(denoise)._replace(log_variance=u)
+        k_data, k_loss = jax.random.split(key)
+        x0 = std * jax.random.normal(k_data, (256, 64))
+        batch = Batch(x0, Condition(jnp.zeros(256, jnp.int32)))
+        return DSM(0.0)(models, task.problem, batch, jax.random.split(k_loss, 256))[0].mean()
+
+    steps = 1500
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.1, steps))
+
+    @jax.jit
+    def trained(head):
+        def one(carry, number):
+            head, state = carry
+            gradient = jax.grad(loss)(head, jax.random.fold_in(jax.random.key(0), number))
+            updates, state = optimizer.update(gradient, state)
+            return (optax.apply_updates(head, updates), state), None
+
+        return jax.lax.scan(one, (head, optimizer.init(head)), jnp.arange(steps))[0][0]
+
+    sigma = jnp.exp(jnp.linspace(-2.0, 1.2, 9))
+    head = trained(params["logvar_linear"])
+    u = task.model.log_variance(params | {"logvar_linear": head})(sigma)
+    found = scales(sigma)
+    error = (1 - found.c_skip) ** 2 * std**2 + found.c_skip**2 * sigma**2
+    expected = jnp.log(error / found.c_out**2)
+    np.testing.assert_allclose(u, expected, atol=0.05)
+    assert np.ptp(expected) > 0.5

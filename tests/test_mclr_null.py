@@ -120,3 +120,16 @@ def test_the_second_contrast_begins_as_the_plain_one_and_is_bounded():
     chex.assert_trees_all_close(slope[jnp.arange(500), wrong], expected, atol=1e-4)
     assert float(jnp.abs(slope).sum()) == pytest.approx(float(jnp.abs(expected).sum()), rel=1e-3)
     assert float(far.min()) > -1e-2  # plainly it is about -1e5
+
+
+def test_a_log_variance_head_divides_the_parabola_and_leaves_its_optimum():
+    """weight |D - target|^2 / e^u + u, of EDM2's networks."""
+    batch, keys = cases.draws(32)
+    problem = cases.problem(Level(0.7), weight=lambda sigma: 3 * jnp.ones_like(sigma))
+    objective = NullMCLR(BETA, label_dropout=0.0)
+    models = cases.models(EXACT.denoise, reference=erring)
+    plain, _ = objective(models, problem, batch, keys)
+    head = models._replace(log_variance=lambda sigma: jnp.full_like(sigma, 0.8))
+    loss, metrics = objective(head, problem, batch, keys)
+    chex.assert_trees_all_close(loss, plain * jnp.exp(-0.8) + 0.8, rtol=1e-5)
+    assert metrics.keys() == {"error", "negative_error", "margin"}

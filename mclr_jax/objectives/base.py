@@ -29,9 +29,9 @@ class Models(NamedTuple):
     logits: types.LogitsFn
     frozen: Mapping[str, Answers] = {}
     posterior: types.PosteriorFn | None = None  # if "posterior" is in `needs`
-    moments: types.MomentsFn | None = (
-        None  # of the model in training, if its network has a variance
-    )
+    # Of the model in training, if its network has a variance, or a log-variance head.
+    moments: types.MomentsFn | None = None
+    log_variance: Callable[[jax.Array], jax.Array] | None = None  # sigma (B,) -> (B,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +151,20 @@ def perturb(
 def square_error(a: jax.Array, b: jax.Array, sigma: jax.Array) -> jax.Array:
     """Mean of (a - b)^2 over each example or frame: the shape of sigma, (B,) or (B, F)."""
     return jnp.mean((a - b) ** 2, axis=tuple(range(sigma.ndim, a.ndim)))
+
+
+def weighted(models: Models, problem: Problem, error: jax.Array, sigma: jax.Array) -> jax.Array:
+    """The weight of each noise level times its error, of the shape of sigma.
+
+    A network with a log-variance head u has weight error / e^u + u: the head learns the logarithm
+    of the weighted error, and levels contribute alike to the gradient (Karras et al. 2024, arXiv
+    2312.02696, eq. 14 and 21).
+    """
+    loss = problem.weight(sigma) * error
+    if models.log_variance is None:
+        return loss
+    u = models.log_variance(sigma)
+    return loss / jnp.exp(u) + u
 
 
 def per_example(values: jax.Array) -> jax.Array:

@@ -16,6 +16,8 @@ from mclr_jax.types import expand
 class DSM(Objective):
     """weight(sigma) * mean |D(x0 + sigma n, sigma, label) - x0|^2 for each example.
 
+    With EDM2's log-variance head it is `base.weighted`.
+
     Source: Karras et al. 2022, eq. 2 and 8 (with a mean over dimensions instead of the sum). With a
     noise level for each frame DSM is diffusion forcing (Chen et al. 2024, arXiv 2407.01392).
 
@@ -35,7 +37,7 @@ class DSM(Objective):
         x, sigma, condition, _ = noisy
         if models.moments is None:
             error = base.square_error(models.denoise(x, sigma, condition), batch.x0, sigma)
-            loss = base.per_example(problem.weight(sigma) * error)
+            loss = base.per_example(base.weighted(models, problem, error, sigma))
             return loss, {"error": mean(base.per_example(error))}
         estimate, variance = models.moments(x, sigma, condition)
         square = (estimate - batch.x0) ** 2

@@ -115,10 +115,8 @@ class NullMCLR(Objective):
             bounded = jnp.where(there, self.wrong_label * strength * bounded, 0.0)
             contrast = jnp.zeros(len(x)).at[::every].set(every * bounded)
             metrics["negative_ratio"] = mean(ratio, where=there)
-        loss = (
-            base.per_example(problem.weight(sigma) * base.square_error(denoised, target, sigma))
-            + contrast
-        )
+        distance = base.square_error(denoised, target, sigma)
+        loss = base.per_example(base.weighted(models, problem, distance, sigma)) + contrast
         error = base.per_example(base.square_error(denoised, batch.x0, sigma))
         negative_error = base.per_example(base.square_error(denoised, explanation, sigma))
         metrics |= {"error": mean(error), "negative_error": mean(negative_error)}

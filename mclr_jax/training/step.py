@@ -28,7 +28,7 @@ class TrainState:
 
 def init_state(task: Task, params: Any = None) -> TrainState:
     """The state before the first step, of the initial parameters `task.init()` or of others."""
-    params = task.init() if params is None else params
+    params = task.model.normalised(task.init() if params is None else params)
     averages = {name: params for name in task.averages}
     return TrainState(jnp.int32(0), params, task.optimizer.init(params), averages)
 
@@ -92,7 +92,7 @@ def make_update(task: Task, axis_name: str | None = None) -> Callable:
             gradients = jax.lax.pmean(gradients, axis_name)
             metrics = over_devices(metrics, axis_name)
         updates, opt_state = task.optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = task.model.normalised(optax.apply_updates(state.params, updates))
         averages = {
             name: optax.incremental_update(params, state.ema[name], 1 - decay(state.step))
             for name, decay in task.averages.items()
