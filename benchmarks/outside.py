@@ -13,6 +13,7 @@ benchmarks/results/outside.json; --collect writes the rows that are there, witho
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import shutil
@@ -37,10 +38,10 @@ INTERVAL = (0.0, 3.0)  # of noise levels that are guided, and where MCLR has a c
 GRIDS = {"scale": (1.0, 1.2, 1.4, 1.6, 2.0), "interval": (1.4, 1.8, 2.4),
          "interpolation": (0.5, 0.75, 1.0, 1.25)}  # fmt: skip
 TUNING = {
-    "data.name": "fashion_mnist", "data.flip": False, "num_steps": 800, "batch_size": 64,
+    "data.name": "fashion_mnist", "data.flip": False, "num_steps": 600, "batch_size": 64,
     "noise.mean": 0.8, "noise.std": 1.5, "optimizer.learning_rate": 1e-3,
     "optimizer.warmup_steps": 50, "optimizer.schedule": "cosine", "ema.halflife_steps": 60.0,
-    "log_every": 100, "checkpoint_every": 400, "steps_per_dispatch": 10, "sample_every": 0,
+    "log_every": 100, "checkpoint_every": 200, "steps_per_dispatch": 10, "sample_every": 0,
 }  # fmt: skip
 MCLR = {"objective.teacher": "average", "objective.sigma_interval": INTERVAL}
 # The rows: what samples, and where its strength was chosen; "" for none.
@@ -124,7 +125,7 @@ class Outside(Bench):
         return folder
 
     def chosen(self, kind: str) -> float:
-        return self.read("chosen")[kind]["best"]
+        return self.read(f"chosen_{kind}")["best"]
 
     def draw(self, method: str, seed: int, strength: float | None) -> None:
         """Samples of a method, judged; None: the strength that was chosen."""
@@ -152,8 +153,6 @@ class Outside(Bench):
         row = {"method": method, "seed": seed, "strength": strength, **made}
         workdir = self.root / f"mclr_{seed}" if method == "MCLR" else None
         self.store(name, images.as_8_bits(samples), labels, row, workdir)
-        if seed != VALIDATION:
-            self.second(name)
 
     def store(
         self, name: str, pixels: Any, labels: Any, more: dict, workdir: pathlib.Path | None = None
@@ -163,21 +162,17 @@ class Outside(Bench):
         accuracy = {"accuracy_by_features": float((found == labels).mean())}
         super().store(name, pixels, labels, accuracy | more, workdir)
 
-    def choose(self) -> None:
-        """The strength of each kind with the lowest FD of the validation seed."""
-        found: dict[str, Any] = {}
-        for method, kind in METHODS.items():
-            if not kind:
-                continue
-            sets = {s: named(method, VALIDATION, s) for s in GRIDS[kind]}
-            distances = {s: self.read(f"sets/{name}")["frechet"] for s, name in sets.items()}
-            best = min(distances, key=distances.__getitem__)
-            inside = min(distances) < best < max(distances)
-            found[kind] = {"best": best, "inside": inside, "frechet": distances}
-        self.write("chosen", found)
+    def choose(self, method: str) -> None:
+        """The strength of a method with the lowest FD of the validation seed."""
+        kind = METHODS[method]
+        sets = {s: named(method, VALIDATION, s) for s in GRIDS[kind]}
+        distances = {s: self.read(f"sets/{name}")["frechet"] for s, name in sets.items()}
+        best = min(distances, key=distances.__getitem__)
+        inside = min(distances) < best < max(distances)
+        self.write(f"chosen_{kind}", {"best": best, "inside": inside, "frechet": distances})
 
     def tasks(self, seeds: tuple[int, ...]) -> list[Task]:
-        do, real = functools.partial, "second/real_train.json"
+        do = functools.partial
         tasks = [
             Task("diffusers", self.train_base, done("diffusers")),
             *(Task(f"judge_{j}", do(self.judge, j), done(f"judge_{j}")) for j in JUDGES),
@@ -185,30 +180,39 @@ class Outside(Bench):
                  tuple(done(f"judge_{j}") for j in JUDGES)),
             Task("real_test", do(self.real, "test"), "sets/real_test.json",
                  ("sets/real_train.json",)),
-            Task("second_train", do(self.second, "real_train"), real, ("sets/real_train.json",)),
-            Task("second_test", do(self.second, "real_test"), "second/real_test.json",
-                 ("sets/real_test.json", real)),
             Task("base", self.take, "base/run.json", (done("diffusers"),)),
             Task("parity", self.parity, "parity.json", ("base/run.json",)),
         ]  # fmt: skip
-        for method, kind in METHODS.items():
-            for strength in GRIDS[kind] if kind else []:
-                tasks += self.of_method(method, VALIDATION, strength, real)
-        every = [task.output for task in tasks if task.output.startswith("sets/")]
-        tasks.append(Task("choose", self.choose, "chosen.json", tuple(every)))
-        for seed in seeds:
-            for method, kind in METHODS.items():
-                needs = ("chosen.json",) if kind else ()
-                tasks += self.of_method(method, seed, None, real, *needs)
+        last = "base, CFG in an interval"
+        for some in ([method for method in METHODS if method != last], [last]):
+            for method in filter(METHODS.__getitem__, some):
+                tasks += self.choice(method)
+            for seed, method in itertools.product(seeds, some):
+                tasks += self.of_method(method, seed, None)
+        sets = [task.output for task in tasks if task.output.startswith("sets/")]
+        for name in (path.removeprefix("sets/").removesuffix(".json") for path in sets):
+            if "_at_" not in name:
+                needs = () if name == "real_train" else ("second/real_train.json",)
+                tasks.append(Task(f"second_{name}", do(self.second, name), f"second/{name}.json",
+                                  (f"sets/{name}.json", *needs)))  # fmt: skip
         return [*{task.name: task for task in tasks}.values()]  # a fine-tuning has several places
 
-    def of_method(self, method: str, seed: int, strength: float | None, *needs: str) -> list[Task]:
+    def choice(self, method: str) -> list[Task]:
+        """The tasks that end with the strength of a method."""
+        kind = METHODS[method]
+        tasks = [t for s in GRIDS[kind] for t in self.of_method(method, VALIDATION, s)]
+        choose = functools.partial(self.choose, method)
+        needs = tuple(task.output for task in tasks)
+        return [*tasks, Task(f"chosen_{kind}", choose, f"chosen_{kind}.json", needs)]
+
+    def of_method(self, method: str, seed: int, strength: float | None) -> list[Task]:
         """The tasks for a set of samples."""
-        name, tuned = named(method, seed, strength), f"mclr_{seed}"
-        start = {"MCLR": done(tuned), "base, CFG in an interval": "base/run.json"}
-        output = f"{'sets' if seed == VALIDATION else 'second'}/{name}.json"
+        name, tuned, kind = named(method, seed, strength), f"mclr_{seed}", METHODS[method]
+        start = {"interpolation": done(tuned), "interval": "base/run.json"}
+        needs = [start.get(kind, done("diffusers")), "sets/real_train.json"]
+        needs += [f"chosen_{kind}.json"] if kind and strength is None else []
         draw = functools.partial(self.draw, method, seed, strength)
-        sets = [Task(f"set_{name}", draw, output, (start.get(method, done("diffusers")), *needs))]
+        sets = [Task(f"set_{name}", draw, f"sets/{name}.json", tuple(needs))]
         tune = Task(tuned, functools.partial(self.mclr, seed), done(tuned), ("base/run.json",))
         return [tune, *sets] if method == "MCLR" else sets
 
@@ -228,9 +232,10 @@ def collect(bench: Outside, seeds: tuple[int, ...]) -> dict[str, Any]:
             if bench.there(f"sets/{(name := named(method, seed, strength))}"):
                 of_seeds["validation" if strength else "rows"].append(bench.row(name))
     judges = {name: training(bench.root / name) for name in (f"judge_{j}" for j in JUDGES)}
+    names = ("diffusers/done", "parity", *(f"chosen_{kind}" for kind in GRIDS))
     single = {
-        name: bench.read(name) | bench.made_by(name)
-        for name in ("diffusers/done", "parity", "chosen") if bench.there(name)
+        name.removesuffix("/done"): bench.read(name) | bench.made_by(name)
+        for name in names if bench.there(name)
     }  # fmt: skip
     return {"floor": bench.row("real_test"), "interval": INTERVAL, **single, **of_seeds,
             "other_runs": judges}  # fmt: skip
