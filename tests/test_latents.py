@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from test_formats import npy, png, refused, write_zip
 
-from mclr_jax import generate, latents, runs
+from mclr_jax import generate, latents, pretrained, runs
 from mclr_jax.config import Training
 from mclr_jax.data import pixels
 from mclr_jax.data.pipeline import stream
@@ -352,6 +352,21 @@ def test_grey_images_are_encoded_in_grey(tmp_path):
         latents.encode(images, str(VAE), "edm2", tmp_path / f"{name}.zip")
     both = (load(f"zip:{tmp_path}/{name}.zip", latents="edm2").source[ALL[:1]][0] for name in "cd")
     np.testing.assert_array_equal(*both)
+
+
+def test_the_autoencoder_is_found_where_it_was_moved(tmp_path):
+    """That of a training, and that of a published model; --autoencoder is another place."""
+    (place := tmp_path / "a").mkdir()
+    shutil.copytree(PIPELINE, place / "pipeline")
+    vae = place / "pipeline" / "vae"
+    tiny.describe(place / "run", given=config(tmp_path, **{"data.autoencoder": str(vae)}))
+    pretrained.convert(place / "pipeline", place / "base")
+    moved = place.rename(tmp_path / "b")
+    for name in ("run", "base"):
+        run = runs.load(moved / name)
+        assert pathlib.Path(run.data.autoencoder).samefile(moved / "pipeline" / "vae")
+        assert latents.decoder(run.data, run.model).network.latent_channels == 4
+        assert runs.load(moved / name, autoencoder=str(VAE)).data.autoencoder == str(VAE)
 
 
 def test_the_whole_way_with_an_encoder_and_latents(tmp_path):
