@@ -13,11 +13,9 @@ import jax.numpy as jnp
 from mclr_jax.networks.layers import DEEPEST, WIDEST, GroupNorm, Linear, attention, upsample
 from mclr_jax.schema import key
 
-EPSILON = 1e-6  # of every normalisation
 DOWN = ((0, 1), (0, 1))  # padding of a convolution of stride 2: at the right and bottom alone
 LOGVAR_RANGE = -30.0, 20.0
-
-Conv = partial(Linear, kernel_size=3)
+Conv, Norm = partial(Linear, kernel_size=3), partial(GroupNorm, 1e-6)
 
 
 class Residual(nn.Module):
@@ -28,8 +26,7 @@ class Residual(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x (B, H, W, C) -> (B, H, W, features)."""
-        norm = partial(GroupNorm, EPSILON, groups=self.groups)
+        norm = partial(Norm, groups=self.groups)
         h = Conv(self.features, name="conv1")(nn.silu(norm(name="norm1")(x)))
         h = Conv(self.features, name="conv2")(nn.silu(norm(name="norm2")(h)))
         if x.shape[-1] != self.features:
@@ -45,11 +42,9 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
-        h = GroupNorm(EPSILON, groups=self.groups, name="group_norm")(x)
-        h = h.reshape(len(x), -1, channels)
+        h = Norm(groups=self.groups, name="group_norm")(x).reshape(len(x), -1, channels)
         q, k, v = (Linear(channels, name=name)(h)[:, :, None] for name in ("to_q", "to_k", "to_v"))
-        h = attention(q, k, v).reshape(x.shape)
-        return x + Linear(channels, name="to_out.0")(h)
+        return x + Linear(channels, name="to_out.0")(attention(q, k, v).reshape(x.shape))
 
 
 class Half(nn.Module):
@@ -66,7 +61,7 @@ class Half(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x = Conv(self.widths[0], name="conv_in")(x)
         x = self._levels(self._middle(x)) if self.decodes else self._middle(self._levels(x))
-        x = nn.silu(GroupNorm(EPSILON, groups=self.groups, name="conv_norm_out")(x))
+        x = nn.silu(Norm(groups=self.groups, name="conv_norm_out")(x))
         return Conv(self.features, name="conv_out")(x)
 
     def _middle(self, x: jax.Array) -> jax.Array:
@@ -79,8 +74,8 @@ class Half(nn.Module):
         way = "up" if self.decodes else "down"
         for level, width in enumerate(self.widths):
             name = f"{way}_blocks.{level}"
-            for number in range(self.layers):
-                x = Residual(width, self.groups, name=f"{name}.resnets.{number}")(x)
+            for i in range(self.layers):
+                x = Residual(width, self.groups, name=f"{name}.resnets.{i}")(x)
             if level + 1 < len(self.widths):
                 conv = partial(Conv, width, name=f"{name}.{way}samplers.0.conv")
                 x = conv()(upsample(x)) if self.decodes else conv(stride=2, padding=DOWN)(x)
@@ -110,11 +105,10 @@ class Autoencoder(nn.Module):
     def setup(self):
         half = partial(Half, groups=self.norm_num_groups, attends=self.mid_block_add_attention)
         widths, layers = self.block_out_channels, self.layers_per_block
-        latent = 2 * self.latent_channels
-        self.encoder = half(widths, layers, latent, decodes=False)
+        self.encoder = half(widths, layers, 2 * self.latent_channels, decodes=False)
         self.decoder = half(widths[::-1], layers + 1, self.out_channels, decodes=True)
         if self.use_quant_conv:
-            self.quant_conv = Linear(latent)
+            self.quant_conv = Linear(2 * self.latent_channels)
         if self.use_post_quant_conv:
             self.post_quant_conv = Linear(self.latent_channels)
 
