@@ -89,18 +89,16 @@ def test_other_files_and_cut_ones_are_refused(tmp_path, content):
 
 
 BROKEN = DATA / "formats" / "broken"
-# The wrong shapes and names of these are told by who reads the families.
-READ = {"DiT-good-tiny.pt", "edm2-good-tiny.pkl", "hostile-module-src.pkl", "edm2-no-ema.pkl",
-        "edm2-extra-tensor.pkl", "edm2-misshapen-scalar.pkl", "edm2-misshapen-tensor.pkl",
-        "edm2-missing-tensor.pkl"}  # fmt: skip
-FILES = sorted(path.name for path in BROKEN.iterdir() if path.suffix != ".zip")
+# Of all others, `pretrained.read` tells the wrong shapes and names.
+REFUSED = ("truncated", "hostile", "complex", "short-storage", "safetensors")
+FILES = sorted(path.name for path in BROKEN.iterdir() if path.suffix not in (".zip", ".json"))
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_broken_and_hostile_files_end_in_our_error(name, capfd, tmp_path, monkeypatch):
     """The hostile ones print a line, if they are executed."""
     monkeypatch.chdir(tmp_path)
-    if name in READ:
+    if name == "hostile-module-src.pkl" or not any(word in name for word in REFUSED):
         assert isinstance(tensors.load(BROKEN / name), dict)
     else:
         with pytest.raises(ValueError, match=f"{name} is not a file of tensors"):
@@ -160,7 +158,7 @@ def test_numpy_arrays_and_scalars_are_read_and_objects_are_refused(tmp_path):
 def test_a_file_changes_nothing_of_the_reader(tmp_path):
     """BUILD sets attributes of any object, and would those of functions and classes."""
     for module, name in tensors.KNOWN:
-        code = f"\x80\x02c{module}\n{name}\n".encode() + b"N}X\x01\0\0\0aK\x01s\x86b."
+        code = b"\x80\x02c" + f"{module}\n{name}\n".encode() + b"N}X\x01\0\0\0aK\x01s\x86b."
         (tmp_path / "x").write_bytes(code)
         with pytest.raises(ValueError, match="x is not a file of tensors"):
             tensors.load(tmp_path / "x")
