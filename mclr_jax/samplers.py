@@ -197,7 +197,7 @@ class Sampler(Keys):
         return {k: v for k, v in dataclasses.asdict(self).items() if v != later.get(k)}
 
     def table(self, preconditioning: Preconditioning) -> Any:
-        """What `draw` needs of the grid, arrays whose values may be traced."""
+        """Arrays that `draw` needs of the grid; their values may be traced."""
         if self.method in flow.METHODS:
             return flow.tabulate(preconditioning, self.method, self.num_steps, self.diffusion)
         return jax.tree.map(np.float32, (self.grid(preconditioning), self.eta))

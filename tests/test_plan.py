@@ -16,6 +16,7 @@ from configs import digits as digits_config
 from launch import plan as command
 from mclr_jax import chips, plan
 from mclr_jax.config import Training
+from mclr_jax.denoiser import Velocity
 from mclr_jax.model import DataInfo
 from mclr_jax.samplers import Sampler
 from mclr_jax.training.devices import MODES, Devices, placed
@@ -98,6 +99,9 @@ def test_sampling_costs_its_network_calls(monkeypatch):
         assert "16 at once" in command.sampling_text(cost)
         moved, memory = cost["roofline"]["seconds"]["memory"], cost["memory_per_chip_bytes"]
         assert moved * chip.bandwidth > 7 * memory["arguments"]  # the parameters in each call
+    flow = dataclasses.replace(model, preconditioning=Velocity())
+    cost = plan.sampling(flow, "", Sampler("ode_heun", 4), batch_size=16)["thousand_samples"]
+    assert (cost["network_calls"], cost["flops"]) == (7, 7000 * plan.forward_flops(model))
     with pytest.raises(ValueError, match="12 samples on 8 devices; expected a multiple"):
         plan.sampling(model, "", sampler, batch_size=12)
     judge = Training.parse(tiny.classifier()).model(DataInfo((2,), 3, 1.0))
