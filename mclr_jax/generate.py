@@ -131,7 +131,7 @@ def program(
         channels = min(channels or model.data.shape[-1], model.data.shape[-1])
 
     def function(model: Model, params: Any) -> Any:
-        """What the method calls."""
+        """The function that the method calls."""
         if in_time:
             output = model.output(params)
             return lambda x, clock, condition, level=None: output(x, clock, condition)
