@@ -26,11 +26,14 @@ import jax.numpy as jnp
 import numpy as np
 from tasks import RESULTS
 
-from mclr_jax import flow, generate, pretrained, samplers
+from mclr_jax import flow, generate, latents, pretrained, samplers
+from mclr_jax.data import sources
+from mclr_jax.data.protocol import for_training
 from mclr_jax.denoiser import Velocity
 from mclr_jax.files import provenance, write_json
 from mclr_jax.generate import Guidance
 from mclr_jax.model import Model
+from mclr_jax.pretrained import diffusers
 from mclr_jax.pretrained.checkpoint import Checkpoint
 from mclr_jax.samplers import Churn, Sampler
 from mclr_jax.types import Condition
@@ -191,16 +194,60 @@ def checked(path: pathlib.Path, family: str) -> dict[str, Any]:
     return row
 
 
+def of_pipeline(path: pathlib.Path, arrays: dict[str, Any]) -> dict[str, float]:
+    """The errors of an autoencoder, and of the images at the end of a pipeline's trajectories."""
+    network, params = diffusers.autoencoder(path / "vae")
+    run = jax.jit(lambda x, method: network.apply({"params": params}, x, method=method),
+                  static_argnames="method")  # fmt: skip
+    mean, std = run(arrays["vae/image"], "encode")
+    found = {"moments": run(arrays["vae/image"], "moments"), "mean": mean, "std": std,
+             "decoded": run(arrays["vae/latent"], "decode")}  # fmt: skip
+    rows = {f"vae/{name}": relative(got, arrays[f"vae/{name}"]) for name, got in found.items()}
+    checkpoint = diffusers.read(path, {})
+    for name, scale in (("pipeline", 1.0), ("pipeline_cfg", 4.0)):
+        states = arrays[f"{name}/x_in"]
+        sampler = Sampler("ddim", len(states), spacing="leading")
+        with injected(states[0], states, [0] * len(states)):
+            x = sampled(checkpoint, arrays[f"{name}/labels"], sampler, Guidance(scale))
+        images = run(x * jnp.asarray(checkpoint.model.data.scale), "decode")
+        got = jnp.clip(images / 2 + 0.5, 0, 1)
+        rows[f"{name}/images"] = relative(got, arrays[f"{name}/images"])
+    return rows
+
+
+def of_data(path: pathlib.Path, arrays: dict[str, Any], vae: pathlib.Path) -> dict[str, float]:
+    """The errors of a data set: images and labels, or latents of the same noise, decoded."""
+    onehot = arrays["labels_onehot"]
+    if "noise" not in arrays:
+        source = sources.load(f"zip:{path}", unlabelled=not onehot.size)
+        images, labels = source[np.arange(len(source))]
+        rows = {"images": relative(images.astype(float), arrays["images"].astype(float))}
+        return rows | {"labels": float((onehot.argmax(1) != labels).mean()) if onehot.size else 0.0}
+    source = sources.load(f"zip:{path}", latents="edm2")
+    moments, labels = for_training(source, np.arange(len(source)))
+    mean, std = np.split(moments, 2, axis=-1)
+    decode = latents.Decoder(str(vae), "edm2", source.offset, source.scale)
+    shown = decode(mean, np.uint8).astype(float), arrays["decoded_of_final_mean_uint8"]
+    return {
+        "final_latents": relative(mean + std * arrays["noise"], arrays["final_latents"]),
+        "labels": float((onehot.argmax(1) != labels).mean()),
+        "levels_that_differ": float((shown[0] != shown[1]).mean()),
+        "decoded": float(np.abs(shown[0] - shown[1]).max() / 255),
+    }
+
+
 def broken(folder: pathlib.Path) -> dict[str, str]:
     """What each damaged or hostile file ends in."""
     rows = {}
     families = {"DiT": "dit", "SiT": "sit", "REPA": "repa", "edm2": "edm2"}
     for name in json.loads((folder / "MANIFEST.json").read_text()):
-        if name.endswith(".zip"):
-            continue
         given = {"heads": 1} if name.endswith(".pt") else {}
         try:
-            pretrained.read(folder / name, families.get(name.partition("-")[0], ""), **given)
+            if name.endswith(".zip"):
+                source = sources.load(f"zip:{folder / name}", latents="edm2")
+                source[np.arange(len(source))]
+            else:
+                pretrained.read(folder / name, families.get(name.partition("-")[0], ""), **given)
             rows[name] = "read"
         except ValueError as error:
             rows[name] = str(error).replace(f"{folder}/", "").partition("\n")[0]
@@ -250,10 +297,14 @@ def main() -> None:
                 file.parent.name,
             )
             if family == "datasets":
-                continue
-            family = {"diffusers": "dit" if path.is_file() else "diffusers"}.get(family, family)
-            rows[str(path.relative_to(options.formats))] = checked(path, family)
-            print(path.name, max(rows[str(path.relative_to(options.formats))].values()), flush=True)
+                vae = options.formats / "diffusers" / "DiT-pipeline" / "vae"
+                row = of_data(path, arrays_of(file), vae)
+            else:
+                family = {"diffusers": "dit" if path.is_file() else "diffusers"}.get(family, family)
+                row = checked(path, family)
+                row |= of_pipeline(path, arrays_of(file)) if path.is_dir() else {}
+            rows[str(path.relative_to(options.formats))] = row
+            print(path.name, max(row.values()), flush=True)
         result["files"] = {**made_by, "rows": rows}
         result["broken"] = {**made_by, "rows": broken(options.formats / "broken")}
     if options.large:

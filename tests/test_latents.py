@@ -170,15 +170,13 @@ def test_the_convention_must_be_said(tmp_path, changes, message):
     ("name", "message"),
     [
         ("label-missing", "1 images have no label"),
-        ("mixed-shapes", "standard deviations below 0"),
+        ("mixed-shapes", "expected .* as the first"),
         ("object-array", "allow_pickle"),
         ("path-traversal", "standard deviations below 0"),
     ],
 )
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_broken_sets_of_latents(name, message, in_memory):
-    path = FORMATS / "broken" / f"latents-{name}.zip"
-    refused(message, f"zip:{path}", latents="edm2", in_memory=in_memory)
+def test_broken_sets_of_latents(name, message):
+    refused(message, f"zip:{FORMATS}/broken/latents-{name}.zip", latents="edm2")
 
 
 MOMENTS = np.ones((8, 4, 4), np.float32)

@@ -173,7 +173,7 @@ def _zip(
         if resolution:
             raise ValueError(f"{name(index)} is an array; config.data.resolution is for images")
         array = protocol.as_images(array, name(index))
-        (check_moments if arrays and latents else protocol.check_finite)(array[None], name(index))
+        protocol.check_finite(array[None], name(index))
         return array, label
 
     def is_grey(file: str) -> bool:
