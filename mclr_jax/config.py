@@ -207,6 +207,7 @@ class Training(Keys):
                     "or config.data.augment needs: add it, or leave that key empty."
                 )
         preconditioning = self.preconditioning.make(sigma_data=data.sigma_data)
+        self.sampler.table(preconditioning)  # its errors come before a training
         return Model(network, preconditioning, data, self.strength)
 
     def task(self, data: DataInfo, companions: Mapping[str, Model]) -> Task:

@@ -199,6 +199,19 @@ def test_a_network_without_the_inputs_that_a_config_asks_for_is_refused():
 # ---- tasks ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("sampler", "message"),
+    [
+        ({"method": "sde_euler"}, "'sde_euler' needs a network of the preconditioning velocity"),
+        ({"spacing": "even"}, "spacing is 'even' with 18 steps; the model's process has 0"),
+    ],
+)
+def test_a_sampler_that_the_model_cannot_have_is_refused_before_the_training(sampler, message):
+    training = Training.parse(tiny.config("digits", sampler=sampler))
+    with pytest.raises(ValueError, match=message):
+        training.model(DataInfo((8, 8, 1), 10, 1.0))
+
+
 def test_strengths_by_class_are_for_objectives_that_take_them_and_not_beside_an_input():
     config = tiny.config("mixture", **{"objective.name": "gft"}, class_strengths=(0.5, 1, 0))
     data = DataInfo((2,), 3, 1.0)
