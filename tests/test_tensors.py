@@ -167,6 +167,18 @@ def test_a_file_changes_nothing_of_the_reader(tmp_path):
         assert not hasattr(getattr(known, "value", None), "a")
 
 
+@pytest.mark.parametrize(("code", "match"), [
+    (b"}r\xff\xff\xff\x3f.", "LONG_BINPUT"),  # a memo of 2^31 pointers
+    (b"}\x96" + b"\xff" * 4 + b"\0" * 4 + b".", "BYTEARRAY8|bytearray8"),
+    (b"]" + b"2\x862\x86" * 40 + b".", r"it holds \(|BINGET|tuple"),
+])  # fmt: skip
+def test_operations_that_take_more_memory_than_the_file_are_refused(tmp_path, code, match):
+    """The last one is a tuple of 2^80 entries that share their parts."""
+    (tmp_path / "x").write_bytes(b"\x80\x02" + code)
+    with pytest.raises(ValueError, match=match):
+        tensors.load(tmp_path / "x")
+
+
 def test_modules_without_end_and_values_that_are_no_tensors_are_refused():
     module = tensors.Module()
     module.__setstate__({"_modules": {"again": module}})

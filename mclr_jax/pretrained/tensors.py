@@ -10,6 +10,8 @@ import io
 import mmap
 import os
 import pickle
+import pickletools
+import reprlib
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -46,7 +48,9 @@ def load(path: str | os.PathLike) -> Any:
             if isinstance(first, dict):
                 return first
             if first != MAGIC:
-                raise pickle.UnpicklingError(f"it holds {first!r:.20}, expected tensors by name")
+                raise pickle.UnpicklingError(
+                    f"it holds {reprlib.repr(first):.20}, expected tensors by name"
+                )
             return _load_legacy(file, content)
 
 
@@ -86,7 +90,9 @@ class Module:
         """The `_parameters`, `_buffers` or `_modules` that are there, by name."""
         found = getattr(self, "state", {}).get(kind) or {}
         if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
-            raise ValueError(f"{kind} of a {self.class_name} is {found!r:.20}, expected a mapping")
+            raise ValueError(
+                f"{kind} of a {self.class_name} is {reprlib.repr(found):.20}, expected a mapping"
+            )
         return {name: value for name, value in found.items() if value is not None}
 
     def modules(self, prefix: str = "") -> "Iterator[tuple[str, Module]]":
@@ -94,7 +100,9 @@ class Module:
         yield prefix, self
         for name, part in self.parts("_modules").items():
             if not isinstance(part, Module) or prefix.count(".") > DEEPEST:
-                raise ValueError(f"module {prefix}{name} is {part!r:.20}, expected a module")
+                raise ValueError(
+                    f"module {prefix}{name} is {reprlib.repr(part):.20}, expected a module"
+                )
             yield from part.modules(f"{prefix}{name}.")
 
     def tensors(self) -> dict[str, np.ndarray]:
@@ -103,7 +111,9 @@ class Module:
         for prefix, part in self.modules():
             for name, value in (part.parts("_parameters") | part.parts("_buffers")).items():
                 if not isinstance(value, np.ndarray):
-                    raise ValueError(f"parameter {prefix}{name} is {value!r:.20}, not a tensor")
+                    raise ValueError(
+                        f"parameter {prefix}{name} is {reprlib.repr(value):.20}, not a tensor"
+                    )
                 found[prefix + name] = value
         return found
 
@@ -144,7 +154,7 @@ class Array:
 def _tensor(storage: np.ndarray, offset: int, shape: tuple, strides: tuple, *_: Any) -> np.ndarray:
     """A strided view of a storage; the arguments are those of `_rebuild_tensor_v2`."""
     if not isinstance(storage, np.ndarray):
-        raise TypeError(f"a tensor's storage is {storage!r:.20}")
+        raise TypeError(f"a tensor's storage is {reprlib.repr(storage):.20}")
     inside = len(shape) == len(strides) and min((offset, *shape, *strides)) >= 0
     if inside and 0 not in shape:  # nothing is negative: the last element is the farthest
         last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
@@ -211,7 +221,16 @@ class _Unpickler(pickle.Unpickler):
 
     def __init__(self, file: BinaryIO, storage: Callable | None = None, known: Names = KNOWN):
         super().__init__(file)
-        self._storage, self._known = storage, known
+        self._file, self._storage, self._known = file, storage, known
+
+    def load(self) -> Any:
+        """The object; operations that would take more memory than the file are refused before."""
+        start = self._file.tell()
+        for count, (code, value, _) in enumerate(pickletools.genops(self._file)):
+            if code.name == "BYTEARRAY8" or (code.name.endswith("PUT") and value > count):
+                raise pickle.UnpicklingError(f"it has the operation {code.name} of {value!r:.20}")
+        self._file.seek(start)
+        return super().load()
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self._known:
