@@ -26,7 +26,7 @@ Several processes share the work and process 0 writes the files: --coordinator a
 
 import pathlib
 
-from absl import flags
+from absl import flags, logging
 
 from launch import common, hosts
 from mclr_jax import latents, runs
@@ -72,6 +72,9 @@ def main() -> None:
     judge = features.load(JUDGE.value) if JUDGE.value else None
     decode = latents.decoder(run.data, run.model)
     train, test = (latents.decoded(run.source(split), decode) for split in ("train", "test"))
+    if isinstance(train, latents.Decoded) != isinstance(test, latents.Decoded):
+        logging.warning("Some of the real examples are images, others decoded latents: the floor "
+                        "has the error of the autoencoder, too.")  # fmt: skip
     cache = pathlib.Path(CACHE.value).expanduser()
     with Progress(len(train), "real image", quiet=not first) as progress:
         real = evaluate.real_statistics(extractor, train, cache, progress.update)

@@ -162,6 +162,17 @@ def test_blocks_whose_embedders_differ_keep_their_own(tmp_path):
         np.testing.assert_array_equal(value, kept[name], err_msg=name)
 
 
+@pytest.mark.parametrize("value", [None, np.zeros((3, 24), np.float32)])
+def test_a_copy_of_an_embedder_that_is_missing_or_misshapen_is_named(tmp_path, value):
+    def damaged(state):
+        name = f"{EMB.format(1)}class_embedder.embedding_table.weight"
+        kept = {key: x for key, x in state.items() if key != name}
+        return kept if value is None else kept | {name: value}
+
+    with pytest.raises(ValueError, match=r"tensor 'transformer_blocks\.1\.norm1\.emb\.class"):
+        diffusers.read(folder(tmp_path, tensors=damaged), {})
+
+
 def test_a_pipeline_is_written_as_it_was_read(tmp_path, pipeline):
     """All files but the weights are the same, and these are as told."""
     checkpoint = dataclasses.replace(pipeline, facts={**pipeline.facts, "file": str(FOLDER)})

@@ -28,7 +28,7 @@ from mclr_jax.pretrained import tensors
 from mclr_jax.pretrained.checkpoint import Checkpoint
 from mclr_jax.pretrained.names import Names, Path, to_params
 from mclr_jax.samplers import Sampler
-from mclr_jax.schema import key
+from mclr_jax.schema import key as field
 
 INDEX = "model_index.json"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
@@ -37,24 +37,25 @@ OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def settings(
-    folder: pathlib.Path, classes: Collection[str], unused: Collection[str],
+    kind: Any, folder: pathlib.Path, classes: Collection[str], unused: Collection[str],
     fixed: Mapping[str, Any],
-) -> dict[str, Any]:  # fmt: skip
-    """The keys of a part's config that are neither null, nor unused, nor fixed.
+) -> Any:  # fmt: skip
+    """The dataclass `kind` from the config of a part of a pipeline.
 
-    ValueError: the config of another class, or a key, or one of its values, that is not what is
-    `fixed` for it.
+    ValueError: the config of another class, a key that `kind` does not have, or one of which a
+    value is not what is `fixed` for it. Keys that are null, or `unused`, do not count.
     """
     path = folder / "config.json"
-    with named(f"{path} is no config of diffusers"):
+    with named(f"{path} is no config of diffusers that is known here"):
         found = {k: v for k, v in json.loads(path.read_text()).items() if v is not None}
-    if (kind := found.get("_class_name")) not in classes:
-        raise ValueError(f"{path} is of the class {kind!r}; expected {' or '.join(classes)}.")
-    for name, value in fixed.items():
-        got = found.get(name, value)
-        if any(one != value for one in (got if isinstance(got, list) else [got])):
-            raise ValueError(f"{path}: {name} is {got!r}; only {value!r} is known here.")
-    return {k: v for k, v in found.items() if k[0] != "_" and k not in (*unused, *fixed)}
+        if (name := found.get("_class_name")) not in classes:
+            raise ValueError(f"it is of the class {name!r}; expected {' or '.join(classes)}")
+        for key, value in fixed.items():
+            got = found.get(key, value)
+            if any(one != value for one in (got if isinstance(got, list) else [got])):
+                raise ValueError(f"{key} is {got!r}; only {value!r} is known here")
+        left = {k: v for k, v in found.items() if k[0] != "_" and k not in (*unused, *fixed)}
+        return schema.read(kind, left, "it")
 
 
 def weights(folder: pathlib.Path) -> dict[str, np.ndarray]:
@@ -72,9 +73,8 @@ def described(folder: pathlib.Path) -> Autoencoder:
     """The autoencoder that the config in a folder `vae` describes."""
     fixed = {"act_fn": "silu", "down_block_types": "DownEncoderBlock2D",
              "up_block_types": "UpDecoderBlock2D"}  # fmt: skip
-    found = settings(folder, ["AutoencoderKL"], ("sample_size", "force_upcast"), fixed)
-    with named(f"{folder}/config.json describes no autoencoder that is known here"):
-        return schema.read(Autoencoder, found, "it")
+    unused = ("sample_size", "force_upcast")
+    return settings(Autoencoder, folder, ["AutoencoderKL"], unused, fixed)
 
 
 def autoencoder(folder: str | os.PathLike) -> tuple[Autoencoder, Any]:
@@ -85,8 +85,6 @@ def autoencoder(folder: str | os.PathLike) -> tuple[Autoencoder, Any]:
     network = described(folder := pathlib.Path(folder))
     side = 2 ** len(network.block_out_channels)
     images = jax.ShapeDtypeStruct((1, side, side, network.in_channels), np.float32)
-    with named(f"{folder}/config.json describes no autoencoder that is known here"):
-        shapes = jax.eval_shape(network.init, jax.random.key(0), images)["params"]
     state = {}
     for name, value in weights(folder).items():
         *path, last = name.split(".")
@@ -94,6 +92,7 @@ def autoencoder(folder: str | os.PathLike) -> tuple[Autoencoder, Any]:
             path[-1] = OLD.get(path[-1], path[-1])
         state[".".join([*path, last])] = value
     with named(f"the weights in {folder} do not fit its config.json"):
+        shapes = jax.eval_shape(network.init, jax.random.key(0), images)["params"]
         return network, to_params(state, shapes, AUTOENCODER)
 
 
@@ -138,16 +137,16 @@ INSIDE = {
 class Transformer:
     """The keys of a transformer's config that decide what the network is; defaults of the class."""
 
-    num_attention_heads: int = key(16, 1, DEEPEST)
-    attention_head_dim: int = key(72, 1, WIDEST)
-    in_channels: int = key(4, 1, WIDEST)
-    out_channels: int = key(0, 0, WIDEST)  # 0: those of the input
-    num_layers: int = key(28, 1, DEEPEST)
-    dropout: float = key(0.0, 0.0, 1.0, ")")
-    sample_size: int = key(32, 1, WIDEST)
-    patch_size: int = key(2, 1, DEEPEST)
-    num_embeds_ada_norm: int = key(1000, 1)
-    norm_eps: float = key(1e-5, 0.0, 1.0, "()")
+    num_attention_heads: int = field(16, 1, DEEPEST)
+    attention_head_dim: int = field(72, 1, WIDEST)
+    in_channels: int = field(4, 1, WIDEST)
+    out_channels: int = field(0, 0, WIDEST)  # 0: those of the input
+    num_layers: int = field(28, 1, DEEPEST)
+    dropout: float = field(0.0, 0.0, 1.0, ")")
+    sample_size: int = field(32, 1, WIDEST)
+    patch_size: int = field(2, 1, DEEPEST)
+    num_embeds_ada_norm: int = field(1000, 1)
+    norm_eps: float = field(1e-5, 0.0, 1.0, "()")
 
 
 def names(net: DiT) -> Names:
@@ -181,11 +180,10 @@ def read(folder: str | os.PathLike, given: dict[str, Any]) -> Checkpoint:
     or tensors that do not fit it.
     """
     part = transformer(folder := pathlib.Path(folder))
-    with named(f"{part}/config.json describes no DiT that is known here"):
-        config = schema.read(Transformer, settings(part, CLASSES, UNUSED, FIXED), "it")
+    config = settings(Transformer, part, CLASSES, UNUSED, FIXED)
     state, heads, channels = weights(part), config.num_attention_heads, config.in_channels
     copies = _copies(state, config.num_layers)
-    own = any(k not in state or (state[k] != state[first]).any() for k, first in copies.items())
+    own = not all(k in state and np.array_equal(state[k], state[v]) for k, v in copies.items())
     net = DiT(
         out_channels=config.out_channels or channels, num_classes=config.num_embeds_ada_norm,
         patch_size=config.patch_size, width=heads * config.attention_head_dim, heads=heads,
