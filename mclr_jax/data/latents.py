@@ -12,7 +12,7 @@ from mclr_jax.data.protocol import Arrays, Source, check_finite
 
 
 class Kind(NamedTuple):
-    """How images become the latents that a network is trained on: x = (raw - offset) / scale."""
+    """A way from images to the latents that a network is trained on: x = (raw - offset) / scale."""
 
     low: float  # the autoencoder takes and gives pixels in [low, 1]
     offset: tuple[float, ...]  # for each channel, or one number for all
