@@ -180,10 +180,9 @@ class DiT(Network):
         # A p x p convolution of stride p is a dense layer on flattened patches.
         x = layers.space_to_depth(x, p).reshape(batch, rows * columns, -1)
         x = linear(self.width, name="x_embedder")(x)
-        position = position_embedding(self.width, rows, columns)[None]
+        position = jnp.asarray(position_embedding(self.width, rows, columns)[None])
         if self.stored_positions:
-            position = self.param("pos_embed", lambda key: jnp.asarray(position))
-            position = jax.lax.stop_gradient(position)
+            position = jax.lax.stop_gradient(self.param("pos_embed", lambda key: position))
         x = x + position.astype(self.dtype)
 
         optional = self.takes_strength or self.augment_dim
@@ -194,7 +193,7 @@ class DiT(Network):
             if optional else None,
         )  # fmt: skip
         embed = partial(embedded, self.num_classes + 1, self.width, self.unit_condition, self.dtype)
-        embedding = inputs if self.own_embeddings else embed(*inputs)
+        embedding: Any = inputs if self.own_embeddings else embed(*inputs)
 
         # The parameters have a leading depth axis, also if the blocks are unrolled.
         blocks = nn.scan(

@@ -58,8 +58,8 @@ def to_params(
         values = []
         for layer in layers:
             parts = layer if isinstance(layer, tuple) else (layer,)
-            value = [take(name, path, shape, len(parts)) for name in parts]
-            value = np.concatenate(value) if len(parts) > 1 else value[0]
+            taken = [take(name, path, shape, len(parts)) for name in parts]
+            value = np.concatenate(taken) if len(parts) > 1 else taken[0]
             if path[-1] == "kernel":
                 value = np.moveaxis(value, (0, 1), (-1, -2)).reshape(shape)
             values.append(names.turn(path, value, False))
@@ -74,7 +74,7 @@ def to_state(params: Any, names: Names) -> dict[str, np.ndarray]:
 
     ValueError: a parameter that official files do not have is not zero.
     """
-    state = {}
+    state: dict[str, np.ndarray] = {}
     for path, leaf in traverse_util.flatten_dict(params).items():
         leaf, found = np.asarray(leaf), names.name(path)
         if found is None:
@@ -99,6 +99,6 @@ def to_state(params: Any, names: Names) -> dict[str, np.ndarray]:
 def _official_shape(path: Path, shape: tuple[int, ...], names: Names) -> tuple[int, ...]:
     if path[-1] != "kernel":
         return tuple(shape)
-    *window, inputs, outputs = shape
-    window = window or names.window(path)
+    *own, inputs, outputs = shape
+    window = own or names.window(path)
     return (outputs, inputs // (int(np.prod(window)) if len(shape) == 2 else 1), *window)

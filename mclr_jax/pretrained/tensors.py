@@ -6,6 +6,7 @@ Classes become placeholders, and arrays are views of the file where the format a
 
 import dataclasses
 import functools
+import importlib
 import io
 import mmap
 import os
@@ -38,7 +39,7 @@ def load(path: str | os.PathLike) -> Any:
     with named(f"{os.fspath(path)} is not a file of tensors that this project reads"):
         with open(path, "rb") as file:
             if file.read(9)[8:] == b"{" or os.fspath(path).endswith(".safetensors"):
-                return _load_safetensors(path)
+                return _safetensors().load_file(path)
             file.seek(0)
             content = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
             if content[:2].tobytes() == b"PK" or zipfile.is_zipfile(file):
@@ -48,16 +49,14 @@ def load(path: str | os.PathLike) -> Any:
             if isinstance(first, dict):
                 return first
             if first != MAGIC:
-                raise pickle.UnpicklingError(
-                    f"it holds {reprlib.repr(first):.20}, expected tensors by name"
-                )
+                raise ValueError(f"it holds {reprlib.repr(first):.20}, expected tensors by name")
             return _load_legacy(file, content)
 
 
 def save(path: str | os.PathLike, state: Mapping[str, np.ndarray]) -> None:
     """Write tensors as a file of safetensors, atomically."""
     whole = {name: np.array(value, order="C") for name, value in sorted(state.items())}
-    write_atomically(path, _safetensors().numpy.save(whole, metadata={"format": "pt"}))
+    write_atomically(path, _safetensors().save(whole, metadata={"format": "pt"}))
 
 
 def dtype(name: str) -> np.dtype:
@@ -81,41 +80,36 @@ class Namespace(Dict):
 class Module:
     """Placeholder of a torch module: the name of its class and its attributes."""
 
-    class_name: str = "ModuleDict"
+    class_name = "ModuleDict"
 
     def __setstate__(self, state: dict) -> None:
         self.state = Dict(state)
 
-    def parts(self, kind: str) -> dict[str, Any]:
+    def parts(self, kind: str, types: Any) -> dict[str, Any]:
         """The `_parameters`, `_buffers` or `_modules` that are there, by name."""
-        found = getattr(self, "state", {}).get(kind) or {}
-        if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
-            raise ValueError(
-                f"{kind} of a {self.class_name} is {reprlib.repr(found):.20}, expected a mapping"
-            )
+        found = dict(getattr(self, "state", {}).get(kind) or {})
+        for name, value in found.items():
+            if not (isinstance(name, str) and isinstance(value, types | None)):
+                raise ValueError(f"{kind} of a {self.class_name} hold {reprlib.repr(value):.20}")
         return {name: value for name, value in found.items() if value is not None}
 
     def modules(self, prefix: str = "") -> "Iterator[tuple[str, Module]]":
         """The module and all modules in it, with dotted names that end in a dot, or are empty."""
+        if prefix.count(".") > DEEPEST:
+            raise ValueError(f"module {prefix:.40} is too deep")
         yield prefix, self
-        for name, part in self.parts("_modules").items():
-            if not isinstance(part, Module) or prefix.count(".") > DEEPEST:
-                raise ValueError(
-                    f"module {prefix}{name} is {reprlib.repr(part):.20}, expected a module"
-                )
+        for name, part in self.parts("_modules", Module).items():
             yield from part.modules(f"{prefix}{name}.")
 
     def tensors(self) -> dict[str, np.ndarray]:
         """All parameters and buffers by dotted name; raises ValueError for other values."""
-        found = {}
-        for prefix, part in self.modules():
-            for name, value in (part.parts("_parameters") | part.parts("_buffers")).items():
-                if not isinstance(value, np.ndarray):
-                    raise ValueError(
-                        f"parameter {prefix}{name} is {reprlib.repr(value):.20}, not a tensor"
-                    )
-                found[prefix + name] = value
-        return found
+        kinds = ("_parameters", "_buffers")
+        return {
+            prefix + name: value
+            for prefix, module in self.modules()
+            for kind in kinds
+            for name, value in module.parts(kind, np.ndarray).items()
+        }
 
 
 def _module(about: dict) -> Module:
@@ -126,26 +120,21 @@ def _module(about: dict) -> Module:
     return module
 
 
-class Dtype:
-    """Placeholder of numpy.dtype, for numbers alone."""
-
-    def __init__(self, name: str, *_: Any):
-        self.dtype = np.dtype(name) if isinstance(name, str) else np.dtype(object)
-        if self.dtype.kind not in "biuf":
-            raise TypeError(f"an array of type {name!r:.20}, expected numbers")
-
-    def __setstate__(self, state: tuple) -> None:
-        self.dtype = self.dtype.newbyteorder(state[1])
-
-
 class Array:
-    """Placeholder of numpy.ndarray, which `numpy.asarray` turns into it."""
+    """Placeholder of numpy.ndarray, which `numpy.asarray` turns into it, or of numpy.dtype."""
 
-    values: np.ndarray
+    def __init__(self, name: str = "", *_: Any):
+        self.dtype = np.dtype(name or "V")
 
     def __setstate__(self, state: tuple) -> None:
-        _, shape, dtype, fortran, data = state
-        self.values = np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if fortran else "C")
+        if self.dtype.kind in "biuf":
+            self.dtype = self.dtype.newbyteorder(state[1])
+        else:
+            _, shape, kind, fortran, data = state
+            self.values = kind.read(data).reshape(shape, order="F" if fortran else "C")
+
+    def read(self, data: bytes) -> np.ndarray:
+        return np.frombuffer(data, self.dtype)
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
         return np.array(self.values, dtype)
@@ -208,12 +197,12 @@ KNOWN: Names = STORAGES | {
     ("torch.storage", "_load_from_bytes"): Known(_nested),
     ("torch.nn.modules.container", "ModuleDict"): Module,
     ("torch_utils.persistence", "_reconstruct_persistent_obj"): Known(_module),
-    ("numpy", "dtype"): Dtype,
+    ("numpy", "dtype"): Array,
     ("numpy", "ndarray"): Array,
 }
 for _core in ("numpy.core.multiarray", "numpy._core.multiarray"):
     KNOWN[_core, "_reconstruct"] = Known(lambda *_: Array())
-    KNOWN[_core, "scalar"] = Known(lambda dtype, data: np.frombuffer(data, dtype.dtype)[0].item())
+    KNOWN[_core, "scalar"] = Known(lambda dtype, data: dtype.read(data)[0].item())
 
 
 class _Unpickler(pickle.Unpickler):
@@ -227,7 +216,7 @@ class _Unpickler(pickle.Unpickler):
         """The object; operations that would take more memory than the file are refused before."""
         start = self._file.tell()
         for count, (code, value, _) in enumerate(pickletools.genops(self._file)):
-            if code.name == "BYTEARRAY8" or (code.name.endswith("PUT") and value > count):
+            if code.name == "BYTEARRAY8" or (code.name.endswith("PUT") and (value or 0) > count):
                 raise pickle.UnpicklingError(f"it has the operation {code.name} of {value!r:.20}")
         self._file.seek(start)
         return super().load()
@@ -245,15 +234,9 @@ class _Unpickler(pickle.Unpickler):
 
 def _safetensors() -> Any:
     try:
-        import safetensors.numpy
+        return importlib.import_module("safetensors.numpy")
     except ImportError as error:
         raise ImportError("safetensors is missing: pip install 'mclr_jax[published]'") from error
-    return safetensors
-
-
-def _load_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    with _safetensors().safe_open(path, framework="numpy") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
 
 
 def _load_zip(file: BinaryIO, content: np.ndarray) -> Any:
@@ -270,11 +253,7 @@ def _load_zip(file: BinaryIO, content: np.ndarray) -> Any:
                 start = info.header_offset + 30  # then name and other fields, with these lengths
                 start += content[start - 4 : start].view("<u2").sum(dtype=int)
             found = content[start : start + info.file_size]
-            if (
-                info.compress_type
-                or len(found) < info.file_size
-                or zlib.crc32(found.data) != info.CRC
-            ):
+            if info.compress_type or zlib.crc32(found.data) != info.CRC:
                 raise zipfile.BadZipFile(f"{name}{key} is compressed, damaged or truncated")
             return found
 
@@ -308,9 +287,8 @@ def _load_legacy(file: BinaryIO, content: np.ndarray, known: Names = KNOWN) -> A
     for key in keys:
         dtype, count = told[key]
         begin, end = end + 8, end + 8 + count * dtype.itemsize
-        numbers = content[begin:end]
         if int.from_bytes(content[begin - 8 : begin], "little") != count or end > len(content):
             raise EOFError("it is truncated")
-        storages[key] = numbers.view(dtype)
+        storages[key] = content[begin:end].view(dtype)
     file.seek(start)
     return _Unpickler(file, lambda _, __, key, *___: storages[key], known).load()
