@@ -182,11 +182,11 @@ def test_operations_that_take_more_memory_than_the_file_are_refused(tmp_path, co
 def test_modules_without_end_and_values_that_are_no_tensors_are_refused():
     module = tensors.Module()
     module.__setstate__({"_modules": {"again": module}})
-    with pytest.raises(ValueError, match="expected a module"):
+    with pytest.raises(ValueError, match="too deep"):
         module.tensors()
-    for state in ({"_parameters": {"w": "text"}}, {"_buffers": [1]}, {"_modules": {"a": 1}}):
+    for state in ({"_parameters": {"w": "text"}}, {"_buffers": [1]}, {"_modules": {"a": "text"}}):
         module.__setstate__(state)
-        with pytest.raises(ValueError, match=r"text|expected a m"):
+        with pytest.raises((ValueError, TypeError), match=r"text|sequence"):
             module.tensors()
 
 
