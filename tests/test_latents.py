@@ -352,6 +352,19 @@ def test_grey_images_are_encoded_in_grey(tmp_path):
     np.testing.assert_array_equal(*both)
 
 
+def test_a_published_model_of_latents_gets_its_convention_and_an_autoencoder(tmp_path):
+    """DiT's by the family; the folder of the autoencoder is not in a file."""
+    path = FORMATS / "broken" / "DiT-good-tiny.pt"
+    found = pretrained.read(path, "dit", heads=1, autoencoder=str(VAE))
+    assert (found.facts["latents"], found.facts["autoencoder"]) == ("stable_diffusion", str(VAE))
+    assert found.model.data.scale == (1 / 0.18215,) * found.model.data.shape[-1]
+    assert "autoencoder" not in pretrained.read(path, "sit", heads=1).facts
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        pretrained.read(path, "dit", heads=1, autoencoder=str(tmp_path))
+    with pytest.raises(ValueError, match="images of 3 channels, not latents of 4"):
+        pretrained.read(FORMATS / "broken" / "edm2-good-tiny.pkl", autoencoder=str(VAE))
+
+
 def test_the_autoencoder_is_found_where_it_was_moved(tmp_path):
     """That of a training, and that of a published model; --autoencoder is another place."""
     (place := tmp_path / "a").mkdir()
