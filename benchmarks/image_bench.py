@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from tasks import ROOT, Files, Task, config_of, training
 
-from configs import base as configs_base
 from mclr_jax import generate, images, plan, runs
 from mclr_jax.config import Training
+from mclr_jax.configs import base as configs_base
 from mclr_jax.data import sources
 from mclr_jax.data.pixels import to_float
 from mclr_jax.evaluation import evaluate, features, metrics

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from tasks import ROOT  # makes `launch` importable
 
-from launch.common import USER_ERRORS
+from mclr_jax.launch.common import USER_ERRORS
 
 WORKS, REFUSED, WARNED = "works", "refused", "warned"
 FOREIGN, SILENT, LOST = "FOREIGN", "SILENT", "LOST"

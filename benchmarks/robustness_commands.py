@@ -54,7 +54,7 @@ PLACES = ("/proc/x/y", "/dev/null/x", "FILE", "x" * 300, "é\u2028/x", "../out/.
 
 def observe(module: str, *argv: str) -> None:
     """In a new process: a command that also says where the error was raised that ended it."""
-    from launch import common
+    from mclr_jax.launch import common
 
     stop = common.stop
 

@@ -125,9 +125,9 @@ def config_of(file: str, changes: Mapping[str, Any] = {}) -> Any:
 
     Where SECTION.name is changed, the section gets the options of its new name.
     """
-    from configs import base
+    from mclr_jax.configs import base
 
-    config = importlib.import_module(f"configs.{file}").get_config()
+    config = importlib.import_module(f"mclr_jax.configs.{file}").get_config()
     for key, value in changes.items():
         section, _, field = key.rpartition(".")
         if field == "name" and section != "data":
@@ -169,8 +169,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(root: pathlib.Path, tasks: Sequence[Task], arguments: argparse.Namespace) -> dict:
     """Run the task of `arguments` and exit, or all that are missing; the provenance of a result."""
-    from launch.common import keep_compiled
     from mclr_jax.cpu import keep_freed_memory
+    from mclr_jax.launch.common import keep_compiled
 
     keep_compiled()
     keep_freed_memory()

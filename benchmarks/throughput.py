@@ -67,8 +67,8 @@ def candidates(task: str, model: str, threads: int) -> dict[str, dict]:
 
 def our_task(model: str):
     """The task that is trained."""
-    from configs import base
     from mclr_jax.config import Training
+    from mclr_jax.configs import base
     from mclr_jax.model import DataInfo
 
     config = base.base()

@@ -11,7 +11,7 @@ the hardware to rerun it. Prepare the data once, where TensorFlow is not needed:
 
 from ml_collections import ConfigDict
 
-from configs.base import base
+from mclr_jax.configs.base import base
 
 
 def get_config() -> ConfigDict:

@@ -9,7 +9,7 @@ Not run at full length: no accelerator was available.
 
 from ml_collections import ConfigDict
 
-from configs import base, cifar10
+from mclr_jax.configs import base, cifar10
 
 
 def get_config() -> ConfigDict:

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import fashion_mnist_classifier
+from mclr_jax.configs import fashion_mnist_classifier
 
 
 def get_config() -> ConfigDict:

@@ -7,7 +7,7 @@ python -m launch.train --config=configs/digits_mclr.py --workdir=runs/digits_mcl
 
 from ml_collections import ConfigDict
 
-from configs import base, digits
+from mclr_jax.configs import base, digits
 
 
 def get_config() -> ConfigDict:

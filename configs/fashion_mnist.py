@@ -6,7 +6,7 @@ IDX files goes in --config.data.path. For TFDS: --config.data.name=tfds:fashion_
 
 from ml_collections import ConfigDict
 
-from configs.base import base
+from mclr_jax.configs.base import base
 
 
 def get_config() -> ConfigDict:

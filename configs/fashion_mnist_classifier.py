@@ -6,7 +6,7 @@ runs/fashion_mnist_classifier.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from mclr_jax.configs import base
 
 
 def get_config() -> ConfigDict:

@@ -11,7 +11,7 @@ The result samples as the base does with guidance_scale 1 + beta; 1.4 is this ba
 
 from ml_collections import ConfigDict
 
-from configs import base, fashion_mnist
+from mclr_jax.configs import base, fashion_mnist
 
 
 def get_config() -> ConfigDict:

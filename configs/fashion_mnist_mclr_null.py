@@ -10,7 +10,7 @@ of benchmarks/results/guidance_free_fashion_mnist.json. With beta, wrong_label a
 
 from ml_collections import ConfigDict
 
-from configs import base, fashion_mnist_mclr
+from mclr_jax.configs import base, fashion_mnist_mclr
 
 
 def get_config() -> ConfigDict:

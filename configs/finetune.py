@@ -13,7 +13,7 @@ them for a small one. Not run at the size of published models: no accelerator wa
 
 from ml_collections import ConfigDict
 
-from configs import base
+from mclr_jax.configs import base
 
 
 def get_config() -> ConfigDict:

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import lorenz96_forcing
+from mclr_jax.configs import lorenz96_forcing
 
 
 def get_config() -> ConfigDict:

@@ -7,7 +7,7 @@ network has then not been trained on frames that are far from both ends.
 
 from ml_collections import ConfigDict
 
-from configs.base import base, options
+from mclr_jax.configs.base import base, options
 
 
 def get_config() -> ConfigDict:

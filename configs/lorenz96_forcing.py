@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import lorenz63_forcing
+from mclr_jax.configs import lorenz63_forcing
 
 
 def get_config() -> ConfigDict:

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs.base import base
+from mclr_jax.configs.base import base
 
 
 def get_config() -> ConfigDict:

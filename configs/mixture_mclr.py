@@ -6,7 +6,7 @@ python -m launch.train --config=configs/mixture_mclr.py --workdir=runs/mixture_m
 
 from ml_collections import ConfigDict
 
-from configs import base, mixture
+from mclr_jax.configs import base, mixture
 
 
 def get_config() -> ConfigDict:

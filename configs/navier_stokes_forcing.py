@@ -7,7 +7,7 @@ learning rates of a config of 4,000 steps from step 1,841 to 2,681.
 
 from ml_collections import ConfigDict
 
-from configs import base, lorenz63_forcing
+from mclr_jax.configs import base, lorenz63_forcing
 
 
 def get_config() -> ConfigDict:

@@ -22,11 +22,11 @@ import pathlib
 import numpy as np
 from absl import flags
 
-from launch import common
 from mclr_jax import runs
 from mclr_jax.assimilation import figure, observe, regimes, schedules, scores
 from mclr_jax.files import digest, provenance, write_atomically
 from mclr_jax.labels import warn_untrained
+from mclr_jax.launch import common
 from mclr_jax.schema import fields
 from mclr_jax.training.devices import banner
 from mclr_jax.training.log import Progress

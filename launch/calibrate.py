@@ -22,11 +22,11 @@ import functools
 import jax
 from absl import flags
 
-from launch import common
 from mclr_jax import calibrate, runs
 from mclr_jax.evaluation.features import Extractor
 from mclr_jax.files import write_json
 from mclr_jax.labels import warn_untrained
+from mclr_jax.launch import common
 from mclr_jax.training.log import Progress
 
 WORKDIR, INIT_FROM, DATA, EMA, CHECKPOINT, BATCH_SIZE = common.define(

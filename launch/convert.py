@@ -19,9 +19,9 @@ import pathlib
 import jax
 from absl import flags
 
-from launch import common
 from mclr_jax import pretrained, runs
 from mclr_jax.files import made
+from mclr_jax.launch import common
 
 WORKDIR, EMA, CHECKPOINT = common.define("workdir", "ema", "checkpoint")
 INPUT = flags.DEFINE_string("input", None, "Published file, or folder of diffusers.")

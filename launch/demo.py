@@ -15,11 +15,11 @@ import numpy as np
 import sklearn.svm
 from absl import flags
 
-from configs import digits, digits_classifier, digits_mclr
-from launch import common
 from mclr_jax import generate, images, runs
+from mclr_jax.configs import digits, digits_classifier, digits_mclr
 from mclr_jax.data import sources
 from mclr_jax.files import provenance, write_json
+from mclr_jax.launch import common
 from mclr_jax.main import train
 from mclr_jax.schema import in_range
 from mclr_jax.training.devices import banner

@@ -14,10 +14,10 @@ which training draws anew in each step.
 
 from absl import flags
 
-from launch import common
 from mclr_jax import latents
 from mclr_jax.data.latents import KINDS
 from mclr_jax.data.sources import Data
+from mclr_jax.launch import common
 from mclr_jax.training.log import Progress
 
 DATA = flags.DEFINE_string("data", None, "Source of the images, as config.data.name.")

@@ -28,11 +28,11 @@ import pathlib
 
 from absl import flags, logging
 
-from launch import common, hosts
 from mclr_jax import latents, runs
 from mclr_jax.data.protocol import drawn
 from mclr_jax.evaluation import evaluate, features
 from mclr_jax.files import write_json
+from mclr_jax.launch import common, hosts
 from mclr_jax.training.devices import is_first
 from mclr_jax.training.log import Progress
 

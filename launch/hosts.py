@@ -4,8 +4,8 @@ import pathlib
 
 from absl import flags
 
-from launch import common
 from mclr_jax import meeting
+from mclr_jax.launch import common
 
 COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "Several hosts: address of process 0, HOST:PORT, or auto."

@@ -14,10 +14,10 @@ samples. Prints a table, writes it as JSON with its provenance, and writes a fig
 
 from absl import flags
 
-from launch import common
 from mclr_jax import runs
 from mclr_jax.files import write_atomically, write_json
 from mclr_jax.labels import warn_untrained
+from mclr_jax.launch import common
 from mclr_jax.representation import blocks, perturb, sweep
 from mclr_jax.training.log import Progress
 

@@ -18,9 +18,9 @@ from typing import Any
 import jax
 from absl import flags
 
-from launch import common
 from mclr_jax import plan, runs
 from mclr_jax.files import provenance, write_json
+from mclr_jax.launch import common
 from mclr_jax.training.devices import MODES
 
 common.define("config")

@@ -8,10 +8,10 @@ slider selects the guidance scale. The metrics are the rows that launch.evaluate
 
 from absl import flags
 
-from launch import common
 from mclr_jax import runs
 from mclr_jax.evaluation import report
 from mclr_jax.files import write_atomically
+from mclr_jax.launch import common
 from mclr_jax.training.log import Progress
 
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.html.")

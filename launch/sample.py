@@ -16,10 +16,10 @@ import dataclasses
 import numpy as np
 from absl import flags
 
-from launch import common, hosts
 from mclr_jax import flow, generate, images, latents, runs, samplers
 from mclr_jax.files import save_arrays
 from mclr_jax.labels import warn_untrained
+from mclr_jax.launch import common, hosts
 from mclr_jax.training.devices import is_first
 from mclr_jax.training.log import Progress
 

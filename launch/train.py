@@ -15,8 +15,8 @@ with --coordinator=HOST:PORT --num_processes=N --process_id=I.
 
 from absl import flags
 
-from launch import common, hosts
 from mclr_jax import runs
+from mclr_jax.launch import common, hosts
 from mclr_jax.main import train
 
 common.define("config")

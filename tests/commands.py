@@ -13,7 +13,7 @@ import jax
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SERVER = multiprocessing.get_context("forkserver")
 PRELOADED = ["mclr_jax.main", "mclr_jax.assimilation.regimes", "mclr_jax.evaluation.evaluate",
-             "mclr_jax.evaluation.report", "launch.common"]  # fmt: skip
+             "mclr_jax.evaluation.report", "mclr_jax.launch.common"]  # fmt: skip
 SERVER.set_forkserver_preload(PRELOADED)
 
 

@@ -10,11 +10,11 @@ import tiny
 from commands import call
 from PIL import Image
 
-from configs import base
 from mclr_jax import runs
 from mclr_jax.assimilation import observe, regimes
 from mclr_jax.assimilation.observe import Observations, Operator, Select
 from mclr_jax.assimilation.schedules import Scheme
+from mclr_jax.configs import base
 from mclr_jax.data.protocol import Arrays
 
 

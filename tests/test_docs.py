@@ -27,8 +27,8 @@ import pytest
 import tables
 from test_floors import FLOORS
 
-from launch import common
 from mclr_jax.config import OBJECTIVES, Training
+from mclr_jax.launch import common
 from mclr_jax.objectives.rivals import CCA
 from mclr_jax.schema import fields
 

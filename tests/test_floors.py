@@ -41,14 +41,20 @@ FOUNDATION = ("jax", "flax.linen", "optax", "numpy")
 
 
 @functools.cache
-def trees():
-    """Module name -> syntax tree, of mclr_jax and launch."""
-    files = [path for top in ("mclr_jax", "launch") for path in (ROOT / top).rglob("*.py")]
+def files():
+    """Module name -> file, of mclr_jax and launch."""
     return {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text())
-        for path in files
+        ".".join(["mclr_jax", *path.relative_to(top).with_suffix("").parts]): path
+        for top, folder in ((ROOT / "mclr_jax", "."), (ROOT, "launch"))
+        for path in (top / folder).rglob("*.py")
         if path.name != "__init__.py"
     }
+
+
+@functools.cache
+def trees():
+    """Module name -> syntax tree."""
+    return {module: ast.parse(path.read_text()) for module, path in files().items()}
 
 
 def imports(nodes):
@@ -102,7 +108,7 @@ import {", ".join(FOUNDATION)}
 before = {{name.split(".")[0] for name in sys.modules}}
 import mclr_jax.task, mclr_jax.model
 print(*{{name.split(".")[0] for name in sys.modules}} - before - sys.stdlib_module_names)
-import launch.train
+import mclr_jax.launch.train
 print(*{heavy} & sys.modules.keys())
 """
     command = [sys.executable, "-c", program]
@@ -130,7 +136,7 @@ def test_nothing_looks_at_the_parameters_of_functions():
 def test_files_and_functions_are_short():
     longest = {"mclr_jax.config": 250, "mclr_jax.training.loop": 250}
     for module, tree in trees().items():
-        lines = len((ROOT / f"{module.replace('.', '/')}.py").read_text().splitlines())
+        lines = len(files()[module].read_text().splitlines())
         assert lines <= longest.get(module, 500), f"{module} has {lines} lines"
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):

@@ -10,8 +10,8 @@ import pytest
 import yaml
 from commands import call, start
 
-from configs import cifar10
 from mclr_jax import meeting
+from mclr_jax.configs import cifar10
 from mclr_jax.files import flat
 
 ROOT = pathlib.Path(__file__).parent.parent

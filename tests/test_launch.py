@@ -13,7 +13,7 @@ import tiny
 from commands import call
 from PIL import Image
 
-from launch import common
+from mclr_jax.launch import common
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = """

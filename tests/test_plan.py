@@ -12,11 +12,11 @@ import pytest
 import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
-from configs import digits as digits_config
-from launch import plan as command
 from mclr_jax import chips, plan
 from mclr_jax.config import Training
+from mclr_jax.configs import digits as digits_config
 from mclr_jax.denoiser import Velocity
+from mclr_jax.launch import plan as command
 from mclr_jax.model import DataInfo
 from mclr_jax.samplers import Sampler
 from mclr_jax.training.devices import MODES, Devices, placed

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import tiny
 
-from configs import base
 from mclr_jax import parts, record, runs
 from mclr_jax.config import Training
+from mclr_jax.configs import base
 from mclr_jax.data import sources
 from mclr_jax.samplers import Sampler
 from mclr_jax.training import ema

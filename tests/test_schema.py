@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from configs import base
 from mclr_jax import schema
 from mclr_jax.config import Training
+from mclr_jax.configs import base
 from mclr_jax.schema import Keys, Part, filled, in_range, key, of_kind, pair, read, resolve, section
 
 

@@ -6,8 +6,8 @@ import textwrap
 
 import pytest
 
-from configs import base
 from mclr_jax import config, schema
+from mclr_jax.configs import base
 
 TRAINING = schema.fields(config.Training)
 SECTIONS = {name: field.type for name, field in TRAINING.items()

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from configs import base
 from mclr_jax import main, parts, record
 from mclr_jax.config import NOISE_LEVELS, OBJECTIVES, POSTERIORS, Training
+from mclr_jax.configs import base
 from mclr_jax.files import read_lines
 from mclr_jax.model import shapes_of
 from mclr_jax.training.checkpoint import Checkpoints
@@ -57,7 +57,7 @@ def config(name="mixture", **changes):
 
     Where SECTION.name is changed, that section has the options of its new name.
     """
-    result = importlib.import_module(f"configs.{name}").get_config()
+    result = importlib.import_module(f"mclr_jax.configs.{name}").get_config()
     for section, known in SECTIONS.items():
         if (new := changes.get(f"{section}.name")) in known:
             result[section] = base.options(new)
