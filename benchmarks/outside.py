@@ -34,8 +34,8 @@ from mclr_jax.files import save_arrays, write_json
 VALIDATION, COUNTS, COUNT = 100, {100: 1000}, 2000  # the seed; samples of it, and of others
 INTERVAL = (0.0, 3.0)  # of noise levels that are guided, and where MCLR has a contrast
 # Strengths to choose from: guidance scales at all levels and in the interval, and of MCLR the place
-# between the base's weights (0) and those that were fine-tuned with beta 1.
-GRIDS = {"scale": (1.0, 1.2, 1.4, 1.6, 2.0), "interval": (1.4, 1.8, 2.4),
+# between the base's weights (0) and those that were fine-tuned with beta 1.5.
+GRIDS = {"scale": (1.0, 1.2, 1.4, 1.6, 2.0, 2.5), "interval": (1.6, 2.0, 2.5, 3.0),
          "interpolation": (0.5, 0.75, 1.0, 1.25)}  # fmt: skip
 TUNING = {
     "data.name": "fashion_mnist", "data.flip": False, "num_steps": 600, "batch_size": 64,
@@ -43,7 +43,7 @@ TUNING = {
     "optimizer.warmup_steps": 50, "optimizer.schedule": "cosine", "ema.halflife_steps": 60.0,
     "log_every": 100, "checkpoint_every": 200, "steps_per_dispatch": 10, "sample_every": 0,
 }  # fmt: skip
-MCLR = {"objective.teacher": "average", "objective.sigma_interval": INTERVAL}
+MCLR = {"objective.beta": 1.5, "objective.sigma_interval": INTERVAL}
 # The rows: what samples, and where its strength was chosen; "" for none.
 METHODS = {
     "base": "",
