@@ -94,6 +94,19 @@ def test_what_was_read_is_given_back_bit_for_bit(path):
         assert found[name].tobytes() == value.tobytes(), name
 
 
+@pytest.mark.parametrize(("name", "match"), [
+    ("missing-tensor", "'unet.enc.4x4_block0.emb_gain' is missing"),
+    ("extra-tensor", "'unet.enc.4x4_block0.surprise'.* is unexpected"),
+    ("misshapen-scalar", r"'unet.out_gain' is .*\(2,\)"),
+    ("misshapen-tensor", r"'unet.out_conv.weight' is .*\(3, 3, 3, 3\).*\(3, 4, 3, 3\)"),
+    ("no-ema", "expected"),
+    ("truncated", "truncated"),
+])  # fmt: skip
+def test_broken_snapshots_end_in_an_error_that_names_the_tensor(name, match):
+    with pytest.raises(ValueError, match=match):
+        pretrained.read(FORMATS.parent / "broken" / f"edm2-{name}.pkl")
+
+
 # ---- options that the snapshots do not vary ------------------------------------------------------
 
 OPTIONS = {

@@ -80,8 +80,7 @@ def read(content: Mapping[str, Any], given: dict[str, Any]) -> Checkpoint:
         )
     state, modules = module.tensors(), dict(module.modules())
     cls, keys = PRECONDITIONINGS[module.class_name]
-    read_network = _edm2 if family_of(module) == "edm2" else _edm
-    net = read_network(state, modules)
+    net = (_edm2 if family_of(module) == "edm2" else _edm)(state, modules)
     values = {field: _attribute(module, name) for field, name in keys.items()}
     size, channels, classes = (
         int(_attribute(module, name)) for name in ("img_resolution", "img_channels", "label_dim")
@@ -111,9 +110,9 @@ def _edm(state: State, modules: Mapping[str, Module]) -> UNet:
     if kind not in ("SongUNet", "DhariwalUNet"):
         raise ValueError(f"its inner network is {kind}; expected a SongUNet or DhariwalUNet.")
     adm = kind == "DhariwalUNet"
-    widths, blocks, attention = _levels(state, "model.enc.", "conv1", "qkv")
+    channels, widths, blocks, attention = _levels(state, "model.enc.", "conv1", "qkv")
     width, noise = _shape(state, "model.map_layer0.weight")
-    channels = noise if adm else _first(state, "model.enc.")
+    channels = noise if adm else channels
     filters = [v for k, v in state.items() if k.endswith(".resample_filter")]
     taps = _taps(filters) if filters else ()
     own: dict[str, Any] = {"channels_per_head": 64}
@@ -135,7 +134,7 @@ def _edm(state: State, modules: Mapping[str, Module]) -> UNet:
         **own,
     )  # fmt: skip
     for name, module in modules.items():
-        outputs = int(module.state.get("out_channels", 0)) if hasattr(module, "state") else 0
+        outputs = int(module.state.get("out_channels", 0))
         wanted: dict[str, dict[str, Any]] = {
             "UNetBlock": {"skip_scale": 1.0 if adm else np.sqrt(0.5), "adaptive_scale": adm,
                           "num_heads": net.heads(outputs) if f"{name}qkv." in modules else 0},
@@ -150,7 +149,7 @@ def _edm(state: State, modules: Mapping[str, Module]) -> UNet:
 
 def _edm2(state: State, modules: Mapping[str, Module]) -> EDM2:
     """The network of EDM2's Precond."""
-    widths, blocks, attention = _levels(state, "unet.enc.", "conv_res1", "attn_qkv")
+    _, widths, blocks, attention = _levels(state, "unet.enc.", "conv_res1", "attn_qkv")
     width, noise = _shape(state, "unet.emb_noise.weight")
     channels = math.gcd(*widths, width, noise)
     most, least = 2**16, 1  # channels of a head that give the number of heads of every block
@@ -183,13 +182,11 @@ def _units(encoder: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         return {}, {}
     scale, bias = (np.asarray(told[key], np.float64).ravel() for key in ("scale", "bias"))
     units = {"offset": tuple((-bias / scale).tolist()), "scale": tuple((1 / scale).tolist())}
-    return units, {"autoencoder_name": str(told.get("vae_name", ""))}
+    return units, {"latents": "edm2", "autoencoder_name": str(told.get("vae_name", ""))}
 
 
-def _levels(
-    state: State, prefix: str, last: str, qkv: str
-) -> tuple[list[int], int, tuple[int, ...]]:
-    """Channels of each level of an encoder, its blocks in a level, heights with attention."""
+def _levels(state: State, prefix: str, last: str, qkv: str) -> tuple[int, list[int], int, Any]:
+    """Channels of an encoder's start and levels, blocks in a level, heights with attention."""
     found = dict.fromkeys(k.removeprefix(prefix).split(".")[0] for k in state if prefix in k)
     sizes = sorted({n.partition("_")[0] for n in found}, key=lambda s: -int(s.partition("x")[0]))
     if not sizes:
@@ -197,19 +194,16 @@ def _levels(
     widths = [_shape(state, f"{prefix}{s}_block0.{last}.weight")[0] for s in sizes]
     attends = [s for s in sizes if f"{prefix}{s}_block0.{qkv}.weight" in state]
     blocks = sum(name.startswith(f"{sizes[0]}_block") for name in found)
-    return widths, blocks, tuple(int(s.partition("x")[0]) for s in attends)
-
-
-def _first(state: State, prefix: str) -> int:
-    """Channels of the first convolution."""
-    name = next(k for k in state if k.startswith(prefix) and k.endswith("_conv.weight"))
-    return state[name].shape[0]
+    first, *_ = _shape(state, f"{prefix}{sizes[0]}_conv.weight")
+    return first, widths, blocks, tuple(int(s.partition("x")[0]) for s in attends)
 
 
 def _shape(state: State, name: str) -> tuple[int, ...]:
-    if name not in state or not state[name].ndim:
+    """The shape of the first tensor whose name ends so."""
+    found = next((v.shape for k, v in state.items() if k.endswith(name)), ())
+    if not found:
         raise ValueError(f"tensor {name!r} is missing or a scalar")
-    return state[name].shape
+    return found
 
 
 def _whole(part: int, channels: int) -> int:

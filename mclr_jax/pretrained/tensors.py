@@ -81,13 +81,14 @@ class Module:
     """Placeholder of a torch module: the name of its class and its attributes."""
 
     class_name = "ModuleDict"
+    state: Mapping[str, Any] = {}  # its attributes
 
     def __setstate__(self, state: dict) -> None:
         self.state = Dict(state)
 
     def parts(self, kind: str, types: Any) -> dict[str, Any]:
         """The `_parameters`, `_buffers` or `_modules` that are there, by name."""
-        found = dict(getattr(self, "state", {}).get(kind) or {})
+        found = dict(self.state.get(kind) or {})
         for name, value in found.items():
             if not (isinstance(name, str) and isinstance(value, types | None)):
                 raise ValueError(f"{kind} of a {self.class_name} hold {reprlib.repr(value):.20}")
