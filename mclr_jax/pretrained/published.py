@@ -93,7 +93,8 @@ def _parts(
     """Family, tensors by name and training arguments of a file's content."""
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}; expected tensors by name")
-    if any(isinstance(value, tensors.Module) for value in content.values()):
+    snapshot = "dataset_kwargs" in content  # of EDM and EDM2, also of those without a network
+    if snapshot or any(isinstance(value, tensors.Module) for value in content.values()):
         if not isinstance(module := content.get("ema"), tensors.Module):
             raise ValueError("it has no network 'ema'; expected a snapshot of EDM or EDM2")
         return edm.family_of(module), module.tensors(), {}
