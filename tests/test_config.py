@@ -13,17 +13,18 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from configs import base
 from mclr_jax import config as configuration
 from mclr_jax import parts, runs, schema
 from mclr_jax.assimilation import dynamics
 from mclr_jax.config import NOISE_LEVELS, OBJECTIVES, POSTERIORS, Training
+from mclr_jax.configs import base
 from mclr_jax.data import pipeline
 from mclr_jax.data.protocol import Lazy
 from mclr_jax.model import DataInfo
 from mclr_jax.noise import LogUniform
 from mclr_jax.objectives.mclr import MCLR
 from mclr_jax.posterior import Classifier
+from mclr_jax.samplers import Sampler
 from mclr_jax.training import step
 
 CONFIGS = sorted(
@@ -56,9 +57,9 @@ DATA = DataInfo((8, 8, 1), 10, 0.5)
 
 
 def shrunk(name):
-    config = importlib.import_module(f"configs.{name}").get_config()
+    config = importlib.import_module(f"mclr_jax.configs.{name}").get_config()
     config.batch_size = 8
-    config.network.update(SHRUNK[config.network.name])
+    config.network.update(SHRUNK.get(config.network.name, {}))
     return config
 
 
@@ -76,9 +77,15 @@ def build(name, folder):
         images = np.random.default_rng(0).normal(size=(8, *shape)) / 2
         np.savez(folder / "data.npz", images=images, labels=np.arange(8) % 3)
         config.data.name = f"npz:{folder / 'data.npz'}"
-    training = Training.parse(config)
+    if not config.network.name:  # that of a run
+        config.init_from = str(folder / "base")
+        base = Training.parse(tiny.config("digits")).model(DataInfo((28, 28, 1), 3, 0.5))
+        runs.publish(folder / "base", base, tiny.weights(base), Sampler())
+    training = runs.training(config)
     source = training.data.source("train", training.seed)
     data = training.data_info(source)
+    if config.init_from and (folder / "base").exists():
+        return config, source, training.task(data, {"start": base, "reference": base})
     paths = training.runs | ({"start": config.init_from} if config.init_from else {})
     companions = {
         key: Training.parse(shrunk(path.removeprefix("runs/"))).model(data)
