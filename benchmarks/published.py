@@ -292,10 +292,8 @@ def main() -> None:
     if options.formats:
         rows = {}
         for file in sorted(options.formats.rglob("*.reference.npz")):
-            path, family = (
-                file.with_name(file.name.removesuffix(".reference.npz")),
-                file.parent.name,
-            )
+            path = file.with_name(file.name.removesuffix(".reference.npz"))
+            family = path.relative_to(options.formats).parts[0]
             if family == "datasets":
                 vae = options.formats / "diffusers" / "DiT-pipeline" / "vae"
                 row = of_data(path, arrays_of(file), vae)
