@@ -159,7 +159,11 @@ def test_remat_changes_no_gradient_and_fourier_frequencies_stay_fixed():
         ("adm", {"channels": 5}, r"channels is 5; expected an even number"),
         ("adm", {"patch_size": 3}, r"patch_size 3 and 1 levels .* divisible by 3"),
         ("adm", {"encoder": "skip"}, r"adm has no embedding, encoder"),
-        ("ddpmpp", {"resample_filter": (1.0, 2.0, 1.0)}, r"expected an even number of taps"),
+        (
+            "ddpmpp",
+            {"resample_filter": (1.0, 2.0, 1.0), "channel_mult": (1, 1)},
+            r"expected an even number of taps",
+        ),
     ],
 )
 def test_unknown_architectures_and_indivisible_sizes_are_refused(architecture, changes, message):

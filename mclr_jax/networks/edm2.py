@@ -113,9 +113,8 @@ class EDM2(Network):
     num_classes: int = 10  # 0 for a network without classes
     channels: int = key(192, 1, WIDEST, says="at full resolution")
     channel_mult: tuple[int, ...] = key((1, 2, 3, 4), 1, 2**8, says="factors of channels, by level")
-    channel_mult_noise: int = key(0, 0, 2**8, says="of the noise level's features; 0: the first of "
-                                  "channel_mult")  # fmt: skip
-    channel_mult_emb: int = key(0, 0, 2**8, says="of the embedding; 0: the largest of channel_mult")
+    channel_mult_noise: int = key(0, 0, 2**8, says="of the noise level's features; 0: the first")
+    channel_mult_emb: int = key(0, 0, 2**8, says="of the embedding; 0: the largest")
     num_blocks: int = key(3, 1, 2**8, says="in a level of the encoder; the decoder has one more")
     attention_resolutions: tuple[int, ...] = key((16, 8), 0, says="image heights with attention")
     channels_per_head: int = key(64, 1, WIDEST, says="of attention, which narrower blocks lack")
@@ -151,28 +150,24 @@ class EDM2(Network):
 
         Raises ValueError if the levels do not divide the image.
         """
-        levels = len(self.channel_mult)
+        taps, levels = self.resample_filter, len(self.channel_mult)
         layers.check_sizes(x, 1, levels, "channel_mult")
-        up, down = (
-            partial(f, taps=self.resample_filter) for f in (layers.upsample, layers.downsample)
-        )
+        up, down = partial(layers.upsample, taps=taps), partial(layers.downsample, taps=taps)
         embedding = self._embedding(c_noise, condition).astype(self.dtype)
 
         def block(name: str, h: jax.Array, features: int, attend=False, resample=None) -> jax.Array:
             heads = self.heads(features) if attend else 0
-            module = self.block(Block)(
-                features, name.startswith("dec"), heads, (self.res_balance, self.attn_balance),
-                self.clip_act, self.dropout, self.dtype, resample, name=name,
-            )  # fmt: skip
+            balances = self.res_balance, self.attn_balance
+            options = (heads, balances, self.clip_act, self.dropout, self.dtype, resample)
+            module = self.block(Block)(features, name.startswith("dec"), *options, name=name)
             return module(h, embedding, condition.dropout_keys)
 
         # Encoder.
         widths = [self.channels * mult for mult in self.channel_mult]
         sizes = [f"{x.shape[1] >> level}x{x.shape[2] >> level}" for level in range(levels)]
         attends = [x.shape[1] >> level in self.attention_resolutions for level in range(levels)]
-        ones = jnp.ones_like(x[..., :1])
         first = MPLinear(widths[0], 3, self.dtype, name=f"enc_{sizes[0]}_conv")
-        skips = [h := first(jnp.concatenate([x, ones], axis=-1))]
+        skips = [h := first(jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1))]
         for level, (width, size) in enumerate(zip(widths, sizes, strict=True)):
             if level > 0:
                 skips.append(h := block(f"enc_{size}_down", h, h.shape[-1], resample=down))
@@ -217,14 +212,12 @@ class EDM2(Network):
 
         It changes no answer, but the relative size of the next update (paper, Section 2.3).
         """
-        return traverse_util.path_aware_map(
-            lambda path, x: (
-                unit(x, range(x.ndim - 1))
-                if path[0] not in self.optional_inputs and path[-1] == "kernel"
-                else x
-            ),
-            params,
-        )
+
+        def one(path: Any, x: jax.Array) -> jax.Array:
+            weight = path[-1] == "kernel" and path[0] not in self.optional_inputs
+            return unit(x, range(x.ndim - 1)) if weight else x
+
+        return traverse_util.path_aware_map(one, params)
 
 
 def _waves(values: jax.Array, frequencies: jax.Array, phases: jax.Array) -> jax.Array:

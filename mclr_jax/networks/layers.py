@@ -359,6 +359,8 @@ def blur(x: jax.Array, taps: Sequence[float], stride: int, pad: int) -> jax.Arra
 
 def downsample(x: jax.Array, taps: Sequence[float] = (1, 1)) -> jax.Array:
     """Halve zero-padded NHWC images by a filter of even length (EDM's `resample_filter`)."""
+    if len(taps) % 2:
+        raise ValueError(f"network.resample_filter is {taps}; expected an even number of taps")
     return blur(x, taps, stride=2, pad=len(taps) // 2 - 1)
 
 

@@ -196,9 +196,6 @@ class UNet(Network):
         own = (self.embedding, self.encoder, self.decoder, self.resample_filter)
         if self.architecture == "adm" and any(own):
             raise ValueError(f"network.architecture adm has no embedding, encoder, ...; got {own}")
-        if len(self.resample_filter) % 2:
-            raise ValueError(f"network.resample_filter is {self.resample_filter}; expected an even "
-                             "number of taps")  # fmt: skip
 
     @property
     def settings(self) -> tuple[str, str, str, tuple[float, ...], int]:
