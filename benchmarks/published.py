@@ -44,6 +44,7 @@ GUIDED = {"uncond_guidance", "autoguidance"}
 # The names of outputs in references, and whether they are of the null label.
 OUTPUTS = {"raw": 0, "velocity": 0, "diffusers": 0, "denoised": 0, "raw_null": 1,
            "velocity_null": 1, "diffusers_null": 1, "denoised_null": 1}  # fmt: skip
+OF_DIT = {"official_dit": 0, "official_dit_null": 1}  # that diffusers' network does not have
 
 
 def relative(got: Any, expected: np.ndarray) -> float:
@@ -71,7 +72,8 @@ def outputs(found: Checkpoint, arrays: dict[str, Any], folder: str) -> dict[str,
     model, errors, x = found.model, {}, jnp.asarray(arrays["input/x"])
     null = jnp.full(len(x), model.null_label, jnp.int32)
     label = jnp.asarray(arrays.get("input/labels", arrays.get("input/y", null)), jnp.int32)
-    for name, is_null in OUTPUTS.items():
+    names = OUTPUTS if found.family == "diffusers" else OUTPUTS | OF_DIT
+    for name, is_null in names.items():
         if f"{folder}/{name}" not in arrays:
             continue
         expected, condition = arrays[f"{folder}/{name}"], Condition(null if is_null else label)
