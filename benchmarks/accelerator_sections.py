@@ -155,6 +155,7 @@ def families(size: Size) -> dict[str, Case]:
         "unet ddpmpp": Case("unet", unet, image, 3),
         "unet ncsnpp": Case("unet", {**unet, "architecture": "ncsnpp"}, image, 3),
         "unet adm": Case("unet", {**unet, "architecture": "adm"}, image, 3),
+        "edm2": Case("edm2", {**unet, "channels_per_head": w}, image, 3),
         "mlp_classifier": Case("mlp_classifier", {"width": w, "depth": d}, (2,), 3),
         "conv_classifier": Case("conv_classifier", {"channels": (w, w)}, image, 3),
         "trajectory": Case("trajectory", {**heads, "frames_per_token": 2}, (4, 3), 3),
