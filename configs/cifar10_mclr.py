@@ -1,8 +1,8 @@
 """MCLR on CIFAR-10: fine-tunes configs/cifar10.py for 2% of its length.
 
-  python -m launch.train --config=configs/cifar10.py --workdir=runs/cifar10
-  python -m launch.train --config=configs/cifar10_classifier.py --workdir=runs/cifar10_classifier
-  python -m launch.train --config=configs/cifar10_mclr.py --workdir=runs/cifar10_mclr
+  mclr train cifar10 --workdir=runs/cifar10
+  mclr train cifar10_classifier --workdir=runs/cifar10_classifier
+  mclr train cifar10_mclr --workdir=runs/cifar10_mclr
 
 Not run at full length: no accelerator was available.
 """

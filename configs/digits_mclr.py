@@ -1,8 +1,8 @@
 """MCLR on digits: fine-tunes configs/digits.py, less than a minute on 2 CPU cores.
 
-python -m launch.train --config=configs/digits.py --workdir=runs/digits
-python -m launch.train --config=configs/digits_classifier.py --workdir=runs/digits_classifier
-python -m launch.train --config=configs/digits_mclr.py --workdir=runs/digits_mclr
+mclr train digits --workdir=runs/digits
+mclr train digits_classifier --workdir=runs/digits_classifier
+mclr train digits_mclr --workdir=runs/digits_mclr
 """
 
 from ml_collections import ConfigDict

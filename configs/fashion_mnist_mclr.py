@@ -1,9 +1,9 @@
 """MCLR on Fashion-MNIST: fine-tunes configs/fashion_mnist.py for a fifth of its steps.
 
-  python -m launch.train --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
-  python -m launch.train --config=configs/fashion_mnist_classifier.py \\
+  mclr train fashion_mnist --workdir=runs/fashion_mnist
+  mclr train fashion_mnist_classifier \\
       --workdir=runs/fashion_mnist_classifier
-  python -m launch.train --config=configs/fashion_mnist_mclr.py --workdir=runs/fashion_mnist_mclr
+  mclr train fashion_mnist_mclr --workdir=runs/fashion_mnist_mclr
 
 The result samples as the base does with guidance_scale 1 + beta; 1.4 is this base's best
 (benchmarks/results/fashion_mnist_mclr.json).

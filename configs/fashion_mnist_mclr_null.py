@@ -1,7 +1,7 @@
 """MCLR on Fashion-MNIST against the network's own null answer: needs no classifier.
 
-  python -m launch.train --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
-  python -m launch.train --config=configs/fashion_mnist_mclr_null.py --workdir=runs/fashion_null
+  mclr train fashion_mnist --workdir=runs/fashion_mnist
+  mclr train fashion_mnist_mclr_null --workdir=runs/fashion_null
 
 The result samples as the base does with guidance_scale 2 up to sigma 3: the row "mclr null, beta 1"
 of benchmarks/results/guidance_free_fashion_mnist.json. With beta, wrong_label and negative_share of

@@ -1,7 +1,7 @@
 """MCLR on any run, published models among them: fine-tuned against its own null answer.
 
-  python -m launch.convert --input=DiT-XL-2-256x256.pt --family=dit --out=runs/dit
-  python -m launch.train --config=configs/finetune.py --config.init_from=runs/dit \\
+  mclr convert --input=DiT-XL-2-256x256.pt --family=dit --out=runs/dit
+  mclr train finetune --config.init_from=runs/dit \\
       --config.data.name=zip:latents.zip --workdir=runs/dit_mclr
 
 Network, preconditioning, sampler and sigma_data are those of the run in init_from. A model without

@@ -1,7 +1,7 @@
 """MCLR on the 2-D mixture with the exact posterior: ends at exact CFG of guidance_scale 2.
 
-python -m launch.train --config=configs/mixture.py --workdir=runs/mixture
-python -m launch.train --config=configs/mixture_mclr.py --workdir=runs/mixture_mclr
+mclr train mixture --workdir=runs/mixture
+mclr train mixture_mclr --workdir=runs/mixture_mclr
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
 """Estimate trajectories from observations with a trained trajectory model.
 
-  python -m launch.assimilate --workdir=runs/lorenz63 --regime=filter --observations=seen.npz \\
+  mclr assimilate --workdir=runs/lorenz63 --regime=filter --observations=seen.npz \\
       --ensemble=16 --seed=0 --out=analysis.npz
 
 The observations file has `values` (T, m) or (N, T, m) with NaN where missing, `std`, and a matrix
@@ -22,7 +22,7 @@ import pathlib
 import numpy as np
 from absl import flags
 
-from mclr_jax import runs
+from mclr_jax import extras, runs
 from mclr_jax.assimilation import figure, observe, regimes, schedules, scores
 from mclr_jax.files import digest, provenance, write_atomically
 from mclr_jax.labels import warn_untrained
@@ -65,6 +65,8 @@ def asked(frames: int) -> tuple[schedules.Scheme, np.ndarray]:
 
 
 def main() -> None:
+    if FIGURE.value:
+        extras.needed("matplotlib", "figures")
     arrays = observe.load(OBSERVATIONS.value)
     observations = observe.parse(arrays, OBSERVATIONS.value)
     count, frames, _ = observations.values.shape

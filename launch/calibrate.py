@@ -1,8 +1,8 @@
 """Find guidance strengths by class, at which samples are as recognisable as held-out data.
 
-  python -m launch.calibrate --workdir=runs/digits --classifier=runs/digits_classifier \\
+  mclr calibrate --workdir=runs/digits --classifier=runs/digits_classifier \\
       --out=strengths.json
-  python -m launch.sample --workdir=runs/digits --guidance_scale=2 \\
+  mclr sample --workdir=runs/digits --guidance_scale=2 \\
       --class_strengths=strengths.json --out=digits.npz
 
 The strength of a class is the smallest one at which the samples of the class have the same mean
@@ -50,7 +50,7 @@ SEED = flags.DEFINE_integer(
 )
 INTERPOLATION = flags.DEFINE_bool(
     "interpolation", False, "Strengths are places of the weights, as --interpolation of "
-    "launch.sample, in place of guidance."
+    "mclr sample, in place of guidance."
 )  # fmt: skip
 
 

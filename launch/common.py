@@ -16,8 +16,9 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from mclr_jax import cpu, meeting, runs, schema
+from mclr_jax import configs, cpu, meeting, runs, schema
 from mclr_jax.config import Training
+from mclr_jax.extras import MissingExtraError
 from mclr_jax.files import digest, made, provenance, write_atomically
 from mclr_jax.generate import Guidance, class_strengths
 from mclr_jax.schema import nearest
@@ -27,7 +28,7 @@ flags.disclaim_key_flags()  # those that are defined here belong to the commands
 
 # Flags of several commands, each of which defines its own: name: (kind, default, help, options).
 SHARED: dict[str, tuple] = {
-    "workdir": (flags.DEFINE_string, None, "Directory of a run of launch.train."),
+    "workdir": (flags.DEFINE_string, None, "Directory of a run, made by mclr train."),
     "init_from": (flags.DEFINE_string, "", "Where the run is now that this one was started from, "
                   "for --interpolation."),
     "data": (flags.DEFINE_string, "", "Where the data of the run are now: as config.data.name, or "
@@ -39,7 +40,7 @@ SHARED: dict[str, tuple] = {
     "checkpoint": (flags.DEFINE_integer, None, "Training step; default: the last."),
     "seed": (flags.DEFINE_integer, 0, "Seed of the starting noise.", {"lower_bound": 0}),
     "batch_size": (flags.DEFINE_integer, 256, "Samples at a time.", {"lower_bound": 1}),
-    "class_strengths": (flags.DEFINE_string, None, "File of launch.calibrate, NAME.json: factors "
+    "class_strengths": (flags.DEFINE_string, None, "File of mclr calibrate, NAME.json: factors "
                         "of the guidance strength by class."),
     "guidance_interval": (flags.DEFINE_list, None, "Guide only at noise levels in LO,HI."),
     "guidance_channels": (flags.DEFINE_integer, None, "Guide only this number of first channels: 3 "
@@ -48,13 +49,14 @@ SHARED: dict[str, tuple] = {
                           {"lower_bound": 1}),
     "autoguidance": (flags.DEFINE_string, None, "Directory of a weaker run, the weak model of the "
                      "guidance."),
-    "config": (flags.DEFINE_string, None, "Config file, configs/NAME.py; each of its keys is a "
-               "flag, too."),
+    "config": (flags.DEFINE_string, None, "Name of a config of the package, such as digits, or "
+               "the path of a file NAME.py; each of its keys is a flag, too. It may come first, "
+               "without --config=."),
 }  # fmt: skip
 GUIDANCE = ("class_strengths", "guidance_interval", "guidance_channels", "autoguidance")
 
 # Errors of the library on bad input or a broken run; other errors are bugs, shown in full.
-USER_ERRORS = (ValueError, OSError, RuntimeError, FloatingPointError)
+USER_ERRORS = (ValueError, OSError, RuntimeError, FloatingPointError, MissingExtraError)
 
 
 def run(main: Callable[..., None], arguments: bool = False) -> None:
@@ -138,6 +140,8 @@ def output(name: str, ending: str) -> pathlib.Path:
 def _parse(arguments: bool, argv: list[str]) -> list[str]:
     argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
     if "config" in flags.FLAGS:
+        if argv[1:] and argv[1][:1] not in ("", "-"):
+            argv = [argv[0], f"--config={argv[1]}", *argv[2:]]
         argv = _read_config(argv)
     try:
         rest = flags.FLAGS(argv)
@@ -173,7 +177,7 @@ def _read_config(argv: list[str]) -> list[str]:
     keys = [name.removeprefix("config.") for name in given if name.startswith("config.")]
     if "config" not in given:
         if keys:
-            stop(f"--config.{keys[0]} needs --config=configs/NAME.py, the config that it changes.")
+            stop(f"--config.{keys[0]} needs --config=NAME, the config that it changes.")
         return argv
     path = given["config"]
     config = _load(path)
@@ -197,15 +201,17 @@ def _read_config(argv: list[str]) -> list[str]:
 
 
 def _load(path: str) -> ConfigDict:
-    """The config in a file, written as FILE or FILE:ARGUMENT; stops if it cannot be loaded."""
+    """The config NAME or FILE, or the same with :ARGUMENT; stops if it cannot be loaded."""
     name, colon, argument = path.partition(":")
-    file = pathlib.Path(name)
-    if file.suffix != ".py" or not file.is_file():
-        folder = file.parent if file.parent.name and file.parent.is_dir() else "configs"
-        known = [str(file) for file in pathlib.Path(folder).glob("[!_]*.py")]
+    if not (file := configs.find(name)):
+        given, known = pathlib.Path(name), configs.names()
+        if given.stem in known:
+            stop(f"--config: no config file {name!r}. Did you mean {given.stem!r}, of the package?")
+        folder = given.parent if given.parent.is_dir() else pathlib.Path()
+        known += [str(file) for file in folder.glob("[!_]*.py")]
         stop(f"--config: no config file {name!r}. {nearest(name, known)}")
     try:
-        return ConfigDict(runpy.run_path(name)["get_config"](*[argument] * bool(colon)))
+        return ConfigDict(runpy.run_path(str(file))["get_config"](*[argument] * bool(colon)))
     except Exception as error:
         if os.environ.get("MCLR_TRACEBACK"):
             raise

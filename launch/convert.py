@@ -1,7 +1,7 @@
 """Published models as runs, and runs as published models.
 
-  python -m launch.convert --input=DiT-XL-2-256x256.pt --family=dit --out=runs/dit
-  python -m launch.convert --workdir=runs/dit_mclr --to=dit_mclr.safetensors
+  mclr convert --input=DiT-XL-2-256x256.pt --family=dit --out=runs/dit
+  mclr convert --workdir=runs/dit_mclr --to=dit_mclr.safetensors
 
 --input is a file (.pkl of EDM and EDM2; .pt or .safetensors of DiT, SiT and REPA) or a folder of
 diffusers. Nothing that it names or holds is executed. --family is needed for DiT and SiT, whose

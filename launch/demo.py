@@ -1,6 +1,6 @@
 """Train on 8x8 digits, move guidance into the model by MCLR, and compare the samples.
 
-  python -m launch.demo --workdir=runs/demo
+  mclr demo --workdir=runs/demo
 
 Trains configs/digits.py, the classifier configs/digits_classifier.py and, with both,
 configs/digits_mclr.py. Draws three sets of samples from the same noise: unguided, with

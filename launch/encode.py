@@ -1,8 +1,8 @@
 """Encode images as latents: a zip in the format of EDM2, to train on.
 
-  python -m launch.encode --data=zip:imagenet256.zip --autoencoder=sd-vae-ft-mse \\
+  mclr encode --data=zip:imagenet256.zip --autoencoder=sd-vae-ft-mse \\
       --latents=stable_diffusion --out=latents.zip
-  python -m launch.train --config=configs/finetune.py --config.init_from=runs/sit \\
+  mclr train finetune --config.init_from=runs/sit \\
       --config.data.name=zip:latents.zip --config.data.latents=stable_diffusion \\
       --config.data.autoencoder=sd-vae-ft-mse --workdir=runs/sit_mclr
 

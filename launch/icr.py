@@ -1,6 +1,6 @@
 """Measure the representation of a trained run: ICR and a linear probe against the noise level.
 
-  python -m launch.icr --workdir=runs/digits --sigmas=0.05,0.1,0.2,0.5,1,2 --out=icr.json
+  mclr icr --workdir=runs/digits --sigmas=0.05,0.1,0.2,0.5,1,2 --out=icr.json
 
 The Invariant Contamination Ratio (arXiv 2606.09718) is the share of a block's features that
 changes when the image is perturbed (crop, flip, colour jitter, noise). It needs no labels and no
@@ -14,7 +14,7 @@ samples. Prints a table, writes it as JSON with its provenance, and writes a fig
 
 from absl import flags
 
-from mclr_jax import runs
+from mclr_jax import extras, runs
 from mclr_jax.files import write_atomically, write_json
 from mclr_jax.labels import warn_untrained
 from mclr_jax.launch import common
@@ -34,6 +34,7 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", blocks.BATCH, "Images at a time.
 
 
 def main() -> None:
+    extras.needed("matplotlib", "figures")
     sigmas = common.numbers(SIGMAS, float) or []
     run = runs.load(WORKDIR.value, data=DATA.value)
     out = common.output(OUT.value, ".json")

@@ -1,6 +1,6 @@
 """Cost of a config on TPUs or GPUs, found by their compilers on a machine without any.
 
-  python -m launch.plan --config=configs/digits.py --topology=v5e:4x4 --parallel=fsdp
+  mclr plan digits --topology=v5e:4x4 --parallel=fsdp
 
 Compiles the training step for the topology, the kind and grid of chips: v5e:1x1, v6e:2x4,
 v5p:2x2x1, v5e:4x4*2 for two slices of 4x4, or GPUs as cuda:h100x8 (h100, h200, a100). Prints

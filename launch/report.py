@@ -1,14 +1,14 @@
 """Compare runs on one web page: samples side by side, metrics, curves, and how configs differ.
 
-  python -m launch.report runs/digits runs/digits_mclr --out=report.html --guidance_scales=1,1.5,2
+  mclr report runs/digits runs/digits_mclr --out=report.html --guidance_scales=1,1.5,2
 
 The page is one file, without server or network. Samples of all runs start from the same noise; a
-slider selects the guidance scale. The metrics are the rows that launch.evaluate has stored.
+slider selects the guidance scale. The metrics are the rows that mclr evaluate has stored.
 """
 
 from absl import flags
 
-from mclr_jax import runs
+from mclr_jax import extras, runs
 from mclr_jax.evaluation import report
 from mclr_jax.files import write_atomically
 from mclr_jax.launch import common
@@ -23,7 +23,8 @@ common.define(*common.GUIDANCE)
 
 def main(workdirs: list[str]) -> None:
     if not workdirs:
-        common.stop("No run was named: python -m launch.report DIR [DIR ...] --out=report.html")
+        common.stop("No run was named: mclr report DIR [DIR ...] --out=report.html")
+    extras.needed("matplotlib", "figures")
     scales = common.numbers(GUIDANCE_SCALES, float) or []
     found = [runs.load(workdir) for workdir in workdirs]
     guidances, models = [common.guidance(run) for run in found], [run.model for run in found]

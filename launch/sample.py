@@ -1,6 +1,6 @@
 """Draw samples from a trained run, and a picture of them.
 
-  python -m launch.sample --workdir=runs/digits --num_samples=100 --seed=0 --sampler=heun \\
+  mclr sample --workdir=runs/digits --num_samples=100 --seed=0 --sampler=heun \\
       --steps=18 --guidance_scale=2.0 --out=digits.npz
 
 Writes the arrays `images` ((N, H, W, C) float32 in [-1, 1]) and `labels` ((N,) int32), and beside
@@ -8,7 +8,7 @@ them a PNG with a row for each class. Samples of a model of latents are decoded,
 there too, as `latents`; without an autoencoder `images` are the latents, of which there is no PNG.
 Sample i depends on the seed, i and its label alone: a run of
 more samples begins with the same ones. The labels repeat all classes, or --labels; null: no class.
-Several processes share the work and process 0 writes the files: --coordinator as in launch.train.
+Several processes share the work and process 0 writes the files: --coordinator as in mclr train.
 """
 
 import dataclasses

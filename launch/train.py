@@ -1,12 +1,12 @@
 """Train a model, or continue a run that was stopped.
 
-  python -m launch.train --config=configs/digits.py --workdir=runs/digits
+  mclr train digits --workdir=runs/digits
 
 Every key of the config is also a flag: --config.batch_size=64 --config.data.limit=512.
 --help explains all keys. The same command resumes a run that was killed, bit for bit; to
 train longer, raise --config.num_steps; other keys that decide what the steps learn are changed with
 --change. The work directory gets run.json (what was run), metrics.jsonl and tensorboard/ (curves),
-samples/ (pictures) and checkpoints/. Sample from it with launch.sample. A run that Ctrl-C or
+samples/ (pictures) and checkpoints/. Sample from it with mclr sample. A run that Ctrl-C or
 SIGTERM has stopped exits with status 130 or 143.
 
 On several hosts run the same command on each: with --coordinator=auto on TPU pods and Slurm, else

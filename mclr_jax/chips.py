@@ -90,7 +90,7 @@ CARDS = re.compile(rf"cuda:({'|'.join(GPUS)})x([1-9]\d*)")
 
 
 def topology(name: str) -> tuple[Chip, tuple[jax.Device, ...]]:
-    """The kind of chip and all devices of a topology, see `launch.plan`.
+    """The kind of chip and all devices of a topology, see `mclr plan`.
 
     ValueError: an unknown topology. MissingCompilerError: see there.
     """

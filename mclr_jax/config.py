@@ -98,7 +98,7 @@ class Training(Keys):
     sigma_data: float = key(0.0, 0.0, SIGMA_RANGE[1], says="standard deviation; 0 measures it")
     strength: tuple[float, ...] = key((), says="(low, high) of the guidance strength as an input")
     class_strengths: tuple[float, ...] = key((), 0.0, says="factors of the objective's strength by "
-                                             "class, of launch.calibrate; empty: 1")  # fmt: skip
+                                             "class, of mclr calibrate; empty: 1")  # fmt: skip
     weight: str = key("natural", words=WEIGHTS, says="1 / c_out^2, or fused_snr by frame")
     companions: dict = schema.texts(
         {"classifier": "", "weak": ""}, "directory of a run that an objective or a posterior reads"

@@ -42,7 +42,7 @@ class Experiment:
         if (kind := getattr(source, "latents", "")) != data.latents:
             raise ValueError(
                 f"config.data.latents is {data.latents!r}; the examples of {data.name} are "
-                f"{kind or 'no latents, but images'}. Encode images by launch.encode."
+                f"{kind or 'no latents, but images'}. Encode images by mclr encode."
             )
         return source
 
@@ -80,7 +80,7 @@ class Experiment:
         if not self.training.data.generated:
             raise ValueError(
                 "This objective needs samples of the model that training starts from: write them "
-                "with python -m launch.sample and set config.data.generated=npz:FILE."
+                "with mclr sample and set config.data.generated=npz:FILE."
             )
         generated = self.training.data.generated_source()
         if (shape := tuple(generated.shape)) != self.data.shape:

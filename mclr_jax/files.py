@@ -141,7 +141,11 @@ def provenance() -> dict[str, str]:
             revision = subprocess.run(git, cwd=root, capture_output=True, text=True).stdout.strip()
         except OSError:  # git is not installed
             pass
+    words = ["python", *sys.orig_argv[1:]]
+    script = pathlib.Path(*words[1:2])
+    if script.suffix == "" and script.is_file():  # an installed command
+        words[:2] = [script.name]
     return {
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "command": shlex.join(words),
         "revision": revision or f"version {__version__}",
     }

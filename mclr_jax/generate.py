@@ -88,13 +88,13 @@ NONE = Guidance()
 
 
 def class_strengths(name: str | None, num_classes: int) -> list[float] | None:
-    """The factors of the guidance strength by class in a file of launch.calibrate; None: no file.
+    """The factors of the guidance strength by class in a file of mclr calibrate; None: no file.
 
     ValueError: the file has other content, or the factors are for another number of classes.
     """
     if name is None:
         return None
-    with named(f"--class_strengths={name}: expected the --out of launch.calibrate"):
+    with named(f"--class_strengths={name}: expected the --out of mclr calibrate"):
         found = json.loads(pathlib.Path(name).read_text())["class_strengths"]
     class_factors(f"class_strengths in {name}", found, num_classes)
     return found

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from mclr_jax import backend, chips, generate, runs
 from mclr_jax.chips import CARDS, Chip
 from mclr_jax.config import Training
+from mclr_jax.configs import find
 from mclr_jax.files import flat
 from mclr_jax.generate import Guidance
 from mclr_jax.hlo import collectives
@@ -334,10 +335,11 @@ def companions(training: Training, data: DataInfo) -> dict[str, Model]:
     def model(name: str, path: str) -> Model:
         if (pathlib.Path(path) / "run.json").exists():
             return runs.load(path).model
-        file = pathlib.Path("configs") / f"{pathlib.Path(path).name}.py"
-        if not file.exists():
+        config = pathlib.Path(path).name
+        file = find(config) or find(own := f"configs/{config}.py")
+        if not file:
             raise FileNotFoundError(
-                f"Companion {name!r}: {path} is no run, and there is no {file} to train it from; "
+                f"Companion {name!r}: {path} is no run, and there is no {own} to train it from; "
                 "set the companion to the directory of a run, or to runs/NAME of a config."
             )
         return Training.parse(runpy.run_path(str(file))["get_config"]()).model(data)

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # From the ground up. A file imports from floors below it; files of one folder import each other,
 # but not in a circle. A name with a slash at its end is a folder, but for its files named alone.
 FLOORS = [
-    ["schema", "types", "files", "reductions", "cpu", "backend", "hlo", "chips"],
+    ["schema", "types", "files", "extras", "reductions", "cpu", "backend", "hlo", "chips"],
     ["denoiser"],
     ["noise"],
     ["guidance", "flow", "mixture"],
@@ -35,6 +35,7 @@ FLOORS = [
     ["hooks"],
     ["main"],
     ["launch/"],
+    ["cli"],
 ]
 # What the ground floors, up to the task, may import beside the standard library.
 FOUNDATION = ("jax", "flax.linen", "optax", "numpy")

@@ -34,7 +34,7 @@ def test_a_module_runs_as_a_process_of_its_own():
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     path = tmp_path_factory.mktemp("launch") / "run"
-    log = call("train", "--config=configs/digits.py", f"--workdir={path}", *SMALL)
+    log = call("train", "digits", f"--workdir={path}", *SMALL)
     assert "jax" in log  # the banner
     assert "1 device(s)" in log
     assert "config.noise is now loguniform, without mean, std" in log
@@ -65,9 +65,9 @@ def test_sample_writes_arrays_and_a_picture(workdir, tmp_path):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("[1, 1, 1]", "x.json: expected the --out of launch.calibrate"),
-    ('{"rows": []}', r"the --out of launch.calibrate \('class_strengths'\)"),
-    ("PK\x03", "the --out of launch.calibrate"),
+    ("[1, 1, 1]", "x.json: expected the --out of mclr calibrate"),
+    ('{"rows": []}', r"the --out of mclr calibrate \('class_strengths'\)"),
+    ("PK\x03", "the --out of mclr calibrate"),
     ('{"class_strengths": [1, 1]}', "x.json has 2 values; expected 3, one per class"),
     ('{"class_strengths": [1, 1, NaN]}', r"x.json\[2\] is nan; expected a number of at least 0"),
     ('{"class_strengths": "abc"}', "x.json is 'abc'; expected any number of values"),
@@ -94,10 +94,12 @@ CONFIG = "--config=configs/digits.py"
     ("train", [CONFIG, "--config.noise.name=logunifrm"], "Did you mean 'loguniform'"),
     ("train", [CONFIG, "--config.noise.name", "loguniform", "--config.noise.std=1"],
      "config.noise has no key 'std'. Known: name, sigma_max, sigma_min"),
-    ("train", ["--config.num_steps=3"], "--config.num_steps needs --config=configs/NAME.py"),
+    ("train", ["--config.num_steps=3"], "--config.num_steps needs --config=NAME"),
     ("train", ["--config=configs/digit.py"], "Did you mean 'configs/digits.py'"),
     ("train", [CONFIG + ":x"], "digits.py:x cannot be loaded: TypeError: get_config() takes"),
-    ("train", ["--config=digits"], "Did you mean 'configs/digits.py'"),
+    ("train", ["--config=digit"], "Did you mean 'digits'"),
+    ("train", ["mine/digits.py"], "Did you mean 'digits', of the package?"),
+    ("train", ["digits", "oops", "--workdir=x"], "Unexpected argument 'oops'"),
     ("train", [CONFIG, "--wrkdir=x"], "Did you mean: workdir"),
     ("train", [CONFIG], "--workdir"),
     ("sample", ["--workdir=x", "--out=y.npz", "oops"], "Unexpected argument 'oops'"),
@@ -144,7 +146,7 @@ MODULES = "train", "plan", "sample", "evaluate", "icr", "report", "demo", "assim
 @pytest.mark.parametrize("module", MODULES)
 def test_help_is_worth_reading(module):
     text = call(module, "--help", expect=1)  # absl exits with 1 after help
-    assert f"python -m launch.{module}" in text
+    assert f"\n  mclr {module} " in text
     assert "--workdir" in text or "--out" in text
     rate = "optimizer.learning_rate=0.001: after the warm-up; at least 0 and at most 1000000\n"
     beta = "objective.negative_weight=1000.0: lambda; at least 0 and at most 1000000000 [cca]\n"

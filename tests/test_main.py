@@ -304,7 +304,7 @@ def test_objectives_that_want_other_examples_get_them(base, tmp_path):
     config = tiny.config(**{"objective.name": "contrastive_flow", "num_steps": 6})
     main.train(config, tmp_path / "other")
     config = tiny.config(**{"objective.name": "ddo", "num_steps": 6, "init_from": str(base)})
-    with pytest.raises(ValueError, match=r"python -m launch\.sample and set config\.data\.generat"):
+    with pytest.raises(ValueError, match=r"mclr sample and set config\.data\.generat"):
         main.train(config, tmp_path / "generated")
     for shape in ((20, 3), (20, 2)):
         images = np.random.default_rng(0).normal(size=shape)

@@ -5,7 +5,7 @@ set -euo pipefail
 
 NAME=mclr
 ZONE=us-west4-a
-REPOSITORY=https://github.com/OWNER/mclr_jax
+REPOSITORY=${REPOSITORY:?Expected the address of the repository, as git clone takes it.}
 SHARE=10.0.0.2:/share # a Filestore instance in the network of the slice
 
 on_all_hosts() {

@@ -6,6 +6,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
+from mclr_jax import extras
 from mclr_jax.assimilation.observe import Downsample, Operator
 
 
@@ -37,7 +38,7 @@ def trajectory(
     linearly. Up to 3 other observed values have panels of their own, with A(x) in place of x. Of
     fields (H, W, C) it shows the first channel at 6 frames.
     """
-    from matplotlib.figure import Figure  # slow to import
+    make = extras.needed("matplotlib.figure", "figures").Figure  # slow to import
 
     def whole(x):  # NaN in the other frames
         padded = np.full((members.shape[1], *x.shape[1:]), np.nan, np.float32)
@@ -47,7 +48,7 @@ def trajectory(
     truth = np.full_like(members[0], np.nan) if truth is None else whole(truth)
     draw = _fields if members.ndim > 3 else _coordinates
     buffer = io.BytesIO()
-    draw(Figure, members, whole(values), operator, truth).savefig(buffer, format="png", dpi=120)
+    draw(make, members, whole(values), operator, truth).savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()
 
 

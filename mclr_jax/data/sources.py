@@ -99,7 +99,7 @@ class Data(Keys):
         return load(self.generated, **self._latents(self.generated))
 
     def _latents(self, name: str) -> dict[str, str]:
-        """The option `latents` of a source that has it: images have none, see `launch.evaluate`."""
+        """The option `latents` of a source that has it: images have none, see `mclr evaluate`."""
         return {"latents": self.latents} if self.latents and "latents" in options_of(name) else {}
 
     def moved(self, place: str) -> "Data":

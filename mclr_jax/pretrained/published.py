@@ -171,7 +171,7 @@ def checkpoint_of(run: Run, params: Any) -> Checkpoint:
     if not (origin := record.origin(record.read(run.workdir), run.workdir)):
         raise ValueError(
             f"{run.workdir} comes from no published model: neither it nor the run that it was "
-            "started from was written by launch.convert."
+            "started from was written by mclr convert."
         )
     rest, place = {}, pathlib.Path(run.config.get("init_from") or run.workdir) / REST
     if origin.get("rest") and not place.exists():

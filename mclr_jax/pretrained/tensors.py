@@ -6,7 +6,6 @@ Classes become placeholders, and arrays are views of the file where the format a
 
 import dataclasses
 import functools
-import importlib
 import io
 import mmap
 import os
@@ -21,6 +20,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from mclr_jax import extras
 from mclr_jax.files import named, write_atomically
 
 MAGIC = 0x1950A86A20F9469CFC6C  # of the format before PyTorch 1.6
@@ -234,10 +234,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _safetensors() -> Any:
-    try:
-        return importlib.import_module("safetensors.numpy")
-    except ImportError as error:
-        raise ImportError("safetensors is missing: pip install 'mclr_jax[published]'") from error
+    return extras.needed("safetensors.numpy", "published")
 
 
 def _load_zip(file: BinaryIO, content: np.ndarray) -> Any:

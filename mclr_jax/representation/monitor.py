@@ -76,7 +76,7 @@ class Monitor:
         if best is not None and not any(before):
             logging.warning(
                 "ICR has risen for %d readings from its minimum %.4g at step %d: memorization "
-                "likely from step %d; best checkpoint kept (launch.sample --checkpoint=%d).",
+                "likely from step %d; best checkpoint kept (mclr sample --checkpoint=%d).",
                 PATIENCE, min(value for _, value in self.readings), best, best, best,
             )  # fmt: skip
         return values

@@ -10,6 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from mclr_jax import extras
 from mclr_jax.data.protocol import Source, drawn
 from mclr_jax.model import Model
 from mclr_jax.representation import blocks, icr, perturb
@@ -90,12 +91,11 @@ def sweep(
 
 def figure(curves: dict[str, list[dict[str, Any]]]) -> bytes:
     """A PNG of ICR and probe accuracy against sigma, with a curve for each name."""
-    from matplotlib.figure import Figure
-
+    make = extras.needed("matplotlib.figure", "figures").Figure
     columns = set.intersection(*(set(row) for rows in curves.values() for row in rows))
     names = {"icr": "ICR", "probe_accuracy": "probe accuracy"}
     keys = [key for key in names if key in columns]
-    drawing, buffer = Figure(figsize=(5 * len(keys), 4), layout="constrained"), io.BytesIO()
+    drawing, buffer = make(figsize=(5 * len(keys), 4), layout="constrained"), io.BytesIO()
     for panel, key in zip(drawing.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
         panel.set(xlabel="sigma", ylabel=names[key])
         for label, rows in curves.items():

@@ -10,6 +10,7 @@ from typing import Any
 
 import tqdm
 
+from mclr_jax import extras
 from mclr_jax.files import append, read_lines, write_atomically
 
 SILENCE = 15  # seconds without a line, at most
@@ -74,6 +75,13 @@ class Progress:
             say(f"{self._unit} {count} ({speed:.3g} it/s{eta}){text and ': '}{text}")
 
 
+class _Nowhere:
+    """A writer of TensorBoard without effect, whose library is not installed."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: None
+
+
 class Writer:
     """Writes scalars to `workdir`/metrics.jsonl and TensorBoard; a context manager.
 
@@ -96,9 +104,12 @@ class Writer:
 
     @functools.cached_property
     def _tensorboard(self) -> Any:
-        from tensorboardX import SummaryWriter  # which imports PyTorch where it is installed
-
-        return SummaryWriter(str(self._events), purge_step=self._purged)
+        try:  # PyTorch is imported, too, where it is installed
+            library = extras.needed("tensorboardX", "tensorboard")
+        except extras.MissingExtraError as error:
+            say(f"No curves for TensorBoard are written: {error}")
+            return _Nowhere()
+        return library.SummaryWriter(str(self._events), purge_step=self._purged)
 
     def __enter__(self) -> "Writer":
         if self._enabled:
