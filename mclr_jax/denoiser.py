@@ -254,9 +254,17 @@ class IDDPM(_Discrete):
         alpha_bar = np.sin(np.pi / 2 * place / (self.offset + 1)) ** 2
         return np.maximum(alpha_bar[1:] / alpha_bar[:-1], self.least_alpha)
 
+    @property
+    def _middles(self) -> np.ndarray:
+        """The levels from which on a step is nearer than the one before it, or than 0."""
+        return (np.append(0.0, self.table[:-1]) + self.table) / 2
+
+    def rounded(self, sigma: np.ndarray) -> np.ndarray:
+        """The nearest levels of the process, or 0: those that the official sampler visits."""
+        return np.append(0.0, self.table)[np.searchsorted(self._middles, sigma)]
+
     def scales(self, sigma: jax.Array) -> Scales:
-        middles = (np.append(0.0, self.table[:-1]) + self.table) / 2
-        step = jnp.searchsorted(jnp.asarray(middles, sigma.dtype), sigma) - 1
+        step = jnp.searchsorted(jnp.asarray(self._middles, sigma.dtype), sigma) - 1
         c_in = 1 / jnp.sqrt(1 + sigma**2)
         return Scales(c_in, jnp.ones_like(sigma), -sigma, step.astype(sigma.dtype))
 

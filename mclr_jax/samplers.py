@@ -181,7 +181,9 @@ class Sampler(Keys):
         if self.spacing == "rho":
             known = (0.0, np.inf) if preconditioning is None else preconditioning.sigma_range
             low, high = max(self.sigma_min, known[0]), min(self.sigma_max, known[1])
-            return rho_grid(self.num_steps, low, high, self.rho)
+            grid = rho_grid(self.num_steps, low, high, self.rho)
+            rounded = getattr(preconditioning, "rounded", None)
+            return grid if rounded is None else rounded(grid)
         table = np.asarray(getattr(preconditioning, "table", ()))
         found = SPACINGS[self.spacing](self.num_steps, len(table)) if len(table) else ()
         if len(np.unique(found)) != self.num_steps:

@@ -26,6 +26,8 @@ from mclr_jax.denoiser import (
     moments,
     natural_weight,
 )
+from mclr_jax.noise import rho_grid
+from mclr_jax.samplers import Sampler
 from mclr_jax.types import Condition
 
 M, S = 0.7, 1.3
@@ -249,6 +251,7 @@ def test_iddpm_has_the_noise_at_the_nearest_of_its_steps(choice):
         scales = preconditioning.scales(jnp.asarray(sigma))
         nearest = np.abs(sigma[:, None] - u).argmin(-1)
         np.testing.assert_array_equal(scales.c_noise, steps - 1 - nearest)
+        np.testing.assert_allclose(preconditioning.rounded(sigma), u[nearest], rtol=1e-6)
         x = M + np.hypot(S, sigma)[:, None] * np.random.default_rng(0).normal(size=(len(sigma), 4))
 
         def network(scaled, clock, condition):  # the noise, whatever the clock
@@ -407,3 +410,13 @@ def test_the_fused_weight_is_its_recursion():
 def test_processes_that_cannot_be_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_grid_of_iddpm_has_levels_of_its_process_alone():
+    """Karras et al. 2022, Algorithm 1 with Table 1: sigma(t_i) are rounded to u_j."""
+    u = iddpm_levels(1000, 0.001, 0.008)
+    grid = Sampler(num_steps=18, sigma_max=1e5).grid(IDDPM())
+    plain = rho_grid(18, u[-2], u[0])
+    expected = [u[np.abs(u - level).argmin()] for level in plain]
+    np.testing.assert_allclose(grid, expected, rtol=1e-6)
+    assert np.abs(grid[1:-1] / plain[1:-1] - 1).max() > 1e-4
