@@ -31,7 +31,7 @@ RESOLUTION = flags.DEFINE_integer("resolution", 0, "Crop and resize to this size
 
 def main() -> None:
     out = common.output(OUT.value, ".zip")
-    data = Data(DATA.value, path=PATH.value, resolution=RESOLUTION.value)
+    data = Data(DATA.value, path=PATH.value, resolution=RESOLUTION.value, held_out=0.0)
     source = data.source(SPLIT.value, seed=0)
     with Progress(len(source), "image") as progress:
         latents.encode(source, AUTOENCODER.value, LATENTS.value, out, progress.update)

@@ -26,7 +26,8 @@ FREE = tuple(
     for key in ("num_steps", "init_from", "parallel", "require_accelerator", "steps_per_dispatch",
                 "grad_accumulation", "log_every", "checkpoint_every", "keep_checkpoints",
                 "eval_examples", "sample_every", "companions.", "data.name", "data.path",
-                "data.test", "data.autoencoder", "sampler.", "icr.", "profile.")
+                "data.test", "data.autoencoder", "data.labels", "data.cache", "sampler.", "icr.",
+                "profile.")
 )  # fmt: skip
 # Keys of earlier versions, by section, with the only values that mean what no such key means now.
 RETIRED: dict[str, dict[str, Any]] = {
@@ -61,7 +62,8 @@ def places(config: Mapping[str, Any], origin: Mapping[str, Any] = {}) -> dict[st
     if not config:
         return found
     values = {"init_from": config["init_from"], "data.path": config["data"]["path"]}
-    values |= {"data.autoencoder": config["data"].get("autoencoder", "")}  # a newer key
+    newer = ("autoencoder", "labels")
+    values |= {f"data.{key}": config["data"].get(key, "") for key in newer}
     values |= {f"companions.{name}": path for name, path in config["companions"].items()}
     for key in ("name", "test", "generated"):
         kind, _, path = config["data"][key].partition(":")

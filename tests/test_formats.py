@@ -335,8 +335,8 @@ def test_zip_labels_are_found_under_every_name(tmp_path, names, labels, place):
 
 
 @pytest.mark.parametrize(("labels", "options", "message"), [
-    (..., {}, r"2 images, but no dataset\.json; .*\[\[\"0\.png\", 0\].*unlabelled = True"),
-    (None, {}, r"2 images, but no labels in dataset\.json; .*unlabelled = True"),
+    (..., {}, r"2 images, but no dataset\.json; .*\[\[\"0\.png\", 0\].*unconditional=True"),
+    (None, {}, r"2 images, but no labels in dataset\.json; .*unconditional=True"),
     (PAIRS[:1], {}, r"2 images and 1 labels; 1 images have no label, such as 1\.png.*skip = True"),
     ([*PAIRS, ["2.png", 0]], {}, r"3 labels; 1 labels have no image, such as 2\.png\. Complete"),
     ([["0.jpg", 1], ["1.jpg", 0]], {}, r"such as 0\.png; 2 labels have no image, such as 0\.jpg"),

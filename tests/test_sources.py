@@ -150,7 +150,7 @@ def test_config_of_ours(tmp_path):
     np.savez(tmp_path / "a.npz", images=PIXELS, labels=np.arange(6))
     name = f"npz:{tmp_path / 'a.npz'}"
     assert data(name=name, num_classes=9).source("train", 0).num_classes == 9
-    with pytest.raises(ValueError, match=r"option 'resolution' .* Known: num_classes"):
+    with pytest.raises(ValueError, match=r"option 'resolution' .* Known: latents, num_classes"):
         data(name=name, resolution=9).source("train", 0)
     other = data(test=name, limit=5, num_classes=3).source("test", 0)
     assert (len(other), other.num_classes) == (6, 6)  # the file's train split, with no option

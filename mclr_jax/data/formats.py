@@ -7,12 +7,9 @@ import contextlib
 import functools
 import gzip
 import io
-import json
 import pathlib
-import posixpath
 import re
 import threading
-import unicodedata
 import zipfile
 from collections.abc import Callable
 from typing import IO, Any
@@ -23,7 +20,7 @@ from absl import logging
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from mclr_jax import mixture
-from mclr_jax.data import protocol
+from mclr_jax.data import folders, protocol
 from mclr_jax.data.latents import Drawn, Latents, check_moments
 from mclr_jax.data.protocol import Arrays, Lazy, Source
 from mclr_jax.files import named
@@ -32,7 +29,6 @@ IN_MEMORY_BYTES = 2**30
 UNREADABLE = "cannot be decoded; mend it or get it again"
 # How Pillow is to decode an image of which it would leave out the lower bits (BGR;16 has 5 to 6).
 DEEP = re.compile(r"(?<!BGR);16|'ppm'.*, \d{4,}\)")
-HIDDEN = re.compile(r"(^|/)\.[^./]")  # a path with a name such as .DS_Store or ._0.png
 FASHION_MNIST_PATH = "/usr/share/datasets/fashion-mnist"
 
 
@@ -129,29 +125,32 @@ def _tfds(
 
     what = f"image {{}} of {where}".format
     labels = lambda: np.array([record(i)["label"] for i in range(len(records))])  # noqa: E731
-    return _source(len(records), num_classes, read, labels, in_memory, what)
+    names = tuple(features["label"].names)
+    return _source(len(records), num_classes, read, labels, in_memory, what, class_names=names)
 
 
 def _zip(
     path: str, split: str, *, num_classes: int = 0, resolution: int = 0, unlabelled: bool = False,
-    skip: bool = False, background: str = "white", latents: str = "",
+    skip: bool = False, background: str = "white", latents: str = "", labels: str = "",
     in_memory: bool | None = None,
 ) -> Source:  # fmt: skip
-    """The data set format of EDM and EDM2: a zip of images or .npy (C, H, W) and dataset.json.
+    """The data set format of EDM and EDM2: a zip of images or .npy (C, H, W) and dataset.json; or
+    a folder of them, whose sub-folders may be the classes.
 
     Images are those that Pillow reads, in grey if all are grey. `num_classes` is by default the
-    largest label plus 1; with `unlabelled`, a set without labels has one class; `skip` leaves out
-    images without a label and labels without an image; arrays are `latents` of a kind of
-    `latents.KINDS`; the other options are those of `_tfds`.
+    largest label plus 1; with `unlabelled`, a set has one class; `skip` leaves out images without a
+    label and labels without an image; `labels` is a CSV file of file names and classes; arrays are
+    `latents` of a kind of `latents.KINDS`; the other options are those of `_tfds`.
     """
     if split != "train":
         raise ValueError(
-            f"a zip file has no {split!r} split; set config.data.test to the zip of the test set"
+            f"{path} has no {split!r} split; set config.data.test to the zip or folder of the test "
+            "set, or of a folder config.data.held_out to the share that is held out"
         )
     is_folder, lock = pathlib.Path(path).is_dir(), threading.Lock()
-    archive: Any = Folder(path) if is_folder else _open(path, zipfile.ZipFile)
-    files, found, kind = _labelled(archive, path, unlabelled, skip)
-    labels = protocol.as_labels(found, len(files), path, num_classes or np.inf)
+    archive: Any = folders.Folder(path) if is_folder else _open(path, zipfile.ZipFile)
+    files, found, names, kind = folders.examples(archive, path, unlabelled, skip, labels)
+    rows = protocol.as_labels(found, len(files), path, num_classes or np.inf)
     arrays = all(file.lower().endswith(".npy") for file in files)
     if arrays and kind not in ("", latents):
         raise ValueError(
@@ -165,7 +164,7 @@ def _zip(
             return archive.read(file)
 
     def read(index: int) -> tuple[np.ndarray, int]:
-        file, label = files[index], int(labels[index])
+        file, label = files[index], int(rows[index])
         if not file.lower().endswith(".npy"):
             return decode(content(file), name(index)), label
         with named(f"{path} is corrupt at {file}; get it again"):
@@ -183,95 +182,9 @@ def _zip(
     name = lambda index: f"{files[index]} in {path}"  # noqa: E731
     grey = all(is_grey(file) for file in files if not file.lower().endswith(".npy"))
     decode = functools.partial(_decode, path, "L" if grey else "RGB", resolution, background)
-    num_classes = num_classes or protocol.count_classes(labels, path)
-    source = _source(len(files), num_classes, read, lambda: labels, in_memory, name, check)
+    num_classes = num_classes or len(names) or protocol.count_classes(rows, path)
+    source = _source(len(files), num_classes, read, lambda: rows, in_memory, name, check, names)
     return Latents(source, latents) if arrays and latents else source
-
-
-class Folder:
-    """A folder, read like a zip file."""
-
-    def __init__(self, path: str):
-        self.path = pathlib.Path(path)
-
-    def namelist(self) -> list[str]:
-        paths = sorted(path for path in self.path.rglob("*") if path.is_file())
-        return [path.relative_to(self.path).as_posix() for path in paths]
-
-    def open(self, name: str) -> IO[bytes]:
-        return (self.path / name).open("rb")
-
-    def read(self, name: str) -> bytes:
-        return (self.path / name).read_bytes()
-
-
-def _labelled(archive: Any, path: str, unlabelled: bool, skip: bool) -> Any:
-    """The files of a zip that are examples, in the order of their names, their labels, and the kind
-    of their latents, if dataset.json says so.
-
-    Names in dataset.json may have backslashes, "./" or accents in another form of Unicode, and
-    dataset.json may lie with the images in a folder. Hidden files, as of macOS, are no images.
-    In a folder without dataset.json, the classes are its folders.
-    """
-
-    def plain(name: str) -> str:
-        return posixpath.normpath(unicodedata.normalize("NFC", name.replace("\\", "/")))
-
-    def key(name: str) -> str:
-        return plain(name).removeprefix(f"{folder}/")
-
-    names = [name for name in archive.namelist() if not name.endswith("/")]
-    told = [n for n in names if posixpath.basename(plain(n)) == "dataset.json"]
-    told = sorted((n for n in told if not HIDDEN.search(plain(n))), key=len)[:1]
-    folder = posixpath.dirname(plain(told[0])) if told else ""
-    by_key: dict[str, str] = {}
-    for name in names:
-        if key(name) in by_key:
-            raise ValueError(f"{path} has two files {by_key[key(name)]}; write it again with one")
-        by_key[key(name)] = name
-    labels: dict[str, int] = {}
-    with named(f"{path} has a broken dataset.json; mend it, or get the zip again"):
-        about = json.loads(archive.read(told[0])) if told else {}
-        pairs, kind = about.get("labels"), about.get("latents", "")
-        for name, label in pairs.items() if isinstance(pairs, dict) else pairs or ():
-            if type(label) is not int or label < 0:
-                raise ValueError(f"{name} has the label {label!r}, expected an integer from 0")
-            if labels.setdefault(key(name), label) != label:
-                raise ValueError(f"{name} has the labels {labels[key(name)]} and {label}")
-    suffixes = {".npy", *(k for k, v in Image.registered_extensions().items() if v in Image.OPEN)}
-
-    def is_image(place: str) -> bool:
-        return posixpath.splitext(place)[1].lower() in suffixes and not HIDDEN.search(place)
-
-    files = {place: n for place, n in by_key.items() if place in labels or is_image(place)}
-    if others := {*names} - {*files.values(), *told}:
-        text = "%s: left out %d files that are no images, such as %s."
-        logging.warning(text, path, len(others), min(others))
-    tops = {place: place.partition("/")[0] for place in files if "/" in place}
-    classes = sorted({*tops.values()})
-    if pairs is None and isinstance(archive, Folder) and len(classes) > 1:
-        logging.info("%s: %d classes, folders in the order of their names.", path, len(classes))
-        pairs = labels = {place: classes.index(top) for place, top in tops.items()}
-    if pairs is None and not unlabelled and files:
-        raise ValueError(
-            f"{path} has {len(files)} images, but no {'labels in ' * len(told)}dataset.json; write "
-            f'there {{"labels": [["{min(files)}", 0], ...]}}, or for a set without labels put '
-            "data.unlabelled = True in the config file"
-        )
-    labels = dict.fromkeys(files, 0) if pairs is None else labels
-    bare, lost = sorted(files.keys() - labels), sorted(labels.keys() - files)
-    text = f"{path} has {len(files)} images and {len(labels)} labels"
-    text += f"; {len(bare)} images have no label, such as {bare[0]}" if bare else ""
-    text += f"; {len(lost)} labels have no image, such as {lost[0]}" if lost else ""
-    if len(bare) == len(files) or ((bare or lost) and not skip):
-        raise ValueError(
-            f"{text}. Complete the zip or correct the names in dataset.json; to leave out what has "
-            "no partner put data.skip = True in the config file"
-        )
-    if bare or lost:
-        logging.warning("%s; these are left out.", text)
-    chosen = sorted((name, labels[place]) for place, name in files.items() if place in labels)
-    return [name for name, _ in chosen], np.array([label for _, label in chosen]), kind
 
 
 def _npz(path: str, split: str, *, num_classes: int = 0, latents: str = "") -> Arrays:
@@ -383,11 +296,14 @@ def _decode(
 def _source(
     size: int, num_classes: int, read: Callable, labels: Callable, in_memory: bool | None,
     name: Callable[[int], str], check: Callable[[np.ndarray, str], None] = protocol.check_values,
+    class_names: tuple[str, ...] = (),
 ) -> Source:  # fmt: skip
     first, _ = read(0)
-    lazy = Lazy(size, first.shape, num_classes, read, labels, name=name)
+    lazy = Lazy(size, first.shape, num_classes, read, labels, False, name, class_names)
     in_memory = size * first.nbytes < IN_MEMORY_BYTES if in_memory is None else in_memory
-    source = Arrays(*lazy[np.arange(size)], num_classes) if in_memory else lazy
+    source: Source = lazy
+    if in_memory:
+        source = Arrays(*lazy[np.arange(size)], num_classes, class_names=class_names)
     check(source.images if isinstance(source, Arrays) else first[None], name(0))
     return source
 

@@ -94,6 +94,10 @@ class Latents(_Units):
     def labels(self) -> np.ndarray:
         return self.source.labels
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return getattr(self.source, "class_names", ())
+
     def __len__(self) -> int:
         return len(self.source)
 

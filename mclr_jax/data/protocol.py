@@ -14,7 +14,8 @@ class Source(Protocol):
 
     `source[indices]`, with indices (n,) integers in [0, len(source)), gives images (n, *shape),
     uint8 (0..255) or float32 (used without scaling: in [-1, 1], or latents), and labels (n,) int32
-    in [0, num_classes). It may be called from several threads at once.
+    in [0, num_classes). It may be called from several threads at once. An optional attribute
+    `class_names`, a tuple of texts, has the names of label 0, 1, ...
     """
 
     @property
@@ -37,6 +38,7 @@ class Arrays:
     labels: np.ndarray
     num_classes: int
     in_memory: bool = True
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self):
         as_labels(self.labels, len(self.images), "the source", self.num_classes)
@@ -63,6 +65,7 @@ class Lazy:
     read_labels: Callable[[], np.ndarray]
     in_memory: bool = False
     name: Callable[[int], str] = "image {}".format  # index -> what errors call it
+    class_names: tuple[str, ...] = ()
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
@@ -90,7 +93,7 @@ class Subset:
         self.source, self.indices = source, indices
         self.shape, self.num_classes = source.shape, source.num_classes
         self.in_memory = source.in_memory
-        for name in ("offset", "scale", "time_step", "latents"):  # optional
+        for name in ("offset", "scale", "time_step", "latents", "class_names"):  # optional
             if hasattr(source, name):
                 setattr(self, name, getattr(source, name))
         if moments := getattr(source, "moments", None):
@@ -105,6 +108,23 @@ class Subset:
 
     def __getitem__(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self.source[self.indices[indices]]
+
+
+class OneClass(Subset):
+    """All examples of another source, of one class: the data of an unconditional model."""
+
+    def __init__(self, source: Source):
+        super().__init__(source, np.arange(len(source)))
+        self.num_classes, self.class_names = 1, ()
+        if moments := getattr(source, "moments", None):
+            self.moments = lambda indices: (moments(indices)[0], np.zeros(len(indices), np.int32))
+
+    @property
+    def labels(self) -> np.ndarray:
+        return np.zeros(len(self), np.int32)
+
+    def __getitem__(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.source[indices][0], np.zeros(len(indices), np.int32)
 
 
 def for_training(source: Source, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

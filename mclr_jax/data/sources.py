@@ -5,10 +5,20 @@ from collections.abc import Collection, Iterable
 from typing import Any, ClassVar
 
 import numpy as np
+from absl import logging
 
+from mclr_jax.data.folders import divided
 from mclr_jax.data.formats import FORMATS
 from mclr_jax.data.latents import KINDS
-from mclr_jax.data.protocol import Source, as_images, as_labels, check_values, limit
+from mclr_jax.data.protocol import (
+    OneClass,
+    Source,
+    Subset,
+    as_images,
+    as_labels,
+    check_values,
+    limit,
+)
 from mclr_jax.files import named
 from mclr_jax.schema import Keys, fields, key, look_up, nearest, resolve, rest
 
@@ -69,8 +79,14 @@ class Data(Keys):
                     "folder:PATH, npz:PATH, or package.module:Name, one of your own")  # fmt: skip
     path: str = key("", says="folder of the files (fashion_mnist, tfds); empty for the default")
     test: str = key("", says="source of held-out examples; empty for the test split of the name")
-    num_classes: int = key(0, 0, says="0 counts them in the labels (zip, npz)")
-    resolution: int = key(0, 0, says="crop and resize to this size (tfds, zip); 0: as they are")
+    labels: str = key("", says="CSV file of file names and classes (folder, zip); empty: "
+                      "dataset.json, or the sub-folders")  # fmt: skip
+    unconditional: bool = key(False, says="leave the labels aside: all examples are of one class")
+    held_out: float = key(0.1, 0.0, 1.0, ")", says="share of each class that is held out, of a "
+                          "folder without config.data.test")  # fmt: skip
+    num_classes: int = key(0, 0, says="0 counts them in the labels (zip, folder, npz)")
+    resolution: int = key(0, 0, says="crop and resize to this size (tfds, zip, folder); 0: as they "
+                          "are")  # fmt: skip
     latents: str = key("", words=("", *KINDS), says="how those of a zip were made: edm2 (pixels in "
                        "[0, 1]), or stable_diffusion (DiT, SiT, REPA: [-1, 1])")  # fmt: skip
     autoencoder: str = key("", says="folder of diffusers with the autoencoder of the latents, by "
@@ -84,23 +100,43 @@ class Data(Keys):
     where: ClassVar[str] = "config.data"
 
     def source(self, split: str, seed: int) -> Source:
-        """The data set, in training a subset of `limit` examples drawn by `seed`."""
+        """The data set, in training a subset of `limit` examples drawn by `seed`.
+
+        What is held out of a folder does not depend on `seed`: a run that starts from another one
+        has the same split.
+        """
         if split == "test" and self.test:  # its images are shown like those of training
             shown = {"resolution": self.resolution, "background": self.options.get("background")}
             shown = {k: v for k, v in shown.items() if v and k in options_of(self.test)}
-            return load(self.test, "train", **shown, **self._latents(self.test))
-        given = {"path": self.path, "resolution": self.resolution, "num_classes": self.num_classes}
-        given = {name: value for name, value in given.items() if value}
-        source = load(self.name, split, **given, **self._latents(self.name), **self.options)
+            source = load(self.test, "train", **shown, **self._common(self.test))
+        else:
+            given = {"path": self.path, "resolution": self.resolution, "labels": self.labels,
+                     "num_classes": self.num_classes}  # fmt: skip
+            given = {name: value for name, value in given.items() if value}
+            given |= self._common(self.name) | self.options
+            shared = self.name.startswith("folder:") and not self.test and self.held_out
+            source = load(self.name, "train" if shared else split, **given)
+            source = self._part(source, split) if shared else source
+        source = OneClass(source) if self.unconditional and source.num_classes > 1 else source
         return limit(source, self.limit, seed) if self.limit and split == "train" else source
+
+    def _part(self, source: Source, split: str) -> Source:
+        """The training or the held-out examples of a set without splits."""
+        rows = divided(source.labels, self.held_out)
+        if split == "train":
+            text = "%s: %d of %d examples are held out (config.data.held_out=%g)."
+            logging.info(text, self.name, len(rows["test"]), len(source), self.held_out)
+        return Subset(source, rows[split])
 
     def generated_source(self) -> Source:
         """The samples in `generated`."""
-        return load(self.generated, **self._latents(self.generated))
+        return load(self.generated, **self._common(self.generated))
 
-    def _latents(self, name: str) -> dict[str, str]:
-        """The option `latents` of a source that has it: images have none, see `mclr evaluate`."""
-        return {"latents": self.latents} if self.latents and "latents" in options_of(name) else {}
+    def _common(self, name: str) -> dict[str, Any]:
+        """The options of all sources here that `name` has: images have no `latents`, see `mclr
+        evaluate`."""
+        common = {"latents": self.latents, "unlabelled": self.unconditional}
+        return {k: value for k, value in common.items() if value and k in options_of(name)}
 
     def moved(self, place: str) -> "Data":
         """The same data at another place: a source, see `load`, or the folder `path`."""

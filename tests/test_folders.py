@@ -1,0 +1,130 @@
+"""Folders of images against what their files and tables say, and zips against what was written."""
+
+import json
+
+import numpy as np
+import pytest
+from test_formats import everything, png, refused
+
+from mclr_jax.data import folders
+from mclr_jax.data.sources import Data, load
+
+RNG = np.random.default_rng(0)
+
+
+def grey(value, size=(4, 4)):
+    return png(np.full((*size, 3), [value, 0, 0], np.uint8))
+
+
+def write(folder, files):
+    """Write {name: value of an image, or its content}; the source."""
+    for name, content in files.items():
+        (path := folder / name).parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else grey(content))
+    return f"folder:{folder}"
+
+
+def values(source):
+    """The red values of all images, and their labels."""
+    images, labels = everything(source)
+    return images[:, 0, 0, 0].tolist(), labels.tolist()
+
+
+FILES = {"cat/2.png": 2, "ant/b/3.png": 3, "cat/1.png": 1}
+
+
+def test_sub_folders_are_classes_with_names(tmp_path, caplog):
+    odd = {".DS_Store": b"", "cat/._1.png": b"", "Thumbs.db": b"", ".git/0.png": b"", "a.txt": b""}
+    source = load(write(tmp_path, FILES | odd))
+    assert values(source) == ([3, 1, 2], [0, 1, 1])
+    assert (source.class_names, source.num_classes) == (("ant", "cat"), 2)
+    assert "left out 5 files that are no images, such as .DS_Store" in caplog.text
+
+
+def test_names_that_are_integers_are_ordered_by_value(tmp_path):
+    source = load(write(tmp_path, {f"{n}/0.png": n for n in (10, 9, 100)}))
+    assert values(source) == ([10, 100, 9], [1, 2, 0])  # files are in the order of their names
+    assert source.class_names == ("9", "10", "100")
+    assert folders.numbered({"a": "b", "c": "10", "d": "9"})[1] == ("10", "9", "b")
+
+
+@pytest.mark.parametrize("text", [
+    "file,label\n1.png,dog\n\n2.png,cat\nb/3.png,dog\n",
+    "1.png,dog\r\n./2.png,cat\r\nb\\3.png,dog\r\n",
+    "\ufefffile;label;more\n1.png;dog;7\n 2.png ; cat;7\n\"b/3.png\";dog;7\n",
+    "file\tlabel\n1.png\tdog\n2.png\tcat\nb/3.png\tdog\n",
+    "1.png,dog\n2.png,cat\nb/3.png,dog\n1.png,dog",
+])  # fmt: skip
+def test_a_table_gives_the_labels(tmp_path, text, caplog):
+    """Also where the folder has sub-folders or a dataset.json, which says something else."""
+    name = write(tmp_path, {"1.png": 1, "2.png": 2, "b/3.png": 3, "t.csv": text.encode()})
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": [["1.png", 0]]}))
+    source = load(name, labels=f"{tmp_path}/t.csv")
+    assert values(source) == ([1, 2, 3], [1, 0, 1])
+    assert source.class_names == ("cat", "dog")
+    assert "left out" not in caplog.text  # the table is no foreign file
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("1.png,a\n", "1 images have no label, such as 2.png"),
+    ("1.png,a\n2.png,b\n3.png,c\n", "1 labels have no image, such as 3.png"),
+    ("1.png,a\n2.png\n", r"t\.csv has no file or no label in row 2: \['2\.png'\]; complete it"),
+    ("1.png,a\n,b\n", "no file or no label in row 2"),
+    ("1.png,a\n2.png,b\n1.png,b\n", r"t\.csv: 1\.png has the labels a and b"),
+    ("", "2 images and 0 labels"),
+    (b"\xff\xfe1", r"t\.csv is no text in UTF-8"),
+])  # fmt: skip
+def test_tables_that_cannot_be_are_refused(tmp_path, text, message):
+    content = text if isinstance(text, bytes) else text.encode()
+    name = write(tmp_path / "set", {"1.png": 1, "2.png": 2, "t.csv": content})
+    refused(message, name, labels=f"{tmp_path}/set/t.csv")
+    refused("no file .*none.csv; check config.data.labels", name, labels="none.csv",
+            error=FileNotFoundError)  # fmt: skip
+
+
+def test_folders_of_splits_are_no_classes(tmp_path):
+    name = write(tmp_path, {"Train/a/1.png": 1, "val/a/1.png": 1})
+    refused("has the folders Train, val, which are no classes; .*folder:.*/Train and", name)
+    refused(r"2 images, but no dataset\.json; .*data\.labels.*data\.unconditional=True",
+            write(tmp_path / "one", {"all/1.png": 1, "all/2.png": 1}))  # fmt: skip
+
+
+def test_the_held_out_share_is_of_each_class_and_the_rest_is_for_training(tmp_path, caplog):
+    counts = {"a": 40, "b": 10, "c": 3, "d": 1}
+    files = {f"{c}/{i}.png": 41 * k + i for k, c in enumerate(counts) for i in range(counts[c])}
+    data = Data(write(tmp_path / "set", files), held_out=0.2)
+    caplog.set_level("INFO", logger="absl")
+    train, test = (values(data.source(split, 0)) for split in ("train", "test"))
+    assert np.bincount(test[1], minlength=4).tolist() == [8, 2, 1, 0]
+    assert sorted(train[0] + test[0]) == sorted(files.values())
+    assert "set: 11 of 54 examples are held out (config.data.held_out=0.2)." in caplog.text
+    assert values(data.source("test", 7)) == test  # whatever the seed of the training
+    assert data.source("test", 0).class_names == ("a", "b", "c", "d")
+    assert test[0][:8] != list(range(8))
+    assert len(data.source("train", 0)) == 43
+    other = Data(write(tmp_path / "set", {"b/a.png": 1}), held_out=0.2).source("test", 0)
+    assert [v for v, label in zip(*values(other), strict=True) if label != 1] == [
+        v for v, label in zip(*test, strict=True) if label != 1
+    ]  # a new image of another class changes nothing
+
+
+def test_what_is_not_divided(tmp_path):
+    name = write(tmp_path / "set", {f"{c}/{i}.png": i for c in "ab" for i in range(10)})
+    own = write(tmp_path / "own", {"a/0.png": 77, "b/0.png": 78})
+    data = Data(name, test=own)
+    assert (len(data.source("train", 0)), values(data.source("test", 0))[0]) == (20, [77, 78])
+    assert len(Data("digits").source("train", 0)) == 1497
+    assert len(Data(name, held_out=0.0).source("train", 0)) == 20
+    with pytest.raises(ValueError, match=r"has no 'test' split; .*config\.data\.held_out"):
+        Data(name, held_out=0.0).source("test", 0)
+    one = write(tmp_path / "one", {"a/0.png": 0, "b/0.png": 1})
+    with pytest.raises(ValueError, match="no class has two examples"):
+        Data(one).source("train", 0)
+
+
+def test_without_labels_all_is_one_class(tmp_path):
+    mixed = write(tmp_path, {"0.png": 0, "a/1.png": 1, "b/2.png": 2})
+    for name in (mixed, "digits"):
+        source = Data(name, unconditional=True).source("train", 0)
+        assert (source.num_classes, {*everything(source)[1]}, {*source.labels}) == (1, {0}, {0})
+        assert tuple(getattr(source, "class_names", ())) == ()
