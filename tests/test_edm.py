@@ -307,22 +307,22 @@ def test_networks_that_are_not_of_the_official_code_are_refused():
 
     def refused(match, change, class_name="EDMPrecond", state=state):
         content = snapshot(net, state, 8, class_name)
-        change(dict(content["ema"].modules()))
+        change(content["ema"].modules())
         with pytest.raises(ValueError, match=match):
             edm.read(content, {})
 
     def attribute(name, key, value):
         return lambda modules: modules[name].state.update({key: value})
 
-    block = "model.enc.8x8_block0."
+    block = "model.enc.8x8_block0"
     refused("num_heads is 1, expected 2", attribute(block, "num_heads", 1))
     refused("skip_scale is 0.5, expected 1.0", attribute(block, "skip_scale", 0.5))
-    refused("eps is 0.1, expected 1e-05", attribute(f"{block}norm0.", "eps", 0.1))
+    refused("eps is 0.1, expected 1e-05", attribute(f"{block}.norm0", "eps", 0.1))
     refused(r"dropout = \[0.0, 0.3\]", attribute(block, "dropout", 0.3))
     refused("no attribute sigma_data", lambda modules: modules[""].state.pop("sigma_data"))
     refused("a WildPrecond; expected one of EDMPrecond", lambda modules: None, "WildPrecond")
     other = attribute(
-        "model.enc.4x4_down.conv0.", "_buffers", {"resample_filter": np.eye(2)[None, None]}
+        "model.enc.4x4_down.conv0", "_buffers", {"resample_filter": np.eye(2)[None, None]}
     )
     refused("resample_filter is", other)
     named = {k: v for k, v in state.items() if k != "model.enc.4x4_block0.conv1.weight"}

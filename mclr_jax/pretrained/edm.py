@@ -78,7 +78,7 @@ def read(content: Mapping[str, Any], given: dict[str, Any]) -> Checkpoint:
         raise ValueError(
             f"its network is a {module.class_name}; expected one of {', '.join(PRECONDITIONINGS)}."
         )
-    state, modules = module.tensors(), dict(module.modules())
+    state, modules = module.tensors(), module.modules()
     cls, keys = PRECONDITIONINGS[module.class_name]
     net = (_edm2 if family_of(module) == "edm2" else _edm)(state, modules)
     values = {field: _attribute(module, name) for field, name in keys.items()}
@@ -88,7 +88,7 @@ def read(content: Mapping[str, Any], given: dict[str, Any]) -> Checkpoint:
     twice = 2 if module.class_name == "iDDPMPrecond" else 1  # the variance
     net = net.clone(out_channels=twice * channels, num_classes=classes)
     preconditioning = cls(**{k: type(getattr(cls(), k))(v) for k, v in values.items()})
-    dropped = modules.get("model.", module).state.get("label_dropout", 0)
+    dropped = modules.get("model", module).state.get("label_dropout", 0)
     units, facts = _units(content.get("encoder"))
     data = DataInfo(
         (size, size, channels), classes, getattr(preconditioning, "sigma_data", 0.5),
@@ -106,7 +106,7 @@ def read(content: Mapping[str, Any], given: dict[str, Any]) -> Checkpoint:
 
 def _edm(state: State, modules: Mapping[str, Module]) -> UNet:
     """The network of EDMPrecond and those of the baselines, with attributes that were checked."""
-    kind = modules["model."].class_name if "model." in modules else "missing"
+    kind = modules["model"].class_name if "model" in modules else "missing"
     if kind not in ("SongUNet", "DhariwalUNet"):
         raise ValueError(f"its inner network is {kind}; expected a SongUNet or DhariwalUNet.")
     adm = kind == "DhariwalUNet"
@@ -137,13 +137,13 @@ def _edm(state: State, modules: Mapping[str, Module]) -> UNet:
         outputs = int(module.state.get("out_channels", 0))
         wanted: dict[str, dict[str, Any]] = {
             "UNetBlock": {"skip_scale": 1.0 if adm else np.sqrt(0.5), "adaptive_scale": adm,
-                          "num_heads": net.heads(outputs) if f"{name}qkv." in modules else 0},
+                          "num_heads": net.heads(outputs) if f"{name}.qkv" in modules else 0},
             "GroupNorm": {"eps": 1e-5 if adm else 1e-6},
             "PositionalEmbedding": {"endpoint": not adm, "max_positions": 10000},
-            "Conv2d": {"fused_resample": name.endswith("_aux_residual.")},
+            "Conv2d": {"fused_resample": name.endswith("_aux_residual")},
         }  # fmt: skip
         for key, value in wanted.get(module.class_name, {}).items():
-            _check(f"{name}{key}", module.state.get(key, value), value)
+            _check(f"{name}.{key}", module.state.get(key, value), value)
     return net
 
 
@@ -154,12 +154,12 @@ def _edm2(state: State, modules: Mapping[str, Module]) -> EDM2:
     channels = math.gcd(*widths, width, noise)
     most, least = 2**16, 1  # channels of a head that give the number of heads of every block
     for name, module in modules.items():
-        if module.class_name == "Block" and (f"{name}attn_qkv." in modules or "_in0." in name):
+        if module.class_name == "Block" and (f"{name}.attn_qkv" in modules or "_in0" in name):
             features, heads = _attribute(module, "out_channels"), _attribute(module, "num_heads")
             least = max(least, features // (heads + 1) + 1)
             most = min(most, features // heads if heads else most)
     option = partial(_of_blocks, modules)
-    unet = modules["unet."].state
+    unet = modules["unet"].state
     return EDM2(
         channels=channels, channel_mult=tuple(w // channels for w in widths), num_blocks=blocks,
         channel_mult_noise=0 if noise == widths[0] else noise // channels,

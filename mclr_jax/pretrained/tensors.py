@@ -28,7 +28,6 @@ DTYPES = {
     "Double": "<f8", "Float": "<f4", "Half": "<f2", "BFloat16": ml_dtypes.bfloat16, "Long": "<i8",
     "Int": "<i4", "Short": "<i2", "Char": "i1", "Byte": "u1", "Bool": "?",
 }  # fmt: skip
-DEEPEST = 64  # modules within modules
 
 
 def load(path: str | os.PathLike) -> Any:
@@ -86,31 +85,34 @@ class Module:
     def __setstate__(self, state: dict) -> None:
         self.state = Dict(state)
 
-    def parts(self, kind: str, types: Any) -> dict[str, Any]:
-        """The `_parameters`, `_buffers` or `_modules` that are there, by name."""
-        found = dict(self.state.get(kind) or {})
-        for name, value in found.items():
-            if not (isinstance(name, str) and isinstance(value, types | None)):
-                raise ValueError(f"{kind} of a {self.class_name} hold {reprlib.repr(value):.20}")
-        return {name: value for name, value in found.items() if value is not None}
+    def inside(self, name: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
+        """The module and all modules, parameters and buffers in it, by dotted names.
 
-    def modules(self, prefix: str = "") -> "Iterator[tuple[str, Module]]":
-        """The module and all modules in it, with dotted names that end in a dot, or are empty."""
-        if prefix.count(".") > DEEPEST:
-            raise ValueError(f"module {prefix:.40} is too deep")
-        yield prefix, self
-        for name, part in self.parts("_modules", Module).items():
-            yield from part.modules(f"{prefix}{name}.")
+        ValueError: one is something else, or a module is there twice.
+        """
+        if id(self) in seen:
+            raise ValueError(f"module {name:.40} is there twice")
+        seen.add(id(self))
+        yield name, self
+        for kind in ("_parameters", "_buffers", "_modules"):
+            for key, value in dict(self.state.get(kind) or {}).items():
+                full = f"{name}.{key}" if name else str(key)
+                if isinstance(value, Module):
+                    yield from value.inside(full, seen)
+                elif isinstance(value, np.ndarray):
+                    yield full, value
+                elif value is not None:
+                    raise ValueError(f"{full} is {reprlib.repr(value):.20}, expected a tensor")
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """All parameters and buffers by dotted name; raises ValueError for other values."""
-        kinds = ("_parameters", "_buffers")
+        """All parameters and buffers by dotted name."""
         return {
-            prefix + name: value
-            for prefix, module in self.modules()
-            for kind in kinds
-            for name, value in module.parts(kind, np.ndarray).items()
+            name: value for name, value in self.inside("", set()) if isinstance(value, np.ndarray)
         }
+
+    def modules(self) -> "dict[str, Module]":
+        """All modules by dotted name; its own is ""."""
+        return {name: value for name, value in self.inside("", set()) if isinstance(value, Module)}
 
 
 def _module(about: dict) -> Module:
