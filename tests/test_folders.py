@@ -1,12 +1,13 @@
 """Folders of images against what their files and tables say, and zips against what was written."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 from test_formats import everything, png, refused
 
-from mclr_jax.data import folders
+from mclr_jax.data import folders, formats
 from mclr_jax.data.sources import Data, load
 
 RNG = np.random.default_rng(0)
@@ -30,19 +31,26 @@ def values(source):
     return images[:, 0, 0, 0].tolist(), labels.tolist()
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """The folder of decoded images, in place of the one in the home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / ".cache" / "mclr_jax" / "data"
+
+
 FILES = {"cat/2.png": 2, "ant/b/3.png": 3, "cat/1.png": 1}
 
 
 def test_sub_folders_are_classes_with_names(tmp_path, caplog):
     odd = {".DS_Store": b"", "cat/._1.png": b"", "Thumbs.db": b"", ".git/0.png": b"", "a.txt": b""}
-    source = load(write(tmp_path, FILES | odd))
+    source = load(write(tmp_path / "set", FILES | odd))
     assert values(source) == ([3, 1, 2], [0, 1, 1])
     assert (source.class_names, source.num_classes) == (("ant", "cat"), 2)
     assert "left out 5 files that are no images, such as .DS_Store" in caplog.text
 
 
 def test_names_that_are_integers_are_ordered_by_value(tmp_path):
-    source = load(write(tmp_path, {f"{n}/0.png": n for n in (10, 9, 100)}))
+    source = load(write(tmp_path / "set", {f"{n}/0.png": n for n in (10, 9, 100)}))
     assert values(source) == ([10, 100, 9], [1, 2, 0])  # files are in the order of their names
     assert source.class_names == ("9", "10", "100")
     assert folders.numbered({"a": "b", "c": "10", "d": "9"})[1] == ("10", "9", "b")
@@ -57,9 +65,9 @@ def test_names_that_are_integers_are_ordered_by_value(tmp_path):
 ])  # fmt: skip
 def test_a_table_gives_the_labels(tmp_path, text, caplog):
     """Also where the folder has sub-folders or a dataset.json, which says something else."""
-    name = write(tmp_path, {"1.png": 1, "2.png": 2, "b/3.png": 3, "t.csv": text.encode()})
-    (tmp_path / "dataset.json").write_text(json.dumps({"labels": [["1.png", 0]]}))
-    source = load(name, labels=f"{tmp_path}/t.csv")
+    name = write(tmp_path / "set", {"1.png": 1, "2.png": 2, "b/3.png": 3, "t.csv": text.encode()})
+    (tmp_path / "set" / "dataset.json").write_text(json.dumps({"labels": [["1.png", 0]]}))
+    source = load(name, labels=f"{tmp_path}/set/t.csv")
     assert values(source) == ([1, 2, 3], [1, 0, 1])
     assert source.class_names == ("cat", "dog")
     assert "left out" not in caplog.text  # the table is no foreign file
@@ -83,7 +91,7 @@ def test_tables_that_cannot_be_are_refused(tmp_path, text, message):
 
 
 def test_folders_of_splits_are_no_classes(tmp_path):
-    name = write(tmp_path, {"Train/a/1.png": 1, "val/a/1.png": 1})
+    name = write(tmp_path / "set", {"Train/a/1.png": 1, "val/a/1.png": 1})
     refused("has the folders Train, val, which are no classes; .*folder:.*/Train and", name)
     refused(r"2 images, but no dataset\.json; .*data\.labels.*data\.unconditional=True",
             write(tmp_path / "one", {"all/1.png": 1, "all/2.png": 1}))  # fmt: skip
@@ -123,8 +131,97 @@ def test_what_is_not_divided(tmp_path):
 
 
 def test_without_labels_all_is_one_class(tmp_path):
-    mixed = write(tmp_path, {"0.png": 0, "a/1.png": 1, "b/2.png": 2})
+    mixed = write(tmp_path / "set", {"0.png": 0, "a/1.png": 1, "b/2.png": 2})
     for name in (mixed, "digits"):
         source = Data(name, unconditional=True).source("train", 0)
         assert (source.num_classes, {*everything(source)[1]}, {*source.labels}) == (1, {0}, {0})
         assert tuple(getattr(source, "class_names", ())) == ()
+
+
+# ---- decoded images ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The names of the images that were decoded."""
+    names, decode = [], formats._decode
+    monkeypatch.setattr(formats, "_decode", lambda *a: names.append(a[-1]) or decode(*a))
+    return names
+
+
+def test_the_second_start_decodes_nothing(tmp_path, decoded, cache):
+    name = write(tmp_path / "set", {f"{c}/{i}.png": i for c in "ab" for i in range(150)})
+    first = everything(load(name))
+    assert {*decoded} >= {f"{c}/{i}.png in {tmp_path}/set" for c in "ab" for i in range(150)}
+    decoded.clear()
+    second = load(name)
+    for got, expected in zip(everything(second), first, strict=True):
+        np.testing.assert_array_equal(got, expected)
+    assert (second.class_names, second.in_memory, decoded) == (("a", "b"), True, [])
+    assert isinstance(load(name, in_memory=False).images, np.memmap)
+    assert [path.suffix for path in cache.iterdir()] == [".npy"]
+
+
+def later(path):
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+
+
+@pytest.mark.parametrize(("change", "files"), [
+    (lambda folder: (folder / "a" / "0.png").write_bytes(grey(200)), 1),
+    (lambda folder: later(folder / "a" / "0.png"), 1),
+    (lambda folder: (folder / "a" / "0.png").rename(folder / "a" / "9.png"), 1),
+    (lambda folder: {"resolution": 2}, 2),
+    (lambda folder: {"background": "black"}, 2),
+])  # fmt: skip
+def test_what_has_changed_is_decoded_again(tmp_path, decoded, cache, change, files):
+    """And the file of an earlier state of the folder is removed."""
+    name = write(tmp_path / "set", {f"{c}/{i}.png": i for c in "ab" for i in range(3)})
+    load(name)
+    decoded.clear()
+    options = change(tmp_path / "set")
+    options = options if isinstance(options, dict) else {}
+    source = load(name, **options)
+    assert len({*decoded}) == 6
+    np.testing.assert_array_equal(source.images, load(name, cache="", **options).images)
+    assert len([*cache.iterdir()]) == files
+
+
+@pytest.mark.parametrize("damage", [
+    lambda content: content[:-1], lambda content: b"", lambda content: b"\0" * 200,
+    lambda content: content[:20] + b"((((" + content[24:],
+    lambda content: content.replace(b"|u1", b"|i1"),
+    lambda content: content.replace(b"(6, ", b"(5, "),
+])  # fmt: skip
+def test_a_damaged_file_is_made_again(tmp_path, decoded, cache, damage):
+    name = write(tmp_path / "set", {f"{c}/{i}.png": i for c in "ab" for i in range(3)})
+    expected = load(name).images
+    (file,) = cache.iterdir()
+    file.write_bytes(damage(intact := file.read_bytes()))
+    np.testing.assert_array_equal(load(name).images, expected)
+    assert file.read_bytes() == intact
+
+
+def test_where_nothing_can_be_kept_images_are_decoded(
+    tmp_path, decoded, cache, caplog, monkeypatch
+):
+    name = write(tmp_path / "set", {f"{c}/{i}.png": i for c in "ab" for i in range(3)})
+    load(name, cache="")
+    assert not cache.exists()
+    monkeypatch.setattr(folders, "LARGEST", 6 * 48 - 1)
+    assert len(load(name)) == 6
+    assert "are not kept" in caplog.text
+    assert not [*cache.iterdir()]
+    monkeypatch.setattr(folders, "LARGEST", 6 * 48)
+    (tmp_path / "file").touch()
+    caplog.clear()
+    assert len(load(name, cache=f"{tmp_path}/file")) == 6
+    assert "file: " in caplog.text
+    load(name)
+    assert len([*cache.iterdir()]) == 1
+
+
+def test_an_image_that_cannot_be_decoded_leaves_no_file(tmp_path, cache):
+    name = write(tmp_path / "set", {"a/0.png": 0, "a/1.png": 1, "b/0.png": grey(3)[:45]})
+    refused("b/0.png in .* cannot be decoded", name)
+    refused("b/0.png in .* cannot be decoded", name)
+    assert not [*cache.iterdir()]

@@ -400,14 +400,16 @@ def test_a_folder_is_read_like_a_zip_and_its_folders_may_be_the_classes(tmp_path
     for number, name in enumerate(["cat/1.png", "ant/b/2.png", "cat/0.png"]):
         (path := tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(png(PIXELS[number]))
-    images, labels = everything(source := load(f"folder:{tmp_path}/set"))
+    images, labels = everything(source := load(f"folder:{tmp_path}/set", cache=""))
     np.testing.assert_array_equal(images, PIXELS[[1, 2, 0]])
     assert (labels.tolist(), source.num_classes) == ([0, 1, 1], 2)
     about = {"labels": [["cat/1.png", 2], ["ant/b/2.png", 0], ["cat/0.png", 1]]}
     (tmp_path / "set" / "dataset.json").write_text(json.dumps(about))
-    np.testing.assert_array_equal(everything(load(f"folder:{tmp_path}/set"))[1], [0, 1, 2])
+    np.testing.assert_array_equal(
+        everything(load(f"folder:{tmp_path}/set", cache=""))[1], [0, 1, 2]
+    )
     (tmp_path / "set" / "3.png").write_bytes(SMALL)
-    refused("1 images have no label, such as 3.png", f"folder:{tmp_path}/set")
+    refused("1 images have no label, such as 3.png", f"folder:{tmp_path}/set", cache="")
     refused("found no file", f"folder:{tmp_path}/none", error=FileNotFoundError)
 
 

@@ -1,21 +1,35 @@
-"""Images in a folder or a zip: which files are examples, their classes, and the held-out share."""
+"""Images in a folder or a zip: which files are examples, their classes, and the held-out share.
 
+Decoded images of a folder are kept in a file, so that the next start need not decode them again.
+"""
+
+import concurrent.futures
+import contextlib
 import csv
+import dataclasses
+import hashlib
 import io
 import json
+import math
+import os
 import pathlib
 import posixpath
 import re
+import shutil
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 from absl import logging
 from PIL import Image
 
+from mclr_jax.data.protocol import Source
 from mclr_jax.files import named
 
+CACHE = "~/.cache/mclr_jax/data"
+LARGEST = 4 * 2**30  # bytes of decoded images that are kept
+PART = 64  # images that a thread decodes at a time
 HIDDEN = re.compile(r"(^|/)\.[^./]")  # a path with a name such as .DS_Store or ._0.png
 PARTS = {"train", "training", "test", "testing", "val", "valid", "validation"}  # are no classes
 
@@ -35,6 +49,11 @@ class Folder:
 
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
+
+    def stamps(self, files: list[str]) -> list[tuple[str, int, int]]:
+        """Name, size and time of the last change of each file."""
+        found = ((name, (self.path / name).stat()) for name in files)
+        return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
 
 
 class Examples(NamedTuple):
@@ -61,14 +80,14 @@ def numbered(classes: Mapping[str, str]) -> tuple[dict[str, int], tuple[str, ...
 
 
 def examples(
-    archive: Any, path: str, unlabelled: bool = False, skip: bool = False, table: str = ""
+    archive: Any, path: str, unlabelled: bool | None = False, skip: bool = False, table: str = ""
 ) -> Examples:
     """The examples of a zip or a `Folder`, whose classes are, first of all, those of the CSV file
     `table`, else those of dataset.json, else, in a folder, its sub-folders.
 
     Names in dataset.json may have backslashes, "./" or accents in another form of Unicode, and
     dataset.json may lie with the images in a folder. Hidden files, as of macOS, are no images.
-    With `unlabelled` all images are of one class.
+    With `unlabelled` all images are of one class; None: if they have no labels.
     """
 
     def key(name: str) -> str:
@@ -103,7 +122,7 @@ def examples(
         logging.warning(text, path, len(others), min(others))
     if labels is None and isinstance(archive, Folder) and not unlabelled:
         labels, class_names = _sub_folders(files, path)
-    if unlabelled:
+    if unlabelled or (unlabelled is None and labels is None):
         labels, class_names = dict.fromkeys(files, 0), ()
     if labels is None and files:
         raise ValueError(
@@ -195,3 +214,73 @@ def divided(labels: np.ndarray, share: float, seed: int = 0) -> dict[str, np.nda
     if not test:
         raise ValueError("no class has two examples, of which one could be held out; set data.test")
     return {"train": np.setdiff1d(np.arange(len(labels)), test), "test": np.sort(test)}
+
+
+# ---- decoded images ------------------------------------------------------------------------------
+
+
+def parts(source: Source) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """All images and labels of a source, in parts, read by a thread for each core."""
+    rows = np.array_split(np.arange(len(source)), math.ceil(len(source) / PART))
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+        yield from threads.map(source.__getitem__, rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """The file with the decoded images of a folder, (count, H, W, C) uint8; of another state of the
+    folder it has another name."""
+
+    folder: pathlib.Path  # of such files
+    name: str  # of the set and the options of its images
+    state: str  # of the image files
+    count: int
+
+    @classmethod
+    def of(cls, cache: str, archive: Folder, files: list[str], *options: Any) -> "Kept":
+        """That of the images `files` as they are now, decoded with these options."""
+        texts = ([os.path.abspath(archive.path), *options], archive.stamps(files))
+        name, state = (hashlib.sha256(json.dumps(t).encode()).hexdigest()[:16] for t in texts)
+        return cls(pathlib.Path(cache).expanduser(), name, state, len(files))
+
+    @property
+    def file(self) -> pathlib.Path:
+        return self.folder / f"{self.name}-{self.state}.npy"
+
+    def read(self) -> np.ndarray | None:
+        """The images, mapped into memory; None: there is no such file, or it is damaged."""
+        try:
+            images = np.load(self.file, mmap_mode="r")
+        except Exception:  # a damaged header causes errors of many types
+            return None
+        fits = images.dtype == np.uint8 and images.ndim == 4 and len(images) == self.count
+        return images if fits else None
+
+    def write(self, source: Source) -> np.ndarray | None:
+        """The images of a source, written in place of those of an earlier state of the folder.
+
+        None, and a warning, if they are too many or cannot be written.
+        """
+        size = len(source) * math.prod(source.shape)
+        temporary = self.file.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if size > min(LARGEST, shutil.disk_usage(self.folder).free / 2):
+                raise OSError(f"{size / 2**30:.1f} GiB are too much")
+            header = {"descr": "|u1", "fortran_order": False, "shape": (len(source), *source.shape)}
+            with temporary.open("wb") as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for images, _ in parts(source):
+                    file.write(images.tobytes())
+            os.replace(temporary, self.file)
+            for path in self.folder.glob(f"{self.name}-*.npy"):
+                if path != self.file:
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            logging.warning("Decoded images are not kept in %s: %s.", self.folder, error)
+            return None
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        logging.info("%d decoded images are kept in %s.", len(source), self.file)
+        return self.read()

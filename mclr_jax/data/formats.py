@@ -130,17 +130,19 @@ def _tfds(
 
 
 def _zip(
-    path: str, split: str, *, num_classes: int = 0, resolution: int = 0, unlabelled: bool = False,
-    skip: bool = False, background: str = "white", latents: str = "", labels: str = "",
-    in_memory: bool | None = None,
+    path: str, split: str, *, num_classes: int = 0, resolution: int = 0,
+    unlabelled: bool | None = False, skip: bool = False, background: str = "white",
+    latents: str = "", labels: str = "", cache: str = folders.CACHE, in_memory: bool | None = None,
 ) -> Source:  # fmt: skip
     """The data set format of EDM and EDM2: a zip of images or .npy (C, H, W) and dataset.json; or
     a folder of them, whose sub-folders may be the classes.
 
     Images are those that Pillow reads, in grey if all are grey. `num_classes` is by default the
-    largest label plus 1; with `unlabelled`, a set has one class; `skip` leaves out images without a
-    label and labels without an image; `labels` is a CSV file of file names and classes; arrays are
-    `latents` of a kind of `latents.KINDS`; the other options are those of `_tfds`.
+    largest label plus 1; with `unlabelled`, a set has one class (None: if it has no labels);
+    `skip` leaves out images without a label and labels without an image; `labels` is a CSV file of
+    file names and classes; `cache` is where the decoded images of a folder are kept, empty for
+    nowhere; arrays are `latents` of a kind of `latents.KINDS`; the other options are those of
+    `_tfds`.
     """
     if split != "train":
         raise ValueError(
@@ -180,10 +182,21 @@ def _zip(
             return _is_grey(_picture(stream))  # of most formats it reads no more than the header
 
     name = lambda index: f"{files[index]} in {path}"  # noqa: E731
-    grey = all(is_grey(file) for file in files if not file.lower().endswith(".npy"))
-    decode = functools.partial(_decode, path, "L" if grey else "RGB", resolution, background)
+
+    @functools.cache
+    def mode() -> str:  # not asked for if the images are in the cache
+        images = (file for file in files if not file.lower().endswith(".npy"))
+        return "L" if all(map(is_grey, images)) else "RGB"
+
+    def decode(data: bytes, what: str) -> np.ndarray:
+        return _decode(path, mode(), resolution, background, data, what)
+
+    kept = None
+    if is_folder and cache and not any(file.lower().endswith(".npy") for file in files):
+        kept = folders.Kept.of(cache, archive, files, resolution, background)
     num_classes = num_classes or len(names) or protocol.count_classes(rows, path)
-    source = _source(len(files), num_classes, read, lambda: rows, in_memory, name, check, names)
+    source = _source(len(files), num_classes, read, lambda: rows, in_memory, name, check, names,
+                     kept)  # fmt: skip
     return Latents(source, latents) if arrays and latents else source
 
 
@@ -296,14 +309,22 @@ def _decode(
 def _source(
     size: int, num_classes: int, read: Callable, labels: Callable, in_memory: bool | None,
     name: Callable[[int], str], check: Callable[[np.ndarray, str], None] = protocol.check_values,
-    class_names: tuple[str, ...] = (),
+    class_names: tuple[str, ...] = (), kept: folders.Kept | None = None,
 ) -> Source:  # fmt: skip
-    first, _ = read(0)
-    lazy = Lazy(size, first.shape, num_classes, read, labels, False, name, class_names)
+    images = kept.read() if kept else None
+    if images is None:
+        first, _ = read(0)
+        lazy = Lazy(size, first.shape, num_classes, read, labels, False, name, class_names)
+        images = kept.write(lazy) if kept else None
+    if images is not None:
+        in_memory = images.nbytes < IN_MEMORY_BYTES if in_memory is None else in_memory
+        images = np.array(images) if in_memory else images
+        return Arrays(images, labels(), num_classes, in_memory, class_names)
     in_memory = size * first.nbytes < IN_MEMORY_BYTES if in_memory is None else in_memory
     source: Source = lazy
     if in_memory:
-        source = Arrays(*lazy[np.arange(size)], num_classes, class_names=class_names)
+        images, found = map(np.concatenate, zip(*folders.parts(lazy), strict=True))
+        source = Arrays(images, found, num_classes, class_names=class_names)
     check(source.images if isinstance(source, Arrays) else first[None], name(0))
     return source
 
