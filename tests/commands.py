@@ -17,13 +17,13 @@ PRELOADED = ["mclr_jax.main", "mclr_jax.assimilation.regimes", "mclr_jax.evaluat
 SERVER.set_forkserver_preload(PRELOADED)
 
 
-def _child(target, argv, path, log, devices):
+def _child(target, argv, path, log, devices, folder):
     """In the new process: run a module like `python -m` does, or a function of `argv`."""
     for number in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     flags = re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
     os.environ["XLA_FLAGS"] = flags
-    os.chdir(ROOT)
+    os.chdir(folder)
     sys.path[:0] = [*map(str, path), str(ROOT), str(ROOT / "tests")]
     sys.argv, sys.orig_argv = [str(target), *argv], [sys.executable, "-m", str(target), *argv]
     try:
@@ -39,17 +39,17 @@ def _child(target, argv, path, log, devices):
     jax.distributed.shutdown()
 
 
-def start(target, argv, log, path=(), devices=1):
+def start(target, argv, log, path=(), devices=1, folder=ROOT):
     """The process, on CPU devices; `path` is for imports, output goes to the file `log`."""
-    process = SERVER.Process(target=_child, args=(target, argv, path, str(log), devices))
+    process = SERVER.Process(target=_child, args=(target, argv, path, str(log), devices, folder))
     process.start()
     return process
 
 
-def call(module, *arguments, expect=0, path=()):
+def call(module, *arguments, expect=0, path=(), folder=ROOT):
     """Output of launch.MODULE; its exit status must be `expect`."""
     with tempfile.NamedTemporaryFile() as log:
-        process = start(f"launch.{module}", list(arguments), log.name, path)
+        process = start(f"launch.{module}", list(arguments), log.name, path, folder=folder)
         process.join(300)
         output = pathlib.Path(log.name).read_text()
     assert process.exitcode == expect, output

@@ -27,6 +27,7 @@ import pytest
 import tables
 from test_floors import FLOORS
 
+from mclr_jax import configs
 from mclr_jax.config import OBJECTIVES, Training
 from mclr_jax.launch import common
 from mclr_jax.objectives.rivals import CCA
@@ -52,6 +53,7 @@ RESULT = re.compile(
     r"|\b(?:two|three|four|five|six|ten|twenty) seconds\b",
     re.IGNORECASE,
 )
+COMMAND = r"(?:^|`)mclr (?!null\b|weak\b)(\w+)"  # those two are names of methods
 PAGES = {str(page.relative_to(ROOT)): page.read_text() for page in tables.PAGES}
 
 
@@ -195,7 +197,7 @@ def test_named_files_exist(page):
         r"(?<![\w/$])((?:tests|configs|benchmarks|launch|mclr_jax)/[\w/]+\.\w+)", text
     )
     paths += [f"tests/{name}" for name in re.findall(r"\btest_\w+\.py", text)]
-    paths += [f"launch/{name}.py" for name in re.findall(r"\blaunch\.(\w+)", text)]
+    paths += [f"launch/{name}.py" for name in re.findall(COMMAND, text, re.MULTILINE)]
     missing = [path for path in paths if "NAME" not in path and not (ROOT / path).exists()]
     assert not missing
 
@@ -206,14 +208,17 @@ def test_options_of_objectives_exist(page):
 
 
 def test_flags_of_commands_exist(page):
-    for module, rest in re.findall(r"\blaunch\.(\w+)([^`\n#]*)", PAGES[page].replace("\\\n", " ")):
+    text = PAGES[page].replace("\\\n", " ")
+    for module, rest in re.findall(rf"{COMMAND}([^`\n#]*)", text, re.MULTILINE):
         files = [ROOT / f"launch/{name}.py" for name in (module, "common", "hosts")]
         code = "".join(file.read_text() for file in files)
         known = {"config", "help", *re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", code)}
         for shared in re.findall(r"common\.define\(([^)]*)\)", code):
             names = common.GUIDANCE if "GUIDANCE" in shared else re.findall(r"\w+", shared)
             known |= {*names} & common.SHARED.keys()
-        assert {*re.findall(r"(?<!\S)--(\w+)", rest)} <= known, f"launch.{module}{rest}"
+        assert {*re.findall(r"(?<!\S)--(\w+)", rest)} <= known, f"mclr {module}{rest}"
+        if module in ("train", "plan") and (config := re.match(r" ([a-z]\w*) ", rest)):
+            assert config[1] in configs.names(), f"mclr {module}{rest}"
 
 
 def test_python_on_the_pages_runs(capsys):
