@@ -30,9 +30,9 @@ def blocks(language):
 
 
 def lines_of(module):
-    """The page's calls of launch.MODULE."""
+    """The page's calls of mclr MODULE."""
     lines = [line for block in blocks("bash") for line in block.splitlines()]
-    return [line for line in lines if line.startswith(f"python -m launch.{module} ")]
+    return [line for line in lines if line.startswith(f"mclr {module} ")]
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +49,12 @@ def project(tmp_path_factory):
 
 def call(folder, command, *arguments, expect=0):
     """Output of a command of the page, made smaller."""
-    words = shlex.split(command.replace("$PYTHONPATH", str(folder)))
-    module = re.search(r"launch\.(\w+)|$", command)[1]
-    if module:
-        arguments = [*words[3:], *shlex.split(SMALLER[module]), *arguments]
-        return processes.call(module, *arguments, expect=expect, path=[folder])
+    program, module, *words = shlex.split(command)
+    if program == "mclr":
+        arguments = [*words, *shlex.split(SMALLER[module]), *arguments]
+        return processes.call(module, *arguments, expect=expect, path=[folder], folder=folder)
     result = subprocess.run(
-        [sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        [sys.executable, module, *words], cwd=folder, capture_output=True, text=True, timeout=300,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])},
     )  # fmt: skip
     assert result.returncode == expect, result.stderr
@@ -90,5 +89,5 @@ def test_the_page_samples_and_evaluates_without_the_objective(project):
     call(folder, evaluate, f"--cache={folder / 'cache'}")
     found = json.loads((folder / "shapes.json").read_text())
     assert {"frechet", "inception_score", "accuracy"} <= found["rows"][0].keys()
-    printed = call(folder, f"python $PYTHONPATH/my_project/sampling.py {folder / 'run'}")
+    printed = call(folder, "python my_project/sampling.py run")
     assert printed.splitlines()[0] == "8 (4, 8, 8, 1)"
