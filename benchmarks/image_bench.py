@@ -40,9 +40,10 @@ JUDGES: dict[str, dict[str, Any]] = {
     "accuracy": {"weight_decay": 0.3, "network": {
         "name": "mlp_classifier", "width": 256, "depth": 2}},
 }  # fmt: skip
-METRICS = ("fd", "fd_class", "fd_inter", "is", "pr", "dc")  # and accuracy, and copies
+METRICS = tuple(name for name in evaluate.METRICS if name != "kernel")  # and accuracy, copies
 # A second judge, which has seen neither these images nor these classes: ImageNet features.
-SECOND, SECOND_METRICS, SECOND_REFERENCE = "efficientnet_lite0", ("fd", "fd_class"), 10_000
+SECOND, SECOND_REFERENCE = "efficientnet_lite0", 10_000
+SECOND_METRICS = ("frechet", "per_class_frechet")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,36 +1,43 @@
-"""Measure a trained run: distances to real images, class accuracy, diversity, cost.
+"""Measure a trained run, or any images: distances to real images, accuracy, diversity, cost.
 
-  python -m launch.evaluate --workdir=runs/digits --features=classifier:runs/digits_classifier \\
+  mclr evaluate --workdir=runs/digits --features=classifier:runs/digits_classifier \\
       --num_samples=1000 --guidance_scales=1,1.5,2 --out=digits.json
+  mclr evaluate --samples=FOLDER --reference=FOLDER --features=efficientnet_lite0
 
-Prints a row for each guidance scale, interpolation and average of the weights, and a row for
-held-out real images, at most as many, drawn by --seed: the floor. Each row of samples is stored in
-WORKDIR/evaluation when it is complete, and the same command makes only the missing rows. --metrics
-names any of
+For a run it prints a row for each guidance scale, interpolation and average of the weights, and a
+row for held-out real images, at most as many, drawn by --seed: the floor. Each row of samples is
+stored in WORKDIR/evaluation when it is complete, and the same command makes only the missing rows.
 
-  fd        Frechet distance of the features, to the training set
-  fd_class  the same for each class, averaged
-  fd_inter  mean Frechet distance between the classes of the samples: class separation
-  is        inception score, in the extractor's classes
-  kid       kernel distance (unbiased)
-  pr        precision and recall
-  dc        density and coverage
+Without a run, --samples and --reference are folders, zips or npz files of images, or data sources
+as in config.data.name; --reference may be a file of statistics (mu and sigma, of EDM, EDM2,
+guided-diffusion or clean-fid), for a run, too. --write_statistics writes such a file.
+
+--metrics names any of
+
+  frechet              Frechet distance of the features (FD), to the training set
+  per_class_frechet    the same for each class, averaged
+  inter_class_frechet  mean Frechet distance between the classes of the samples: class separation
+  inception_score      in the extractor's classes
+  kernel               kernel distance (KID, unbiased)
+  precision, recall    share of samples near real images; of real images near samples
+  density, coverage    the same by numbers of neighbours
 
 and every row has the class accuracy, network calls and samples per second. With --memorized it has
 the share of samples that copy a training image: their distance to it, in pixels, is less than a
 third of the distance to the second nearest image.
 
 All measures of a model of latents are of decoded images; --data may name the images themselves.
-Several processes share the work and process 0 writes the files: --coordinator as in launch.train.
+Several processes share the work and process 0 writes the files: --coordinator as in mclr train.
 """
 
 import pathlib
+from typing import Any
 
 from absl import flags, logging
 
 from mclr_jax import latents, runs
 from mclr_jax.data.protocol import drawn
-from mclr_jax.evaluation import evaluate, features
+from mclr_jax.evaluation import compare, evaluate, features
 from mclr_jax.files import write_json
 from mclr_jax.launch import common, hosts
 from mclr_jax.training.devices import is_first
@@ -40,19 +47,32 @@ WORKDIR, SEED, INIT_FROM, DATA, BATCH_SIZE, AUTOENCODER = common.define(
     "workdir", "seed", "init_from", "data", "batch_size", "autoencoder"
 )
 common.define(*common.GUIDANCE)
-OUT = flags.DEFINE_string("out", None, "File to write, NAME.json.")
+OUT = flags.DEFINE_string("out", None, "File to write, NAME.json; needed for a run.")
+SAMPLES = flags.DEFINE_string("samples", None, "Images to measure, in place of those of a run.")
+REFERENCE = flags.DEFINE_string(
+    "reference", None, "Real images or statistics of them; default: the data of the run."
+)
+WRITE_STATISTICS = flags.DEFINE_string(
+    "write_statistics", None, "File to write, NAME.npz: mu and sigma of the reference."
+)
+RESOLUTION = flags.DEFINE_integer(
+    "resolution", 0, "Crop and resize the files of --samples and --reference to this size; 0: no.",
+    lower_bound=0,
+)  # fmt: skip
 FEATURES = flags.DEFINE_string(
     "features", None,
     "Extractor: classifier:WORKDIR, efficientnet_lite0, inception:FILE or dinov2:FILE.",
 )  # fmt: skip
 JUDGE = flags.DEFINE_string("judge", None, "Extractor that judges accuracy; default: --features.")
-METRICS = flags.DEFINE_list("metrics", sorted(evaluate.METRICS), "What to measure; see above.")
-NUM_SAMPLES = flags.DEFINE_integer("num_samples", 10_000, "Of each row.", lower_bound=2)
+METRICS = flags.DEFINE_list("metrics", [*evaluate.METRICS], "What to measure; see above.")
+NUM_SAMPLES = flags.DEFINE_integer(
+    "num_samples", None, "Of each row; default: 10,000, or all of --samples.", lower_bound=2
+)
 GUIDANCE_SCALES = flags.DEFINE_list("guidance_scales", ["1"], "Scales, as 1,1.5,2.")
 MEMORIZED = flags.DEFINE_bool("memorized", False, "Look for copies of training images.")
-EMAS = flags.DEFINE_list("emas", [""], "Averages of the weights, as --ema of launch.sample.")
+EMAS = flags.DEFINE_list("emas", [""], "Averages of the weights, as --ema of mclr sample.")
 INTERPOLATIONS = flags.DEFINE_list(
-    "interpolations", ["1"], "Of a fine-tuned run, as --interpolation of launch.sample: 0,0.5,1."
+    "interpolations", ["1"], "Of a fine-tuned run, as --interpolation of mclr sample: 0,0.5,1."
 )
 CACHE = flags.DEFINE_string(
     "cache", "~/.cache/mclr_jax/references", "Folder of the real data's statistics."
@@ -60,54 +80,92 @@ CACHE = flags.DEFINE_string(
 
 
 def main() -> None:
-    hosts.connect(WORKDIR.value)
+    if WORKDIR.value is not None and (SAMPLES.value is not None or OUT.value is None):
+        common.stop("With --workdir the samples are those of the run, and --out must be given.")
+    if WORKDIR.value is None and not (
+        REFERENCE.value and (SAMPLES.value or WRITE_STATISTICS.value)
+    ):
+        common.stop("Name a run by --workdir, or images by --samples and --reference.")
+    hosts.connect(WORKDIR.value or ".")
+    out = common.output(OUT.value, ".json") if OUT.value and is_first() else None
+    written = common.output(WRITE_STATISTICS.value, ".npz") if WRITE_STATISTICS.value else None
+    rows, floor = _images(written) if WORKDIR.value is None else _run(written)
+    if rows and is_first():
+        print(evaluate.table(rows, floor))
+        print(evaluate.remark(rows, floor))
+    if rows and out:
+        write_json(out, {"floor": floor, "rows": rows} if floor else {"rows": rows})
+        print(f"Wrote {out}.")
+
+
+def _real(extractor: features.Extractor, written: pathlib.Path | None, source: Any = None) -> Any:
+    """Statistics of --reference, or of another source; written, if there is a file for them."""
+    cache = pathlib.Path(CACHE.value).expanduser()
+    with Progress(source and len(source), "real image", quiet=not is_first()) as progress:
+        if REFERENCE.value:
+            real = compare.reference(
+                REFERENCE.value, extractor, RESOLUTION.value, cache, progress.update
+            )
+        else:
+            real = evaluate.real_statistics(extractor, source, cache, progress.update)
+    if written and is_first():
+        compare.write_statistics(written, real.moments)
+        print(f"Wrote {written}.")
+    return real
+
+
+def _images(written: pathlib.Path | None) -> tuple[list, dict]:
+    """The row of --samples, if they are given."""
+    samples = compare.source(SAMPLES.value, RESOLUTION.value) if SAMPLES.value else None
+    extractor = features.load(FEATURES.value)
+    real = _real(extractor, written)
+    if samples is None:
+        return [], {}
+    with Progress(NUM_SAMPLES.value or len(samples), "sample", quiet=not is_first()) as progress:
+        row = compare.compare(
+            samples, extractor, real, METRICS.value, NUM_SAMPLES.value or 0, SEED.value,
+            progress.update,
+        )  # fmt: skip
+    row |= {"samples_from": SAMPLES.value, "reference_from": REFERENCE.value}
+    of = f"{real.moments.count:,} images" if real.moments.count else "statistics of unknown images"
+    print(f"{row['samples']:,} images of {SAMPLES.value}; reference: {of}, {REFERENCE.value}.")
+    return [row], {}
+
+
+def _run(written: pathlib.Path | None) -> tuple[list, dict]:
+    """The rows of a run, and the floor, if --reference does not replace its data."""
     scales = common.numbers(GUIDANCE_SCALES, float) or [1.0]
     places = common.numbers(INTERPOLATIONS, float) or [1.0]
     run = runs.load(WORKDIR.value, INIT_FROM.value, DATA.value, AUTOENCODER.value)
-    first = is_first()
-    out = common.output(OUT.value, ".json") if first else None
     common.use_cores(run.model.network)
     guided = common.guidance(run)
     extractor = features.load(FEATURES.value)
     judge = features.load(JUDGE.value) if JUDGE.value else None
-    decode = latents.decoder(run.data, run.model)
-    train, test = (latents.decoded(run.source(split), decode) for split in ("train", "test"))
+    decode, count = latents.decoder(run.data, run.model), NUM_SAMPLES.value or 10_000
+    train = test = None
+    if MEMORIZED.value or not REFERENCE.value:
+        train, test = (latents.decoded(run.source(split), decode) for split in ("train", "test"))
     if isinstance(train, latents.Decoded) != isinstance(test, latents.Decoded):
         logging.warning("Some of the real examples are images, others decoded latents: the floor "
                         "has the error of the autoencoder, too.")  # fmt: skip
-    cache = pathlib.Path(CACHE.value).expanduser()
-    with Progress(len(train), "real image", quiet=not first) as progress:
-        real = evaluate.real_statistics(extractor, train, cache, progress.update)
-    shown = {"names": METRICS.value, "judge": judge, "training": train if MEMORIZED.value else None}
-    held_out, labels = test[drawn(test, NUM_SAMPLES.value, SEED.value, by_class=True)]
-    floor = {
-        "samples": len(labels), **evaluate.judged(held_out, labels, extractor, real, **shown)
-    }  # fmt: skip
-    total = NUM_SAMPLES.value * len(scales) * len(EMAS.value) * len(places)
-    with Progress(total, "sample", quiet=not first) as progress:
+    real = _real(extractor, written, train)
+    names = [name for name in METRICS.value if name not in compare.lacking(None, real)]
+    shown = {"names": names, "judge": judge, "training": train if MEMORIZED.value else None}
+    floor = {}
+    if test is not None and not REFERENCE.value:
+        held_out, labels = test[drawn(test, count, SEED.value, by_class=True)]
+        floor = evaluate.judged(held_out, labels, extractor, real, **shown)
+        floor = {"samples": len(labels), **floor}
+    total = count * len(scales) * len(EMAS.value) * len(places)
+    with Progress(total, "sample", quiet=not is_first()) as progress:
         rows = evaluate.evaluate(
-            run, extractor, real, **shown, num_samples=NUM_SAMPLES.value, seed=SEED.value,
+            run, extractor, real, **shown, num_samples=count, seed=SEED.value,
             guided=guided, guidance_scales=scales, averages=EMAS.value, interpolations=places,
             batch_size=BATCH_SIZE.value, progress=progress.update,
         )  # fmt: skip
-    if out is None:
-        return
-    write_json(out, {"floor": floor, "rows": rows})
-    columns = [*(key for key in floor if key != "samples"), "network_calls"]
-    table = {"real, held out": floor} | {
-        f"{r['average']} scale {r['guidance_scale']:g}".strip()
-        + (f" interpolation {r['interpolation']:g}" if "interpolation" in r else ""): r
-        for r in rows
-    }
-    width = max(map(len, table))
-    print(" " * width, *(f"{name[:12]:>12s}" for name in columns))
-    for name, row in table.items():
-        cells = (f"{row[c]:12.4g}" if c in row else f"{'':12s}" for c in columns)
-        print(f"{name:{width}s}", *cells)
-    print(evaluate.remark(rows, floor))
-    print(f"Wrote {out}.")
+    return rows, floor
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["workdir", "features", "out"])
+    flags.mark_flags_as_required(["features"])
     common.run(main)

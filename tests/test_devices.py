@@ -288,7 +288,7 @@ def test_two_processes_measure_what_one_measures(trained, tmp_path):
     main.train(tiny.classifier(), tmp_path / "classifier")
     options = [
         f"--workdir={run}", f"--features=classifier:{tmp_path / 'classifier'}", f"--cache={cache}",
-        "--num_samples=200", "--metrics=fd,pr", "--memorized",
+        "--num_samples=200", "--metrics=frechet,precision,recall", "--memorized",
     ]  # fmt: skip
     by_two("evaluate", out, *options)
     first = json.loads(out.read_text())

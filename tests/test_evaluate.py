@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import shutil
 
 import cases
@@ -10,14 +11,15 @@ import numpy as np
 import pytest
 import tiny
 from commands import call
+from PIL import Image
 
 from mclr_jax import files, generate, images, runs
 from mclr_jax.data import sources
 from mclr_jax.data.protocol import drawn
-from mclr_jax.evaluation import evaluate, features, metrics, report
+from mclr_jax.evaluation import compare, evaluate, features, metrics, report
 from mclr_jax.generate import Guidance
 
-NAMES = ("fd", "fd_class", "fd_inter", "is", "kid", "pr", "dc")
+NAMES = evaluate.METRICS
 COUNT = 60
 
 
@@ -66,7 +68,7 @@ def test_a_row_is_what_the_metrics_say_of_the_samples(made):
     seen = []
     run = runs.load(folder / "base")
     rows = evaluate.evaluate(
-        run, extractor, real, names=["fd"], num_samples=COUNT, guidance_scales=(1.0, 2.0),
+        run, extractor, real, names=["frechet"], num_samples=COUNT, guidance_scales=(1.0, 2.0),
         progress=seen.append,
     )  # fmt: skip
     assert [row["guidance_scale"] for row in rows] == [1.0, 2.0]
@@ -93,7 +95,7 @@ def test_autoguidance_and_copies_are_rows_of_their_own(made):
     run = runs.load(folder / "base")
     params, _ = run.weights()
     weak = run.model, jax.tree.map(lambda x: x + 0.05, params)
-    arguments = {"names": ["fd"], "num_samples": COUNT, "guidance_scales": [2.0]}
+    arguments = {"names": ["frechet"], "num_samples": COUNT, "guidance_scales": [2.0]}
 
     def row(**more):
         run = runs.load(folder / "base")
@@ -137,13 +139,14 @@ def test_rows_of_other_settings_are_computed_anew(made, monkeypatch):
     slower = dataclasses.replace(run, sampler=dataclasses.replace(run.sampler, num_steps=4))
     other = dataclasses.replace(real, digest="0" * 16)
     settings = [
-        {}, {"seed": 1}, {"run": slower}, {"num_samples": 26}, {"names": ["fd", "is"]},
+        {}, {"seed": 1}, {"run": slower}, {"num_samples": 26},
+        {"names": ["frechet", "inception_score"]},
         {"real": other}, {"guided": Guidance(interval=(0.1, 1.0))}, {"averages": ["none"]},
         {"guidance_scales": [1.5]}, {"training": sources.load("digits")}, {"interpolations": [0.5]},
     ]  # fmt: skip
 
     def row(run=run, real=real, **changes):
-        options = {"names": ["fd"], "num_samples": 24} | changes
+        options = {"names": ["frechet"], "num_samples": 24} | changes
         (found,) = evaluate.evaluate(run, extractor, real, **options)
         return found
 
@@ -217,10 +220,13 @@ def test_measures_take_samples_and_real_data_in_their_places():
     assert precision != recall
     found = evaluate.measure(fake, evaluate.RealStatistics(whole, kept, "0"), NAMES, judged)
     assert found == pytest.approx(expected, rel=1e-9)
-    own = evaluate.measure(fake, evaluate.RealStatistics(whole, kept, "0"), ["fd"])
+    own = evaluate.measure(fake, evaluate.RealStatistics(whole, kept, "0"), ["frechet"])
     assert own["accuracy"] == (fake.log_probs.argmax(1) == labels).mean() != found["accuracy"]
     without = fake._replace(log_probs=np.zeros((30, 0)))
-    assert evaluate.measure(without, evaluate.RealStatistics(whole, kept, "0"), ["is"]) == {}
+    assert (
+        evaluate.measure(without, evaluate.RealStatistics(whole, kept, "0"), ["inception_score"])
+        == {}
+    )
 
 
 def test_errors_say_what_to_do(made):
@@ -231,7 +237,7 @@ def test_errors_say_what_to_do(made):
         features.load(f"classifier:{folder / 'base'}")
     with pytest.raises(ValueError, match=r"metric .*Did you mean"):
         evaluate.evaluate(
-            runs.load(folder / "base"), extractor, real, names=("fd", "fid"), num_samples=20,
+            runs.load(folder / "base"), extractor, real, names=("frechett",), num_samples=20,
             progress=lambda count: pytest.fail("samples were drawn"),
         )  # fmt: skip
 
@@ -264,7 +270,8 @@ def test_the_command_writes_rows_and_the_floor(made, tmp_path):
     log = call(
         "evaluate", f"--workdir={folder / 'base'}", f"--out={tmp_path / 'x.json'}",
         f"--features=classifier:{folder / 'classifier'}", f"--num_samples={COUNT}",
-        "--guidance_scales=1,2", "--metrics=fd,pr", f"--cache={folder / 'cache'}",
+        "--guidance_scales=1,2", "--metrics=frechet,precision,recall",
+        f"--cache={folder / 'cache'}",
         "--memorized", f"--autoguidance={folder / 'base'}", f"--class_strengths={strengths}",
     )  # fmt: skip
     result = json.loads((tmp_path / "x.json").read_text())
@@ -272,7 +279,9 @@ def test_the_command_writes_rows_and_the_floor(made, tmp_path):
                                     "memorized"}  # fmt: skip
     test = sources.load("digits", "test")
     held_out, labels = test[drawn(test, COUNT, by_class=True)]
-    expected = evaluate.measure(extractor(held_out, labels), real, ["fd", "pr"])
+    expected = evaluate.measure(
+        extractor(held_out, labels), real, ["frechet", "precision", "recall"]
+    )
     expected["memorized"] = evaluate.memorized(held_out, sources.load("digits"))
     assert result["floor"] == pytest.approx({"samples": COUNT, **expected}, rel=1e-6)
     assert expected["memorized"] < 0.5  # of the training set all are
@@ -290,9 +299,9 @@ def test_a_classifier_takes_its_own_images_and_judges_its_own_classes(made, capl
     with pytest.raises(ValueError, match=r"of shape \(8, 8, 1\); got \(8, 12, 3\). Name a"):
         extractor(np.zeros((2, 8, 12, 3)), np.arange(2))
     images, labels = sources.load("digits")[np.arange(30)]
-    assert "accuracy" in evaluate.judged(images, labels, extractor, real, ["fd"])
+    assert "accuracy" in evaluate.judged(images, labels, extractor, real, ["frechet"])
     fewer = dataclasses.replace(extractor, classes=3)
-    assert evaluate.judged(images, labels, fewer, real, ["fd"]).keys() == {"frechet"}
+    assert evaluate.judged(images, labels, fewer, real, ["frechet"]).keys() == {"frechet"}
     assert "knows 3 classes, the data have 10; name another --judge" in caplog.text
 
 
@@ -308,3 +317,134 @@ def test_frechet_distances_are_told_with_the_number_of_samples():
     assert evaluate.remark([{"samples": 10, "feature_length": 99, "precision": 1.0}]) == ""
     column = report.Column("a", {}, {}, [row | {"average": "", "guidance_scale": 1.0}], {})
     assert "150 samples are too few for 1,280 features" in report.page([column])
+
+
+def three(weights, images):
+    """Features that can be computed by hand: the first three pixels."""
+    del weights
+    return images.reshape(len(images), -1)[:, :3], jax.numpy.zeros((len(images), 0))
+
+
+PIXELS = features.Extractor("three pixels", {}, three)
+
+
+def in_folder(path, source, rows, names=str):
+    """The images of a source as PNG files."""
+    for row, (image, label) in enumerate(zip(*source[rows], strict=True)):
+        folder = path / names(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[..., 0]).save(folder / f"{row:05d}.png")
+    return str(path)
+
+
+@pytest.mark.parametrize("form", ["edm", "clean-fid", "guided-diffusion", "edm2", "ours"])
+def test_statistics_files_give_the_distance_of_two_gaussians(tmp_path, form):
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)): with C2 = 4 C1, |m1 - m2|^2 + tr C1."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (500, 4, 4, 1), np.uint8)
+    x = pixels.reshape(500, -1)[:, :3] / 127.5 - 1
+    mu, sigma = x.mean(0) + np.array([0.5, 0, -1]), 4 * np.cov(x.T)
+    samples, path = tmp_path / "samples.npz", tmp_path / "statistics.npz"
+    np.savez(samples, arr_0=pixels)  # guided-diffusion's samples, without classes
+    more = {}
+    if form == "edm2":
+        path = path.with_suffix(".pkl")
+        pair = {"mu": mu, "sigma": sigma}
+        path.write_bytes(pickle.dumps({"fid": {"mu": np.ones(7), "sigma": np.eye(7)}, "own": pair}))
+    elif form == "ours":
+        compare.write_statistics(path, metrics.Moments(77, mu, sigma))
+        with np.load(path) as file:  # as EDM and clean-fid read it
+            np.testing.assert_array_equal(file["mu"], mu)
+            np.testing.assert_array_equal(file["sigma"], sigma)
+    else:
+        if form == "guided-diffusion":
+            more = {"arr_0": pixels[:200], "mu_s": np.ones(5), "sigma_s": np.eye(5)}
+        np.savez(path, mu=mu.astype(np.float32), sigma=sigma.astype(np.float32), **more)
+    real = compare.reference(str(path), PIXELS)
+    assert real.moments.count == (77 if form == "ours" else 0)
+    row = compare.compare(compare.source(str(samples)), PIXELS, real)
+    assert row["frechet"] == pytest.approx(1.25 + sigma.trace() / 4, rel=1e-4)
+    assert (row["samples"], row["reference_examples"]) == (500, real.moments.count)
+    assert "per_class_frechet" not in row  # there are no classes
+    assert ("recall" in row) == (form == "guided-diffusion")
+    if form == "guided-diffusion":
+        assert row["precision"] == metrics.precision_recall(x[:200], x)[0] < 1
+
+
+def test_statistics_of_other_features_name_both_sizes(tmp_path):
+    path = tmp_path / "imagenet.npz"
+    np.savez(path, mu=np.zeros(2048), sigma=np.eye(2048))
+    with pytest.raises(
+        ValueError, match=r"imagenet.npz has .* 2048 features; three pixels has 3\."
+    ):
+        compare.reference(str(path), PIXELS)
+    np.savez(path, mu=np.zeros(3), sigma=np.zeros((3, 2)))
+    with pytest.raises(ValueError, match=r"shape \(3,\) and sigma of shape \(3, 2\); expected"):
+        compare.reference(str(path), PIXELS)
+    np.savez(path, sigma=np.zeros((3, 3)))
+    with pytest.raises(ValueError, match=r"it has \['sigma'\]; expected `images` or `arr_0`"):
+        compare.reference(str(path), PIXELS)
+    with pytest.raises(FileNotFoundError, match="no folder or file nowhere; expected one, or a"):
+        compare.source("nowhere")
+
+
+def test_folders_and_files_of_the_same_images_are_equal(made, tmp_path):
+    """Whatever holds them: 8-bit images, a zip, floats of mclr sample, one-hot labels."""
+    _, extractor, real = made
+    digits, rows = sources.load("digits"), np.arange(120)
+    pixels, labels = digits[rows]
+    folder = in_folder(tmp_path / "classes", digits, rows)
+    flat = in_folder(tmp_path / "flat", digits, rows, lambda label: "")
+    shutil.make_archive(str(tmp_path / "flat"), "zip", flat)
+    floats = pixels / np.float32(127.5) - 1 + np.float32(0.001)
+    np.savez(tmp_path / "own.npz", images=floats, labels=labels)
+    np.savez(tmp_path / "hot.npz", arr_0=pixels, arr_1=np.eye(10)[labels])
+    fake = extractor(pixels, labels)
+    expected = evaluate.measure(fake, real, NAMES)
+    for place in (folder, tmp_path / "own.npz", tmp_path / "hot.npz"):
+        row = compare.compare(compare.source(str(place)), extractor, real)
+        assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-6), place
+    for place in (flat, f"{flat}.zip"):
+        row = compare.compare(compare.source(place), extractor, real)
+        assert row["frechet"] == pytest.approx(expected["frechet"], rel=1e-6)
+        assert not {"accuracy", "per_class_frechet", "inter_class_frechet"} & row.keys()
+    some = compare.compare(compare.source(folder), extractor, real, ["kernel"], 40, seed=1)
+    chosen = drawn(digits_of := compare.source(folder), 40, 1, by_class=True)
+    part = evaluate.measure(extractor(*digits_of[chosen]), real, ["kernel"])
+    assert (some["samples"], some["kernel"]) == (40, pytest.approx(part["kernel"], rel=1e-6))
+    larger = compare.source(folder, resolution=16)
+    assert (larger.shape, compare.source("digits").shape) == ((16, 16, 1), (8, 8, 1))
+
+
+def test_the_command_compares_images_without_a_run(made, tmp_path):
+    folder, extractor, _ = made
+    test = sources.load("digits", "test")
+    held_out = in_folder(tmp_path / "test", test, np.arange(300))
+    options = [f"--features=classifier:{folder / 'classifier'}", f"--cache={tmp_path / 'cache'}"]
+    log = call(
+        "evaluate", *options, f"--samples={held_out}", "--reference=digits",
+        f"--write_statistics={tmp_path / 's.npz'}", f"--out={tmp_path / 'x.json'}",
+    )  # fmt: skip
+    assert f"300 images of {held_out}; reference: 1,497 images, digits." in log
+    assert "Frechet distances depend on the number of samples, 300: compare equal ones" in log
+    (row,) = json.loads((tmp_path / "x.json").read_text())["rows"]
+    x, y = (metrics.moments(extractor(*s[np.arange(len(s))]).features)
+            for s in (test, sources.load("digits")))  # fmt: skip
+    assert row["frechet"] == pytest.approx(metrics.frechet_distance(x, y), rel=1e-5)
+    assert row["accuracy"] <= 1
+    assert {"per_class_frechet", "coverage", "command", "device"} < row.keys()
+    given = ["--metrics=frechet,kernel", f"--reference={tmp_path / 's.npz'}"]
+    log = call("evaluate", *options, *given, f"--samples={held_out}")
+    assert f"{row['frechet']:.4g}" in log
+    assert "No kernel: the reference has statistics, no images." in log
+    log = call("evaluate", *options, *given, f"--workdir={folder / 'base'}", "--num_samples=20",
+               f"--out={tmp_path / 'y.json'}")  # fmt: skip
+    found = json.loads((tmp_path / "y.json").read_text())
+    assert found.keys() == {"rows"}
+    assert found["rows"][0]["reference_examples"] == 1497
+    for arguments, message in [
+        (["--samples=x"], "Name a run by --workdir, or images by --samples and --reference"),
+        (["--workdir=x"], "the samples are those of the run, and --out must be given"),
+        (["--samples=x", "--workdir=x", "--out=x.json"], "the samples are those of the run"),
+    ]:
+        assert message in call("evaluate", *options, *arguments, expect=2)

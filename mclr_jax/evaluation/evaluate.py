@@ -40,10 +40,10 @@ class RealStatistics:
     digest: str  # hash of the extractor's weights and of the data
 
 
-# Columns of a row, by the name of their metric.
-METRICS = {"fd": "frechet", "fd_class": "per_class_frechet", "fd_inter": "inter_class_frechet",
-           "is": "inception_score", "kid": "kernel", "pr": "precision recall",
-           "dc": "density coverage"}  # fmt: skip
+# The metrics, by their names on the command line, in tables and in files.
+METRICS = ("frechet", "per_class_frechet", "inter_class_frechet", "inception_score", "kernel",
+           "precision", "recall", "density", "coverage")  # fmt: skip
+OF_REFERENCE = frozenset({"per_class_frechet", *METRICS[4:]})  # of its examples, not moments alone
 
 
 def measure(
@@ -58,22 +58,28 @@ def measure(
     """
     x, labels, kept = fake.features, fake.labels, real.kept
     some = kept.features[np.random.default_rng(0).permutation(len(kept.features))[: len(x)]]
+    precision_recall = functools.cache(lambda: metrics.precision_recall(some, x))
+    density_coverage = functools.cache(lambda: metrics.density_coverage(some, x))
     values: dict[str, Callable[[], Any]] = {
-        "fd": lambda: metrics.frechet_distance(metrics.moments(x), real.moments),
-        "fd_class": lambda: metrics.per_class_frechet(x, labels, kept.features, kept.labels).mean(),
-        "fd_inter": lambda: metrics.inter_class_frechet(x, labels),
-        "is": lambda: metrics.inception_score(np.exp(fake.log_probs)),
-        "kid": lambda: metrics.kernel_distance(some, x),
-        "pr": lambda: metrics.precision_recall(some, x),
-        "dc": lambda: metrics.density_coverage(some, x),
+        "frechet": lambda: metrics.frechet_distance(metrics.moments(x), real.moments),
+        "per_class_frechet": lambda: metrics.per_class_frechet(
+            x, labels, kept.features, kept.labels
+        ).mean(),
+        "inter_class_frechet": lambda: metrics.inter_class_frechet(x, labels),
+        "inception_score": lambda: metrics.inception_score(np.exp(fake.log_probs)),
+        "kernel": lambda: metrics.kernel_distance(some, x),
+        "precision": lambda: precision_recall()[0],
+        "recall": lambda: precision_recall()[1],
+        "density": lambda: density_coverage()[0],
+        "coverage": lambda: density_coverage()[1],
     }
     judged, row = judged or fake, {}
     if judged.log_probs.size:
         row["accuracy"] = float((judged.log_probs.argmax(1) == judged.labels).mean())
     for name in names:
-        columns = look_up(METRICS, name, "metric").split()
-        if name != "is" or fake.log_probs.size:
-            row |= zip(columns, np.atleast_1d(values[name]()).tolist(), strict=True)
+        look_up(values, name, "metric")
+        if name != "inception_score" or fake.log_probs.size:
+            row[name] = float(values[name]())
     return row
 
 
@@ -83,7 +89,7 @@ def memorized(samples: np.ndarray, training: Source) -> float:
     def flat(images: np.ndarray) -> np.ndarray:
         return np.asarray(to_float(jnp.asarray(images))).reshape(len(images), -1)
 
-    real = (flat(training[rows][0]) for rows in _batches(training))
+    real = (flat(training[rows][0]) for rows in batches(training))
     return metrics.memorized_fraction(real, flat(samples))
 
 
@@ -94,7 +100,10 @@ def judged(
     """The measures of images with these labels; the options are those of `evaluate`."""
     other = judge(pixels, labels) if judge else None
     found = measure(extractor(pixels, labels), real, names, other)
-    known, classes = (judge or extractor).classes, 1 + max(labels.max(), real.kept.labels.max())
+    known, classes = (
+        (judge or extractor).classes,
+        1 + np.concatenate([labels, real.kept.labels]).max(),
+    )
     if known not in (0, classes):
         del found["accuracy"]
         logging.warning("No accuracy: %s knows %d classes, the data have %d; name another --judge.",
@@ -102,6 +111,23 @@ def judged(
     if training is not None:
         found["memorized"] = memorized(pixels, training)
     return found
+
+
+def table(rows: Iterable[Mapping[str, Any]], floor: Mapping[str, Any] = {}) -> str:
+    """The measures of rows, and of the floor, with a column for each that one of them has."""
+    named = {"real, held out": floor} if floor else {}
+    for row in rows:
+        name = row.get("samples_from") or f"{row['average']} scale {row['guidance_scale']:g}"
+        place = f" interpolation {row['interpolation']:g}" if "interpolation" in row else ""
+        named[name.strip() + place] = row
+    names, width = ("accuracy", *METRICS, "memorized", "network_calls"), max(map(len, named))
+    columns = [name for name in names if any(name in row for row in named.values())]
+    lines = [" ".join([" " * width, *(f"{name:>12s}" for name in columns)])]
+    for name, row in named.items():
+        cells = (f"{row[c]:.4g}" if c in row else "" for c in columns)
+        sized = (f"{x:>{max(12, len(c))}s}" for x, c in zip(cells, columns, strict=True))
+        lines.append(" ".join([f"{name:{width}s}", *sized]))
+    return "\n".join(lines)
 
 
 def remark(rows: Iterable[Mapping[str, Any]], floor: Mapping[str, Any] = {}) -> str:
@@ -149,14 +175,14 @@ def real_statistics(
         kept.append([array[chosen[rows]] for array in found])
         return metrics.moments(found.features)
 
-    total = functools.reduce(metrics.Moments.merge, map(read, _batches(source)))
+    total = functools.reduce(metrics.Moments.merge, map(read, batches(source)))
     some = Features(*(np.concatenate(arrays) for arrays in zip(*kept, strict=True)))
     if path is not None and is_first():
         save_arrays(path, count=total.count, mean=total.mean, cov=total.cov, **some._asdict())
     return RealStatistics(total, some, key)
 
 
-def _batches(source: Source) -> list[np.ndarray]:
+def batches(source: Source) -> list[np.ndarray]:
     """Indices of all examples, a few thousand at a time."""
     return np.split(np.arange(len(source)), range(8 * BATCH, len(source), 8 * BATCH))
 
@@ -175,7 +201,7 @@ def evaluate(
     extractor: Extractor,
     real: RealStatistics,  # of the same extractor
     *,
-    names: Sequence[str] = tuple(METRICS),
+    names: Sequence[str] = METRICS,
     judge: Extractor | None = None,  # that accuracy is judged by; default: `extractor`
     num_samples: int = 10_000,  # of each row, with equally many of each class
     seed: int = 0,
@@ -196,7 +222,7 @@ def evaluate(
     rows: list[dict[str, Any]] = []
     decode = latents.decoder(run.data, run.model)
     for name in names:  # before samples are drawn
-        look_up(METRICS, name, "metric")
+        look_up(dict.fromkeys(METRICS), name, "metric")
     guidance_scales = [*guidance_scales]
     strongest = max(guidance_scales, key=lambda scale: abs(scale - 1))
     warn_untrained(run, [0], guided.at(strongest))

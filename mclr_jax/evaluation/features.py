@@ -45,6 +45,12 @@ class Extractor:
         return digest(self.weights)
 
     @functools.cached_property
+    def length(self) -> int:
+        """The number of features of an image."""
+        images = jax.ShapeDtypeStruct((1, *(self.shape or (32, 32, 3))), np.float32)
+        return jax.eval_shape(self.apply, self.weights, images)[0].shape[1]
+
+    @functools.cached_property
     def _compiled(self) -> Callable:
         # The weights are an argument, since gigabytes of constants in a program do not compile.
         whole = shardings()[1]  # weights and features, on every device

@@ -19,7 +19,7 @@ BLOCK_BYTES = 16 * 2**20  # of one block of pairwise values; memory holds up to 
 class Moments:
     """Moments of features; batch by batch: `functools.reduce(Moments.merge, map(moments, ...))`."""
 
-    count: int  # of feature vectors
+    count: int  # of feature vectors; 0: not known
     mean: np.ndarray  # (d,)
     cov: np.ndarray  # (d, d), with ddof = 1 as in FID
 
@@ -34,7 +34,7 @@ class Moments:
     @functools.cached_property
     def root(self) -> np.ndarray:
         """F (d, r) with cov = F F^T and r the numerical rank, by an eigen-decomposition."""
-        if self.count < 2:
+        if self.count == 1:
             raise ValueError("Got 1 feature vector; a covariance needs at least 2. Add samples.")
         values, vectors = np.linalg.eigh(self.cov)
         keep = values > values.max() * len(values) * np.finfo(np.float64).eps
