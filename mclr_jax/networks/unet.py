@@ -183,7 +183,7 @@ class UNet(Network):
                 h = block(f"dec_{size}_block{index}", h, width, attend)
 
             if level == 0 or decoder == "skip":  # outputs of lower levels are doubled and added
-                prefix = "out" if adm else f"dec_{size}_aux"
+                prefix = "out" if adm and level == 0 else f"dec_{size}_aux"
                 out = norm(1e-5 if adm else 1e-6, name=f"{prefix}_norm")(h)
                 out = linear(features, 3, name=f"{prefix}_conv", **init_last)(nn.silu(out))
                 output = out if output is None else up(output) + out
@@ -193,9 +193,6 @@ class UNet(Network):
         super().__post_init__()
         if self.channels * self.settings[-1] % 2:
             raise ValueError(f"network.channels is {self.channels}; expected an even number")
-        own = (self.embedding, self.encoder, self.decoder, self.resample_filter)
-        if self.architecture == "adm" and any(own):
-            raise ValueError(f"network.architecture adm has no embedding, encoder, ...; got {own}")
 
     @property
     def settings(self) -> tuple[str, str, str, tuple[float, ...], int]:
