@@ -95,7 +95,7 @@ setup(
         "figures": FIGURES,
         "published": PUBLISHED,
         "tensorboard": TENSORBOARD,
-        "torch": ["torch>=2.4,<3"],
+        "torch": ["torch>=2.4,<3", "diffusers>=0.42,<0.43"],
         "wandb": ["wandb>=0.19,<1"],
         "cuda": ["jax[cuda12]>=0.9,<0.13"],
         "tpu": TPU,
