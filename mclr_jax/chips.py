@@ -127,8 +127,8 @@ class MissingCompilerError(RuntimeError):
 def _require(module: str, what: str, extra: str) -> None:
     if importlib.util.find_spec(module) is None:
         raise MissingCompilerError(
-            f"{what} is not installed: pip install -e '.[{extra}]', best in an environment of its "
-            "own."
+            f"{what} is not installed: pip install 'mclr_jax[{extra}]', best in an environment of "
+            "its own."
         )
 
 

@@ -13,6 +13,7 @@ import zipfile
 
 import pytest
 import setuptools
+from commands import call
 from test_launch import SMALL
 
 from mclr_jax import cli, configs, extras, files
@@ -83,6 +84,36 @@ def test_configs_are_found_by_name_and_by_path(monkeypatch, tmp_path):
     assert configs.find(str(tmp_path / "mine.py")) == tmp_path / "mine.py"
     for wrong in ("mine", "base", "__init__", "digits.py", "configs/digits.py", str(tmp_path), ""):
         assert configs.find(wrong) is None, wrong
+
+
+def test_a_config_of_ones_own_builds_on_those_of_the_package(tmp_path):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "mine.py").write_text(
+        "from mclr_jax.configs import base, digits\n"
+        "def get_config(top):\n"
+        "    config = digits.get_config()\n"
+        "    config.noise = base.options('loguniform', sigma_min=0.02)\n"
+        "    config.noise.sigma_max = float(top)\n"
+        "    return config\n"
+    )
+    wrong = ["--workdir=run", "--config.noise.std=1"]
+    log = call("train", "configs/mine.py:9", *wrong, expect=2, folder=tmp_path)
+    assert "config.noise has no key 'std'. Known: name, sigma_max, sigma_min" in log
+    log = call("train", "configs/mine.py:high", *wrong, expect=2, folder=tmp_path)
+    assert "configs/mine.py:high cannot be loaded: ValueError: could not convert" in log
+
+
+def test_modules_of_ones_own_come_after_all_others(monkeypatch, tmp_path):
+    """A folder of the project named like a library does not hide the library."""
+    seen = {}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", ["/bin/mclr", "sample", "--seed=1"])
+    monkeypatch.setattr(runpy, "run_module", lambda name, **_: seen.update({name: sys.argv}))
+    cli.main()
+    assert seen == {"mclr_jax.launch.sample": ["mclr sample", "--seed=1"]}
+    assert sys.path[-1] == str(tmp_path)
+    assert str(tmp_path) not in sys.path[:-1]
 
 
 # ---- extras --------------------------------------------------------------------------------------
@@ -178,29 +209,15 @@ def test_the_wheel_has_all_files_under_one_name(wheel):
 
 
 def test_the_wheel_trains_beside_foreign_folders(wheel, tmp_path):
-    """A config of the package by name, then one's own by path with a module of one's own."""
-    site = wheel[1]
     for name in ("configs", "launch"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise RuntimeError('not of mclr_jax')")
-    (tmp_path / "configs" / "mine.py").write_text(
-        "import my_project\n"
-        "from mclr_jax.configs import base, digits\n"
-        "def get_config():\n"
-        "    config = digits.get_config()\n"
-        "    config.noise = base.options('loguniform', sigma_min=0.02)\n"
-        "    config.num_steps = my_project.STEPS\n"
-        "    return config\n"
-    )
-    (tmp_path / "my_project.py").write_text("STEPS = 2")
-    mclr = [sys.executable, site / "bin" / "mclr"]
-    small = [*SMALL[1:], "--config.network.width=16"]
-    here = {"cwd": tmp_path, "PYTHONPATH": str(site), "MCLR_JAX_REVISION": ""}
-    log = run(*mclr, "train", "digits", "--config.num_steps=2", "--workdir=run", *small, **here)
+    log = run(
+        sys.executable, wheel[1] / "bin" / "mclr", "train", "digits", "--config.num_steps=2",
+        "--workdir=run", *SMALL[1:], cwd=tmp_path, PYTHONPATH=str(wheel[1]), MCLR_JAX_REVISION="",
+    )  # fmt: skip
     assert "from step 0" in log
     told = (tmp_path / "run" / "run.json").read_text()
     assert '"mclr train digits --config.num_steps=2' in told
     assert '"version ' in told
-    own = [flag for flag in small if "noise" not in flag]
-    log = run(*mclr, "train", "configs/mine.py", "--workdir=run", *own, **here)
-    assert "Nothing to train: run has done 2 steps, and config.num_steps is 2.\n" in log
+    assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
