@@ -18,6 +18,7 @@ With --interpolation they are for fine-tuning anew, by the same config with conf
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 from absl import flags
@@ -25,6 +26,7 @@ from absl import flags
 from mclr_jax import calibrate, runs
 from mclr_jax.evaluation.features import Extractor
 from mclr_jax.files import write_json
+from mclr_jax.images import caption
 from mclr_jax.labels import warn_untrained
 from mclr_jax.launch import common
 from mclr_jax.training.log import Progress
@@ -93,7 +95,7 @@ def main() -> None:
         "interpolation": INTERPOLATION.value,
     }
     write_json(out, found | settings)
-    _show(found)
+    _show(found, run.class_names)
     factors = ",".join(f"{factor:g}" for factor in found["class_strengths"])
     scale = 1 + found["strength"]
     use = f"To sample: --guidance_scale={scale:g} --class_strengths={out}"
@@ -101,7 +103,7 @@ def main() -> None:
     print(f"To train with strength {found['strength']:g}: --config.class_strengths={factors}")
 
 
-def _show(found: dict) -> None:
+def _show(found: dict, class_names: Sequence[str]) -> None:
     """Print a row for each class."""
     first, last = found["by_strength"][0], found["by_strength"][-1]
     columns = {
@@ -113,11 +115,13 @@ def _show(found: dict) -> None:
         "from": found["at_one_error_less"],
         "to": found["at_one_error_more"],
     }
-    print("class", *(f"{name:>12s}" for name in columns))
-    for label, row in enumerate(zip(*columns.values(), strict=True)):
-        print(f"{label:5d}", *(f"{value:12.4f}" for value in row))
+    names = [caption(label, class_names) for label in range(len(columns["factor"]))]
+    width = max(map(len, ["class", *names]))
+    print(f"{'class':>{width}s}", *(f"{name:>12s}" for name in columns))
+    for name, row in zip(names, zip(*columns.values(), strict=True), strict=True):
+        print(f"{name:>{width}s}", *(f"{value:12.4f}" for value in row))
     if found["unreached"]:
-        classes = ", ".join(map(str, found["unreached"]))
+        classes = ", ".join(names[label] for label in found["unreached"])
         print(f"No strength makes these classes as recognisable as held-out data: {classes}.")
 
 

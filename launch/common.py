@@ -9,7 +9,7 @@ import runpy
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
@@ -77,12 +77,12 @@ def stop(message: str, status: int = 2) -> NoReturn:
     sys.exit(status)
 
 
-def numbers(flag, kind: type, count: int | None = None, words: Mapping = {}) -> list | None:
-    """The values of a list flag; stops with a message if they are not `count` numbers or words."""
+def numbers(flag, kind: type, count: int | None = None) -> list | None:
+    """The values of a list flag; stops with a message if they are not `count` numbers."""
     if flag.value is None:
         return None
     try:
-        values = [words[text] if text in words else kind(text) for text in flag.value]
+        values = [kind(text) for text in flag.value]
     except ValueError:
         values = []
     if not values or (count and len(values) != count):

@@ -18,7 +18,7 @@ from absl import flags
 
 from mclr_jax import flow, generate, images, latents, runs, samplers
 from mclr_jax.files import save_arrays
-from mclr_jax.labels import warn_untrained
+from mclr_jax.labels import chosen, warn_untrained
 from mclr_jax.launch import common, hosts
 from mclr_jax.training.devices import is_first
 from mclr_jax.training.log import Progress
@@ -29,7 +29,7 @@ WORKDIR, SEED, INIT_FROM, EMA, CHECKPOINT, BATCH_SIZE, AUTOENCODER = common.defi
 common.define(*common.GUIDANCE)
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.npz; NAME.png goes beside it.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 100, "How many samples.", lower_bound=1)
-LABELS = flags.DEFINE_list("labels", None, "Classes, as 0,1,2, or null, repeated; default: all.")
+LABELS = flags.DEFINE_list("labels", None, "Classes, as cat,dog or 0,1, or null, repeated.")
 SAMPLER = flags.DEFINE_enum(
     "sampler", None, sorted({**samplers.METHODS, **flow.METHODS}), "Default: the config's."
 )
@@ -58,15 +58,11 @@ def main() -> None:
     hosts.connect(WORKDIR.value)
     run = runs.load(WORKDIR.value, INIT_FROM.value, autoencoder=AUTOENCODER.value)
     common.use_cores(run.model.network)
-    null = run.model.null_label
     given = {"method": SAMPLER.value, "num_steps": STEPS.value, "sigma_min": SIGMA_MIN.value,
              "sigma_max": SIGMA_MAX.value, "rho": RHO.value, "spacing": SPACING.value,
              "eta": ETA.value, "diffusion": DIFFUSION.value}  # fmt: skip
     sampler = dataclasses.replace(run.sampler, **{k: v for k, v in given.items() if v is not None})
-    classes = common.numbers(LABELS, int, words={"null": None}) or range(null)
-    if null in classes:
-        common.stop(f"--labels has {null}, which is no class; for samples of none write null.")
-    labels = np.resize([null if label is None else label for label in classes], NUM_SAMPLES.value)
+    labels = np.resize(chosen(LABELS.value, run), NUM_SAMPLES.value)
     guided = common.guidance(run, GUIDANCE_SCALE.value)
     warn_untrained(run, labels, guided)
     decode = latents.decoder(run.data, run.model)
@@ -88,7 +84,7 @@ def main() -> None:
     if shown is None:
         print(f"Wrote {out}.")
         return
-    images.save(out.with_suffix(".png"), images.picture(shown, labels))
+    images.save(out.with_suffix(".png"), images.picture(shown, labels, class_names=run.class_names))
     print(f"Wrote {out} and {out.with_suffix('.png')}.")
 
 

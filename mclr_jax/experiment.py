@@ -12,7 +12,7 @@ from absl import logging
 
 from mclr_jax import record, runs
 from mclr_jax.config import Training
-from mclr_jax.data.protocol import Source
+from mclr_jax.data.protocol import Source, check_names
 from mclr_jax.files import digest
 from mclr_jax.model import DataInfo, Model, shapes_of
 from mclr_jax.runs import Run
@@ -98,6 +98,7 @@ class Experiment:
                 f"The held-out set has examples of shape {tuple(test.shape)} in {test.num_classes} "
                 f"classes, the training set {data.shape} in {data.num_classes}: change data.test."
             )
+        check_names(self.source, test)
         # No samples of the frozen model are held out.
         others = {f"{name}_": {"other": test}.get(name, x) for name, x in self.extra.items()}
         return {"": test, **others}

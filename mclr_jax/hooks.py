@@ -109,7 +109,8 @@ class Samples:
             logging.warning("No picture at step %d: %s", moment.step, error)
             return
         if found is not None and is_first():
-            grid = images.picture(found, labels)
+            names = getattr(self.experiment.source, "class_names", ())
+            grid = images.picture(found, labels, class_names=names)
             images.save(workdir / "samples" / f"{moment.step:08d}.png", grid)
             self.writer.image(moment.step, "samples", grid)
 

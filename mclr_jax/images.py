@@ -2,6 +2,7 @@
 
 import io
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -15,7 +16,18 @@ COLOURS = np.array([  # Okabe and Ito's palette, which colour-blind readers can 
 ])  # fmt: skip
 
 
-def picture(samples: np.ndarray, labels: np.ndarray, columns: int = 10) -> np.ndarray:
+def caption(label: int, class_names: Sequence[str] = ()) -> str:
+    """A label as pictures and tables show it: the first of the names of its class, at most 20
+    characters of it, or the number of a class without a name."""
+    if label >= len(class_names):
+        return str(label)
+    name = class_names[label].partition(",")[0]
+    return name if len(name) <= 20 else f"{name[:19]}\N{HORIZONTAL ELLIPSIS}"
+
+
+def picture(
+    samples: np.ndarray, labels: np.ndarray, columns: int = 10, class_names: Sequence[str] = ()
+) -> np.ndarray:
     """An (H, W, 3) uint8 picture of samples with labels (n,) int.
 
     Samples are images (n, h, w, c) in [-1, 1], of which it shows at most `columns` per class, and
@@ -28,7 +40,11 @@ def picture(samples: np.ndarray, labels: np.ndarray, columns: int = 10) -> np.nd
             f"samples have {samples.shape[-1]} channels; a picture shows at most 3: decode latents "
             "first (`latents.shown`)"
         )
-    return _grid(samples, labels, columns) if samples.ndim == 4 else _scatter(samples, labels)
+    return (
+        _grid(samples, labels, columns, class_names)
+        if samples.ndim == 4
+        else _scatter(samples, labels)
+    )
 
 
 def clip(samples: np.ndarray) -> np.ndarray:
@@ -47,7 +63,7 @@ def to_uint8(samples: np.ndarray) -> np.ndarray:
     return np.clip(np.round((samples + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
-def _grid(samples, labels, columns):
+def _grid(samples, labels, columns, class_names):
     zoom = max(1, round(40 / samples.shape[1]))
     channels = [0, 1, 2] if samples.shape[-1] == 3 else [0, 0, 0]
     pixels = to_uint8(samples[..., channels])
@@ -55,14 +71,15 @@ def _grid(samples, labels, columns):
     _, height, width, _ = pixels.shape
     classes = np.unique(labels)
     font = ImageFont.load_default(size=14)
-    left = MARGIN + max(int(font.getlength(str(c))) for c in classes) + MARGIN
+    texts = [caption(int(label), class_names) for label in classes]
+    left = MARGIN + max(int(font.getlength(text)) for text in texts) + MARGIN
     columns = min(columns, np.bincount(labels).max())
     size = (left + columns * (width + MARGIN), len(classes) * (height + MARGIN) + MARGIN)
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
-    for row, label in enumerate(classes):
+    for row, (label, text) in enumerate(zip(classes, texts, strict=True)):
         top = MARGIN + row * (height + MARGIN)
-        draw.text((MARGIN, top + height / 2), str(label), "black", font, anchor="lm")
+        draw.text((MARGIN, top + height / 2), text, "black", font, anchor="lm")
         for column, number in enumerate(np.flatnonzero(labels == label)[:columns]):
             canvas.paste(Image.fromarray(pixels[number]), (left + column * (width + MARGIN), top))
     return np.asarray(canvas)

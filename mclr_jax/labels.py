@@ -1,7 +1,8 @@
-"""Warnings of answers at labels that no training has shown to the network."""
+"""Labels by their names; warnings of answers at labels that no training has shown."""
 
+import difflib
 import pathlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import logging
@@ -9,6 +10,33 @@ from absl import logging
 from mclr_jax.config import Training
 from mclr_jax.generate import NONE, Guidance
 from mclr_jax.runs import Run, load
+from mclr_jax.schema import nearest
+
+
+def chosen(texts: Sequence[str] | None, run: Run) -> list[int]:
+    """The labels that texts name: a class (also the first of its names, before a comma), a number,
+    or null for no class. None: those of all classes. ValueError: no class has such a name."""
+    null = run.model.null_label
+    if texts is None:
+        return list(range(null))
+    words = {name: label for label, name in enumerate(run.class_names)}
+    words = {name.partition(",")[0]: label for name, label in words.items()} | words
+    found = []
+    for text in texts:
+        label = {**words, "null": null}.get(text, int(text) if text.isdecimal() else None)
+        if label == null and text != "null":
+            raise ValueError(
+                f"--labels has {null}, which is no class; for samples of none write null."
+            )
+        if label is None:
+            few = difflib.get_close_matches(text, words) if len(words) > 100 else words
+            raise ValueError(
+                f"--labels has {text!r}, which is no class of {run.workdir}. "
+                f"{nearest(text, ['null', *few])} Classes have numbers, too, from 0."
+            )
+        found.append(label)
+    return found
+
 
 NEEDED_BY = {"null": "the null label, which guidance, unconditional samples, ICR and some "
              "objectives ask for", "class": "the classes"}  # fmt: skip

@@ -27,7 +27,7 @@ FREE = tuple(
                 "grad_accumulation", "log_every", "checkpoint_every", "keep_checkpoints",
                 "eval_examples", "sample_every", "companions.", "data.name", "data.path",
                 "data.test", "data.autoencoder", "data.labels", "data.cache", "sampler.", "icr.",
-                "profile.")
+                "evaluate.", "log.", "profile.")
 )  # fmt: skip
 # Keys of earlier versions, by section, with the only values that mean what no such key means now.
 RETIRED: dict[str, dict[str, Any]] = {
@@ -42,10 +42,12 @@ def describe(
     training: Training, model: Model, companions: Mapping[str, Model], source: Source
 ) -> dict[str, Any]:
     """The description of a run, without its history, as JSON."""
+    names = list(getattr(source, "class_names", ()))
+    named = {"class_names": names} if names else {}
     return {
         "config": dict(training.config),
         **of_model(model, list(training.ema.tracks), training.config["sampler"]),
-        "data": {"number": len(source), "digest": digest(source[evenly(source, 64)])},
+        "data": {"number": len(source), "digest": digest(source[evenly(source, 64)]), **named},
         "companions": {name: parts.describe(other) for name, other in companions.items()},
     }
 
@@ -188,6 +190,17 @@ def at_new_places(description: Mapping[str, Any], workdir: pathlib.Path) -> dict
     return config
 
 
+def class_names(description: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the classes of the data, or else those published with the weights."""
+    if found := description.get("data", {}).get("class_names"):
+        return tuple(found)
+    named = description.get("origin", {}).get("id2label", {})
+    in_order = [
+        named.get(str(label)) for label in range(description["model"]["data"]["num_classes"])
+    ]
+    return () if None in in_order else tuple(map(str, in_order))
+
+
 def origin(description: Mapping[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
     """The origin of published weights, {} for others, with its files where they are now."""
     found = dict(description.get("origin", {}))
@@ -233,7 +246,8 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
 def set_aside(workdir: pathlib.Path) -> None:
     """Move a run, except pictures and evaluations, to the folder `replaced` of its directory."""
     target = workdir / "replaced" / time.strftime("%Y%m%d-%H%M%S")
-    names = ("run.json", "metrics.jsonl", "checkpoints", "snapshots", "frozen", "tensorboard")
+    names = ("run.json", "metrics.jsonl", "checkpoints", "snapshots", "frozen", "tensorboard",
+             "wandb")  # fmt: skip
     for path in (workdir / name for name in names):
         if path.exists():
             target.mkdir(parents=True, exist_ok=True)

@@ -45,6 +45,7 @@ class Run:
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # empty: not trained here
     data: Data = Data(name="")
     stored: tuple[str, str] = ("checkpoints", "params")  # folder and branch of the raw parameters
+    class_names: tuple[str, ...] = ()  # of label 0, 1, ...; empty: they are not known
 
     def source(self, split: str) -> Source:
         """The data of training, or the held-out data for split "test".
@@ -169,12 +170,13 @@ def load(
         averages = description.get("averages")  # which earlier versions did not write
         if averages is None:
             averages = read(EMA, config["ema"], "config.ema").tracks
+        class_names = record.class_names(description)
     except (KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{workdir}/run.json is damaged ({reason}); restore it.") from error
     except ValueError as error:
         raise ValueError(f"{workdir}/run.json: {error}") from error
-    return Run(workdir, model, sampler, tuple(averages), config, held)
+    return Run(workdir, model, sampler, tuple(averages), config, held, class_names=class_names)
 
 
 def training(config: Any, workdir: str | pathlib.Path = "") -> Training:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_formats import everything, png, refused
 
-from mclr_jax.data import folders, formats
+from mclr_jax.data import folders, formats, protocol
 from mclr_jax.data.sources import Data, load
 
 RNG = np.random.default_rng(0)
@@ -225,3 +225,17 @@ def test_an_image_that_cannot_be_decoded_leaves_no_file(tmp_path, cache):
     refused("b/0.png in .* cannot be decoded", name)
     refused("b/0.png in .* cannot be decoded", name)
     assert not [*cache.iterdir()]
+
+
+# ---- names of classes ----------------------------------------------------------------------------
+
+
+def test_held_out_images_of_other_classes_are_refused(tmp_path):
+    """A held-out set without some class would have the labels of others."""
+    train = load(write(tmp_path / "a", {"ant/0.png": 0, "bee/0.png": 1, "cat/0.png": 2}))
+    fits = load(write(tmp_path / "b", {"ant/0.png": 0, "bee/0.png": 1}))
+    shifted = load(write(tmp_path / "c", {"ant/0.png": 0, "cat/0.png": 1}))
+    protocol.check_names(train, fits)
+    protocol.check_names(train, load("digits"))
+    with pytest.raises(ValueError, match="Label 1 is 'bee' in the training set and 'cat' in the"):
+        protocol.check_names(train, shifted)

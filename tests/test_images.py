@@ -52,3 +52,15 @@ def test_a_saved_picture_is_read_back(tmp_path):
     pixels = np.arange(36, dtype=np.uint8).reshape(3, 4, 3)
     images.save(tmp_path / "a.png", pixels)
     np.testing.assert_array_equal(Image.open(tmp_path / "a.png"), pixels)
+
+
+def test_rows_have_the_names_of_their_classes():
+    """The first of several names, shortened; a class without a name has its number."""
+    names = ["a", "shark, great", "x" * 21, "y" * 20]
+    captions = [images.caption(label, names) for label in range(5)]
+    assert captions == ["a", "shark", "x" * 19 + "\N{HORIZONTAL ELLIPSIS}", "y" * 20, "4"]
+    samples, labels = np.ones((2, 8, 8, 1), np.float32), np.array([0, 1])
+    numbers = images.picture(samples, labels)
+    named = images.picture(samples, labels, class_names=["a", "great white shark"])
+    assert named.shape[1] > numbers.shape[1] + 80
+    np.testing.assert_array_equal(named[:, -45:], numbers[:, -45:])

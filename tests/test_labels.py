@@ -1,5 +1,7 @@
 """Warnings of answers at labels that no training has shown, by configs of runs that never begin."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tiny
@@ -91,3 +93,34 @@ def test_an_objective_that_reads_untrained_answers_is_warned_of(
     labels.warn_of_companions(Training.parse(tiny.config(**{"init_from": start} | changes)))
     assert warned in caplog.text
     assert bool(caplog.text) == bool(warned)
+
+
+# ---- labels by their names -----------------------------------------------------------------------
+
+
+def named(tmp_path, names):
+    tiny.describe(tmp_path)
+    return dataclasses.replace(runs.load(tmp_path), class_names=names)
+
+
+@pytest.mark.parametrize(("names", "texts", "found"), [
+    (("cat", "dog", "ox"), None, [0, 1, 2]),
+    (("cat", "dog", "ox"), ["dog", "null", "0", "cat"], [1, 3, 0, 0]),
+    (("tench, Tinca", "shark, great", "ox"), ["shark", "tench, Tinca", "ox"], [1, 0, 2]),
+    (("10", "0", "1"), ["0", "10", "1"], [1, 0, 2]),  # names before numbers
+    ((), ["2", "null"], [2, 3]),
+])  # fmt: skip
+def test_labels_are_chosen_by_names_and_numbers(tmp_path, names, texts, found):
+    assert labels.chosen(texts, named(tmp_path, names)) == found
+
+
+@pytest.mark.parametrize(("names", "text", "message"), [
+    (("cat", "dog", "ox"), "dgo", "--labels has 'dgo', .* Did you mean 'dog'\\? Known: cat, dog,"),
+    (("cat", "dog", "ox"), "3", "--labels has 3, which is no class; for samples of none write"),
+    (tuple(f"cat {i}" for i in range(999)), "x", "^.{,300}Known: null. Classes.{,50}$"),
+    ((), "cat", "no class of .* Known: null. Classes have numbers, too, from 0"),
+    ((), "-1", "--labels has '-1', which is no class"),
+])  # fmt: skip
+def test_labels_that_no_class_has_are_refused(tmp_path, names, text, message):
+    with pytest.raises(ValueError, match=message):
+        labels.chosen(["0", text], named(tmp_path, names))

@@ -1,5 +1,6 @@
 """`run.json`: what it says of a run, and what it refuses."""
 
+import dataclasses
 import json
 import logging
 
@@ -91,3 +92,24 @@ def test_a_broken_description_is_named(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(ValueError, match=r"run\.json (is no JSON|was written by an older)"):
         runs.load(tmp_path)
+
+
+def test_names_of_classes_are_those_of_the_data_or_published_with_the_weights(tmp_path):
+    named = {"data.name": f"{__name__}:Named"}
+    tiny.describe(tmp_path, **named)
+    assert runs.load(tmp_path).class_names == ("a", "b", "c")
+    description = record.read(tmp_path)
+    published = {"id2label": {"0": "x", "1": "y", "2": "z"}}
+    assert record.class_names({**description, "origin": published}) == ("a", "b", "c")
+    del description["data"]["class_names"]
+    assert record.class_names(description) == ()  # of an older version
+    assert record.class_names({**description, "origin": published}) == ("x", "y", "z")
+    del published["id2label"]["1"]
+    assert record.class_names({**description, "origin": published}) == ()
+    (tmp_path / "run.json").write_text(json.dumps(description))
+    tiny.describe(tmp_path, **named)  # is continued
+
+
+def Named(split):
+    source = sources.load("mixture", split)
+    return dataclasses.replace(source, class_names=("a", "b", "c"))

@@ -218,6 +218,17 @@ def check_values(images: np.ndarray, what: str) -> None:
         logging.warning("%s has float images from %g to %g; expected [-1, 1].", what, low, high)
 
 
+def check_names(train: Source, test: Source) -> None:
+    """Raise ValueError if both name their classes, and a label of both means two classes."""
+    pairs = zip(*(getattr(source, "class_names", ()) for source in (train, test)), strict=False)
+    for label, (name, other) in enumerate(pairs):
+        if name != other:
+            raise ValueError(
+                f"Label {label} is {name!r} in the training set and {other!r} in the held-out set; "
+                "expected the same. Give both the same classes, or number them by dataset.json"
+            )
+
+
 def count_classes(labels: np.ndarray, what: str) -> int:
     """The largest of the labels plus 1; warns if a smaller label has no example."""
     classes = int(labels.max(initial=0)) + 1

@@ -69,7 +69,7 @@ def read(
                 run.model, params, labels, run.sampler, guided=guided.at(scale), **options
             )
             if (shown := latents.shown(samples, decode)) is not None:
-                grids[scale] = images.png(images.picture(shown, labels, per_class))
+                grids[scale] = images.png(images.picture(shown, labels, per_class, run.class_names))
             else:
                 note = latents.UNSEEN.format(samples.shape[-1])
     return Column(workdir.name, flat(dict(run.config)), curves, rows, grids, note)
