@@ -207,6 +207,20 @@ def at_best(rows: list[Row]) -> str:
     return " / ".join([*distances, f"{best['strength']:g}"]) if best else ""
 
 
+def over_seeds(result: Row) -> list[Row]:
+    """The floor, and the means of each method with their standard deviations over seeds."""
+    found: list[Row] = [
+        {**result["floor"], "method": "floor", "second": _second([result["floor"]])}
+    ]
+    for method in dict.fromkeys(row["method"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["method"] == method]
+        several = {k: [r[k] for r in rows] for k, x in rows[0].items() if type(x) in (int, float)}
+        mean = {k: statistics.mean(values) for k, values in several.items()}
+        spread = {f"{k}_std": statistics.stdev(v) for k, v in several.items() if len(rows) > 1}
+        found.append({"method": method, "second": _second(rows), **mean, **spread})
+    return found
+
+
 def along_training(result: Row, name: str) -> str:
     """The readings of ICR in a training on a number of images, and its copies."""
     (found,) = (claim for text, claim in result["claims"].items() if f"with {name}" in text)
