@@ -39,8 +39,11 @@ def seconds():
 
 def test_help_lists_all_commands_and_configs_at_once():
     before = seconds()
-    text = run(sys.executable, "-m", "mclr_jax.cli", "--help")
+    program = "import sys; from mclr_jax import cli; cli.main(); print(*sys.modules)"
+    text = run(sys.executable, "-c", program, "--help")
     assert seconds() - before < 1.0
+    text, imported = text.rstrip().rsplit("\n", 1)
+    assert not {"jax", "numpy", "absl"} & {*imported.split()}
     listed = dict(re.findall(r"^  (\w+) +(\S.*)$", text, re.MULTILINE))
     sources = {path.stem: path.read_text() for path in (ROOT / "launch").glob("*.py")}
     commands = {name for name, text in sources.items() if "common.run(main" in text}
@@ -78,11 +81,21 @@ def test_the_command_of_a_result_is_the_one_that_was_given(monkeypatch, tmp_path
 def test_configs_are_found_by_name_and_by_path(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").touch()
-    (tmp_path / "digits").touch()
+    for name in ("digits", "notes"):
+        (tmp_path / name).touch()
     assert configs.find("digits") == ROOT / "configs" / "digits.py"
     assert configs.find("mine.py") == pathlib.Path("mine.py")
     assert configs.find(str(tmp_path / "mine.py")) == tmp_path / "mine.py"
-    for wrong in ("mine", "base", "__init__", "digits.py", "configs/digits.py", str(tmp_path), ""):
+    for wrong in (
+        "mine",
+        "notes",
+        "base",
+        "__init__",
+        "digits.py",
+        "configs/digits.py",
+        str(tmp_path),
+        "",
+    ):
         assert configs.find(wrong) is None, wrong
 
 
