@@ -24,9 +24,9 @@ import jax
 from absl import flags
 
 from mclr_jax import calibrate, runs
+from mclr_jax.data.protocol import caption
 from mclr_jax.evaluation.features import Extractor
 from mclr_jax.files import write_json
-from mclr_jax.images import caption
 from mclr_jax.labels import warn_untrained
 from mclr_jax.launch import common
 from mclr_jax.training.log import Progress

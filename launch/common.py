@@ -49,6 +49,10 @@ SHARED: dict[str, tuple] = {
                           {"lower_bound": 1}),
     "autoguidance": (flags.DEFINE_string, None, "Directory of a weaker run, the weak model of the "
                      "guidance."),
+    "resolution": (flags.DEFINE_integer, 0, "Crop and resize to this size; 0: as they are.",
+                   {"lower_bound": 0}),
+    "labels": (flags.DEFINE_string, "", "CSV file of file names and classes; default: those of "
+               "dataset.json, or the sub-folders."),
     "config": (flags.DEFINE_string, None, "Name of a config of the package, such as digits, or "
                "the path of a file NAME.py; each of its keys is a flag, too. It may come first, "
                "without --config=."),

@@ -26,7 +26,7 @@ LATENTS = flags.DEFINE_enum("latents", None, [*KINDS], "For which models; see ab
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.zip.")
 SPLIT = flags.DEFINE_enum("split", "train", ["train", "test"], "Part of the data.")
 PATH = flags.DEFINE_string("path", "", "Folder of the files, as config.data.path.")
-RESOLUTION = flags.DEFINE_integer("resolution", 0, "Crop and resize to this size.", lower_bound=0)
+(RESOLUTION,) = common.define("resolution")
 
 
 def main() -> None:

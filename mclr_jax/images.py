@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from mclr_jax.data.protocol import caption
 from mclr_jax.files import write_atomically
 
 MARGIN = 4
@@ -14,15 +15,6 @@ COLOURS = np.array([  # Okabe and Ito's palette, which colour-blind readers can 
     (0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167),
     (213, 94, 0), (86, 180, 233), (240, 228, 66), (0, 0, 0),
 ])  # fmt: skip
-
-
-def caption(label: int, class_names: Sequence[str] = ()) -> str:
-    """A label as pictures and tables show it: the first of the names of its class, at most 20
-    characters of it, or the number of a class without a name."""
-    if label >= len(class_names):
-        return str(label)
-    name = class_names[label].partition(",")[0]
-    return name if len(name) <= 20 else f"{name[:19]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def picture(

@@ -3,10 +3,7 @@
 import dataclasses
 import functools
 import io
-import json
-import os
 import pathlib
-import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -16,11 +13,12 @@ import numpy as np
 from absl import logging
 
 from mclr_jax import images
+from mclr_jax.data import folders
 from mclr_jax.data.latents import KINDS, units
 from mclr_jax.data.pixels import to_float
 from mclr_jax.data.protocol import Source
 from mclr_jax.data.sources import Data
-from mclr_jax.files import digest, made
+from mclr_jax.files import digest
 from mclr_jax.model import Model
 from mclr_jax.networks.autoencoder import Autoencoder
 from mclr_jax.pretrained import diffusers
@@ -200,19 +198,10 @@ def encode(
         return run(params, jax.device_put(source[rows][0], spread))
 
     names = [f"{i:08d}"[:5] + f"/img-mean-std-{i:08d}.npy" for i in range(len(source))]
-    about = {"labels": list(zip(names, source.labels.tolist(), strict=True)), "latents": kind,
-             "autoencoder": digest(params)}  # fmt: skip
-    temporary = out.with_name(f"{out.name}.tmp")
-    with made(out.parent):
-        try:
-            with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-                size = spread_size(BATCH, len(source))
-                for rows, found in in_batches(compute, len(source), size):
-                    for row, array in zip(rows, found, strict=True):
-                        np.save(buffer := io.BytesIO(), array)
-                        archive.writestr(names[row], buffer.getvalue())
-                    progress(len(rows))
-                archive.writestr("dataset.json", json.dumps(about))
-            os.replace(temporary, out)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with folders.archive(out, source, names, latents=kind, autoencoder=digest(params)) as archive:
+        size = spread_size(BATCH, len(source))
+        for rows, found in in_batches(compute, len(source), size):
+            for row, array in zip(rows, found, strict=True):
+                np.save(buffer := io.BytesIO(), array)
+                archive.writestr(names[row], buffer.getvalue())
+            progress(len(rows))

@@ -2,12 +2,13 @@
 
 import json
 import os
+import zipfile
 
 import numpy as np
 import pytest
 from test_formats import everything, png, refused
 
-from mclr_jax.data import folders, formats, protocol
+from mclr_jax.data import folders, formats, protocol, sources
 from mclr_jax.data.sources import Data, load
 
 RNG = np.random.default_rng(0)
@@ -239,3 +240,71 @@ def test_held_out_images_of_other_classes_are_refused(tmp_path):
     protocol.check_names(train, load("digits"))
     with pytest.raises(ValueError, match="Label 1 is 'bee' in the training set and 'cat' in the"):
         protocol.check_names(train, shifted)
+
+
+# ---- zips of one's own and what is found in a set ------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_written_zip_is_that_of_edm_and_comes_back(tmp_path, channels):
+    images = RNG.integers(0, 256, (1001, 6, 4, channels), np.uint8)
+    labels = RNG.integers(0, 3, 1001).astype(np.int32)
+    source = protocol.Arrays(images, labels, 3, class_names=("ant", "bee", "cat"))
+    counts = []
+    folders.write(source, tmp_path / "deep" / "a.zip", counts.append)
+    assert sum(counts) == 1001
+    back = load(f"zip:{tmp_path}/deep/a.zip")
+    for got, expected in zip(everything(back), (images, labels), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    assert (back.class_names, back.num_classes) == (source.class_names, 3)
+    with zipfile.ZipFile(tmp_path / "deep" / "a.zip") as archive:
+        about, names = json.loads(archive.read("dataset.json")), archive.namelist()
+    assert about["labels"][1000] == ["00001/img00001000.png", labels[1000]]
+    assert names == [*(name for name, _ in about["labels"]), "dataset.json"]
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.zip"]
+
+
+@pytest.mark.parametrize(("images", "message"), [
+    (np.zeros((2, 4, 4, 3), np.float32), "examples are float32; a zip is for images of 8 bits"),
+    (np.zeros((2, 4, 4, 4), np.uint8), r"have shape \(4, 4, 4\); a zip is for grey or colour"),
+    (np.zeros((2, 4), np.uint8), r"have shape \(4,\)"),
+])  # fmt: skip
+def test_what_is_no_image_of_8_bits_is_not_written(tmp_path, images, message):
+    source = protocol.Arrays(images, np.zeros(2, np.int32), 1)
+    with pytest.raises(ValueError, match=message):
+        folders.write(source, tmp_path / "out" / "a.zip")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_what_is_found_in_a_set_is_said(tmp_path):
+    """Sizes as files say them, counts of what training takes and holds out, sigma as defined."""
+    files = {f"ant/{i}.png": grey(0, (4, 6)) for i in range(10)}
+    name = write(tmp_path / "a", files | {f"bee/{i}.png": grey(255, (4, 6)) for i in range(30)})
+    lines, some = sources.inspect(Data(name))
+    red = np.repeat([-1.0, 1.0], [9, 27])
+    sigma = np.stack([red, -np.ones(36), -np.ones(36)]).std()
+    assert lines == [
+        f"{name}: 40 examples of shape (4, 6, 3)", "files: 6 x 4 pixels (width x height)",
+        f"sigma_data: {sigma:.4g}", "class  to train on     held out",
+        "ant              9            1", "bee             27            3",
+    ]  # fmt: skip
+    assert values(some)[1] == [0] * 8 + [1] * 8
+    write(tmp_path / "a", {"bee/x.png": grey(255, (20, 12))})
+    lines, some = sources.inspect(Data(name), side=5)
+    assert lines[1] == (
+        "files: 6 x 4 to 12 x 20 pixels (width x height), shown at 5 x 5; to train, set "
+        "config.data.resolution"
+    )
+    assert some.shape == (5, 5, 3)
+    assert sources.inspect(Data(name, resolution=3))[1].shape == (3, 3, 3)
+    bare = write(tmp_path / "b", {"0.png": 0, "1.png": 1})
+    assert sources.inspect(Data(bare))[0][-1] == "0                1            1"
+    assert sources.inspect(Data("digits"))[0][0] == "digits: 1497 examples of shape (8, 8, 1)"
+
+
+def test_a_place_is_named_by_its_kind(tmp_path):
+    (tmp_path / "a.zip").touch()
+    (tmp_path / "a.npz").mkdir()
+    places = [str(tmp_path), f"{tmp_path}/a.zip", f"{tmp_path}/a.npz", "digits", "zip:x", "b.zip"]
+    kinds = [sources.at(place).removesuffix(place) for place in places]
+    assert kinds == ["folder:", "zip:", "folder:", "", "", ""]

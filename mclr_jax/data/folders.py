@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import csv
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -17,21 +18,29 @@ import posixpath
 import re
 import shutil
 import unicodedata
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 from absl import logging
 from PIL import Image
 
 from mclr_jax.data.protocol import Source
-from mclr_jax.files import named
+from mclr_jax.files import made, named
 
+T = TypeVar("T")
 CACHE = "~/.cache/mclr_jax/data"
 LARGEST = 4 * 2**30  # bytes of decoded images that are kept
 PART = 64  # images that a thread decodes at a time
 HIDDEN = re.compile(r"(^|/)\.[^./]")  # a path with a name such as .DS_Store or ._0.png
 PARTS = {"train", "training", "test", "testing", "val", "valid", "validation"}  # are no classes
+
+
+@functools.cache
+def say_once(text: str, log: Callable[..., None] = logging.warning) -> None:
+    """Log a text, once in this process: a set is read for training and for what is held out."""
+    log("%s", text)
 
 
 class Folder:
@@ -105,7 +114,7 @@ def examples(
     with named(f"{path} has a broken dataset.json; mend it, or get the zip again"):
         about = json.loads(archive.read(told[0])) if told else {}
         labels = _labels(about.get("labels"), key)
-        class_names = tuple(map(str, about.get("classes", ())))
+        class_names = tuple(map(str, about.get("class_names", ())))
     if table:
         labels, class_names = numbered(_table(table, key, by_key))
     suffixes = {".npy", *(k for k, v in Image.registered_extensions().items() if v in Image.OPEN)}
@@ -118,8 +127,7 @@ def examples(
     if isinstance(archive, Folder):  # the table may lie there
         others -= {n for n in others if table and (archive.path / n).samefile(table)}
     if others:
-        text = "%s: left out %d files that are no images, such as %s."
-        logging.warning(text, path, len(others), min(others))
+        say_once(f"{path}: left out {len(others)} files that are no images, such as {min(others)}.")
     if labels is None and isinstance(archive, Folder) and not unlabelled:
         labels, class_names = _sub_folders(files, path)
     if unlabelled or (unlabelled is None and labels is None):
@@ -181,7 +189,7 @@ def _sub_folders(files: Mapping[str, str], path: str) -> Any:
         )
     if len(classes) < 2:
         return None, ()
-    logging.info("%s: %d classes, the folders in it.", path, len(classes))
+    say_once(f"{path}: {len(classes)} classes, the folders in it.", logging.info)
     return numbered(tops)
 
 
@@ -219,11 +227,11 @@ def divided(labels: np.ndarray, share: float, seed: int = 0) -> dict[str, np.nda
 # ---- decoded images ------------------------------------------------------------------------------
 
 
-def parts(source: Source) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """All images and labels of a source, in parts, read by a thread for each core."""
-    rows = np.array_split(np.arange(len(source)), math.ceil(len(source) / PART))
+def in_threads(function: Callable[[np.ndarray], T], count: int) -> Iterator[T]:
+    """The values of a function of rows, for all rows in parts, by a thread for each core."""
+    rows = np.array_split(np.arange(count), math.ceil(count / PART))
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
-        yield from threads.map(source.__getitem__, rows)
+        yield from threads.map(function, rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +278,7 @@ class Kept:
             header = {"descr": "|u1", "fortran_order": False, "shape": (len(source), *source.shape)}
             with temporary.open("wb") as file:
                 np.lib.format.write_array_header_1_0(file, header)
-                for images, _ in parts(source):
+                for images, _ in in_threads(source.__getitem__, len(source)):
                     file.write(images.tobytes())
             os.replace(temporary, self.file)
             for path in self.folder.glob(f"{self.name}-*.npy"):
@@ -284,3 +292,52 @@ class Kept:
                 temporary.unlink(missing_ok=True)
         logging.info("%d decoded images are kept in %s.", len(source), self.file)
         return self.read()
+
+
+# ---- zips of one's own ---------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def archive(out: pathlib.Path, source: Source, names: list[str], **about: Any) -> Iterator[Any]:
+    """A zip to write files `names` to, one for each example of a source, whose dataset.json has
+    their labels, the names of the classes and `about`. An error leaves no new file."""
+    if class_names := getattr(source, "class_names", ()):
+        about = {"class_names": list(class_names), **about}
+    about = {"labels": list(zip(names, source.labels.tolist(), strict=True)), **about}
+    temporary = out.with_name(f"{out.name}.tmp")
+    with made(out.parent):
+        try:
+            with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as file:
+                yield file
+                file.writestr("dataset.json", json.dumps(about))
+            os.replace(temporary, out)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write(
+    source: Source, out: pathlib.Path, progress: Callable[[int], Any] = lambda count: None
+) -> None:
+    """Write a source of 8-bit images as a zip in the format of EDM, which names its classes, too.
+
+    ValueError: it has other examples.
+    """
+    if len(source.shape) != 3 or source.shape[-1] not in (1, 3):
+        raise ValueError(f"examples have shape {source.shape}; a zip is for grey or colour images")
+
+    def encoded(rows: np.ndarray) -> list[tuple[int, bytes]]:
+        images, files = source[rows][0], []
+        if images.dtype != np.uint8:
+            raise ValueError(f"examples are {images.dtype}; a zip is for images of 8 bits")
+        for row, image in zip(rows, images, strict=True):
+            image = image[..., 0] if image.shape[-1] == 1 else image
+            Image.fromarray(image).save(file := io.BytesIO(), "PNG")
+            files.append((row, file.getvalue()))
+        return files
+
+    names = [f"{i // 1000:05d}/img{i:08d}.png" for i in range(len(source))]
+    with archive(out, source, names) as file:
+        for part in in_threads(encoded, len(source)):
+            for row, content in part:
+                file.writestr(names[row], content)
+            progress(len(part))

@@ -16,7 +16,6 @@ from typing import IO, Any
 
 import jax
 import numpy as np
-from absl import logging
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from mclr_jax import mixture
@@ -200,6 +199,18 @@ def _zip(
     return Latents(source, latents) if arrays and latents else source
 
 
+def sizes(path: str) -> np.ndarray:
+    """Width and height of each image in a zip or a folder, (n, 2), as their files say."""
+    is_folder = pathlib.Path(path).is_dir()
+    archive: Any = folders.Folder(path) if is_folder else _open(path, zipfile.ZipFile)
+    found = []
+    for file in folders.examples(archive, path, unlabelled=True).files:
+        if not file.lower().endswith(".npy"):
+            with named(f"{file} in {path} {UNREADABLE}"), archive.open(file) as stream:
+                found.append(_picture(stream).size)
+    return np.array(found).reshape(-1, 2)
+
+
 def _npz(path: str, split: str, *, num_classes: int = 0, latents: str = "") -> Arrays:
     """Arrays `images` (N, H, W, C), (N, H, W) or (N, d), and `labels` (N,), as in this project's
     sample files; `test_images` and `test_labels` are the test split. With a kind of `latents` the
@@ -254,11 +265,6 @@ def center_crop(image: Image.Image, resolution: int) -> Image.Image:
     return image.crop((left, top, left + resolution, top + resolution))
 
 
-@functools.cache
-def _say_once(text: str) -> None:
-    logging.warning("%s", text)
-
-
 def _picture(file: IO[bytes]) -> Any:
     """An image whose header is read; ValueError: it is none, or has more than 8 bits a channel."""
     try:
@@ -289,7 +295,9 @@ def _decode(
         if isinstance(data, bytes):
             image = _picture(io.BytesIO(data))
             if getattr(image, "is_animated", False) and image.format != "MPO":
-                _say_once(f"{where} has images of several frames, of which the first are used.")
+                folders.say_once(
+                    f"{where} has images of several frames, of which the first are used."
+                )
             image.load()
             with contextlib.suppress(SyntaxError):  # a mark that is no Exif
                 ImageOps.exif_transpose(image, in_place=True)
@@ -298,8 +306,10 @@ def _decode(
         if image.has_transparency_data:
             image = image.convert("RGBA")
             if np.asarray(image)[..., 3].min() < 255:
-                _say_once(f"{where} has images with transparent pixels, which are shown over "
-                          f"{background}; data.background is another colour.")  # fmt: skip
+                folders.say_once(
+                    f"{where} has images with transparent pixels, which are shown over "
+                    f"{background}; data.background is another colour."
+                )
             image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
         image = image.convert(mode)
     array = np.asarray(center_crop(image, resolution) if resolution else image)
@@ -323,7 +333,9 @@ def _source(
     in_memory = size * first.nbytes < IN_MEMORY_BYTES if in_memory is None else in_memory
     source: Source = lazy
     if in_memory:
-        images, found = map(np.concatenate, zip(*folders.parts(lazy), strict=True))
+        images, found = map(
+            np.concatenate, zip(*folders.in_threads(lazy.__getitem__, size), strict=True)
+        )
         source = Arrays(images, found, num_classes, class_names=class_names)
     check(source.images if isinstance(source, Arrays) else first[None], name(0))
     return source

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -216,6 +216,15 @@ def check_values(images: np.ndarray, what: str) -> None:
         )
     if images.ndim == 4 and images.shape[3] in (1, 3) and low >= 0 and 0 < high <= 1:
         logging.warning("%s has float images from %g to %g; expected [-1, 1].", what, low, high)
+
+
+def caption(label: int, class_names: Sequence[str] = ()) -> str:
+    """A label as pictures and tables show it: the first of the names of its class, at most 20
+    characters of it, or the number of a class without a name."""
+    if label >= len(class_names):
+        return str(label)
+    name = class_names[label].partition(",")[0]
+    return name if len(name) <= 20 else f"{name[:19]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def check_names(train: Source, test: Source) -> None:

@@ -1,6 +1,7 @@
 """Data sets by name, as in config.data."""
 
 import dataclasses
+import pathlib
 from collections.abc import Collection, Iterable
 from typing import Any, ClassVar
 
@@ -8,7 +9,7 @@ import numpy as np
 from absl import logging
 
 from mclr_jax.data.folders import divided
-from mclr_jax.data.formats import FORMATS
+from mclr_jax.data.formats import FORMATS, sizes
 from mclr_jax.data.latents import KINDS
 from mclr_jax.data.protocol import (
     OneClass,
@@ -16,8 +17,10 @@ from mclr_jax.data.protocol import (
     Subset,
     as_images,
     as_labels,
+    caption,
     check_values,
     limit,
+    sigma_data,
 )
 from mclr_jax.files import named
 from mclr_jax.schema import Keys, fields, key, look_up, nearest, resolve, rest
@@ -63,6 +66,13 @@ def options_of(name: str) -> Collection[str]:
     """The options of the format of a source; none of a source of the user's own."""
     loader, _ = FORMATS.get(name.partition(":")[0], (None, ""))
     return getattr(loader, "__kwdefaults__", None) or ()
+
+
+def at(place: str) -> str:
+    """The name of the source in a folder, a zip or an npz file; other names stay."""
+    path = pathlib.Path(place)
+    kind = "folder" if path.is_dir() else path.suffix[1:].lower()
+    return f"{kind}:{place}" if kind in FORMATS and path.exists() else place
 
 
 def _check_options(name: str, options: Iterable[str], known: Collection[str]) -> None:
@@ -144,6 +154,42 @@ class Data(Keys):
         if ":" in place or not argument:
             return dataclasses.replace(self, name=place, path="")
         return dataclasses.replace(self, path=place)
+
+
+def inspect(data: Data, side: int = 64) -> tuple[list[str], Source]:
+    """What is found in a set, in lines, and some examples of each of the first 20 classes.
+
+    Without `resolution`, image files of several sizes are cropped and resized to `side`.
+    """
+    lines, (kind, _, path) = [], data.name.partition(":")
+    if kind in ("folder", "zip") and len(found := np.unique(sizes(path), axis=0)):
+        first, *_, last = 2 * sorted(found.tolist(), key=np.prod)
+        text = " to ".join("{} x {}".format(*size) for size in (first, last)[: len(found)])
+        lines.append(f"files: {text} pixels (width x height)")
+        if len(found) > 1 and not data.resolution:
+            lines[-1] += f", shown at {side} x {side}; to train, set config.data.resolution"
+            data = dataclasses.replace(data, resolution=side)
+    if "unlabelled" in options_of(data.name):
+        data = dataclasses.replace(data, options={"unlabelled": None, **data.options})
+    train = data.source("train", 0)
+    test = data.source("test", 0) if kind == "folder" else Subset(train, np.arange(0))
+    number = {"to train on": train, "held out": test}
+    counts = {k: np.bincount(x.labels, minlength=train.num_classes) for k, x in number.items()}
+    names = [
+        caption(label, getattr(train, "class_names", ())) for label in range(train.num_classes)
+    ]
+    width = max(map(len, ["class", *names]))
+    lines = [
+        f"{data.name}: {len(train) + len(test)} examples of shape {train.shape}",
+        *lines,
+        f"sigma_data: {sigma_data(train):.4g}",
+        "  ".join([f"{'class':{width}s}", *(f"{k:>11s}" for k in counts)]),
+        *("  ".join([f"{name:{width}s}", *(f"{n[label]:11d}" for n in counts.values())])
+          for label, name in enumerate(names)),
+    ]  # fmt: skip
+    rng, labels = np.random.default_rng(0), train.labels
+    some = [rng.permutation(np.flatnonzero(labels == c))[:8] for c in range(20)]
+    return lines, Subset(train, np.concatenate(some))
 
 
 def _checked(source: Any, what: str) -> Source:
