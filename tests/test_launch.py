@@ -215,3 +215,40 @@ def test_guidance_of_a_model_that_never_saw_the_null_label_is_warned_of(workdir,
     warning = "was trained with objective.label_dropout=0.0, and so was not shown the null label"
     assert warning in call("sample", *given, "--guidance_scale=3")
     assert warning not in call("sample", *given)
+
+
+def test_a_folder_of_images_becomes_samples_by_names_of_classes(tmp_path, monkeypatch):
+    """And with one key, without labels, an unconditional model."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    rng = np.random.default_rng(0)
+    for index, name in enumerate(["cat", "dog", "ox"] * 10):
+        (file := tmp_path / "set" / name / f"{index}.png").parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (12, 9 + index % 2, 3), np.uint8)).save(file)
+    log = call("inspect", str(tmp_path / "set"), f"--out={tmp_path / 'set.png'}")
+    assert re.search(r"9 x 12 to 10 x 12 pixels.*\ncat +9 +1\n", log, re.DOTALL)
+    assert Image.open(tmp_path / "set.png").size[1] == 3 * 68 + 4
+    out = tmp_path / "set.zip"
+    assert "30 images" in call("data", str(tmp_path / "set"), "--resolution=8", f"--out={out}")
+    part = call("data", str(out), "--split=train", f"--out={tmp_path / 'part.zip'}")
+    assert "30 images of (8, 8, 3) in 3 classes" in part
+    images = [f"--config.data.name=folder:{tmp_path / 'set'}", "--config.data.resolution=8"]
+    run = f"--workdir={tmp_path / 'run'}"
+    log = call("train", "digits", run, *SMALL, *images, "--config.sample_every=2")
+    assert "3 of 30 examples are held out" in log
+    call(
+        "sample",
+        run,
+        "--num_samples=3",
+        "--steps=1",
+        "--labels=ox,1",
+        f"--out={tmp_path / 'x.npz'}",
+    )
+    with np.load(tmp_path / "x.npz") as file:
+        assert file["labels"].tolist() == [2, 1, 2]
+    log = call("sample", run, "--labels=oks", f"--out={tmp_path / 'x.npz'}", expect=1)
+    assert "'oks', which is no class" in log
+    free = f"--workdir={tmp_path / 'free'}"
+    call("train", "digits", free, *SMALL, *images, "--config.data.unconditional=True")
+    call("sample", free, "--num_samples=2", "--steps=1", f"--out={tmp_path / 'y.npz'}")
+    with np.load(tmp_path / "y.npz") as file:
+        assert file["labels"].tolist() == [0, 0]
