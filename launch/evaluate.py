@@ -74,9 +74,7 @@ EMAS = flags.DEFINE_list("emas", [""], "Averages of the weights, as --ema of mcl
 INTERPOLATIONS = flags.DEFINE_list(
     "interpolations", ["1"], "Of a fine-tuned run, as --interpolation of mclr sample: 0,0.5,1."
 )
-CACHE = flags.DEFINE_string(
-    "cache", "~/.cache/mclr_jax/references", "Folder of the real data's statistics."
-)
+CACHE = flags.DEFINE_string("cache", evaluate.CACHE, "Folder of the real data's statistics.")
 
 
 def main() -> None:

@@ -33,6 +33,7 @@ from mclr_jax.posterior import Classifier, Exact
 from mclr_jax.samplers import Sampler
 from mclr_jax.schema import Keys, Part, key, part, section
 from mclr_jax.task import MADE_HERE, Posterior, Task, needs_of
+from mclr_jax.training.beside import ICR, Evaluate, Log, Profile
 from mclr_jax.training.devices import MODES
 from mclr_jax.training.ema import EMA
 from mclr_jax.training.optimizer import Optimizer
@@ -49,29 +50,6 @@ WEIGHTS: dict[str, Any] = {"natural": natural_weight, "fused_snr": fused_snr_wei
 # Fields that are known with the data.
 OF_DATA = ("num_classes", "out_channels", "augment_dim", "takes_strength")
 COMPANIONS = {"reference": "a frozen reference", "classifier": "a classifier"}
-
-
-@dataclasses.dataclass(frozen=True)
-class ICR(Keys):
-    """ICR during training (mclr_jax/representation), a warning of memorization."""
-
-    every_steps: int = key(0, 0, says="measure and write a checkpoint; 0 for never")
-    num_images: int = key(2048, 2, says="training images, at least twice the length of features")
-    sigma: float = key(0.29, 0.0, SIGMA_RANGE[1], "(", says="noise level of the features")
-    layer: str = key("", says="name of a block; empty for the middle one")
-    samples: int = key(0, 0, says="samples for the memorized fraction; 0 for none")
-
-    where: ClassVar[str] = "config.icr"
-
-
-@dataclasses.dataclass(frozen=True)
-class Profile(Keys):
-    """Steps that are traced for TensorBoard's profiler."""
-
-    start: int = key(0, 0, says="first step")
-    num_steps: int = key(0, 0, says="0 for none")
-
-    where: ClassVar[str] = "config.profile"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +94,8 @@ class Training(Keys):
     ema: EMA = section(EMA)
     sampler: Sampler = section(Sampler)
     icr: ICR = section(ICR)
+    evaluate: Evaluate = section(Evaluate)
+    log: Log = section(Log)
     profile: Profile = section(Profile)
     config: Mapping[str, Any] = schema.hidden()  # all keys, as JSON, for run.json
 

@@ -172,4 +172,9 @@ def readings(experiment: Experiment, start: int) -> list[Hook]:
         monitor = Monitor(training.icr, task.model, sampler, experiment.source, flip,
                           experiment.workdir, start)  # fmt: skip
         found.append(Hook(every, Read(task, monitor)))
+    if every := training.evaluate.every_steps:
+        from mclr_jax.evaluation.during import Measures  # with SciPy's: it takes a second
+
+        given = training.sampler, training.data, experiment.source
+        found.append(Hook(every, Read(task, Measures(training.evaluate, task.model, *given))))
     return found

@@ -115,7 +115,11 @@ def _train(
             *hooks.readings(experiment, start),
         ]
         last = Hook(training.save_periods, save := hooks.Save(checkpoints), when_stopped=True)
-        with Writer(workdir, start, training.num_steps, is_first()) as writer:
+        writer = Writer(
+            workdir, start, training.num_steps, is_first(), config=training.config,
+            device=banner(), batch_size=training.batch_size, wandb=training.log.wandb,
+        )  # fmt: skip
+        with writer:
             samples = Hook(training.sample_every, hooks.Samples(experiment, writer))
             return loop.run(
                 task, state, experiment.frozen, stream, [*ours, samples, *more_hooks, last], writer,

@@ -6,6 +6,7 @@ import pickle
 import shutil
 
 import cases
+import chex
 import jax
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import tiny
 from commands import call
 from PIL import Image
 
-from mclr_jax import files, generate, images, runs
+from mclr_jax import files, generate, images, main, runs
 from mclr_jax.data import sources
 from mclr_jax.data.protocol import drawn
 from mclr_jax.evaluation import compare, evaluate, features, metrics, report
@@ -448,3 +449,40 @@ def test_the_command_compares_images_without_a_run(made, tmp_path):
         (["--samples=x", "--workdir=x", "--out=x.json"], "the samples are those of the run"),
     ]:
         assert message in call("evaluate", *options, *arguments, expect=2)
+
+
+def test_a_training_measures_its_samples_as_the_command_does(made, tmp_path, monkeypatch):
+    """In metrics.jsonl, by the same names; off by default, and it changes no step."""
+    folder, extractor, _ = made
+    monkeypatch.setattr(evaluate, "CACHE", str(tmp_path / "cache"))
+    options = {"every_steps": 6, "num_samples": 30, "metrics": ("frechet", "per_class_frechet"),
+               "features": f"classifier:{folder / 'classifier'}"}  # fmt: skip
+    given = {f"evaluate.{key}": value for key, value in options.items()}
+    state = main.train(tiny.config("digits", **given), tmp_path / "run")
+    plain = main.train(tiny.config("digits"), tmp_path / "plain")
+    chex.assert_trees_all_equal(jax.device_get(state.params), jax.device_get(plain.params))
+    assert not [record for record in tiny.records(tmp_path / "plain") if "frechet" in record]
+    records = [record for record in tiny.records(tmp_path / "run") if "frechet" in record]
+    assert [record["step"] for record in records] == [6, 12]
+    real = evaluate.real_statistics(extractor, sources.load("digits"))
+    names = options["metrics"]
+    (row,) = evaluate.evaluate(
+        runs.load(tmp_path / "run"), extractor, real, names=names, num_samples=30
+    )
+    expected = {name: row[name] for name in names} | {"sample_accuracy": row["accuracy"]}
+    assert records[1] == pytest.approx({"step": 12, **expected}, rel=1e-5)
+    assert records[0]["frechet"] != records[1]["frechet"]
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"features": ""}, "set config.evaluate.features to an extractor, such as classifier:DIR"),
+    ({"metrics": ("fd",)}, "Unknown metric of config.evaluate.metrics 'fd'. Known: coverage"),
+    ({"num_samples": 19}, "num_samples is 19; expected at least 20, two of each class"),
+    ({"features": "clasifier:x"}, "Did you mean 'classifier'"),
+])  # fmt: skip
+def test_settings_of_measures_are_checked_before_the_first_step(made, tmp_path, change, message):
+    options = {"every_steps": 6, "features": f"classifier:{made[0] / 'classifier'}"} | change
+    given = {f"evaluate.{key}": value for key, value in options.items()}
+    with pytest.raises(ValueError, match=message):
+        main.train(tiny.config("digits", **given), tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()

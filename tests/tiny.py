@@ -108,8 +108,9 @@ def with_weights(workdir, state, step=1):
 
 
 def records(workdir):
-    """The log of a run."""
-    return list(read_lines(workdir / "metrics.jsonl"))
+    """The log of a run, without the times."""
+    lines = read_lines(workdir / "metrics.jsonl")
+    return [{key: value for key, value in line.items() if key != "time"} for line in lines]
 
 
 def train_together(address, number, workdir, parallel, kill=""):

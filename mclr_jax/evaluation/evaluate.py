@@ -28,6 +28,7 @@ from mclr_jax.labels import warn_untrained
 from mclr_jax.schema import look_up
 from mclr_jax.training.devices import banner, exists, is_first
 
+CACHE = "~/.cache/mclr_jax/references"  # folder of the statistics of real data
 KEPT = 10_000  # real examples whose features are kept, for neighbours and classes
 
 

@@ -8,6 +8,8 @@ import dataclasses
 import mmap
 import os
 import pathlib
+import resource
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -250,6 +252,14 @@ def banner() -> str:
         f"jax {jax.__version__} on {jax.default_backend()}: {jax.device_count()} device(s) "
         f"({', '.join(kinds)}), {jax.process_count()} process(es)"
     )
+
+
+def peak_memory() -> int:
+    """The most bytes in use so far: of the fullest device, or of this process on the CPU."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    found = max(one.get("peak_bytes_in_use", 0) for one in stats)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return found or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def require_accelerator() -> None:

@@ -1,17 +1,21 @@
-"""The log of a training: progress as a bar or as lines, JSON lines and TensorBoard."""
+"""The log of a training: progress as a bar or as lines, JSON lines and curves."""
 
+import datetime
 import functools
 import json
 import os
 import pathlib
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import tqdm
 
 from mclr_jax import extras
 from mclr_jax.files import append, read_lines, write_atomically
+from mclr_jax.training.curves import TensorBoard, Wandb
+from mclr_jax.training.devices import peak_memory
 
 SILENCE = 15  # seconds without a line, at most
 
@@ -75,52 +79,58 @@ class Progress:
             say(f"{self._unit} {count} ({speed:.3g} it/s{eta}){text and ': '}{text}")
 
 
-class _Nowhere:
-    """A writer of TensorBoard without effect, whose library is not installed."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *args, **kwargs: None
-
-
 class Writer:
-    """Writes scalars to `workdir`/metrics.jsonl and TensorBoard; a context manager.
+    """Writes scalars, with the time, to `workdir`/metrics.jsonl, and to TensorBoard; a context
+    manager.
 
     Progress is shown, see `Progress`, with a line for each report. Rates exclude the compilation,
     which is announced. Records after `start_step`, from a run that was killed after its last
-    checkpoint, are removed, so that each step has one record. With `enabled` false, as in all
-    processes except the first, nothing is written.
+    checkpoint, are removed, so that each step has one record. TensorBoard, and Weights & Biases if
+    `wandb` names a project there, get the config, the device, examples per second and memory, too.
+    With `enabled` false, as in all processes except the first, nothing is written.
     """
 
-    def __init__(self, workdir, start_step: int, num_steps: int, enabled: bool = True):
+    def __init__(
+        self, workdir: str | pathlib.Path, start_step: int, num_steps: int, enabled: bool = True,
+        *, config: Mapping[str, Any] | None = None, device: str = "", batch_size: int = 0,
+        wandb: str = "",
+    ) -> None:  # fmt: skip
         self._enabled, self._compiled, self._step = enabled, False, start_step
         self._made = time.monotonic()
         self._progress = Progress(num_steps, "step", start_step, quiet=not enabled)
+        self._workdir, self._start, self._batch_size = pathlib.Path(workdir), start_step, batch_size
+        self._config, self._device, self._project = config or {}, device, wandb
+        self._rated: tuple[int, float] | None = None  # step and time of the last report
         if not enabled:
             return
-        path, self._events = (pathlib.Path(workdir) / n for n in ("metrics.jsonl", "tensorboard"))
-        kept = [record for record in read_lines(path) if record["step"] <= start_step]
-        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._path, self._purged = path, start_step + 1
+        self._path = self._workdir / "metrics.jsonl"
+        kept = [record for record in read_lines(self._path) if record["step"] <= start_step]
+        write_atomically(self._path, "".join(json.dumps(record) + "\n" for record in kept))
 
     @functools.cached_property
-    def _tensorboard(self) -> Any:
-        try:  # PyTorch is imported, too, where it is installed
-            library = extras.needed("tensorboardX", "tensorboard")
+    def _curves(self) -> list[TensorBoard | Wandb]:
+        found: list[TensorBoard | Wandb] = []
+        try:
+            folder = self._workdir / "tensorboard"
+            found.append(TensorBoard(folder, self._start, self._config, self._device))
         except extras.MissingExtraError as error:
             say(f"No curves for TensorBoard are written: {error}")
-            return _Nowhere()
-        return library.SummaryWriter(str(self._events), purge_step=self._purged)
+        if self._project:
+            found.append(Wandb(self._workdir, self._project, self._config, self._device))
+        return found
 
     def __enter__(self) -> "Writer":
         if self._enabled:
+            if self._project:  # its errors come before the first step
+                self._curves  # noqa: B018
             say("Compiling the training step ...")
         return self
 
     def __exit__(self, *_) -> None:
         if self._enabled:
             self._progress.__exit__()
-            if "_tensorboard" in vars(self):
-                self._tensorboard.close()
+            for curves in vars(self).get("_curves", ()):
+                curves.close()
 
     def progress(self, step: int) -> None:
         """Show this step, if it is time to; the first call ends the compilation."""
@@ -128,21 +138,31 @@ class Writer:
         if self._compiled:
             self._progress.update(count)
             return
-        self._compiled = True
+        self._compiled, self._rated = True, (step, time.monotonic())
         self._progress.restart(count)
         if self._enabled:
             say(f"Compiled in {time.monotonic() - self._made:.1f} s.")
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write one record, and a short form of it to the bar or, without a terminal, to a line."""
         if not self._enabled:
             return
-        append(self._path, json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        append(self._path, json.dumps({"step": step, **values, "time": now}) + "\n")
+        for curves in self._curves:
+            curves.scalars(step, {**values, **self._costs(step)})
         self._progress.line(", ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
+    def _costs(self, step: int) -> dict[str, float]:
+        """Examples per second since the last report, and memory; none twice for one step."""
+        now, since = time.monotonic(), self._rated
+        if since is None or step <= since[0]:
+            return {}
+        self._rated = step, now
+        rate = (step - since[0]) * self._batch_size / max(now - since[1], 1e-9)
+        return {"images_per_second": rate, "peak_memory_gib": peak_memory() / 2**30}
+
     def image(self, step: int, name: str, array) -> None:
-        """Write an (H, W, 3) uint8 image to TensorBoard."""
-        if self._enabled:
-            self._tensorboard.add_image(name, array, step, dataformats="HWC")
+        """Write an (H, W, 3) uint8 image to TensorBoard, and to Weights & Biases."""
+        for curves in self._curves if self._enabled else ():
+            curves.image(step, name, array)
