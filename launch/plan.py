@@ -12,13 +12,12 @@ what configs/NAME.py would train. --suggest tries what saves memory, if the step
 docs/devices.md explains the keys of the JSON file.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 from absl import flags
 
-from mclr_jax import plan, runs
+from mclr_jax import costs, plan, runs
 from mclr_jax.files import provenance, write_json
 from mclr_jax.launch import common
 from mclr_jax.training.devices import MODES
@@ -36,66 +35,8 @@ GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", 1.0, "Of these samples; 1 
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.json.")
 
 
-def _bytes(count: int | None) -> str:
-    return "unknown" if count is None else f"{count / 2**30:.3g} GiB"
-
-
-def _memory(cost: Mapping[str, Any]) -> str:
-    parts = {k: v for k, v in cost["memory_per_chip_bytes"].items() if v is not None}
-    listed = ", ".join(f"{name} {_bytes(size)}" for name, size in parts.items())
-    return f"{listed or 'unknown'}: {'fits' if cost['fits'] else 'DOES NOT FIT'}"
-
-
-def _listed(lines: Mapping[str, str]) -> str:
-    return "\n".join(f"{name:21s} {line}" for name, line in lines.items())
-
-
-def sampling_text(cost: Mapping[str, Any]) -> str:
-    """Findings of `plan.sampling`, for humans."""
-    each = cost["thousand_samples"]
-    lines = {
-        "sampling": f"{cost['batch_size']} at once, guidance scale {cost['guidance_scale']:g}, "
-        f"{each['network_calls']} network calls each",
-        "... memory per chip": _memory(cost),
-        "... 1,000 samples": f"{each['flops']:.4g} FLOPs, at least {each['chip_seconds']:.3g} "
-        "chip-seconds",
-        "... compiled in": f"{cost['compile_seconds']:.1f} s",
-    }
-    return _listed(lines)
-
-
-def text(cost: Mapping[str, Any]) -> str:
-    """The cost as a table for humans."""
-    each, roofline, samples = (
-        cost[key] for key in ("flops_per_example", "roofline", "thousand_samples")
-    )
-    chip = roofline["chip"]
-    exchanged = (f"{kind} {each['count']} ({each['bytes'] / 2**20:.3g} MiB)"
-                 for kind, each in cost["collectives"].items())  # fmt: skip
-    seconds = ", ".join(f"{name} {value:.2e}" for name, value in roofline["seconds"].items())
-    peaks = (f"{chip['flops'] / 1e12:g} TFLOP/s, memory {chip['bandwidth'] / 1e9:g} GB/s, "
-             f"links {chip['link'] / 1e9:g} GB/s ({chip['source']})")  # fmt: skip
-    lines = {
-        "topology": f"{cost['topology']}: {cost['chips']} chips of "
-        f"{_bytes(cost['chip_memory_bytes'])}; parallel={cost['parallel']}",
-        "step": f"{cost['batch_size']} examples, {cost['steps_per_dispatch']} steps in a dispatch",
-        "parameters": f"{cost['parameters']:,}, and frozen {cost['frozen_parameters']:,}",
-        "memory per chip": _memory(cost),
-        "FLOPs": f"{cost['flops_per_step']:.4g} a step; of one example {each['forward']:.4g} "
-        f"forward, {each['step']:.4g} in a step",
-        "collectives per step": ", ".join(exchanged) or "none",
-        "seconds per step": f"at least {roofline['seconds_per_step']:.2e} ({seconds})",
-        "peaks assumed": peaks,
-        "whole training": f"at least {cost['device_hours']:.3g} chip-hours",
-        "1,000 samples": f"{samples['network_calls']} network calls each, "
-        f"{samples['flops']:.4g} FLOPs, at least {samples['chip_seconds']:.3g} chip-seconds",
-        "compiled in": f"{cost['compile_seconds']:.1f} s",
-    }
-    return _listed(lines)
-
-
 def _show(name: str, found: Any) -> None:
-    text = f"not possible ({found})" if isinstance(found, ValueError) else _memory(found)
+    text = f"not possible ({found})" if isinstance(found, ValueError) else costs.memory(found)
     print(f"{name}: {text}", flush=True)
 
 
@@ -111,12 +52,12 @@ def main() -> None:
     jax.config.update("jax_enable_compilation_cache", False)  # compile_seconds is that of compiling
     data = plan.data_info(training, common.numbers(SHAPE, int), NUM_CLASSES.value)
     cost = plan.planned(training, data, TOPOLOGY.value)
-    print(text(cost))
+    print(costs.training(cost))
     if SAMPLE_BATCH.value:
         options = {"batch_size": SAMPLE_BATCH.value, "guidance_scale": GUIDANCE_SCALE.value}
         model = training.model(data)
         cost["sampling"] = plan.sampling(model, TOPOLOGY.value, training.sampler, **options)
-        print(sampling_text(cost["sampling"]))
+        print(costs.sampling(cost["sampling"]))
     if SUGGEST.value and not cost["fits"]:
         cost["suggestions"] = plan.suggestions(training, data, TOPOLOGY.value, _show)
     elif not cost["fits"]:
