@@ -5,7 +5,6 @@ import logging as python_logging
 import os
 import pathlib
 import re
-import runpy
 import sys
 import threading
 import traceback
@@ -206,16 +205,10 @@ def _read_config(argv: list[str]) -> list[str]:
 
 def _load(path: str) -> ConfigDict:
     """The config NAME or FILE, or the same with :ARGUMENT; stops if it cannot be loaded."""
-    name, colon, argument = path.partition(":")
-    if not (file := configs.find(name)):
-        given, known = pathlib.Path(name), configs.names()
-        if given.stem in known:
-            stop(f"--config: no config file {name!r}. Did you mean {given.stem!r}, of the package?")
-        folder = given.parent if given.parent.is_dir() else pathlib.Path()
-        known += [str(file) for file in folder.glob("[!_]*.py")]
-        stop(f"--config: no config file {name!r}. {nearest(name, known)}")
     try:
-        return ConfigDict(runpy.run_path(str(file))["get_config"](*[argument] * bool(colon)))
+        return configs.load(path)
+    except configs.UnknownConfigError as error:
+        stop(f"--config: {error}")
     except Exception as error:
         if os.environ.get("MCLR_TRACEBACK"):
             raise

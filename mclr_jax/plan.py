@@ -9,7 +9,6 @@ import functools
 import math
 import pathlib
 import re
-import runpy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,7 +21,7 @@ from ml_collections import ConfigDict
 from mclr_jax import backend, chips, generate, runs
 from mclr_jax.chips import CARDS, Chip
 from mclr_jax.config import Training
-from mclr_jax.configs import find
+from mclr_jax.configs import find, load
 from mclr_jax.files import flat
 from mclr_jax.generate import Guidance
 from mclr_jax.hlo import collectives
@@ -336,13 +335,13 @@ def companions(training: Training, data: DataInfo) -> dict[str, Model]:
         if (pathlib.Path(path) / "run.json").exists():
             return runs.load(path).model
         config = pathlib.Path(path).name
-        file = find(config) or find(own := f"configs/{config}.py")
-        if not file:
+        file = config if find(config) else f"configs/{config}.py"
+        if not find(file):
             raise FileNotFoundError(
-                f"Companion {name!r}: {path} is no run, and there is no {own} to train it from; "
+                f"Companion {name!r}: {path} is no run, and there is no {file} to train it from; "
                 "set the companion to the directory of a run, or to runs/NAME of a config."
             )
-        return Training.parse(runpy.run_path(str(file))["get_config"]()).model(data)
+        return Training.parse(load(file)).model(data)
 
     return {name: model(name, path) for name, path in training.runs.items()}
 
