@@ -113,5 +113,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["workdir", "observations", "out"])
-    common.run(main)
+    common.run(main, "workdir", "observations", "out")

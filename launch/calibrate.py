@@ -18,13 +18,11 @@ With --interpolation they are for fine-tuning anew, by the same config with conf
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 
 import jax
 from absl import flags
 
 from mclr_jax import calibrate, runs
-from mclr_jax.data.protocol import caption
 from mclr_jax.evaluation.features import Extractor
 from mclr_jax.files import write_json
 from mclr_jax.labels import warn_untrained
@@ -95,7 +93,7 @@ def main() -> None:
         "interpolation": INTERPOLATION.value,
     }
     write_json(out, found | settings)
-    _show(found, run.class_names)
+    print(calibrate.table(found, run.class_names))
     factors = ",".join(f"{factor:g}" for factor in found["class_strengths"])
     scale = 1 + found["strength"]
     use = f"To sample: --guidance_scale={scale:g} --class_strengths={out}"
@@ -103,28 +101,5 @@ def main() -> None:
     print(f"To train with strength {found['strength']:g}: --config.class_strengths={factors}")
 
 
-def _show(found: dict, class_names: Sequence[str]) -> None:
-    """Print a row for each class."""
-    first, last = found["by_strength"][0], found["by_strength"][-1]
-    columns = {
-        "held out": found["real"]["mean"],
-        "error": found["real"]["standard_error"],
-        "strength 0": first["mean"],
-        f"strength {last['strength']:g}": last["mean"],
-        "factor": found["class_strengths"],
-        "from": found["at_one_error_less"],
-        "to": found["at_one_error_more"],
-    }
-    names = [caption(label, class_names) for label in range(len(columns["factor"]))]
-    width = max(map(len, ["class", *names]))
-    print(f"{'class':>{width}s}", *(f"{name:>12s}" for name in columns))
-    for name, row in zip(names, zip(*columns.values(), strict=True), strict=True):
-        print(f"{name:>{width}s}", *(f"{value:12.4f}" for value in row))
-    if found["unreached"]:
-        classes = ", ".join(names[label] for label in found["unreached"])
-        print(f"No strength makes these classes as recognisable as held-out data: {classes}.")
-
-
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["workdir", "classifier", "out"])
-    common.run(main)
+    common.run(main, "workdir", "classifier", "out")

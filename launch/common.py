@@ -62,11 +62,13 @@ GUIDANCE = ("class_strengths", "guidance_interval", "guidance_channels", "autogu
 USER_ERRORS = (ValueError, OSError, RuntimeError, FloatingPointError, MissingExtraError)
 
 
-def run(main: Callable[..., None], arguments: bool = False) -> None:
+def run(main: Callable[..., None], *required: str, arguments: bool = False) -> None:
     """Parse the flags and call `main`; exit with 2 on bad flags, with 1 on a USER_ERROR.
 
-    With `arguments`, main gets the command line's arguments that are no flags.
+    The flags `required` have no default. With `arguments`, main gets the command line's arguments
+    that are no flags.
     """
+    flags.mark_flags_as_required(required)
     app.run(
         lambda argv: _guarded(functools.partial(main, *([argv[1:]] if arguments else []))),
         flags_parser=functools.partial(_parse, arguments),

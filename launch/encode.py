@@ -39,5 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["data", "autoencoder", "latents", "out"])
-    common.run(main)
+    common.run(main, "data", "autoencoder", "latents", "out")

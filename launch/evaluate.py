@@ -165,5 +165,4 @@ def _run(written: pathlib.Path | None) -> tuple[list, dict]:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["features"])
-    common.run(main)
+    common.run(main, "features")

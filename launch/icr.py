@@ -64,5 +64,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["workdir", "out"])
-    common.run(main)
+    common.run(main, "workdir", "out")

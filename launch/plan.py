@@ -67,5 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "topology"])
-    common.run(main)
+    common.run(main, "config", "topology")

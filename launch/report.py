@@ -42,5 +42,4 @@ def main(workdirs: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["out"])
-    common.run(main, arguments=True)
+    common.run(main, "out", arguments=True)

@@ -35,5 +35,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
-    common.run(main)
+    common.run(main, "config", "workdir")

@@ -11,7 +11,7 @@ MCLR's posterior reads. The rule uses no measure of quality that samples are com
 strength of a fine-tuned run may be the place of its weights on the line from its first ones.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ import numpy as np
 
 from mclr_jax import generate, images
 from mclr_jax.data.pixels import to_float
-from mclr_jax.data.protocol import Source, drawn
+from mclr_jax.data.protocol import Source, caption, drawn
 from mclr_jax.model import Model
 from mclr_jax.noise import SIGMA_RANGE
 from mclr_jax.samplers import Sampler
@@ -152,3 +152,26 @@ def calibrate(
         "network_calls": calls,
         "classifier_calls": len(classes) + grid * len(labels),
     }
+
+
+def table(found: Mapping[str, Any], class_names: Sequence[str] = ()) -> str:
+    """Findings of `calibrate`, a line for each class."""
+    first, last = found["by_strength"][0], found["by_strength"][-1]
+    columns = {
+        "held out": found["real"]["mean"],
+        "error": found["real"]["standard_error"],
+        "strength 0": first["mean"],
+        f"strength {last['strength']:g}": last["mean"],
+        "factor": found["class_strengths"],
+        "from": found["at_one_error_less"],
+        "to": found["at_one_error_more"],
+    }
+    names = [caption(label, class_names) for label in range(len(columns["factor"]))]
+    width = max(map(len, ["class", *names]))
+    lines = [" ".join([f"{'class':>{width}s}", *(f"{name:>12s}" for name in columns)])]
+    for name, row in zip(names, zip(*columns.values(), strict=True), strict=True):
+        lines.append(" ".join([f"{name:>{width}s}", *(f"{value:12.4f}" for value in row)]))
+    if found["unreached"]:
+        classes = ", ".join(names[label] for label in found["unreached"])
+        lines.append(f"No strength makes these as recognisable as held-out data: {classes}.")
+    return "\n".join(lines)
