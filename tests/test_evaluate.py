@@ -223,6 +223,9 @@ def test_measures_take_samples_and_real_data_in_their_places():
     assert found == pytest.approx(expected, rel=1e-9)
     own = evaluate.measure(fake, evaluate.RealStatistics(whole, kept, "0"), ["frechet"])
     assert own["accuracy"] == (fake.log_probs.argmax(1) == labels).mean() != found["accuracy"]
+    one = fake._replace(labels=np.zeros(30, int))  # of an unconditional model
+    alone = evaluate.measure(one, evaluate.RealStatistics(whole, one, "0"), NAMES)
+    assert alone.keys() == expected.keys() - {"inter_class_frechet"}
     without = fake._replace(log_probs=np.zeros((30, 0)))
     assert (
         evaluate.measure(without, evaluate.RealStatistics(whole, kept, "0"), ["inception_score"])
