@@ -2,16 +2,20 @@
 
   mclr sample --workdir=runs/digits --num_samples=100 --seed=0 --sampler=heun \\
       --steps=18 --guidance_scale=2.0 --out=digits.npz
+  mclr sample --compare=runs/base,runs/base:2,runs/mclr --num_samples=40 --out=compared.png
 
 Writes the arrays `images` ((N, H, W, C) float32 in [-1, 1]) and `labels` ((N,) int32), and beside
 them a PNG with a row for each class. Samples of a model of latents are decoded, and the latents are
 there too, as `latents`; without an autoencoder `images` are the latents, of which there is no PNG.
-Sample i depends on the seed, i and its label alone: a run of
-more samples begins with the same ones. The labels repeat all classes, or --labels; null: no class.
+Sample i depends on the seed, i and its label alone: a run of more samples begins with the same
+ones. The labels repeat all classes, or --labels; null: no class.
+With --compare it writes one picture of several runs, from the same noise: a row for each class, and
+columns for each run, under its name.
 Several processes share the work and process 0 writes the files: --coordinator as in mclr train.
 """
 
 import dataclasses
+import pathlib
 
 import numpy as np
 from absl import flags
@@ -27,7 +31,13 @@ WORKDIR, SEED, INIT_FROM, EMA, CHECKPOINT, BATCH_SIZE, AUTOENCODER = common.defi
     "workdir", "seed", "init_from", "ema", "checkpoint", "batch_size", "autoencoder"
 )
 common.define(*common.GUIDANCE)
-OUT = flags.DEFINE_string("out", None, "File to write, NAME.npz; NAME.png goes beside it.")
+OUT = flags.DEFINE_string(
+    "out", None, "File to write, NAME.npz; NAME.png goes beside it. With --compare NAME.png alone."
+)
+COMPARE = flags.DEFINE_list(
+    "compare", None, "Runs to compare, RUN or RUN:SCALE with the guidance scale: directories, or "
+    "their names beside --workdir, as base:1,base:2,mclr."
+)  # fmt: skip
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 100, "How many samples.", lower_bound=1)
 LABELS = flags.DEFINE_list("labels", None, "Classes, as cat,dog or 0,1, or null, repeated.")
 SAMPLER = flags.DEFINE_enum(
@@ -55,26 +65,23 @@ CHURN = flags.DEFINE_float("churn", 0.0, "S_churn of EDM's stochastic sampler; 0
 
 
 def main() -> None:
-    hosts.connect(WORKDIR.value)
+    hosts.connect(WORKDIR.value or ".")
+    first = is_first()
+    if COMPARE.value:
+        out = common.output(OUT.value, ".png") if first else None
+        grid = _compared(COMPARE.value)
+        if out:
+            images.save(out, grid)
+            print(f"Wrote {out}.")
+        return
+    if WORKDIR.value is None:
+        common.stop("Name a run by --workdir, or several by --compare.")
     run = runs.load(WORKDIR.value, INIT_FROM.value, autoencoder=AUTOENCODER.value)
     common.use_cores(run.model.network)
-    given = {"method": SAMPLER.value, "num_steps": STEPS.value, "sigma_min": SIGMA_MIN.value,
-             "sigma_max": SIGMA_MAX.value, "rho": RHO.value, "spacing": SPACING.value,
-             "eta": ETA.value, "diffusion": DIFFUSION.value}  # fmt: skip
-    sampler = dataclasses.replace(run.sampler, **{k: v for k, v in given.items() if v is not None})
     labels = np.resize(chosen(LABELS.value, run), NUM_SAMPLES.value)
-    guided = common.guidance(run, GUIDANCE_SCALE.value)
-    warn_untrained(run, labels, guided)
     decode = latents.decoder(run.data, run.model)
-    params, _ = run.weights(EMA.value, CHECKPOINT.value, INTERPOLATION.value)
-    first = is_first()
     out = common.output(OUT.value, ".npz") if first else None
-    with Progress(len(labels), "sample", quiet=not first) as progress:
-        samples = generate.generate(
-            run.model, params, labels, sampler, guided=guided, seed=SEED.value,
-            churn=samplers.Churn(CHURN.value) if CHURN.value else None,
-            batch_size=BATCH_SIZE.value, progress=progress.update,
-        )  # fmt: skip
+    samples = _drawn(run, labels, GUIDANCE_SCALE.value)
     shown = latents.shown(samples, decode)
     if out is None:
         return
@@ -88,6 +95,51 @@ def main() -> None:
     print(f"Wrote {out} and {out.with_suffix('.png')}.")
 
 
+def _drawn(run: runs.Run, labels: np.ndarray, scale: float) -> np.ndarray:
+    """Samples of a run with the settings of the flags."""
+    given = {"method": SAMPLER.value, "num_steps": STEPS.value, "sigma_min": SIGMA_MIN.value,
+             "sigma_max": SIGMA_MAX.value, "rho": RHO.value, "spacing": SPACING.value,
+             "eta": ETA.value, "diffusion": DIFFUSION.value}  # fmt: skip
+    sampler = dataclasses.replace(run.sampler, **{k: v for k, v in given.items() if v is not None})
+    guided = common.guidance(run, scale)
+    warn_untrained(run, labels, guided)
+    params, _ = run.weights(EMA.value, CHECKPOINT.value, INTERPOLATION.value)
+    with Progress(len(labels), "sample", quiet=not is_first()) as progress:
+        return generate.generate(
+            run.model, params, labels, sampler, guided=guided, seed=SEED.value,
+            churn=samplers.Churn(CHURN.value) if CHURN.value else None,
+            batch_size=BATCH_SIZE.value, progress=progress.update,
+        )  # fmt: skip
+
+
+def _compared(texts: list[str]) -> np.ndarray:
+    """The picture of runs, each written RUN or RUN:SCALE."""
+    found = {}
+    for text in texts:
+        name, colon, scale = text.partition(":")
+        places = pathlib.Path(name), pathlib.Path(WORKDIR.value or ".").parent / name
+        place = next((path for path in places if (path / "run.json").exists()), places[0])
+        run = runs.load(place, INIT_FROM.value, autoencoder=AUTOENCODER.value)
+        try:
+            found[f"{name}, scale {scale}" if colon else name] = run, float(scale or 1)
+        except ValueError:
+            common.stop(f"--compare has {text!r}; expected RUN, or RUN:SCALE with a number.")
+    first, _ = next(iter(found.values()))
+    for run, _ in found.values():
+        shapes = [(one.model.data.shape, one.model.null_label) for one in (run, first)]
+        if shapes[0] != shapes[1]:
+            common.stop(
+                f"--compare: {run.workdir} and {first.workdir} have other images or classes."
+            )
+        common.use_cores(run.model.network)
+    labels, shown = np.resize(chosen(LABELS.value, first), NUM_SAMPLES.value), {}
+    for name, (run, scale) in found.items():
+        samples = _drawn(run, labels, scale)
+        shown[name] = latents.shown(samples, latents.decoder(run.data, run.model))
+        if shown[name] is None:
+            common.stop(latents.UNSEEN.format(samples.shape[-1]))
+    return images.side_by_side(shown, labels, class_names=first.class_names)
+
+
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["workdir", "out"])
-    common.run(main)
+    common.run(main, "out")

@@ -2,7 +2,7 @@
 
 import io
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -18,12 +18,14 @@ COLOURS = np.array([  # Okabe and Ito's palette, which colour-blind readers can 
 
 
 def picture(
-    samples: np.ndarray, labels: np.ndarray, columns: int = 10, class_names: Sequence[str] = ()
-) -> np.ndarray:
+    samples: np.ndarray, labels: np.ndarray, columns: int = 10, class_names: Sequence[str] = (),
+    captions: bool = True,
+) -> np.ndarray:  # fmt: skip
     """An (H, W, 3) uint8 picture of samples with labels (n,) int.
 
     Samples are images (n, h, w, c) in [-1, 1], of which it shows at most `columns` per class, and
     of 2 channels the first; or points (n, d), of which it plots the first two coordinates.
+    Rows of images begin with their class, if they have captions.
     ValueError: they have more than 3 channels, such as latents.
     """
     samples, labels = np.asarray(samples), np.asarray(labels)
@@ -33,10 +35,37 @@ def picture(
             "first (`latents.shown`)"
         )
     return (
-        _grid(samples, labels, columns, class_names)
+        _grid(samples, labels, columns, class_names, captions)
         if samples.ndim == 4
         else _scatter(samples, labels)
     )
+
+
+def side_by_side(
+    named: Mapping[str, np.ndarray], labels: np.ndarray, columns: int = 10,
+    class_names: Sequence[str] = (),
+) -> np.ndarray:  # fmt: skip
+    """Pictures of the samples of several models, with these labels, and the name above each.
+
+    The classes stand at the left alone. Arguments and errors are those of `picture`.
+    """
+    given = labels, columns, class_names
+    blocks = {name: picture(samples, *given, captions=False) for name, samples in named.items()}
+    whole, plain = picture(next(iter(named.values())), *given), next(iter(blocks.values()))
+    edge = whole[:, : whole.shape[1] - plain.shape[1]]  # the captions
+    parts = [_titled("", edge), *(_titled(name, block) for name, block in blocks.items())]
+    return np.concatenate(parts, axis=1)
+
+
+def _titled(name: str, block: np.ndarray) -> np.ndarray:
+    """A picture, widened if need be, with a name above."""
+    font, (height, width, _), top = ImageFont.load_default(size=14), block.shape, 22
+    width = max(width + 3 * MARGIN, int(font.getlength(name)) + 4 * MARGIN) if name else width
+    canvas = Image.new("RGB", (width, top + height), "white")
+    ImageDraw.Draw(canvas).text((MARGIN, top / 2), name, "black", font, anchor="lm")
+    if block.size:
+        canvas.paste(Image.fromarray(block), (0, top))
+    return np.asarray(canvas)
 
 
 def clip(samples: np.ndarray) -> np.ndarray:
@@ -55,7 +84,7 @@ def to_uint8(samples: np.ndarray) -> np.ndarray:
     return np.clip(np.round((samples + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
-def _grid(samples, labels, columns, class_names):
+def _grid(samples, labels, columns, class_names, captions):
     zoom = max(1, round(40 / samples.shape[1]))
     channels = [0, 1, 2] if samples.shape[-1] == 3 else [0, 0, 0]
     pixels = to_uint8(samples[..., channels])
@@ -63,8 +92,8 @@ def _grid(samples, labels, columns, class_names):
     _, height, width, _ = pixels.shape
     classes = np.unique(labels)
     font = ImageFont.load_default(size=14)
-    texts = [caption(int(label), class_names) for label in classes]
-    left = MARGIN + max(int(font.getlength(text)) for text in texts) + MARGIN
+    texts = [caption(int(label), class_names) if captions else "" for label in classes]
+    left = (1 + captions) * MARGIN + max(int(font.getlength(text)) for text in texts)
     columns = min(columns, np.bincount(labels).max())
     size = (left + columns * (width + MARGIN), len(classes) * (height + MARGIN) + MARGIN)
     canvas = Image.new("RGB", size, "white")

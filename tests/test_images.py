@@ -64,3 +64,24 @@ def test_rows_have_the_names_of_their_classes():
     named = images.picture(samples, labels, class_names=["a", "great white shark"])
     assert named.shape[1] > numbers.shape[1] + 80
     np.testing.assert_array_equal(named[:, -45:], numbers[:, -45:])
+
+
+def test_models_stand_side_by_side_under_their_names():
+    """The same rows in each block; the class at the left alone; a long name widens its block."""
+    labels = np.array([0, 1, 0, 1])
+    values = {"base, scale 2": -1.0, "m": 1.0, "a name longer than its two columns": 0.0}
+    named = {name: np.full((4, 8, 8, 1), value, np.float32) for name, value in values.items()}
+    grid = images.side_by_side(named, labels, class_names=("cat", "dog"))
+    top, row = 22, 40 + images.MARGIN
+    first = images.picture(named["base, scale 2"], labels, class_names=("cat", "dog"))
+    assert grid.shape[0] == top + first.shape[0]
+    np.testing.assert_array_equal(grid[top:, : first.shape[1]], first)
+    for line in grid[[top + images.MARGIN + 38, top + images.MARGIN + 38 + row], :, 0]:
+        shown = line[first.shape[1] :]  # below the captions' letters
+        assert [int((shown == value).sum()) for value in (0, 128)] == [0, 2 * 40]
+        assert (shown == 255).sum() == shown.size - 2 * 40  # white images, gaps
+        gaps = 3 + 4 + 1  # after the first block, of the second, before the third's first image
+        assert np.flatnonzero(shown == 128)[0] == gaps * images.MARGIN + 2 * row
+    dark = np.flatnonzero((grid[:top] < 128).any((0, 2)))
+    starts = dark[np.flatnonzero(np.diff(dark, prepend=-99) > 20)]
+    assert len(starts) == 3  # of the names

@@ -13,6 +13,7 @@ import tiny
 from commands import call
 from PIL import Image
 
+from mclr_jax import images
 from mclr_jax.launch import common
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -62,6 +63,35 @@ def test_sample_writes_arrays_and_a_picture(workdir, tmp_path):
     # Fewer samples of the same seed are the first ones; another guidance scale changes them.
     call("sample", *arguments, "--num_samples=2", f"--out={tmp_path / 'plain.npz'}")
     assert np.abs(images[:2] - np.load(tmp_path / "plain.npz")["images"]).max() > 1e-4
+
+
+def test_compare_draws_several_runs_from_the_same_noise(workdir, tmp_path):
+    """Of directories, or of names beside --workdir; the samples are those of single calls."""
+    shutil.copytree(workdir, tmp_path / "base")
+    given = ["--num_samples=4", "--labels=7,3", "--steps=2", "--seed=5"]
+    expected = {}
+    for name, scale in {"base, scale 2": "2", f"{workdir}": "1"}.items():
+        out = tmp_path / "x.npz"
+        call("sample", f"--workdir={workdir}", *given, f"--guidance_scale={scale}", f"--out={out}")
+        with np.load(out) as file:
+            expected[name], labels = file["images"], file["labels"]
+    picture, beside = tmp_path / "c.png", f"--workdir={tmp_path / 'any'}"
+    log = call("sample", f"--compare=base:2,{workdir}", beside, *given, f"--out={picture}")
+    assert f"Wrote {picture}." in log
+    assert [path.name for path in tmp_path.glob("c.*")] == ["c.png"]
+    np.testing.assert_array_equal(Image.open(picture), images.side_by_side(expected, labels))
+    assert np.abs(expected["base, scale 2"] - expected[f"{workdir}"]).max() > 1e-3
+    for arguments, status, message in [
+        (
+            ["--compare=base:x", beside, "--out=c.png"],
+            2,
+            "has 'base:x'; expected RUN, or RUN:SCALE",
+        ),
+        (["--compare=bas", beside, "--out=c.png"], 1, "bas is not the directory of a run"),
+        (["--compare=base", beside, "--out=c.npz"], 2, "expected a name that ends in .png"),
+        (["--out=c.npz"], 2, "Name a run by --workdir, or several by --compare"),
+    ]:
+        assert message in call("sample", *arguments, expect=status)
 
 
 @pytest.mark.parametrize(("text", "message"), [
