@@ -18,7 +18,7 @@ from mclr_jax.training.log import Progress
 
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.zip.")
 RESOLUTION, LABELS = common.define("resolution", "labels")
-BACKGROUND = flags.DEFINE_string("background", "", "Colour behind transparent pixels: white.")
+BACKGROUND = flags.DEFINE_string("background", "white", "Colour behind transparent pixels.")
 SPLIT = flags.DEFINE_enum("split", "all", ["all", "train", "test"], "Part of the data.")
 UNCONDITIONAL = flags.DEFINE_bool("unconditional", False, "Leave the labels aside: one class.")
 
@@ -28,10 +28,9 @@ def main(places: list[str]) -> None:
         common.stop("Name one folder of images: mclr data FOLDER --resolution=32 --out=mine.zip")
     out = common.output(OUT.value, ".zip")
     whole = {"held_out": 0.0} if SPLIT.value == "all" else {}
-    options = {"background": BACKGROUND.value} if BACKGROUND.value else {}
     data = Data(
-        at(places[0]), resolution=RESOLUTION.value, labels=LABELS.value, options=options,
-        unconditional=UNCONDITIONAL.value, **whole,
+        at(places[0]), resolution=RESOLUTION.value, labels=LABELS.value,
+        background=BACKGROUND.value, unconditional=UNCONDITIONAL.value, **whole,
     )  # fmt: skip
     source = data.source("test" if SPLIT.value == "test" else "train", seed=0)
     with Progress(len(source), "image") as progress:

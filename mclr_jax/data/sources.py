@@ -97,6 +97,8 @@ class Data(Keys):
     num_classes: int = key(0, 0, says="0 counts them in the labels (zip, folder, npz)")
     resolution: int = key(0, 0, says="crop and resize to this size (tfds, zip, folder); 0: as they "
                           "are")  # fmt: skip
+    background: str = key("white", says="colour behind transparent pixels (tfds, zip, folder), "
+                          "as black or #rrggbb")  # fmt: skip
     latents: str = key("", words=("", *KINDS), says="how those of a zip were made: edm2 (pixels in "
                        "[0, 1]), or stable_diffusion (DiT, SiT, REPA: [-1, 1])")  # fmt: skip
     autoencoder: str = key("", says="folder of diffusers with the autoencoder of the latents, by "
@@ -115,13 +117,14 @@ class Data(Keys):
         What is held out of a folder does not depend on `seed`: a run that starts from another one
         has the same split.
         """
+        background = "" if self.background == "white" else self.background
+        shown = {"resolution": self.resolution, "background": background}
         if split == "test" and self.test:  # its images are shown like those of training
-            shown = {"resolution": self.resolution, "background": self.options.get("background")}
             shown = {k: v for k, v in shown.items() if v and k in options_of(self.test)}
             source = load(self.test, "train", **shown, **self._common(self.test))
         else:
-            given = {"path": self.path, "resolution": self.resolution, "labels": self.labels,
-                     "num_classes": self.num_classes}  # fmt: skip
+            given = {"path": self.path, "labels": self.labels, "num_classes": self.num_classes,
+                     **shown}  # fmt: skip
             given = {name: value for name, value in given.items() if value}
             given |= self._common(self.name) | self.options
             shared = self.name.startswith("folder:") and not self.test and self.held_out
