@@ -48,7 +48,7 @@ def inside(
     import alternation
     import jax
 
-    if not jax.config.jax_compilation_cache_dir:  # as launch.common.keep_compiled
+    if not jax.config.jax_compilation_cache_dir:  # as cpu.keep_compiled
         cache = pathlib.Path.home() / ".cache" / "mclr_jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
     if jax.default_backend() == "cpu" and not tiny:

@@ -36,8 +36,8 @@ import robustness_sequences as sequences  # noqa: E402
 import robustness_values as values  # noqa: E402
 from tasks import RESULTS  # noqa: E402
 
+from mclr_jax.cpu import keep_compiled  # noqa: E402
 from mclr_jax.files import provenance, write_json  # noqa: E402
-from mclr_jax.launch.common import keep_compiled  # noqa: E402
 
 MEMORY = 12 * 2**30  # bytes of address space: a request for more fails, and is an outcome
 # name: (cases(seed, count, folder), count, count of --quick)

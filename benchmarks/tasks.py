@@ -169,8 +169,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(root: pathlib.Path, tasks: Sequence[Task], arguments: argparse.Namespace) -> dict:
     """Run the task of `arguments` and exit, or all that are missing; the provenance of a result."""
-    from mclr_jax.cpu import keep_freed_memory
-    from mclr_jax.launch.common import keep_compiled
+    from mclr_jax.cpu import keep_compiled, keep_freed_memory
 
     keep_compiled()
     keep_freed_memory()

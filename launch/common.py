@@ -1,21 +1,17 @@
 """Shared by the command lines: set-up, and one-line errors that name the nearest valid word."""
 
 import functools
-import logging as python_logging
 import os
 import pathlib
 import re
 import sys
-import threading
-import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import jax
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from mclr_jax import configs, cpu, meeting, runs, schema
+from mclr_jax import configs, console, cpu, meeting, runs, schema
 from mclr_jax.config import Training
 from mclr_jax.extras import MissingExtraError
 from mclr_jax.files import digest, made, provenance, write_atomically
@@ -242,22 +238,9 @@ def use_cores(network: Any, batch_size: int | None = None) -> None:
         cpu.one_device_per_core(batch_size)
 
 
-def keep_compiled() -> None:
-    """Keep compiled programs between runs, in ~/.cache unless JAX_COMPILATION_CACHE_DIR is set."""
-    if not jax.config.jax_compilation_cache_dir:
-        cache = pathlib.Path.home() / ".cache" / "mclr_jax" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-
-
 def _guarded(main: Callable[[], None]) -> None:
-    logging.use_absl_handler()
-    handler = logging.get_absl_handler()
-    handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    handler.addFilter(_shown)
-    sys.excepthook = _report
-    threading.excepthook = _report_thread
-    logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
-    keep_compiled()
+    console.set_up()
+    cpu.keep_compiled()
     cpu.keep_freed_memory()
     try:
         main()
@@ -265,30 +248,3 @@ def _guarded(main: Callable[[], None]) -> None:
         if os.environ.get("MCLR_TRACEBACK"):
             raise
         stop(f"{type(error).__name__}: {error} (MCLR_TRACEBACK=1 shows where.)", status=1)
-
-
-def _shown(record: python_logging.LogRecord) -> bool:
-    """True for log records to show: those of this project, and errors of others in one line.
-
-    Orbax writes dozens of records a checkpoint.
-    """
-    if "mclr_jax" in record.pathname or "launch" in record.pathname:
-        return True
-    record.exc_info = record.exc_text = None
-    return record.levelno > python_logging.WARNING
-
-
-def _report(kind: type, error: BaseException, trace: Any) -> None:
-    """Print an error, except the one of Orbax's threads after each file that cannot be used."""
-    if str(error) != "Event loop is closed":
-        sys.__excepthook__(kind, error, trace)
-
-
-def _report_thread(failed: Any) -> None:
-    """Print in one line the error of a thread, such as those that write to a full disk.
-
-    Those of TensorBoard come after the error of the training's own log on that disk.
-    """
-    frames = traceback.extract_tb(failed.exc_traceback)
-    if not any("tensorboardX" in frame.filename for frame in frames):
-        print(f"{failed.exc_type.__name__}: {failed.exc_value} (in a thread)", file=sys.stderr)

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import pathlib
 import sys
 
 import jax
@@ -22,6 +23,13 @@ def keep_freed_memory() -> bool:
         return False
     options = {-8: 1, -4: 0, -1: 2**31 - 1}  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
     return all([mallopt(option, value) for option, value in options.items()])
+
+
+def keep_compiled() -> None:
+    """Keep compiled programs between runs, in ~/.cache unless JAX_COMPILATION_CACHE_DIR is set."""
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+        cache = pathlib.Path.home() / ".cache" / "mclr_jax" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
 def one_device_per_core(batch_size: int | None = None) -> None:

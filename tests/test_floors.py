@@ -22,7 +22,7 @@ FLOORS = [
     ["training/optimizer", "training/ema"],
     ["task"],
     ["training/"],
-    ["parts", "images", "meeting"],
+    ["parts", "images", "meeting", "console"],
     ["config", "generate"],
     ["record"],
     ["runs"],
