@@ -412,6 +412,10 @@ def test_folders_and_files_of_the_same_images_are_equal(made, tmp_path):
         row = compare.compare(compare.source(place), extractor, real)
         assert row["frechet"] == pytest.approx(expected["frechet"], rel=1e-6)
         assert not {"accuracy", "per_class_frechet", "inter_class_frechet"} & row.keys()
+    three = in_folder(tmp_path / "three", digits, rows[labels < 3])  # of the ten of the reference
+    row = compare.compare(compare.source(three), extractor, real, NAMES[1:3])
+    assert "inter_class_frechet" in row
+    assert "per_class_frechet" not in row
     some = compare.compare(compare.source(folder), extractor, real, ["kernel"], 40, seed=1)
     chosen = drawn(digits_of := compare.source(folder), 40, 1, by_class=True)
     part = evaluate.measure(extractor(*digits_of[chosen]), real, ["kernel"])

@@ -1,6 +1,9 @@
+import ast
 import functools
+import inspect
 import json
 import pathlib
+import re
 import tracemalloc
 
 import numpy as np
@@ -9,8 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mclr_jax.evaluation import metrics
+from mclr_jax.evaluation import during, evaluate, metrics
 from mclr_jax.evaluation.metrics import Moments, frechet_distance, moments
+from mclr_jax.hooks import HeldOut
+from mclr_jax.representation import icr
+from mclr_jax.representation.monitor import Monitor
+from mclr_jax.training import log, loop
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 RNG = np.random.default_rng
 SEEDS = st.integers(0, 10**6)
@@ -229,3 +238,49 @@ def test_memorized_fraction_of_copies_and_of_nothing():
     assert metrics.memorized_fraction(real, (real[:10] + real[10:20]) / 2) == 0
     with pytest.raises(ValueError, match="fewer than 2 real"):
         metrics.memorized_fraction(real[:1], real)
+
+
+def logged():
+    """The names of all metrics that the objectives and the step report: of reductions, by name."""
+    kinds, found = {"mean", "ratio", "effective_share", "maximum", "over_rows"}, set()
+    files = [*(ROOT / "mclr_jax" / "objectives").glob("*.py"), ROOT / "mclr_jax/training/step.py"]
+    for node in (node for path in files for node in ast.walk(ast.parse(path.read_text()))):
+        pairs = []
+        if isinstance(node, ast.Dict):
+            pairs = zip(node.keys, node.values, strict=True)
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript):
+            pairs = [(node.targets[0].slice, node.value)]
+        for key, value in pairs:
+            called = isinstance(value, ast.Call) and isinstance(value.func, ast.Name)
+            if called and value.func.id in kinds and isinstance(key, ast.Constant):
+                found.add(key.value)
+    return found
+
+
+def test_the_glossary_has_the_names_of_the_code_and_no_others():
+    """On the command line, in tables, in rows of an evaluation and in metrics.jsonl."""
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    page = page.partition("## Glossary")[2].partition("\n## ")[0]
+    samples, training = page.split("| training |")
+    glossary = [
+        {name for row in re.findall(r"^\| (`.*?) \|", part, re.MULTILINE)
+         for name in re.findall(r"`(\w+)`", row)}
+        for part in (samples, training)
+    ]  # fmt: skip
+    names = {"memorized": evaluate.evaluate, "accuracy": evaluate.measure,
+             "network_calls": evaluate.evaluate, "samples_per_second": evaluate.evaluate,
+             "sample_accuracy": during.Measures}  # fmt: skip
+    assert glossary[0] == {*evaluate.METRICS, *names}
+    more = {"learning_rate": loop.run, "images_per_second": log.Writer, "eval_NAME": HeldOut,
+            "peak_memory_gib": log.Writer, "icr": Monitor, "icr_memorized": Monitor}  # fmt: skip
+    x = np.random.default_rng(0).normal(size=(8, 2, 3))
+    traces = {f"icr_{name}" for name in icr.traces(icr.views(x))}
+    assert glossary[1] == {*logged(), *more, *traces}
+    for name, where in {**names, **more}.items():
+        assert f'"{name.removesuffix("NAME")}' in inspect.getsource(where), name
+    for name in evaluate.METRICS:
+        help_text = (ROOT / "launch" / "evaluate.py").read_text()
+        assert re.search(rf"^  (\w+, )?{name}\b", help_text, re.MULTILINE), name
+    row = dict.fromkeys(glossary[0] - {"sample_accuracy"}, 0.5)
+    table = evaluate.table([row | {"average": "", "guidance_scale": 1.0}])
+    assert {*table.splitlines()[0].split()} == row.keys() - {"samples_per_second"}

@@ -42,7 +42,7 @@ class Evaluate(Keys):
 
 @dataclasses.dataclass(frozen=True)
 class Log(Keys):
-    """Where the curves go, beside metrics.jsonl and TensorBoard."""
+    """Further places of the curves, beside metrics.jsonl and TensorBoard."""
 
     wandb: str = key("", says="project of Weights & Biases; empty: none")
 
