@@ -134,6 +134,11 @@ def test_the_arcsine_law_has_its_distribution():
     np.testing.assert_allclose(2 / np.pi * np.arcsin(np.sqrt(share)), uniform, atol=1e-3)
 
 
+def test_of_one_class_there_is_no_other():
+    with pytest.raises(ValueError, match="the data have one class; train an unconditional model"):
+        base.draw_label(many(), jnp.zeros(1), other_than=jnp.zeros(DRAWS, jnp.int32))
+
+
 # ---- noise ---------------------------------------------------------------------------------------
 
 

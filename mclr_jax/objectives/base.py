@@ -222,6 +222,11 @@ def draw_label(
 ) -> jax.Array:
     """A random class (B,) for each example, of logits ([B,] K), except `other_than` (B,)."""
     if other_than is not None:
+        if logits.shape[-1] == 1:
+            raise ValueError(
+                "This objective compares a class with another one, and the data have one class; "
+                "train an unconditional model by dsm."
+            )
         own = jnp.arange(logits.shape[-1]) == other_than[:, None]
         logits = jnp.where(own, -jnp.inf, logits)
     logits = jnp.broadcast_to(logits, (len(keys), logits.shape[-1]))
