@@ -308,3 +308,6 @@ def test_a_place_is_named_by_its_kind(tmp_path):
     places = [str(tmp_path), f"{tmp_path}/a.zip", f"{tmp_path}/a.npz", "digits", "zip:x", "b.zip"]
     kinds = [sources.at(place).removesuffix(place) for place in places]
     assert kinds == ["folder:", "zip:", "folder:", "", "", ""]
+    moved = Data("folder:/old", resolution=8).moved(str(tmp_path))
+    assert moved == Data(f"folder:{tmp_path}", resolution=8)
+    assert Data("fashion_mnist").moved(str(tmp_path)).path == str(tmp_path)

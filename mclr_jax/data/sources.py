@@ -153,6 +153,8 @@ class Data(Keys):
 
     def moved(self, place: str) -> "Data":
         """The same data at another place: a source, see `load`, or the folder `path`."""
+        if self.name.startswith(("folder:", "zip:", "npz:")):
+            place = at(place)
         _, argument = FORMATS.get(place, (None, "PATH"))
         if ":" in place or not argument:
             return dataclasses.replace(self, name=place, path="")
