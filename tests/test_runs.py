@@ -56,7 +56,9 @@ def test_a_run_and_its_data_are_found_where_they_were_moved(tmp_path, monkeypatc
     (tmp_path / "old").mkdir()
     np.savez("old/data.npz", images=points, labels=labels)
     tiny.describe(pathlib.Path("old/base"))
-    names = {"data.name": "npz:old/data.npz", "data.generated": "zip:g.zip"}
+    tiny.describe(pathlib.Path("old/judge"))
+    names = {"data.name": "npz:old/data.npz", "data.generated": "zip:g.zip",
+             "evaluate.features": "classifier:old/judge"}  # fmt: skip
     _, model = tiny.describe(pathlib.Path("old/tuned"), init_from="old/base", **names)
     tiny.with_weights(pathlib.Path("old/tuned"), {"params": tiny.weights(model)})
     (tmp_path / "elsewhere").mkdir()
@@ -71,6 +73,7 @@ def test_a_run_and_its_data_are_found_where_they_were_moved(tmp_path, monkeypatc
     run = runs.load(tmp_path / "new" / "tuned")
     np.testing.assert_array_equal(run.source("train")[np.arange(64)][0], points)
     assert runs.load(run.config["init_from"]).model == run.model
+    assert run.config["evaluate"]["features"] == f"classifier:{tmp_path}/new/tuned/../judge"
 
     (tmp_path / "new" / "tuned").rename(tmp_path / "elsewhere" / "tuned")
     run = runs.load("tuned")
