@@ -50,6 +50,7 @@ METHODS = {
     "base, CFG": "scale",
     "base, CFG in an interval": "interval",
     "MCLR": "interpolation",
+    "MCLR, as fine-tuned": "",
 }
 
 
@@ -132,7 +133,7 @@ class Outside(Bench):
         kind, count, name = METHODS[method], COUNTS.get(seed, COUNT), named(method, seed, strength)
         if strength is None and kind:
             strength = self.chosen(kind)
-        labels = np.arange(count) % 10
+        labels, tuned = np.arange(count) % 10, f"mclr_{seed}" if "MCLR" in method else ""
         if kind == "interval":
             found, params = self.load("base")
             guided = generate.Guidance(strength, interval=INTERVAL)
@@ -144,14 +145,14 @@ class Outside(Bench):
             path = self.root / f"{name}.npz"
             options = {"count": count, "seed": seed, "scale": strength if kind == "scale" else 1.0}
             folder = self.root / "diffusers"
-            if method == "MCLR":
-                folder = self.back(f"mclr_{seed}", strength)
+            if tuned:
+                folder = self.back(tuned, strength or 1.0)
             made = self.in_torch("sample", folder=str(folder), out=str(path), **options)
             with np.load(path) as file:
                 samples = file["images"][..., None]
             path.unlink()
         row = {"method": method, "seed": seed, "strength": strength, **made}
-        workdir = self.root / f"mclr_{seed}" if method == "MCLR" else None
+        workdir = self.root / tuned if tuned else None
         self.store(name, images.as_8_bits(samples), labels, row, workdir)
 
     def store(
@@ -183,8 +184,8 @@ class Outside(Bench):
             Task("base", self.take, "base/run.json", (done("diffusers"),)),
             Task("parity", self.parity, "parity.json", ("base/run.json",)),
         ]  # fmt: skip
-        last = "base, CFG in an interval"
-        for some in ([method for method in METHODS if method != last], [last]):
+        last = ("MCLR, as fine-tuned", "base, CFG in an interval")
+        for some in ([method for method in METHODS if method not in last], *([m] for m in last)):
             for method in filter(METHODS.__getitem__, some):
                 tasks += self.choice(method)
             for seed, method in itertools.product(seeds, some):
@@ -208,13 +209,13 @@ class Outside(Bench):
     def of_method(self, method: str, seed: int, strength: float | None) -> list[Task]:
         """The tasks for a set of samples."""
         name, tuned, kind = named(method, seed, strength), f"mclr_{seed}", METHODS[method]
-        start = {"interpolation": done(tuned), "interval": "base/run.json"}
-        needs = [start.get(kind, done("diffusers")), "sets/real_train.json"]
+        start = done(tuned) if "MCLR" in method else done("diffusers")
+        needs = ["base/run.json" if kind == "interval" else start, "sets/real_train.json"]
         needs += [f"chosen_{kind}.json"] if kind and strength is None else []
         draw = functools.partial(self.draw, method, seed, strength)
         sets = [Task(f"set_{name}", draw, f"sets/{name}.json", tuple(needs))]
         tune = Task(tuned, functools.partial(self.mclr, seed), done(tuned), ("base/run.json",))
-        return [tune, *sets] if method == "MCLR" else sets
+        return [tune, *sets] if "MCLR" in method else sets
 
 
 def named(method: str, seed: int, strength: float | None) -> str:

@@ -92,7 +92,14 @@ def test_from_a_folder_of_pytorch_to_the_rows_of_the_table(bench, monkeypatch):
     assert all(row.keys() >= MADE_BY | {"frechet", "accuracy_by_features"}
                for row in result["rows"])  # fmt: skip
     calls = {row["method"]: row["network_calls"] for row in result["rows"]}
-    assert calls["base"] == calls["MCLR"] == 50 < calls["base, CFG in an interval"] < 100
+    assert (
+        calls["base"]
+        == calls["MCLR"]
+        == calls["MCLR, as fine-tuned"]
+        == 50
+        < calls["base, CFG in an interval"]
+        < 100
+    )
     assert result["parity"]["largest_difference"]["original"] == 0
     (floor, *methods) = tables.over_seeds(result)
     assert [row["method"] for row in methods] == [*outside.METHODS]
