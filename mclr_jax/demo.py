@@ -36,7 +36,7 @@ def demo(
     real, real_labels = (source := sources.load("digits", "all"))[np.arange(len(source))]
     classifier = sklearn.svm.SVC(gamma=5.0).fit(_features(real / 127.5 - 1), real_labels)
     labels = np.resize(np.arange(source.num_classes), per_class * source.num_classes)
-    grids, table = [], []
+    drawn, table = {}, []
     say(f"\nAccuracy judged by a classifier of real digits, {len(labels)} samples each:")
     say(f"  {'':8s} {'accuracy':>8s} {'network calls':>13s}")
     rows = ("base", "base", 1.0), ("CFG", "base", guidance_scale), ("MCLR", "fine_tuned", 1.0)
@@ -48,8 +48,8 @@ def demo(
         calls = guided.calls(run.model, run.sampler)
         table.append({"name": name, "steps": step, "accuracy": accuracy, "network_calls": calls})
         say(f"  {name:8s} {accuracy:8.1%} {calls:13d}")
-        grids.append(images.picture(samples, labels))
-    images.save(workdir / "samples.png", np.concatenate(grids, axis=1))
+        drawn[name] = samples
+    images.save(workdir / "samples.png", images.side_by_side(drawn, labels))
     return table
 
 
