@@ -11,12 +11,15 @@ import subprocess
 import sys
 import zipfile
 
+import numpy as np
 import pytest
 import setuptools
+import tiny
 from commands import call
 from test_launch import SMALL
 
 from mclr_jax import cli, configs, extras, files
+from mclr_jax.training.log import Writer
 
 ROOT = pathlib.Path(__file__).parent.parent
 ADDRESS = "https://github.com/someone/mclr_jax"
@@ -145,6 +148,19 @@ def test_an_installed_library_that_fails_shows_its_own_error(monkeypatch, tmp_pa
     with pytest.raises(ModuleNotFoundError, match="nothing_of_that_name") as error:
         extras.needed("broken_library", "figures")
     assert error.type is ModuleNotFoundError
+
+
+def test_a_training_without_the_library_of_curves_says_so_and_keeps_its_log(
+    monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with Writer(tmp_path, 0, 2) as writer:
+        writer.scalars(1, {"loss": 2.0})
+        writer.image(1, "samples", np.zeros((2, 2, 3), np.uint8))
+        writer.scalars(2, {"loss": 1.0})
+    assert [record["loss"] for record in tiny.records(tmp_path)] == [2.0, 1.0]
+    assert capsys.readouterr().err.count("pip install 'mclr_jax[tensorboard]'") == 1
+    assert not (tmp_path / "tensorboard").exists()
 
 
 # ---- the package ---------------------------------------------------------------------------------
