@@ -3,6 +3,7 @@
   python benchmarks/compiled.py               # all rows that are missing, in minutes each
   python benchmarks/compiled.py --row=digits  # those whose name begins like this
   python benchmarks/compiled.py --parameters  # parameters.json: the size of every config's network
+  python benchmarks/compiled.py --published   # published_costs.json: counted, without a compiler
 
 Writes benchmarks/results/compiled.json, row by row. It needs `pip install -e '.[tpu-compile]'`,
 and for the rows of GPUs '.[gpu-compile]': rows whose compiler is missing are left out.
@@ -138,6 +139,37 @@ def info(shape: tuple[int, ...], classes: int, sigma_data: float = 0.0) -> DataI
     return DataInfo(shape, classes, sigma_data or 1.0, (1 / classes,) * classes)
 
 
+def counted(name: str) -> list[dict[str, Any]]:
+    """What follows from the shapes alone, for each topology of a case: no compiler is needed.
+
+    State and frozen weights are divided among the chips, as `fsdp` does; the hours are those of the
+    products at the chip's peak.
+    """
+    case, found = Case(name), []
+    task, batch = case.training.task(case.data, case.models), case.training.batch_size
+    state, frozen, *_ = plan.shapes(task, batch)
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state, frozen)))
+    flops = plan.step_flops(task, batch)
+    for topology, count in (("v5e:4x4", 16), ("cuda:h200x8", 8)):
+        cards = topology.startswith("cuda")
+        chip = chips.KINDS_OF_CHIP["NVIDIA H200"] if cards else chips.CHIPS["v5e"]
+        seconds = flops / count / chip.flops
+        found.append({
+            "name": name, "topology": topology, "chips": count, "batch_size": batch,
+            "parameters": tasks.parameters(task.model), "flops_per_step": flops,
+            "step_flops_relative_to_dsm": case.relative() if name in PUBLISHED else None,
+            "state_bytes_per_chip": held / count, "chip_memory_bytes": chip.memory,
+            "hours": seconds * case.training.num_steps / 3600,
+        })  # fmt: skip
+    return found
+
+
+def write_published() -> None:
+    """published_costs.json: fine-tuning published models, and training a classifier of latents."""
+    rows = [row for name in (*PUBLISHED, "DiT-XL/2's classifier") for row in counted(name)]
+    write_json(tasks.RESULTS / "published_costs.json", {**provenance(), "rows": rows})
+
+
 def ratios() -> dict[str, float]:
     """FLOPs of a step of MCLR over those of DSM with the same batch, for each pair of cases."""
     found = {}
@@ -175,9 +207,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--row", default="", help="beginning of the names of rows")
     parser.add_argument("--parameters", action="store_true", help="write parameters.json alone")
+    parser.add_argument("--published", action="store_true", help="write published_costs.json alone")
     arguments = parser.parse_args()
-    if arguments.parameters:
-        return write_parameters()
+    if arguments.parameters or arguments.published:
+        return (write_parameters if arguments.parameters else write_published)()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)  # seconds are those of compiling
     stored = tasks.Rows("compiled")

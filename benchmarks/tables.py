@@ -102,6 +102,13 @@ def memory(row: Row) -> str:
     return f"{needed} / {chip / 2**30:.4g}{'' if row['fits'] else ': does not fit'}"
 
 
+def compiled_peak(row: Row) -> str:
+    """GiB that the compiler needs on a chip, where the case was compiled."""
+    key = {name: row[name] for name in ("name", "topology")}
+    found = [r for r in load("compiled")["rows"] if key.items() <= r.items()]
+    return f"{found[0]['memory_per_chip_bytes']['peak'] / 2**30:.2g}" if found else ""
+
+
 def steps_on_a_card(rows: list[Row]) -> list[Row]:
     """Training steps, before and after what docs/devices.md says of them."""
     made = {(row["section"], row["name"]): row for row in rows}
