@@ -162,7 +162,7 @@ class Data(Keys):
 
 
 def inspect(data: Data, side: int = 64) -> tuple[list[str], Source]:
-    """What is found in a set, in lines, and some examples of each of the first 20 classes.
+    """Facts about a set, in lines, and some examples of each of the first 20 classes.
 
     Without `resolution`, image files of several sizes are cropped and resized to `side`.
     """
