@@ -197,7 +197,8 @@ def accepted(config: Any, mutations: dict, defaults: dict) -> str:
     found = flat(config.to_dict())
     for key, value in mutations.items():
         value = found.get(key, value)  # ConfigDict makes 0.0 of False
-        gone = value is DELETED or mutations.get(key.partition(".")[0]) is DELETED
+        section = mutations.get(key.partition(".")[0])
+        gone = value is DELETED or section is DELETED or section == {}
         if gone or any(name.startswith(f"{key}.") for name in defaults):
             continue  # a default, or a section
         if key.startswith("companions.") and isinstance(value, str):

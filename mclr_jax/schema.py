@@ -127,12 +127,16 @@ class Key(NamedTuple):
     words: Collection = ()  # all valid values
     ordered: bool = False  # (low, high) with low < high, or () if that is the default
     says: str = ""
+    several: bool = False  # of the words
 
     def check(self, name: str, value: Any) -> None:
         """Raise ValueError with name and value unless the value, or each of several, is valid."""
         if self.ordered:
             if value:
                 pair(name, value, self.low, math.inf if self.high is None else self.high)
+        elif isinstance(value, tuple) and (self.several or not self.words):
+            for index, part in enumerate(value):
+                self.check(f"{name}[{index}]", part)
         elif self.words:
             word = getattr(value, "__name__", value)  # of a dtype
             if not isinstance(word, str | numbers.Real) or word not in self.words:
@@ -140,9 +144,6 @@ class Key(NamedTuple):
                 texts = all(isinstance(word, str) for word in self.words)
                 known = nearest(str(word), names) if texts else f"Known: {', '.join(names)}."
                 raise ValueError(f"{name} is {value!r}. {known}")
-        elif isinstance(value, tuple):
-            for index, part in enumerate(value):
-                self.check(f"{name}[{index}]", part)
         elif self.low is not None and not hasattr(value, "aval"):  # traced values have no range
             in_range(name, value, self.low, self.high, self.ends)
 
@@ -161,7 +162,7 @@ def key(
     ordered: bool = False, says: str = "",
 ) -> Any:  # fmt: skip
     """A field with this default and range (see `in_range`), or words, and its meaning in a line."""
-    found = Key(low, high, ends, tuple(words), ordered, says)
+    found = Key(low, high, ends, tuple(words), ordered, says, isinstance(default, tuple))
     return dataclasses.field(default=default, metadata={"key": found})
 
 

@@ -483,7 +483,7 @@ def test_a_training_measures_its_samples_as_the_command_does(made, tmp_path, mon
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"features": ""}, "set config.evaluate.features to an extractor, such as classifier:DIR"),
-    ({"metrics": ("fd",)}, "Unknown metric of config.evaluate.metrics 'fd'. Known: coverage"),
+    ({"metrics": ("fd",)}, "metrics.0. is 'fd'. Known: coverage"),
     ({"num_samples": 19}, "num_samples is 19; expected at least 20, two of each class"),
     ({"features": "clasifier:x"}, "Did you mean 'classifier'"),
 ])  # fmt: skip

@@ -15,7 +15,6 @@ from mclr_jax.evaluation import evaluate, features
 from mclr_jax.evaluation.evaluate import RealStatistics
 from mclr_jax.model import Model
 from mclr_jax.samplers import Sampler
-from mclr_jax.schema import look_up
 from mclr_jax.training.beside import Evaluate
 
 
@@ -34,8 +33,6 @@ class Measures:
     source: Source  # of training
 
     def __post_init__(self):
-        for name in self.options.metrics:
-            look_up(dict.fromkeys(evaluate.METRICS), name, "metric of config.evaluate.metrics")
         least = 2 * self.model.null_label
         if self.options.num_samples < least:
             raise ValueError(

@@ -26,6 +26,7 @@ from mclr_jax.evaluation.features import BATCH, Extractor, Features
 from mclr_jax.files import digest, provenance, save_arrays, write_json
 from mclr_jax.labels import warn_untrained
 from mclr_jax.schema import look_up
+from mclr_jax.training.beside import METRICS
 from mclr_jax.training.devices import banner, exists, is_first
 
 CACHE = "~/.cache/mclr_jax/references"  # folder of the statistics of real data
@@ -42,8 +43,6 @@ class RealStatistics:
 
 
 # The metrics, by their names on the command line, in tables and in files.
-METRICS = ("frechet", "per_class_frechet", "inter_class_frechet", "inception_score", "kernel",
-           "precision", "recall", "density", "coverage")  # fmt: skip
 OF_REFERENCE = frozenset({"per_class_frechet", *METRICS[4:]})  # of its examples, not moments alone
 
 

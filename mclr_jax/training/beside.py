@@ -6,6 +6,9 @@ from typing import ClassVar
 from mclr_jax.noise import SIGMA_RANGE
 from mclr_jax.schema import Keys, key
 
+METRICS = ("frechet", "per_class_frechet", "inter_class_frechet", "inception_score", "kernel",
+           "precision", "recall", "density", "coverage")  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class ICR(Keys):
@@ -27,7 +30,7 @@ class Evaluate(Keys):
     every_steps: int = key(0, 0, says="measure samples; 0 for never")
     num_samples: int = key(1000, 2, says="of all classes, from the same noise each time")
     features: str = key("", says="extractor, as --features of mclr evaluate")
-    metrics: tuple[str, ...] = key(("frechet", "per_class_frechet"), says="as --metrics there")
+    metrics: tuple[str, ...] = key(METRICS[:2], words=METRICS, says="as --metrics there")
 
     where: ClassVar[str] = "config.evaluate"
 
