@@ -35,7 +35,7 @@ VALIDATION, COUNTS, COUNT = 100, {100: 1000}, 2000  # the seed; samples of it, a
 INTERVAL = (0.0, 3.0)  # of noise levels that are guided, and where MCLR has a contrast
 # Strengths to choose from: guidance scales at all levels and in the interval, and of MCLR the place
 # between the base's weights (0) and those that were fine-tuned with beta 1.5.
-GRIDS = {"scale": (1.0, 1.2, 1.4, 1.6, 2.0), "interval": (1.4, 1.7, 2.0, 2.5),
+GRIDS = {"scale": (1.0, 1.2, 1.4, 1.6, 2.0), "interval": (1.4, 1.7, 2.0, 2.5, 3.0, 4.0),
          "interpolation": (0.5, 0.75, 1.0, 1.25, 1.5)}  # fmt: skip
 TUNING = {
     "data.name": "fashion_mnist", "data.flip": False, "num_steps": 600, "batch_size": 64,
