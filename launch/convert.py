@@ -32,6 +32,9 @@ FAMILY = flags.DEFINE_enum(
 SET = flags.DEFINE_list(
     "set", [], "Values that the file does not hold, as heads=16,num_classes=10."
 )
+INTERPOLATION = flags.DEFINE_float(
+    "interpolation", 1.0, "Place from the start's weights (0) to the fine-tuned ones (1)."
+)
 TO = flags.DEFINE_string("to", None, "FILE.safetensors or folder to write --workdir to.")
 
 
@@ -42,7 +45,7 @@ def main() -> None:
         if not TO.value:
             common.stop("--workdir needs --to: FILE.safetensors, or a folder of diffusers.")
         run = runs.load(WORKDIR.value)
-        params, step = run.weights(EMA.value, CHECKPOINT.value)
+        params, step = run.weights(EMA.value, CHECKPOINT.value, INTERPOLATION.value)
         pretrained.export(run, params, pathlib.Path(TO.value))
         print(f"Wrote {TO.value}, the weights of step {step}.")
         return

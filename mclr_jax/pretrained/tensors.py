@@ -172,7 +172,7 @@ def _nested(content: bytes) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Known:
-    """What a name in a file means here: a value or a function, which no file can change."""
+    """The meaning of a name in a file: a value or a function, which no file can change."""
 
     value: Any
 
