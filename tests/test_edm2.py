@@ -322,6 +322,7 @@ def test_weights_are_normalised_after_each_update_and_in_the_start():
         np.testing.assert_array_equal(leaf, flat[path])  # of the first step all
 
 
+@pytest.mark.slow
 def test_the_head_learns_the_logarithm_of_the_weighted_error():
     """For D = c_skip x and data N(0, s^2) the error at each level is known:
 

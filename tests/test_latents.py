@@ -380,6 +380,7 @@ def test_the_autoencoder_is_found_where_it_was_moved(tmp_path):
         assert runs.load(moved / name, autoencoder=str(VAE)).data.autoencoder == str(VAE)
 
 
+@pytest.mark.slow
 def test_the_whole_way_with_an_encoder_and_latents(tmp_path):
     """A pipeline is read, sampled, fine-tuned on images, moved, sampled and written again."""
     place = tmp_path / "a"
