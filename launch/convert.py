@@ -22,6 +22,7 @@ from absl import flags
 from mclr_jax import pretrained, runs
 from mclr_jax.files import made
 from mclr_jax.launch import common
+from mclr_jax.model import shapes_of
 
 WORKDIR, EMA, CHECKPOINT = common.define("workdir", "ema", "checkpoint")
 INPUT = flags.DEFINE_string("input", None, "Published file, or folder of diffusers.")
@@ -61,7 +62,7 @@ def main() -> None:
     with made(out):
         run = pretrained.convert(INPUT.value, out, FAMILY.value, **given)
     model = run.model
-    size = sum(x.size for x in jax.tree.leaves(run.weights()[0]))
+    size = sum(x.size for x in jax.tree.leaves(shapes_of(model)))
     print(
         f"Wrote {out}: {type(model.network).__name__} with {size} parameters for examples of shape "
         f"{model.data.shape} in {model.data.num_classes} classes, {json.dumps(run.sampler.method)}."

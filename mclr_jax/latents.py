@@ -16,7 +16,7 @@ from mclr_jax import images
 from mclr_jax.data import folders
 from mclr_jax.data.latents import KINDS, units
 from mclr_jax.data.pixels import to_float
-from mclr_jax.data.protocol import Source
+from mclr_jax.data.protocol import Derived, Source
 from mclr_jax.data.sources import Data
 from mclr_jax.files import digest
 from mclr_jax.model import Model
@@ -130,8 +130,13 @@ def shown(samples: np.ndarray, decode: Decoder | None) -> np.ndarray | None:
     return images.clip(samples)
 
 
+def as_8_bits(samples: np.ndarray, decode: Decoder | None) -> np.ndarray:
+    """Samples as measures take them: decoded latents, or images, in 8 bits."""
+    return decode(samples, np.uint8) if decode else images.as_8_bits(samples)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class Decoded:
+class Decoded(Derived):
     """The source of the images, uint8, of a source of latents."""
 
     source: Source
@@ -141,17 +146,6 @@ class Decoded:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.decode.shape(self.source.shape)
-
-    @property
-    def num_classes(self) -> int:
-        return self.source.num_classes
-
-    @property
-    def labels(self) -> np.ndarray:
-        return self.source.labels
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def __getitem__(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         found, labels = self.source[indices]

@@ -4,11 +4,25 @@ A second implementation, written after training/networks.py of NVlabs/edm and ne
 NVlabs/edm2: it follows the names of the tensors from block to block, as their code does.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mclr_jax import pretrained
 from mclr_jax.pretrained.tensors import Module
+
+
+def error(found, expected):
+    """The largest error of an example relative to the largest number of its reference."""
+    found, expected = (np.asarray(a).reshape(len(a), -1) for a in (found, expected))
+    return float((np.abs(found - expected).max(1) / np.abs(expected).max(1)).max())
+
+
+@functools.cache
+def loaded(path):
+    return pretrained.read(path), dict(np.load(f"{path}.reference.npz"))
 
 
 def convolve(x, weight, padding=0, stride=1, groups=1, dilation=1):

@@ -1,6 +1,5 @@
 """Official EDM weights give the official outputs; wrong weights give a named error."""
 
-import functools
 import json
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import nvlabs
 import pytest
+from nvlabs import error, loaded
 
 from mclr_jax import noise, pretrained, samplers
 from mclr_jax.denoiser import EDM, IDDPM, VE, VP, denoiser
@@ -111,17 +111,6 @@ def test_augmentation_weights_are_read_and_the_strength_starts_at_zero():
 
 
 # ---- snapshots -----------------------------------------------------------------------------------
-
-
-def error(found, expected):
-    """The largest error of an example relative to the largest number of its reference."""
-    found, expected = (np.asarray(a).reshape(len(a), -1) for a in (found, expected))
-    return float((np.abs(found - expected).max(1) / np.abs(expected).max(1)).max())
-
-
-@functools.cache
-def loaded(path):
-    return pretrained.read(path), dict(np.load(f"{path}.reference.npz"))
 
 
 @pytest.mark.parametrize("path", SNAPSHOTS, ids=lambda path: path.stem)

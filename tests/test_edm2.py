@@ -12,6 +12,7 @@ import nvlabs
 import optax
 import pytest
 from flax import traverse_util
+from nvlabs import error, loaded
 
 from mclr_jax import pretrained
 from mclr_jax.denoiser import EDM, natural_weight
@@ -28,17 +29,6 @@ from mclr_jax.types import Condition
 
 FORMATS = pathlib.Path(__file__).parent / "data" / "formats" / "edm2"
 SNAPSHOTS = sorted(FORMATS.glob("*.pkl"))
-
-
-def error(found, expected):
-    """The largest error of an example relative to the largest number of its reference."""
-    found, expected = (np.asarray(a).reshape(len(a), -1) for a in (found, expected))
-    return float((np.abs(found - expected).max(1) / np.abs(expected).max(1)).max())
-
-
-@functools.cache
-def loaded(path):
-    return pretrained.read(path), dict(np.load(f"{path}.reference.npz"))
 
 
 @pytest.mark.parametrize("path", SNAPSHOTS, ids=lambda path: path.stem)

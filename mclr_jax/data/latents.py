@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mclr_jax.data.protocol import Arrays, Source, check_finite
+from mclr_jax.data.protocol import Arrays, Derived, Source, check_finite
 
 
 class Kind(NamedTuple):
@@ -65,7 +65,7 @@ class Drawn(Arrays, _Units):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Latents(_Units):
+class Latents(Derived, _Units):
     """A source of latents x, drawn from the means and standard deviations of another source.
 
     Indexing draws with noise that follows from the index: the same latents each time. Training
@@ -83,23 +83,12 @@ class Latents(_Units):
         return (*self.source.shape[:-1], self.source.shape[-1] // 2)
 
     @property
-    def num_classes(self) -> int:
-        return self.source.num_classes
-
-    @property
     def in_memory(self) -> bool:
         return self.source.in_memory
 
     @property
-    def labels(self) -> np.ndarray:
-        return self.source.labels
-
-    @property
     def class_names(self) -> tuple[str, ...]:
         return getattr(self.source, "class_names", ())
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def moments(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of x (n, H, W, 2 C) float32, and labels (n,)."""

@@ -110,6 +110,23 @@ class Subset:
         return self.source[self.indices[indices]]
 
 
+class Derived:
+    """Base of sources whose examples are made of those of another `source`, with their labels."""
+
+    source: Source
+
+    @property
+    def num_classes(self) -> int:
+        return self.source.num_classes
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.source.labels
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
 class OneClass(Subset):
     """All examples of another source, of one class: the data of an unconditional model."""
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from mclr_jax import generate, images, latents
+from mclr_jax import generate, latents
 from mclr_jax.data.protocol import Source
 from mclr_jax.data.sources import Data
 from mclr_jax.evaluation import evaluate, features
@@ -59,7 +59,7 @@ class Measures:
         labels = np.resize(np.arange(self.model.null_label), self.options.num_samples)
         try:
             samples = generate.generate(self.model, params, labels, self.sampler)
-            pixels = self.decode(samples, np.uint8) if self.decode else images.as_8_bits(samples)
+            pixels = latents.as_8_bits(samples, self.decode)
             names = self.options.metrics
             found = evaluate.judged(pixels, labels, self.extractor, self.real, names)
         except FloatingPointError as error:  # no reason to stop a run

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from mclr_jax import generate, images, latents, runs
+from mclr_jax import generate, latents, runs
 from mclr_jax.data.pixels import to_float
 from mclr_jax.data.protocol import Source, drawn, evenly
 from mclr_jax.evaluation import metrics
@@ -261,7 +261,7 @@ def evaluate(
                 "samples_per_second": num_samples / (time.perf_counter() - start),
                 "feature_length": len(real.moments.mean),
             }
-            pixels = decode(samples, np.uint8) if decode else images.as_8_bits(samples)
+            pixels = latents.as_8_bits(samples, decode)
             found = judged(pixels, labels, extractor, real, names, judge, training)
             rows.append({**settings, **found, **cost, **made_by})
             if is_first():

@@ -163,9 +163,9 @@ class EDM2(Network):
             return module(h, embedding, condition.dropout_keys)
 
         # Encoder.
-        widths = [self.channels * mult for mult in self.channel_mult]
-        sizes = [f"{x.shape[1] >> level}x{x.shape[2] >> level}" for level in range(levels)]
-        attends = [x.shape[1] >> level in self.attention_resolutions for level in range(levels)]
+        widths, sizes, attends = layers.pyramid(
+            x, self.channels, self.channel_mult, self.attention_resolutions
+        )
         first = MPLinear(widths[0], 3, self.dtype, name=f"enc_{sizes[0]}_conv")
         skips = [h := first(jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1))]
         for level, (width, size) in enumerate(zip(widths, sizes, strict=True)):
@@ -177,11 +177,7 @@ class EDM2(Network):
         # Decoder.
         for level in reversed(range(levels)):
             width, size = widths[level], sizes[level]
-            if level == levels - 1:
-                h = block(f"dec_{size}_in0", h, h.shape[-1], attend=True)
-                h = block(f"dec_{size}_in1", h, h.shape[-1])
-            else:
-                h = block(f"dec_{size}_up", h, h.shape[-1], resample=up)
+            h = layers.entered(block, h, size, level == levels - 1, up)
             for index in range(self.num_blocks + 1):
                 h = mp_cat(h, skips.pop(), self.concat_balance)
                 h = block(f"dec_{size}_block{index}", h, width, attends[level])

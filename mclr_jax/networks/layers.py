@@ -95,6 +95,24 @@ def check_sizes(x: jax.Array, patch_size: int, levels: int, field: str) -> None:
         )
 
 
+def pyramid(
+    x: jax.Array, channels: int, channel_mult: Sequence[int], attention_resolutions: Sequence[int]
+) -> tuple[list[int], list[str], list[bool]]:
+    """Of each level of a U-Net on x (B, H, W, C): channels, size as in names, and attention."""
+    heights = [(x.shape[1] >> level, x.shape[2] >> level) for level in range(len(channel_mult))]
+    widths = [channels * mult for mult in channel_mult]
+    attends = [height in attention_resolutions for height, _ in heights]
+    return widths, [f"{height}x{width}" for height, width in heights], attends
+
+
+def entered(block: Callable[..., Any], h: jax.Array, size: str, deepest: bool, up: Any) -> Any:
+    """The features with which a level of a U-Net's decoder begins, by EDM's names of blocks."""
+    if not deepest:
+        return block(f"dec_{size}_up", h, h.shape[-1], resample=up)
+    h = block(f"dec_{size}_in0", h, h.shape[-1], attend=True)
+    return block(f"dec_{size}_in1", h, h.shape[-1])
+
+
 def space_to_depth(x: jax.Array, size: int) -> jax.Array:
     """Stacks patches as channels: (B, H, W, C) -> (B, H / size, W / size, size^2 C)."""
     batch, height, width, channels = x.shape

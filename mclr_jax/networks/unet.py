@@ -145,9 +145,9 @@ class UNet(Network):
             return module(h, embedding, condition.dropout_keys)
 
         # Encoder.
-        widths = [self.channels * mult for mult in self.channel_mult]
-        sizes = [f"{x.shape[1] >> level}x{x.shape[2] >> level}" for level in range(levels)]
-        attends = [x.shape[1] >> level in self.attention_resolutions for level in range(levels)]
+        widths, sizes, attends = layers.pyramid(
+            x, self.channels, self.channel_mult, self.attention_resolutions
+        )
         residual = x.astype(self.dtype)
         h = linear(widths[0] if adm else self.channels, 3, name=f"enc_{sizes[0]}_conv")(residual)
         skips = [h]
@@ -172,11 +172,7 @@ class UNet(Network):
         output: Any = None
         for level in reversed(range(levels)):
             width, size = widths[level], sizes[level]
-            if level == levels - 1:
-                h = block(f"dec_{size}_in0", h, h.shape[-1], attend=True)
-                h = block(f"dec_{size}_in1", h, h.shape[-1])
-            else:
-                h = block(f"dec_{size}_up", h, h.shape[-1], resample=up)
+            h = layers.entered(block, h, size, level == levels - 1, up)
             for index in range(self.num_blocks + 1):
                 attend = attends[level] and (adm or index == self.num_blocks)
                 h = jnp.concatenate([h, skips.pop()], axis=-1)

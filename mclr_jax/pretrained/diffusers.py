@@ -173,15 +173,19 @@ def transformer(folder: pathlib.Path) -> pathlib.Path:
     return folder / "transformer" if (folder / "transformer").is_dir() else folder
 
 
-def read(folder: str | os.PathLike, given: dict[str, Any]) -> Checkpoint:
+def read(
+    folder: str | os.PathLike, given: dict[str, Any], state: Mapping[str, np.ndarray] | None = None
+) -> Checkpoint:
     """The DiT in the folder of a pipeline, or in its folder `transformer` alone.
 
-    The config holds all that `given` can say. ValueError: a config of another network or process,
+    The config holds all that `given` can say; `state` are its `weights`, if they are read already.
+    ValueError: a config of another network or process,
     or tensors that do not fit it.
     """
     part = transformer(folder := pathlib.Path(folder))
     config = settings(Transformer, part, CLASSES, UNUSED, FIXED)
-    state, heads, channels = weights(part), config.num_attention_heads, config.in_channels
+    state = weights(part) if state is None else state
+    heads, channels = config.num_attention_heads, config.in_channels
     copies = _copies(state, config.num_layers)
     own = not all(k in state and np.array_equal(state[k], state[v]) for k, v in copies.items())
     net = DiT(

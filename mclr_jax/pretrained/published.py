@@ -47,7 +47,7 @@ def read(path: str | os.PathLike, family: str = "", **given: Any) -> Checkpoint:
     with named(f"{path} cannot be read as a published model"):
         found, state, args = _parts(content, family, left)
         if path.is_dir():
-            checkpoint = diffusers.read(path, left)
+            checkpoint = diffusers.read(path, left, state)
         elif found in ("edm", "edm2"):
             checkpoint = edm.read(content, left)
         else:
