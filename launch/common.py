@@ -1,17 +1,18 @@
 """Shared by the command lines: set-up, and one-line errors that name the nearest valid word."""
 
+import contextlib
 import functools
 import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from mclr_jax import configs, console, cpu, meeting, runs, schema
+from mclr_jax import configs, console, cpu, inherit, meeting, record, runs, schema
 from mclr_jax.config import Training
 from mclr_jax.extras import MissingExtraError
 from mclr_jax.files import digest, made, provenance, write_atomically
@@ -176,12 +177,10 @@ def _read_config(argv: list[str]) -> list[str]:
         if word[0] == "-":
             given[name] = value if equals else following
     keys = [name.removeprefix("config.") for name in given if name.startswith("config.")]
-    if "config" not in given:
+    if (config := _config_of(given)) is None:
         if keys:
             stop(f"--config.{keys[0]} needs --config=NAME, the config that it changes.")
         return argv
-    path = given["config"]
-    config = _load(path)
     for name, field in schema.fields(Training).items():
         word, section = given.get(f"config.{name}.name"), config.get(name)
         if word and isinstance(section, ConfigDict) and field.metadata["section"].table:
@@ -194,11 +193,36 @@ def _read_config(argv: list[str]) -> list[str]:
             if dropped := sorted({*section} - {*new}):
                 print(f"config.{name} is now {word}, without {', '.join(dropped)}", file=sys.stderr)
     _check_keys(config, keys)
-    at = next(i for i, word in enumerate(argv) if re.fullmatch(r"--?config(=.*)?", word))
-    argv = argv[:at] + argv[at + 1 + ("=" not in argv[at]) :]
+    for at in [i for i, word in enumerate(argv) if re.fullmatch(r"--?config(=.*)?", word)][:1]:
+        argv = argv[:at] + argv[at + 1 + ("=" not in argv[at]) :]
     delattr(flags.FLAGS, "config")
     config_flags.DEFINE_config_dict("config", config, sys_argv=argv)
     return argv
+
+
+def _config_of(given: Mapping[str, str]) -> ConfigDict | None:
+    """The config of the flag --config, or of the run in --workdir, with what it takes from a run.
+
+    What decides about that is set already: the run, the data and the number of steps.
+    """
+    workdir, helps = given.get("workdir", ""), given.keys() & {"help", "h", "helpshort", "helpfull"}
+    try:
+        if "config" in given:
+            config = _load(given["config"])
+            for key in ("init_from", "data.name", "num_steps"):
+                if (value := given.get(f"config.{key}", "")) and (key[0] != "n" or value.isdigit()):
+                    with contextlib.suppress(KeyError):  # `_check_keys` names it
+                        config.update_from_flattened_dict(
+                            {key: int(value) if key[0] == "n" else value}
+                        )
+            return config if helps else ConfigDict(inherit.completed(config.to_dict(), workdir))
+        if not workdir or helps:
+            return None
+        if not (found := record.continued(pathlib.Path(workdir))):
+            stop(f"{workdir} has no training to continue; name a config, as in mclr train digits.")
+        return ConfigDict(schema.filled(Training, found))
+    except (ValueError, OSError) as error:
+        stop(str(error))
 
 
 def _load(path: str) -> ConfigDict:

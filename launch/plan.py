@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from mclr_jax import costs, plan, runs
+from mclr_jax import costs, inherit, plan
 from mclr_jax.files import provenance, write_json
 from mclr_jax.launch import common
 from mclr_jax.training.devices import MODES
@@ -44,7 +44,7 @@ def main() -> None:
     config = flags.FLAGS.config
     if PARALLEL.value:
         config.parallel = PARALLEL.value
-    training = runs.training(config)
+    training = inherit.training(config)
     if GUIDANCE_SCALE.value != 1 and not SAMPLE_BATCH.value:
         raise ValueError("--guidance_scale is that of samples: set --sample_batch, too.")
     out = common.output(OUT.value, ".json") if OUT.value else None

@@ -122,7 +122,7 @@ class Experiment:
         steps = base.config.get("num_steps", step)
         log = logging.warning if step < steps else logging.info
         log("Weights from step %d of %d of %s.", step, steps, path)
-        params = devices.put_state(runs.fitted(weights, task.model, path))
+        params = devices.put_state(runs.fitted(weights, task.model, path, base.model))
         params, *copies = (jax.tree.map(jnp.copy, params) for _ in range(1 + len(state.ema)))
         averages = dict(zip(state.ema, copies, strict=True))
         return state.replace(params=params, ema=averages), {"run": path, "step": step}

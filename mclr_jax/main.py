@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from mclr_jax import hooks, record, runs
+from mclr_jax import hooks, inherit, record, runs
 from mclr_jax.data import pipeline
 from mclr_jax.experiment import Experiment
 from mclr_jax.files import made
@@ -46,7 +46,7 @@ def train(
         without `change`, of other values of deciding keys.
     """
     local("workdir", str(workdir))
-    experiment = Experiment(runs.training(config, workdir), pathlib.Path(workdir))
+    experiment = Experiment(inherit.training(config, workdir), pathlib.Path(workdir))
     warn_of_companions(experiment.training)
     logging.info(banner())
     if experiment.training.require_accelerator:

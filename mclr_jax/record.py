@@ -192,6 +192,23 @@ def at_new_places(description: Mapping[str, Any], workdir: pathlib.Path) -> dict
     return config
 
 
+def continued(workdir: pathlib.Path) -> dict[str, Any]:
+    """The config of the training in a directory, to continue it; empty: there is none.
+
+    Its data, and before the first checkpoint other runs, are looked for at their new places.
+    """
+    config = dict((description := read(workdir)).get("config", {}))
+    if not config:
+        return {}
+    missing = {k: name for k, name in places(config).items() if not os.path.exists(name)}
+    now, held = at_new_places(description, workdir), has_checkpoints(workdir)
+    if any(key.startswith("data.") for key in missing):
+        config["data"] = now["data"]
+    if missing and not held:
+        config |= {key: now[key] for key in ("init_from", "companions")}
+    return config
+
+
 def class_names(description: Mapping[str, Any]) -> tuple[str, ...]:
     """The names of the classes of the data, or else those published with the weights."""
     if found := description.get("data", {}).get("class_names"):

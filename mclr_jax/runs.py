@@ -18,18 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import traverse_util
-from ml_collections import ConfigDict
 
 from mclr_jax import parts, record
 from mclr_jax.config import Training
 from mclr_jax.data.protocol import Source
 from mclr_jax.data.sources import Data
-from mclr_jax.files import made
+from mclr_jax.files import flat, made
 from mclr_jax.model import DataInfo, Model, shapes_of
 from mclr_jax.samplers import Sampler
 from mclr_jax.schema import read
 from mclr_jax.training import ema
-from mclr_jax.training.checkpoint import Checkpoints, check_same
+from mclr_jax.training.checkpoint import Checkpoints, MismatchError, check_same
 from mclr_jax.training.devices import barrier, is_first, placed
 from mclr_jax.training.ema import EMA
 
@@ -179,40 +178,6 @@ def load(
     return Run(workdir, model, sampler, tuple(averages), config, held, class_names=class_names)
 
 
-def training(config: Any, workdir: str | pathlib.Path = "") -> Training:
-    """The training that a config describes, with the model of config.init_from if it names none.
-
-    Where config.network.name, or config.preconditioning.name, is empty, that part is the one of
-    the run; so are keys of config.sampler that have their default, and sigma_data, if it is 0. A
-    run that is continued, in `workdir`, keeps its own. ValueError: the config is invalid.
-    """
-    values = config.to_dict() if isinstance(config, ConfigDict) else config
-    path = "" if isinstance(values, Training) else values.get("init_from", "")
-    empty = [part for part in ("network", "preconditioning")
-             if path and not values.get(part, {}).get("name", part != "network")]  # fmt: skip
-    if not empty:
-        return Training.parse(values)
-    of_data = ("num_classes", "augment_dim", "takes_strength")
-    found = dict(record.read(pathlib.Path(workdir)).get("config", {})) if workdir else {}
-    if not found:
-        run = load(path)
-        found = {**parts.describe(run.model), "sampler": dataclasses.asdict(run.sampler)}
-        found["sigma_data"] = found["preconditioning"].get("sigma_data", 0.0)
-        found["data"] = {"autoencoder": run.data.autoencoder}
-    model = {key: value for key, value in found["network"].items() if key not in of_data}
-    inherited = {part: found[part] for part in empty} | (
-        {"network": model} if "network" in empty else {}
-    )
-    default = dataclasses.asdict(Sampler())
-    given = {key: x for key, x in values.get("sampler", {}).items() if x != default.get(key)}
-    sigma_data = values.get("sigma_data") or found["sigma_data"]
-    inherited |= {"sampler": {**found["sampler"], **given}, "sigma_data": sigma_data}
-    data = values.get("data", {})
-    if data.get("latents") and not data.get("autoencoder"):
-        inherited["data"] = {**data, "autoencoder": found["data"].get("autoencoder", "")}
-    return Training.parse({**values, **inherited})
-
-
 def load_model(workdir: str | pathlib.Path, interpolation: float = 1.0) -> tuple[Model, Any]:
     """(model, parameters) of a run: its last step and its first average, if it has one."""
     run = load(workdir)
@@ -240,11 +205,12 @@ def _like(model: Model) -> Any:
     return placed(shapes_of(model), jax.tree.map(lambda x: first, shapes_of(model)))
 
 
-def fitted(weights: Any, model: Model, source: str) -> Any:
+def fitted(weights: Any, model: Model, source: str, other: Model | None = None) -> Any:
     """Weights of another model for this one, which may differ in optional inputs.
 
     Optional inputs of this model alone get weights of zero; those of the other model alone, which
-    were zero in sampling, are removed. MismatchError: another difference.
+    were zero in sampling, are removed. MismatchError: another difference; it names the values in
+    which `other`, the model of the weights, differs, and a warning does so if all shapes fit.
     """
     optional = set(getattr(model.network, "optional_inputs", ()))
     expected = shapes_of(model)
@@ -254,9 +220,31 @@ def fitted(weights: Any, model: Model, source: str) -> Any:
     for path in changed & wanted.keys():
         result[path] = jnp.zeros(wanted[path].shape, wanted[path].dtype)
     tree = traverse_util.unflatten_dict(result)
-    check_same(expected, tree, source)
-    check_same(tree, expected, "the network of this run")
+    differences = _differences(other, model) if other else ""
+    try:
+        check_same(expected, tree, source)
+        check_same(tree, expected, "the network of this run")
+    except MismatchError as error:
+        if not differences:
+            raise
+        raise MismatchError(
+            f"The model of {source} is another one: {differences}. Use its values, or leave "
+            f"config.network.name empty, which takes them over. ({error})"
+        ) from error
+    if differences:
+        logging.warning("The model of %s has other values: %s.", source, differences)
     return tree
+
+
+def _differences(other: Model, model: Model) -> str:
+    """The values of another model that are different here and decide what its weights mean."""
+    free = ("dtype", "remat", "dropout", "augment_dim", "takes_strength", "sigma_data")
+    before, now = (flat(parts.describe(each)) for each in (other, model))
+    keys = [key for key in before.keys() | now.keys()
+            if key.startswith(("network.", "preconditioning.")) and before.get(key) != now.get(key)
+            and key.rpartition(".")[2] not in free]  # fmt: skip
+    shown = (f"{key} is {before.get(key)!r} there and {now.get(key)!r} here" for key in keys)
+    return "; ".join(sorted(shown))
 
 
 def companions(training: Training, data: DataInfo, workdir: pathlib.Path) -> dict[str, Run]:

@@ -14,7 +14,7 @@ import tiny
 from ml_collections import ConfigDict
 
 from mclr_jax import config as configuration
-from mclr_jax import parts, runs, schema
+from mclr_jax import inherit, parts, runs, schema
 from mclr_jax.assimilation import dynamics
 from mclr_jax.config import NOISE_LEVELS, OBJECTIVES, POSTERIORS, Training
 from mclr_jax.configs import base
@@ -72,6 +72,10 @@ def build(name, folder):
     if "trajectories" in config.data:
         config.data.trajectories, config.data.length = 2, config.data.frames + 4
         config.data.path = str(folder)
+    elif config.data.name.startswith("npy:"):
+        values = np.random.default_rng(0).normal(size=(2, config.data.frames + 16, 2))
+        np.save(folder / "data.npy", values)
+        config.data.name = f"npy:{folder / 'data.npy'}"
     elif config.data.name != "mixture":
         shape = (32, 32, 3) if name.startswith("cifar10") else (28, 28, 1)
         images = np.random.default_rng(0).normal(size=(8, *shape)) / 2
@@ -81,7 +85,7 @@ def build(name, folder):
         config.init_from = str(folder / "base")
         base = Training.parse(tiny.config("digits")).model(DataInfo((28, 28, 1), 3, 0.5))
         runs.publish(folder / "base", base, tiny.weights(base), Sampler())
-    training = runs.training(config)
+    training = inherit.training(config)
     source = training.data.source("train", training.seed)
     data = training.data_info(source)
     if config.init_from and (folder / "base").exists():

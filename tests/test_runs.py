@@ -194,6 +194,22 @@ def test_other_differences_are_refused(before, after, message):
         runs.fitted(weights, tiny.model_of(tiny.config(**after)), "there")
 
 
+def test_values_that_differ_are_named_even_if_all_shapes_fit(caplog):
+    """Two heads and four have the same shapes, and weights of one are of no use to the other."""
+    two, four, wide = (tiny.model_of(tiny.config("digits", **changes)) for changes in (
+        {}, {"network.heads": 4, "network.dropout": 0.5}, {"network.width": 24}))  # fmt: skip
+    weights = tiny.weights(two)
+    runs.fitted(weights, two, "there", two)
+    assert not caplog.messages
+    runs.fitted(weights, four, "there", two)
+    assert caplog.messages == ["The model of there has other values: network.heads is 2 there and "
+                               "4 here."]  # fmt: skip
+    with pytest.raises(
+        MismatchError, match=r"another one: network.width is 16 there and 24 here. "
+    ):
+        runs.fitted(weights, wide, "there", two)
+
+
 # ---- companions ----------------------------------------------------------------------------------
 
 
