@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags
 
 from mclr_jax import extras, runs
-from mclr_jax.assimilation import figure, observe, regimes, schedules, scores
+from mclr_jax.assimilation import figure, observe, regimes, schedules
 from mclr_jax.files import digest, provenance, write_atomically
 from mclr_jax.labels import warn_untrained
 from mclr_jax.launch import common
@@ -55,11 +55,8 @@ def asked(frames: int) -> tuple[schedules.Scheme, np.ndarray]:
     if REGIME.value != "fixed_lag" and LAG.present:
         common.stop(f"--lag={','.join(LAG.value)} has no meaning for --regime={REGIME.value}.")
     try:
-        if REGIME.value == "fixed_lag":
-            lags = schedules.segments(LAG.value, frames)
-        else:
-            lags = schedules.lags(REGIME.value, frames)
-        return schedules.Scheme.parse(SCHEME.value), lags
+        scheme = schedules.Scheme.parse(SCHEME.value)
+        return scheme, schedules.lags_of(REGIME.value, LAG.value, frames)
     except ValueError as error:
         common.stop(str(error))
 
@@ -71,13 +68,8 @@ def main() -> None:
     observations = observe.parse(arrays, OBSERVATIONS.value)
     count, frames, _ = observations.values.shape
     (scheme, lags), run = asked(frames), runs.load(WORKDIR.value)
-    shape = run.model.data.shape
-    if run.model.is_classifier or not run.model.frames:
-        raise ValueError(
-            f"{WORKDIR.value} has the network {type(run.model.network).__name__} for data of shape "
-            f"{shape}; expected a run of a trajectory model, as of configs/lorenz63_forcing.py."
-        )
-    truth = observe.truth_of(arrays, count, shape[1:], OBSERVATIONS.value)
+    shape = regimes.state_shape(run)
+    truth = observe.truth_of(arrays, count, shape, OBSERVATIONS.value)
     common.use_cores(run.model.network)
     warn_untrained(run, [regimes.trajectory_label(run.model)])
     params, step = run.weights(EMA.value)
@@ -96,20 +88,13 @@ def main() -> None:
             progress=regimes.counted(shown.update),
         )  # fmt: skip
     regimes.write(out, result, settings)
-    members, begins = result.members, result.before
-    print(f"Wrote {out}: {members.shape[1]} members of frames {result.first} to "
-          f"{result.first + members.shape[2] - 1} of {len(members)} trajectories.")  # fmt: skip
+    print(f"Wrote {out}: {result.described()}")
     if truth is not None:
-        seen = members[:, :, begins:][:, :, : truth.shape[1]]
-        found = scores.summary(seen, truth[:, : seen.shape[2]], run.model.data.scale)
-        for name, value in found.items():
-            print(f"{name:15s} {value:.4g}")
+        print(regimes.errors(result, truth, run.model.data.scale))
     if FIGURE.value:
-        first = None if truth is None else truth[0]
-        drawn = figure.trajectory(
-            members[0], observations.values[0], observations.operator, first, begins
-        )
-        write_atomically(out.with_suffix(".png"), drawn)
+        values, operator = observations.values[0], observations.operator
+        shown = result.members[0], values, operator, None if truth is None else truth[0]
+        write_atomically(out.with_suffix(".png"), figure.trajectory(*shown, result.before))
 
 
 if __name__ == "__main__":

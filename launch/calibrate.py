@@ -17,13 +17,11 @@ With --interpolation they are for fine-tuning anew, by the same config with conf
 """
 
 import dataclasses
-import functools
 
-import jax
 from absl import flags
 
 from mclr_jax import calibrate, runs
-from mclr_jax.evaluation.features import Extractor
+from mclr_jax.evaluation.features import noisy
 from mclr_jax.files import write_json
 from mclr_jax.labels import warn_untrained
 from mclr_jax.launch import common
@@ -59,27 +57,15 @@ def main() -> None:
     out = common.output(OUT.value, ".json")
     common.use_cores(run.model.network)
     guided = common.guidance(run)
-    classifier, weights = runs.load_model(CLASSIFIER.value)
-    runs.check_companion("classifier", CLASSIFIER.value, classifier, run.model.data, run.data.name)
-    apply = functools.partial(classifier.features, sigma=SIGMA.value)
-    extractor = Extractor(f"classifier:{CLASSIFIER.value}", jax.device_get(weights), apply)
+    classifier = noisy(CLASSIFIER.value, SIGMA.value, run.model.data, run.data.name)
     params, step = run.weights(EMA.value, CHECKPOINT.value)
-    weights = None
     warn_untrained(run, [0], guided.at(1 if INTERPOLATION.value else 1 + MAX_STRENGTH.value))
-    if INTERPOLATION.value:
-        if guided.interval or guided.weak or run.model.strength:
-            raise ValueError(
-                "--interpolation is in place of guidance: leave out --guidance_interval and "
-                "--autoguidance, and take a run without config.strength, whose network needs none."
-            )
-
-        def weights(place: float):
-            return run.weights(EMA.value, step, place)[0]
-
+    given = run, EMA.value, step, guided
+    weights = calibrate.places(*given) if INTERPOLATION.value else None
     total = GRID.value * SAMPLES_PER_CLASS.value * run.model.null_label
     with Progress(total, "sample") as progress:
         found = calibrate.calibrate(
-            run.model, params, run.sampler, extractor, run.source("test"), weights=weights,
+            run.model, params, run.sampler, classifier, run.source("test"), weights=weights,
             max_strength=MAX_STRENGTH.value, grid=GRID.value, sigma=SIGMA.value, seed=SEED.value,
             samples_per_class=SAMPLES_PER_CLASS.value, guided=guided,
             batch_size=BATCH_SIZE.value, progress=progress.update,
@@ -87,18 +73,15 @@ def main() -> None:
     settings = {
         **common.made_by(WORKDIR.value, step, EMA.value, params),
         "classifier": CLASSIFIER.value,
-        "classifier_weights": extractor.digest,
+        "classifier_weights": classifier.digest,
         "sampler": dataclasses.asdict(run.sampler),
         **guided.settings(),
         "interpolation": INTERPOLATION.value,
     }
     write_json(out, found | settings)
     print(calibrate.table(found, run.class_names))
-    factors = ",".join(f"{factor:g}" for factor in found["class_strengths"])
-    scale = 1 + found["strength"]
-    use = f"To sample: --guidance_scale={scale:g} --class_strengths={out}"
-    print(f"Wrote {out}. {'' if INTERPOLATION.value else use}".rstrip())
-    print(f"To train with strength {found['strength']:g}: --config.class_strengths={factors}")
+    print(f"Wrote {out}.")
+    print(calibrate.use(found, "" if INTERPOLATION.value else str(out)))
 
 
 if __name__ == "__main__":

@@ -13,22 +13,20 @@ run without a training, which all commands take.
 a file NAME.safetensors, or a folder of diffusers if the model came from one.
 """
 
-import json
 import pathlib
 
-import jax
 from absl import flags
 
 from mclr_jax import pretrained, runs
 from mclr_jax.files import made
 from mclr_jax.launch import common
-from mclr_jax.model import shapes_of
+from mclr_jax.pretrained import published
 
 WORKDIR, EMA, CHECKPOINT = common.define("workdir", "ema", "checkpoint")
 INPUT = flags.DEFINE_string("input", None, "Published file, or folder of diffusers.")
 OUT = flags.DEFINE_string("out", None, "Directory of the new run.")
 FAMILY = flags.DEFINE_enum(
-    "family", "", ["", *pretrained.published.FAMILIES], "Where the file does not tell it."
+    "family", "", ["", *published.FAMILIES], "Where the file does not tell it."
 )
 SET = flags.DEFINE_list(
     "set", [], "Values that the file does not hold, as heads=16,num_classes=10."
@@ -52,21 +50,10 @@ def main() -> None:
         return
     if not OUT.value:
         common.stop("--input needs --out, the directory of the new run.")
-    given = {}
-    for text in SET.value:
-        name, equals, value = text.partition("=")
-        if not equals:
-            common.stop(f"--set has {text!r}; expected NAME=VALUE, separated by commas.")
-        given[name] = int(value) if value.isdigit() else value
-    out = pathlib.Path(OUT.value)
+    given, out = published.given(SET.value), pathlib.Path(OUT.value)
     with made(out):
         run = pretrained.convert(INPUT.value, out, FAMILY.value, **given)
-    model = run.model
-    size = sum(x.size for x in jax.tree.leaves(shapes_of(model)))
-    print(
-        f"Wrote {out}: {type(model.network).__name__} with {size} parameters for examples of shape "
-        f"{model.data.shape} in {model.data.num_classes} classes, {json.dumps(run.sampler.method)}."
-    )
+    print(f"Wrote {out}: {published.described(run)}")
 
 
 if __name__ == "__main__":

@@ -31,12 +31,11 @@ Several processes share the work and process 0 writes the files: --coordinator a
 """
 
 import pathlib
-from typing import Any
 
-from absl import flags, logging
+from absl import flags
 
-from mclr_jax import latents, runs
-from mclr_jax.data.protocol import drawn
+from mclr_jax import runs
+from mclr_jax.data.protocol import Source
 from mclr_jax.evaluation import compare, evaluate, features
 from mclr_jax.files import write_json
 from mclr_jax.launch import common, hosts
@@ -96,16 +95,14 @@ def main() -> None:
         print(f"Wrote {out}.")
 
 
-def _real(extractor: features.Extractor, written: pathlib.Path | None, source: Any = None) -> Any:
-    """Statistics of --reference, or of another source; written, if there is a file for them."""
+def _real(
+    extractor: features.Extractor, written: pathlib.Path | None, source: Source | None = None
+) -> evaluate.RealStatistics:
+    """Statistics of --reference, or of a source; written, if there is a file for them."""
     cache = pathlib.Path(CACHE.value).expanduser()
-    with Progress(source and len(source), "real image", quiet=not is_first()) as progress:
-        if REFERENCE.value:
-            real = compare.reference(
-                REFERENCE.value, extractor, RESOLUTION.value, cache, progress.update
-            )
-        else:
-            real = evaluate.real_statistics(extractor, source, cache, progress.update)
+    given = REFERENCE.value or source, extractor, RESOLUTION.value, cache
+    with Progress(source and len(source), "real image") as progress:
+        real = compare.reference(*given, progress.update)
     if written and is_first():
         compare.write_statistics(written, real.moments)
         print(f"Wrote {written}.")
@@ -119,14 +116,11 @@ def _images(written: pathlib.Path | None) -> tuple[list, dict]:
     real = _real(extractor, written)
     if samples is None:
         return [], {}
-    with Progress(NUM_SAMPLES.value or len(samples), "sample", quiet=not is_first()) as progress:
-        row = compare.compare(
-            samples, extractor, real, METRICS.value, NUM_SAMPLES.value or 0, SEED.value,
-            progress.update,
-        )  # fmt: skip
+    given = samples, extractor, real, METRICS.value, NUM_SAMPLES.value or 0, SEED.value
+    with Progress(NUM_SAMPLES.value or len(samples), "sample") as progress:
+        row = compare.compare(*given, progress.update)
     row |= {"samples_from": SAMPLES.value, "reference_from": REFERENCE.value}
-    of = f"{real.moments.count:,} images" if real.moments.count else "statistics of unknown images"
-    print(f"{row['samples']:,} images of {SAMPLES.value}; reference: {of}, {REFERENCE.value}.")
+    print(compare.described(row))
     return [row], {}
 
 
@@ -136,30 +130,21 @@ def _run(written: pathlib.Path | None) -> tuple[list, dict]:
     places = common.numbers(INTERPOLATIONS, float) or [1.0]
     run = runs.load(WORKDIR.value, INIT_FROM.value, DATA.value, AUTOENCODER.value)
     common.use_cores(run.model.network)
-    guided = common.guidance(run)
+    guided, count = common.guidance(run), NUM_SAMPLES.value or 10_000
     extractor = features.load(FEATURES.value)
     judge = features.load(JUDGE.value) if JUDGE.value else None
-    decode, count = latents.decoder(run.data, run.model), NUM_SAMPLES.value or 10_000
-    train = test = None
-    if MEMORIZED.value or not REFERENCE.value:
-        train, test = (latents.decoded(run.source(split), decode) for split in ("train", "test"))
-    if isinstance(train, latents.Decoded) != isinstance(test, latents.Decoded):
-        logging.warning("Some of the real examples are images, others decoded latents: the floor "
-                        "has the error of the autoencoder, too.")  # fmt: skip
+    needed = MEMORIZED.value or not REFERENCE.value
+    train, test = evaluate.real_data(run) if needed else (None, None)
     real = _real(extractor, written, train)
-    names = [name for name in METRICS.value if name not in compare.lacking(None, real)]
-    shown = {"names": names, "judge": judge, "training": train if MEMORIZED.value else None}
-    floor = {}
-    if test is not None and not REFERENCE.value:
-        held_out, labels = test[drawn(test, count, SEED.value, by_class=True)]
-        floor = evaluate.judged(held_out, labels, extractor, real, **shown)
-        floor = {"samples": len(labels), **floor}
+    options = {"names": compare.permitted(METRICS.value, real), "judge": judge, "seed": SEED.value,
+               "num_samples": count, "training": train if MEMORIZED.value else None}  # fmt: skip
+    floor = {} if REFERENCE.value else evaluate.floor(test, extractor, real, **options)
     total = count * len(scales) * len(EMAS.value) * len(places)
-    with Progress(total, "sample", quiet=not is_first()) as progress:
+    with Progress(total, "sample") as progress:
         rows = evaluate.evaluate(
-            run, extractor, real, **shown, num_samples=count, seed=SEED.value,
-            guided=guided, guidance_scales=scales, averages=EMAS.value, interpolations=places,
-            batch_size=BATCH_SIZE.value, progress=progress.update,
+            run, extractor, real, **options, guided=guided, guidance_scales=scales,
+            averages=EMAS.value, interpolations=places, batch_size=BATCH_SIZE.value,
+            progress=progress.update,
         )  # fmt: skip
     return rows, floor
 

@@ -39,27 +39,21 @@ def main() -> None:
     run = runs.load(WORKDIR.value, data=DATA.value)
     out = common.output(OUT.value, ".json")
     common.use_cores(run.model.network)
-    layers = list(blocks.sizes(run.model)) if LAYERS.value == ["all"] else LAYERS.value
-    layers = blocks.choose(run.model, layers)
+    layers = blocks.choose(run.model, LAYERS.value)
     warn_untrained(run, [run.model.null_label])
     params, step = run.weights(EMA.value, CHECKPOINT.value)
-    data, train = run.data, run.source("train")
-    test = run.source("test") if PROBE.value else None
+    train, test = run.source("train"), run.source("test") if PROBE.value else None
     with Progress(None, "image") as progress:
         rows = sweep.sweep(
             run.model, params, train, test, sigmas=sigmas, layers=layers, seed=SEED.value,
-            augmentation=perturb.Augmentation(flip=bool(data.flip or data.augment)),
+            augmentation=perturb.Augmentation(flip=bool(run.data.flip or run.data.augment)),
             num_images=NUM_IMAGES.value, batch_size=BATCH_SIZE.value, progress=progress.update,
         )  # fmt: skip
     settings = common.made_by(WORKDIR.value, step, EMA.value, params)
     settings |= {"num_images": min(NUM_IMAGES.value, len(train)), "seed": SEED.value}
     write_json(out, {"settings": settings, "rows": rows})
-    columns = [key for key in rows[0] if key != "layer"]
-    print(f"{'':20s}", *(f"{name[:14]:>14s}" for name in columns))
-    for row in rows:
-        print(f"{row['layer'][:20]:20s}", *(f"{row[key]:14.4g}" for key in columns))
-    curves = {layer: [row for row in rows if row["layer"] == layer] for layer in layers}
-    write_atomically(out.with_suffix(".png"), sweep.figure(curves))
+    print(sweep.table(rows))
+    write_atomically(out.with_suffix(".png"), sweep.figure(sweep.by_layer(rows)))
     print(f"Wrote {out}.")
 
 

@@ -5,12 +5,10 @@
 The set is a folder, a zip or an npz file, or another source as config.data.name has it.
 """
 
-import numpy as np
 from absl import flags
 
 from mclr_jax import images
 from mclr_jax.data import sources
-from mclr_jax.data.pixels import to_float
 from mclr_jax.launch import common
 
 OUT = flags.DEFINE_string("out", "inspect.png", "File to write, NAME.png.")
@@ -24,9 +22,7 @@ def main(places: list[str]) -> None:
     data = sources.Data(sources.at(places[0]), resolution=RESOLUTION.value, labels=LABELS.value)
     lines, some = sources.inspect(data)
     print("\n".join(lines))
-    examples, labels = some[np.arange(len(some))]
-    names = getattr(some, "class_names", ())
-    images.save(out, images.picture(to_float(examples), labels, 8, names))
+    images.save(out, images.of_source(some, 8))
     print(f"Wrote {out}.")
 
 

@@ -14,15 +14,13 @@ columns for each run, under its name.
 Several processes share the work and process 0 writes the files: --coordinator as in mclr train.
 """
 
-import dataclasses
 import pathlib
 
 import numpy as np
 from absl import flags
 
-from mclr_jax import flow, generate, images, latents, runs, samplers
-from mclr_jax.files import save_arrays
-from mclr_jax.labels import chosen, warn_untrained
+from mclr_jax import flow, images, runs, samplers, sampling
+from mclr_jax.labels import chosen
 from mclr_jax.launch import common, hosts
 from mclr_jax.training.devices import is_first
 from mclr_jax.training.log import Progress
@@ -66,79 +64,42 @@ CHURN = flags.DEFINE_float("churn", 0.0, "S_churn of EDM's stochastic sampler; 0
 
 def main() -> None:
     hosts.connect(WORKDIR.value or ".")
-    first = is_first()
-    if COMPARE.value:
-        out = common.output(OUT.value, ".png") if first else None
-        grid = _compared(COMPARE.value)
-        if out:
-            images.save(out, grid)
-            print(f"Wrote {out}.")
-        return
-    if WORKDIR.value is None:
+    if WORKDIR.value is None and not COMPARE.value:
         common.stop("Name a run by --workdir, or several by --compare.")
-    run = runs.load(WORKDIR.value, INIT_FROM.value, autoencoder=AUTOENCODER.value)
+    out = common.output(OUT.value, ".png" if COMPARE.value else ".npz") if is_first() else None
+    count = NUM_SAMPLES.value
+    if COMPARE.value:
+        beside = pathlib.Path(WORKDIR.value or ".")
+        given = COMPARE.value, beside, LABELS.value, count
+        picture, written = sampling.side_by_side(*given, _load, _draw), [out]
+        if out:
+            images.save(out, picture)
+    else:
+        run = _load(WORKDIR.value)
+        labels = np.resize(chosen(LABELS.value, run), count)
+        drawn = _draw(run, labels, GUIDANCE_SCALE.value)
+        written = sampling.write(out, run, labels, drawn) if out else []
+    if out:
+        print(f"Wrote {' and '.join(map(str, written))}.")
+
+
+def _load(workdir: str | pathlib.Path) -> runs.Run:
+    run = runs.load(workdir, INIT_FROM.value, autoencoder=AUTOENCODER.value)
     common.use_cores(run.model.network)
-    labels = np.resize(chosen(LABELS.value, run), NUM_SAMPLES.value)
-    decode = latents.decoder(run.data, run.model)
-    out = common.output(OUT.value, ".npz") if first else None
-    samples = _drawn(run, labels, GUIDANCE_SCALE.value)
-    shown = latents.shown(samples, decode)
-    if out is None:
-        return
-    arrays = {"images": samples if shown is None else shown}
-    arrays |= {"latents": samples} if decode else {}
-    save_arrays(out, **arrays, labels=labels.astype(np.int32))
-    if shown is None:
-        print(f"Wrote {out}.")
-        return
-    images.save(out.with_suffix(".png"), images.picture(shown, labels, class_names=run.class_names))
-    print(f"Wrote {out} and {out.with_suffix('.png')}.")
+    return run
 
 
-def _drawn(run: runs.Run, labels: np.ndarray, scale: float) -> np.ndarray:
-    """Samples of a run with the settings of the flags."""
+def _draw(run: runs.Run, labels: np.ndarray, scale: float) -> sampling.Drawn:
     given = {"method": SAMPLER.value, "num_steps": STEPS.value, "sigma_min": SIGMA_MIN.value,
              "sigma_max": SIGMA_MAX.value, "rho": RHO.value, "spacing": SPACING.value,
              "eta": ETA.value, "diffusion": DIFFUSION.value}  # fmt: skip
-    sampler = dataclasses.replace(run.sampler, **{k: v for k, v in given.items() if v is not None})
-    guided = common.guidance(run, scale)
-    warn_untrained(run, labels, guided)
-    params, _ = run.weights(EMA.value, CHECKPOINT.value, INTERPOLATION.value)
-    with Progress(len(labels), "sample", quiet=not is_first()) as progress:
-        return generate.generate(
-            run.model, params, labels, sampler, guided=guided, seed=SEED.value,
-            churn=samplers.Churn(CHURN.value) if CHURN.value else None,
+    weights = EMA.value, CHECKPOINT.value, INTERPOLATION.value
+    churn = samplers.Churn(CHURN.value) if CHURN.value else None
+    with Progress(len(labels), "sample") as progress:
+        return sampling.draw(
+            run, labels, common.guidance(run, scale), given, weights, seed=SEED.value, churn=churn,
             batch_size=BATCH_SIZE.value, progress=progress.update,
         )  # fmt: skip
-
-
-def _compared(texts: list[str]) -> np.ndarray:
-    """The picture of runs, each written RUN or RUN:SCALE."""
-    found = {}
-    for text in texts:
-        name, colon, scale = text.partition(":")
-        places = pathlib.Path(name), pathlib.Path(WORKDIR.value or ".").parent / name
-        place = next((path for path in places if (path / "run.json").exists()), places[0])
-        run = runs.load(place, INIT_FROM.value, autoencoder=AUTOENCODER.value)
-        try:
-            found[f"{name}, scale {scale}" if colon else name] = run, float(scale or 1)
-        except ValueError:
-            common.stop(f"--compare has {text!r}; expected RUN, or RUN:SCALE with a number.")
-    first, _ = next(iter(found.values()))
-    for run, _ in found.values():
-        shapes = [(one.model.data.shape, one.model.null_label) for one in (run, first)]
-        if shapes[0] != shapes[1]:
-            common.stop(
-                f"--compare: {run.workdir} and {first.workdir} have other images or classes."
-            )
-        common.use_cores(run.model.network)
-    labels, shown = np.resize(chosen(LABELS.value, first), NUM_SAMPLES.value), {}
-    for name, (run, scale) in found.items():
-        samples = _drawn(run, labels, scale)
-        shown[name] = latents.shown(samples, latents.decoder(run.data, run.model))
-        if shown[name] is None:
-            common.stop(latents.UNSEEN.format(samples.shape[-1]))
-    return images.side_by_side(shown, labels, class_names=first.class_names)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from mclr_jax.data.pixels import to_float
 from mclr_jax.data.protocol import Source, caption, drawn
 from mclr_jax.model import Model
 from mclr_jax.noise import SIGMA_RANGE
+from mclr_jax.runs import Run
 from mclr_jax.samplers import Sampler
 from mclr_jax.schema import in_range
 
@@ -154,6 +155,21 @@ def calibrate(
     }
 
 
+def places(
+    run: Run, average: str, step: int | None, guided: generate.Guidance
+) -> Callable[[float], Any]:
+    """The weights at each place from those that a run was fine-tuned from to its own.
+
+    ValueError: the samples would be guided, too.
+    """
+    if guided.interval or guided.weak or run.model.strength:
+        raise ValueError(
+            "--interpolation is in place of guidance: leave out --guidance_interval and "
+            "--autoguidance, and take a run without config.strength, whose network needs none."
+        )
+    return lambda place: run.weights(average, step, place)[0]
+
+
 def table(found: Mapping[str, Any], class_names: Sequence[str] = ()) -> str:
     """Findings of `calibrate`, a line for each class."""
     first, last = found["by_strength"][0], found["by_strength"][-1]
@@ -175,3 +191,11 @@ def table(found: Mapping[str, Any], class_names: Sequence[str] = ()) -> str:
         classes = ", ".join(names[label] for label in found["unreached"])
         lines.append(f"No strength makes these as recognisable as held-out data: {classes}.")
     return "\n".join(lines)
+
+
+def use(found: Mapping[str, Any], file: str) -> str:
+    """Flags that use the findings of `calibrate`; those of sampling where a file has them."""
+    factors = ",".join(f"{factor:g}" for factor in found["class_strengths"])
+    train = f"To train with strength {found['strength']:g}: --config.class_strengths={factors}"
+    scale = f"To sample: --guidance_scale={1 + found['strength']:g} --class_strengths={file}\n"
+    return scale * bool(file) + train

@@ -11,7 +11,7 @@ import numpy as np
 from absl import logging
 
 from mclr_jax import generate, images, latents
-from mclr_jax.data.protocol import Source, drawn, for_training
+from mclr_jax.data.protocol import Source, drawn, for_training, names_of
 from mclr_jax.experiment import Experiment
 from mclr_jax.reductions import report
 from mclr_jax.task import Task
@@ -109,7 +109,7 @@ class Samples:
             logging.warning("No picture at step %d: %s", moment.step, error)
             return
         if found is not None and is_first():
-            names = getattr(self.experiment.source, "class_names", ())
+            names = names_of(self.experiment.source)
             grid = images.picture(found, labels, class_names=names)
             images.save(workdir / "samples" / f"{moment.step:08d}.png", grid)
             self.writer.image(moment.step, "samples", grid)

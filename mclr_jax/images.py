@@ -4,10 +4,12 @@ import io
 import pathlib
 from collections.abc import Mapping, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from mclr_jax.data.protocol import caption
+from mclr_jax.data.pixels import to_float
+from mclr_jax.data.protocol import Source, caption, names_of
 from mclr_jax.files import write_atomically
 
 MARGIN = 4
@@ -39,6 +41,13 @@ def picture(
         if samples.ndim == 4
         else _scatter(samples, labels)
     )
+
+
+def of_source(source: Source, columns: int = 10) -> np.ndarray:
+    """The picture of all examples of a source."""
+    examples, labels = source[np.arange(len(source))]
+    pixels = np.asarray(to_float(jnp.asarray(examples)))
+    return picture(pixels, labels, columns, names_of(source))
 
 
 def side_by_side(

@@ -12,7 +12,7 @@ from absl import logging
 
 from mclr_jax import __version__, parts
 from mclr_jax.config import Training
-from mclr_jax.data.protocol import Source, evenly
+from mclr_jax.data.protocol import Source, evenly, names_of
 from mclr_jax.files import as_json, digest, flat, provenance, write_json
 from mclr_jax.model import Model
 from mclr_jax.training.devices import banner
@@ -42,8 +42,7 @@ def describe(
     training: Training, model: Model, companions: Mapping[str, Model], source: Source
 ) -> dict[str, Any]:
     """The description of a run, without its history, as JSON."""
-    names = list(getattr(source, "class_names", ()))
-    named = {"class_names": names} if names else {}
+    named = {"class_names": list(names)} if (names := names_of(source)) else {}
     return {
         "config": dict(training.config),
         **of_model(model, list(training.ema.tracks), training.config["sampler"]),

@@ -84,7 +84,7 @@ def test_compare_draws_several_runs_from_the_same_noise(workdir, tmp_path):
     for arguments, status, message in [
         (
             ["--compare=base:x", beside, "--out=c.png"],
-            2,
+            1,
             "has 'base:x'; expected RUN, or RUN:SCALE",
         ),
         (["--compare=bas", beside, "--out=c.png"], 1, "bas is not the directory of a run"),

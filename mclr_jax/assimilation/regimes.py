@@ -27,12 +27,13 @@ from absl import logging
 from scipy.special import gammaincinv
 
 from mclr_jax import samplers
-from mclr_jax.assimilation import guide
+from mclr_jax.assimilation import guide, scores
 from mclr_jax.assimilation.observe import Observations, Operator, load
 from mclr_jax.assimilation.schedules import Scheme, Update, levels, updates
 from mclr_jax.files import flat, named, save_arrays
 from mclr_jax.generate import check_memory
 from mclr_jax.noise import normal_like, sample_keys
+from mclr_jax.runs import Run
 from mclr_jax.schema import in_range
 from mclr_jax.types import expand
 
@@ -51,12 +52,14 @@ class Result(NamedTuple):
     before: int  # the number of these frames that an earlier run had too
     state: State
 
+    def described(self) -> str:
+        """The members, frames and trajectories in a sentence."""
+        count, members, frames, *_ = self.members.shape
+        last = self.first + frames - 1
+        return f"{members} members of frames {self.first} to {last} of {count} trajectories."
 
-FIXED = (
-    "weights",
-    "operator",
-    "std",
-)  # settings that a run and the one it continues have in common
+
+FIXED = ("weights", "operator", "std")  # settings that a run has in common with its continuation
 
 
 def write(path: str | os.PathLike, result: Result, settings: Mapping[str, Any]) -> None:
@@ -87,6 +90,13 @@ def earlier(path: str | os.PathLike, settings: Mapping[str, Any]) -> State:
                 raise ValueError(f"{text} Only a run of the same model and operator continues it.")
             logging.warning(text)
     return State(*values)
+
+
+def errors(result: Result, truth: np.ndarray, scale: tuple) -> str:
+    """The measures of the new frames against the truth (N, T, *state), a line for each."""
+    members = result.members[:, :, result.before :][:, :, : truth.shape[1]]
+    found = scores.summary(members, truth[:, : members.shape[2]], scale)
+    return "\n".join(f"{name:15s} {value:.4g}" for name, value in found.items())
 
 
 # ---- one update ----------------------------------------------------------------------------------
@@ -131,6 +141,17 @@ def screened(x: jax.Array, kept: jax.Array, group: jax.Array, keys: jax.Array) -
     candidates = kept & (group == group[:, None])
     drawn = jax.vmap(jax.random.categorical)(keys, jnp.where(candidates, 0.0, -jnp.inf))
     return x[jnp.where(kept | ~candidates.any(1), jnp.arange(len(x)), drawn)]
+
+
+def state_shape(run: Run) -> tuple[int, ...]:
+    """The shape of a state; ValueError: the run has no trajectory model."""
+    if run.model.is_classifier or not run.model.frames:
+        raise ValueError(
+            f"{run.workdir} has the network {type(run.model.network).__name__} for data of shape "
+            f"{run.model.data.shape}; expected a run of a trajectory model, as of "
+            "configs/trajectories.py."
+        )
+    return run.model.data.shape[1:]
 
 
 def trajectory_label(model: Any) -> int:

@@ -92,6 +92,11 @@ def segments(texts: Sequence[str], frames: int) -> np.ndarray:
     return np.repeat(ahead, np.diff([*starts, frames]))
 
 
+def lags_of(regime: str, texts: Sequence[str], frames: int) -> np.ndarray:
+    """The lag of each frame, (frames,), by the texts of `segments` for fixed_lag."""
+    return segments(texts, frames) if regime == "fixed_lag" else lags(regime, frames)
+
+
 class Update(NamedTuple):
     """Frames end - window .. end - 1, the last observation of which is that of frame `seen`."""
 

@@ -26,7 +26,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from mclr_jax.data.protocol import Source
+from mclr_jax.data.protocol import Source, names_of
 from mclr_jax.files import made, named
 
 T = TypeVar("T")
@@ -304,8 +304,8 @@ class Kept:
 def archive(out: pathlib.Path, source: Source, names: list[str], **about: Any) -> Iterator[Any]:
     """A zip to write files `names` to, one for each example of a source, whose dataset.json has
     their labels, the names of the classes and `about`. An error leaves no new file."""
-    if class_names := getattr(source, "class_names", ()):
-        about = {"class_names": list(class_names), **about}
+    if class_names := names_of(source):
+        about = {"class_names": class_names, **about}
     about = {"labels": list(zip(names, source.labels.tolist(), strict=True)), **about}
     temporary = out.with_name(f"{out.name}.tmp")
     with made(out.parent):

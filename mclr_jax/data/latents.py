@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mclr_jax.data.protocol import Arrays, Derived, Source, check_finite
+from mclr_jax.data.protocol import Arrays, Derived, Source, check_finite, names_of
 
 
 class Kind(NamedTuple):
@@ -88,7 +88,7 @@ class Latents(Derived, _Units):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        return getattr(self.source, "class_names", ())
+        return names_of(self.source)
 
     def moments(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of x (n, H, W, 2 C) float32, and labels (n,)."""

@@ -235,6 +235,11 @@ def check_values(images: np.ndarray, what: str) -> None:
         logging.warning("%s has float images from %g to %g; expected [-1, 1].", what, low, high)
 
 
+def names_of(source: Source) -> tuple[str, ...]:
+    """The names of label 0, 1, ... in a source; empty: it has none."""
+    return tuple(getattr(source, "class_names", ()))
+
+
 def caption(label: int, class_names: Sequence[str] = ()) -> str:
     """A label as pictures and tables show it: the first of the names of its class, at most 20
     characters of it, or the number of a class without a name."""
@@ -246,7 +251,7 @@ def caption(label: int, class_names: Sequence[str] = ()) -> str:
 
 def check_names(train: Source, test: Source) -> None:
     """Raise ValueError if both name their classes, and a label of both means two classes."""
-    pairs = zip(*(getattr(source, "class_names", ()) for source in (train, test)), strict=False)
+    pairs = zip(names_of(train), names_of(test), strict=False)
     for label, (name, other) in enumerate(pairs):
         if name != other:
             raise ValueError(

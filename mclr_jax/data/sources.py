@@ -20,6 +20,7 @@ from mclr_jax.data.protocol import (
     caption,
     check_values,
     limit,
+    names_of,
     sigma_data,
 )
 from mclr_jax.files import named
@@ -180,9 +181,7 @@ def inspect(data: Data, side: int = 64) -> tuple[list[str], Source]:
     test = data.source("test", 0) if kind == "folder" else Subset(train, np.arange(0))
     number = {"to train on": train, "held out": test}
     counts = {k: np.bincount(x.labels, minlength=train.num_classes) for k, x in number.items()}
-    names = [
-        caption(label, getattr(train, "class_names", ())) for label in range(train.num_classes)
-    ]
+    names = [caption(label, names_of(train)) for label in range(train.num_classes)]
     width = max(map(len, ["class", *names]))
     lines = [
         f"{data.name}: {len(train) + len(test)} examples of shape {train.shape}",

@@ -5,7 +5,7 @@ clean-fid, or the pickles of EDM2, which have such a pair for each extractor.
 """
 
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,18 +25,19 @@ from mclr_jax.training.devices import banner
 
 Progress = Callable[[int], Any]
 PAIR = {"mu", "sigma"}
+IMAGES, LABELS = ("images", "arr_0"), ("labels", "arr_1")  # in npz files
 
 
-def source(place: str, resolution: int = 0) -> Source:
+def source(place: str, resolution: int = 0, content: Mapping[str, Any] = {}) -> Source:
     """The images in a folder, a zip or an npz file, or those of a data source, see `sources.load`.
 
-    Folders and zips need no labels. An npz file has `images` or `arr_0`, and may have `labels` or
-    `arr_1`; floats are rounded to 8 bits. With a `resolution`, files of images are cropped and
-    resized. FileNotFoundError: there is nothing at this place.
+    Folders and zips need no labels. An npz file, whose `content` may have been read, has `images`
+    or `arr_0`, and may have `labels` or `arr_1`; floats are rounded to 8 bits. With a `resolution`,
+    files of images are cropped and resized. FileNotFoundError: there is nothing at this place.
     """
     path, kind = pathlib.Path(place), place.partition(":")[0]
-    if path.suffix == ".npz" and path.is_file():
-        return _arrays(path)
+    if path.suffix == ".npz" and (content := content or _content(path)):
+        return _arrays(content, place)
     if path.exists():
         place = f"{'folder' if path.is_dir() else 'zip'}:{place}"
     elif kind not in FORMATS and ":" not in place:
@@ -47,52 +48,55 @@ def source(place: str, resolution: int = 0) -> Source:
     return sources.load(place, "train", **options)
 
 
-def _arrays(path: pathlib.Path) -> Source:
-    with named(f"{path} is no intact file of images"), np.load(path) as file:
-        pixels, labels = (
-            next((file[name] for name in names if name in file), None)
-            for names in (("images", "arr_0"), ("labels", "arr_1"))
-        )
-        if pixels is None:
-            raise ValueError(f"it has {sorted(file)}; expected `images` or `arr_0`")
-    pixels = protocol.as_images(pixels[..., None] if pixels.ndim == 3 else pixels, str(path))
-    protocol.check_values(pixels, str(path))
+def _content(path: pathlib.Path) -> dict[str, Any]:
+    """The content of a pickle, or the names in an npz file with the arrays that are read here."""
+    if path.suffix not in (".npz", ".pkl") or not path.is_file():
+        return {}
+    if path.suffix == ".pkl":
+        return tensors.load(path)
+    read = {*PAIR, "count", *IMAGES, *LABELS}
+    with named(f"{path} is no intact npz file"), np.load(path) as file:
+        return {name: file[name] if name in read else None for name in file}
+
+
+def _arrays(content: Mapping[str, Any], place: str) -> Source:
+    pixels, labels = (
+        next((content[name] for name in names if name in content), None)
+        for names in (IMAGES, LABELS)
+    )
+    if pixels is None:
+        raise ValueError(f"{place}: it has {sorted(content)}; expected `images` or `arr_0`.")
+    pixels = protocol.as_images(pixels[..., None] if pixels.ndim == 3 else pixels, place)
+    protocol.check_values(pixels, place)
     if pixels.ndim == 4 and pixels.shape[-1] in (1, 3) and pixels.dtype != np.uint8:
         pixels = images.to_uint8(pixels)
     labels = np.zeros(len(pixels), np.int32) if labels is None else labels
     labels = labels.argmax(1) if labels.ndim == 2 else labels  # one-hot, as EDM writes them
-    labels = protocol.as_labels(labels, len(pixels), str(path))
+    labels = protocol.as_labels(labels, len(pixels), place)
     return Arrays(pixels, labels, 1 + int(labels.max()))
 
 
-def statistics(place: str, extractor: Extractor) -> Moments | None:
-    """The statistics in a file, of the features of an extractor; None: it has no `mu` and `sigma`.
+def _moments(content: Mapping[str, Any], place: str, extractor: Extractor) -> Moments | None:
+    """The statistics in the content of a file, of the features of an extractor; None: it has none.
 
     Only the files of `write_statistics` say how many images they are of; otherwise count is 0.
     ValueError: the file has statistics of another number of features alone.
     """
-    path, count, found = pathlib.Path(place), 0, []
-    if path.suffix == ".pkl":
-        content = tensors.load(path)
-        found = [x for x in (content, *content.values()) if isinstance(x, dict) and {*x} >= PAIR]
-    elif path.suffix == ".npz" and path.is_file():
-        with named(f"{path} is no intact npz file"), np.load(path) as file:
-            found = [{name: file[name] for name in PAIR}] if {*file} >= PAIR else []
-            count = int(file["count"]) if "count" in file else 0
+    found = [x for x in (content, *content.values()) if isinstance(x, Mapping) and x.keys() >= PAIR]
     pairs = [[np.asarray(one[name], np.float64) for name in ("mu", "sigma")] for one in found]
-    if not pairs:
-        return None
-    size = extractor.length
     for mu, sigma in pairs:
         if mu.ndim != 1 or sigma.shape != mu.shape * 2:
             shapes = f"mu of shape {mu.shape} and sigma of shape {sigma.shape}"
-            raise ValueError(f"{path} has {shapes}; expected (d,) and (d, d). Get the file again.")
-        if len(mu) == size:
-            return Moments(count, mu, sigma)
-    raise ValueError(
-        f"{path} has statistics of {' and '.join(str(len(mu)) for mu, _ in pairs)} features; "
-        f"{extractor.name} has {size}. Name by --features the extractor that they were made with."
-    )
+            raise ValueError(f"{place} has {shapes}; expected (d,) and (d, d). Get the file again.")
+        if len(mu) == extractor.length:
+            return Moments(int(content.get("count", 0)), mu, sigma)
+    if pairs:
+        raise ValueError(
+            f"{place} has statistics of {' and '.join(str(len(mu)) for mu, _ in pairs)} features; "
+            f"{extractor.name} has {extractor.length}. Name by --features the extractor that they "
+            "were made with."
+        )
+    return None
 
 
 def write_statistics(path: str | pathlib.Path, moments: Moments) -> None:
@@ -101,24 +105,29 @@ def write_statistics(path: str | pathlib.Path, moments: Moments) -> None:
 
 
 def reference(
-    place: str,
+    place: str | Source,
     extractor: Extractor,
     resolution: int = 0,
     cache: pathlib.Path | None = None,
     progress: Progress = lambda count: None,
 ) -> RealStatistics:
-    """Statistics of the images at a place, see `source`, or in a file, see `statistics`.
+    """Statistics of a source, or of the images at a place, see `source`, or those in a file.
 
     A file of guided-diffusion may have both: moments, and images for the other metrics.
     """
-    told = statistics(place, extractor)
-    if told is None:
-        return evaluate.real_statistics(extractor, source(place, resolution), cache, progress)
-    found, size = digest([told.mean, told.cov]), len(told.mean)
-    kept = Features(np.zeros((0, size)), np.zeros((0, 0)), np.zeros(0, np.int32))
-    if place.endswith(".npz") and "arr_0" in np.load(place):
-        kept = evaluate.real_statistics(extractor, source(place), cache, progress).kept
-    return RealStatistics(told, kept, found)
+    if not isinstance(place, str):
+        return evaluate.real_statistics(extractor, place, cache, progress)
+    content = _content(pathlib.Path(place))
+    if (told := _moments(content, place, extractor)) and not {*IMAGES} & content.keys():
+        size = len(told.mean)
+        kept = Features(np.zeros((0, size)), np.zeros((0, 0)), np.zeros(0, np.int32))
+    else:
+        examples = source(place, resolution, content)
+        found = evaluate.real_statistics(extractor, examples, cache, progress)
+        if told is None:
+            return found
+        kept = found.kept
+    return RealStatistics(told, kept, digest([told.mean, told.cov]))
 
 
 def lacking(fake: Features | None, real: RealStatistics) -> dict[str, str]:
@@ -134,6 +143,12 @@ def lacking(fake: Features | None, real: RealStatistics) -> dict[str, str]:
     if not len(real.kept.labels):
         found |= dict.fromkeys(OF_REFERENCE, "the reference has statistics, no images")
     return found
+
+
+def permitted(names: Sequence[str], real: RealStatistics) -> list[str]:
+    """The metrics of samples that this reference permits."""
+    absent = lacking(None, real)
+    return [name for name in names if name not in absent]
 
 
 def _classes(labels: np.ndarray) -> set[int]:
@@ -171,3 +186,11 @@ def compare(
         "reference": real.digest, "reference_examples": real.moments.count, **found,
         **provenance(), "device": banner(),
     }  # fmt: skip
+
+
+def described(row: Mapping[str, Any]) -> str:
+    """A sentence on the images of a row of `compare`, with the places that they are from."""
+    known = row["reference_examples"]
+    of = f"{known:,} images" if known else "statistics of unknown images"
+    return (f"{row['samples']:,} images of {row['samples_from']}; reference: {of}, "
+            f"{row['reference_from']}.")  # fmt: skip

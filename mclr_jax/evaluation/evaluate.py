@@ -184,6 +184,25 @@ def real_statistics(
     return RealStatistics(total, some, key)
 
 
+def real_data(run: runs.Run) -> tuple[Source, Source]:
+    """The images that a run has learnt from, and those held out; latents are decoded."""
+    decode = latents.decoder(run.data, run.model)
+    train, test = (latents.decoded(run.source(split), decode) for split in ("train", "test"))
+    if isinstance(train, latents.Decoded) != isinstance(test, latents.Decoded):
+        logging.warning("Some of the real examples are images, others decoded latents: the floor "
+                        "has the error of the autoencoder, too.")  # fmt: skip
+    return train, test
+
+
+def floor(
+    test: Source, extractor: Extractor, real: RealStatistics, *, num_samples: int, seed: int,
+    **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """The measures of held-out images, at most `num_samples`; the options are those of `judged`."""
+    held_out, labels = test[drawn(test, num_samples, seed, by_class=True)]
+    return {"samples": len(labels), **judged(held_out, labels, extractor, real, **options)}
+
+
 def batches(source: Source) -> list[np.ndarray]:
     """Indices of all examples, a few thousand at a time."""
     return np.split(np.arange(len(source)), range(8 * BATCH, len(source), 8 * BATCH))

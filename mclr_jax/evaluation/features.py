@@ -13,6 +13,7 @@ from mclr_jax import runs
 from mclr_jax.data.pixels import to_float
 from mclr_jax.evaluation import dinov2, efficientnet, inception
 from mclr_jax.files import digest
+from mclr_jax.model import DataInfo
 from mclr_jax.pretrained import tensors
 from mclr_jax.schema import look_up
 from mclr_jax.training.devices import in_batches, shardings, spread_size
@@ -91,6 +92,17 @@ def load(name: str) -> Extractor:
     """
     kind, _, argument = name.partition(":")
     return Extractor(name, *look_up(_LOADERS, kind, "feature extractor")(argument))
+
+
+def noisy(workdir: str, sigma: float, data: DataInfo, source: str) -> Extractor:
+    """The classifier of noisy images in a run, at a noise level.
+
+    ValueError: it is no classifier of such data, which are those of `source`.
+    """
+    model, params = runs.load_model(workdir)
+    runs.check_companion("classifier", workdir, model, data, source)
+    apply = functools.partial(model.features, sigma=sigma)
+    return Extractor(f"classifier:{workdir}", jax.device_get(params), apply)
 
 
 def _classifier(workdir: str) -> tuple[Any, ...]:

@@ -2,12 +2,14 @@
 
 import collections
 import dataclasses
+import json
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
@@ -15,6 +17,7 @@ from absl import logging
 from mclr_jax import record, runs
 from mclr_jax.data.latents import units
 from mclr_jax.files import digest, named, save_arrays
+from mclr_jax.model import shapes_of
 from mclr_jax.pretrained import diffusers, dit, edm, names, tensors
 from mclr_jax.pretrained.checkpoint import Checkpoint, take
 from mclr_jax.runs import Run
@@ -63,6 +66,25 @@ def read(path: str | os.PathLike, family: str = "", **given: Any) -> Checkpoint:
     if told := re.search(r"-(\d{7})-(\d\.\d+)\.pkl$", path.name):  # EDM2's; the file has neither
         facts |= {"kimg": int(told[1]), "average": f"power_{float(told[2])}"}
     return dataclasses.replace(checkpoint, facts=facts | dict(checkpoint.facts))
+
+
+def given(texts: Iterable[str]) -> dict[str, int | str]:
+    """The values of texts NAME=VALUE, as `read` takes them."""
+    found: dict[str, int | str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--set has {text!r}; expected NAME=VALUE, separated by commas.")
+        found[name] = int(value) if value.isdigit() else value
+    return found
+
+
+def described(run: Run) -> str:
+    """A sentence on the model of a run."""
+    network, data = run.model.network, run.model.data
+    size = sum(leaf.size for leaf in jax.tree.leaves(shapes_of(run.model)))
+    return (f"{type(network).__name__} with {size} parameters for examples of shape {data.shape} "
+            f"in {data.num_classes} classes, {json.dumps(run.sampler.method)}.")  # fmt: skip
 
 
 def _of_latents(checkpoint: Checkpoint, autoencoder: str) -> Checkpoint:

@@ -33,11 +33,16 @@ def sizes(model: Model) -> dict[str, int]:
 
 
 def choose(model: Model, names: Sequence[str] = ()) -> tuple[str, ...]:
-    """The blocks with these names, by default the middle one; ValueError: no such block."""
+    """The blocks with these names, by default the middle one; ("all",): all of them.
+
+    ValueError: no such block.
+    """
     known = sizes(model)
     if not known:
         network = type(model.network).__name__
         raise ValueError(f"{network} has no module whose class name ends in Block; expected one.")
+    if [*names] == ["all"]:
+        return tuple(known)
     for name in names:
         look_up(known, name, "layer")
     return tuple(names) or (list(known)[(len(known) - 1) // 2],)

@@ -2,7 +2,7 @@
 
 import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,6 +87,23 @@ def sweep(
                 row["probe_accuracy"] = probe_accuracy(*probed[0][name], *probed[1][name])
             table.append(row)
     return table
+
+
+def by_layer(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each layer."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["layer"], []).append(row)
+    return found
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of `sweep` as text, in columns."""
+    names = [name for name in rows[0] if name != "layer"]
+    lines = [" ".join([f"{'':20s}", *(f"{name[:14]:>14s}" for name in names)])]
+    for row in rows:
+        lines.append(" ".join([f"{row['layer'][:20]:20s}", *(f"{row[x]:14.4g}" for x in names)]))
+    return "\n".join(lines)
 
 
 def figure(curves: dict[str, list[dict[str, Any]]]) -> bytes:

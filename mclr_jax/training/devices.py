@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -225,8 +226,11 @@ def barrier(name: str) -> None:
 
 
 def is_first() -> bool:
-    """True in process 0, which alone writes files and prints results."""
-    return jax.process_index() == 0
+    """True in process 0, which alone writes files and prints results.
+
+    The devices need not be made for this, which `jax.process_index` would do.
+    """
+    return distributed.global_state.process_id == 0
 
 
 def exists(path: pathlib.Path) -> bool:

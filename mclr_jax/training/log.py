@@ -15,7 +15,7 @@ import tqdm
 from mclr_jax import extras
 from mclr_jax.files import append, read_lines, write_atomically
 from mclr_jax.training.curves import TensorBoard, Wandb
-from mclr_jax.training.devices import peak_memory
+from mclr_jax.training.devices import is_first, peak_memory
 
 SILENCE = 15  # seconds without a line, at most
 
@@ -34,9 +34,13 @@ def say(text: str) -> None:
 
 
 class Progress:
-    """A bar on a terminal, elsewhere a line at least every 15 seconds; a context manager."""
+    """A bar on a terminal, elsewhere a line at least every 15 seconds; a context manager.
+
+    It is shown by the first of several processes.
+    """
 
     def __init__(self, total: int | None, unit: str, done: int = 0, quiet: bool = False):
+        quiet = quiet or not is_first()
         self._total, self._unit, self._done, self._quiet = total, unit, done, quiet
         self._bar = tqdm.tqdm(
             total=total, initial=done, unit=unit, dynamic_ncols=True,
