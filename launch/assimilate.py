@@ -4,9 +4,10 @@
       --ensemble=16 --seed=0 --out=analysis.npz
 
 The observations file has `values` (T, m) or (N, T, m) with NaN where missing, `std`, and a matrix
-`H` (m, d) or `operator_json`, such as {"name": "select", "indices": [0]}; it may have `initial`,
-`time_step` and `truth`. Writes `members` (N, E, T, ...), their `mean` and `std`, in the units of
-the data, and what --continue needs. With `truth`, errors are printed.
+`H` (m, d) or `operator_json`, such as {"name": "select", "indices": [0]}, unless --operator says
+it. It may have `function`, `offset` and `scale` of each value, `initial`, `time_step` and `truth`.
+Writes `members` (N, E, T, ...), their `mean` and `std`, in the units of the data, and what
+--continue needs. With `truth`, errors are printed.
 
   filter     frame k from the observations up to k
   fixed_lag  frame k from the observations up to k + --lag
@@ -35,6 +36,10 @@ WORKDIR, EMA = common.define("workdir", "ema")
 OBSERVATIONS = flags.DEFINE_string("observations", None, "File to read, NAME.npz.")
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.npz.")
 REGIME = flags.DEFINE_enum("regime", "filter", ["filter", "fixed_lag", "batch"], "See above.")
+OPERATOR = flags.DEFINE_string(
+    "operator", "", "In place of that of the file: JSON as above, or a name, such as identity or "
+    "package.module:Name, one of your own."
+)  # fmt: skip
 LAG = flags.DEFINE_list("lag", ["0"], "Frames to look ahead, for fixed_lag. See above.")
 ENSEMBLE = flags.DEFINE_integer("ensemble", 16, "Members of each trajectory.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0)
@@ -65,7 +70,7 @@ def main() -> None:
     if FIGURE.value:
         extras.needed("matplotlib", "figures")
     arrays = observe.load(OBSERVATIONS.value)
-    observations = observe.parse(arrays, OBSERVATIONS.value)
+    observations = observe.parse(arrays, OBSERVATIONS.value, OPERATOR.value)
     count, frames, _ = observations.values.shape
     (scheme, lags), run = asked(frames), runs.load(WORKDIR.value)
     shape = regimes.state_shape(run)

@@ -15,23 +15,20 @@ from mclr_jax.assimilation import observe, regimes
 from mclr_jax.assimilation.observe import Observations, Operator, Select
 from mclr_jax.assimilation.schedules import Scheme
 from mclr_jax.configs import base
-from mclr_jax.data.protocol import Arrays
 
 
-def trajectories(split):
-    """Random walks of 8 frames in two coordinates, in units of their own."""
-    x = np.random.default_rng(split == "test").normal(size=(256, 8, 2)).cumsum(1) / 2
-    source = Arrays(x.astype(np.float32), np.zeros(256, np.int32), 1)
-    for name, value in {"offset": (1.0, 2.0), "scale": (3.0, 0.5), "time_step": 0.1}.items():
-        object.__setattr__(source, name, value)
-    return source
+def trajectories(count, seed):
+    """Random walks of 8 frames in two coordinates, about (1, 2)."""
+    x = np.random.default_rng(seed).normal(size=(count, 8, 2)).cumsum(1) / 2
+    return np.array([1.0, 2.0]) + np.array([3.0, 0.5]) * x
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    path = tmp_path_factory.mktemp("assimilate") / "run"
-    config = tiny.config("mixture", num_steps=12, sigma_data=1.0)
-    config.data.name = f"{__name__}:trajectories"
+    folder = tmp_path_factory.mktemp("assimilate")
+    np.save(folder / "walks.npy", trajectories(256, 0))
+    config, path = tiny.config("mixture", num_steps=12, sigma_data=1.0), folder / "run"
+    config.data.update({"name": f"npy:{folder / 'walks.npy'}", "frames": 8, "time_step": 0.1})
     config.network = base.options("trajectory", width=16, depth=1, heads=2, variance=True)
     cases.untrained(path, config)
     return path
@@ -40,8 +37,7 @@ def workdir(tmp_path_factory):
 @pytest.fixture
 def seen(tmp_path):
     def write(frames=slice(0, 10), name="seen.npz", std=0.3, **more):
-        x, _ = trajectories("test")[np.arange(3)]
-        truth = np.array([1.0, 2.0]) + np.array([3.0, 0.5]) * np.pad(x, ((0, 0), (0, 4), (0, 0)))
+        truth = np.pad(trajectories(3, 1), ((0, 0), (0, 4), (0, 0)), "edge")
         told = Observations(truth[:, frames, :1], Operator(Select((0,))), std, time_step=0.1)
         observe.write(tmp_path / name, told, **({"truth": truth[:, frames]} | more))
         return tmp_path / name

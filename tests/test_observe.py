@@ -1,5 +1,6 @@
 """Observation operators against NumPy, and files that cannot be meant."""
 
+import dataclasses
 import json
 
 import jax
@@ -63,26 +64,32 @@ def test_variances_use_the_squared_weights(linear):
     np.testing.assert_allclose(linear(v, 2)[0, 0], matrix**2 @ v.ravel(), rtol=1e-5)
 
 
+def predict(operator, mean, variance):
+    """Mean of A(x), its slope by x of an operator of one coordinate each, and the rest."""
+    found = operator.linearise(*(jnp.asarray(x, jnp.float32) for x in (mean, variance)))
+    return found.predicted, found.project(jnp.ones(mean.shape)), found.rest
+
+
 def test_prediction_under_a_normal_distribution():
     """arctan against Monte Carlo, the square against its closed form, the identity exactly."""
     mean, variance = np.array([[[0.4, -1.0, 3.0]]]), np.array([[[0.5, 2.0, 0.1]]])
     square = Operator(Identity(), "square", offset=1.0, scale=2.0)
     z, s = (mean - 1) / 2, variance / 4
-    predicted, slope, rest = square.predict(jnp.asarray(mean), jnp.asarray(variance))
+    predicted, slope, rest = predict(square, mean, variance)
     np.testing.assert_allclose(predicted, z**2 + s, rtol=1e-4)
     np.testing.assert_allclose(slope, 2 * z / 2, rtol=1e-4)
     np.testing.assert_allclose(rest, 2 * s**2, rtol=1e-3)
     arctan = Operator(Identity(), "arctan", scale=2.0)
     x = mean + np.sqrt(variance) * np.random.default_rng(0).standard_normal((400_000, 1, 1, 3))
     y = np.arctan(x / 2)
-    predicted, slope, rest = arctan.predict(jnp.asarray(mean), jnp.asarray(variance))
+    predicted, slope, rest = predict(arctan, mean, variance)
     np.testing.assert_allclose(predicted, y.mean(0), atol=3e-3)
     by_regression = ((y - y.mean(0)) * (x - mean)).mean(0) / variance
     np.testing.assert_allclose(slope, by_regression, atol=3e-3)
     left = ((y - y.mean(0) - by_regression * (x - mean)) ** 2).mean(0)
     np.testing.assert_allclose(rest, left, atol=1e-3)
     plain = Operator(Select((1,)), offset=0.5, scale=4.0)
-    predicted, slope, rest = plain.predict(jnp.asarray(mean), jnp.asarray(variance))
+    predicted, slope, rest = predict(plain, mean, variance)
     assert (predicted.item(), slope.item(), rest.item()) == (-0.375, 0.25, 0)
 
 
@@ -90,7 +97,7 @@ def test_without_variance_the_slope_is_the_derivative():
     x = jnp.array([[[0.3, -0.8, 1.5]]])
     for name in ("arctan", "tanh", "square", "exp"):
         operator = Operator(Identity(), name, offset=0.1, scale=1.7)
-        _, slope, rest = operator.predict(x, jnp.zeros_like(x))
+        _, slope, rest = predict(operator, x, jnp.zeros_like(x))
         derivative = jax.grad(lambda x, a=operator: a(x).sum())(x)
         np.testing.assert_allclose(slope, derivative, rtol=2e-3)
         assert float(rest.max()) < 1e-6
@@ -189,3 +196,134 @@ def test_observations_of_other_states_are_refused(more, message):
 def test_one_initial_state_is_that_of_all_trajectories():
     told = Observations(values(), Operator(Select((0,))), 0.1, initial=np.arange(3))
     np.testing.assert_array_equal(told.for_states((3,)).initial, [[0, 1, 2], [0, 1, 2]])
+
+
+# ---- operators of one's own, and a function, offset and scale for each value ---------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """The product of the first two coordinates, and a multiple of the last."""
+
+    factor: float = 2.0
+
+    def __call__(self, state):
+        return jnp.stack([state[0] * state[1], self.factor * state[-1]])
+
+
+@dataclasses.dataclass
+class Mutable:
+    def __call__(self, state):
+        return state
+
+
+@dataclasses.dataclass(frozen=True)
+class Taken:
+    scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Odd:
+    """Values that are no vector of real numbers, or an error."""
+
+    kind: str
+
+    def __call__(self, state):
+        if self.kind == "wide":
+            return state @ jnp.ones(7)
+        return state.sum() if self.kind == "scalar" else jnp.arange(2)
+
+
+def test_an_operator_of_ones_own_is_linear_about_the_mean():
+    """x0 x1 has the derivative (x1, x0), and under it the variance x1^2 v0 + x0^2 v1."""
+    operator = observe.operator_of({"name": f"{__name__}:Product", "factor": 3.0})
+    x, v = STATES, np.random.default_rng(3).uniform(0.1, 2, STATES.shape).astype(np.float32)
+    want = np.stack([x[..., 0] * x[..., 1], 3 * x[..., 2]], -1)
+    np.testing.assert_allclose(operator(x), want, rtol=1e-6)
+    found = operator.linearise(jnp.asarray(x), jnp.asarray(v))
+    np.testing.assert_allclose(found.predicted, want, rtol=1e-6)
+    np.testing.assert_array_equal(found.rest, np.zeros(want.shape))
+    d = np.random.default_rng(4).normal(size=x.shape).astype(np.float32)
+    along = np.stack([x[..., 1] * d[..., 0] + x[..., 0] * d[..., 1], 3 * d[..., 2]], -1)
+    np.testing.assert_allclose(found.project(d), along, rtol=1e-5, atol=1e-6)
+    spread = np.stack([x[..., 1] ** 2 * v[..., 0] + x[..., 0] ** 2 * v[..., 1], 9 * v[..., 2]], -1)
+    np.testing.assert_allclose(found.spread(v), spread, rtol=1e-4)
+    back = jax.linear_transpose(found.project, jnp.asarray(x))(want)[0]  # what guidance needs
+    np.testing.assert_allclose((back * d).sum(), (want * along).sum(), rtol=1e-4)
+    assert operator.describe() == {"name": f"{__name__}:Product", "factor": 3.0, "scale": 1.0,
+                                   "function": "identity", "offset": 0.0}  # fmt: skip
+    assert observe.operator_of(operator.describe()) == operator
+
+
+def test_variances_under_many_coordinates_are_estimated_without_bias():
+    """Exactly, where each value is of one coordinate; 32 random signs else."""
+    own = observe.Own(lambda state: jnp.stack([state[3, 5, 0], state.sum() / 8]))
+    mean = jnp.zeros((1, 1, 16, 16, 1))
+    _, spread = own.around(mean)
+    v = np.random.default_rng(0).uniform(0.5, 2, mean.shape).astype(np.float32)
+    got = np.asarray(spread(v))[0, 0]
+    np.testing.assert_allclose(got[0], v[0, 0, 3, 5, 0], rtol=1e-5)
+    assert 0.5 < got[1] / (v.sum() / 64) < 2
+
+
+def test_each_value_has_its_function_offset_and_scale():
+    rows = ("arctan", "identity", "log", "arctan"), (0.5, -1.0, -9.0, 0.0), (2.0, 1.0, 3.0, 4.0)
+    linear = Matrix(((1.0, 0, 0), (0, 1, 0), (0, 1, 1), (0, 0, 2)))
+    several = Operator(linear, *rows)
+    x, v = jnp.asarray(STATES), jnp.full(STATES.shape, 0.3)
+    found = several.linearise(x, v)
+    for row, (function, offset, scale) in enumerate(zip(*rows, strict=True)):
+        one = Operator(Matrix((linear.rows[row],)), function, offset, scale)
+        want = one.linearise(x, v)
+        pairs = [(several(x), one(x)), *zip(found[:2], want[:2], strict=True)]
+        pairs += [(found.project(x), want.project(x)), (found.spread(v), want.spread(v))]
+        for got, expected in pairs:
+            np.testing.assert_allclose(got[..., row], expected[..., 0], rtol=1e-5, atol=1e-7)
+    assert observe.operator_of(json.loads(json.dumps(several.describe()))) == several
+
+
+def test_a_file_has_them_as_arrays_and_a_flag_is_in_place_of_its_operator(tmp_path):
+    rows = {"function": ["log", "identity"], "offset": [-9.0, 0.5], "scale": [1.0, 2.0]}
+    arrays = {"values": values(m=2), "std": np.array(0.1), "H": np.array(H)}
+    want = Operator(Matrix(H), ("log", "identity"), (-9.0, 0.5), (1.0, 2.0))
+    told = {key: np.array(x) for key, x in rows.items()}
+    assert observe.parse(arrays | told, "x").operator == want
+    one = arrays | {"function": np.array("tanh")}
+    assert observe.parse(one, "x").operator == Operator(Matrix(H), "tanh")
+    own = observe.parse(arrays | told, "x", f"{__name__}:Product").operator
+    assert own == Operator(observe.Own(Product()))
+    given = '{"name": "select", "indices": [0, 2], "scale": [1, 2]}'
+    assert observe.parse(arrays, "x", given).operator == Operator(Select((0, 2)), scale=(1, 2))
+    del arrays["H"]
+    arrays["operator_json"] = np.array(given)
+    with pytest.raises(ValueError, match="'scale' is an array and in operator_json"):
+        observe.parse(arrays | told, "x")
+
+
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        ({"name": "Product"}, "Unknown operator 'Product'"),
+        ({"name": f"{__name__}:Prod"}, "has no 'Prod'. Did you mean 'Product'"),
+        ({"name": f"{__name__}:values"}, "expected a dataclass"),
+        ({"name": f"{__name__}:Product", "factr": 1}, "no 'factr'. Did you mean 'factor'"),
+        ({"name": f"{__name__}:Product", "factor": "a"}, "factor is 'a'; expected a number"),
+        ({"name": f"{__name__}:Mutable"}, "unhashable .* of your own is a frozen dataclass"),
+        ({"name": f"{__name__}:Taken"}, "has a field 'scale'; expected another name"),
+        ({"name": f"{__name__}:Odd", "kind": "scalar"}, r"gives float32 \(\) of a state of shape"),
+        (
+            {"name": f"{__name__}:Odd", "kind": "integers"},
+            r"int32 \(2,\) .*; expected real numbers",
+        ),
+        (
+            {"name": f"{__name__}:Odd", "kind": "wide"},
+            r"Odd fails for a state of shape \(3,\) \(dot",
+        ),
+        ({"name": "identity", "offset": [0, 1]}, "offset has 2 values; expected one, or 3"),
+        ({"name": "identity", "function": ["log", "atan"]}, "Did you mean 'arctan'"),
+        ({"name": "identity", "scale": [1, 0, 1]}, "operator.scale is 0; expected"),
+    ],
+)
+def test_operators_that_cannot_be_meant_are_refused(description, message):
+    with pytest.raises(ValueError, match=message):
+        Observations(values(m=3), observe.operator_of(description), 0.1).for_states((3,))

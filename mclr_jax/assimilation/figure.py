@@ -54,11 +54,12 @@ def trajectory(
 
 def _coordinates(make, members, values, operator, truth):
     coordinate, factor = places(operator, members.shape[2:])
-    coordinate = np.where(operator.function == "identity", coordinate, -1)
+    coordinate = np.where(np.array(operator.function) == "identity", coordinate, -1)
+    offset, scale = np.array(operator.offset), np.array(operator.scale)
     panels = []  # name, members (E, T), truth (T,), observations (T, any number)
     for i in range(min(6, members.shape[2])):
         own = coordinate == i
-        states = (operator.offset + operator.scale * values[:, own]) / factor[own]
+        states = (offset + scale * values)[:, own] / factor[own]
         panels.append((f"coordinate {i}", members[..., i], truth[:, i], states))
     every = np.asarray(operator(jnp.asarray(np.append(members, truth[None], 0))))
     for j in np.flatnonzero(coordinate < 0)[:3]:
@@ -83,10 +84,11 @@ def _coordinates(make, members, values, operator, truth):
 def _fields(make, members, values, operator, truth):
     frames, *shape = members.shape[1:]
     (coordinate, factor), seen = places(operator, shape), np.full_like(truth, np.nan)
-    values = operator.offset + operator.scale * values
-    if operator.function == "identity" and (coordinate >= 0).all():
+    values = np.array(operator.offset) + np.array(operator.scale) * values
+    is_linear = (np.array(operator.function) == "identity").all()
+    if is_linear and (coordinate >= 0).all():
         seen.reshape(frames, -1)[:, coordinate] = values / factor
-    elif operator.function == "identity" and isinstance(operator.linear, Downsample):
+    elif is_linear and isinstance(operator.linear, Downsample):
         n = operator.linear.factor
         seen = values.reshape(frames, shape[0] // n, shape[1] // n, shape[2])
     rows = {"truth": truth, "observations": seen, "mean": members.mean(0), "std": members.std(0)}

@@ -5,6 +5,7 @@ the mean and of the variance of each coordinate of x0 given x. Only active frame
 only their observations are used: a frame that is finished or waits sees no later observation.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -33,17 +34,18 @@ def _full(level: Level, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 def innovation(
     operator: Operator, seen: Seen, d: jax.Array, v: jax.Array, where: jax.Array
-) -> tuple[jax.Array, ...]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, Callable]:
     """The innovation of the observations beside x0 ~ N(d, diag(v)): parts (B, F, m).
 
     The known values, of the frames `where` (B, F); y - A x0, 0 where unknown; the variance of
-    the noise, with what is not linear in A; the variance of A x0 by v; the slope of A.
+    the noise, with what is not linear in A; the variance of A x0 by v; and, last, the linear part
+    of A, a function of changes of the state (B, F, *state) in physical units.
     """
     variance = jnp.broadcast_to(seen.scale**2 * v, d.shape)
-    predicted, slope, rest = operator.predict(seen.offset + seen.scale * d, variance)
+    found = operator.linearise(seen.offset + seen.scale * d, variance)
     known = jnp.isfinite(seen.values) & where[..., None]
-    residual = jnp.where(known, seen.values - predicted, 0)
-    return known, residual, seen.std**2 + rest, slope**2 * operator.linear(variance, 2), slope
+    residual = jnp.where(known, seen.values - found.predicted, 0)
+    return known, residual, seen.std**2 + found.rest, found.spread(variance), found.project
 
 
 def linearised(operator: Operator, seen: Seen, moments: Any, x, level: Level, condition) -> tuple:
@@ -54,10 +56,10 @@ def linearised(operator: Operator, seen: Seen, moments: Any, x, level: Level, co
     """
     sigma, _, active = _full(level, x)
     d, pull, v = jax.vjp(lambda x: moments(x, level.sigma, condition), x, has_aux=True)
-    known, residual, noise, spread, slope = innovation(operator, seen, d, v, active)
+    known, residual, noise, spread, along = innovation(operator, seen, d, v, active)
 
     def project(state):  # of the model's units
-        return slope * operator.linear(seen.scale * state)
+        return along(seen.scale * state)
 
     back = jax.linear_transpose(project, d)
     return (
@@ -120,8 +122,8 @@ def norm(operator: Operator, seen: Seen, *, zeta: float = 2.0, g: float = 0.01) 
         def loss(x):
             d, _ = moments(x, level.sigma, condition)
             state = seen.offset + seen.scale * d
-            _, slope, _ = operator.predict(state, jnp.zeros_like(state))
-            noise = seen.std**2 + g * slope**2 * operator.linear(level_variance, 2)
+            spread = operator.linearise(state, jnp.zeros_like(state)).spread
+            noise = seen.std**2 + g * spread(level_variance)
             error = jnp.where(known, seen.values - operator(state), 0)
             total = (error**2 / jax.lax.stop_gradient(noise)).sum((1, 2))
             return jnp.sqrt(jnp.where(total > 0, total, 1)).sum(), d

@@ -1,8 +1,9 @@
 """Observations of a trajectory, y = f((L x - offset) / scale) + noise, and the file that has them.
 
-L is linear in the state of one frame, in physical units; f acts on each element. Missing values are
-NaN. An operator knows its mean and its slope under a normal distribution (statistical
-linearisation), which is what guidance needs of it.
+L is linear in the state of one frame, in physical units, or any function of it; f acts on each
+element, with an offset and a scale of its own. Missing values are NaN. An operator knows its mean
+and its slope under a normal distribution (statistical linearisation), which is what guidance needs
+of it.
 """
 
 import dataclasses
@@ -10,21 +11,23 @@ import json
 import math
 import os
 import pathlib
+import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mclr_jax.files import named, save_arrays
-from mclr_jax.schema import as_tuple, fields, in_range, look_up, nearest, of_kind
+from mclr_jax.schema import as_tuple, fields, in_range, look_up, nearest, of_kind, resolve
 
 FUNCTIONS: dict[str, Callable] = {"identity": lambda z: z} | {
     name: getattr(jnp, name) for name in ("arctan", "tanh", "square", "abs", "exp", "log")
 }
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(9)
 _WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
+EXACT = 32  # coordinates of a state up to which the slope of one's own function is known exactly
 
 
 # ---- linear maps: (x (B, F, *state), power) -> (B, F, m), their weights raised to `power` --------
@@ -117,50 +120,155 @@ LINEAR = {"identity": Identity, "select": Select, "random": Random, "matrix": Ma
 
 
 @dataclasses.dataclass(frozen=True)
-class Operator:
-    """A(x) = f((L x - offset) / scale) of states x (B, F, *state) in physical units: (B, F, m)."""
+class Own:
+    """A function of one's own in place of a linear map: the state of a frame (*state) -> (m,).
 
-    linear: Any = Identity()
-    function: str = "identity"
-    offset: float = 0.0
-    scale: float = 1.0
+    It is a frozen dataclass that JAX can differentiate, and acts on each frame alone.
+    """
 
-    def __post_init__(self):
-        look_up(FUNCTIONS, self.function, "function of an operator")
-        in_range("operator.offset", self.offset, -math.inf)
-        in_range("operator.scale", self.scale, 0.0, open="(")
+    function: Any
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return FUNCTIONS[self.function]((self.linear(x) - self.offset) / self.scale)
+        return jax.vmap(jax.vmap(self.function))(x)
 
-    def predict(self, mean: jax.Array, variance: jax.Array) -> tuple[jax.Array, ...]:
-        """Mean of A(x), slope and residual variance (B, F, m), for x ~ N(mean, diag(variance)).
+    def around(self, mean: jax.Array) -> tuple[Callable, Callable]:
+        """The derivative at states (B, F, *state), and variances of the state -> of the values.
 
-        A(x) is about its mean + slope (L x - L mean), and the rest has the residual variance:
-        statistical linearisation, by Gauss-Hermite quadrature. Exact for the identity. For the
-        logarithm x has the part of the distribution in its domain, since a value was observed.
+        Up to `EXACT` coordinates the variances are those of the derivative; beyond, an estimate by
+        `EXACT` random signs (Hutchinson).
         """
-        z, f = (self.linear(mean) - self.offset) / self.scale, FUNCTIONS[self.function]
-        if self.function == "identity":
-            return z, jnp.full_like(z, 1 / self.scale), jnp.zeros_like(z)
-        std = jnp.sqrt(jnp.maximum(self.linear(variance, 2), 1e-6 * self.scale**2)) / self.scale
-        if self.function == "log":
-            center, std, spread = _positive(z, std)
-            slope = center * spread / std**2
-            predicted = jnp.log(center) - spread / 2 + slope * (z - center)
-            return predicted, slope / self.scale, jnp.maximum(spread - (slope * std) ** 2, 0)
-        values = jnp.stack([f(z + std * node) for node in _NODES])
-        weights = jnp.asarray(_WEIGHTS, z.dtype)
-        predicted = jnp.tensordot(weights, values, 1)
-        slope = jnp.tensordot(weights * jnp.asarray(_NODES, z.dtype), values, 1) / std
-        total = jnp.tensordot(weights, (values - predicted) ** 2, 1)
-        return predicted, slope / self.scale, jnp.maximum(total - (slope * std) ** 2, 0)
+
+        def slope(x):
+            return jax.jvp(self, (mean,), (x,))[1]
+
+        size = math.prod(mean.shape[2:])
+        directions = np.eye(size) if size <= EXACT else (
+            np.random.default_rng(0).choice([-1, 1], (EXACT, size)) / EXACT**0.5
+        )  # fmt: skip
+        directions = directions.reshape(-1, *mean.shape[2:]).astype(np.float32)
+
+        def spread(variance):
+            std = jnp.sqrt(variance)
+            parts = jax.lax.map(lambda direction: slope(std * direction) ** 2, directions)
+            return parts.sum(0)
+
+        return slope, spread
+
+
+class Linearised(NamedTuple):
+    """A(x) under x ~ N(mean, diag(variance)): about predicted + project(x - mean)."""
+
+    predicted: jax.Array  # (B, F, m), the mean of A(x)
+    rest: jax.Array  # variance of what is not linear
+    project: Callable[[jax.Array], jax.Array]  # (B, F, *state) -> (B, F, m), linear
+    spread: Callable[[jax.Array], jax.Array]  # variance of x -> variance of project(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """A(x) = f((L x - offset) / scale) of states x (B, F, *state) in physical units: (B, F, m).
+
+    f, offset and scale are those of all values, or a tuple of one for each.
+    """
+
+    linear: Any = Identity()
+    function: str | tuple[str, ...] = "identity"
+    offset: float | tuple[float, ...] = 0.0
+    scale: float | tuple[float, ...] = 1.0
+
+    def __post_init__(self):
+        for name in self._row(self.function):
+            look_up(FUNCTIONS, name, "function of an operator")
+        for value in self._row(self.offset):
+            in_range("operator.offset", value, -math.inf)
+        for value in self._row(self.scale):
+            in_range("operator.scale", value, 0.0, open="(")
+
+    @staticmethod
+    def _row(value: Any) -> tuple:
+        return value if isinstance(value, tuple) else (value,)
+
+    def _by_row(self, f: Callable, *parts: jax.Array) -> Any:
+        """f(name, *parts) with the name of the function of each value, parts being (..., m)."""
+        if isinstance(self.function, str):
+            return f(self.function, *parts)
+        places = {name: np.flatnonzero(np.array(self.function) == name) for name in self.function}
+        found = [f(name, *(part[..., at] for part in parts)) for name, at in places.items()]
+        order = np.argsort(np.concatenate([*places.values()]))
+        return jax.tree.map(lambda *rows: jnp.concatenate(rows, -1)[..., order], *found)
+
+    def size(self, shape: tuple[int, ...]) -> int:
+        """The number of values m of a state of this shape; ValueError: they do not fit."""
+        state = jax.ShapeDtypeStruct((1, 1, *shape), np.float32)
+        if isinstance(self.linear, Own):
+            what = f"The operator {self.describe()['name']}"
+            with named(f"{what} fails for a state of shape {shape}"):
+                got = jax.eval_shape(self.linear, state)
+            if len(got.shape) != 3 or not np.issubdtype(got.dtype, np.floating):
+                raise ValueError(
+                    f"{what} gives {got.dtype} {got.shape[2:]} of a state of shape {shape}; "
+                    "expected real numbers (m,)."
+                )
+        count = jax.eval_shape(self.linear, state).shape[2]
+        for key in ROW:
+            value = getattr(self, key)
+            if isinstance(value, tuple) and len(value) != count:
+                raise ValueError(
+                    f"operator.{key} has {len(value)} values; expected one, or {count}, as the "
+                    f"operator gives of a state of shape {shape}."
+                )
+        return count
+
+    def _standard(self, x: jax.Array) -> jax.Array:
+        offset, scale = (np.asarray(value, np.float32) for value in (self.offset, self.scale))
+        return (self.linear(x) - offset) / scale
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self._by_row(lambda name, z: FUNCTIONS[name](z), self._standard(x))
+
+    def linearise(self, mean: jax.Array, variance: jax.Array) -> Linearised:
+        """The operator under x ~ N(mean, diag(variance)), by statistical linearisation.
+
+        f by Gauss-Hermite quadrature; exact for the identity of a linear map. For the logarithm x
+        has the part of the distribution in its domain, since a value was observed. A function of
+        one's own in place of L is linear about the mean.
+        """
+        if isinstance(self.linear, Own):
+            along, spread = self.linear.around(mean)
+        else:
+            along, spread = self.linear, lambda variance: self.linear(variance, 2)
+        scale = np.asarray(self.scale, np.float32)
+        std = jnp.sqrt(jnp.maximum(spread(variance) / scale**2, 1e-6))
+        predicted, slope, rest = self._by_row(_through, self._standard(mean), std)
+        slope = slope / scale
+        return Linearised(
+            predicted, rest, lambda x: slope * along(x), lambda v: slope**2 * spread(v)
+        )
 
     def describe(self) -> dict[str, Any]:
-        """As JSON: `name` of the linear map, its parameters, and function, offset and scale."""
-        values = dataclasses.asdict(self)  # the linear map as its parameters
-        name = next(name for name, kind in LINEAR.items() if isinstance(self.linear, kind))
-        return {"name": name, **values.pop("linear"), **values}
+        """As JSON: `name` of the map, its parameters, and function, offset and scale."""
+        own = self.linear.function if isinstance(self.linear, Own) else self.linear
+        found = (name for name, kind in LINEAR.items() if kind is type(own))
+        name = next(found, f"{type(own).__module__}:{type(own).__qualname__}")
+        values = {key: getattr(self, key) for key in ROW}
+        return {"name": name, **dataclasses.asdict(own), **values}
+
+
+def _through(name: str, z: jax.Array, std: jax.Array) -> tuple[jax.Array, ...]:
+    """Mean, slope by z and residual variance of a function of N(z, std^2)."""
+    if name == "identity":
+        return z, jnp.ones_like(z), jnp.zeros_like(z)
+    if name == "log":
+        center, std, spread = _positive(z, std)
+        slope = center * spread / std**2
+        predicted = jnp.log(center) - spread / 2 + slope * (z - center)
+        return predicted, slope, jnp.maximum(spread - (slope * std) ** 2, 0)
+    values = jnp.stack([FUNCTIONS[name](z + std * node) for node in _NODES])
+    weights = jnp.asarray(_WEIGHTS, z.dtype)
+    predicted = jnp.tensordot(weights, values, 1)
+    slope = jnp.tensordot(weights * jnp.asarray(_NODES, z.dtype), values, 1) / std
+    total = jnp.tensordot(weights, (values - predicted) ** 2, 1)
+    return predicted, slope, jnp.maximum(total - (slope * std) ** 2, 0)
 
 
 def _positive(mean: jax.Array, std: jax.Array) -> tuple[jax.Array, ...]:
@@ -178,19 +286,25 @@ def operator_of(description: Mapping[str, Any]) -> Operator:
     """The operator of a description, see `Operator.describe`; ValueError: a wrong name or value."""
     if not isinstance(description, Mapping) or "name" not in description:
         raise ValueError(f'The operator is {description!r}; expected {{"name": NAME, ...}}.')
-    kind = look_up(LINEAR, name := description["name"], "operator")
-    known = fields(Operator) | fields(kind)
-    del known["linear"]
+    kind = resolve(LINEAR, name := description["name"], "operator")
+    around, inner = fields(Operator), fields(kind)
+    del around["linear"]
+    if taken := around.keys() & inner.keys():
+        raise ValueError(f"Operator {name!r} has a field {min(taken)!r}; expected another name.")
+    known = around | inner
     values = {key: as_tuple(value) for key, value in description.items() if key != "name"}
     for key, value in values.items():
         if key not in known:
             raise ValueError(f"Operator {name!r} has no {key!r}. {nearest(key, known)}")
         of_kind(f"operator.{key}", value, known[key].type)
-    own = {key: values.pop(key) for key in fields(kind).keys() & values.keys()}
+    own = {key: values.pop(key) for key in inner.keys() & values.keys()}
     try:
-        return Operator(kind(**own), **values)
+        made = kind(**own)
+        hash(made)
     except TypeError as error:
-        raise ValueError(f"Operator {dict(description)}: {error}.") from error
+        text = "" if name in LINEAR else " An operator of your own is a frozen dataclass."
+        raise ValueError(f"Operator {dict(description)}: {error}.{text}") from error
+    return Operator(made if kind in LINEAR.values() else Own(made), **values)
 
 
 # ---- observations --------------------------------------------------------------------------------
@@ -226,8 +340,7 @@ class Observations:
     def for_states(self, shape: tuple[int, ...], time_step: float = 0.0) -> "Observations":
         """The same with `initial` (N, *shape); ValueError unless they fit states of this shape."""
         count, _, m = self.values.shape
-        state = jax.ShapeDtypeStruct((1, 1, *shape), np.float32)
-        if (size := jax.eval_shape(self.operator, state).shape[2]) != m:
+        if (size := self.operator.size(shape)) != m:
             raise ValueError(
                 f"The operator gives {size} values of a state of shape {shape}; the observations "
                 f"have {m} for each frame."
@@ -246,6 +359,7 @@ class Observations:
         return dataclasses.replace(self, initial=np.broadcast_to(self.initial, (count, *shape)))
 
 
+ROW = ("function", "offset", "scale")  # of an operator, one for all values or for each
 PARTS = ("values", "std", "initial", "time_step")  # arrays of a file, beside the operator
 
 
@@ -269,12 +383,18 @@ def read(path: str | os.PathLike) -> Observations:
     return parse(load(path), path)
 
 
-def parse(arrays: Mapping[str, np.ndarray], path: str | os.PathLike) -> Observations:
+def parse(
+    arrays: Mapping[str, np.ndarray], path: str | os.PathLike, operator: str = ""
+) -> Observations:
     """The observations in the arrays of a file; ValueError: what is wrong, what is expected.
 
-    Arrays: `values`, `std`, `operator_json` (a JSON text) or the matrix `H` (m, d), and if known
-    `initial` and `time_step`.
+    Arrays: `values`, `std`, `operator_json` (a JSON text, or a name alone) or the matrix `H` (m,
+    d), and if known `initial` and `time_step`; `function`, `offset` and `scale`, one for all values
+    or for each (m,). `operator` is in place of those of the file.
     """
+    if operator:
+        others = {key: x for key, x in arrays.items() if key not in ("H", *ROW)}
+        arrays = others | {"operator_json": np.array(operator)}
     with named(f"{path} has no valid observations"):
         for key in ("values", "std"):
             if key not in arrays:
@@ -289,14 +409,21 @@ def parse(arrays: Mapping[str, np.ndarray], path: str | os.PathLike) -> Observat
         if (h := arrays.get("H")) is not None:
             if h.ndim != 2 or not np.isfinite(h).all():
                 raise ValueError(f"H has shape {h.shape}; expected finite numbers (m, d).")
-            operator = Operator(Matrix(as_tuple(h.tolist())))
+            description: Any = {"name": "matrix", "rows": h.tolist()}
+        elif re.fullmatch(r"[\w.:]+", text := str(arrays["operator_json"])):
+            description = {"name": text}
         else:
             with named("operator_json is no JSON"):
-                description = json.loads(str(arrays["operator_json"]))
-            operator = operator_of(description)
+                description = json.loads(text)
+        own = {key: arrays[key].tolist() for key in ROW if key in arrays}
+        if isinstance(description, dict):
+            if twice := own.keys() & description.keys():
+                raise ValueError(f"{min(twice)!r} is an array and in operator_json; expected one.")
+            description |= own
+        made = operator_of(description)
         time_step = float(arrays.get("time_step", 0))
         std, initial = arrays["std"], arrays.get("initial")
-        return Observations(arrays["values"], operator, std, initial, time_step)
+        return Observations(arrays["values"], made, std, initial, time_step)
 
 
 def truth_of(

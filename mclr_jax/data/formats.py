@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from mclr_jax import mixture
-from mclr_jax.data import folders, protocol
+from mclr_jax.data import folders, protocol, recorded
 from mclr_jax.data.latents import Drawn, Latents, check_moments
 from mclr_jax.data.protocol import Arrays, Lazy, Source
 from mclr_jax.files import named
@@ -250,6 +250,7 @@ FORMATS: dict[str, tuple[Callable[..., Source], str]] = {
     "digits": (_digits, ""), "fashion_mnist": (_fashion_mnist, ""), "mixture": (_mixture, ""),
     "tfds": (_tfds, "NAME"), "zip": (_zip, "PATH"), "folder": (_zip, "PATH"),
     "npz": (_npz, "PATH"),
+    **dict.fromkeys(("npy", "nc", "zarr"), (recorded.load, "PATH")),
 }  # fmt: skip
 
 

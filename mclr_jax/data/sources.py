@@ -28,8 +28,8 @@ from mclr_jax.schema import Keys, fields, key, look_up, nearest, resolve, rest
 
 
 def load(name: str, split: str = "train", **options) -> Source:
-    """The data set 'digits', 'fashion_mnist', 'mixture', 'tfds:NAME', 'zip:PATH', 'folder:PATH' or
-    'npz:PATH'.
+    """The data set 'digits', 'fashion_mnist', 'mixture', 'tfds:NAME', 'zip:PATH', 'folder:PATH',
+    'npz:PATH'; trajectories in 'npy:PATH', 'nc:PATH' or 'zarr:PATH'.
 
     'package.module:Name' is the user's own Source, Name(split=split, **options). The split is
     'train' or 'test' ('digits' also has 'all'); the options are keyword arguments of the format's
@@ -72,7 +72,8 @@ def options_of(name: str) -> Collection[str]:
 def at(place: str) -> str:
     """The name of the source in a folder, a zip or an npz file; other names stay."""
     path = pathlib.Path(place)
-    kind = "folder" if path.is_dir() else path.suffix[1:].lower()
+    kind = path.suffix[1:].lower()
+    kind = "folder" if path.is_dir() and kind != "zarr" else kind
     return f"{kind}:{place}" if kind in FORMATS and path.exists() else place
 
 
@@ -87,14 +88,15 @@ class Data(Keys):
     """The keys of config.data: a data set and what training takes of it."""
 
     name: str = key("digits", says="digits, fashion_mnist, mixture, tfds:NAME, zip:PATH, "
-                    "folder:PATH, npz:PATH, or package.module:Name, one of your own")  # fmt: skip
+                    "folder:PATH, npz:PATH; trajectories in npy:PATH, nc:PATH or zarr:PATH; or "
+                    "package.module:Name, one of your own")  # fmt: skip
     path: str = key("", says="folder of the files (fashion_mnist, tfds); empty for the default")
     test: str = key("", says="source of held-out examples; empty for the test split of the name")
     labels: str = key("", says="CSV file of file names and classes (folder, zip); empty: "
                       "dataset.json, or the sub-folders")  # fmt: skip
     unconditional: bool = key(False, says="leave the labels aside: all examples are of one class")
-    held_out: float = key(0.1, 0.0, 1.0, ")", says="share of each class that is held out, of a "
-                          "folder without config.data.test")  # fmt: skip
+    held_out: float = key(0.1, 0.0, 1.0, ")", says="share that is held out, of each class of a "
+                          "folder or of trajectories, without config.data.test")  # fmt: skip
     num_classes: int = key(0, 0, says="0 counts them in the labels (zip, folder, npz)")
     resolution: int = key(0, 0, says="crop and resize to this size (tfds, zip, folder); 0: as they "
                           "are")  # fmt: skip
@@ -121,13 +123,19 @@ class Data(Keys):
         background = "" if self.background == "white" else self.background
         shown = {"resolution": self.resolution, "background": background}
         if split == "test" and self.test:  # its images are shown like those of training
-            shown = {k: v for k, v in shown.items() if v and k in options_of(self.test)}
+            known = options_of(self.test)
+            shown = {k: v for k, v in shown.items() if v and k in known}
+            if "units" in known:  # trajectories
+                units = self.source("train", seed)
+                shown |= {**self.options, "held_out": 0.0, "units": units}
             source = load(self.test, "train", **shown, **self._common(self.test))
         else:
             given = {"path": self.path, "labels": self.labels, "num_classes": self.num_classes,
                      **shown}  # fmt: skip
             given = {name: value for name, value in given.items() if value}
             given |= self._common(self.name) | self.options
+            if "held_out" in options_of(self.name):
+                given["held_out"] = 0.0 if self.test else self.held_out
             shared = self.name.startswith("folder:") and not self.test and self.held_out
             source = load(self.name, "train" if shared else split, **given)
             source = self._part(source, split) if shared else source
@@ -154,7 +162,7 @@ class Data(Keys):
 
     def moved(self, place: str) -> "Data":
         """The same data at another place: a source, see `load`, or the folder `path`."""
-        if self.name.startswith(("folder:", "zip:", "npz:")):
+        if self.name.startswith(("folder:", "zip:", "npz:", "npy:", "nc:", "zarr:")):
             place = at(place)
         _, argument = FORMATS.get(place, (None, "PATH"))
         if ":" in place or not argument:
