@@ -89,7 +89,8 @@ def warn_of_companions(training: Training) -> None:
             logging.warning("The model in training %s.", why.replace("was", "is", 1))
     for path in dict.fromkeys(runs.values()):
         names = {name for name in runs if runs[name] == path}
-        asked = ["class", *["null"] * bool(names & null)]
+        classes = names - objective.reads_only_null
+        asked = [*["class"] * bool(classes), *["null"] * bool(names & null)]
         if not (pathlib.Path(path) / "run.json").exists():
             continue  # its copy is in the work directory
         run = load(path)

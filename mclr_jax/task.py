@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from mclr_jax.data.augment import augment
@@ -18,7 +19,7 @@ from mclr_jax.types import Answers, Condition, PosteriorFn, as_condition
 
 # Needs of an objective that no other run provides.
 MADE_HERE = frozenset({"self", "average", "posterior", "class_prior", "class_strengths", "other",
-                       "generated"})  # fmt: skip
+                       "generated", "step"})  # fmt: skip
 
 
 class Posterior(Protocol):
@@ -118,14 +119,17 @@ class Task:
         generated = None
         if "generated" in self.needs:
             generated = example("generated_", 6), batch["generated_label"]
-        inputs = Batch(x0, condition, other, generated)
+        inputs = Batch(x0, condition, other, generated, batch.get("step"))
         return self.objective(self._models(params, frozen), self.problem, inputs, k_objective)
 
     def _models(self, params: Any, frozen: Mapping[str, Any]) -> Models:
         """The model in training, the needed frozen models and the posterior."""
         weights = {"self": params, **frozen}
         models = self.frozen | dict.fromkeys(self.needs & {"self", "average"}, self.model)
-        held = {n: Answers(*map(_held, m.answers(weights[n]))) for n, m in models.items()}
+        held = {
+            name: Answers(*(_held(f, self.model, other) for f in other.answers(weights[name])))
+            for name, other in models.items()
+        }
         posterior = None
         if self.posterior is not None and "posterior" in self.needs:
             posterior = self.posterior(held, self.problem)
@@ -141,11 +145,18 @@ def needs_of(objective: Objective, posterior: Posterior | None) -> frozenset[str
     return objective.needs | posterior.needs
 
 
-def _held(answer: Callable) -> Callable:
-    """The function without gradient, dropout or strength, but with the augmentation label."""
+def _held(answer: Callable, model: Model, other: Model) -> Callable:
+    """The function without gradient, dropout or strength, but with the augmentation label.
+
+    The null label of the model in training is that of the other one here.
+    """
+    null, its_null = model.null_label, other.null_label
 
     def held(x, sigma, condition):
         condition = as_condition(condition).replace(strength=None, dropout_keys=None)
+        if null != its_null:
+            label = jnp.where(condition.label == null, its_null, condition.label)
+            condition = condition.replace(label=label)
         return jax.lax.stop_gradient(answer(x, sigma, condition))
 
     return held

@@ -69,7 +69,7 @@ def guidance_direction(*inputs):
     return exact.denoise(*inputs) - exact.denoise(x, sigma, with_label(condition, 3))
 
 
-def slopes_in_standard_errors(objective, points, more=(), **frozen):
+def slopes_in_standard_errors(objective, points, more=(), strength=(), **frozen):
     """The largest slope of the mean loss on `toy`, over its error, at each denoiser of `points`.
 
     Along the two directions above and `more`; of a parabola, for which this is exact.
@@ -78,7 +78,7 @@ def slopes_in_standard_errors(objective, points, more=(), **frozen):
 
     @jax.jit  # one loss for all places, which compiles in a tenth of the time
     def slopes():
-        given = problem(Level(0.8), class_prior=prior), *draws(30_000)
+        given = problem(Level(0.8), class_prior=prior, strength=strength), *draws(30_000)
 
         def slope(place):
             def loss(size):
@@ -193,7 +193,7 @@ CASES: dict[str, dict] = {
     "gft": _case("gft"),
     "gft strength": _case("gft", strength=(0.0, 4.0)),
     "model_guidance": _case("model_guidance"),
-    "mclr_null": _case("mclr_null", wrong_label=0.5, negative_share=0.25),
+    "mclr_null": _case("mclr_null", wrong_label=0.5, negative_share=0.25, step_interval=(0.0, 9.0)),
     "mclr_null average": _case("mclr_null", strength=RANGE, teacher="average", wrong="weak"),
     "mclr classifier": _case("mclr", "classifier"),
     **{" ".join(["mclr", *(str(value) for value in row if value)]): _mclr(row) for row in MCLR},

@@ -159,6 +159,7 @@ NULL_EQUATIONS = {
     "reference": {"target": "reference", "wrong_label": 0.6, "wrong_label_scale": 0.5},
     "weak": {"wrong": "weak"},
     "weak, data": {"wrong": "weak", "target": "data"},
+    "source": {"wrong": "source", "teacher": "average", "sigma_interval": (0.3, 1.0)},
     "average": {"teacher": "average", "wrong_label": 0.6, "negative_share": 0.25},
 }
 
@@ -187,8 +188,9 @@ def test_mclr_null_is_its_equation(form, strength):
     scale = scales[objective.teacher]
     right = answer(scale, x_own, sigma_own, own)
     wrong = answer(scale, x_own, sigma_own, np.full(n, NULL))
-    if objective.wrong == "weak":
-        wrong = answer(0.3, x_own, sigma_own, own)
+    if objective.wrong != "null":
+        of = {"weak": (0.3, own), "source": (0.5, np.full(n, NULL))}[objective.wrong]
+        wrong = answer(of[0], x_own, sigma_own, of[1])
     towards = x0 if objective.target == "data" else right
     clean = right if objective.target == "reference" else x0
     given = answer(0.8, x_own, sigma_own, own, told[:n])

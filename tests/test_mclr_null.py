@@ -8,7 +8,7 @@ import pytest
 from cases import Level
 
 from mclr_jax import guidance, posterior
-from mclr_jax.mixture import toy
+from mclr_jax.mixture import GaussianMixture, toy
 from mclr_jax.objectives.mclr_null import NullMCLR
 from mclr_jax.types import Condition, label_of, with_label
 
@@ -81,6 +81,52 @@ def test_with_the_average_as_teacher_the_fixed_point_is_cfg():
         guided = guidance.classifier_free(EXACT.denoise, NULL, 1 + share * BETA)
         (slope,) = cases.slopes_in_standard_errors(objective, [guided], average=guided)
         assert slope < 4 if fixed else slope > 15
+
+
+@pytest.mark.parametrize("share", [1.0, 0.8])
+@pytest.mark.parametrize("strength", [(), (BETA, BETA)], ids=["fixed", "input"])
+def test_the_fixed_point_of_dogfit_is_domain_guidance(share, strength):
+    """Of a source with other classes, exact or erring; a strength as input asks the average at 0.
+
+    DogFit of w has the target x + (w - 1) (D_avg(c) - e), and w - 1 = gamma / (1 + gamma) or gamma.
+    """
+    objective = NullMCLR(BETA, label_dropout=0.0, teacher="average", wrong="source")
+    assert objective.needs == {"average", "reference", "class_strengths"}
+    assert (objective.reads_null, objective.reads_only_null) == ({"reference"}, {"reference"})
+    domain = GaussianMixture(
+        means=jnp.float32([[[2, 1]], [[-1, 2]]]), stds=jnp.float32([[0.4], [0.6]]),
+        weights=jnp.ones((2, 1)), class_prior=jnp.float32([0.5, 0.5]),
+    )  # fmt: skip
+
+    def source(x, sigma, condition):
+        asked = label_of(condition)[:, None] == NULL
+        found = domain.denoise(x, sigma, jnp.full(len(x), 2)) + 0.1 * jnp.sin(2 * x)
+        return jnp.where(asked, found, jnp.nan)
+
+    guided = extrapolated(EXACT.denoise, EXACT.denoise, null(source), share * BETA)
+    average = EXACT.denoise if strength else guided
+    (slope,) = cases.slopes_in_standard_errors(
+        objective, [guided], [null(source)], strength=strength, average=average, reference=source
+    )
+    assert slope < 4 if share == 1 else slope > 15
+
+
+def test_the_contrast_of_some_steps_is_absent_in_all_others():
+    batch, keys = cases.draws(8)
+    models = cases.models(EXACT.denoise, reference=erring)
+
+    def loss(step, **options):
+        given = batch.replace(step=None if step is None else jnp.full(8, step))
+        objective = NullMCLR(BETA, label_dropout=0.0, **options)
+        assert ("step" in objective.needs) == bool(options)
+        return objective(models, cases.problem(Level(0.7)), given, keys)[0]
+
+    plain = NullMCLR(0.0, label_dropout=0.0)(models, cases.problem(Level(0.7)), batch, keys)[0]
+    chex.assert_trees_all_equal(loss(None, step_interval=(3, 5)), loss(None))
+    for done, there in [(2, False), (3, True), (4, True), (5, False)]:  # step 3 is the third
+        chex.assert_trees_all_equal(
+            loss(done, step_interval=(3.0, 5.0)), loss(None) if there else plain
+        )
 
 
 def test_the_second_contrast_begins_as_the_plain_one_and_is_bounded():

@@ -108,6 +108,22 @@ def test_dispatches_of_any_length_give_the_same_bits_and_compile_once():
     np.testing.assert_array_equal(expected, np.concatenate(losses))
 
 
+def test_the_objective_is_told_the_number_of_the_step():
+    task, source, state = setup()
+
+    @dataclasses.dataclass(frozen=True)
+    class Count:
+        needs = frozenset({"step"})
+
+        def __call__(self, models, problem, batch, keys):
+            answer = models.denoise(batch.x0, jnp.ones(len(batch.x0)), batch.condition)
+            return batch.step + 0 * answer.mean(-1), {}
+
+    update = jax.jit(step.make_update(dataclasses.replace(task, objective=Count())))
+    found = update(state.replace(step=jnp.int32(7)), {}, batches(source, 2), 2)[1]
+    assert [report(found, row)["loss"] for row in (0, 1)] == [7.0, 8.0]
+
+
 def test_evaluation_is_repeatable_and_without_dropout():
     """It is the mean over all examples."""
     task, source, state = setup(**{"network.dropout": 0.5})

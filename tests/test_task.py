@@ -220,6 +220,15 @@ def test_frozen_models_are_told_of_augmentation_but_have_no_dropout_and_strength
         assert np.all((told >= 0.5) & (told <= 2.0))
 
 
+@pytest.mark.parametrize("classes", [3, 7])
+def test_the_source_is_asked_at_its_own_null_label(classes):
+    source = Model(Spy("reference"), Plain(), DataInfo((4, 4, 1), classes, 0.5))
+    found = calls(make(NullMCLR(wrong="source", teacher="average"),
+                       companions={"reference": source}))  # fmt: skip
+    shown = [condition.label for tag, _, condition in found if tag == "reference"]
+    np.testing.assert_array_equal(shown, np.full((1, 6), classes))
+
+
 def test_samples_of_the_frozen_model_are_not_augmented():
     task = make(DDO())
     found = calls(task)

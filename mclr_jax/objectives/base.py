@@ -66,12 +66,14 @@ class Batch(struct.PyTreeNode):
       condition: labels, augmentation parameters, dropout keys.
       other: (B, ...) clean data of other examples, if "other" is in `needs`.
       generated: samples (B, ...) of the frozen model and their labels (B,), if "generated" is.
+      step: (B,) int32, the number of updates done, in training, if "step" is.
     """
 
     x0: jax.Array
     condition: Condition
     other: jax.Array | None = None
     generated: tuple[jax.Array, jax.Array] | None = None
+    step: jax.Array | None = None
 
 
 class Objective(Protocol):
@@ -91,6 +93,7 @@ class Objective(Protocol):
 
         "self" (the model, frozen), "average" (its averaged weights), "posterior", "class_prior",
         "other" (other examples), "generated" (config.data.generated, samples of the initial model),
+        "step" (the number of the training step),
         "reference" (the run in config.init_from), and names of runs in config.companions.
         """
         return frozenset()
@@ -98,6 +101,11 @@ class Objective(Protocol):
     @property
     def reads_null(self) -> frozenset[str]:
         """Those of `needs` that it asks for answers at the null label."""
+        return frozenset()
+
+    @property
+    def reads_only_null(self) -> frozenset[str]:
+        """Those of `reads_null` that it asks for no other answers: their classes may be others."""
         return frozenset()
 
     def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:

@@ -1,7 +1,8 @@
 """MCLR against a network's own wrong answer: what CFG and autoguidance extrapolate from, learned.
 
 The wrong explanation of a noisy image x_s is not a wrong label but the answer e(x_s) of a frozen
-network, at the null label or of a weaker network at the same label:
+network, at the null label or of a weaker network at the same label, or the null answer of the
+*source*, the run that training starts from, whose data may have other classes:
 
     weight(s) [ |D(x_s, c) - x|^2 + gamma (|D(x_s, c) - t|^2 - |D(x_s, c) - e|^2) ].
 
@@ -23,6 +24,15 @@ takes only e from the network. MCLR with negatives from the posterior has the op
 w = gamma / (1 + gamma): the average has learned the guidance, and D_c + w (D - e) has the fixed
 point D_c + gamma (D_c - e). If the strength is an input of the network, the average is asked at
 strength 0, where it is D_c, and w is gamma.
+
+With the source as the wrong explanation and the average as the teacher, "mixed" is DogFit (arXiv
+2508.05685): w there is 1 + gamma / (1 + gamma), and 1 + gamma with the strength as an input; its
+late start and its cut-off are step_interval and sigma_interval. Its optimum, D_c + gamma (D_c - e),
+is domain guidance (DoG, arXiv 2504.01521) in one call. The score of e is that of the source's data
+q, so that an exact network samples p_c (p_c / q)^gamma = p_c (p_c / p)^gamma (p / q)^gamma, up to
+the order of noising and powers: guidance to the class, which the own null answer has alone, and
+away from the source's domain. An error of e enters as -gamma times itself. Not in DogFit: the other
+targets, the teacher that is frozen, and the contrast with a wrong label beside.
 """
 
 import dataclasses
@@ -55,13 +65,16 @@ class NullMCLR(Objective):
     beta: float = key(1.0, 0.0, 1e6, says="gamma of the optimum; times config.class_strengths, or "
                       "replaced by config.strength")  # fmt: skip
     label_dropout: float = base.label_dropout()
-    wrong: str = key("null", words=("null", "weak"), says="e is the teacher's answer at the null "
-                     "label, or that of config.companions.weak at the same label (autoguidance, "
-                     "arXiv 2406.02507, in one call)")  # fmt: skip
+    wrong: str = key("null", words=("null", "weak", "source"), says="e is the teacher's answer at "
+                     "the null label; that of config.companions.weak at the same label "
+                     "(autoguidance, arXiv 2406.02507, in one call); or that of the run in "
+                     "config.init_from at its null label, whatever its classes")  # fmt: skip
     teacher: str = key("reference", words=("reference", "average"), says="frozen network: that of "
                        "config.init_from, or the first average of the weights")  # fmt: skip
     target: str = key("mixed", words=("data", "mixed", "reference"), says="see the formula")
     sigma_interval: tuple[float, ...] = base.sigma_interval()
+    step_interval: tuple[float, ...] = key((), 0.0, ordered=True, says="contrast only in training "
+                                           "steps low < step <= high, counted from 1")  # fmt: skip
     wrong_label: float = key(0.0, 0.0, 1e6, says="factor of the contrast with a random wrong label")
     wrong_label_scale: float = key(0.025, 0.0, 1e9, "(", says="a gamma of that contrast")
     negative_share: float = base.negative_share("that contrast")
@@ -69,15 +82,26 @@ class NullMCLR(Objective):
     @property
     def needs(self) -> frozenset[str]:
         needs = {
-            self.teacher: self.wrong == "null" or self.target != "data",
             "weak": self.wrong == "weak",
+            "step": bool(self.step_interval),
         }
         found = {name for name, needed in needs.items() if needed} | {"class_strengths"}
+        found |= {self.teacher} if self._asks_teacher else set()
+        found |= {"reference"} if self.wrong == "source" else set()
         return frozenset(found | ({"reference", "class_prior"} if self.wrong_label else set()))
 
     @property
+    def _asks_teacher(self) -> bool:
+        return self.wrong == "null" or self.target != "data"
+
+    @property
     def reads_null(self) -> frozenset[str]:
-        return frozenset({self.teacher} if self.wrong == "null" else set())
+        return frozenset({"null": {self.teacher}, "source": {"reference"}}.get(self.wrong, set()))
+
+    @property
+    def reads_only_null(self) -> frozenset[str]:
+        labels = self.wrong_label or (self._asks_teacher and self.teacher == "reference")
+        return frozenset({"reference"} if self.wrong == "source" and not labels else set())
 
     def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
         """Loss (B,) and metrics; raises ValueError unless 1 / negative_share divides the rows.
@@ -91,6 +115,8 @@ class NullMCLR(Objective):
         noisy = noisy._replace(condition=condition)
         x, sigma, condition, _ = noisy
         gamma = base.contrast_strength(problem, noisy, beta, self.sigma_interval)
+        if self.step_interval and batch.step is not None:  # None: held-out examples
+            gamma = jnp.where(base.inside(batch.step + 1, self.step_interval), gamma, 0.0)
         if self.teacher == "average" and not problem.strength:  # which has learned the guidance
             gamma = gamma / (1 + gamma)
         metrics: Metrics = {}
@@ -127,7 +153,7 @@ class NullMCLR(Objective):
         """x + gamma (t - e) and e, of x0's shape; gamma is (B,)."""
         x, sigma, condition, _ = noisy
         right = x0
-        if self.teacher in self.needs:
+        if self._asks_teacher:
             labels = [] if self.target == "data" else [condition.label]
             if self.wrong == "null":
                 labels.append(problem.null_label)
@@ -135,5 +161,8 @@ class NullMCLR(Objective):
             right, wrong = x0 if self.target == "data" else answers[0], answers[-1]
         if self.wrong == "weak":
             wrong = models.frozen["weak"].denoise(x, sigma, condition)
+        elif self.wrong == "source":
+            nothing = with_label(condition, problem.null_label)
+            wrong = models.frozen["reference"].denoise(x, sigma, nothing)
         start = right if self.target == "reference" else x0
         return start + expand(gamma, x) * (right - wrong), wrong

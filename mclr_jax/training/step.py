@@ -87,6 +87,8 @@ def make_update(task: Task, axis_name: str | None = None) -> Callable:
         held = frozen | {"average": task.default(state.params, state.ema)}
         # The key is made in the program: one that is captured is read back from the device.
         keys = example_keys(task.step_key, state.step, batch["index"])
+        if "step" in task.needs:
+            batch = batch | {"step": jnp.full_like(batch["index"], state.step)}
         gradients, metrics = _gradients(task, state.params, held, batch, keys)
         if axis_name is not None:
             gradients = jax.lax.pmean(gradients, axis_name)
