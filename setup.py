@@ -99,7 +99,7 @@ setup(
         "tensorboard": TENSORBOARD,
         "torch": ["torch>=2.4,<3", "diffusers>=0.42,<0.43"],
         "wandb": WANDB,
-        "xarray": [*XARRAY, "h5netcdf>=1.4,<2", "zarr>=3,<4"],  # also NetCDF 4 and Zarr
+        "xarray": [*XARRAY, "netcdf4>=1.7,<2", "zarr>=3,<4"],  # also NetCDF 4 and Zarr
         "cuda": ["jax[cuda12]>=0.9,<0.13"],
         "tpu": TPU,
         # The compilers of this jax, for chips that need not be there.

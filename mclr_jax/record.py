@@ -13,6 +13,7 @@ from absl import logging
 from mclr_jax import __version__, parts
 from mclr_jax.config import Training
 from mclr_jax.data.protocol import Source, evenly, names_of
+from mclr_jax.data.sources import place_of
 from mclr_jax.files import as_json, digest, flat, provenance, write_json
 from mclr_jax.model import Model
 from mclr_jax.training.devices import banner
@@ -69,8 +70,7 @@ def places(config: Mapping[str, Any], origin: Mapping[str, Any] = {}) -> dict[st
     _, _, path = config.get("evaluate", {}).get("features", "").partition(":")
     values["evaluate.features"] = path  # of a classifier or a file of weights
     for key in ("name", "test", "generated"):
-        kind, _, path = config["data"][key].partition(":")
-        values[f"data.{key}"] = path if kind in ("npz", "zip", "folder") else ""
+        values[f"data.{key}"] = place_of(config["data"][key])
     return found | {key: path for key, path in values.items() if path}
 
 

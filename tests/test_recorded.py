@@ -8,7 +8,7 @@ import pytest
 from mclr_jax import configs
 from mclr_jax.config import Training
 from mclr_jax.data import recorded
-from mclr_jax.data.sources import Data
+from mclr_jax.data.sources import Data, at, place_of
 from mclr_jax.extras import MissingExtraError
 
 # trajectory i, frame k, coordinate j: a number that says all three
@@ -196,3 +196,14 @@ def test_other_files_are_refused(saved, tmp_path):
     (tmp_path / "text.npy").write_text("text")
     with pytest.raises(ValueError, match="no readable file of NumPy"):
         source(f"npy:{tmp_path / 'text.npy'}")
+
+
+def test_a_moved_run_finds_them_where_they_are_now(saved, tmp_path):
+    """A run stores the paths of its data; the name of a format without a file is no path."""
+    assert [place_of(name) for name in ("npy:a/x.npy", "zarr:x", "tfds:x", "digits")] == [
+        "a/x.npy", "x", "", ""]  # fmt: skip
+    name = saved()
+    assert at(name.removeprefix("npy:")) == name
+    (tmp_path / "x.zarr").mkdir()
+    assert at(str(tmp_path / "x.zarr")) == f"zarr:{tmp_path / 'x.zarr'}"
+    assert Data("npy:gone.npy").moved(name.removeprefix("npy:")).name == name

@@ -191,7 +191,7 @@ def test_config_of_ones_own():
 @pytest.mark.parametrize(("name", "split", "options", "message"), [
     ("digit", "train", {}, "Did you mean 'digits'"),
     ("fashion-mnist", "train", {}, "Did you mean 'fashion_mnist'"),
-    ("qqq", "train", {}, "Known: digits, fashion_mnist, folder, mixture, npz, tfds, zip"),
+    ("qqq", "train", {}, "Known: digits, fashion_mnist, folder, mixture, nc, npy, npz, tfds, z"),
     ("zip", "train", {}, "expected 'zip:PATH'"),
     ("digits:8", "train", {}, "expected 'digits'"),
     ("digits", "valid", {}, r"expected one of \['train', 'test', 'all'\]"),

@@ -92,7 +92,7 @@ def _xarray(path: str, array: str) -> Any:
     """A variable of a NetCDF file or a Zarr store, not yet read."""
     library = extras.needed("xarray", "xarray")
     with named(f"{path} cannot be opened by xarray"):
-        data = library.open_dataset(path)
+        data = library.open_dataset(path, decode_times=False)
     return data[_name(path, array, map(str, data.data_vars))].variable
 
 

@@ -69,6 +69,12 @@ def options_of(name: str) -> Collection[str]:
     return getattr(loader, "__kwdefaults__", None) or ()
 
 
+def place_of(name: str) -> str:
+    """The path in the name of a source; empty: it has none."""
+    kind, _, path = name.partition(":")
+    return path if FORMATS.get(kind, (None, ""))[1] == "PATH" else ""
+
+
 def at(place: str) -> str:
     """The name of the source in a folder, a zip or an npz file; other names stay."""
     path = pathlib.Path(place)
@@ -162,7 +168,7 @@ class Data(Keys):
 
     def moved(self, place: str) -> "Data":
         """The same data at another place: a source, see `load`, or the folder `path`."""
-        if self.name.startswith(("folder:", "zip:", "npz:", "npy:", "nc:", "zarr:")):
+        if place_of(self.name):
             place = at(place)
         _, argument = FORMATS.get(place, (None, "PATH"))
         if ":" in place or not argument:
