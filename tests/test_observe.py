@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -327,3 +329,14 @@ def test_a_file_has_them_as_arrays_and_a_flag_is_in_place_of_its_operator(tmp_pa
 def test_operators_that_cannot_be_meant_are_refused(description, message):
     with pytest.raises(ValueError, match=message):
         Observations(values(m=3), observe.operator_of(description), 0.1).for_states((3,))
+
+
+def test_the_operator_of_the_page_is_one():
+    """The wind speed of docs/extending.md at two places."""
+    page = (pathlib.Path(__file__).parent.parent / "docs" / "extending.md").read_text()
+    code = re.search(r"```python\n(# my_project/operators.*?)```", page, re.DOTALL)[1]
+    exec(code, names := {"__name__": __name__})
+    operator = Operator(observe.Own(names["Speed"]((3, 7), (4, 5))))
+    assert operator.size(FIELDS.shape[2:]) == 2
+    want = np.hypot(FIELDS[..., 0], FIELDS[..., 1])[:, :, [3, 7], [4, 5]]
+    np.testing.assert_allclose(operator(FIELDS), want, atol=1e-3)

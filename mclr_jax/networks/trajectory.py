@@ -58,7 +58,8 @@ class _TrajectoryNetwork(Network):
             expected = "(B, F, d)" if axes == 3 else "(B, F, H, W, C)"
             raise ValueError(
                 f"x has shape {x.shape} and c_noise {c_noise.shape}; "
-                f"{type(self).__name__} expects x {expected} and c_noise (B, F)"
+                f"{type(self).__name__} expects x {expected} and c_noise (B, F). "
+                "config.network is `trajectory` for states, `frame_dit` for fields"
             )
         if self.width % self.heads:
             raise ValueError(
@@ -94,7 +95,8 @@ class Trajectory(_TrajectoryNetwork):
         if frames % p:
             raise ValueError(
                 f"x has {frames} frames, not divisible by frames_per_token {p}: add "
-                f"{-frames % p} frames of pure noise at the highest level"
+                f"{-frames % p} frames of pure noise at the highest level, or in training set "
+                "config.data.frames"
             )
         patch = self.patch or x.shape[2]
         if x.shape[2] % patch:
