@@ -142,7 +142,7 @@ def _run(written: pathlib.Path | None) -> tuple[list, dict]:
     total = count * len(scales) * len(EMAS.value) * len(places)
     with Progress(total, "sample") as progress:
         rows = evaluate.evaluate(
-            run, extractor, real, **options, guided=guided, guidance_scales=scales,
+            run, extractor, real, **options, floor=floor, guided=guided, guidance_scales=scales,
             averages=EMAS.value, interpolations=places, batch_size=BATCH_SIZE.value,
             progress=progress.update,
         )  # fmt: skip

@@ -2,8 +2,8 @@
 
   mclr report runs/digits runs/digits_mclr --out=report.html --guidance_scales=1,1.5,2
 
-The page is one file, without server or network. Samples of all runs start from the same noise; a
-slider selects the guidance scale. The metrics are the rows that mclr evaluate has stored.
+The page is one file, without server, network or scripts. Samples of all runs start from the same
+noise, at the selected guidance scale. The metrics are the rows that mclr evaluate has stored.
 """
 
 from absl import flags

@@ -290,6 +290,7 @@ def test_the_command_writes_rows_and_the_floor(made, tmp_path):
     assert result["floor"] == pytest.approx({"samples": COUNT, **expected}, rel=1e-6)
     assert expected["memorized"] < 0.5  # of the training set all are
     for row in result["rows"]:
+        assert row["floor"] == result["floor"]  # for the report
         assert {"memorized", "autoguidance", "step", "revision"} < row.keys()
         assert row["class_strengths"] == [0.5] * 10
         assert row["command"].startswith(f"python -m launch.evaluate --workdir={folder / 'base'}")

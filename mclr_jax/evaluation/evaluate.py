@@ -115,13 +115,18 @@ def judged(
     return found
 
 
+def title(row: Mapping[str, Any]) -> str:
+    """The settings that tell the rows of a run apart, or the place of other samples."""
+    name = row.get("samples_from") or f"{row['average']} scale {row['guidance_scale']:g}"
+    place = f" interpolation {row['interpolation']:g}" if "interpolation" in row else ""
+    return name.strip() + place
+
+
 def table(rows: Iterable[Mapping[str, Any]], floor: Mapping[str, Any] = {}) -> str:
     """The measures of rows, and of the floor, with a column for each that one of them has."""
     named = {"real, held out": floor} if floor else {}
     for row in rows:
-        name = row.get("samples_from") or f"{row['average']} scale {row['guidance_scale']:g}"
-        place = f" interpolation {row['interpolation']:g}" if "interpolation" in row else ""
-        named[name.strip() + place] = row
+        named[title(row)] = row
     names, width = ("accuracy", *METRICS, "memorized", "network_calls"), max(map(len, named))
     columns = [name for name in names if any(name in row for row in named.values())]
     lines = [" ".join([" " * width, *(f"{name:>12s}" for name in columns)])]
@@ -231,6 +236,7 @@ def evaluate(
     averages: Iterable[str] = ("",),
     interpolations: Iterable[float] = (1.0,),
     training: Source | None = None,  # images, to find copies of them: column `memorized`
+    floor: Mapping[str, Any] = {},  # measures of held-out images, stored with each new row
     batch_size: int = 256,
     progress: Callable[[int], Any] = lambda count: None,  # called with the number of new samples
 ) -> list[dict[str, Any]]:
@@ -283,6 +289,7 @@ def evaluate(
             pixels = latents.as_8_bits(samples, decode)
             found = judged(pixels, labels, extractor, real, names, judge, training)
             rows.append({**settings, **found, **cost, **made_by})
+            rows[-1] |= {"floor": dict(floor)} if floor else {}
             if is_first():
                 write_json(path, rows[-1])
     return rows

@@ -1,9 +1,8 @@
-"""A web page that compares runs: one file, without server or network."""
+"""A web page that compares runs: one file, without server, network or scripts."""
 
 import base64
 import dataclasses
 import html
-import io
 import json
 import pathlib
 import string
@@ -12,17 +11,27 @@ from typing import Any
 
 import numpy as np
 
-from mclr_jax import extras, generate, images, latents
-from mclr_jax.evaluation.evaluate import remark
+from mclr_jax import generate, images, latents, sampling
+from mclr_jax.data.protocol import caption
+from mclr_jax.evaluation.charts import chart, look
+from mclr_jax.evaluation.evaluate import remark, title
 from mclr_jax.files import flat, read_lines
-from mclr_jax.labels import warn_untrained
 from mclr_jax.runs import load
 
 PAGE = string.Template(pathlib.Path(__file__).with_suffix(".html").read_text())
-FIRST = ("loss", "eval_loss", "accuracy", "eval_accuracy", "error", "eval_error")
-SETTINGS = ("step", "average", "interpolation", "guidance_scale", "class_strengths",
-            "guidance_interval", "guidance_channels", "autoguidance", "samples",
-            "features")  # fmt: skip
+# Which values of a metric are better, as in docs/evaluation.md. Columns and charts have this order;
+# charts of other metrics are folded away.
+BETTER = {
+    "frechet": "↓", "accuracy": "↑", "sample_accuracy": "↑", "per_class_frechet": "↓",
+    "inter_class_frechet": "↑", "inception_score": "↑", "kernel": "↓", "precision": "↑",
+    "recall": "↑", "density": "↑", "coverage": "↑", "memorized": "↓", "network_calls": "↓",
+    "samples_per_second": "↑", "loss": "↓", "error": "↓", "margin": "↑", "positive_ratio": "↑",
+    "negative_ratio": "↓", "weight_ess": "↑", "weight_max": "↓", "unbounded": "↓", "icr": "↓",
+    "icr_memorized": "↓", "images_per_second": "↑",
+}  # fmt: skip
+APART = ("loss", "accuracy", "negative_error", "negative_ratio")  # each objective has its own
+SETTINGS = ("step", "samples", "features", "class_strengths", "guidance_interval",
+            "guidance_channels", "autoguidance")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +42,10 @@ class Column:
     config: dict[str, Any]  # flat, with dots for levels
     curves: dict[str, tuple[list[float], list[float]]]  # metric -> (steps, values) as logged
     rows: list[dict[str, Any]]  # of mclr evaluate
-    grids: dict[float, bytes]  # guidance scale -> PNG of samples
+    grids: dict[float, np.ndarray]  # guidance scale -> picture (H, W, 3), or trajectories (n, T)
     note: str = ""  # why there are none
+    classes: tuple[str, ...] = ()  # names of the rows of pictures
+    number: int = 0  # of its colour, kind of line and switch
 
 
 def read(
@@ -46,7 +57,8 @@ def read(
 ) -> Column:
     """The data of the run in `workdir`; FileNotFoundError if it is not the directory of a run.
 
-    A denoiser is sampled at each scale, from the same noise; options of `generate.generate`.
+    A denoiser is sampled at each scale, from the same noise; options of `generate.generate`. Of
+    trajectories (T, d) the page shows the first coordinate.
     """
     workdir, run = pathlib.Path(workdir), load(workdir)
     curves: dict[str, tuple[list[float], list[float]]] = {}
@@ -59,127 +71,168 @@ def read(
     stored = sorted((workdir / "evaluation").glob("*.json"))
     rows = [json.loads(path.read_text()) for path in stored]
     rows.sort(key=lambda row: (row["average"], row["guidance_scale"]))
-    grids, note = {}, ""
-    if guidance_scales and not run.model.is_classifier:
-        params, decode = run.weights()[0], latents.decoder(run.data, run.model)
-        warn_untrained(run, [0], guided.at(max(guidance_scales, key=lambda s: abs(s - 1))))
-        labels = np.tile(np.arange(run.model.null_label), per_class)
-        for scale in map(float, guidance_scales):
-            samples = generate.generate(
-                run.model, params, labels, run.sampler, guided=guided.at(scale), **options
-            )
-            if (shown := latents.shown(samples, decode)) is not None:
-                grids[scale] = images.png(images.picture(shown, labels, per_class, run.class_names))
-            else:
-                note = latents.UNSEEN.format(samples.shape[-1])
-    return Column(workdir.name, flat(dict(run.config)), curves, rows, grids, note)
+    grids, note, shape, count = {}, "", run.model.data.shape, run.model.null_label
+    labels = np.tile(np.arange(count), per_class)
+    for scale in () if run.model.is_classifier else map(float, guidance_scales):
+        samples, shown = sampling.draw(run, labels, guided.at(scale), **options)
+        if len(shape) == 2:
+            grids[scale] = samples[:, :, 0]
+        elif shown is not None and len(shape) < 4:
+            grids[scale] = images.picture(shown, labels, per_class, captions=False)
+        else:
+            note = latents.UNSEEN.format(shape[-1]) if shown is None else f"No picture of {shape}."
+    names = [caption(i, run.class_names) if count > 1 else "" for i in range(count)]
+    classes = tuple(names) if len(shape) == 3 else ()
+    return Column(workdir.name, flat(dict(run.config)), curves, rows, grids, note, classes)
 
 
 def page(runs: Sequence[Column]) -> str:
     """The page as HTML; a number is added to the name of a run if another run has that name."""
     names = [one.name for one in runs]
     names = [f"{name} ({i + 1})" if name in names[:i] else name for i, name in enumerate(names)]
-    runs = [dataclasses.replace(one, name=name) for one, name in zip(runs, names, strict=True)]
-    sections = {"Samples": _samples, "Metrics": _metrics, "Curves": _curves, "Configs": _configs}
-    links = "".join(f'<a href="#{title}">{title}</a> ' for title in sections)
-    body = "".join(
-        f'<section aria-labelledby="{title}"><h2 id="{title}">{title}</h2>{content(runs)}</section>'
-        for title, content in sections.items()
-    )
-    return PAGE.substitute(title=html.escape(" · ".join(names)), links=links, body=body)
+    runs = [dataclasses.replace(x, name=names[i], number=i) for i, x in enumerate(runs)]
+    boxes = {f"run-{i}": f"[data-run='{i}']" for i in range(len(runs))}
+    boxes |= {f"scale-{i}": f"[data-scale='{x:g}']" for i, x in enumerate(_scales(runs))}
+    return PAGE.substitute(
+        title=html.escape(" · ".join(names)),
+        runs="".join(_box("checkbox", f"run-{x.number}", _mark(x)) for x in runs),
+        hidden=",\n".join(f"body:has(#{x}:not(:checked)) {y}" for x, y in boxes.items()),
+        metrics=_metrics(runs), samples=_samples(runs), curves=_curves(runs),
+        configs=_configs(runs),
+    )  # fmt: skip
 
 
-def _samples(runs: Sequence[Column]) -> str:
-    scales = sorted({scale for one in runs for scale in one.grids})
-    notes = "".join(f"<p>{html.escape(f'{x.name}: {x.note}')}</p>" for x in runs if x.note)
-    if not scales:
-        return notes or "<p>No samples were asked for (--guidance_scales).</p>"
-    figures = ""
-    for one in runs:
-        pictures = ""
-        for scale, content in sorted(one.grids.items()):
-            text = f"Samples of {one.name} at guidance scale {scale:g}, a class in each row"
-            hidden = "" if scale == scales[0] else "hidden"
-            pictures += _picture(text, "png", content, f'data-scale="{scale:g}" {hidden}')
-        figures += f"<figure>{pictures}<figcaption>{html.escape(one.name)}</figcaption></figure>"
-    ticks = " ".join(f"{scale:g}" for scale in scales)
-    return (
-        f'{notes}<p><label for="scale">Guidance scale</label> '
-        f'<input id="scale" type="range" value="0" min="0" max="{len(scales) - 1}" '
-        f'data-scales="{ticks}"> '
-        f'<output for="scale" id="scale-value"></output></p><div class="side">{figures}</div>'
-    )
+def _box(kind: str, name: str, content: str, checked: bool = True) -> str:
+    kind = f'type="{kind}" name="{kind}" {"checked" if checked else ""}'
+    return f'<label><input id="{name}" {kind}> {content}</label> '
 
 
-def _picture(text: str, kind: str, content: bytes, attributes: str = "") -> str:
-    data = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-    return f'<img alt="{html.escape(text)}" {attributes} src="{data}">'
+def _mark(one: Column, more: str = "") -> str:
+    """The name of a run after a line of its colour and kind."""
+    style = "--colour: {}; --line: {}".format(*look(one.number))
+    text = f"{html.escape(one.name)} <small>{html.escape(more)}</small>"
+    return f'<span class="mark" style="{style}">{text}</span>'
+
+
+def _plain(key: str) -> str:
+    return key.removeprefix("eval_")
 
 
 def _metrics(runs: Sequence[Column]) -> str:
-    rows = [(one.name, row) for one in runs for row in one.rows]
+    rows = [(one, row) for one in runs for row in one.rows]
     if not rows:
         return "<p>No run was evaluated yet (mclr evaluate).</p>"
-    numeric = [k for _, row in rows for k, value in row.items() if isinstance(value, int | float)]
-    remarks = f"<p>{html.escape(remark(row for _, row in rows))}</p>"
-    keys = [key for key in dict.fromkeys([*SETTINGS, *numeric]) if key != "seed"]
-    return _table(["run", *keys], ([name, *map(row.get, keys)] for name, row in rows)) + remarks
+    every = [{**row["floor"], "features": row["features"]} for _, row in rows if row.get("floor")]
+    floors = [floor for i, floor in enumerate(every) if floor not in every[:i]]
+    values = {key: [row.get(key) for _, row in rows] for key in SETTINGS}
+    same = {key: x[0] for key, x in values.items() if all(value == x[0] for value in x)}
+    keys = [key for key in BETTER if any(key in row for _, row in rows)]
+    keys += [key for key in SETTINGS if key not in same]
+    lines: list[Any] = [(None, "real, held out", map(row.get, keys)) for row in floors]
+    lines += [(one, _mark(one, title(row)), map(row.get, keys)) for one, row in rows]
+    fixed = ", ".join(f"{key} {value}" for key, value in same.items() if value is not None)
+    text = f"All rows: {fixed}. " if fixed else ""
+    text += remark((row for _, row in rows), floors[0] if len(floors) == 1 else {})
+    head = ["run", *(f"{key} {BETTER.get(key, '')}" for key in keys)]
+    return f"{_table(head, lines)}<p>{html.escape(text)}</p>"
 
 
-def _configs(runs: Sequence[Column]) -> str:
-    head = ["key", *(one.name for one in runs)]
-    keys = sorted({key for one in runs for key in one.config})
-    rows = [[key, *(one.config.get(key, "not set") for one in runs)] for key in keys]
-    differing = [row for row in rows if any(value != row[1] for value in row[1:])]
-    changed = f"<p>Keys that differ:</p>{_table(head, differing)}"
-    first = changed if differing else "<p>All keys are the same.</p>"
-    return f"{first}<details><summary>All keys</summary>{_table(head, rows)}</details>"
+def _scales(runs: Sequence[Column]) -> list[float]:
+    return sorted({scale for one in runs for scale in one.grids})
+
+
+def _samples(runs: Sequence[Column]) -> str:
+    notes = "".join(f"<p>{html.escape(f'{x.name}: {x.note}')}</p>" for x in runs if x.note)
+    if not (scales := _scales(runs)):
+        return notes or "<p>No samples were asked for (--guidance_scales).</p>"
+    boxes = (_box("radio", f"scale-{i}", f"{x:g}", i == 0) for i, x in enumerate(scales))
+    return (
+        f"{notes}<fieldset><legend>Guidance scale</legend>{''.join(boxes)}</fieldset>"
+        f'<div class="side">{"".join(_pictures(one) for one in runs if one.grids)}</div>'
+    )
+
+
+def _pictures(one: Column) -> str:
+    """The samples of a run; small images are enlarged to about 56 pixels, by a whole number."""
+    found, zoom = "", 1
+    for scale, array in sorted(one.grids.items()):
+        text = f"Samples of {one.name} at guidance scale {scale:g}"
+        if array.ndim == 2:
+            frames = np.arange(array.shape[1])
+            picture = chart(text, [(one.number, frames, values) for values in array], "frame")
+        else:
+            height, width, _ = array.shape
+            if one.classes:
+                side = (height - images.MARGIN) // len(one.classes) - images.MARGIN
+                zoom = max(1, round(56 / side))
+            data = f"data:image/png;base64,{base64.b64encode(images.png(array)).decode()}"
+            picture = f'<img alt="{html.escape(text)}" width="{zoom * width}" src="{data}">'
+        found += f'<div data-scale="{scale:g}">{picture}</div>'
+    names = "".join(f"<li>{html.escape(name)}</li>" for name in one.classes)
+    rows = f'<ul style="--edge: {zoom * images.MARGIN // 2}px">{names}</ul>' if names else ""
+    return (
+        f'<figure data-run="{one.number}"><figcaption>{_mark(one)}</figcaption>'
+        f'<div class="grid">{rows}<div>{found}</div></div></figure>'
+    )
 
 
 def _curves(runs: Sequence[Column]) -> str:
-    keys = {key for one in runs for key in one.curves}
-    ordered = [key for key in FIRST if key in keys] + sorted(keys - {*FIRST})
-    charts = (_chart(key, [one for one in runs if key in one.curves]) for key in ordered)
-    return f'<div class="side">{"".join(charts)}</div>' if keys else "<p>Nothing was logged.</p>"
+    groups: dict[tuple[str, str], list[Column]] = {}
+    for one in runs:
+        for key in one.curves:
+            objective = one.config.get("objective.name", "") if _plain(key) in APART else ""
+            groups.setdefault((key, objective), []).append(one)
+    parts = ["", ""]
+    ranks, last = {key: rank for rank, key in enumerate(BETTER)}, len(BETTER)
+    for key, objective in sorted(groups, key=lambda group: ranks.get(_plain(group[0]), last)):
+        parts[_plain(key) not in BETTER] += _curve(key, objective, groups[key, objective])
+    shown, folded = (f'<div class="charts">{part}</div>' if part else "" for part in parts)
+    more = f"<details><summary>Curves for diagnosis</summary>{folded}</details>" if folded else ""
+    return shown + more or "<p>Nothing was logged.</p>"
 
 
-def _chart(key: str, runs: Sequence[Column]) -> str:
-    """A metric over training steps; the axis is logarithmic if max / min of the values > 100."""
-    make = extras.needed("matplotlib.figure", "figures").Figure
-    style = extras.needed("matplotlib.style", "figures")
-    labels, picture = [], io.BytesIO()
-    with style.context("tableau-colorblind10"):
-        drawing = make(figsize=(4.8, 2.8 + 0.2 * len(runs)), layout="constrained")
-        axes = drawing.subplots()
-        for number, one in enumerate(runs):
-            steps, values = np.array(one.curves[key], np.float64)
-            steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
-            line = ("-", "--", ":", "-.")[number % 4]
-            marker = "o" if len(steps) <= 30 else ""  # a single point has no line
-            axes.plot(steps, values, line + marker, markersize=3)
-            last = f"{values[-1]:.4g} at step {steps[-1]:.0f}" if len(steps) else "no finite value"
-            labels.append(f"run {one.name}: {last}")
-        low, high = axes.dataLim.intervaly
-        axes.set(xlabel="step", yscale="log" if 0 < 100 * low < high else "linear")
-        axes.grid(alpha=0.3)
-        shown = [label.replace("$", r"\$") for label in labels]  # a plain $ begins a formula
-        drawing.legend(axes.lines, shown, loc="outside lower left", fontsize=8)
-        drawing.savefig(picture, format="svg")
-    text = "; ".join([f"{key} over training steps", *labels])
-    image = _picture(text, "svg+xml", picture.getvalue())
-    return f"<figure><figcaption>{html.escape(key)}</figcaption>{image}</figure>"
+def _curve(key: str, objective: str, runs: Sequence[Column]) -> str:
+    """A metric over training steps: the last values, and a chart if a run has several."""
+    lines, marks = [], ""
+    name = " ".join(filter(None, [key, objective and f"of {objective}", BETTER.get(_plain(key))]))
+    words = [name]
+    for one in runs:
+        steps, values = np.array(one.curves[key], np.float64)
+        steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
+        last = f"{values[-1]:.4g} at step {steps[-1]:.0f}" if len(steps) else "no finite value"
+        lines.append((one.number, steps, values))
+        words.append(f"run {one.name}: {last}")
+        marks += f'<li data-run="{one.number}">{_mark(one, last)}</li>'
+    several = any(len(steps) > 1 for _, steps, _ in lines)
+    drawn = chart("; ".join(words), lines, "step") if several else ""
+    return f"<figure><figcaption>{html.escape(name)}</figcaption>{drawn}<ul>{marks}</ul></figure>"
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+def _configs(runs: Sequence[Column]) -> str:
+    head = ["key", *map(_mark, runs)]
+    keys = sorted({key for one in runs for key in one.config})
+    rows = [
+        (None, html.escape(key), [one.config.get(key, "not set") for one in runs]) for key in keys
+    ]
+    differing = [row for row in rows if any(value != row[2][0] for value in row[2])]
+    changed = f"<p>Keys that differ:</p>{_table(head, differing)}"
+    first = changed if differing else "<p>All keys are the same.</p>" * (len(runs) > 1)
+    return f"{first}<details><summary>All keys</summary>{_table(head, rows)}</details>"
+
+
+def _table(head: Iterable[str], rows: Iterable[tuple[Column | None, str, Iterable[Any]]]) -> str:
+    """A table in a box that scrolls. Of a row: its run, if it is of one, its title and values."""
+
     def cell(value: Any) -> str:
         text = f"{value:.4g}" if isinstance(value, float) else str(value)
         return "" if value is None else html.escape(text)
 
-    titles = "".join(f'<th scope="col">{html.escape(title)}</th>' for title in head)
+    titles = "".join(f'<th scope="col">{title}</th>' for title in head)
     lines = ""
-    for first, *rest in rows:
-        cells = "".join(f"<td>{cell(value)}</td>" for value in rest)
-        lines += f'<tr><th scope="row">{cell(first)}</th>{cells}</tr>'
+    for one, name, values in rows:
+        of = f' data-run="{one.number}"' if one else ""
+        cells = "".join(f"<td>{cell(value)}</td>" for value in values)
+        lines += f'<tr{of}><th scope="row">{name}</th>{cells}</tr>'
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="Table"><table>'
         f"<thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table></div>"
