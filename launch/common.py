@@ -45,6 +45,9 @@ SHARED: dict[str, tuple] = {
                           {"lower_bound": 1}),
     "autoguidance": (flags.DEFINE_string, None, "Directory of a weaker run, the weak model of the "
                      "guidance."),
+    "domain_guidance": (flags.DEFINE_string, None, "Directory of the run that this one was "
+                        "fine-tuned from: its answer without a class is the weak model, whatever "
+                        "its classes (DoG, arXiv 2504.01521)."),
     "resolution": (flags.DEFINE_integer, 0, "Crop and resize to this size; 0: as they are.",
                    {"lower_bound": 0}),
     "labels": (flags.DEFINE_string, "", "CSV file of file names and classes; default: those of "
@@ -53,7 +56,8 @@ SHARED: dict[str, tuple] = {
                "the path of a file NAME.py; each of its keys is a flag, too. It may come first, "
                "without --config=."),
 }  # fmt: skip
-GUIDANCE = ("class_strengths", "guidance_interval", "guidance_channels", "autoguidance")
+GUIDANCE = ("class_strengths", "guidance_interval", "guidance_channels", "autoguidance",
+            "domain_guidance")  # fmt: skip
 
 # Errors of the library on bad input or a broken run; other errors are bugs, shown in full.
 USER_ERRORS = (ValueError, OSError, RuntimeError, FloatingPointError, MissingExtraError)
@@ -107,13 +111,15 @@ def guidance(run: runs.Run, scale: float = 1.0) -> Guidance:
     found = flags.FLAGS.flag_values_dict()
     interval = numbers(flags.FLAGS["guidance_interval"], float, 2)
     factors = class_strengths(found["class_strengths"], run.model.null_label)
-    weak = None
-    if path := found["autoguidance"]:
-        other = runs.load(path)
-        runs.check_companion("autoguidance", path, other.model, run.model.data, run.data.name)
+    weak, (name, *both) = None, [x for x in GUIDANCE[-2:] if found[x]] or [""]
+    if both:
+        stop("Guidance is by one weak model: give --autoguidance or --domain_guidance.")
+    if name:
+        other = runs.load(path := found[name])
+        runs.check_companion(name, path, other.model, run.model.data, run.data.name)
         weak = other.model, other.weights()[0]
-    interval = tuple(interval) if interval else None
-    return Guidance(scale, factors, interval, weak, found["guidance_channels"])
+    interval, domain = tuple(interval) if interval else None, name == "domain_guidance"
+    return Guidance(scale, factors, interval, weak, found["guidance_channels"], domain)
 
 
 def made_by(workdir: str, step: int, average: str, params: Any) -> dict[str, Any]:

@@ -29,7 +29,8 @@ class Guidance:
 
     A sample of class c has the scale 1 + (scale - 1) class_strengths[c]. A network with the
     strength as an input gets that scale - 1 instead of a second call. Autoguidance
-    (arXiv:2406.02507) has a smaller or less trained model in place of the null label.
+    (arXiv:2406.02507) has a smaller or less trained model in place of the null label. Domain
+    guidance (arXiv:2504.01521) has the null answer of the model that a fine-tuning started from.
     """
 
     scale: float = 1.0  # of classifier-free guidance; 1 is none
@@ -37,6 +38,7 @@ class Guidance:
     interval: tuple[float, float] | None = None  # (low, high] of sigma; None: all
     weak: tuple[Model, Any] | None = None  # (model, params) for autoguidance
     channels: int | None = None  # guide only this number of first channels; None: all
+    domain: bool = False  # the weak model is asked at its null label, whatever its classes
 
     def __post_init__(self):
         in_range("guidance_scale", self.scale, -math.inf)
@@ -78,7 +80,8 @@ class Guidance:
     def settings(self) -> dict[str, Any]:
         """Entries of a file about the guidance, beside its scale; other files keep their keys."""
         found: dict[str, Any] = {"guidance_interval": self.interval and list(self.interval)}
-        found |= {"autoguidance": digest(self.weak[1])} if self.weak else {}
+        name = "domain_guidance" if self.domain else "autoguidance"
+        found |= {name: digest(self.weak[1])} if self.weak else {}
         found |= {"guidance_channels": self.channels} if self.channels else {}
         strengths = self.class_strengths
         return found | ({} if strengths is None else {"class_strengths": list(strengths)})
@@ -114,7 +117,7 @@ def _with_strength(denoise: DenoiseFn, strength: Any, interval: Any) -> DenoiseF
 
 def program(
     model: Model, method: str, guided: bool, stochastic: bool = False, weak: Model | None = None,
-    channels: int | None = None,
+    channels: int | None = None, domain: bool = False,
 ) -> Callable:  # fmt: skip
     """(both models' params, seed, indices, labels, table, scales, interval, churn) -> x.
 
@@ -142,7 +145,9 @@ def program(
         denoise, scale = function(model, params), scales[labels]
         options = scale, interval, channels
         if weak is not None:
-            denoise = guidance.autoguidance(denoise, function(weak, weak_params), *options)
+            other = function(weak, weak_params)
+            other = guidance.unconditional(other, weak.null_label) if domain else other
+            denoise = guidance.autoguidance(denoise, other, *options)
         elif model.strength:
             denoise = _with_strength(denoise, scale - 1, interval)
         elif guided:
@@ -186,14 +191,17 @@ def _checked(
         )
     other = weak[0].data if weak else model.data
     got, expected = ((data.shape, data.num_classes) for data in (other, model.data))
+    if guided.domain:
+        got = (other.shape, model.data.num_classes)  # its one answer is for all classes
     if got not in (expected, (model.data.shape, 0)):
         raise ValueError(
             f"The weak model has samples of shape and number of classes {got}; expected "
             f"{expected}, those of the guided model."
         )
-    if weak is None and guided.is_second_call(model) and not model.data.has_null:
+    asks_null = weak is None or guided.domain
+    if asks_null and guided.is_second_call(model) and not other.has_null:
         raise ValueError(
-            f"guidance_scale is {guided.scale:g}, and this model has no answer without a class: no "
+            f"guidance_scale is {guided.scale:g}, and the model has no answer without a class: no "
             "training has shown it the null label. Guide it by a weak or unconditional model "
             "(--autoguidance)."
         )
@@ -229,7 +237,8 @@ def generate(
     scales, labels = guided.scales(model.null_label), _checked(model, labels, guided, churn, seed)
     weak_model, weak_params = guided.weak or (None, {})
     second = guided.is_second_call(model)
-    run = compiled(model, sampler.method, second, churn is not None, weak_model, guided.channels)
+    kind = guided.channels, guided.domain
+    run = compiled(model, sampler.method, second, churn is not None, weak_model, *kind)
     interval = guided.interval or (0.0, np.inf)
     scalars = (
         sampler.table(model.preconditioning),

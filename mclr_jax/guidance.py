@@ -51,8 +51,10 @@ def classifier_free(
 
     `autoguidance` whose weak denoiser is the same model with the null label (num_classes).
     """
+    weak = unconditional(denoise, null_label)
+    return autoguidance(denoise, weak, guidance_scale, interval, channels)
 
-    def unconditional(x, sigma, condition):
-        return denoise(x, sigma, with_label(condition, null_label))
 
-    return autoguidance(denoise, unconditional, guidance_scale, interval, channels)
+def unconditional(denoise: DenoiseFn, null_label: int) -> DenoiseFn:
+    """The denoiser at the null label, whatever label it is shown."""
+    return lambda x, sigma, condition: denoise(x, sigma, with_label(condition, null_label))

@@ -20,6 +20,7 @@ from absl import logging
 from flax import traverse_util
 
 from mclr_jax import parts, record
+from mclr_jax.adapter import Adapter, relabelled
 from mclr_jax.config import Training
 from mclr_jax.data.protocol import Source
 from mclr_jax.data.sources import Data
@@ -45,6 +46,8 @@ class Run:
     data: Data = Data(name="")
     stored: tuple[str, str] = ("checkpoints", "params")  # folder and branch of the raw parameters
     class_names: tuple[str, ...] = ()  # of label 0, 1, ...; empty: they are not known
+    adapter: Adapter = Adapter()  # which of the weights are stored here
+    new_labels: str = ""  # how a fine-tuning began its rows of new labels; empty: it has no others
 
     def source(self, split: str) -> Source:
         """The data of training, or the held-out data for split "test".
@@ -69,16 +72,37 @@ class Run:
         or the raw parameters of a run without tracks. `interpolation` is the place on the line from
         the weights that a fine-tuned run started from (0) to its own (1), or beyond. CFG is linear
         in gamma; likewise, for a model linear in its weights, the line has the optimum of MCLR at
-        each strength up to that of training.
+        each strength up to that of training. Rows of labels that the start does not have are at
+        both ends the run's own. An adapter is merged with the weights of its start.
 
         FileNotFoundError: the run has no checkpoint. ValueError: no such average, or an
         interpolation other than 1 of a run without a start.
         """
         if interpolation != 1:
             tuned, step = self.weights(average, step)
-            start = self._start()
+            start, name = self._start()
+            if self.new_labels:
+                start = relabelled(start, tuned, self.model.label_inputs)
+            start = fitted(start, self.model, name)
             return jax.tree.map(lambda a, b: a + interpolation * (b - a), start, tuned), step
-        like, (folder, raw) = _like(self.model), self.stored
+        if self.adapter.used:
+            start, _ = self._start()
+            trained, step = self._trained(self._in_training(start), average, step)
+            return self.adapter.merged(shapes_of(self.model), start, trained), step
+        return self._trained(shapes_of(self.model), average, step)
+
+    def _in_training(self, start: Any) -> Any:
+        """The shapes of the weights that an adapter trains."""
+        new = self.model.label_inputs if self.new_labels else ()
+        return jax.eval_shape(
+            lambda: self.adapter.start(
+                jax.random.key(0), self.model.init(jax.random.key(0)), start, new
+            )
+        )
+
+    def _trained(self, shapes: Any, average: str, step: int | None) -> tuple[Any, int]:
+        """The stored weights, and their step."""
+        like, (folder, raw) = _like(shapes), self.stored
         average = average or (*self.averages, "none")[0]
         if average not in (*self.averages, "none"):
             return self._reconstruct(like, average, step)
@@ -97,8 +121,9 @@ class Run:
         with made(path), Checkpoints(path, keep=None) as checkpoints:
             yield checkpoints
 
-    def _start(self) -> Any:
-        """The weights that training started from: the run's copy, or those of config.init_from."""
+    def _start(self) -> tuple[Any, str]:
+        """The weights that training started from, of the run's copy or of config.init_from, and
+        where they are."""
         if not (path := self.config.get("init_from")):
             raise ValueError(
                 f"{self.workdir} was not started from another run (config.init_from is empty): its "
@@ -106,7 +131,7 @@ class Run:
             )
         try:
             start = _held(self.workdir, "reference") or load(path)
-            return fitted(start.weights()[0], self.model, str(start.workdir))
+            return start.weights()[0], str(start.workdir)
         except FileNotFoundError as error:
             origin = f"{self.workdir} was started from {path}"
             raise FileNotFoundError(
@@ -170,12 +195,17 @@ def load(
         if averages is None:
             averages = read(EMA, config["ema"], "config.ema").tracks
         class_names = record.class_names(description)
+        adapter = read(Adapter, config.get("adapter", {}), "config.adapter")
+        new_labels = description.get("start", {}).get("new_labels", "")
     except (KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{workdir}/run.json is damaged ({reason}); restore it.") from error
     except ValueError as error:
         raise ValueError(f"{workdir}/run.json: {error}") from error
-    return Run(workdir, model, sampler, tuple(averages), config, held, class_names=class_names)
+    return Run(
+        workdir, model, sampler, tuple(averages), config, held, class_names=class_names,
+        adapter=adapter, new_labels=new_labels,
+    )  # fmt: skip
 
 
 def load_model(workdir: str | pathlib.Path, interpolation: float = 1.0) -> tuple[Model, Any]:
@@ -199,10 +229,10 @@ def publish(
         record.write(workdir, described | ({"origin": dict(origin)} if origin else {}))
 
 
-def _like(model: Model) -> Any:
-    """The shapes of the parameters, on the first device."""
+def _like(shapes: Any) -> Any:
+    """The shapes of parameters, on the first device."""
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return placed(shapes_of(model), jax.tree.map(lambda x: first, shapes_of(model)))
+    return placed(shapes, jax.tree.map(lambda x: first, shapes))
 
 
 def fitted(weights: Any, model: Model, source: str, other: Model | None = None) -> Any:
@@ -238,7 +268,15 @@ def fitted(weights: Any, model: Model, source: str, other: Model | None = None) 
 
 def _differences(other: Model, model: Model) -> str:
     """The values of another model that are different here and decide what its weights mean."""
-    free = ("dtype", "remat", "dropout", "augment_dim", "takes_strength", "sigma_data")
+    free = (
+        "dtype",
+        "remat",
+        "dropout",
+        "augment_dim",
+        "takes_strength",
+        "sigma_data",
+        "num_classes",
+    )
     before, now = (flat(parts.describe(each)) for each in (other, model))
     keys = [key for key in before.keys() | now.keys()
             if key.startswith(("network.", "preconditioning.")) and before.get(key) != now.get(key)
@@ -259,7 +297,8 @@ def companions(training: Training, data: DataInfo, workdir: pathlib.Path) -> dic
     found, resumed = {}, record.has_checkpoints(workdir)
     for name, path in training.runs.items():
         found[name] = (resumed and _held(workdir, name)) or load(path)
-        check_companion(name, path, found[name].model, data, training.data.name)
+        other, asked = found[name].model, name in training.asked_for_classes
+        check_companion(name, path, other, data, training.data.name, asked)
     return found
 
 
@@ -284,16 +323,20 @@ def _held(workdir: pathlib.Path, name: str) -> Run | None:
     return None
 
 
-def check_companion(name: str, path: str, model: Model, data: DataInfo, source: str) -> None:
+def check_companion(
+    name: str, path: str, model: Model, data: DataInfo, source: str, asked_for_classes: bool = True
+) -> None:
     """ValueError unless the model of the run in `path` is of the kind and data that `name` needs.
 
-    `data` are those of `source`: a companion has their shape and number of classes, and a weak
-    model may have no classes. The one named "classifier" is a classifier, all others are denoisers.
+    `data` are those of `source`: a companion has their shape and, if it is asked for classes, their
+    number of classes; a weak model may have no classes. The one named "classifier" is a classifier,
+    all others are denoisers.
     """
     kind = "a classifier" if model.is_classifier else "a denoiser"
     wanted = "a classifier" if name == "classifier" else "a denoiser"
     got, expected = ((info.shape, info.num_classes) for info in (model.data, data))
-    if name in ("weak", "autoguidance") and model.data.num_classes == 0:
+    no_classes = model.data.num_classes == 0 and name in ("weak", "autoguidance")
+    if no_classes or name == "domain_guidance" or not asked_for_classes:
         got = (got[0], data.num_classes)  # its one answer is for all classes
     if (kind, got) != (wanted, expected):
         raise ValueError(

@@ -74,6 +74,32 @@ def test_autoguidance_puts_a_weaker_model_in_the_place_of_the_null_label(trained
     assert auto.calls(model, EULER) == 4 + sum(0.1 < level <= 5.0 for level in grid[:-1])
 
 
+def test_domain_guidance_asks_the_source_at_its_own_null_label(trained):
+    """D + (w - 1) (D - D_source(null)), of a source with 4 classes; DoG's equation."""
+    model, params = trained
+    source = dataclasses.replace(
+        model, network=model.network.clone(num_classes=4),
+        data=dataclasses.replace(model.data, num_classes=4),
+    )  # fmt: skip
+    weights, labels, grid = tiny.weights(source, 5), np.array([3, 9, 4]), EULER.grid()
+    guided = Guidance(1.7, interval=(0.1, 5.0), weak=(source, weights), domain=True)
+    got = generate.generate(model, params, labels, EULER, guided=guided)
+
+    def by_hand(x, sigma, label):
+        own, null = model.denoise(params)(x, sigma, label), jnp.full(3, 4)
+        away = own - source.denoise(weights)(x, sigma, null)
+        return own + jnp.where((sigma > 0.1) & (sigma <= 5.0), 0.7, 0.0)[:, None, None, None] * away
+
+    x = np.float32(grid[0]) * normal_like(sample_keys(0, range(3)), jnp.zeros((3, 8, 8, 1)))
+    expected = samplers.sample(by_hand, x, jnp.asarray(labels), grid, "euler")
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+    assert "domain_guidance" in guided.settings()
+    untaught = dataclasses.replace(source, data=dataclasses.replace(source.data, has_null=False))
+    with pytest.raises(ValueError, match="no answer without a class"):
+        generate.generate(model, params, labels, EULER, guided=Guidance(
+            1.7, weak=(untaught, weights), domain=True))  # fmt: skip
+
+
 def test_sample_i_is_the_same_in_any_batch_on_8_devices(trained):
     """With its first noise and that of the steps; progress counts samples and not padding."""
     labels, seen = np.arange(20) % 10, []
@@ -125,7 +151,7 @@ def test_network_calls_are_those_that_the_sampler_makes(trained, method, scale, 
 def test_guidance_interval_and_grid_share_one_program(trained):
     model, params = trained
     labels = np.arange(8)
-    run = generate.compiled(model, "heun", True, False, None, None)
+    run = generate.compiled(model, "heun", True, False, None, None, False)
     before = run._cache_size()
     for scale, interval, sigma_min in [
         (2.0, None, 0.01),
@@ -152,7 +178,7 @@ def test_each_class_has_the_guidance_of_its_own_scale(trained, weaker, told, kin
         guided = Guidance(scale, class_strengths, (0.1, 5.0), weak)
         return generate.generate(model, params, labels, EULER, guided=guided, seed=5)
 
-    run = generate.compiled(model, "euler", not as_input, False, weak and weak[0], None)
+    run = generate.compiled(model, "euler", not as_input, False, weak and weak[0], None, False)
     got = draw(2.5, factors)
     programs = run._cache_size()
     for row, scale in enumerate([1.6, 4.0, 1.0, 2.5]):
@@ -215,7 +241,7 @@ def test_a_network_with_strength_takes_the_scale_as_its_input(told):
     model, params = told
     labels, grid = np.array([3, 1, 4]), EULER.grid()
     x = np.float32(grid[0]) * normal_like(sample_keys(5, range(3)), jnp.zeros((3, 8, 8, 1)))
-    run = generate.compiled(model, "euler", False, False, None, None)
+    run = generate.compiled(model, "euler", False, False, None, None, False)
     for scale, interval in [(1.0, None), (2.5, None), (2.5, (0.1, 1.0)), (2.5, ends(grid, 2, 0))]:
         guided = Guidance(scale, interval=interval)
         got = generate.generate(model, params, labels, EULER, guided=guided, seed=5)
