@@ -27,10 +27,18 @@ def picture(
 
     Samples are images (n, h, w, c) in [-1, 1], of which it shows at most `columns` per class, and
     of 2 channels the first; or points (n, d), of which it plots the first two coordinates.
+    Of trajectories (n, f, h, w, c) or (n, f, d) it shows the frames: of fields the first channel,
+    up to 3 standard deviations; of one coordinate each value beside the next one.
     Rows of images begin with their class, if they have captions.
     ValueError: they have more than 3 channels, such as latents.
     """
     samples, labels = np.asarray(samples), np.asarray(labels)
+    if samples.ndim in (3, 5):
+        samples = samples[..., :1] / 3 if samples.ndim == 5 else samples
+        if samples.ndim == 3 and samples.shape[-1] == 1:
+            samples = np.concatenate([samples[:, :-1], samples[:, 1:]], -1)
+        labels = np.repeat(labels, samples.shape[1])
+        samples = samples.reshape(-1, *samples.shape[2:])
     if samples.ndim == 4 and samples.shape[-1] > 3:
         raise ValueError(
             f"samples have {samples.shape[-1]} channels; a picture shows at most 3: decode latents "

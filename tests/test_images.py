@@ -85,3 +85,20 @@ def test_models_stand_side_by_side_under_their_names():
     dark = np.flatnonzero((grid[:top] < 128).any((0, 2)))
     starts = dark[np.flatnonzero(np.diff(dark, prepend=-99) > 20)]
     assert len(starts) == 3  # of the names
+
+
+def test_trajectories_are_shown_as_their_frames():
+    """A field's first channel, 3 standard deviations white; each state; one coordinate in pairs."""
+    fields = np.zeros((2, 3, 8, 8, 2), np.float32)
+    fields[0, :, :, :, 0] = np.array([-3.0, 0.0, 3.0])[:, None, None]
+    labels = np.zeros(2, np.int32)
+    frames = np.repeat(np.array([-1.0, 0, 1, 0, 0, 0], np.float32), 64).reshape(6, 8, 8, 1)
+    want = images.picture(frames, np.zeros(6, np.int32))
+    np.testing.assert_array_equal(images.picture(fields, labels), want)
+    states = np.random.default_rng(0).normal(size=(2, 5, 3))
+    points = images.picture(states.reshape(10, 3), np.zeros(10, np.int32))
+    np.testing.assert_array_equal(images.picture(states, labels), points)
+    pairs = np.array([[1.0, 2], [2, 4], [5, 1], [1, 0]])
+    one = np.array([[1.0, 2, 4], [5, 1, 0]])[..., None]
+    plotted = images.picture(pairs, np.zeros(4, np.int32))
+    np.testing.assert_array_equal(images.picture(one, labels), plotted)

@@ -72,17 +72,20 @@ def test_of_few_trajectories_the_last_frames_are_held_out_without_a_common_windo
     assert (np.rint(train[..., 0]) % 100).max() == 23
     assert (np.rint(test[..., 0]) % 100).min() == 24
     assert len(source(name, frames=4, held_out=0.0)) == count * 27
+    if not one:  # six frames are no window of seven
+        parts = [source(name, split, 7, held_out=0.2) for split in ("train", "test")]
+        assert [len(part) for part in parts] == [3 * 24, 24]
 
 
 def test_all_orders_of_axes_are_the_same_data(saved):
-    want = states(source(saved(FIELDS)))
-    assert want.shape == (4 * 7, 5, 4, 6, 2)
+    want = states(source(saved(FIELDS), held_out=0.0))
+    assert want.shape == (4 * 8, 5, 4, 6, 2)
     turned = saved(FIELDS.transpose(1, 4, 0, 3, 2), "turned.npy")
-    np.testing.assert_allclose(states(source(turned, axes="TCNWH")), want, rtol=1e-6)
-    grey = source(saved(FIELDS[0, ..., 0], "grey.npy"), axes="THW")
+    np.testing.assert_allclose(states(source(turned, axes="TCNWH", held_out=0.0)), want, rtol=1e-6)
+    grey = source(saved(FIELDS[0, ..., 0], "grey.npy"), axes="THW", held_out=0.0)
     assert grey.shape == (5, 4, 6, 1)
     np.testing.assert_allclose(states(grey)[3], FIELDS[0, 3:8, ..., :1], rtol=1e-4, atol=1e-6)
-    assert source(saved(VALUES[0, :, 0], "one.npy")).shape == (5, 1)
+    assert source(saved(VALUES[0, :, 0], "one.npy"), held_out=0.5).shape == (5, 1)
 
 
 def test_a_file_is_mapped_and_of_a_large_one_parts_are_measured(saved, monkeypatch):
@@ -169,8 +172,8 @@ def changed(place, value):
         (VALUES, {"axes": "NTHW"}, "expected a letter for each axis"),
         (VALUES, {"axes": "NDC"}, "expected a letter for each axis"),
         (VALUES, {"axes": "NTT"}, "expected a letter for each axis"),
-        (VALUES, {"frames": 31}, "30 frames of each trajectory are for split='train'; expected at"),
-        (VALUES[0], {"frames": 4, "split": "test"}, "3 frames of each .* or name a file of other"),
+        (VALUES, {"frames": 31}, "split 'train' has 30 frames of each trajectory; expected at"),
+        (VALUES[0], {"frames": 4}, "split 'test' has 3 frames of each .* or name a file of"),
         (VALUES, {"frames": 0}, r"config\.data\.frames is 0"),
         (VALUES, {"time_step": -1}, r"config\.data\.time_step is -1"),
         (VALUES, {"axes": 3}, r"config\.data\.axes is 3; expected a text"),

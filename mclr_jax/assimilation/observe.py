@@ -400,7 +400,10 @@ def parse(
             if key not in arrays:
                 raise ValueError(f"The file has no array {key!r}. {nearest(key, arrays)}")
         if ("H" in arrays) == ("operator_json" in arrays):
-            raise ValueError(f"A file must have one of H and operator_json; got {sorted(arrays)}.")
+            raise ValueError(
+                "A file must have one of H and operator_json, unless --operator is given; got "
+                f"{sorted(arrays)}."
+            )
         for key in (*PARTS, "H"):
             if key in arrays and arrays[key].dtype.kind not in "fiu":
                 raise ValueError(f"{key} has type {arrays[key].dtype}; expected numbers.")

@@ -34,7 +34,8 @@ def load(
     frames, for each coordinate or channel, or by those of `units`, another source.
 
     Of ten trajectories or more, by the default share, some are `held_out` as a whole, drawn by a
-    fixed seed; of fewer, the last frames of each. No window has frames of both parts.
+    fixed seed; of fewer, the last frames of each, or one trajectory if these are no window. No
+    window has frames of both parts.
     """
     for name, value in {"array": array, "axes": axes}.items():
         of_kind(f"config.data.{name}", value, str)
@@ -48,23 +49,23 @@ def load(
         raise ValueError(f"{path} has {data.dtype} {data.shape}; expected numbers")
     axes = _axes(path, data.shape, axes)
     size = dict(zip(axes, data.shape, strict=True))
-    parts = _parts(size.get("N", 1), size["T"], held_out)
+    parts = _parts(size.get("N", 1), size["T"], held_out, frames)
     if split not in parts:
         raise ValueError(
             f"{path} has no {split} split; set config.data.held_out, the share that is held out, "
             "or config.data.test to a file of other trajectories"
         )
+    for name, (numbers, first, last) in parts.items():
+        if last - first < frames:
+            raise ValueError(
+                f"{path}: split {name!r} has {last - first} frames of each trajectory; expected at "
+                f"least config.data.frames, {frames}. Make it smaller, change "
+                "config.data.held_out, or name a file of other trajectories in config.data.test"
+            )
+        if split == "train" and name == "test":
+            text = "%s: held out are frames %d to %d of %d trajectories (config.data.held_out=%g)."
+            logging.info(text, path, first, last - 1, len(numbers), held_out)
     rows, first, last = parts[split]
-    if last - first < frames:
-        raise ValueError(
-            f"{path}: {last - first} frames of each trajectory are for split={split!r}; expected "
-            f"at least config.data.frames, {frames}. Make it smaller, change config.data.held_out, "
-            "or name a file of other trajectories in config.data.test"
-        )
-    if split == "train" and "test" in parts:
-        held, start, stop = parts["test"]
-        text = "%s: %d trajectories are held out, their frames %d to %d (config.data.held_out=%g)."
-        logging.info(text, path, len(held), start, stop - 1, held_out)
     in_memory = data.dtype.itemsize * math.prod(data.shape) <= HELD_IN_MEMORY
     data = np.asarray(data) if in_memory and not is_numpy else data  # NumPy maps its files
     train = Windows(data, axes, path, *parts["train"], frames, time_step, in_memory)
@@ -120,14 +121,17 @@ def _axes(path: str, shape: tuple[int, ...], axes: str) -> str:
     return found
 
 
-def _parts(count: int, length: int, share: float) -> dict[str, tuple[np.ndarray, int, int]]:
+def _parts(
+    count: int, length: int, share: float, frames: int
+) -> dict[str, tuple[np.ndarray, int, int]]:
     """Each split: numbers of its trajectories, and the first and the last frame + 1 of each."""
     rows = np.arange(count)
     if not share:
         return {"train": (rows, 0, length)}
-    if count > 1 and share * count >= 1:
+    tail = max(1, round(share * length))
+    if count > 1 and (share * count >= 1 or tail < frames):
         return {split: (found, 0, length) for split, found in divided(0 * rows, share).items()}
-    cut = length - max(1, round(share * length))
+    cut = length - tail
     return {"train": (rows, 0, cut), "test": (rows, cut, length)}
 
 
