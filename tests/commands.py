@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import runpy
+import shlex
 import sys
 import tempfile
 
@@ -46,10 +47,22 @@ def start(target, argv, log, path=(), devices=1, folder=ROOT):
     return process
 
 
-def call(module, *arguments, expect=0, path=(), folder=ROOT):
+def blocks(page, language):
+    """The code of a page's blocks in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+
+
+def lines(page, module=r"\w+"):
+    """The calls of mclr MODULE in a page's blocks, each as the list of its words."""
+    text = "\n".join(blocks(page, "(?:ba)?sh")).replace("\\\n", " ")
+    found = re.findall(rf"^mclr {module} .*", text, re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in found]
+
+
+def call(module, *arguments, expect=0, path=(), folder=ROOT, devices=1):
     """Output of launch.MODULE; its exit status must be `expect`."""
     with tempfile.NamedTemporaryFile() as log:
-        process = start(f"launch.{module}", list(arguments), log.name, path, folder=folder)
+        process = start(f"launch.{module}", list(arguments), log.name, path, devices, folder)
         process.join(300)
         output = pathlib.Path(log.name).read_text()
     assert process.exitcode == expect, output

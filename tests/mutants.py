@@ -32,7 +32,8 @@ from mclr_jax.files import append, provenance, write_json
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COPIED = ("mclr_jax", "launch", "configs", "tests", "benchmarks", "docs", "notebooks",
-          "pyproject.toml", "setup.py", "README.md", "LICENSE")  # fmt: skip
+          "pyproject.toml", "setup.py", "README.md", "CONTRIBUTING.md", "CHANGELOG.md",
+          "CITATION.cff", "LICENSE")  # fmt: skip
 LIBRARIES = ("chex", "flax.linen", "grain", "hypothesis", "jax.experimental.multihost_utils",
              "optax", "orbax.checkpoint", "scipy.stats", "sklearn.utils",
              "tensorboardX")  # fmt: skip

@@ -25,9 +25,10 @@ import tomllib
 
 import pytest
 import tables
+import yaml
 from test_floors import FLOORS
 
-from mclr_jax import configs
+from mclr_jax import __version__, configs
 from mclr_jax.config import OBJECTIVES, Training
 from mclr_jax.launch import common
 from mclr_jax.objectives.rivals import CCA
@@ -310,6 +311,16 @@ def test_docstrings_begin_with_a_noun_or_a_verb():
         for node in ast.walk(ast.parse(path.read_text())):
             text = ast.get_docstring(node) if isinstance(node, kinds) else None
             assert not text or text.split()[0] not in QUESTIONS, f"{path.name}: {text[:90]}"
+
+
+def test_the_citation_is_of_this_version():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors", "license"} < cited.keys()
+    assert cited["version"] == __version__
+    for paper in cited["references"]:
+        assert {"type", "title", "authors"} < paper.keys()
+        number = paper["url"].removeprefix("https://arxiv.org/abs/")
+        assert any(number in page for page in PAGES.values())
 
 
 def test_every_error_of_mutants_can_be_inserted():

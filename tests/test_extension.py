@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import re
 import shlex
 import subprocess
 import sys
@@ -25,31 +24,22 @@ SMALLER = {
 STEPS = iter((4, 8, 2))  # of the three trainings
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-
-
-def lines_of(module):
-    """The page's calls of mclr MODULE."""
-    lines = [line for block in blocks("bash") for line in block.splitlines()]
-    return [line for line in lines if line.startswith(f"mclr {module} ")]
-
-
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     """The folder that has my_project, after the page's trainings; and what they printed."""
     folder = tmp_path_factory.mktemp("extension")
-    for code in blocks("python"):
+    for code in processes.blocks(PAGE, "python"):
         path = folder / code.splitlines()[0].removeprefix("# ")
         path.parent.mkdir(exist_ok=True)
         path.write_text(code)
-    logs = [call(folder, line, f"--config.num_steps={next(STEPS)}") for line in lines_of("train")]
+    lines = processes.lines(PAGE, "train")
+    logs = [call(folder, line, f"--config.num_steps={next(STEPS)}") for line in lines]
     return folder, logs
 
 
 def call(folder, command, *arguments, expect=0):
     """Output of a command of the page, made smaller."""
-    program, module, *words = shlex.split(command)
+    program, module, *words = command
     if program == "mclr":
         arguments = [*words, *shlex.split(SMALLER[module]), *arguments]
         return processes.call(module, *arguments, expect=expect, path=[folder], folder=folder)
@@ -79,15 +69,15 @@ def test_the_page_trains_and_resumes(project):
 def test_the_page_samples_and_evaluates_without_the_objective(project):
     folder, _ = project
     (folder / "my_project" / "objective.py").unlink()
-    (sample,) = lines_of("sample")
+    (sample,) = processes.lines(PAGE, "sample")
     call(folder, sample)
     with np.load(folder / "shapes.npz") as file:
         assert file["images"].shape == (6, 8, 8, 1)
         assert np.isfinite(file["images"]).all()
     assert (folder / "shapes.png").exists()
-    (evaluate,) = lines_of("evaluate")
+    (evaluate,) = processes.lines(PAGE, "evaluate")
     call(folder, evaluate, f"--cache={folder / 'cache'}")
     found = json.loads((folder / "shapes.json").read_text())
     assert {"frechet", "inception_score", "accuracy"} <= found["rows"][0].keys()
-    printed = call(folder, "python my_project/sampling.py run")
+    printed = call(folder, ["python", "my_project/sampling.py", "run"])
     assert printed.splitlines()[0] == "8 (4, 8, 8, 1)"
