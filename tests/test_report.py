@@ -205,7 +205,7 @@ def test_colours_are_seen_on_light_and_on_dark():
         linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
         return np.dot(linear, [0.2126, 0.7152, 0.0722])
 
-    light, dark = report.PAGE.template.split("@media")
+    light, dark = report.PAGE.template.split("@media (prefers")
     for part in (light, dark):
         found = dict(re.findall(r"--([\w-]+): (#\w+);", part))
         names = ["text", "quiet", "link", *(f"run-{i}" for i in range(charts.COLOURS))]
@@ -221,7 +221,7 @@ def test_pictures_are_enlarged_by_whole_numbers_beside_the_names_of_their_rows()
     page = Page(text)
     assert [picture["width"] for picture in page.all("img")] == [str(7 * 40)] * 2
     assert "<li>cat</li><li>&lt;dog&gt;</li>" in text
-    assert "--edge: 14px" in text  # half of the margin of 4, enlarged
+    assert "--half: 14px" in text  # half of the margin of 4, enlarged
     assert "image-rendering: pixelated" in text
     rules = re.sub(r"\s+", " ", text)
     assert "body:has(#scale-1:not(:checked)) [data-scale='2'] { display: none; }" in rules

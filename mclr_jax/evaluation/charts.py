@@ -25,7 +25,8 @@ def chart(text: str, lines: Iterable[tuple[int, np.ndarray, np.ndarray]], below:
     """
     make = extras.needed("matplotlib.figure", "figures").Figure
     style, file = extras.needed("matplotlib.style", "figures"), io.StringIO()
-    options = {"svg.fonttype": "none", "svg.hashsalt": text, "font.size": 9.0}
+    options = {"svg.fonttype": "none", "svg.hashsalt": text, "font.size": 9.0,
+               "font.sans-serif": ["DejaVu Sans"]}  # fmt: skip
     with style.context(["default", options]):
         axes = (drawing := make(figsize=(4.8, 2.6), layout="constrained")).subplots()
         for number, x, y in lines:

@@ -169,7 +169,7 @@ def _pictures(one: Column) -> str:
             picture = f'<img alt="{html.escape(text)}" width="{zoom * width}" src="{data}">'
         found += f'<div data-scale="{scale:g}">{picture}</div>'
     names = "".join(f"<li>{html.escape(name)}</li>" for name in one.classes)
-    rows = f'<ul style="--edge: {zoom * images.MARGIN // 2}px">{names}</ul>' if names else ""
+    rows = f'<ul style="--half: {zoom * images.MARGIN // 2}px">{names}</ul>' if names else ""
     return (
         f'<figure data-run="{one.number}"><figcaption>{_mark(one)}</figcaption>'
         f'<div class="grid">{rows}<div>{found}</div></div></figure>'
