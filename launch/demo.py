@@ -14,9 +14,7 @@ import pathlib
 from absl import flags
 
 from mclr_jax import demo
-from mclr_jax.files import provenance, write_json
 from mclr_jax.launch import common
-from mclr_jax.training.devices import banner
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Directory of the runs; made if missing.")
 GUIDANCE_SCALE = flags.DEFINE_float(
@@ -27,10 +25,7 @@ PER_CLASS = flags.DEFINE_integer("per_class", 50, "Samples of each class.", lowe
 
 def main() -> None:
     workdir = pathlib.Path(WORKDIR.value)
-    table = demo.demo(workdir, GUIDANCE_SCALE.value, PER_CLASS.value, print)
-    result = {**provenance(), "guidance_scale": GUIDANCE_SCALE.value,
-              "samples": 10 * PER_CLASS.value, "table": table, "device": banner()}  # fmt: skip
-    write_json(workdir / "result.json", result)
+    demo.demo(workdir, GUIDANCE_SCALE.value, PER_CLASS.value, print)
     print(f"Picture: {workdir / 'samples.png'}; numbers: {workdir / 'result.json'}")
 
 

@@ -2,24 +2,25 @@
 
 import pathlib
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 from mclr_jax import generate, images, runs
 from mclr_jax.configs import digits, digits_classifier, digits_mclr
 from mclr_jax.data import sources
+from mclr_jax.files import provenance, write_json
 from mclr_jax.main import train
 from mclr_jax.schema import in_range
+from mclr_jax.training.devices import banner
 
 
 def demo(
     workdir: pathlib.Path, guidance_scale: float, per_class: int, say: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """Accuracy of samples without guidance, with CFG and after MCLR; writes `workdir`/samples.png.
+) -> None:
+    """Accuracy of samples without guidance, with CFG and after MCLR: `workdir`/result.json.
 
     A support vector machine that was fitted to the real digits judges the classes. `say` is called
-    with a line for each kind of samples.
+    with a line for each kind of samples; `workdir`/samples.png shows some.
     """
     in_range("--guidance_scale", guidance_scale, 1.0, 1000.0)
     in_range("--per_class", per_class, 1, 100_000)
@@ -50,7 +51,9 @@ def demo(
         say(f"  {name:8s} {accuracy:8.1%} {calls:13d}")
         drawn[name] = samples
     images.save(workdir / "samples.png", images.side_by_side(drawn, labels))
-    return table
+    result = {**provenance(), "guidance_scale": guidance_scale, "samples": len(labels),
+              "table": table, "device": banner()}  # fmt: skip
+    write_json(workdir / "result.json", result)
 
 
 def _features(pixels: np.ndarray) -> np.ndarray:
