@@ -260,7 +260,7 @@ def test_a_damaged_log_is_read_as_far_as_it_goes(tmp_path):
         ((8, 8, 3), True, (2 * 44 + 4, 3 * 44 + 4, 3), ("cat", "1"), ""),
         ((2,), True, (480, 480, 3), (), ""),
         ((5, 3), True, (6, 5), (), ""),  # the first coordinate of trajectories
-        ((5, 8, 8, 1), True, None, (), "No picture of (5, 8, 8, 1)."),
+        ((5, 8, 8, 1), True, (2 * 44 + 4, 3 * 44 + 4, 3), ("cat", "1"), ""),  # three frames
         ((4, 4, 8), False, None, ("cat", "1"), latents.UNSEEN.format(8)),
     ],
 )

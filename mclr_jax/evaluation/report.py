@@ -58,7 +58,7 @@ def read(
     """The data of the run in `workdir`; FileNotFoundError if it is not the directory of a run.
 
     A denoiser is sampled at each scale, from the same noise; options of `generate.generate`. Of
-    trajectories (T, d) the page shows the first coordinate.
+    trajectories (T, d) the page shows the first coordinate, of those of fields the first frames.
     """
     workdir, run = pathlib.Path(workdir), load(workdir)
     curves: dict[str, tuple[list[float], list[float]]] = {}
@@ -77,12 +77,12 @@ def read(
         samples, shown = sampling.draw(run, labels, guided.at(scale), **options)
         if len(shape) == 2:
             grids[scale] = samples[:, :, 0]
-        elif shown is not None and len(shape) < 4:
-            grids[scale] = images.picture(shown, labels, per_class, captions=False)
+        elif shown is None:
+            note = latents.UNSEEN.format(shape[-1])
         else:
-            note = latents.UNSEEN.format(shape[-1]) if shown is None else f"No picture of {shape}."
+            grids[scale] = images.picture(shown, labels, per_class, captions=False)
     names = [caption(i, run.class_names) if count > 1 else "" for i in range(count)]
-    classes = tuple(names) if len(shape) == 3 else ()
+    classes = tuple(names) if len(shape) > 2 else ()
     return Column(workdir.name, flat(dict(run.config)), curves, rows, grids, note, classes)
 
 
