@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mclr_jax import backend, schema
+from mclr_jax.adapter import NEW_LABELS, Adapter
 from mclr_jax.data.augment import LABEL_SIZE
 from mclr_jax.data.protocol import Source
 from mclr_jax.data.protocol import sigma_data as measured_sigma
@@ -65,6 +66,10 @@ class Training(Keys):
                         "fsdp (jit, sharded state)")  # fmt: skip
     require_accelerator: bool = key(False, says="stop if JAX finds only the CPU")
     init_from: str = key("", says="directory of a run, whose EMA weights are the first weights")
+    new_labels: str = key("auto", words=("auto", *NEW_LABELS, "keep"), says="rows of the label "
+                          "embedding, if the run in init_from has other classes: drawn anew, or "
+                          "its null label's; auto: drawn anew if the classes differ in number or "
+                          "name; keep: they are the same by other names")  # fmt: skip
     steps_per_dispatch: int = key(0, 0, says="training steps in one call of the compiled program; "
                                   "0 is 1 on the CPU and 8 elsewhere")  # fmt: skip
     grad_accumulation: int = key(1, 1, says="parts of a batch, one after the other")
@@ -83,6 +88,7 @@ class Training(Keys):
     )
     data: Data = section(Data)
     network: Part = part(NETWORKS, "", OF_DATA, says="network")
+    adapter: Adapter = section(Adapter)
     objective: Objective = part(OBJECTIVES, "dsm", says="objective")
     posterior: Posterior | None = part(POSTERIORS, "", optional=True, says="estimate of the "
                                        "probability of each class; empty: none")  # fmt: skip
@@ -124,8 +130,14 @@ class Training(Keys):
 
     @functools.cached_property
     def needs(self) -> frozenset[str]:
-        """The needs of the objective and of its posterior, see `objectives.base.Objective`."""
-        return needs_of(self.objective, self.posterior)
+        """The needs of objective, posterior and adapter, see `objectives.base.Objective`."""
+        return needs_of(self.objective, self.posterior) | self.adapter.needs
+
+    @property
+    def asked_for_classes(self) -> frozenset[str]:
+        """Those of `needs` whose answers are read at classes, which must be those of the data."""
+        found = self.objective.needs - self.objective.reads_only_null
+        return found | (self.posterior.needs if self.posterior and "posterior" in found else set())
 
     @functools.cached_property
     def runs(self) -> dict[str, str]:
@@ -139,7 +151,7 @@ class Training(Keys):
                 what = COMPANIONS.get(name, f"the companion run {name!r}")
                 key = "init_from" if name == "reference" else f"companions.{name}"
                 raise ValueError(
-                    f"This objective needs {what}: set config.{key} to the directory of its run."
+                    f"This training needs {what}: set config.{key} to the directory of its run."
                 )
             found[name] = paths[name]
         return found
@@ -190,8 +202,13 @@ class Training(Keys):
         self.sampler.table(preconditioning)  # its errors come before a training
         return Model(network, preconditioning, data, self.strength)
 
-    def task(self, data: DataInfo, companions: Mapping[str, Model]) -> Task:
-        """The task: all that is trained; the objective may call the companions."""
+    def task(
+        self, data: DataInfo, companions: Mapping[str, Model], new_labels: bool = False
+    ) -> Task:
+        """The task: all that is trained; the objective may call the companions.
+
+        `new_labels`: the classes are others than those of the run in init_from.
+        """
         model = self.model(data)
         problem = Problem(
             levels=self.noise,
@@ -216,6 +233,8 @@ class Training(Keys):
             augment=self.data.augment,
             grad_accumulation=self.grad_accumulation,
             seed=self.seed,
+            adapter=self.adapter,
+            new_labels=new_labels,
         )
 
 

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from absl import logging
 
 from mclr_jax import record, runs
+from mclr_jax.adapter import NEW_LABELS, relabelled
 from mclr_jax.config import Training
-from mclr_jax.data.protocol import Source, check_names
+from mclr_jax.data.protocol import Source, check_names, names_of
 from mclr_jax.files import digest
-from mclr_jax.model import DataInfo, Model, shapes_of
+from mclr_jax.model import DataInfo, Model
 from mclr_jax.runs import Run
 from mclr_jax.task import Task
 from mclr_jax.training.checkpoint import Checkpoints, digests
@@ -52,13 +53,54 @@ class Experiment:
 
     @functools.cached_property
     def companions(self) -> Mapping[str, Run]:
-        """The runs that the objective reads, by name."""
+        """The runs that the objective reads, by name; ValueError: one has other classes."""
+        if self.new_labels and "reference" in self.training.asked_for_classes:
+            raise ValueError(
+                f"This objective asks the run in {self.training.init_from} for answers at its "
+                f"classes, and the data have other ones: {self._classes}. Use an objective that "
+                "does not, such as dsm or mclr_null with objective.teacher='average'. If they are "
+                "the same classes by other names, set config.new_labels='keep'."
+            )
         return runs.companions(self.training, self.data, self.workdir)
+
+    @functools.cached_property
+    def _base(self) -> Run | None:
+        """The run that a training without checkpoints starts from, if there is one."""
+        path = self.training.init_from
+        return runs.load(path) if path and not record.has_checkpoints(self.workdir) else None
+
+    @property
+    def _classes(self) -> str:
+        """The classes of the run that training starts from, and of the data, in words."""
+        assert self._base is not None
+        names = self._base.class_names, names_of(self.source)
+        numbers = self._base.model.null_label, self.data.num_classes
+        there, here = (
+            f"{number} ({', '.join(told[:5])}{', ...' * (len(told) > 5)})" if told else str(number)
+            for number, told in zip(numbers, names, strict=True)
+        )
+        return f"{there} there, {here} here"
+
+    @functools.cached_property
+    def new_labels(self) -> str:
+        """The first rows of labels that the run in init_from does not have; "": it has all."""
+        if self._base is None:
+            return record.read(self.workdir).get("start", {}).get("new_labels", "")
+        how, old, new = self.training.new_labels, self._base.class_names, names_of(self.source)
+        same = self._base.model.null_label == self.data.num_classes
+        if how == "auto":
+            return "" if same and (old == new or not (old and new)) else NEW_LABELS[0]
+        if how == "keep" and not same:
+            raise ValueError(
+                f"config.new_labels is 'keep', and the run in {self.training.init_from} has "
+                f"another number of classes: {self._classes}. Use 'drawn' or 'null'."
+            )
+        return "" if how == "keep" else how
 
     @functools.cached_property
     def task(self) -> Task:
         models = {name: run.model for name, run in self.companions.items()}
-        return self.training.task(self.data, models)
+        return self.training.task(self.data, models, bool(self.new_labels))
 
     @functools.cached_property
     def _weights(self) -> dict[str, tuple[Any, int]]:
@@ -122,18 +164,43 @@ class Experiment:
         steps = base.config.get("num_steps", step)
         log = logging.warning if step < steps else logging.info
         log("Weights from step %d of %d of %s.", step, steps, path)
-        params = devices.put_state(runs.fitted(weights, task.model, path, base.model))
+        if self.new_labels:
+            logging.warning(
+                "The classes of %s are others: %s. The rows of the labels are %s; the null "
+                "label's is kept.", path, self._classes,
+                {"null": "those of the null label"}.get(self.new_labels, "drawn anew"),
+            )  # fmt: skip
+            change = functools.partial(
+                relabelled, inputs=task.model.label_inputs, at_null=self.new_labels == "null"
+            )
+            given = devices.put_state(weights), state.params
+            places = devices.state_shardings(jax.eval_shape(change, *given))
+            weights = jax.jit(change, out_shardings=places)(*given)
+        weights = runs.fitted(weights, task.model, path, base.model)
+        params = devices.put_state(task.adapter.of(state.params, weights))
         params, *copies = (jax.tree.map(jnp.copy, params) for _ in range(1 + len(state.ema)))
         averages = dict(zip(state.ema, copies, strict=True))
-        return state.replace(params=params, ema=averages), {"run": path, "step": step}
+        origin = {"run": path, "step": step}
+        origin |= {"new_labels": self.new_labels} if self.new_labels else {}
+        return state.replace(params=params, ema=averages), origin
 
     def stored_state(self, checkpoints: Checkpoints) -> tuple[TrainState, int] | None:
         """State and step of the newest checkpoint; None: there is no checkpoint."""
         devices = self.devices
-        shapes = jax.eval_shape(functools.partial(init_state, self.task), shapes_of(self.model))
+        shapes = jax.eval_shape(functools.partial(init_state, self.task), self.task.shapes)
         layout = Devices("data") if devices.parallel == "pmap" else devices
         restored = checkpoints.restore(placed(shapes, layout.state_shardings(shapes)))
         return (devices.from_global(restored[0]), restored[1]) if restored else None
+
+    def for_sampling(self, state: TrainState) -> Any:
+        """All parameters for sampling, of a state over all processes."""
+        params = self.task.default(state.params, state.ema)
+        return self._merge(params, self.devices.to_global(self.frozen))
+
+    @functools.cached_property
+    def _merge(self) -> Any:
+        """`Task.merged`, of arrays over all processes."""
+        return jax.jit(self.task.merged) if self.training.adapter.used else self.task.merged
 
     @property
     def model(self) -> Model:

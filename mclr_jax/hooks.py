@@ -77,11 +77,11 @@ class HeldOut:
 class Read:
     """A reading of the weights for sampling, such as that of `representation.monitor`."""
 
-    task: Task
+    experiment: Experiment
     read: Callable[[int, Any], dict[str, float]]
 
     def __call__(self, moment: Moment) -> dict[str, float]:
-        return self.read(moment.step, self.task.default(moment.state.params, moment.state.ema))
+        return self.read(moment.step, self.experiment.for_sampling(moment.state))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,7 +97,7 @@ class Samples:
 
     def __call__(self, moment: Moment) -> None:
         task, workdir = self.experiment.task, self.experiment.workdir
-        model, params = task.model, task.default(moment.state.params, moment.state.ema)
+        model, params = task.model, self.experiment.for_sampling(moment.state)
         number = 8 if len(model.data.shape) == 3 else 500
         labels = np.repeat(np.arange(min(model.null_label, 10)), number)
         data, sampler = self.experiment.training.data, self.experiment.training.sampler
@@ -171,10 +171,10 @@ def readings(experiment: Experiment, start: int) -> list[Hook]:
         sampler, flip = training.sampler, bool(training.data.flip or training.data.augment)
         monitor = Monitor(training.icr, task.model, sampler, experiment.source, flip,
                           experiment.workdir, start)  # fmt: skip
-        found.append(Hook(every, Read(task, monitor)))
+        found.append(Hook(every, Read(experiment, monitor)))
     if every := training.evaluate.every_steps:
         from mclr_jax.evaluation.during import Measures  # with SciPy's: it takes a second
 
         given = training.sampler, training.data, experiment.source
-        found.append(Hook(every, Read(task, Measures(training.evaluate, task.model, *given))))
+        found.append(Hook(every, Read(experiment, Measures(training.evaluate, task.model, *given))))
     return found

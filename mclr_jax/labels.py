@@ -81,7 +81,8 @@ def warn_of_companions(training: Training) -> None:
     """
     objective, runs = training.objective, dict(training.runs)
     null = set(objective.reads_null)
-    null |= {"reference"} if getattr(objective, "label_dropout", 0) else set()
+    if getattr(objective, "label_dropout", 0):
+        null |= {"reference"} & training.asked_for_classes
     start = {"start": training.init_from} if training.init_from else {}
     if null & {"self", "average"}:
         null, runs = null | {"start"}, runs | start
@@ -89,7 +90,7 @@ def warn_of_companions(training: Training) -> None:
             logging.warning("The model in training %s.", why.replace("was", "is", 1))
     for path in dict.fromkeys(runs.values()):
         names = {name for name in runs if runs[name] == path}
-        classes = names - objective.reads_only_null
+        classes = names & {*training.asked_for_classes, "start"}
         asked = [*["class"] * bool(classes), *["null"] * bool(names & null)]
         if not (pathlib.Path(path) / "run.json").exists():
             continue  # its copy is in the work directory

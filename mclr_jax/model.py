@@ -38,8 +38,8 @@ class Model:
     The network is a Flax module called with (x, c_noise, condition). Its optional fields or class
     attributes are `augment_dim` and `takes_strength` (inputs), `dropout`, `per_frame` (c_noise is
     (B, F)), `variance` (the second half of the output's channels is the logarithm of a variance),
-    `gives` ("logits" for a classifier) and `optional_inputs` (top-level parameters that may be
-    missing from the initial weights).
+    `gives` ("logits" for a classifier), `optional_inputs` (top-level parameters that may be missing
+    from the initial weights) and `label_inputs` (layers that embed the label, see `adapter`).
     """
 
     network: nn.Module
@@ -72,6 +72,11 @@ class Model:
         """True if the second half of the output is the place of DDPM's variance, as in DiT."""
         twice = getattr(self.network, "out_channels", 0) == 2 * self.data.shape[-1]
         return twice and isinstance(self.preconditioning, Epsilon) and not self.has_variance
+
+    @property
+    def label_inputs(self) -> tuple[str, ...]:
+        """Names of the layers that embed the label."""
+        return tuple(getattr(self.network, "label_inputs", ()))
 
     @property
     def is_classifier(self) -> bool:

@@ -158,7 +158,7 @@ def forward_flops(model: Model) -> int:
 
 def shapes(task: Task, batch_size: int, length: int = 1) -> tuple:
     """The arguments of a dispatch of `length` steps: state, frozen, batches, count."""
-    state = jax.eval_shape(functools.partial(init_state, task), shapes_of(task.model))
+    state = jax.eval_shape(functools.partial(init_state, task), task.shapes)
     frozen = {name: shapes_of(model) for name, model in task.frozen.items()}
     rows = batches(task, batch_size, length)
     return state, frozen, rows, jax.ShapeDtypeStruct((), np.int32)

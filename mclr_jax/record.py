@@ -19,16 +19,16 @@ from mclr_jax.model import Model
 from mclr_jax.training.devices import banner
 
 # Values that a run with checkpoints cannot change: they decide what its weights mean.
-FIXED = ("model.", "companions.", "data.", "config.init_from")
+FIXED = ("model.", "companions.", "data.", "config.init_from", "config.adapter.")
 # Keys that it can change at any time: no step learns anything else. The files and runs that some of
 # them name are told by their digests.
 FREE = tuple(
     f"config.{key}"
-    for key in ("num_steps", "init_from", "parallel", "require_accelerator", "steps_per_dispatch",
-                "grad_accumulation", "log_every", "checkpoint_every", "keep_checkpoints",
-                "eval_examples", "sample_every", "companions.", "data.name", "data.path",
-                "data.test", "data.autoencoder", "data.labels", "data.cache", "sampler.", "icr.",
-                "evaluate.", "log.", "profile.")
+    for key in ("num_steps", "init_from", "new_labels", "parallel", "require_accelerator",
+                "steps_per_dispatch", "grad_accumulation", "log_every", "checkpoint_every",
+                "keep_checkpoints", "eval_examples", "sample_every", "companions.", "data.name",
+                "data.path", "data.test", "data.autoencoder", "data.labels", "data.cache",
+                "sampler.", "icr.", "evaluate.", "log.", "profile.")
 )  # fmt: skip
 # Keys of earlier versions, by section, with the only values that mean what no such key means now.
 RETIRED: dict[str, dict[str, Any]] = {

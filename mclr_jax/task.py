@@ -1,6 +1,7 @@
 """A training task: a model, an objective and all other parts of a step, as pure functions."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -8,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mclr_jax.adapter import Adapter
 from mclr_jax.data.augment import augment
 from mclr_jax.data.pixels import from_moments, random_flip
-from mclr_jax.model import Model
+from mclr_jax.model import Model, shapes_of
 from mclr_jax.noise import split
 from mclr_jax.objectives.base import Batch, Models, Objective, Problem
 from mclr_jax.reductions import Metrics
@@ -50,11 +52,13 @@ class Task:
     augment: float = 0.0  # probability of EDM's augmentations
     grad_accumulation: int = 1  # number of parts of a batch
     seed: int = 0  # of the initial parameters and of the training
+    adapter: Adapter = Adapter()  # which of them are trained; "reference" has the others
+    new_labels: bool = False  # whether the data have other classes than the reference's
 
     @property
     def needs(self) -> frozenset[str]:
-        """The needs of the objective and of the posterior, see `needs_of`."""
-        return needs_of(self.objective, self.posterior)
+        """The needs of the objective, of the posterior, see `needs_of`, and of the adapter."""
+        return needs_of(self.objective, self.posterior) | self.adapter.needs
 
     @property
     def frozen(self) -> dict[str, Model]:
@@ -76,11 +80,27 @@ class Task:
         return self._keys[1]
 
     def init(self) -> Any:
-        """Initial parameters, which depend only on the seed."""
-        return self.model.init(self._keys[2])
+        """Initial parameters in training, which depend only on the seed."""
+        params = self.model.init(self._keys[2])
+        if not self.adapter.used:
+            return params
+        new = self.model.label_inputs if self.new_labels else ()
+        base = shapes_of(self.companions["reference"])
+        return self.adapter.start(self._keys[2], params, base, new)
+
+    @functools.cached_property
+    def shapes(self) -> Any:
+        """The shapes and types of the parameters in training."""
+        return jax.eval_shape(self.init) if self.adapter.used else shapes_of(self.model)
+
+    def merged(self, params: Any, frozen: Mapping[str, Any]) -> Any:
+        """All parameters of the model, of those in training and of the frozen models."""
+        if not self.adapter.used:
+            return params
+        return self.adapter.merged(shapes_of(self.model), frozen["reference"], params)
 
     def default(self, params: Any, averages: Mapping[str, Any]) -> Any:
-        """The parameters for sampling: the first average or, without averages, `params`."""
+        """The parameters in training for sampling: the first average or, without any, `params`."""
         return averages[next(iter(self.averages))] if self.averages else params
 
     def loss(
@@ -89,8 +109,8 @@ class Task:
         """The objective on a batch of raw data.
 
         Args:
-          params: parameters of the model.
-          frozen: parameters of `self.frozen` and, if needed, of the "average" of the model.
+          params: parameters in training.
+          frozen: parameters of `self.frozen` and, if needed, their "average".
           batch: image (B, ...), label (B,) int32 and further arrays from `data.pipeline`.
           keys: (B,) typed keys of the examples.
           train: whether to use augmentation and dropout.
@@ -124,7 +144,10 @@ class Task:
 
     def _models(self, params: Any, frozen: Mapping[str, Any]) -> Models:
         """The model in training, the needed frozen models and the posterior."""
+        params = self.merged(params, frozen)
         weights = {"self": params, **frozen}
+        if "average" in self.needs:
+            weights["average"] = self.merged(frozen["average"], frozen)
         models = self.frozen | dict.fromkeys(self.needs & {"self", "average"}, self.model)
         held = {
             name: Answers(*(_held(f, self.model, other) for f in other.answers(weights[name])))

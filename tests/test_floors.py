@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # but not in a circle. A name with a slash at its end is a folder, but for its files named alone.
 FLOORS = [
     ["schema", "types", "files", "extras", "costs", "reductions", "cpu", "backend", "hlo", "chips"],
-    ["denoiser"],
+    ["denoiser", "adapter"],
     ["noise"],
     ["guidance", "flow", "mixture"],
     ["samplers"],

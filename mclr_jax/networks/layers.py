@@ -241,6 +241,7 @@ class Network(nn.Module, kw_only=True):
     remat_policy: str = key("nothing", words=KEPT, says="values that are not computed again")
     where: ClassVar[str] = "config.network"
     optional_inputs: ClassVar[tuple[str, ...]] = ("map_strength", "map_augment")
+    label_inputs: ClassVar[tuple[str, ...]] = ("map_label", "emb_label", "y_embedder")
 
     def __post_init__(self):
         check(self)
