@@ -64,6 +64,7 @@ PUBLISHED = {
     "EDM2-S, weak answer": WEAK | {"network.channels": 192},
     "EDM2-XXL, weak answer": WEAK | {"network.channels": 448},
 }
+ONE_CARD, ONE = PUBLISHED["DiT-XL/2, null answer"] | {"batch_size": 64}, ("cuda:h100x1", "pmap")
 # name -> (config, changes, topologies and layouts)
 CASES: dict[str, tuple[str, dict[str, Any], list[tuple[str, str]]]] = {
     "digits": ("digits", {}, [("v5e:1x1", "pmap"), *(("v5e:2x2", mode) for mode in MODES)]),
@@ -90,6 +91,9 @@ CASES: dict[str, tuple[str, dict[str, Any], list[tuple[str, str]]]] = {
     "DiT-XL/2's classifier": ("digits_classifier", CLASSIFIER | {
         "batch_size": 256, "num_steps": TUNED["num_steps"]}, LARGE),
     **{name: ("fashion_mnist_mclr_null", found, LARGE) for name, found in PUBLISHED.items()},
+    "DiT-XL/2, null answer, on one card": ("fashion_mnist_mclr_null", ONE_CARD, [ONE]),
+    "DiT-XL/2, null answer, rank 8": ("fashion_mnist_mclr_null", ONE_CARD | {"adapter.rank": 8}, [
+        ONE, *LARGE]),
 }  # fmt: skip
 # Sampling: name -> topologies and samples at once, each unguided and with CFG.
 SAMPLED = {

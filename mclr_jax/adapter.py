@@ -19,6 +19,7 @@ from mclr_jax.schema import Keys, key
 
 NEW_LABELS = ("drawn", "null")  # first rows of labels that a base does not have
 
+
 @dataclasses.dataclass(frozen=True)
 class Adapter(Keys):
     """The weights in training: those of the base and, of each kernel (in, out), scale A B.
