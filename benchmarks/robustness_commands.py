@@ -130,6 +130,7 @@ def command(rng: random.Random, folder: pathlib.Path) -> tuple[str, list[str]]:
         "assimilate": {"workdir": folder / "forcing", "observations": folder / "seen.npz",
                        "out": out / "x.npz", "ensemble": 2, "scheme": "steps=2,first_steps=2",
                        "regime": "fixed_lag", "lag": "1", "forecast": 1, "figure": False,
+                       "operator": '{"name": "select", "indices": [0]}',
                        "seed": 0, "batch_size": 8, "ema": "halflife", "continue": ""},
         "calibrate": {"workdir": run, "classifier": folder / "judge", "out": out / "x.json",
                       "samples_per_class": 2, "grid": 2, "max_strength": 1.0, "sigma": 0.3,
