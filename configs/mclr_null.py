@@ -2,6 +2,8 @@
 
   mclr train digits --workdir=runs/digits
   mclr train mclr_null --config.init_from=runs/digits --workdir=runs/digits_null
+  mclr train mclr_null --config.init_from=runs/digits --workdir=runs/mine \\
+      --config.data.name=folder:mine --config.adapter.rank=8  # other classes, and megabytes
 
 The result samples, in one call per step, as the run does with guidance_scale 2 up to sigma 3; `mclr
 sample --interpolation=0.5` has half of that. What is not set here is that of the run, as in

@@ -37,8 +37,9 @@ def completed(values: Mapping[str, Any], workdir: str | pathlib.Path = "") -> di
     Left open are SECTIONS with an empty name, of which only keys count that differ from their
     default, and KEYS that are None: a fifth of the run's steps and learning rate, its batch size,
     and a twentieth of the new steps as warm-up and as half-life of the averages. With the network
-    come sigma_data and the sampler, where they have their default. A run that is continued, in
-    `workdir`, keeps what it has. ValueError: init_from is empty, or names a run without data.
+    come sigma_data and the sampler, where they have their default. Another folder of images is
+    shown at the run's resolution. A run that is continued, in `workdir`, keeps what it has.
+    ValueError: init_from is empty, or names a run without data.
     """
     given, default, path = (
         flat(dict(values)),
@@ -60,6 +61,9 @@ def completed(values: Mapping[str, Any], workdir: str | pathlib.Path = "") -> di
     for key, value in old.items():
         if key.partition(".")[0] in taken and given.get(key, "") in ("", default.get(key)):
             given[key] = value
+    other = "" if "data" in sections else str(given.get("data.name", ""))
+    if other.startswith("folder:") and not given.get("data.resolution"):
+        given["data.resolution"] = old.get("resolution", old.get("data.resolution", 0))
     if given.get("data.name") == "":
         raise ValueError(f"The run in {path} names no data: set config.data.name.")
     if given.get("data.latents") and not given.get("data.autoencoder"):
@@ -71,12 +75,14 @@ def _of(run: Run, num_steps: int | None) -> dict[str, Any]:
     """The values of a run, and shares of them, that a fine-tuning takes over."""
     trained: Mapping[str, Any] = run.config or UNKNOWN
     model, steps = parts.describe(run.model), num_steps or max(trained["num_steps"] // 5, 1)
+    images = len(run.model.data.shape) == 3 and not run.data.latents
     of_data = ("num_classes", "augment_dim", "takes_strength")
     return {
         "network": {key: x for key, x in model["network"].items() if key not in of_data},
         "preconditioning": model["preconditioning"],
         "sigma_data": model["preconditioning"].get("sigma_data", 0.0),
         "sampler": dataclasses.asdict(run.sampler),
+        "resolution": run.model.data.shape[0] if images else 0,
         "data": run.config.get("data") or {"autoencoder": run.data.autoencoder},
         "num_steps": steps,
         "batch_size": trained["batch_size"],

@@ -57,6 +57,10 @@ def test_keys_that_are_set_differ_from_the_run(base):
 def test_other_data_have_none_of_the_keys_of_the_run(base):
     new = inherit.training(from_run(base[0], **{"data.name": "mixture"}))
     assert (new.data.name, new.data.limit, new.sigma_data) == ("mixture", 0, 0.7)
+    assert new.data.resolution == 0
+    for given, size in (0, 8), (16, 16):  # of digits
+        more = {"data.name": "folder:mine", "data.resolution": given}
+        assert inherit.training(from_run(base[0], **more)).data.resolution == size
 
 
 def test_published_weights_name_no_data_and_get_steps_of_their_own(base, tmp_path):
