@@ -215,7 +215,7 @@ def _config_of(given: Mapping[str, str]) -> ConfigDict | None:
     try:
         if "config" in given:
             config = _load(given["config"])
-            for key in ("init_from", "data.name", "num_steps"):
+            for key in ("init_from", "data.name", "data.latents", "num_steps"):
                 if (value := given.get(f"config.{key}", "")) and (key[0] != "n" or value.isdigit()):
                     with contextlib.suppress(KeyError):  # `_check_keys` names it
                         config.update_from_flattened_dict(
