@@ -89,7 +89,8 @@ def main() -> None:
         start, words = time.time(), shlex.split(line)
         words[0] = str(pathlib.Path(sys.executable).with_name("mclr"))
         done = subprocess.run(words, cwd=folder, text=True, stdout=-1, stderr=-2)
-        log += [f"$ {line}\n{done.stdout}"]
+        kept = [text for text in done.stdout.splitlines() if not text.endswith("left)")]  # progress
+        log += ["\n".join([f"$ {line}", *kept, ""])]
         seconds += [round(time.time() - start)]
         if done.returncode:
             raise SystemExit(log[-1])
