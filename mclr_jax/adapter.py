@@ -1,7 +1,7 @@
 """Training of a part of a run's weights: low-rank updates of kernels, or all but frozen layers.
 
 Source of the updates: Hu et al. 2021 (LoRA, arXiv 2106.09685). The base is the run that training
-starts from; the weights in training are a tree of their own, `merged` with the base's in each call.
+starts from; the weights in training are a tree of their own, `merged` with the base's.
 """
 
 import dataclasses
@@ -13,11 +13,28 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
+from flax import struct, traverse_util
 
 from mclr_jax.schema import Keys, key
 
 NEW_LABELS = ("drawn", "null")  # first rows of labels that a base does not have
+
+
+class LowRank(struct.PyTreeNode):
+    """A kernel W + scale A B whose layer computes x W + scale (x A) B.
+
+    So no merged copy of the weights, and no gradient of W's size, is in memory. Flax compares the
+    shape of the first leaf with the layer's.
+    """
+
+    base: jax.Array
+    down: jax.Array  # ([blocks,] inputs, rank)
+    up: jax.Array  # ([blocks,] rank, outputs)
+    scale: float = struct.field(pytree_node=False)
+
+    def merged(self) -> jax.Array:
+        update = jnp.matmul(self.down, self.up, precision="highest")
+        return self.base + self.scale * update.reshape(self.base.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,18 +116,18 @@ class Adapter(Keys):
         found = traverse_util.flatten_dict(trained)
         return traverse_util.unflatten_dict({path: given.get(path, found[path]) for path in found})
 
-    def merged(self, shapes: Any, base: Any, trained: Any) -> Any:
-        """All parameters, whose `shapes` these are."""
+    def merged(self, shapes: Any, base: Any, trained: Any, in_layers: bool = False) -> Any:
+        """All parameters, whose `shapes` these are; `in_layers`: kernels are `LowRank`."""
         old, found = traverse_util.flatten_dict(base), traverse_util.flatten_dict(trained)
 
-        def one(path: tuple[str, ...], shape: tuple[int, ...]) -> jax.Array:
+        def one(path: tuple[str, ...]) -> Any:
             if (down := found.get((*path, "down"))) is None:
                 return found[path] if path in found else old[path]
-            update = jnp.matmul(down, found[*path, "up"], precision="highest")
-            return old[path] + self.scale * update.reshape(shape)
+            kernel = LowRank(old[path], down, found[*path, "up"], self.scale)
+            return kernel if in_layers else kernel.merged()
 
         flat = traverse_util.flatten_dict(shapes)
-        return traverse_util.unflatten_dict({path: one(path, x.shape) for path, x in flat.items()})
+        return traverse_util.unflatten_dict({path: one(path) for path in flat})
 
 
 def _matrices(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int, int]:

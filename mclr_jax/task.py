@@ -93,11 +93,16 @@ class Task:
         """The shapes and types of the parameters in training."""
         return jax.eval_shape(self.init) if self.adapter.used else shapes_of(self.model)
 
-    def merged(self, params: Any, frozen: Mapping[str, Any]) -> Any:
-        """All parameters of the model, of those in training and of the frozen models."""
+    def merged(self, params: Any, frozen: Mapping[str, Any], in_layers: bool = False) -> Any:
+        """All parameters of the model, of those in training and of the frozen models.
+
+        `in_layers`: kernels may be `adapter.LowRank`, which the networks of this package know.
+        """
         if not self.adapter.used:
             return params
-        return self.adapter.merged(shapes_of(self.model), frozen["reference"], params)
+        in_layers &= type(self.model.network).__module__.startswith("mclr_jax.")
+        shapes = shapes_of(self.model)
+        return self.adapter.merged(shapes, frozen["reference"], params, in_layers)
 
     def default(self, params: Any, averages: Mapping[str, Any]) -> Any:
         """The parameters in training for sampling: the first average or, without any, `params`."""
@@ -144,10 +149,10 @@ class Task:
 
     def _models(self, params: Any, frozen: Mapping[str, Any]) -> Models:
         """The model in training, the needed frozen models and the posterior."""
-        params = self.merged(params, frozen)
+        params = self.merged(params, frozen, in_layers=True)
         weights = {"self": params, **frozen}
         if "average" in self.needs:
-            weights["average"] = self.merged(frozen["average"], frozen)
+            weights["average"] = self.merged(frozen["average"], frozen, in_layers=True)
         models = self.frozen | dict.fromkeys(self.needs & {"self", "average"}, self.model)
         held = {
             name: Answers(*(_held(f, self.model, other) for f in other.answers(weights[name])))

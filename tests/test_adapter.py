@@ -21,10 +21,12 @@ from mclr_jax.denoiser import EDM
 from mclr_jax.experiment import Experiment
 from mclr_jax.model import DataInfo, Model, shapes_of
 from mclr_jax.networks.dit import DiT
-from mclr_jax.networks.edm2 import EDM2
+from mclr_jax.networks.edm2 import EDM2, MPLinear
+from mclr_jax.networks.layers import Linear
 from mclr_jax.networks.mlp import MLP
 from mclr_jax.networks.unet import UNet
 from mclr_jax.training.checkpoint import Checkpoints
+from mclr_jax.types import Condition
 
 SHAPES = {
     "blocks": {"qkv": {"kernel": (2, 9, 12), "bias": (2, 12)}},  # of two blocks
@@ -148,6 +150,34 @@ def test_the_gradient_of_the_factors_is_that_of_the_kernel_projected():
     slope, factors = full["conv"]["kernel"].reshape(36, 8), trained["conv"]["kernel"]
     expected = {"down": 0.5 * slope @ factors["up"].T, "up": 0.5 * factors["down"].T @ slope}
     chex.assert_trees_all_close(got["conv"]["kernel"], expected, rtol=1e-5, atol=1e-5)
+
+
+X = np.random.default_rng(3).normal(size=(2, 4, 4, 6)).astype(np.float32)
+LAYERS = {
+    "dense": (Linear(8), (X,)),
+    "convolution": (Linear(8, kernel_size=3, stride=2), (X,)),
+    "bfloat16": (Linear(8, dtype=jnp.bfloat16), (X,)),
+    "normalised": (MPLinear(8, kernel_size=3), (X,)),
+    "blocks": (DiT(num_classes=3, width=8, depth=2, heads=1, out_channels=6, scan_blocks=True),
+               (X, np.float32([0.1, 0.2]), Condition(np.int32([0, 3])))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_with_an_update_is_that_of_the_merged_kernel(name):
+    network, inputs = LAYERS[name]
+    shapes = jax.eval_shape(network.init, jax.random.key(0), *inputs)["params"]
+    base = drawn(jax.tree.map(lambda x: x.shape, shapes), 1)
+    given = Adapter(rank=2, scale=0.5)
+    trained = moved(given.start(jax.random.key(0), base, base), 2)
+    answer = jax.jit(lambda params: network.apply({"params": params}, *inputs))
+    expected = answer(given.merged(shapes, base, trained))
+    found = answer(given.merged(shapes, base, trained, in_layers=True))
+    assert found.dtype == expected.dtype
+    limit = 0.02 if name == "bfloat16" else 1e-4
+    scale = np.abs(np.float32(expected)).max()
+    np.testing.assert_allclose(np.float32(found) / scale, np.float32(expected) / scale, atol=limit)
+    assert not np.allclose(answer(base), expected, rtol=0.1)
 
 
 # ---- rows of new labels --------------------------------------------------------------------------
@@ -296,7 +326,7 @@ def test_objectives_see_the_merged_models_and_the_base(base):
     assert training.runs == {"reference": str(base)}
     assert task.frozen == {"reference": model}
     start = task.init()
-    params, average = moved(start, 1), moved(start, 2)
+    params, average = (jax.tree.map(lambda x: 0.1 * x, moved(start, seed)) for seed in (1, 2))
     frozen = {"reference": tiny.weights(model, 3), "average": average}
     models = task._models(params, frozen)
     inputs = np.float32([[0.3, -0.2]]), np.float32([0.5]), np.int32([1])
@@ -306,7 +336,9 @@ def test_objectives_see_the_merged_models_and_the_base(base):
         (models.frozen["average"].denoise, task.merged(average, frozen)),
         (models.frozen["reference"].denoise, frozen["reference"]),
     ]:
-        np.testing.assert_array_equal(answer(*inputs), model.denoise(weights)(*inputs))
+        expected = model.denoise(weights)(*inputs)
+        np.testing.assert_allclose(answer(*inputs), expected, rtol=1e-4)
+        assert not np.allclose(expected, models.denoise(*inputs[:2], np.int32([3])), rtol=1e-3)
 
 
 def test_a_base_is_tuned_to_other_classes_with_frozen_layers(base, tmp_path, caplog):

@@ -15,6 +15,7 @@ import numpy as np
 from flax import traverse_util
 from jax.nn.initializers import normal, zeros
 
+from mclr_jax.adapter import LowRank
 from mclr_jax.networks import layers
 from mclr_jax.networks.convolution import convolve
 from mclr_jax.networks.layers import WIDEST, Network
@@ -59,6 +60,7 @@ class MPLinear(nn.Module):
         window = (self.kernel_size, self.kernel_size) if self.kernel_size > 1 else ()
         shape = (*window, x.shape[-1], self.features)
         kernel = self.param("kernel", normal(1.0), shape)
+        kernel = kernel.merged() if isinstance(kernel, LowRank) else kernel
         scaled = unit(kernel, range(len(shape) - 1)) * (gain / np.sqrt(np.prod(shape[:-1])))
         scaled, x = layers.gathered(scaled.astype(self.dtype)), x.astype(self.dtype)
         if window:

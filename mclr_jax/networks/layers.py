@@ -14,6 +14,7 @@ from jax.nn.initializers import Initializer, ones, xavier_uniform, zeros
 from jax.sharding import AxisType
 
 from mclr_jax import backend
+from mclr_jax.adapter import LowRank
 from mclr_jax.networks.convolution import convolution_p, convolve
 from mclr_jax.schema import check, key
 from mclr_jax.types import Condition
@@ -182,16 +183,24 @@ class Linear(nn.Module):
         window = (self.kernel_size, self.kernel_size) if self.kernel_size > 1 else ()
         shape = (*window, x.shape[-1], self.features)
         x = x.astype(self.dtype)
-        kernel = gathered(self.param("kernel", self.kernel_init, shape).astype(self.dtype))
-        if window:
-            y = convolve(x, kernel, self.stride, self.padding)
-        else:  # with one leading axis, XLA:CPU takes half the time for the kernel's gradient
-            y = (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape)
+        if isinstance(kernel, LowRank):
+            down, up = kernel.down.reshape(*shape[:-1], -1), kernel.up * kernel.scale
+            y = self._times(self._times(x, down), up, dense=True) + self._times(x, kernel.base)
+        else:
+            y = self._times(x, kernel)
         if self.use_bias:
             bound = self.bias_scale / np.sqrt(np.prod(shape[:-1]))
             init = partial(jax.random.uniform, minval=-bound, maxval=bound)
             y = y + self.param("bias", init, (self.features,)).astype(self.dtype)
         return y
+
+    def _times(self, x: jax.Array, kernel: jax.Array, dense: bool = False) -> jax.Array:
+        kernel = gathered(kernel.astype(self.dtype))
+        if self.kernel_size > 1 and not dense:
+            return convolve(x, kernel, self.stride, self.padding)
+        # With one leading axis, XLA:CPU takes half the time for the kernel's gradient.
+        return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def sinusoids(values: jax.Array, frequencies: np.ndarray | jax.Array) -> jax.Array:
