@@ -1,23 +1,22 @@
 """Shared by the command lines: set-up, and one-line errors that name the nearest valid word."""
 
-import contextlib
 import functools
 import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
-from mclr_jax import configs, console, cpu, inherit, meeting, record, runs, schema
+from mclr_jax import commandline, console, cpu, meeting, runs, schema
 from mclr_jax.config import Training
+from mclr_jax.cpu import use_cores as use_cores
 from mclr_jax.extras import MissingExtraError
 from mclr_jax.files import digest, made, provenance, write_atomically
 from mclr_jax.generate import Guidance, class_strengths
-from mclr_jax.schema import nearest
 from mclr_jax.training.devices import banner
 
 flags.disclaim_key_flags()  # those that are defined here belong to the commands
@@ -150,7 +149,15 @@ def _parse(arguments: bool, argv: list[str]) -> list[str]:
     if "config" in flags.FLAGS:
         if argv[1:] and argv[1][:1] not in ("", "-"):
             argv = [argv[0], f"--config={argv[1]}", *argv[2:]]
-        argv = _read_config(argv)
+        try:
+            config, argv = commandline.read(argv)
+        except (ValueError, OSError) as error:
+            if os.environ.get("MCLR_TRACEBACK"):
+                raise
+            stop(str(error))
+        if config is not None:
+            delattr(flags.FLAGS, "config")
+            config_flags.DEFINE_config_dict("config", config, sys_argv=argv)
     try:
         rest = flags.FLAGS(argv)
         for name, value in {**flags.FLAGS.flag_values_dict(), "argument": rest[1:]}.items():
@@ -170,102 +177,6 @@ def _parse(arguments: bool, argv: list[str]) -> list[str]:
     if len(rest) > 1 and not arguments:
         stop(f"Unexpected argument {rest[1]!r}: options are written --name=value.")
     return rest
-
-
-def _read_config(argv: list[str]) -> list[str]:
-    """Replace the flag --config by the file's content, whose keys become flags; the other flags.
-
-    A section whose name is a flag gets the options of the new name, so that they are flags, too.
-    """
-    given = {}
-    for word, following in zip(argv[1:], [*argv[2:], ""], strict=True):
-        name, equals, value = word.lstrip("-").partition("=")
-        if word[0] == "-":
-            given[name] = value if equals else following
-    keys = [name.removeprefix("config.") for name in given if name.startswith("config.")]
-    if (config := _config_of(given)) is None:
-        if keys:
-            stop(f"--config.{keys[0]} needs --config=NAME, the config that it changes.")
-        return argv
-    for name, field in schema.fields(Training).items():
-        word, section = given.get(f"config.{name}.name"), config.get(name)
-        if word and isinstance(section, ConfigDict) and field.metadata["section"].table:
-            if word == section.get("name"):
-                continue
-            try:
-                config[name] = new = ConfigDict(schema.switched(Training, config, name, word))
-            except ValueError as error:
-                stop(str(error))
-            if dropped := sorted({*section} - {*new}):
-                print(f"config.{name} is now {word}, without {', '.join(dropped)}", file=sys.stderr)
-    _check_keys(config, keys)
-    for at in [i for i, word in enumerate(argv) if re.fullmatch(r"--?config(=.*)?", word)][:1]:
-        argv = argv[:at] + argv[at + 1 + ("=" not in argv[at]) :]
-    delattr(flags.FLAGS, "config")
-    config_flags.DEFINE_config_dict("config", config, sys_argv=argv)
-    return argv
-
-
-def _config_of(given: Mapping[str, str]) -> ConfigDict | None:
-    """The config of the flag --config, or of the run in --workdir, with what it takes from a run.
-
-    What decides about that is set already: the run, the data and the number of steps.
-    """
-    workdir, helps = given.get("workdir", ""), given.keys() & {"help", "h", "helpshort", "helpfull"}
-    try:
-        if "config" in given:
-            config = _load(given["config"])
-            for key in ("init_from", "data.name", "data.latents", "num_steps"):
-                if (value := given.get(f"config.{key}", "")) and (key[0] != "n" or value.isdigit()):
-                    with contextlib.suppress(KeyError):  # `_check_keys` names it
-                        config.update_from_flattened_dict(
-                            {key: int(value) if key[0] == "n" else value}
-                        )
-            return config if helps else ConfigDict(inherit.completed(config.to_dict(), workdir))
-        if not workdir or helps:
-            return None
-        if not (found := record.continued(pathlib.Path(workdir))):
-            stop(f"{workdir} has no training to continue; name a config, as in mclr train digits.")
-        return ConfigDict(schema.filled(Training, found))
-    except (ValueError, OSError) as error:
-        stop(str(error))
-
-
-def _load(path: str) -> ConfigDict:
-    """The config NAME or FILE, or the same with :ARGUMENT; stops if it cannot be loaded."""
-    try:
-        return configs.load(path)
-    except configs.UnknownConfigError as error:
-        stop(f"--config: {error}")
-    except Exception as error:
-        if os.environ.get("MCLR_TRACEBACK"):
-            raise
-        what = f"{type(error).__name__}: {error} (MCLR_TRACEBACK=1 shows where.)"
-        stop(f"--config={path} cannot be loaded: {what}")
-
-
-def _check_keys(config: ConfigDict, keys: list[str]) -> None:
-    """Stop with the first of the keys, as a.b, that a config does not have."""
-    for key in keys:
-        section, so_far = config, "config"
-        for name in key.split("."):
-            known = section.keys() if isinstance(section, ConfigDict) else ()
-            if name not in known:
-                what = f"--config.{key}: {so_far} has no key {name!r}."
-                what += schema.elsewhere(f"--config.{key}", schema.names(Training, "--config."))
-                stop(f"{what} {nearest(name, known)} --help explains all keys.")
-            section, so_far = section[name], f"{so_far}.{name}"
-        if isinstance(section, ConfigDict):
-            stop(f"--config.{key} is a section; set its keys. --help explains all keys.")
-
-
-def use_cores(network: Any, batch_size: int | None = None) -> None:
-    """A JAX device per CPU core, if the network (or its class) asks for it; see mclr_jax.cpu.
-
-    Call it before JAX is used; batch_size as in `cpu.one_device_per_core`.
-    """
-    if getattr(network, "cpu_device_per_core", False):
-        cpu.one_device_per_core(batch_size)
 
 
 def _guarded(main: Callable[[], None]) -> None:

@@ -5,6 +5,7 @@ import ctypes
 import os
 import pathlib
 import sys
+from typing import Any
 
 import jax
 
@@ -46,3 +47,9 @@ def one_device_per_core(batch_size: int | None = None) -> None:
         return
     with contextlib.suppress(RuntimeError):  # JAX has created its devices
         jax.config.update("jax_num_cpu_devices", cores)
+
+
+def use_cores(network: Any, batch_size: int | None = None) -> None:
+    """`one_device_per_core`, if the network, or its class, asks for it."""
+    if getattr(network, "cpu_device_per_core", False):
+        one_device_per_core(batch_size)

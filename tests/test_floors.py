@@ -27,7 +27,7 @@ FLOORS = [
     ["record"],
     ["runs"],
     ["inherit", "labels"],
-    ["experiment", "plan", "calibrate"],
+    ["experiment", "plan", "calibrate", "commandline"],
     ["pretrained/", "assimilation/"],
     ["latents"],
     ["sampling"],

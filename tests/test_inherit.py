@@ -9,10 +9,9 @@ import pytest
 import tiny
 from commands import call
 
-from mclr_jax import inherit, parts, record, runs
+from mclr_jax import commandline, inherit, parts, record, runs
 from mclr_jax.config import Training
 from mclr_jax.configs import finetune, mclr_null
-from mclr_jax.launch import common
 from mclr_jax.samplers import Sampler
 
 OURS = {"network.width": 24, "data.limit": 200, "sampler.sigma_max": 30.0, "batch_size": 32,
@@ -84,11 +83,11 @@ def test_flags_that_decide_what_is_taken_are_known_before(base, tmp_path):
                  origin={"autoencoder": str(decoder), "latents": "edm2"})  # fmt: skip
     given = {"config": "finetune", "config.init_from": str(tmp_path / "there"),
              "config.data.name": "zip:x.zip", "config.num_steps": "60"}  # fmt: skip
-    assert common._config_of(given).data.autoencoder == ""
-    config = common._config_of(given | {"config.data.latents": "edm2"})
+    assert commandline._config_of(given).data.autoencoder == ""
+    config = commandline._config_of(given | {"config.data.latents": "edm2"})
     assert (config.data.autoencoder, config.num_steps) == (str(decoder), 60)
     assert (config.optimizer.warmup_steps, config.ema.halflife_steps) == (3, 3.0)
-    assert common._config_of({"config": "finetune", "help": ""}).network.name == ""
+    assert commandline._config_of({"config": "finetune", "help": ""}).network.name == ""
 
 
 def test_what_is_left_open_needs_a_run():
