@@ -22,9 +22,8 @@ step() {
 echo "revision $(git -C "$here" rev-parse HEAD)$(git -C "$here" diff --quiet HEAD || echo -dirty)"
 cd "$place"
 python3 -m venv env
-env/bin/pip install -q build
-env/bin/python -m build -q --wheel --outdir . "$here"
-env/bin/pip install -q "$(ls ./*.whl)[figures,features]"
+env/bin/pip wheel -q --no-deps --wheel-dir . "$here" >/dev/null 2>&1
+env/bin/pip install -q "$(ls ./*.whl)[figures,features]" 2>/dev/null
 env/bin/python "$here/benchmarks/emoji_images.py" --out=photos --per_group=200 \
     --groups="Travel & Places,Objects,Flags"
 PATH=$place/env/bin:$PATH
