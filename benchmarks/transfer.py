@@ -1,0 +1,281 @@
+"""MCLR, its rivals and plain fine-tuning from a base to a few images of classes it never saw.
+
+  python benchmarks/transfer.py --per_class=64
+
+The base knows seven classes of Fashion-MNIST at 16x16; it is fine-tuned to few images of the three
+others.
+Every method has the same steps, noise levels, batches and learning rate; strengths are chosen by
+the validation seed. Judges are trained on images that no fine-tuning sees. Writes
+benchmarks/results/transfer.json; --collect writes the rows that are there, without making others.
+"""
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from image_bench import JUDGES, METRICS, Bench, done, reference
+from PIL import Image
+from tasks import RESULTS, ROOT, Task, add_flags, config_of, run, training
+
+from mclr_jax import generate, images, runs
+from mclr_jax.configs import base as configs_base
+from mclr_jax.data import sources
+from mclr_jax.data.pixels import to_float
+from mclr_jax.evaluation import evaluate
+from mclr_jax.files import save_arrays, write_json
+
+TARGET = (4, 7, 8)  # coat, sneaker, bag
+POOL = 1500  # images of each target class that subsets are drawn from; judges see the others
+VALIDATION, COUNT = 100, 2000
+INTERVAL = (0.0, 3.0)  # of noise levels that are guided
+BASE_STEPS, SIZE = 8000, 16
+STEPS = (400, 800, 1200, 1600, 2400, 3200)  # at which plain fine-tuning is judged
+TUNING = {
+    "batch_size": 32, "noise.mean": -0.2, "noise.std": 1.5, "optimizer.learning_rate": 2e-3,
+    "optimizer.warmup_steps": 50, "optimizer.schedule": "constant", "ema.halflife_steps": 60.0,
+    "log_every": 100, "checkpoint_every": 0, "eval_examples": 0, "steps_per_dispatch": 10,
+}  # fmt: skip
+PLAIN = {"objective.name": "dsm"}
+NULL = {"objective.name": "mclr_null", "objective.teacher": "average"}
+SOURCE = NULL | {"objective.wrong": "source"}
+WITHIN = {"objective.sigma_interval": INTERVAL}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A row: what is trained, how it is sampled, and the strengths that are tried."""
+
+    changes: Mapping[str, Any]  # of the fine-tuning
+    strengths: tuple[float, ...] = (0.0,)
+    key: str = ""  # the key of the config that has the strength; "": it is that of sampling
+    interval: tuple[float, float] | None = None  # of noise levels guided in sampling
+    domain: bool = False  # guidance by the source's null answer
+
+
+METHODS = {
+    "plain": Method(PLAIN),
+    "CFG": Method(PLAIN, (0.1, 0.25, 0.5, 1.0)),
+    "CFG in an interval": Method(PLAIN, (0.25, 0.5, 1.0, 2.0), interval=INTERVAL),
+    "DoG": Method(PLAIN, (0.05, 0.1, 0.2, 0.4), domain=True),
+    "DoG in an interval": Method(PLAIN, (0.05, 0.1, 0.2, 0.4), interval=INTERVAL, domain=True),
+    "model_guidance": Method({"objective.name": "model_guidance"}, (0.1, 0.25, 0.4, 0.55),
+                             "objective.scale"),
+    "mclr null": Method(NULL | WITHIN, (0.25, 0.5, 1.0, 2.0), "objective.beta"),
+    "DogFit": Method(SOURCE, (0.05, 0.1, 0.2, 0.4), "objective.beta"),
+    "mclr source": Method(SOURCE | WITHIN, (0.05, 0.1, 0.2, 0.4), "objective.beta"),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer(Bench):
+    """The Bench of one base, and of subsets of so many images a class."""
+
+    data: str = "fashion_mnist"
+    per_class: int = 64
+    steps: int = 1200
+
+    root = ROOT / "runs" / "transfer"  # type: ignore[assignment]
+
+    def sets(self) -> None:
+        """base.npz: seven classes; pool.npz, judge.npz, test.npz. Labels are those of all ten."""
+        pixels, labels = sources.load("fashion_mnist", "train")[np.arange(60_000)]
+        held, label = sources.load("fashion_mnist", "test")[np.arange(10_000)]
+        pixels, held = map(smaller, (pixels, held))
+        pool = np.concatenate([np.flatnonzero(labels == c)[:POOL] for c in TARGET])
+        rows = {"base": ~np.isin(labels, TARGET), "pool": pool,
+                "judge": np.delete(np.arange(len(labels)), pool)}  # fmt: skip
+        for name, some in rows.items():
+            save_arrays(self.root / f"{name}.npz", images=pixels[some], labels=labels[some])
+        ours = np.isin(label, TARGET)
+        save_arrays(self.root / "test.npz", images=held[ours], labels=label[ours])
+        self.write("sets_made", {"target": TARGET, "pool": POOL})
+
+    def subset(self, seed: int) -> str:
+        """The source of a subset of the pool, drawn by the seed, with labels 0, 1, 2 of TARGET."""
+        path = self.root / f"subset_{self.per_class}_{seed}.npz"
+        if not path.exists():
+            with np.load(self.root / "pool.npz") as file:
+                pixels, labels = file["images"], file["labels"]
+            draw = np.random.default_rng(seed)
+            rows = [draw.permutation(np.flatnonzero(labels == c))[: self.per_class] for c in TARGET]
+            rows = np.concatenate(rows)
+            save_arrays(path, images=pixels[rows], labels=np.searchsorted(TARGET, labels[rows]))
+        return f"npz:{path}"
+
+    def train_base(self, seed: int = 0) -> None:
+        config = self.config(changes={
+            "data.name": f"npz:{self.root / 'base.npz'}", "data.num_classes": 10,
+            "num_steps": BASE_STEPS, "sample_every": 0, "eval_examples": 0})  # fmt: skip
+        self.train("base", self.configs, config)
+
+    def config(self, name: str = "", changes: Mapping[str, Any] = {}) -> Any:
+        own = {"data.name": f"npz:{self.root / 'judge.npz'}", "data.num_classes": 10,
+               "eval_examples": 0} if name == "_classifier" else {}  # fmt: skip
+        return config_of(f"fashion_mnist{name}", own | dict(changes))
+
+    def name_of(self, method: str, strength: float, seed: int) -> str:
+        """The work directory of a method; strengths of sampling share one."""
+        trained = next(k for k, m in METHODS.items() if m.changes == METHODS[method].changes)
+        at = f"_{strength:g}" if METHODS[method].key else ""
+        place = trained.replace(" ", "_")
+        return f"{place}{at}_{self.per_class}_{self.steps}_{seed}"
+
+    def tune_method(self, method: str, strength: float, seed: int) -> None:
+        found, name = METHODS[method], self.name_of(method, strength, seed)
+        changes = {"init_from": str(self.root / "base"), "data.name": self.subset(seed),
+                   "num_steps": self.steps, "seed": seed + 1}  # fmt: skip
+        changes |= TUNING | found.changes | ({found.key: strength} if found.key else {})
+        self.train(name, "finetune", config_of("finetune", changes))
+
+    def plain_steps(self) -> None:
+        """Plain fine-tuning at STEPS: the FD of its samples, with the validation seed."""
+        name, last = f"plain_steps_{self.per_class}", max(STEPS)
+        changes = {"init_from": str(self.root / "base"), "data.name": self.subset(VALIDATION),
+                   "seed": VALIDATION + 1, **TUNING, **PLAIN, "num_steps": last,
+                   "checkpoint_every": STEPS[0], "keep_checkpoints": 100}  # fmt: skip
+        self.train(name, "finetune", config_of("finetune", changes))
+        labels, found = np.resize(np.arange(len(TARGET)), COUNT), runs.load(self.root / name)
+        rows = []
+        for step in STEPS:
+            samples = generate.generate(found.model, found.weights(step=step)[0], labels,
+                                        found.sampler, batch_size=self.batch)  # fmt: skip
+            self.store(f"{name}_{step}", images.as_8_bits(samples), np.array(TARGET)[labels], {
+                "method": "plain", "strength": 0.0, "seed": VALIDATION, "training_steps": step,
+                "per_class": self.per_class}, found.workdir)  # fmt: skip
+            rows.append(self.row(f"{name}_{step}"))
+        self.write(f"plain_steps_{self.per_class}", rows)
+
+    def draw(self, method: str, strength: float, seed: int) -> None:
+        """Samples of a method, judged."""
+        found, (own, params) = METHODS[method], self.load(self.name_of(method, strength, seed))
+        weak = None
+        if found.domain:
+            source, weights = self.load("base")
+            weak = source.model, weights
+        scale = 1.0 if found.key else 1 + strength
+        guided = generate.Guidance(scale, interval=found.interval, weak=weak, domain=found.domain)
+        labels = np.resize(np.arange(len(TARGET)), COUNT)
+        samples = generate.generate(own.model, params, labels, own.sampler, guided=guided,
+                                    seed=seed, batch_size=self.batch)  # fmt: skip
+        row = {"method": method, "strength": strength, "seed": seed, "per_class": self.per_class,
+               "network_calls": guided.calls(own.model, own.sampler)}  # fmt: skip
+        row["memorized"] = evaluate.memorized(samples, sources.load(self.subset(seed), "train"))
+        name, classes = self.set_of(method, strength, seed), np.array(TARGET)[labels]
+        self.store(name, images.as_8_bits(samples), classes, row, own.workdir)
+
+    def set_of(self, method: str, strength: float, seed: int) -> str:
+        place = method.replace(" ", "_")
+        return f"{place}_at_{strength:g}_{self.per_class}_{self.steps}_{seed}"
+
+    def real(self, split: str) -> None:
+        """The reference, images of the judges' set; the floor, test images; a subset itself."""
+        path = {"train": self.root / "judge.npz", "test": self.root / "test.npz"}.get(split)
+        source = sources.load(f"npz:{path}" if path else self.subset(VALIDATION), "train")
+        classes = np.asarray(source.labels) if path else np.array(TARGET)[source.labels]
+        rows = np.flatnonzero(np.isin(classes, TARGET))
+        pixels, _ = source[
+            rows := rows if split == "train" else rows[:: max(len(rows) // COUNT, 1)]
+        ]
+        name = f"real_{split}" if path else f"real_subset_{self.per_class}"
+        self.store(name, np.asarray(to_float(pixels)), classes[rows], {})
+
+    def store(self, name: str, pixels: Any, labels: Any, more: dict, workdir: Any = None) -> None:
+        found, row = self.judged("features", pixels, labels), {"samples": len(pixels), **more}
+        if name != "real_train":
+            real = reference(self.root / "sets" / "real_train.npz")
+            row |= evaluate.measure(found, real, METRICS, self.judged("accuracy", pixels, labels))
+        save_arrays(self.root / "sets" / f"{name}.npz", features=found.features, labels=labels,
+                    images=images.to_uint8(np.asarray(pixels)))  # fmt: skip
+        self.write(f"sets/{name}", row, workdir)
+
+    def judge(self, judge: str) -> None:
+        config = self.config("_classifier")
+        config.noise = configs_base.options("loguniform", sigma_min=0.01, sigma_max=0.01)
+        config.network = configs_base.options(**JUDGES[judge]["network"], dropout=0.1)
+        config.optimizer.weight_decay = JUDGES[judge]["weight_decay"]
+        config.num_steps = self.settings["judge_steps"][judge]
+        config.batch_size, config.seed = 64, 100
+        self.train(f"judge_{judge}", "fashion_mnist_classifier", config)
+
+    def best(self, method: str) -> float | None:
+        """The strength of the lowest FD of the validation seed; None: some are missing."""
+        sets = {s: self.set_of(method, s, VALIDATION) for s in METHODS[method].strengths}
+        if not all(self.there(f"sets/{name}") for name in sets.values()):
+            return None
+        return min(sets, key=lambda s: self.read(f"sets/{sets[s]}")["frechet"])
+
+    def tasks(self, seeds: tuple[int, ...]) -> list[Task]:
+        do, judges = functools.partial, tuple(done(f"judge_{j}") for j in JUDGES)
+        tasks = [
+            Task("sets_made", self.sets, "sets_made.json"),
+            Task("base", self.train_base, done("base"), ("sets_made.json",)),
+            *(Task(f"judge_{j}", do(self.judge, j), done(f"judge_{j}"), ("sets_made.json",))
+              for j in JUDGES),
+            Task("real_train", do(self.real, "train"), "sets/real_train.json", judges),
+        ]  # fmt: skip
+        plain = f"plain_steps_{self.per_class}"
+        tasks.append(Task(plain, self.plain_steps, f"{plain}.json",
+                          (done("base"), "sets/real_train.json")))  # fmt: skip
+        for split in ("test", "subset"):
+            name = "real_test" if split == "test" else f"real_subset_{self.per_class}"
+            tasks.append(Task(name, do(self.real, split), f"sets/{name}.json",
+                              ("sets/real_train.json",)))  # fmt: skip
+        rows = [(m, s, VALIDATION) for m, found in METHODS.items() for s in found.strengths]
+        rows += [(m, best, seed) for seed, m in itertools.product(seeds, METHODS)
+                 if (best := self.best(m)) is not None]  # fmt: skip
+        for method, strength, seed in rows:
+            place, name = self.name_of(method, strength, seed), self.set_of(method, strength, seed)
+            tasks += [
+                Task(place, do(self.tune_method, method, strength, seed), done(place),
+                     (done("base"),)),
+                Task(f"set_{name}", do(self.draw, method, strength, seed), f"sets/{name}.json",
+                     (done(place), "sets/real_train.json")),
+            ]  # fmt: skip
+        return [*{task.name: task for task in tasks}.values()]
+
+
+def smaller(pixels: np.ndarray) -> np.ndarray:
+    """Grey images (n, h, w, 1) uint8, resized to SIZE by the mean of what a pixel covers."""
+    found = [Image.fromarray(x).resize((SIZE, SIZE), Image.Resampling.BOX) for x in pixels[..., 0]]
+    return np.stack([np.asarray(x) for x in found])[..., None]
+
+
+def collect(bench: Transfer, seeds: tuple[int, ...]) -> dict[str, Any]:
+    """The rows that are there."""
+    names = ["real_test", f"real_subset_{bench.per_class}"]
+    rows = [bench.row(name) | {"method": name} for name in names if bench.there(f"sets/{name}")]
+    for method, found in METHODS.items():
+        for strength, seed in itertools.product(found.strengths, (VALIDATION, *seeds)):
+            if bench.there(f"sets/{(name := bench.set_of(method, strength, seed))}"):
+                rows.append(bench.row(name))
+    plain = f"plain_steps_{bench.per_class}"
+    steps = {"plain_by_steps": bench.read(plain)} if bench.there(plain) else {}
+    return {"target": TARGET, "steps": bench.steps, **steps, "interval": INTERVAL, "rows": rows,
+            "other_runs": {name: training(bench.root / name) for name in (
+                "base", *(f"judge_{j}" for j in JUDGES))}}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--per_class", type=int, default=64, help="images of each class")
+    parser.add_argument("--steps", type=int, default=1200, help="of every fine-tuning")
+    parser.add_argument("--seeds", default="0,1,2", help="of subset, fine-tuning and sampling")
+    add_flags(parser)
+    arguments = parser.parse_args()
+    seeds = tuple(map(int, arguments.seeds.split(",")))
+    bench = Transfer(per_class=arguments.per_class, steps=arguments.steps)
+    for _ in range(2):  # the best strengths are known after the first time
+        result = run(bench.root, bench.tasks(seeds), arguments)
+    path = RESULTS / "transfer.json"
+    before = json.loads(path.read_text())["sets"] if path.exists() else {}
+    found = {f"fashion_mnist_{bench.per_class}": result | collect(bench, seeds)}
+    write_json(path, {"sets": before | found})
+
+
+if __name__ == "__main__":
+    main()
