@@ -63,6 +63,40 @@ class EDM(Keys):
         )
 
 
+class Path(NamedTuple):
+    """A path x_u = a x0 + s n from data, u = 0, to noise, u = 1, with a^power + s^power = 1.
+
+    The network's factors follow from the level sigma = s / a, the coefficients of `flow` from u.
+    With `pace`, 1 / (a ds/du - s da/du), the derivatives are da = -s^(power - 1) / pace and
+    ds = a^(power - 1) / pace.
+    """
+
+    power: int
+    at: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # u -> a, s in float64
+    time: Callable[[jax.Array], jax.Array]  # sigma -> u
+    pace: Callable[[Any, Any, Any], Any]  # u, a, s -> pace
+
+
+def _vp_at(u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    a = np.exp(-4.975 * u**2 - 0.05 * u)
+    return a, np.sqrt(1 - a**2)
+
+
+def _vp_time(sigma: jax.Array) -> jax.Array:
+    depth = jnp.log1p(sigma**2) / 2  # -ln a, whose slope is .05 + 9.95 u
+    return 2 * depth / (0.05 + jnp.sqrt(0.05**2 + 2 * 9.95 * depth))
+
+
+PATHS = {
+    "linear": Path(1, lambda u: (1 - u, u), lambda sigma: sigma / (1 + sigma), lambda u, a, s: 1.0),
+    "cosine": Path(
+        2, lambda u: (np.cos(np.pi / 2 * u), np.sin(np.pi / 2 * u)),
+        lambda sigma: 2 / np.pi * jnp.arctan(sigma), lambda u, a, s: 2 / np.pi,
+    ),
+    "vp": Path(2, _vp_at, _vp_time, lambda u, a, s: s / (a * (0.05 + 9.95 * u))),
+}  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class Velocity(Keys):
     """Flow matching, x_u = a x0 + s n with sigma = s / a, for u from 0 (data) to 1 (noise).
@@ -76,25 +110,18 @@ class Velocity(Keys):
     """
 
     data_at: int = key(1, words=(0, 1), says="time of the data: 1 of SiT, 0 of REPA")
-    path: str = key("linear", words=("linear", "cosine", "vp"), says="between data and noise")
+    path: str = key("linear", words=PATHS, says="between data and noise")
     prediction: str = key("velocity", words=("velocity", "noise", "score"), says="of the network")
 
     where: ClassVar[str] = "config.preconditioning"
     sigma_range = (0.0, float("inf"))
 
     def scales(self, sigma: jax.Array) -> Scales:
-        if self.path == "linear":
-            data, noise = 1 / (1 + sigma), sigma / (1 + sigma)  # a and s
-            times, skip, out = (noise, data), data, noise
-        else:
-            data, noise = 1 / jnp.sqrt(1 + sigma**2), sigma / jnp.sqrt(1 + sigma**2)
-            if self.path == "cosine":
-                time, out = 2 / np.pi * jnp.arctan(sigma), 2 / np.pi * noise
-            else:
-                depth, low, rise = jnp.log1p(sigma**2) / 2, 0.05, 9.95  # -ln a; its slope in u
-                time = 2 * depth / (low + jnp.sqrt(low**2 + 2 * rise * depth))
-                out = noise**2 / (data * (low + rise * time))
-            times, skip = (time, 1 - time), data**2
+        power, _, time, pace = PATHS[self.path]
+        norm, u = 1 + sigma if power == 1 else jnp.sqrt(1 + sigma**2), time(sigma)
+        data, noise = 1 / norm, sigma / norm  # a and s
+        times = u, data if power == 1 else 1 - u  # a is the more exact form of 1 - u
+        skip, out = data**power, noise * pace(u, data, noise)
         if self.prediction != "velocity":
             skip, out = jnp.ones_like(sigma), sigma
             out = -noise * out if self.prediction == "score" else out

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mclr_jax.denoiser import Preconditioning, Velocity
+from mclr_jax.denoiser import PATHS, Preconditioning, Velocity
 from mclr_jax.noise import step_noise
 from mclr_jax.schema import look_up
 from mclr_jax.types import Condition, as_condition, expand
@@ -82,21 +82,11 @@ class Calls(NamedTuple):
     ends_step: np.ndarray  # bool: the result becomes the next `base`
 
 
-def _path(name: str, u: np.ndarray) -> tuple[np.ndarray, ...]:
-    """a, s and their derivatives at times u."""
-    if name == "linear":
-        return 1 - u, u, -np.ones_like(u), np.ones_like(u)
-    if name == "cosine":
-        a, s = np.cos(np.pi / 2 * u), np.sin(np.pi / 2 * u)
-        return a, s, -np.pi / 2 * s, np.pi / 2 * a
-    a = np.exp(-4.975 * u**2 - 0.05 * u)
-    s, fall = np.sqrt(1 - a**2), -a * (9.95 * u + 0.05)
-    return a, s, fall, -a * fall / s
-
-
 def _slopes(model: Velocity, u: np.ndarray, diffusion: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The coefficients (of x, of F) of dx/du in the SDE with this diffusion; 0 is the ODE."""
-    a, s, da, ds = _path(model.path, u)
+    power, at, _, pace = PATHS[model.path]
+    a, s = at(u)
+    da, ds = -(s ** (power - 1)) / pace(u, a, s), a ** (power - 1) / pace(u, a, s)
     zero, one = np.zeros_like(u), np.ones_like(u)
     if model.prediction == "velocity":
         velocity = np.stack([zero, -one if model.data_at else one])
@@ -132,6 +122,7 @@ def tabulate(
             f"Sampler {method!r} needs a network of the preconditioning velocity; got "
             f"{type(preconditioning).__name__}. Use a sampler such as heun."
         )
+    at = PATHS[preconditioning.path].at
     weights, noise, euler_last = look_up(METHODS, method, "sampler")
     u = _times(preconditioning, num_steps, bool(noise))
     u = u[::-1] if reverse else u
@@ -140,9 +131,9 @@ def tabulate(
     times = (u[:-1, None] + steps[:, None] * np.append(0, table[:-1].sum(1))).ravel()
 
     def width(u: np.ndarray) -> np.ndarray:
-        return bool(noise) * DIFFUSIONS[diffusion](u, _path(preconditioning.path, u)[1])
+        return bool(noise) * DIFFUSIONS[diffusion](u, at(u)[1])
 
-    a, s, *_ = _path(preconditioning.path, u[:-1])
+    a, s = at(u[:-1])
     with np.errstate(divide="ignore"):
         levels = s / np.maximum(a, 0)  # the cosine of pi / 2 is no exact 0
     added = np.zeros((num_steps, stages))

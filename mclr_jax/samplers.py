@@ -124,14 +124,23 @@ def _ddpm(start: jax.Array, stop: jax.Array) -> _Calls:
     return calls._replace(spread=jnp.roll(spread, 1, axis=0))
 
 
-METHODS: dict[str, Callable[..., _Calls]] = {
-    "euler": _euler,
-    "heun": _heun,
-    "dpmpp_2m": _dpmpp_2m,
-    "ddpm": _ddpm,
-    "ddim": _euler,
-    "ancestral": functools.partial(_euler, eta=1.0),
-    "ancestral_2m": functools.partial(_dpmpp_2m, eta=1.0),
+class Method(NamedTuple):
+    """The calls of a method, (start, stop) -> `_Calls`, and what else `sample` has to know."""
+
+    tabulate: Callable[..., _Calls]
+    noise: bool = False  # fresh noise in each step
+    churn: bool = False  # may have churn: no memory of earlier steps, no noise of its own
+    unit: bool = False  # starts from x_t = x / sqrt(1 + sigma^2) of a variance-preserving process
+
+
+METHODS = {
+    "euler": Method(_euler, churn=True),
+    "heun": Method(_heun, churn=True),
+    "dpmpp_2m": Method(_dpmpp_2m),
+    "ddpm": Method(_ddpm, noise=True, unit=True),
+    "ddim": Method(_euler, noise=True, unit=True),
+    "ancestral": Method(functools.partial(_euler, eta=1.0), noise=True),
+    "ancestral_2m": Method(functools.partial(_dpmpp_2m, eta=1.0), noise=True),
 }
 
 
@@ -214,7 +223,7 @@ class Sampler(Keys):
 def call_levels(sigmas: np.ndarray, method: str = "heun") -> np.ndarray:
     """The noise levels (num_calls, ...) of the denoiser calls of `sample` on this grid."""
     grid = jnp.asarray(sigmas)
-    return np.asarray(look_up(METHODS, method, "sampler")(grid[:-1], grid[1:]).sigma)
+    return np.asarray(look_up(METHODS, method, "sampler").tabulate(grid[:-1], grid[1:]).sigma)
 
 
 def stabilised(denoise: DenoiseFn, floor: float) -> DenoiseFn:
@@ -242,14 +251,15 @@ def _checked(sigmas: jax.Array) -> None:
             )
 
 
-def _has_noise(method: str, churn: Churn | None, keys: jax.Array | None) -> bool:
+def _has_noise(
+    method: str, fresh: bool, may_churn: bool, churn: Churn | None, keys: jax.Array | None
+) -> bool:
     """Fresh noise or none; raises ValueError if the arguments do not fit together."""
-    if churn is not None and (keys is None or method not in ("euler", "heun")):
+    if churn is not None and (keys is None or not may_churn):
         raise ValueError(
             f"Churn needs per-sample keys (got {'none' if keys is None else 'some'}) and a "
             f"single-step method without fresh noise of its own, euler or heun (got {method!r})."
         )
-    fresh = method.startswith(("ancestral", "sde_")) or method in ("ddpm", "ddim")
     if fresh and keys is None:
         raise ValueError(f"Fresh noise (method {method!r}) needs per-sample keys; got none.")
     return fresh or churn is not None
@@ -289,9 +299,9 @@ def sample(
       ValueError: on an unknown method, an invalid grid, fresh noise without keys, or churn with a
         method that has none.
     """
-    tabulate = look_up(METHODS, method, "sampler")
+    tabulate, fresh, may_churn, _ = look_up(METHODS, method, "sampler")
     condition = as_condition(condition)
-    noisy = _has_noise(method, churn, keys)
+    noisy = _has_noise(method, fresh, may_churn, churn, keys)
     _checked(sigmas)
     sigmas = jnp.asarray(sigmas, x_init.dtype)
     start, stop, fresh_noise = sigmas[:-1], sigmas[1:], None
@@ -345,9 +355,9 @@ def draw(
     The model is a DenoiseFn, or for a method of `flow` a FlowFn.
     """
     if method in flow.METHODS:
-        noisy = _has_noise(method, churn, keys)
+        noisy = _has_noise(method, bool(flow.METHODS[method].noise), False, churn, keys)
         return flow.sample(model, noise, condition, table, keys if noisy else None)
     sigmas, eta = table
-    # a variance-preserving process starts from x_t = x / sqrt(1 + sigma^2) of variance 1
-    start = jnp.sqrt(1 + sigmas[0] ** 2) if method in ("ddpm", "ddim") else sigmas[0]
+    # x_t of a variance-preserving process has variance 1
+    start = jnp.sqrt(1 + sigmas[0] ** 2) if METHODS[method].unit else sigmas[0]
     return sample(model, start * noise, condition, sigmas, method, churn=churn, keys=keys, eta=eta)
