@@ -7,6 +7,7 @@ import json
 import pathlib
 from typing import Any
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -98,9 +99,18 @@ def build(name, folder):
     return config, source, training.task(data, companions)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+# A step of each is traced, and computed for an objective of each kind and a trajectory; all: ALL=1.
+COMPUTED = {"digits_classifier", "digits_mclr", "lorenz63_forcing", "finetune"}
+
+
+@pytest.mark.parametrize(
+    ("name", "computed"),
+    [pytest.param(name, name in COMPUTED, id=name) for name in CONFIGS]
+    + [pytest.param(name, True, marks=pytest.mark.slow, id=f"{name}-computed")
+       for name in CONFIGS if name not in COMPUTED],
+)  # fmt: skip
 def test_every_config_builds_a_model_that_has_a_description_and_takes_a_step(
-    name, tmp_path, monkeypatch
+    name, computed, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(dynamics.NavierStokes, "spin_up_steps", 1)
     config, source, task = build(name, tmp_path)
@@ -111,12 +121,16 @@ def test_every_config_builds_a_model_that_has_a_description_and_takes_a_step(
     # Not initial ones, which take longer to compile than the step. The reference is another model:
     # where both are equal MCLR may have nothing to learn.
     frozen = {name: tiny.weights(model, 1) for name, model in task.frozen.items()}
-    state = jax.jit(functools.partial(step.init_state, task))(tiny.weights(task.model, 0))
+    run = jax.jit if computed else lambda function: functools.partial(jax.eval_shape, function)
+    state = run(functools.partial(step.init_state, task))(tiny.weights(task.model, 0))
     batches = pipeline.stack(pipeline.stream(source, 8, 0), 1, 1)
-    new, metrics = jax.jit(step.make_update(task))(state, frozen, batches, 1)
-    assert np.isfinite(metrics["loss"].parts[0][0])
-    assert int(new.step) == 1
-    assert not all(jax.tree.leaves(jax.tree.map(np.array_equal, state.params, new.params)))
+    new, metrics = run(step.make_update(task))(state, frozen, batches, 1)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, new)
+    assert "loss" in metrics
+    if computed:
+        assert np.isfinite(metrics["loss"].parts[0][0])
+        assert int(new.step) == 1
+        assert not all(jax.tree.leaves(jax.tree.map(np.array_equal, state.params, new.params)))
     if config.init_from:  # and its weights are those of its start
         runs.fitted(tiny.weights(task.companions["start"], 0), task.model, config.init_from)
 

@@ -40,7 +40,8 @@ def test_official_outputs(path):
     label = jnp.asarray(arrays.get("input/labels", np.zeros(len(x))), jnp.int32)
     labels = jnp.append(label, jnp.full_like(label, model.null_label))
     twice = np.concatenate([x, x]), np.append(sigma, sigma), labels
-    denoised, raw = jax.jit(lambda *i: (model.denoise(params)(*i), model._raw(params, *i)))(*twice)
+    both = jax.jit(lambda p, *inputs: (model.denoise(p)(*inputs), model._raw(p, *inputs)))
+    denoised, raw = both(params, *twice)
     for name, found in {
         "denoised": denoised[: len(x)], "denoised_null": denoised[len(x) :],
         "raw": raw[: len(x)], "raw_null": raw[len(x) :],
@@ -182,7 +183,9 @@ def test_options_against_a_second_implementation(name):
 PUBLISHED = {128: 125, 192: 280, 256: 498, 320: 777, 384: 1119, 448: 1523}
 
 
-@pytest.mark.parametrize("channels", PUBLISHED)
+@pytest.mark.parametrize("channels", [
+    pytest.param(width, marks=[pytest.mark.slow] * (width not in (128, 448))) for width in PUBLISHED
+])  # fmt: skip
 def test_numbers_of_parameters_are_the_published_ones(channels):
     """XS to XXL for latents of ImageNet 512; Fourier features are no parameters there."""
     net = EDM2(4, 1000, channels=channels)

@@ -3,6 +3,8 @@
 Covers mclr_jax/flow.py.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,14 +94,20 @@ def test_order_of_convergence(monkeypatch, method, order, steps):
     np.testing.assert_allclose(rates, order, atol=0.35)
 
 
+@functools.cache
+def noisy(path):
+    """Samples (5000, 1) of a table of calls, compiled once for all diffusions."""
+    keys = sample_keys(0, range(5_000))
+    x = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 999), (1,)))(keys)
+    network = gaussian(Velocity(0, path))
+    return jax.jit(lambda calls: flow.sample(network, x, jnp.zeros(len(x), int), calls, keys))
+
+
 @pytest.mark.parametrize("method", ["sde_euler", "sde_heun"])
 @pytest.mark.parametrize("diffusion", flow.DIFFUSIONS)
 @pytest.mark.parametrize("path", ["linear", "cosine"])
 def test_each_diffusion_has_the_marginals_of_the_data(method, diffusion, path):
-    model, keys = Velocity(0, path), sample_keys(0, range(5_000))
-    x = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 999), (1,)))(keys)
-    calls = flow.tabulate(model, method, 100, diffusion)
-    got = flow.sample(gaussian(model), x, jnp.zeros(len(x), int), calls, keys)
+    got = noisy(path)(flow.tabulate(Velocity(0, path), method, 100, diffusion))
     assert abs(got.mean() - MEAN) < 0.03
     # the last step takes the noise of a constant diffusion away, but not all of its effect
     assert got.std() == pytest.approx(STD, rel=0.2 if diffusion == "constant" else 0.06)
