@@ -186,7 +186,10 @@ class Linear(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape)
         if isinstance(kernel, LowRank):
             down, up = kernel.down.reshape(*shape[:-1], -1), kernel.up * kernel.scale
-            y = self._times(self._times(x, down), up, dense=True) + self._times(x, kernel.base)
+            h, up = self._times(x, down), gathered(up.astype(self.dtype))
+            # With an axis of a batch it is no product with weights, which recomputed blocks keep.
+            y = lax.dot_general(h.reshape(1, -1, len(up)), up[None], (((2,), (1,)), ((0,), (0,))))
+            y = self._times(x, kernel.base) + y.reshape(*h.shape[:-1], self.features)
         else:
             y = self._times(x, kernel)
         if self.use_bias:
@@ -195,9 +198,9 @@ class Linear(nn.Module):
             y = y + self.param("bias", init, (self.features,)).astype(self.dtype)
         return y
 
-    def _times(self, x: jax.Array, kernel: jax.Array, dense: bool = False) -> jax.Array:
+    def _times(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         kernel = gathered(kernel.astype(self.dtype))
-        if self.kernel_size > 1 and not dense:
+        if self.kernel_size > 1:
             return convolve(x, kernel, self.stride, self.padding)
         # With one leading axis, XLA:CPU takes half the time for the kernel's gradient.
         return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
