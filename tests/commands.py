@@ -1,5 +1,12 @@
-"""Command lines in processes of their own, forked from a process with all imports done."""
+"""Command lines, within this process or in forks of one with all imports done.
 
+A fork costs a CPU second, or three for a training: it traces and loads again what others have.
+"""
+
+import contextlib
+import faulthandler
+import importlib
+import logging
 import multiprocessing
 import os
 import pathlib
@@ -8,8 +15,13 @@ import runpy
 import shlex
 import sys
 import tempfile
+import threading
+import traceback
+from unittest import mock
 
 import jax
+from absl import app, flags
+from absl import logging as absl_logging
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SERVER = multiprocessing.get_context("forkserver")
@@ -59,11 +71,81 @@ def lines(page, module=r"\w+"):
     return [shlex.split(line, comments=True) for line in found]
 
 
-def call(module, *arguments, expect=0, path=(), folder=ROOT, devices=1):
-    """Output of launch.MODULE; its exit status must be `expect`."""
+def fork(module, *arguments, expect=0):
+    """Output of launch.MODULE in a process of its own, in which JAX has not begun."""
     with tempfile.NamedTemporaryFile() as log:
-        process = start(f"launch.{module}", list(arguments), log.name, path, devices, folder)
+        process = start(f"launch.{module}", list(arguments), log.name)
         process.join(300)
         output = pathlib.Path(log.name).read_text()
     assert process.exitcode == expect, output
     return output
+
+
+def call(module, *arguments, expect=0, path=(), folder=ROOT, devices=1):
+    """Output of launch.MODULE in this process; its exit status must be `expect`."""
+    status, argv = 0, [f"launch.{module}", *arguments]
+    with tempfile.TemporaryFile("w+", buffering=1) as log:
+        with _apart(argv, [*map(str, path), str(ROOT), *sys.path], folder, devices, log):
+            try:
+                runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
+            except SystemExit as end:
+                status = end.code or 0
+            except Exception:
+                traceback.print_exc()
+                status = 1
+        log.seek(0)
+        output = log.read()
+    assert status == expect, output
+    return output
+
+
+def _forget():
+    """Drop the programs that functions keep, which are for the devices that they saw."""
+    for name, module in [*sys.modules.items()]:
+        if name.startswith("mclr_jax"):
+            for value in [*vars(module).values()]:
+                getattr(value, "cache_clear", int)()
+
+
+@contextlib.contextmanager
+def _apart(argv, path, folder, devices, log):
+    """What a command changes in its process is its own; it sees some of the devices."""
+    app.define_help_flags()
+    known, mine = vars(flags.FLAGS), jax.devices()[:devices]
+    kept = {k: value.copy() if isinstance(value, dict) else value for k, value in known.items()}
+    modules = {n: sys.modules.pop(n) for n in [*sys.modules] if n.startswith("mclr_jax.launch")}
+    before, place, root = {*sys.modules}, pathlib.Path.cwd(), logging.getLogger()
+    handler, verbosity = absl_logging.get_absl_handler(), absl_logging.get_verbosity()
+    handlers, level = [*root.handlers], root.level
+    filters, shape = [*handler.filters], handler.python_handler.formatter
+    handler.python_handler.setStream(log)
+    importlib.invalidate_caches()
+    _forget()
+    os.chdir(folder)
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in (
+            (jax, "devices", lambda *_, **__: mine), (jax, "local_devices", lambda *_, **__: mine),
+            (jax, "device_count", lambda *_: devices), (faulthandler, "enable", lambda *_: None),
+            (sys, "argv", argv), (sys, "path", path), (sys, "excepthook", sys.excepthook),
+            (sys, "orig_argv", [sys.executable, "-m", *argv]), (sys, "stdout", log),
+            (sys, "stderr", log), (threading, "excepthook", threading.excepthook),
+        ):  # fmt: skip
+            stack.enter_context(mock.patch.object(owner, name, value))
+        stack.enter_context(mock.patch.dict(os.environ))
+        try:
+            yield
+        finally:
+            _forget()
+            os.chdir(place)
+            handler.python_handler.setStream(sys.__stderr__)
+            handler.setFormatter(shape)
+            handler.filters[:], root.handlers[:] = filters, handlers
+            absl_logging.set_verbosity(verbosity)
+            root.setLevel(level)
+            known.clear()
+            known.update(kept)
+            for name in {*sys.modules} - before:
+                file = getattr(sys.modules[name], "__file__", None) or ""
+                if name.startswith("mclr_jax.launch") or file.startswith(str(folder) + os.sep):
+                    del sys.modules[name]
+            sys.modules.update(modules)

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 import yaml
-from commands import call, start
+from commands import call, fork, start
 
 from mclr_jax import meeting
 from mclr_jax.configs import cifar10
@@ -82,7 +82,7 @@ def test_the_job_set_has_a_pod_for_each_host_of_the_slice():
 def test_flags_that_do_not_fit_together_are_refused(arguments, message, tmp_path):
     status = 1 if arguments == ["--coordinator=auto"] else 2
     required = ["--config=configs/digits.py", f"--workdir={tmp_path / 'run'}"]
-    assert re.search(message, call("train", *required, *arguments, expect=status))
+    assert re.search(message, fork("train", *required, *arguments, expect=status))
     assert not (tmp_path / "run").exists()
 
 
