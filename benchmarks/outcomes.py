@@ -9,6 +9,8 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 from tasks import ROOT  # makes `launch` importable
 
 from mclr_jax.launch.common import USER_ERRORS
@@ -85,6 +87,13 @@ def attempt(call: Callable[[], Any], seconds: float = 120) -> tuple[str, str, An
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     return (WARNED, found[0][:300], value) if found else (WORKS, "", value)
+
+
+def difference(found: Any, expected: Any, tolerance: float = 0.0) -> str:
+    """How two trees of weights differ by more than the tolerance, or nothing."""
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    most = max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in pairs)
+    return f"weights differ by {most:.3g}" if not most <= tolerance else ""
 
 
 def summary(cases: Iterable[Case]) -> dict[str, Any]:

@@ -11,18 +11,22 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+import outcomes
+from absl.flags import FLAGS
 from outcomes import FOREIGN, LOST, REFUSED, SILENT, WORKS, Case, is_ours
+from robustness_files import images
 from robustness_values import fits, small
 from tasks import ROOT, config_of
 
 from mclr_jax import main, runs
 from mclr_jax.assimilation.observe import Observations, Operator, Select, write
 from mclr_jax.files import flat, read_lines
+from mclr_jax.launch import hosts  # noqa: F401  its flags are here before those of a command
 
 sys.path.insert(0, str(ROOT / "tests"))
 # The server imports what all commands need, from this checkout, and forks a process for each.
@@ -46,8 +50,7 @@ CONFIGS = {
     "sections.py": "from ml_collections import ConfigDict\ndef get_config():\n"
     "    return ConfigDict({'num_steps': 1})\n",
 }  # fmt: skip
-PATHS = ("workdir", "out", "features", "judge", "autoguidance", "cache", "observations", "continue",
-         "classifier", "init_from")  # fmt: skip
+WRITTEN = ("workdir", "out", "cache", "to", "write_statistics")  # into these folders and files
 # Where no command can write, or in a folder that is removed: a command that works leaves files.
 PLACES = ("/proc/x/y", "/dev/null/x", "FILE", "x" * 300, "é\u2028/x", "../out/./y")
 
@@ -109,65 +112,78 @@ def small_flags(config: Any) -> list[str]:
     return [f"--config.{k}={v}" for k, v in now.items() if before[k] != v]
 
 
-def command(rng: random.Random, folder: pathlib.Path) -> tuple[str, list[str]]:
-    """A random command line with one or two mistakes, as module and arguments."""
-    run, out = folder / "run", folder / "out"
-    cheap = small("digits", {"num_steps": 1, "eval_examples": 0})
-    common_flags = {"ema": "halflife", "checkpoint": 3, "batch_size": 8, "seed": 1}
-    valid: dict[str, dict[str, Any]] = {
-        "train": {"config": "configs/digits.py", "workdir": out / "w", "restart": False},
-        "sample": {"workdir": run, "out": out / "x.npz", "num_samples": 3, "labels": "0,1",
-                   "sampler": "euler", "steps": 2, "sigma_min": 0.1, "sigma_max": 9.0, "rho": 7.0,
-                   "guidance_scale": 1.0, "guidance_interval": "0.1,5", "churn": 0.0,
-                   "interpolation": 1.0, "autoguidance": run, **common_flags},
-        "evaluate": {"workdir": run, "out": out / "x.json", "num_samples": 30, "metrics": "fd,kid",
-                     "features": f"classifier:{folder / 'judge'}", "guidance_scales": "1",
-                     "guidance_interval": "0.1,5", "interpolations": "1", "emas": "", "seed": 0,
-                     "memorized": False, "batch_size": 32, "cache": folder / "cache",
-                     "judge": f"classifier:{folder / 'judge'}"},
-        "icr": {"workdir": run, "out": out / "x.json", "sigmas": "0.1", "num_images": 40,
-                "probe": False, "layers": "all", **common_flags},
-        "assimilate": {"workdir": folder / "forcing", "observations": folder / "seen.npz",
-                       "out": out / "x.npz", "ensemble": 2, "scheme": "steps=2,first_steps=2",
-                       "regime": "fixed_lag", "lag": "1", "forecast": 1, "figure": False,
-                       "operator": '{"name": "select", "indices": [0]}',
-                       "seed": 0, "batch_size": 8, "ema": "halflife", "continue": ""},
-        "calibrate": {"workdir": run, "classifier": folder / "judge", "out": out / "x.json",
-                      "samples_per_class": 2, "grid": 2, "max_strength": 1.0, "sigma": 0.3,
-                      "guidance_interval": "0.1,5", "interpolation": False, "init_from": run,
-                      "autoguidance": run, **common_flags},
-        "report": {"out": out / "x.html", "guidance_scales": "1", "per_class": 1, "seed": 0},
-        "demo": {"per_class": 0, "workdir": out / "d"},
+def flags_of(module: str) -> list[str]:
+    """The flags of a command, but for those of several hosts, which wait for each other."""
+    before = {*FLAGS}
+    runpy.run_module(f"launch.{module}")
+    found = sorted({*FLAGS} - before)
+    for name in found:  # the next command defines some of them, too
+        delattr(FLAGS, name)
+    return found
+
+
+def valid(folder: pathlib.Path) -> dict[str, tuple[float, list[Any], dict[str, Any]]]:
+    """How often a command is drawn, its arguments, and flags with which it works in seconds."""
+    run, out, judge = folder / "run", folder / "out", folder / "judge"
+    return {
+        "train": (5, small_flags(cheap()), {"config": "configs/digits.py", "workdir": out / "w"}),
+        "sample": (4, [], {"workdir": run, "out": out / "x.npz", "num_samples": 3, "steps": 2}),
+        "evaluate": (3, [], {"workdir": run, "out": out / "x.json", "num_samples": 30,
+                             "features": f"classifier:{judge}", "metrics": "fd,kid",
+                             "batch_size": 32, "cache": folder / "cache"}),
+        "icr": (1, [], {"workdir": run, "out": out / "x.json", "sigmas": "0.1", "num_images": 40}),
+        "assimilate": (3, [], {"workdir": folder / "forcing", "observations": folder / "seen.npz",
+                               "out": out / "x.npz", "ensemble": 2,
+                               "scheme": "steps=2,first_steps=2"}),
+        "calibrate": (1, [], {"workdir": run, "classifier": judge, "out": out / "x.json",
+                              "samples_per_class": 2, "grid": 2}),
+        "report": (1, [run], {"out": out / "x.html", "guidance_scales": "1", "per_class": 1}),
+        "convert": (1, [], {"workdir": run, "to": out / "x.safetensors"}),
+        "data": (1, [folder / "images"], {"out": out / "x.zip"}),
+        "inspect": (1, [folder / "images"], {"out": out / "x.png"}),
+        "encode": (0.5, [], {"data": "digits", "autoencoder": folder / "file", "latents": "edm2",
+                             "out": out / "x.zip"}),
+        "plan": (0.5, small_flags(cheap()), {"config": "configs/digits.py", "topology": "v5e:1x1",
+                                             "out": out / "x.json"}),
+        "demo": (0.3, [], {"per_class": 0, "workdir": out / "d"}),  # refused: it takes minutes
     }  # fmt: skip
-    module = rng.choices([*valid], (5, 4, 1.5, 1.5, 2, 1, 1, 0.3))[0]
-    flags = {name: str(value) for name, value in valid[module].items()}
-    kept = {"sample": 3, "evaluate": 11, "icr": 5, "assimilate": 5, "calibrate": 5}.get(module, 99)
-    extra: list[str] = small_flags(cheap) if module == "train" else []
-    extra += [str(run)] if module == "report" else []
-    keys = sorted(flat(cheap.to_dict()))
+
+
+def cheap() -> Any:
+    return small("digits", {"num_steps": 1, "eval_examples": 0})
+
+
+def command(
+    rng: random.Random, folder: pathlib.Path, known: Mapping[str, Sequence[str]]
+) -> tuple[str, list[str]]:
+    """A random command line with one or two mistakes, as module and arguments.
+
+    `known` are the flags of each command.
+    """
+    commands, keys = valid(folder), sorted(flat(cheap().to_dict()))
+    module = rng.choices([*commands], [often for often, *_ in commands.values()])[0]
+    _, extra, given = commands[module]
+    there = [str(folder / name) for name in ("run", "judge", "forcing", "seen.npz", "images")]
     for _ in range(rng.choice((1, 1, 2))):
-        kind, name = rng.random(), rng.choice([*flags])
+        kind, name = rng.random(), rng.choice(known[module])
+        words = [w for w in (*WORDS, *there) if module != "demo" or w[:1] != "1"]
         if kind < 0.12:
             extra.append(rng.choice(BAD_FLAGS))
-        elif kind < 0.2:
-            flags.pop(name, None)
-        elif module == "train" and kind < 0.75:
+        elif kind < 0.2 and module not in ("demo", "inspect"):  # which then write where they are
+            given.pop(rng.choice([*given]), None)
+        elif module in ("train", "plan") and kind < 0.75:
             key = rng.choice(keys)
-            extra.append(f"--config.{key[:-1] if kind < 0.25 else key}={rng.choice(WORDS)}")
+            extra.append(f"--config.{key[:-1] if kind < 0.25 else key}={rng.choice(words)}")
         elif name == "config":
             config = rng.choice([*CONFIGS])
-            flags[name] = str(folder / config) if CONFIGS[config] is not None else config
-        elif name in PATHS:
-            words = [word for word in WORDS if ".." not in word]
-            flags[name] = rng.choice((*words, *PLACES)).replace("FILE", str(folder / "file"))
-            flags[name] = flags[name] if flags[name].startswith("/") else f"{out}/{flags[name]}"
-            kept = max(kept, [*flags].index(name) + 1)
-        else:  # a demo that begins takes minutes: it gets no number
-            words = [word for word in WORDS if module != "demo" or word[:1] != "1"]
-            flags[name] = rng.choice(words)
-            kept = len(flags)
-    chosen = [f"--{name}={value}" for name, value in [*flags.items()][: max(kept, 3)]]
-    return module, chosen + extra
+            given[name] = str(folder / config) if CONFIGS[config] is not None else config
+        elif name in WRITTEN:
+            word = rng.choice((*(w for w in WORDS if ".." not in w), *PLACES))
+            word = word.replace("FILE", str(folder / "file"))
+            given[name] = word if word.startswith("/") else f"{folder}/out/{word}"
+        else:
+            given[name] = rng.choice(words)
+    return module, [*map(str, extra), *(f"--{name}={value}" for name, value in given.items())]
 
 
 def finite(path: pathlib.Path) -> bool:
@@ -206,6 +222,9 @@ def prepare(folder: pathlib.Path) -> None:
     select = Operator(Select((0,)))
     write(folder / "seen.npz", Observations(values, select, 1.0))
     (folder / "file").write_text("a file, no folder\n")
+    (folder / "images").mkdir()
+    for name, content in images().items():
+        (folder / "images" / name).write_bytes(content)
     for name, text in CONFIGS.items():
         if text is not None:
             (folder / name).write_text(text)
@@ -213,12 +232,12 @@ def prepare(folder: pathlib.Path) -> None:
 
 def cases(seed: int, count: int, folder: pathlib.Path) -> Iterator[Case]:
     """`count` command lines with mistakes."""
-    rng = random.Random(seed)
+    rng, known = random.Random(seed), {module: flags_of(module) for module in valid(folder)}
     prepare(folder)
     for _ in range(count):
         shutil.rmtree(folder / "out", ignore_errors=True)
         (folder / "out").mkdir()
-        module, arguments = command(rng, folder)
+        module, arguments = command(rng, folder, known)
         written = " ".join(arguments).replace(f"{folder}/", "")
         status, output = call(module, *arguments, log=folder / "log")
         case = judge(f"launch.{module} {written}", status, output)
@@ -273,18 +292,14 @@ def mounted(options: str, disk: str, *argv: str) -> None:
     pathlib.Path(f"{disk}.json").write_text(json.dumps({"statuses": statuses, "left": left}))
 
 
-def weights(workdir: pathlib.Path) -> list:
-    return jax.tree.leaves([runs.load(workdir).weights(name)[0] for name in ("none", "halflife")])
-
-
 def difference(a: pathlib.Path, b: pathlib.Path, tolerance: float = 0.0) -> str:
     """How the last weights of two runs differ by more than the tolerance, or nothing."""
+    names = ("none", "halflife")
     try:
-        pairs = list(zip(weights(a), weights(b), strict=True))
+        both = ([runs.load(path).weights(name)[0] for name in names] for path in (a, b))
+        return outcomes.difference(*both, tolerance)
     except Exception as error:
         return f"cannot be read: {error}"
-    most = max(float(np.abs(np.asarray(x) - np.asarray(y)).max()) for x, y in pairs)
-    return f"weights differ by {most:.3g}" if not most <= tolerance else ""
 
 
 def processes(seed: int, count: int, folder: pathlib.Path) -> Iterator[Case]:

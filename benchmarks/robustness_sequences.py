@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import outcomes
 from outcomes import BAD, SILENT, WORKS, Case, attempt
 from robustness_values import small
 
@@ -104,17 +105,11 @@ class Directory:
         if step not in self.saved:
             return f"weights of step {step}; expected one of {self.saved}"
         spans = tuple(span for span in self.spans if span[0] < step)
-        return difference(found, trained(spans, step).ema["halflife"])
+        return outcomes.difference(found, trained(spans, step).ema["halflife"], TOLERANCE)
 
 
 def free(key: str) -> bool:
     return key.removeprefix("config.") in {name for change in FREE for name in change}
-
-
-def difference(found: Any, expected: Any) -> str:
-    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
-    most = max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in pairs)
-    return f"weights differ by {most:.2g}" if not most <= TOLERANCE else ""
 
 
 def contents(path: pathlib.Path) -> dict[str, bytes]:
@@ -226,7 +221,8 @@ def tuned(rng: random.Random, place: Directory) -> tuple[str, str]:
     outcome, detail, _ = attempt(lambda: main.train(small_of(options | {"num_steps": 4}), other))
     start, _ = runs.load(other).weights(interpolation=0.0)
     expected = trained(tuple(s for s in place.spans if s[0] < step), step).ema["halflife"]
-    wrong = wrong or difference(start, expected) if outcome not in BAD else f"{outcome} {detail}"
+    differs = outcomes.difference(start, expected, TOLERANCE)
+    wrong = wrong or differs if outcome not in BAD else f"{outcome} {detail}"
     return "fine-tuned, base trained on, fine-tuned on", wrong
 
 
@@ -248,7 +244,8 @@ def sampled(rng: random.Random, place: Directory) -> tuple[str, str]:
         spans = tuple(span for span in place.spans if span[0] < step) or ((0, asked),)
         if step > max(place.done, 0) and place.spans:
             spans = (*place.spans, (place.done, asked)) if place.spans[-1][1] != asked else spans
-        wrong.append(difference(params, trained(spans, step).ema["halflife"]))
+        expected = trained(spans, step).ema["halflife"]
+        wrong.append(outcomes.difference(params, expected, TOLERANCE))
         images = generate.generate(run.model, params, np.arange(2), run.sampler)
         again = generate.generate(run.model, params, np.arange(2), run.sampler)
         wrong.append("" if np.array_equal(images, again) else "samples differ")

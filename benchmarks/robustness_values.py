@@ -63,8 +63,8 @@ OTHERS = (None, True, False, "", "x", "1", "nan", "../..", "a" * 300, "digits", 
 # What a value may be, said without the code that checks it: numbers below 0, and above 1.
 DELETED = "(no such key)"
 SIGNED = ("noise.mean", "preconditioning.start", "preconditioning.end")
-AT_MOST_1 = ("label_dropout", "dropout", "augment", "ramp_up", "contrast", "scale", "b1", "b2",
-             "negative_share", "power_stds")  # fmt: skip
+AT_MOST_1 = {"label_dropout", "dropout", "augment", "ramp_up", "contrast", "objective.scale", "b1",
+             "b2", "negative_share", "power_stds"}  # fmt: skip
 
 
 def small(file: str, changes: dict[str, Any]) -> Any:
@@ -105,8 +105,9 @@ def trace(config: Any) -> None:
 def fits(key: str, value: Any, default: Any) -> bool:
     """Whether a key whose default is of this kind can mean something by the value."""
     if isinstance(default, tuple):
-        numbers = isinstance(value, list | tuple) and all(fits(key, v, 0.0) for v in value)
-        return numbers or (key.endswith("strength") and not value)
+        like = default[0] if default and isinstance(default[0], str) else 0.0
+        several = isinstance(value, list | tuple) and all(fits(key, v, like) for v in value)
+        return several or (key.endswith("strength") and not value)
     if isinstance(default, bool | str):
         return type(value) is type(default)
     if isinstance(value, bool) or not isinstance(value, int | float | np.number):
@@ -114,7 +115,7 @@ def fits(key: str, value: Any, default: Any) -> bool:
     if not math.isfinite(value) or (isinstance(default, int) and isinstance(value, float)):
         return False
     leaf = key.rpartition(".")[2]
-    return (value >= 0 or key in SIGNED) and (value <= 1 or leaf not in AT_MOST_1)
+    return (value >= 0 or key in SIGNED) and (value <= 1 or not {leaf, key} & AT_MOST_1)
 
 
 def mutate(config: Any, key: str, value: Any) -> None:
