@@ -24,12 +24,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import figures
-import numpy as np
 from image_bench import SECOND, Bench, Model, done
 from tables import RATE
 from tasks import RESULTS, ROOT, Task, add_flags, run, training
 
-from mclr_jax import generate, images
+from mclr_jax import images
 from mclr_jax.files import save_arrays, write_json
 
 # Noise levels of every fine-tuning, the control's too: more at sigma 3 to 20 than the configs have.
@@ -165,11 +164,7 @@ class Comparison(Bench):
 
     def generated(self, base: str) -> None:
         """The negatives of ddo: samples of the base."""
-        run, params = self.load(base)
-        labels = np.resize(np.arange(run.model.null_label), 2 * self.settings["samples"])
-        samples = generate.generate(
-            run.model, params, labels, run.sampler, seed=1000, batch_size=self.batch
-        )
+        _, samples, labels, _ = self.drawn(base, 2 * self.settings["samples"], seed=1000)
         path = self.root / f"generated_{base}.npz"
         save_arrays(path, images=images.clip(samples), labels=labels)
 
@@ -182,17 +177,10 @@ class Comparison(Bench):
             *(Task(strengths_of(name), functools.partial(self.calibrate, name), strengths_of(name),
                    (done(f"{place_of(name)}_0"), done("classifier"))) for name in BY_CLASS),
             *(tasks := super().tasks(seeds)),
-            *(self._second(task) for task in tasks if task.output.startswith("sets/")),
+            *self.second_tasks(task.output for task in tasks),
             Task("flops", functools.partial(self.flops, seeds[0]), f"{FLOPS}.json",
                  (done("classifier"), done(self.base(seeds[0])))),
         ]  # fmt: skip
-
-    def _second(self, task: Task) -> Task:
-        """The second judge's task for the set of images that a task makes."""
-        name = task.output.removeprefix("sets/").removesuffix(".json")
-        needs = () if name == "real_train" else ("second/real_train.json",)
-        output, run = f"second/{name}.json", functools.partial(self.second, name)
-        return Task(f"second_{name}", run, output, (task.output, *needs))
 
     def flops(self, seed: int) -> None:
         """FLOPs of a step of each method; strengths by class need a file and cost nothing."""

@@ -129,7 +129,7 @@ def kill(parallel: str) -> dict[str, Any]:
 INPUT: dict[str, tuple[str, dict[str, Any], tuple[int, int, int], int]] = {
     "fashion_mnist": ("fashion_mnist", {}, (28, 28, 1), 10),
     "cifar10": ("cifar10", {}, (32, 32, 3), 10),
-    "DiT-XL/2": ("digits", XL, *LATENTS),
+    "DiT-XL/2": ("digits", XL, *LATENTS["DiT"]),
 }
 EXAMPLES, SECONDS = 8192, 10.0  # of the zip; of the measurement
 

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -159,16 +159,25 @@ class Bench(Files):
             weak = found.model, params
         return generate.Guidance(1 + model.gamma, interval=model.interval, weak=weak)
 
-    def sample(self, model: Model, seed: int) -> None:
-        """Samples of a model, judged; features are kept to compare sets of samples."""
-        found, params = self.load(model.workdir(seed), model.interpolation)
-        labels = np.resize(np.arange(found.model.null_label), self.settings["samples"])
-        guided = self.guided(model)
+    def drawn(
+        self, name: str, count: int, seed: int, guided: generate.Guidance = generate.NONE,
+        interpolation: float = 1.0,
+    ) -> tuple[runs.Run, np.ndarray, np.ndarray, dict[str, int]]:  # fmt: skip
+        """A run, samples of its classes in turn, their labels, and the network calls of one."""
+        found, params = self.load(name, interpolation)
+        labels = np.resize(np.arange(found.model.null_label), count)
         samples = generate.generate(
             found.model, params, labels, found.sampler,
             guided=guided, seed=seed, batch_size=self.batch,
         )  # fmt: skip
         calls = {"network_calls": guided.calls(found.model, found.sampler)}
+        return found, samples, labels, calls
+
+    def sample(self, model: Model, seed: int) -> None:
+        """Samples of a model, judged; features are kept to compare sets of samples."""
+        count, guided = self.settings["samples"], self.guided(model)
+        drawn = self.drawn(model.workdir(seed), count, seed, guided, model.interpolation)
+        found, samples, labels, calls = drawn
         self.store(model.samples(seed), images.as_8_bits(samples), labels, calls, found.workdir)
 
     def real(self, split: str) -> None:
@@ -257,6 +266,16 @@ class Bench(Files):
             read = (*map(done, filter(None, (workdir, model.weak))), "sets/real_train.json")
             tasks.append(Task(samples, do(self.sample, model, seed), f"sets/{samples}.json", read))
         return tasks
+
+    def second_tasks(self, outputs: Iterable[str]) -> list[Task]:
+        """The second judge's tasks for the sets of images among these files."""
+        found = []
+        for path in (path for path in outputs if path.startswith("sets/")):
+            name = pathlib.Path(path).name.removesuffix(".json")
+            needs = (path,) if name == "real_train" else (path, "second/real_train.json")
+            run = functools.partial(self.second, name)
+            found.append(Task(f"second_{name}", run, f"second/{name}.json", needs))
+        return found
 
     def trainings(self, seeds: tuple[int, ...], *more: str) -> dict[str, dict]:
         """How the runs were trained that no row shows: bases, classifier, judges."""

@@ -135,12 +135,9 @@ class Outside(Bench):
             strength = self.chosen(kind)
         labels, tuned = np.arange(count) % 10, f"mclr_{seed}" if "MCLR" in method else ""
         if kind == "interval":
-            found, params = self.load("base")
             guided = generate.Guidance(strength, interval=INTERVAL)
-            samples = generate.generate(found.model, params, labels, found.sampler, guided=guided,
-                                        seed=seed, batch_size=self.batch)  # fmt: skip
-            made = {"samples": count, "scale": strength,
-                    "network_calls": guided.calls(found.model, found.sampler)}  # fmt: skip
+            _, samples, _, calls = self.drawn("base", count, seed, guided)
+            made = {"samples": count, "scale": strength, **calls}
         else:
             path = self.root / f"{name}.npz"
             options = {"count": count, "seed": seed, "scale": strength if kind == "scale" else 1.0}
@@ -190,12 +187,7 @@ class Outside(Bench):
                 tasks += self.choice(method)
             for seed, method in itertools.product(seeds, some):
                 tasks += self.of_method(method, seed, None)
-        sets = [task.output for task in tasks if task.output.startswith("sets/")]
-        for name in (path.removeprefix("sets/").removesuffix(".json") for path in sets):
-            if "_at_" not in name:
-                needs = () if name == "real_train" else ("second/real_train.json",)
-                tasks.append(Task(f"second_{name}", do(self.second, name), f"second/{name}.json",
-                                  (f"sets/{name}.json", *needs)))  # fmt: skip
+        tasks += self.second_tasks(t.output for t in tasks if "_at_" not in t.output)
         return [*{task.name: task for task in tasks}.values()]  # a fine-tuning has several places
 
     def choice(self, method: str) -> list[Task]:
