@@ -185,7 +185,6 @@ def test_a_layer_with_an_update_is_that_of_the_merged_kernel(name):
 # A network of each kind of label embedding: tables, of one and of all blocks; kernels of one-hots.
 LABELLED = {
     "mlp": lambda n: (MLP(num_classes=n, width=8, depth=1), (2,)),
-    "dit": lambda n: (DiT(num_classes=n, width=8, depth=1, heads=1, out_channels=1), (4, 4, 1)),
     "own_embeddings": lambda n: (DiT(num_classes=n, width=8, depth=2, heads=1, out_channels=1,
                                      own_embeddings=True), (4, 4, 1)),
     "ddpmpp": lambda n: (UNet(num_classes=n, channels=4, channel_mult=(1,), num_blocks=1,
