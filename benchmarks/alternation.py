@@ -51,7 +51,7 @@ def seconds_of(run: Callable[[int], Any], count: int) -> float:
 
 
 class Worker:
-    """A process that answers in JSON: first that it is set up, then once for each line.
+    """A process that answers in JSON: first that it is set up, then for each line (`tasks.serve`).
 
     `script` is a file of this folder; `prefix` is a command that starts the process.
     """
@@ -80,13 +80,6 @@ class Worker:
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
-
-
-def serve(first: Mapping[str, Any], run: Callable[[int], Mapping[str, Any]]) -> None:
-    """The process of a Worker: `first` says that it is set up, `run` makes a number of calls."""
-    print(json.dumps(first), flush=True)
-    for line in sys.stdin:
-        print(json.dumps(run(int(line))), flush=True)
 
 
 def numbers(shapes: Any, seed: int = 0, classes: int = 1, scale: float = 0.03) -> Any:

@@ -56,13 +56,14 @@ class System:
         """log p(x_2:K | x_1), (..., K, d) to (...)."""
         return log_normal(x[..., 1:, :] - self.step(x[..., :-1, :]), self.process_std).sum((-1, -2))
 
+    def move(self, x: jax.Array, key: jax.Array) -> jax.Array:
+        """States (..., d) one step later."""
+        return self.step(x) + self.process_std * jax.random.normal(key, x.shape)
+
     def trajectories(self, key: jax.Array, x: jax.Array, frames: int) -> jax.Array:
         """Continue the states x (n, d), which are the first frame: (n, frames, d)."""
-
-        def move(x, key):
-            return self.step(x) + self.process_std * jax.random.normal(key, x.shape), x
-
-        return jnp.moveaxis(jax.lax.scan(move, x, jax.random.split(key, frames))[1], 0, 1)
+        keys = jax.random.split(key, frames)
+        return jnp.moveaxis(jax.lax.scan(lambda x, k: (self.move(x, k), x), x, keys)[1], 0, 1)
 
 
 def log_normal(difference: jax.Array, std: float) -> jax.Array:
@@ -73,12 +74,8 @@ def attractor(key: jax.Array, n: int) -> jax.Array:
     """Independent states of the stationary law: 20 units of time after a normal draw."""
     keys = jax.random.split(key)
     start = MEAN + STD * jax.random.normal(keys[0], (n, 3))
-    system = System()
-
-    def move(x, key):
-        return system.step(x) + system.process_std * jax.random.normal(key, x.shape), None
-
-    return jax.lax.scan(move, start, jax.random.split(keys[1], 800))[0]
+    steps = jax.random.split(keys[1], 800)
+    return jax.lax.scan(lambda x, key: (System().move(x, key), None), start, steps)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,8 +149,7 @@ def particle_filter(
         few = jnp.exp(jax.nn.logsumexp(2 * log_weights)) > 2 / n
         ancestors = jnp.where(few, systematic(keys[0], log_weights), jnp.arange(n))
         log_weights = jnp.where(few, -jnp.log(n), log_weights)
-        noise = system.process_std * jax.random.normal(keys[1], particles.shape)
-        particles = system.step(particles[ancestors]) + noise
+        particles = system.move(particles[ancestors], keys[1])
         log_weights = weigh(log_weights, value, particles)
         return (particles, log_weights), History(particles, log_weights, ancestors)
 
@@ -208,9 +204,8 @@ def backward_simulation(
         shift = log_weights - 0.5 * (ahead**2).sum(-1)
         logits = (later - centre) / system.process_std @ ahead.T + shift  # (E, N)
         weights = jnp.exp(logits - logits.max(-1, keepdims=True))
-        index = jax.vmap(functools.partial(draw, count=1))(jax.random.split(key, members), weights)[
-            :, 0
-        ]
+        keys = jax.random.split(key, members)
+        index = jax.vmap(functools.partial(draw, count=1))(keys, weights)[:, 0]
         return particles[index], particles[index]
 
     keys = jax.random.split(key, len(history.particles))

@@ -13,12 +13,12 @@ import argparse
 import json
 import pathlib
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from assimilation import (
-    MEAN,
     PROTOCOLS,
     SETS,
     STD,
@@ -109,6 +109,14 @@ def score(
     return row
 
 
+def described(protocol: Protocol, truth: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
+    """The arrays of a file of observations, as `mclr_jax.assimilation.observe` reads them."""
+    found: dict[str, Any] = {"truth": truth, "values": values, "time_step": TIME_STEP}
+    found |= {"std": protocol.system.observation_std, "state_scale": STD, **protocol.operator}
+    found |= {"initial": truth[:, 0]} if protocol.known else {}
+    return {key: np.asarray(value) for key, value in found.items()}
+
+
 def judge(folder: pathlib.Path, name: str, which: str) -> list[dict]:
     """Draw a set, find its posterior, write both; the rows of its regimes."""
     protocol = PROTOCOLS[name]
@@ -116,10 +124,7 @@ def judge(folder: pathlib.Path, name: str, which: str) -> list[dict]:
     start = time.time()
     truth, values = map(np.asarray, protocol.draw(seed))
     found = posterior(protocol, truth, values, seed)
-    arrays = {"truth": truth, "values": values, "std": protocol.system.observation_std}
-    arrays |= protocol.operator | {"time_step": TIME_STEP, "offset": MEAN, "scale": STD}
-    arrays |= {"initial": truth[:, 0]} if protocol.known else {}
-    rows = []
+    arrays, rows = described(protocol, truth, values), []
     for regime in REGIMES:
         mean, std, members = found[regime]
         kept = {"mean": mean, "std": std, "members": members[:, :STORED]}

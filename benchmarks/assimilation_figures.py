@@ -21,10 +21,10 @@ from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.figure import Figure
 from PIL import Image
 from tasks import ROOT, Rows
-from trajectory_rows import Subject, parser
+from trajectory_rows import Subject, ahead_of, parser
 
 from mclr_jax.assimilation import observe
-from mclr_jax.assimilation.schedules import Scheme, lags
+from mclr_jax.assimilation.schedules import Scheme
 from mclr_jax.files import provenance, write_atomically
 
 FIELDS = "random", "downsample"  # operators of Navier-Stokes
@@ -123,7 +123,7 @@ def animation(subject: Subject, folder: pathlib.Path, ensemble: int) -> None:
     seen = dataclasses.replace(seen, values=seen.values[:1])
     frames, members = seen.values.shape[1], {}
     for regime in COLORS:
-        found, _ = subject.estimate(seen, Scheme(), lags(regime, frames), ensemble=ensemble)
+        found, _ = subject.estimate(seen, Scheme(), ahead_of(regime, frames), ensemble=ensemble)
         members[regime] = found[0]
     shown = [picture(k, seen.values[0], arrays["truth"], members) for k in range(frames)]
     times = [120] * (frames - 1) + [3000]  # ms

@@ -204,7 +204,7 @@ def fields(name: str, folder: pathlib.Path) -> list[dict]:
     pool, first = pool[:1024], pool[1024:]
     tune = 4 if model else 16
     observed = np.arange(0, size, 1 if model else 2)
-    offset, scale = np.full(size, pool.mean()), np.full(size, pool.std())
+    scale = np.full(size, pool.std())
     case = Case(step, time_step, pool, observed, 1.0, scale, stride=stride)
     data = {}
     for which, x in zip(assimilation.SETS, np.split(first, 2), strict=True):
@@ -217,7 +217,7 @@ def fields(name: str, folder: pathlib.Path) -> list[dict]:
         values = truth[..., observed] + dapper.rng.standard_normal((16, 100, len(observed)))
         data[which] = {
             "truth": truth, "values": values, "H": np.eye(size)[observed], "std": 1.0,
-            "time_step": time_step * stride, "offset": offset, "scale": scale,
+            "time_step": time_step * stride, "state_scale": scale,
         }  # fmt: skip
     # score only asks for densities that are not kept here
     likelihood = assimilation.System(lambda x: x, 1.0, lambda x: x[..., observed], 1.0)

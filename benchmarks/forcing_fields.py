@@ -21,13 +21,12 @@ benchmarks/results/forcing_fields.json; rows that are there are kept.
 import assimilation
 import numpy as np
 from tasks import Rows
-from trajectory_rows import Subject, analysed, chosen, parser, stored_rmse
+from trajectory_rows import Subject, ahead_of, analysed, chosen, parser, stored_rmse
 
 from mclr_jax.assimilation import observe, scores
-from mclr_jax.assimilation.schedules import Scheme, lags
+from mclr_jax.assimilation.schedules import Scheme
 from mclr_jax.files import provenance, write_json
 
-REGIMES = {"filter": ("filter", 0), "lag8": ("fixed_lag", 8), "batch": ("batch", 0)}
 # task -> settings at the start, and what is tried for each; lag8 has the settings of the filter
 TASKS: dict[str, tuple[dict, dict]] = {
     "filter": ({"sigma_max": 5.0, "restart": 0.5, "window": 16, "c": 0.5, "steps": 8},
@@ -45,7 +44,7 @@ def assimilated(subject: Subject, path, asked: dict, **options) -> dict:
     """The numbers of a regime."""
     rows = observe.load(path)["H"]
     system = assimilation.System(lambda x: x, 1.0, lambda x: x @ rows.T)
-    row = analysed(subject, path, system, REGIMES[asked["task"]], Scheme(**asked["plan"]),
+    row = analysed(subject, path, system, asked["task"], Scheme(**asked["plan"]),
                    asked["trajectories"], **options)  # fmt: skip
     return {key: row[key] for key in KEPT}
 
@@ -63,7 +62,7 @@ def forecast(subject: Subject, path, asked: dict, **options) -> dict:
     frames = values.shape[1]
     members, seconds = subject.estimate(
         observe.Observations(values, operator, 1.0, initial), scheme,
-        lags("batch" if scheme.revise else "filter", frames), forecast=truth.shape[1] - frames,
+        ahead_of("batch" if scheme.revise else "filter", frames), forecast=truth.shape[1] - frames,
         **options,
     )  # fmt: skip
     early, late = ((members[:, :, part], truth[:, part])

@@ -10,6 +10,7 @@ the guidance is chosen. Writes benchmarks/results/lorenz63.json; rows that are t
 
 import dataclasses
 import json
+import re
 
 from assimilation import PROTOCOLS
 from tasks import RESULTS, Rows
@@ -17,8 +18,6 @@ from trajectory_rows import Subject, analysed, chosen, parser, stored_rmse
 
 from mclr_jax.assimilation.schedules import Scheme
 
-REGIMES = {"filter": ("filter", 0), "lag8": ("fixed_lag", 8), "lag16": ("fixed_lag", 16),
-           "batch": ("batch", 0), "batch_norm": ("batch", 0)}  # fmt: skip
 GRIDS = {"posterior": ("c", (0.25, 0.5, 1.0)), "norm": ("zeta", (0.01, 0.03, 0.1, 0.3, 1.0, 3.0))}
 CHOSEN_ON = {"filter": 16, "batch": 64, "batch_norm": 64}  # trajectories
 # the frame that a fixed lag reads has frames on both sides of it in the window
@@ -42,7 +41,7 @@ def summary(rows: list[dict]) -> dict:
     exact = {r["regime"]: r for r in baselines["particle_filter_flowdas"]["rows"]
              if r["set"] == "test"}  # fmt: skip
     found = {
-        REGIMES[r["regime"]][0] + "_norm" * (r["regime"] == "batch_norm"): r for r in rows
+        re.sub(r"lag\d+", "fixed_lag", r["regime"]): r for r in rows
         if (r["protocol"], r["set"]) == ("flowdas", "test") and "inflation" not in r["plan"]
     }  # fmt: skip
     if found:
@@ -68,7 +67,7 @@ def main() -> None:
 
         def make() -> dict:
             new = analysed(
-                subject, path, PROTOCOLS[name].system, REGIMES[regime], scheme, trajectories,
+                subject, path, PROTOCOLS[name].system, regime, scheme, trajectories,
                 together=4 if PROTOCOLS[name].every == 1 else 1, ensemble=flags.ensemble,
                 batch_size=512,
             )  # fmt: skip

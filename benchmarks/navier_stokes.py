@@ -19,18 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.stats import norm
 from tasks import Rows
-from trajectory_rows import Subject, parser
+from trajectory_rows import Subject, ahead_of, parser
 
 from mclr_jax.assimilation import observe, scores
-from mclr_jax.assimilation.schedules import Scheme, lags
+from mclr_jax.assimilation.schedules import Scheme
 from mclr_jax.assimilation.trajectories import Trajectories
 from mclr_jax.files import provenance, save_arrays, write_json
 
 FRAMES, STD, MEMBERS, BATCH = 16, 0.05, 8, 16
 OPERATORS = {"random": observe.Random(0.1), "downsample": observe.Downsample(4)}
-# arguments of `lags`
-REGIMES = {"filter": ("filter", FRAMES), "lag8": ("fixed_lag", FRAMES, 8),
-           "batch": ("batch", FRAMES)}  # fmt: skip
 LEVELS = {"sigma_min": 0.05, "sigma_max": 10.0}
 SCHEMES = {
     "filter": Scheme(window=4, steps=8, first_steps=16, **LEVELS),
@@ -107,7 +104,7 @@ def baseline(truth: np.ndarray, obs: observe.Observations, regime: str) -> dict:
     """A row of optimal interpolation."""
     climate_of_data = climate()
     start = time.monotonic()
-    ahead = None if regime == "frame" else np.minimum(lags(*REGIMES[regime]), FRAMES).astype(int)
+    ahead = None if regime == "frame" else np.minimum(ahead_of(regime, FRAMES), FRAMES).astype(int)
     unit = np.eye(64**2, dtype=np.float32).reshape(-1, 1, 64, 64, 1)
     rows = np.asarray(obs.operator(unit))[:, 0]
     found = interpolated(obs.values, rows, obs.std, *climate_of_data, ahead)
@@ -152,7 +149,7 @@ def main() -> None:
     found = parser(__doc__, folder=False)
     found.add_argument("--set", choices=SETS, default="test")
     found.add_argument("--operators", choices=OPERATORS, nargs="+", default=[*OPERATORS])
-    found.add_argument("--regimes", choices=REGIMES, nargs="+", default=[*REGIMES])
+    found.add_argument("--regimes", choices=SCHEMES, nargs="+", default=[*SCHEMES])
     flags = found.parse_args()
     subject, rows = Subject(flags.workdir), Rows("navier_stokes")
     if "denoising" not in rows.content():
@@ -166,7 +163,7 @@ def main() -> None:
     def model(name: str, regime: str) -> dict:
         truth, obs = problem(name, flags.set)
         members, seconds = subject.estimate(
-            obs, SCHEMES[regime], lags(*REGIMES[regime]), ensemble=MEMBERS, batch_size=BATCH
+            obs, SCHEMES[regime], ahead_of(regime, FRAMES), ensemble=MEMBERS, batch_size=BATCH
         )
         if flags.set == "test":
             save_arrays(

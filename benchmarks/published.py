@@ -25,7 +25,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tasks import RESULTS
+from tasks import RESULTS, parameters
 
 from mclr_jax import flow, generate, latents, pretrained, samplers
 from mclr_jax.data import sources
@@ -321,10 +321,9 @@ def measured(path: pathlib.Path, family: str, writes: bool) -> None:
     else:
         model = pretrained.read(path, family).model
         seconds = time.perf_counter() - start
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    count = parameters(model)
     print(json.dumps({
-        "parameters": parameters, "parameter_bytes": 4 * parameters, "seconds": seconds,
+        "parameters": count, "parameter_bytes": 4 * count, "seconds": seconds,
         "file_bytes": path.stat().st_size, "peak_bytes": status("VmHWM") - before,
     }))  # fmt: skip
 
@@ -340,8 +339,7 @@ def main() -> None:
     if options.measure:
         return measured(options.large, options.large_family, options.measure == "convert")
     result = json.loads(OUT.read_text()) if OUT.exists() else {}
-    command = f"python benchmarks/published.py {' '.join(sys.argv[1:])}".strip()
-    made_by = {"command": command, **provenance()}
+    made_by = provenance()
     if options.formats:
         rows = {}
         for file in sorted(options.formats.rglob("*.reference.npz")):

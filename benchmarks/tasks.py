@@ -110,6 +110,13 @@ class Files:
         self.write(f"{name}/done", {**how, "steps": step, "parameters": count, **ended})
 
 
+def serve(first: Mapping[str, Any], run: Callable[[int], Mapping[str, Any]]) -> None:
+    """The process of an `alternation.Worker`: `first` says that it is set up, `run` makes calls."""
+    print(json.dumps(first), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(run(int(line))), flush=True)
+
+
 def training(workdir: pathlib.Path) -> dict:
     """What was trained in a work directory, and by what command and revision.
 

@@ -32,8 +32,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from alternation import Candidate, Holder, Step, Worker, numbers, serve
-from tasks import RESULTS, ROOT
+from alternation import Candidate, Holder, Step, Worker, numbers
+from tasks import RESULTS, ROOT, serve
 
 from mclr_jax.files import provenance, write_json
 

@@ -9,6 +9,7 @@ import math
 import sys
 import time
 
+import tasks
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -256,9 +257,8 @@ def main() -> None:
     origin = {"torch": torch.__version__, "loss": loss, "parameters": count}
     if device == "cuda":
         origin["peak_bytes"] = torch.cuda.max_memory_allocated()
-    print(json.dumps({**origin, "first_steps_seconds": time.perf_counter() - start}), flush=True)
-    for line in sys.stdin:
-        print(json.dumps({"loss": run(int(line))}), flush=True)
+    origin["first_steps_seconds"] = time.perf_counter() - start
+    tasks.serve(origin, lambda calls: {"loss": run(calls)})
 
 
 if __name__ == "__main__":

@@ -44,11 +44,19 @@ def parser(doc: str | None, folder: bool = True) -> argparse.ArgumentParser:
     return found
 
 
+def ahead_of(regime: str, frames: int) -> np.ndarray:
+    """How many frames each frame looks ahead in filter, lagL or batch; more words follow a _."""
+    kind = regime.partition("_")[0]
+    if kind.startswith("lag"):
+        return lags("fixed_lag", frames, int(kind.removeprefix("lag")))
+    return lags(kind, frames)
+
+
 def analysed(
-    subject: Subject, path: pathlib.Path, system: System, kind: tuple[str, int], scheme: Scheme,
+    subject: Subject, path: pathlib.Path, system: System, regime: str, scheme: Scheme,
     trajectories: int, together: int = 1, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """A row: the regime `kind` (name, lag) on the first trajectories of a file of the baselines.
+    """A row: a regime on the first trajectories of a file of the baselines.
 
     With a fixed lag, `together` frames are read from one update.
     """
@@ -57,15 +65,16 @@ def analysed(
     initial = None if whole.initial is None else whole.initial[some]
     seen = dataclasses.replace(whole, values=whole.values[some], initial=initial)
     frames, calls = seen.values.shape[1], []
-    ahead = lags(kind[0], frames, kind[1])
-    if kind[0] == "fixed_lag":  # fewer updates: a frame is read where up to so many see the same
+    ahead = ahead_of(regime, frames)
+    if regime.startswith("lag"):  # fewer updates: a frame is read where up to so many see the same
         ahead = ahead - np.arange(frames) % together
     options["progress"] = lambda members, updates: calls.append(members)
     x, seconds = subject.estimate(seen, scheme, ahead, **options)
     truth, mean = arrays["truth"][some], x.mean(1)
     row = score(
-        system, truth, np.asarray(seen.values), mean, x.std(1, ddof=1), x, kind[0] == "batch",
-        arrays["scale"],
+        system, truth, np.asarray(seen.values), mean, x.std(1, ddof=1), x,
+        regime.startswith("batch"),
+        arrays["state_scale"],
     )  # fmt: skip
     # the mean of E members has (E + 1) / E of the error of the exact mean, as the spread is judged
     row["spread_skill"] *= (1 + 1 / x.shape[1]) ** 0.5

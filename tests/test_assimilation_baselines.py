@@ -12,6 +12,7 @@ import trajectory_rows
 from assimilation import System
 from scipy import stats
 
+from mclr_jax.assimilation import observe
 from mclr_jax.assimilation.dynamics import Lorenz63
 
 PROCESS, ERROR, FRAMES = linear_gaussian.PROCESS, 0.6, 9
@@ -135,6 +136,16 @@ def test_scores_have_their_closed_forms():
 
 
 # ---- rows and figures ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", assimilation.PROTOCOLS)
+def test_files_of_the_baselines_are_observations_of_the_protocol(name):
+    """Their values without noise are those of the operator that the package reads in them."""
+    protocol, truth = assimilation.PROTOCOLS[name], np.arange(12, dtype=np.float32).reshape(2, 2, 3)
+    values = np.asarray(protocol.system.observe(truth))
+    seen = observe.parse(baselines.described(protocol, truth, values), name).for_states((3,))
+    np.testing.assert_allclose(seen.operator(truth), values, rtol=1e-6)
+    assert (seen.initial is None) != protocol.known
 
 
 def test_settings_are_chosen_one_after_the_other():
