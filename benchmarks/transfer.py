@@ -77,7 +77,7 @@ class Transfer(Bench):
 
     data: str = "fashion_mnist"
     per_class: int = 64
-    steps: int = 1200
+    steps: int = 2400
 
     root = ROOT / "runs" / "transfer"  # type: ignore[assignment]
 
@@ -263,7 +263,7 @@ def collect(bench: Transfer, seeds: tuple[int, ...]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--per_class", type=int, default=64, help="images of each class")
-    parser.add_argument("--steps", type=int, default=1200, help="of every fine-tuning")
+    parser.add_argument("--steps", type=int, default=2400, help="of every fine-tuning")
     parser.add_argument("--seeds", default="0,1,2", help="of subset, fine-tuning and sampling")
     add_flags(parser)
     arguments = parser.parse_args()
