@@ -41,11 +41,8 @@ def completed(values: Mapping[str, Any], workdir: str | pathlib.Path = "") -> di
     shown at the run's resolution. A run that is continued, in `workdir`, keeps what it has.
     ValueError: init_from is empty, or names a run without data.
     """
-    given, default, path = (
-        flat(dict(values)),
-        flat(configuration.blank()),
-        values.get("init_from", ""),
-    )
+    given, default = flat(dict(values)), flat(configuration.blank())
+    path = values.get("init_from", "")
     names = default | {"network.name": "" if path else None}
     sections = [name for name in SECTIONS if given.get(f"{name}.name", names[f"{name}.name"]) == ""]
     open_keys = [key for key in KEYS if key in given and given[key] is None]

@@ -268,15 +268,8 @@ def fitted(weights: Any, model: Model, source: str, other: Model | None = None) 
 
 def _differences(other: Model, model: Model) -> str:
     """The values of another model that are different here and decide what its weights mean."""
-    free = (
-        "dtype",
-        "remat",
-        "dropout",
-        "augment_dim",
-        "takes_strength",
-        "sigma_data",
-        "num_classes",
-    )
+    free = ("dtype", "remat", "dropout", "augment_dim", "takes_strength", "sigma_data",
+            "num_classes")  # fmt: skip
     before, now = (flat(parts.describe(each)) for each in (other, model))
     keys = [key for key in before.keys() | now.keys()
             if key.startswith(("network.", "preconditioning.")) and before.get(key) != now.get(key)
