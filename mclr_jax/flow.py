@@ -109,13 +109,12 @@ def _times(model: Velocity, num_steps: int, stochastic: bool) -> np.ndarray:
 
 
 def tabulate(
-    preconditioning: Preconditioning, method: str, num_steps: int, diffusion: str = "sigma",
-    reverse: bool = False,
-) -> Calls:  # fmt: skip
+    preconditioning: Preconditioning, method: str, num_steps: int, diffusion: str = "sigma"
+) -> Calls:
     """The calls of a method in `num_steps` equal steps, for the SDE before the last of size LAST.
 
-    SiT counts points and not steps: its `num_steps` is one more for the ODE. `reverse` goes from
-    data to noise. Raises ValueError for a preconditioning other than `velocity`.
+    SiT counts points and not steps: its `num_steps` is one more for the ODE. Raises ValueError for
+    a preconditioning other than `velocity`.
     """
     if not isinstance(preconditioning, Velocity):
         raise ValueError(
@@ -125,7 +124,6 @@ def tabulate(
     at = PATHS[preconditioning.path].at
     weights, noise, euler_last = look_up(METHODS, method, "sampler")
     u = _times(preconditioning, num_steps, bool(noise))
-    u = u[::-1] if reverse else u
     steps, stages = np.diff(u), len(weights)
     table = np.array([[*row, *[0.0] * (stages - len(row))] for row in weights])
     times = (u[:-1, None] + steps[:, None] * np.append(0, table[:-1].sum(1))).ravel()

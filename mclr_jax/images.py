@@ -123,8 +123,8 @@ def _grid(samples, labels, columns, class_names, captions):
     return np.asarray(canvas)
 
 
-def _scatter(points, labels, size=480):
-    x = points[:, :2] - points[:, :2].min(0)
+def _scatter(points, labels):
+    size, x = 480, points[:, :2] - points[:, :2].min(0)
     pixels = x / max(x.max(), 1e-9) * (size - 20) + 10
     pixels[:, 1] = size - pixels[:, 1]  # the second coordinate increases upwards
     canvas = np.full((size, size, 3), 255, np.uint8)

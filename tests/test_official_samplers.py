@@ -131,14 +131,6 @@ def test_sit_odes(monkeypatch, name):
     assert guidance.calls(found.model, sampler) == stages * (len(states) - 1) * (1 + guided)
 
 
-def test_sit_from_data_to_noise():
-    found, arrays = published(*SIT)
-    states, output = arrays["sampler/ode_euler_reverse/x"], found.model.output(found.params)
-    calls = flow.tabulate(found.model.preconditioning, "ode_euler", 10, reverse=True)
-    got = flow.sample(lambda *inputs: output(*inputs[:3]), states[0], arrays["sampler/y"], calls)
-    assert relative(got, states[-1]) < 2e-6
-
-
 @pytest.mark.parametrize("name", [
     "sde_euler_sigma", "sde_euler_linear", "sde_heun_sigma", "sde_euler_sigma_cfg",
 ])  # fmt: skip

@@ -121,9 +121,9 @@ def label_dropout(default: float = 0.1) -> Any:
     return key(default, 0.0, 1.0, says="probability of the null label in place of an example's")
 
 
-def sigma_interval(what: str = "contrast only") -> Any:
+def sigma_interval() -> Any:
     """A key: noise levels (low, high]."""
-    return key((), 0.0, ordered=True, says=f"{what} if low < sigma <= high, in all frames")
+    return key((), 0.0, ordered=True, says="contrast only if low < sigma <= high, in all frames")
 
 
 def negative_share(what: str = "the contrast") -> Any:
