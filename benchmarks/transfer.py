@@ -225,7 +225,11 @@ class Transfer(Bench):
             name = "real_test" if split == "test" else f"real_subset_{self.per_class}"
             tasks.append(Task(name, do(self.real, split), f"sets/{name}.json",
                               ("sets/real_train.json",)))  # fmt: skip
-        rows = [(m, s, VALIDATION) for m, found in METHODS.items() for s in found.strengths]
+        middle = [  # of the strengths of each method first
+            (abs(2 * i + 1 - len(found.strengths)), m, s)
+            for m, found in METHODS.items() for i, s in enumerate(found.strengths)
+        ]  # fmt: skip
+        rows = [(m, s, VALIDATION) for _, m, s in sorted(middle, key=lambda row: row[0])]
         rows += [(m, best, seed) for seed, m in itertools.product(seeds, METHODS)
                  if (best := self.best(m)) is not None]  # fmt: skip
         for method, strength, seed in rows:
