@@ -13,6 +13,7 @@ import mixture_mclr
 import numpy as np
 import outcomes
 import pytest
+import robustness_commands
 import robustness_values
 import tasks
 from small_bench import MADE_BY, TRAINED
@@ -176,6 +177,13 @@ def test_a_config_value_that_is_accepted_wrongly_is_found():
     assert judged(lax, icr__lyaer="")[1:] == ("SILENT", "icr.lyaer is no key, and is ignored")
     strict = lambda config: int(config.log_every)  # noqa: E731
     assert judged(strict, log_every="x").outcome == "FOREIGN"
+
+
+def test_every_command_is_tried_with_mistakes(tmp_path):
+    files = (ROOT / "launch").glob("*.py")
+    commands = {path.stem for path in files if "common.run(main" in path.read_text()}
+    assert robustness_commands.valid(tmp_path).keys() == commands
+    assert len(commands) > 12
 
 
 @pytest.mark.slow
