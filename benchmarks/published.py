@@ -111,8 +111,10 @@ def injected(noise: np.ndarray, noises: np.ndarray, numbers: list[int]) -> Itera
 
 
 def sampled(
-    found: Checkpoint, labels: Any, sampler: Sampler, guided: Guidance, churn: Churn | None = None
-) -> jax.Array:
+    found: Checkpoint, labels: Any, sampler: Sampler, guided: Guidance = generate.NONE,
+    churn: Churn | None = None,
+) -> jax.Array:  # fmt: skip
+    """Samples as `generate.generate` draws them."""
     model, (weak, weak_params) = found.model, guided.weak or (None, {})
     run = generate.program(
         model, sampler.method, guided.is_second_call(model), churn is not None, weak,

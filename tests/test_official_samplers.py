@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from published import arrays_of, relative, sampled
 
 from mclr_jax import flow, generate, pretrained, samplers
 from mclr_jax.denoiser import Velocity
@@ -32,14 +33,8 @@ GIVEN = {DIT: {"heads": 2}, SIT: {"heads": 4}, REPA: {"heads": 3}}
 @functools.cache
 def published(family, file):
     """(checkpoint, arrays of the reference in our layout)."""
-    with np.load(FORMATS / f"{file}.reference.npz") as found:
-        arrays = {name: found[name] for name in found.files}
-    arrays = {k: np.moveaxis(x, -3, -1) if x.ndim >= 4 else x for k, x in arrays.items()}
-    return pretrained.read(FORMATS / file, family, **GIVEN.get((family, file), {})), arrays
-
-
-def relative(got, expected):
-    return np.abs(np.asarray(got) - expected).max() / np.abs(expected).max()
+    found = pretrained.read(FORMATS / file, family, **GIVEN.get((family, file), {}))
+    return found, arrays_of(FORMATS / f"{file}.reference.npz")
 
 
 class Injected:
@@ -65,20 +60,6 @@ class Injected:
         monkeypatch.setattr(flow, "step_noise", step_noise)
 
 
-def drawn(model, params, labels, sampler, guided=generate.NONE, churn=None):
-    """Samples as `generate.generate` draws them."""
-    weak_model, weak_params = guided.weak or (None, {})
-    run = generate.program(
-        model, sampler.method, guided.is_second_call(model), churn is not None, weak_model,
-        guided.channels,
-    )  # fmt: skip
-    return run(
-        (params, weak_params), 0, jnp.arange(len(labels)), jnp.asarray(labels, jnp.int32),
-        sampler.table(model.preconditioning), jnp.float32(guided.scales(model.null_label)),
-        guided.interval or (0.0, np.inf), churn,
-    )  # fmt: skip
-
-
 def after(count):
     """Noise k comes before call k + 1."""
     return [0, *range(count)]
@@ -102,7 +83,7 @@ def test_dit(monkeypatch, name, sampler, channels):
     scale = float(arrays["sampler/cfg_scale"]) if channels else 1.0
     injected = Injected(monkeypatch, states[0], noises, after, labels)
     guided = Guidance(scale, channels=channels)
-    got = drawn(found.model, found.params, labels, sampler, guided)
+    got = sampled(found, labels, sampler, guided)
     assert relative(got, states[-1]) < 2e-5
     jax.effects_barrier()
     assert relative(injected.seen, states[:-1]) < 2e-5
@@ -122,7 +103,7 @@ def test_sit_odes(monkeypatch, name):
     injected = Injected(monkeypatch, states[0], states, after, labels)
     scale = float(arrays["sampler/cfg_scale"]) if guided else 1.0
     guidance = Guidance(scale, channels=3 if guided else None)
-    got = drawn(found.model, found.params, labels, sampler, guidance)
+    got = sampled(found, labels, sampler, guidance)
     limit = 1e-3 if name == "ode_dopri5" else 2e-6
     assert relative(got, states[-1]) < limit
     jax.effects_barrier()
@@ -146,7 +127,7 @@ def test_sit_sdes(monkeypatch, name):
     sampler = Sampler(f"sde_{method}", len(states) - 1, diffusion=diffusion)
     injected = Injected(monkeypatch, states[0], arrays[f"sampler/{name}/noises"], number, labels)
     guidance = Guidance(float(arrays["sampler/cfg_scale"]) if guided else 1.0, channels=3)
-    got = drawn(found.model, found.params, labels, sampler, guidance)
+    got = sampled(found, labels, sampler, guidance)
     assert relative(got, states[-1]) < 2e-6
     jax.effects_barrier()
     if method == "euler":  # the other one's inputs have the noise of their step
@@ -177,7 +158,7 @@ def test_repa(monkeypatch, name, kind):
     )
     noises = arrays.get(f"{key}/noises", states)
     injected = Injected(monkeypatch, states[0], noises, after, labels)
-    got = drawn(model, found.params, labels, sampler, guided)
+    got = sampled(dataclasses.replace(found, model=model), labels, sampler, guided)
     assert relative(got, end) < 2e-6
     jax.effects_barrier()
     assert relative(injected.seen[:: 1 + ("heun" in name)], states) < 2e-6
@@ -203,7 +184,7 @@ def test_edm(monkeypatch, kind, name):
 
     injected = Injected(monkeypatch, start, noises, number, labels)
     churn = samplers.Churn(5.0) if churned else None
-    got = drawn(model, found.params, labels, Sampler("heun", 8), churn=churn)
+    got = sampled(found, labels, Sampler("heun", 8), churn=churn)
     assert relative(got, end) < 1e-5
     jax.effects_barrier()
     levels = arrays[f"sampler/{name}/{'sigma_hat' if churned else 'sigma'}"]
@@ -218,7 +199,7 @@ def test_diffusers(monkeypatch, name, scale):
     states, labels = arrays[f"{name}/x_in"], arrays[f"{name}/labels"]
     injected = Injected(monkeypatch, states[0], states, after, labels)
     sampler = dataclasses.replace(found.sampler, num_steps=10)
-    got = drawn(found.model, found.params, labels, sampler, Guidance(scale))
+    got = sampled(found, labels, sampler, Guidance(scale))
     latents = np.asarray(got) * found.model.data.scale + np.array(found.model.data.offset)
     assert relative(latents, arrays[f"{name}/latents_over_scale"]) < 2e-5
     jax.effects_barrier()
