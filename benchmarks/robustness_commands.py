@@ -112,11 +112,15 @@ def small_flags(config: Any) -> list[str]:
     return [f"--config.{k}={v}" for k, v in now.items() if before[k] != v]
 
 
-def flags_of(module: str) -> list[str]:
-    """The flags of a command, but for those of several hosts, which wait for each other."""
+def flags_of(module: str) -> dict[str, Sequence[str]]:
+    """The flags of a command, each with words that it may take.
+
+    Those of several hosts, which wait for each other, are not among them.
+    """
     before = {*FLAGS}
     runpy.run_module(f"launch.{module}")
-    found = sorted({*FLAGS} - before)
+    found = {name: getattr(FLAGS[name].parser, "enum_values", None) or ("1", "2", "0.5", "true")
+             for name in sorted({*FLAGS} - before)}  # fmt: skip
     for name in found:  # the next command defines some of them, too
         delattr(FLAGS, name)
     return found
@@ -154,18 +158,18 @@ def cheap() -> Any:
 
 
 def command(
-    rng: random.Random, folder: pathlib.Path, known: Mapping[str, Sequence[str]]
+    rng: random.Random, folder: pathlib.Path, known: Mapping[str, Mapping[str, Sequence[str]]]
 ) -> tuple[str, list[str]]:
-    """A random command line with one or two mistakes, as module and arguments.
+    """A random command line with one or two odd words, as module and arguments.
 
-    `known` are the flags of each command.
+    `known` are the flags of each command, see `flags_of`.
     """
     commands, keys = valid(folder), sorted(flat(cheap().to_dict()))
     module = rng.choices([*commands], [often for often, *_ in commands.values()])[0]
     _, extra, given = commands[module]
     there = [str(folder / name) for name in ("run", "judge", "forcing", "seen.npz", "images")]
     for _ in range(rng.choice((1, 1, 2))):
-        kind, name = rng.random(), rng.choice(known[module])
+        kind, name = rng.random(), rng.choice([*known[module]])
         words = [w for w in (*WORDS, *there) if module != "demo" or w[:1] != "1"]
         if kind < 0.12:
             extra.append(rng.choice(BAD_FLAGS))
@@ -182,7 +186,8 @@ def command(
             word = word.replace("FILE", str(folder / "file"))
             given[name] = word if word.startswith("/") else f"{folder}/out/{word}"
         else:
-            given[name] = rng.choice(words)
+            likely = module != "demo" and rng.random() < 0.3
+            given[name] = rng.choice(known[module][name] if likely else words)
     return module, [*map(str, extra), *(f"--{name}={value}" for name, value in given.items())]
 
 
