@@ -168,8 +168,9 @@ def test_files_that_cannot_be_meant_are_refused(tmp_path, changes, message):
 
 def test_damaged_and_missing_files_are_named(tmp_path):
     path = tmp_path / "y.npz"
-    with pytest.raises(FileNotFoundError, match=r"no file .*y\.npz"):
-        observe.read(path)
+    for missing, named in ((path, r"y\.npz"), ("", "''"), (tmp_path, tmp_path.name)):
+        with pytest.raises(FileNotFoundError, match=f"no file .*{named}"):
+            observe.read(missing)
     observe.write(path, Observations(values(), Operator(Select((0,))), 0.1))
     whole = path.read_bytes()
     for damaged in (b"", b"text", whole[:100], whole[:-30]):
