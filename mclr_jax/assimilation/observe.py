@@ -373,7 +373,7 @@ def write(path: str | os.PathLike, observations: Observations, **more: Any) -> N
 def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The arrays of an npz file; FileNotFoundError, or ValueError if it is none."""
     if not pathlib.Path(path).is_file():
-        raise FileNotFoundError(f"There is no file {path or "''"}.")
+        raise FileNotFoundError(f"There is no file {path or repr('')}.")
     with named(f"{path} is no readable npz file of arrays"), np.load(path) as file:
         return {key: np.asarray(file[key]) for key in file.files}
 
