@@ -1,7 +1,6 @@
 """Published formats against the official code: outputs, trajectories, damaged files, and memory.
 
   python benchmarks/published.py --formats=FOLDER   # of files X, each with X.reference.npz
-  python benchmarks/published.py --parity=FOLDER    # of networks in NAME.npz
   python benchmarks/published.py --large=DiT-XL-2.pt [--large_family=dit]
 
 Section `files` has the relative error of each output and of the end of each trajectory by file;
@@ -30,13 +29,11 @@ from tasks import RESULTS, parameters
 from mclr_jax import flow, generate, latents, pretrained, samplers
 from mclr_jax.data import sources
 from mclr_jax.data.protocol import for_training
-from mclr_jax.denoiser import EDM, Velocity
+from mclr_jax.denoiser import Velocity
 from mclr_jax.files import provenance, write_json
 from mclr_jax.generate import Guidance
-from mclr_jax.model import DataInfo, Model, shapes_of
-from mclr_jax.networks.edm2 import EDM2
-from mclr_jax.networks.unet import UNet
-from mclr_jax.pretrained import diffusers, dit, edm, names
+from mclr_jax.model import Model
+from mclr_jax.pretrained import diffusers
 from mclr_jax.pretrained.checkpoint import Checkpoint
 from mclr_jax.samplers import Churn, Sampler
 from mclr_jax.types import Condition
@@ -243,53 +240,6 @@ def of_data(path: pathlib.Path, arrays: dict[str, Any], vae: pathlib.Path) -> di
     }
 
 
-def of_parity(folder: pathlib.Path) -> dict[str, dict[str, float]]:
-    """The errors of networks whose tensors, inputs and official outputs are in FOLDER/NAME.npz."""
-    rows, found = {}, None
-    for name in ("dit", "sit", "edm_ddpmpp", "edm_ncsnpp", "edm_adm", "edm2"):
-        arrays = arrays_of(folder / f"{name}.npz")
-        with np.load(folder / f"{name}.npz") as file:
-            state = {k.removeprefix("state_dict/"): file[k] for k in file.files if k[:5] == "state"}
-        kwargs = arrays["meta"]["kwargs"]
-        if name in ("dit", "sit"):
-            found = dit.read(name, state, {}, {"heads": kwargs["num_heads"]})
-            arrays["output/raw"] = arrays["output/out"]
-        else:
-            sizes = {"out_channels": kwargs["img_channels"], "num_classes": kwargs["label_dim"],
-                     "channels": kwargs["model_channels"], "num_blocks": kwargs["num_blocks"],
-                     "channel_mult": tuple(kwargs["channel_mult"]),
-                     "attention_resolutions": tuple(kwargs["attn_resolutions"])}  # fmt: skip
-            net = EDM2(**sizes) if name == "edm2" else UNet(name.removeprefix("edm_"), **sizes)
-            side = kwargs["img_resolution"]
-            data = DataInfo((side, side, net.out_channels), net.num_classes, 0.5)
-            model = Model(net, EDM(0.5), data)
-            state = {k: v for k, v in state.items() if not k.endswith("resample_filter")}
-            prefix = (
-                "" if name == "edm2" or any(k.startswith("model.") for k in state) else "model."
-            )
-            state = {f"{prefix}{k}": v for k, v in state.items()}
-            params = names.to_params(state, shapes_of(model), edm.names(net))
-            found = Checkpoint("edm", model, params, Sampler())
-            arrays["input/labels"] = arrays["input/labels_onehot"].argmax(1)
-        rows[f"{name}.npz"] = outputs(found, arrays, "output")
-        if (u := found.model.log_variance(found.params)) is not None:
-            expected = arrays["output/logvar"].ravel()
-            rows[f"{name}.npz"]["logvar"] = relative(
-                u(jnp.asarray(arrays["input/sigma"])), expected
-            )
-    with np.load(folder / "edm2_heun_trajectory_and_phema.npz") as file:  # of the last one, edm2
-        noise, sampler = (
-            np.moveaxis(file["latents"], 1, -1),
-            Sampler(num_steps=int(file["num_steps"])),
-        )
-        labels = file["labels_onehot"].argmax(1)
-        with injected(noise, noise[None], [0] * 2 * sampler.num_steps):
-            for name, scale in (("samples", 1.0), ("samples_cfg_w1p7", 1.7)):
-                got, expected = sampled(found, labels, sampler, Guidance(scale)), file[name]
-                rows["edm2.npz"][name] = relative(got, np.moveaxis(expected, 1, -1))
-    return rows
-
-
 def broken(folder: pathlib.Path) -> dict[str, str]:
     """What each damaged or hostile file ends in."""
     rows = {}
@@ -333,7 +283,6 @@ def measured(path: pathlib.Path, family: str, writes: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--formats", type=pathlib.Path)
-    parser.add_argument("--parity", type=pathlib.Path)
     parser.add_argument("--large", type=pathlib.Path)
     parser.add_argument("--large_family", default="dit")
     parser.add_argument("--measure", choices=["read", "convert"], help=argparse.SUPPRESS)
@@ -358,9 +307,6 @@ def main() -> None:
             print(path.name, max(row.values()), flush=True)
         result["files"] = {**made_by, "rows": rows}
         result["broken"] = {**made_by, "rows": broken(options.formats / "broken")}
-    if options.parity:
-        result["parity"] = {**made_by, "rows": of_parity(options.parity)}
-        print(result["parity"]["rows"])
     if options.large:
         rows = {}
         for what in ("read", "convert"):
