@@ -46,7 +46,7 @@ WORKDIR, SEED, INIT_FROM, DATA, BATCH_SIZE, AUTOENCODER = common.define(
     "workdir", "seed", "init_from", "data", "batch_size", "autoencoder"
 )
 common.define(*common.GUIDANCE)
-OUT = flags.DEFINE_string("out", None, "File to write, NAME.json; needed for a run.")
+OUT = flags.DEFINE_string("out", None, "File to write, NAME.json.")
 SAMPLES = flags.DEFINE_string("samples", None, "Images to measure, in place of those of a run.")
 REFERENCE = flags.DEFINE_string(
     "reference", None, "Real images or statistics of them; default: the data of the run."
@@ -77,8 +77,8 @@ CACHE = flags.DEFINE_string("cache", evaluate.CACHE, "Folder of the real data's 
 
 
 def main() -> None:
-    if WORKDIR.value is not None and (SAMPLES.value is not None or OUT.value is None):
-        common.stop("With --workdir the samples are those of the run, and --out must be given.")
+    if WORKDIR.value is not None and SAMPLES.value is not None:
+        common.stop("With --workdir the samples are those of the run: leave out --samples.")
     if WORKDIR.value is None and not (
         REFERENCE.value and (SAMPLES.value or WRITE_STATISTICS.value)
     ):
