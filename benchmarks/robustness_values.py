@@ -81,6 +81,8 @@ def small(file: str, changes: dict[str, Any]) -> Any:
 class Bare(Experiment):
     """An experiment whose companions have no runs: small models without weights."""
 
+    new_labels = ""  # the classes are those of the run in init_from
+
     @functools.cached_property
     def companions(self) -> Any:
         judge = small("digits_classifier", {"data.name": "mixture", "sigma_data": 1.0})

@@ -179,6 +179,10 @@ def test_a_config_value_that_is_accepted_wrongly_is_found():
     assert judged(strict, log_every="x").outcome == "FOREIGN"
 
 
+def test_odd_fine_tunings_are_traced_without_the_runs_that_they_name():
+    robustness_values.trace(robustness_values.small("mixture_mclr", {}))
+
+
 def test_every_command_is_tried_with_mistakes(tmp_path):
     files = (ROOT / "launch").glob("*.py")
     commands = {path.stem for path in files if "common.run(main" in path.read_text()}
