@@ -150,7 +150,7 @@ def test_results_name_the_revision_that_made_them():
         if count := sum(not re.fullmatch("[0-9a-f]{40}", revision) for revision in found):
             dirty[path.stem] = count
     assert absent == ["costs"]
-    assert dirty == {"lorenz63": 14, "forcing_fields": 6, "robustness": 1, "environments": 1}
+    assert dirty == {"lorenz63": 14, "forcing_fields": 6, "environments": 1}
 
 
 @pytest.mark.parametrize(
