@@ -23,7 +23,6 @@ from PIL import Image
 from tasks import RESULTS, ROOT, Task, add_flags, config_of, run, training
 
 from mclr_jax import generate, images, runs
-from mclr_jax.configs import base as configs_base
 from mclr_jax.data import sources
 from mclr_jax.data.pixels import to_float
 from mclr_jax.evaluation import evaluate
@@ -192,15 +191,6 @@ class Transfer(Bench):
         save_arrays(self.root / "sets" / f"{name}.npz", features=found.features, labels=labels,
                     images=images.to_uint8(np.asarray(pixels)))  # fmt: skip
         self.write(f"sets/{name}", row, workdir)
-
-    def judge(self, judge: str) -> None:
-        config = self.config("_classifier")
-        config.noise = configs_base.options("loguniform", sigma_min=0.01, sigma_max=0.01)
-        config.network = configs_base.options(**JUDGES[judge]["network"], dropout=0.1)
-        config.optimizer.weight_decay = JUDGES[judge]["weight_decay"]
-        config.num_steps = self.settings["judge_steps"][judge]
-        config.batch_size, config.seed = 64, 100
-        self.train(f"judge_{judge}", "fashion_mnist_classifier", config)
 
     def best(self, method: str) -> float | None:
         """The strength of the lowest FD of the validation seed; None: some are missing."""
