@@ -115,7 +115,12 @@ def _apart(argv, path, folder, devices, log):
     kept = {k: value.copy() if isinstance(value, dict) else value for k, value in known.items()}
     modules = {n: sys.modules.pop(n) for n in [*sys.modules] if n.startswith("mclr_jax.launch")}
     before, place, root = {*sys.modules}, pathlib.Path.cwd(), logging.getLogger()
+    for name, defined in flags.FLAGS.flags_by_module_dict().items():  # of an imported command
+        for flag in [*defined] if name.startswith(("mclr_jax.launch", "launch")) else ():
+            if flag.name in flags.FLAGS:
+                delattr(flags.FLAGS, flag.name)
     handler, verbosity = absl_logging.get_absl_handler(), absl_logging.get_verbosity()
+    own_level = absl_logging.get_absl_logger().level
     handlers, level = [*root.handlers], root.level
     filters, shape = [*handler.filters], handler.python_handler.formatter
     handler.python_handler.setStream(log)
@@ -141,6 +146,7 @@ def _apart(argv, path, folder, devices, log):
             handler.setFormatter(shape)
             handler.filters[:], root.handlers[:] = filters, handlers
             absl_logging.set_verbosity(verbosity)
+            absl_logging.get_absl_logger().setLevel(own_level)  # verbosity alone hides its NOTSET
             root.setLevel(level)
             known.clear()
             known.update(kept)
