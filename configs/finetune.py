@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
     config.noise.mean, config.noise.std = 0.8, 1.5
     config.num_steps = config_dict.placeholder(int)
     config.batch_size = config_dict.placeholder(int)
+    config.optimizer.schedule = "cosine"
     config.optimizer.learning_rate = config_dict.placeholder(float)
     config.optimizer.warmup_steps = config_dict.placeholder(int)
     config.ema.halflife_steps = config_dict.placeholder(float)

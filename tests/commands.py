@@ -4,6 +4,7 @@ A fork costs a CPU second, or three for a training: it traces and loads again wh
 """
 
 import contextlib
+import copy
 import faulthandler
 import importlib
 import logging
@@ -112,7 +113,10 @@ def _apart(argv, path, folder, devices, log):
     """What a command changes in its process is its own; it sees some of the devices."""
     app.define_help_flags()
     known, mine = vars(flags.FLAGS), jax.devices()[:devices]
-    kept = {k: value.copy() if isinstance(value, dict) else value for k, value in known.items()}
+    kept = {
+        key: {k: copy.copy(x) if isinstance(x, list) else x for k, x in value.items()}
+        if isinstance(value, dict) else value for key, value in known.items()
+    }  # fmt: skip
     modules = {n: sys.modules.pop(n) for n in [*sys.modules] if n.startswith("mclr_jax.launch")}
     before, place, root = {*sys.modules}, pathlib.Path.cwd(), logging.getLogger()
     for name, defined in flags.FLAGS.flags_by_module_dict().items():  # of an imported command

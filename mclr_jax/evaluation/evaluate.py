@@ -100,14 +100,12 @@ def judged(
     names: Sequence[str], judge: Extractor | None = None, training: Source | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """The measures of images with these labels; the options are those of `evaluate`."""
-    other = judge(pixels, labels) if judge else None
-    found = measure(extractor(pixels, labels), real, names, other)
-    known, classes = (
-        (judge or extractor).classes,
-        1 + np.concatenate([labels, real.kept.labels]).max(),
-    )
+    own, other = extractor(pixels, labels), judge(pixels, labels) if judge else None
+    found = measure(own, real, names, other)
+    known = (other or own).log_probs.shape[1]
+    classes = 1 + np.concatenate([labels, real.kept.labels]).max()
     if known not in (0, classes):
-        del found["accuracy"]
+        found.pop("accuracy", None)
         logging.warning("No accuracy: %s knows %d classes, the data have %d; name another --judge.",
                         (judge or extractor).name, known, classes)  # fmt: skip
     if training is not None:

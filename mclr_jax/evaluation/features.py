@@ -39,7 +39,6 @@ class Extractor:
     weights: Any  # a tree of arrays
     apply: Apply
     shape: tuple[int, ...] = ()  # of an image; () for any
-    classes: int = 0  # that it was trained on, of the package's own data; 0 for others
 
     @functools.cached_property
     def digest(self) -> str:
@@ -111,7 +110,7 @@ def _classifier(workdir: str) -> tuple[Any, ...]:
     if not model.is_classifier:
         kind = type(model.network).__name__
         raise ValueError(f"{workdir} is a run of {kind}, which is no classifier; expected one.")
-    return jax.device_get(params), model.features, model.data.shape, model.data.num_classes
+    return jax.device_get(params), model.features, model.data.shape
 
 
 def _efficientnet(argument: str) -> tuple[Any, Apply]:
