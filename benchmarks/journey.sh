@@ -16,7 +16,7 @@ step() {
     count=$((count + 1))
     printf '\n$ %s\n' "$*"
     "$@" 2>"$place/log" || { cat "$place/log"; exit 1; }
-    grep -v "it/s\|Compil\|jax " "$place/log" | sed 's/^[0-9:]* //' || true
+    grep -v "it/s\|Compil\|jax " "$place/log" | sed "s/^[0-9:]* //; s#$place/##g" || true
 }
 
 echo "revision $(git -C "$here" rev-parse HEAD)$(git -C "$here" diff --quiet HEAD || echo -dirty)"
