@@ -61,6 +61,7 @@ def test_a_run_with_the_monitor_ends_with_the_bits_of_one_without(tmp_path):
     assert last["icr_memorized"] == metrics.memorized_fraction(*flat)
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept_and_the_turn_is_told_once_also_after_a_resume(
     tmp_path, caplog, monkeypatch
 ):

@@ -89,6 +89,7 @@ def test_guidance_of_the_paper_is_biased():
     assert spread < 0.9
 
 
+@pytest.mark.slow
 def test_a_known_start_and_a_forecast():
     """In physical units. Beyond the last observation the spread grows to that of the process."""
     process = oracle.Process(offset=(3.0, -1.0), scale=(8.0, 0.5))

@@ -53,7 +53,10 @@ def test_the_loss_is_the_objective_on_scaled_and_flipped_data():
 # ---- rows are on their own -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", cases.CASES)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in cases.ROWS[1::2]))
+    for name in cases.CASES
+])  # fmt: skip
 def test_the_loss_of_some_rows_ignores_the_others(name):
     """And metrics of the parts of a batch add up: devices and accumulation agree.
 
