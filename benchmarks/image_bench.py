@@ -20,6 +20,7 @@ from mclr_jax.config import Training
 from mclr_jax.configs import base as configs_base
 from mclr_jax.data import sources
 from mclr_jax.data.pixels import to_float
+from mclr_jax.data.protocol import Source
 from mclr_jax.evaluation import evaluate, features, metrics
 from mclr_jax.experiment import Experiment
 from mclr_jax.files import save_arrays
@@ -146,10 +147,12 @@ class Bench(Files):
     def tune(self, name: str, seed: int, changes: Mapping[str, Any]) -> None:
         self.train(name, f"{self.configs}_mclr", self.fine_tuning(seed, changes))
 
-    def load(self, name: str, interpolation: float = 1.0) -> tuple[runs.Run, Any]:
-        """(run, parameters) of this work directory."""
+    def load(
+        self, name: str, interpolation: float = 1.0, step: int | None = None
+    ) -> tuple[runs.Run, Any]:
+        """(run, parameters) of this work directory, by default of its last step."""
         found = runs.load(self.root / name)
-        return found, found.weights(interpolation=interpolation)[0]
+        return found, found.weights(step=step, interpolation=interpolation)[0]
 
     def guided(self, model: Model) -> generate.Guidance:
         """The guidance of a model's samples."""
@@ -161,10 +164,10 @@ class Bench(Files):
 
     def drawn(
         self, name: str, count: int, seed: int, guided: generate.Guidance = generate.NONE,
-        interpolation: float = 1.0,
+        interpolation: float = 1.0, step: int | None = None,
     ) -> tuple[runs.Run, np.ndarray, np.ndarray, dict[str, int]]:  # fmt: skip
         """A run, samples of its classes in turn, their labels, and the network calls of one."""
-        found, params = self.load(name, interpolation)
+        found, params = self.load(name, interpolation, step)
         labels = np.resize(np.arange(found.model.null_label), count)
         samples = generate.generate(
             found.model, params, labels, found.sampler,
@@ -196,12 +199,18 @@ class Bench(Files):
         if name != "real_train":
             real = reference(self.root / "sets" / "real_train.npz")
             row |= evaluate.measure(found, real, METRICS, self.judged("accuracy", pixels, labels))
-            row["memorized"] = evaluate.memorized(pixels, sources.load(self.source, "train"))
+            if (copied := self.copied(more)) is not None:
+                row["memorized"] = evaluate.memorized(pixels, copied)
         save_arrays(
             self.root / "sets" / f"{name}.npz", features=found.features, labels=labels,
             images=images.to_uint8(np.asarray(pixels)),
         )  # fmt: skip
         self.write(f"sets/{name}", row, workdir)
+
+    def copied(self, row: Mapping[str, Any]) -> Source | None:
+        """The training images that copies are looked for among; None: there are none."""
+        del row
+        return sources.load(self.source, "train")
 
     def second(self, name: str) -> None:
         """A set of images before the second judge -> second/NAME.json."""

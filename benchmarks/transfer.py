@@ -3,9 +3,8 @@
   python benchmarks/transfer.py --per_class=64
 
 The base knows seven classes of Fashion-MNIST at 16x16; it is fine-tuned to few images of the three
-others.
-Every method has the same steps, noise levels, batches and learning rate; strengths are chosen by
-the validation seed. Judges are trained on images that no fine-tuning sees. Writes
+others. Every method has the same steps, noise levels, batches and learning rate; strengths are
+chosen by the validation seed. Judges are trained on images that no fine-tuning sees. Writes
 benchmarks/results/transfer.json; --collect writes the rows that are there, without making others.
 """
 
@@ -18,14 +17,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from image_bench import JUDGES, METRICS, Bench, done, reference
+from image_bench import JUDGES, Bench, done
 from PIL import Image
 from tasks import RESULTS, ROOT, Task, add_flags, config_of, run, training
 
-from mclr_jax import generate, images, runs
+from mclr_jax import generate, images
 from mclr_jax.data import sources
 from mclr_jax.data.pixels import to_float
-from mclr_jax.evaluation import evaluate
+from mclr_jax.data.protocol import Source
 from mclr_jax.files import save_arrays, write_json
 
 TARGET = (4, 7, 8)  # coat, sneaker, bag
@@ -124,48 +123,48 @@ class Transfer(Bench):
         place = trained.replace(" ", "_")
         return f"{place}{at}_{self.per_class}_{self.steps}_{seed}"
 
+    def fine_tuning(self, seed: int, changes: Mapping[str, Any]) -> Any:
+        given = {"init_from": str(self.root / "base"), "data.name": self.subset(seed),
+                 "num_steps": self.steps, "seed": seed + 1}  # fmt: skip
+        return config_of("finetune", given | TUNING | dict(changes))
+
     def tune_method(self, method: str, strength: float, seed: int) -> None:
         found, name = METHODS[method], self.name_of(method, strength, seed)
-        changes = {"init_from": str(self.root / "base"), "data.name": self.subset(seed),
-                   "num_steps": self.steps, "seed": seed + 1}  # fmt: skip
-        changes |= TUNING | found.changes | ({found.key: strength} if found.key else {})
-        self.train(name, "finetune", config_of("finetune", changes))
+        changes = found.changes | ({found.key: strength} if found.key else {})
+        self.train(name, "finetune", self.fine_tuning(seed, changes))
 
     def plain_steps(self) -> None:
-        """Plain fine-tuning at STEPS: the FD of its samples, with the validation seed."""
-        name, last = f"plain_steps_{self.per_class}", max(STEPS)
-        changes = {"init_from": str(self.root / "base"), "data.name": self.subset(VALIDATION),
-                   "seed": VALIDATION + 1, **TUNING, **PLAIN, "num_steps": last,
-                   "checkpoint_every": STEPS[0], "keep_checkpoints": 100}  # fmt: skip
-        self.train(name, "finetune", config_of("finetune", changes))
-        labels, found = np.resize(np.arange(len(TARGET)), COUNT), runs.load(self.root / name)
-        rows = []
+        """Plain fine-tuning of the validation seed at STEPS, judged by samples of seed 0."""
+        name, rows = f"plain_steps_{self.per_class}", []
+        kept = {"num_steps": max(STEPS), "checkpoint_every": STEPS[0], "keep_checkpoints": 100}
+        self.train(name, "finetune", self.fine_tuning(VALIDATION, PLAIN | kept))
         for step in STEPS:
-            samples = generate.generate(found.model, found.weights(step=step)[0], labels,
-                                        found.sampler, batch_size=self.batch)  # fmt: skip
-            self.store(f"{name}_{step}", images.as_8_bits(samples), np.array(TARGET)[labels], {
-                "method": "plain", "strength": 0.0, "seed": VALIDATION, "training_steps": step,
-                "per_class": self.per_class}, found.workdir)  # fmt: skip
+            found, samples, labels, _ = self.drawn(name, COUNT, seed=0, step=step)
+            row = {"method": "plain", "strength": 0.0, "seed": VALIDATION, "training_steps": step,
+                   "per_class": self.per_class}  # fmt: skip
+            classes = np.array(TARGET)[labels]
+            self.store(f"{name}_{step}", images.as_8_bits(samples), classes, row, found.workdir)
             rows.append(self.row(f"{name}_{step}"))
-        self.write(f"plain_steps_{self.per_class}", rows)
+        self.write(name, rows)
 
     def draw(self, method: str, strength: float, seed: int) -> None:
         """Samples of a method, judged."""
-        found, (own, params) = METHODS[method], self.load(self.name_of(method, strength, seed))
-        weak = None
+        found, weak = METHODS[method], None
         if found.domain:
             source, weights = self.load("base")
             weak = source.model, weights
         scale = 1.0 if found.key else 1 + strength
         guided = generate.Guidance(scale, interval=found.interval, weak=weak, domain=found.domain)
-        labels = np.resize(np.arange(len(TARGET)), COUNT)
-        samples = generate.generate(own.model, params, labels, own.sampler, guided=guided,
-                                    seed=seed, batch_size=self.batch)  # fmt: skip
-        row = {"method": method, "strength": strength, "seed": seed, "per_class": self.per_class,
-               "network_calls": guided.calls(own.model, own.sampler)}  # fmt: skip
-        row["memorized"] = evaluate.memorized(samples, sources.load(self.subset(seed), "train"))
+        own, samples, labels, calls = self.drawn(
+            self.name_of(method, strength, seed), COUNT, seed, guided
+        )
+        row = {"method": method, "strength": strength, "seed": seed, "per_class": self.per_class}
         name, classes = self.set_of(method, strength, seed), np.array(TARGET)[labels]
-        self.store(name, images.as_8_bits(samples), classes, row, own.workdir)
+        self.store(name, images.as_8_bits(samples), classes, row | calls, own.workdir)
+
+    def copied(self, row: Mapping[str, Any]) -> Source | None:
+        """The images of the fine-tuning; real ones come from none."""
+        return sources.load(self.subset(row["seed"]), "train") if "seed" in row else None
 
     def set_of(self, method: str, strength: float, seed: int) -> str:
         place = method.replace(" ", "_")
@@ -182,15 +181,6 @@ class Transfer(Bench):
         ]
         name = f"real_{split}" if path else f"real_subset_{self.per_class}"
         self.store(name, np.asarray(to_float(pixels)), classes[rows], {})
-
-    def store(self, name: str, pixels: Any, labels: Any, more: dict, workdir: Any = None) -> None:
-        found, row = self.judged("features", pixels, labels), {"samples": len(pixels), **more}
-        if name != "real_train":
-            real = reference(self.root / "sets" / "real_train.npz")
-            row |= evaluate.measure(found, real, METRICS, self.judged("accuracy", pixels, labels))
-        save_arrays(self.root / "sets" / f"{name}.npz", features=found.features, labels=labels,
-                    images=images.to_uint8(np.asarray(pixels)))  # fmt: skip
-        self.write(f"sets/{name}", row, workdir)
 
     def best(self, method: str) -> float | None:
         """The strength of the lowest FD of the validation seed; None: some are missing."""

@@ -23,7 +23,7 @@ import pathlib
 import numpy as np
 from absl import flags
 
-from mclr_jax import extras, runs
+from mclr_jax import cpu, extras, runs
 from mclr_jax.assimilation import figure, observe, regimes, schedules
 from mclr_jax.files import digest, provenance, write_atomically
 from mclr_jax.labels import warn_untrained
@@ -75,7 +75,7 @@ def main() -> None:
     (scheme, lags), run = asked(frames), runs.load(WORKDIR.value)
     shape = regimes.state_shape(run)
     truth = observe.truth_of(arrays, count, shape, OBSERVATIONS.value)
-    common.use_cores(run.model.network)
+    cpu.use_cores(run.model.network)
     warn_untrained(run, [regimes.trajectory_label(run.model)])
     params, step = run.weights(EMA.value)
     settings = {"workdir": WORKDIR.value, "step": step, "weights": digest(params),

@@ -20,7 +20,7 @@ import dataclasses
 
 from absl import flags
 
-from mclr_jax import calibrate, runs
+from mclr_jax import calibrate, cpu, runs
 from mclr_jax.evaluation.features import noisy
 from mclr_jax.files import write_json
 from mclr_jax.labels import warn_untrained
@@ -55,7 +55,7 @@ INTERPOLATION = flags.DEFINE_bool(
 def main() -> None:
     run = runs.load(WORKDIR.value, INIT_FROM.value, DATA.value)
     out = common.output(OUT.value, ".json")
-    common.use_cores(run.model.network)
+    cpu.use_cores(run.model.network)
     guided = common.guidance(run)
     classifier = noisy(CLASSIFIER.value, SIGMA.value, run.model.data, run.data.name)
     params, step = run.weights(EMA.value, CHECKPOINT.value)

@@ -13,7 +13,6 @@ from ml_collections import config_flags
 
 from mclr_jax import commandline, console, cpu, meeting, runs, schema
 from mclr_jax.config import Training
-from mclr_jax.cpu import use_cores as use_cores
 from mclr_jax.extras import MissingExtraError
 from mclr_jax.files import digest, made, provenance, write_atomically
 from mclr_jax.generate import Guidance, class_strengths

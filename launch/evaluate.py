@@ -34,7 +34,7 @@ import pathlib
 
 from absl import flags
 
-from mclr_jax import runs
+from mclr_jax import cpu, runs
 from mclr_jax.data.protocol import Source
 from mclr_jax.evaluation import compare, evaluate, features
 from mclr_jax.files import write_json
@@ -129,7 +129,7 @@ def _run(written: pathlib.Path | None) -> tuple[list, dict]:
     scales = common.numbers(GUIDANCE_SCALES, float) or [1.0]
     places = common.numbers(INTERPOLATIONS, float) or [1.0]
     run = runs.load(WORKDIR.value, INIT_FROM.value, DATA.value, AUTOENCODER.value)
-    common.use_cores(run.model.network)
+    cpu.use_cores(run.model.network)
     guided, count = common.guidance(run), NUM_SAMPLES.value or 10_000
     extractor = features.load(FEATURES.value)
     judge = features.load(JUDGE.value) if JUDGE.value else None

@@ -14,7 +14,7 @@ samples. Prints a table, writes it as JSON with its provenance, and writes a fig
 
 from absl import flags
 
-from mclr_jax import extras, runs
+from mclr_jax import cpu, extras, runs
 from mclr_jax.files import write_atomically, write_json
 from mclr_jax.labels import warn_untrained
 from mclr_jax.launch import common
@@ -38,7 +38,7 @@ def main() -> None:
     sigmas = common.numbers(SIGMAS, float) or []
     run = runs.load(WORKDIR.value, data=DATA.value)
     out = common.output(OUT.value, ".json")
-    common.use_cores(run.model.network)
+    cpu.use_cores(run.model.network)
     layers = blocks.choose(run.model, LAYERS.value)
     warn_untrained(run, [run.model.null_label])
     params, step = run.weights(EMA.value, CHECKPOINT.value)

@@ -8,7 +8,7 @@ noise, at the selected guidance scale. The metrics are the rows that mclr evalua
 
 from absl import flags
 
-from mclr_jax import extras, runs
+from mclr_jax import cpu, extras, runs
 from mclr_jax.evaluation import report
 from mclr_jax.files import write_atomically
 from mclr_jax.launch import common
@@ -29,7 +29,7 @@ def main(workdirs: list[str]) -> None:
     found = [runs.load(workdir) for workdir in workdirs]
     guidances, models = [common.guidance(run) for run in found], [run.model for run in found]
     out = common.output(OUT.value, ".html")
-    common.use_cores(models[0].network)
+    cpu.use_cores(models[0].network)
     classes = sum(model.null_label for model in models if not model.is_classifier)
     with Progress(classes * len(scales) * PER_CLASS.value, "sample") as progress:
         options = {"seed": SEED.value, "progress": progress.update}

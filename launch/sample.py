@@ -19,7 +19,7 @@ import pathlib
 import numpy as np
 from absl import flags
 
-from mclr_jax import flow, images, runs, samplers, sampling
+from mclr_jax import cpu, flow, images, runs, samplers, sampling
 from mclr_jax.labels import chosen
 from mclr_jax.launch import common, hosts
 from mclr_jax.training.devices import is_first
@@ -85,7 +85,7 @@ def main() -> None:
 
 def _load(workdir: str | pathlib.Path) -> runs.Run:
     run = runs.load(workdir, INIT_FROM.value, autoencoder=AUTOENCODER.value)
-    common.use_cores(run.model.network)
+    cpu.use_cores(run.model.network)
     return run
 
 

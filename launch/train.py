@@ -15,7 +15,7 @@ with --coordinator=HOST:PORT --num_processes=N --process_id=I.
 
 from absl import flags
 
-from mclr_jax import inherit
+from mclr_jax import cpu, inherit
 from mclr_jax.launch import common, hosts
 from mclr_jax.main import train
 
@@ -30,7 +30,7 @@ RESTART = flags.DEFINE_bool("restart", False, "Move the run to WORKDIR/replaced,
 def main() -> None:
     hosts.connect(WORKDIR.value)
     training = inherit.training(flags.FLAGS.config, WORKDIR.value)
-    common.use_cores(training.network.factory, training.batch_size)
+    cpu.use_cores(training.network.factory, training.batch_size)
     train(training, WORKDIR.value, restart=RESTART.value, change=CHANGE.value)
 
 

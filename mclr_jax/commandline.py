@@ -41,7 +41,8 @@ def read(argv: list[str]) -> tuple[ConfigDict | None, list[str]]:
             if dropped := sorted({*section} - {*new}):
                 print(f"config.{name} is now {part}, without {', '.join(dropped)}", file=sys.stderr)
     _check_keys(config, keys)
-    for at in [i for i, word in enumerate(argv) if re.fullmatch(r"--?config(=.*)?", word)][:1]:
+    if "config" in given:
+        at = next(i for i, word in enumerate(argv) if re.fullmatch(r"--?config(=.*)?", word))
         argv = argv[:at] + argv[at + 1 + ("=" not in argv[at]) :]
     return config, argv
 
@@ -54,10 +55,11 @@ def _config_of(given: Mapping[str, str]) -> ConfigDict | None:
     workdir, helps = given.get("workdir", ""), given.keys() & {"help", "h", "helpshort", "helpfull"}
     if "config" in given:
         config = _load(given["config"])
-        for key in ("init_from", "data.name", "data.latents", "num_steps"):
-            if (value := given.get(f"config.{key}", "")) and (key[0] != "n" or value.isdigit()):
-                with contextlib.suppress(KeyError):  # `_check_keys` names it
-                    config.update_from_flattened_dict({key: int(value) if key[0] == "n" else value})
+        for key, kind in {"init_from": str, "data.name": str, "data.latents": str,
+                          "num_steps": int}.items():  # fmt: skip
+            if value := given.get(f"config.{key}"):
+                with contextlib.suppress(KeyError, ValueError):  # which the flag's own check names
+                    config.update_from_flattened_dict({key: kind(value)})
         return config if helps else ConfigDict(inherit.completed(config.to_dict(), workdir))
     if not workdir or helps:
         return None

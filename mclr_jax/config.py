@@ -131,7 +131,7 @@ class Training(Keys):
     @functools.cached_property
     def needs(self) -> frozenset[str]:
         """The needs of objective, posterior and adapter, see `objectives.base.Objective`."""
-        return needs_of(self.objective, self.posterior) | self.adapter.needs
+        return needs_of(self.objective, self.posterior, self.adapter)
 
     @property
     def asked_for_classes(self) -> frozenset[str]:

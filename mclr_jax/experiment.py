@@ -159,7 +159,8 @@ class Experiment:
         state = devices.initialise(task.init, functools.partial(init_state, task))
         if not (path := training.init_from):
             return state, None
-        base = self.companions.get("reference") or runs.load(path)
+        base = self.companions.get("reference") or self._base
+        assert base is not None
         weights, step = self._weights.get("reference") or base.weights()
         steps = base.config.get("num_steps", step)
         log = logging.warning if step < steps else logging.info

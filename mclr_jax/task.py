@@ -57,8 +57,8 @@ class Task:
 
     @property
     def needs(self) -> frozenset[str]:
-        """The needs of the objective, of the posterior, see `needs_of`, and of the adapter."""
-        return needs_of(self.objective, self.posterior) | self.adapter.needs
+        """The needs of objective, posterior and adapter, see `needs_of`."""
+        return needs_of(self.objective, self.posterior, self.adapter)
 
     @property
     def frozen(self) -> dict[str, Model]:
@@ -166,11 +166,10 @@ class Task:
         return Models(*self.model.answers(params), held, posterior, moments, log_variance)
 
 
-def needs_of(objective: Objective, posterior: Posterior | None) -> frozenset[str]:
-    """The needs of an objective and, if "posterior" is one of them, of the posterior."""
-    if posterior is None or "posterior" not in objective.needs:
-        return objective.needs
-    return objective.needs | posterior.needs
+def needs_of(objective: Objective, posterior: Posterior | None, adapter: Adapter) -> frozenset[str]:
+    """The needs of an objective, of an adapter and, if "posterior" is one, of the posterior."""
+    found = objective.needs | adapter.needs
+    return found | posterior.needs if posterior and "posterior" in found else found
 
 
 def _held(answer: Callable, model: Model, other: Model) -> Callable:
