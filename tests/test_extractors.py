@@ -115,7 +115,7 @@ def test_the_class_token_is_that_of_timm(kind):
 
 def test_without_classes_there_is_neither_accuracy_nor_inception_score(monkeypatch):
     monkeypatch.setattr(tensors, "load", lambda path: weights_of("plain"))
-    monkeypatch.setattr(features, "BATCH", 8)
+    monkeypatch.setattr(features, "CPU_BATCH", 8)
     extractor = features.load("dinov2:vit.pth")
     grey = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 1)).astype(np.uint8)
     found = extractor(grey, np.arange(10) % 2)

@@ -19,6 +19,7 @@ from mclr_jax.schema import look_up
 from mclr_jax.training.devices import in_batches, shardings, spread_size
 
 BATCH = 512
+CPU_BATCH = 16  # of the published extractors, whose activations have to stay in a core's cache
 # (weights, images (b, ...) in [-1, 1]) -> features (b, d), logits (b, K); without classes K = 0.
 Apply = Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
 
@@ -74,7 +75,8 @@ class Extractor:
         def compute(rows: np.ndarray) -> Any:
             return self._compiled(to_float(jax.device_put(images[rows], spread)))
 
-        for rows, outputs in in_batches(compute, len(images), spread_size(BATCH, BATCH)):
+        batch = BATCH if self.shape or jax.default_backend() != "cpu" else CPU_BATCH
+        for rows, outputs in in_batches(compute, len(images), spread_size(batch, batch)):
             kept.append([array.astype(np.float64) for array in outputs])
             progress(len(rows))
         features, logits = (np.concatenate(arrays) for arrays in zip(*kept, strict=True))
