@@ -4,8 +4,9 @@
 
 The base knows seven classes of Fashion-MNIST at 16x16; it is fine-tuned to few images of the three
 others. Every method has the same steps, noise levels, batches and learning rate; strengths are
-chosen by the validation seed. Judges are trained on images that no fine-tuning sees. Writes
-benchmarks/results/transfer.json; --collect writes the rows that are there, without making others.
+chosen by the validation seed. Judges are trained on images that no fine-tuning sees; the second
+has ImageNet features. Writes benchmarks/results/transfer.json and docs/transfer_N.png; --collect
+writes the rows that are there, without making others.
 """
 
 import argparse
@@ -13,18 +14,24 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Mapping
+import pathlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import figures
+import jax
 import numpy as np
-from image_bench import JUDGES, Bench, done
+from image_bench import JUDGES, SECOND, Bench, done
+from matplotlib.figure import Figure
 from PIL import Image
 from tasks import RESULTS, ROOT, Task, add_flags, config_of, run, training
 
 from mclr_jax import generate, images
+from mclr_jax.config import Training
 from mclr_jax.data import sources
 from mclr_jax.data.pixels import to_float
 from mclr_jax.data.protocol import Source
+from mclr_jax.experiment import Experiment
 from mclr_jax.files import save_arrays, write_json
 
 TARGET = (4, 7, 8)  # coat, sneaker, bag
@@ -42,6 +49,7 @@ PLAIN = {"objective.name": "dsm"}
 NULL = {"objective.name": "mclr_null", "objective.teacher": "average"}
 SOURCE = NULL | {"objective.wrong": "source"}
 WITHIN = {"objective.sigma_interval": INTERVAL}
+ADAPTER, RATE = {"adapter.rank": 4}, "optimizer.learning_rate"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +61,7 @@ class Method:
     key: str = ""  # the key of the config that has the strength; "": it is that of sampling
     interval: tuple[float, float] | None = None  # of noise levels guided in sampling
     domain: bool = False  # guidance by the source's null answer
+    searched: bool = False  # beside the comparison: by the validation seed alone
 
 
 METHODS = {
@@ -66,7 +75,24 @@ METHODS = {
     "mclr null": Method(NULL | WITHIN, (0.25, 0.5, 1.0, 2.0), "objective.beta"),
     "DogFit": Method(SOURCE, (0.05, 0.1, 0.2, 0.4), "objective.beta"),
     "mclr source": Method(SOURCE | WITHIN, (0.05, 0.1, 0.2, 0.4), "objective.beta"),
+    "plain, adapter": Method(PLAIN | ADAPTER, (2e-3, 4e-3, 8e-3), RATE),
+    "mclr source, adapter": Method(SOURCE | WITHIN | ADAPTER | {"objective.beta": 0.1},
+                                   (2e-3, 4e-3, 8e-3), RATE),
+    "plain, other rates": Method(PLAIN, (1e-3, 4e-3), RATE, searched=True),
+    "mclr source, other rates": Method(SOURCE | WITHIN | {"objective.beta": 0.1}, (1e-3, 4e-3),
+                                       RATE, searched=True),
 }  # fmt: skip
+
+# The curves of the figure, which all begin at plain fine-tuning: words, colour.
+SHOWN = {
+    "CFG": ("CFG, 2 calls", "#E69F00"),
+    "CFG in an interval": ("CFG up to sigma 3", "#D55E00"),
+    "DoG": ("DoG, 2 calls", "#56B4E9"),
+    "model_guidance": ("model guidance", "black"),
+    "mclr null": ("own null answer", "#009E73"),
+    "DogFit": ("DogFit", "#0072B2"),
+    "mclr source": ("source, up to sigma 3", "#CC79A7"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +185,10 @@ class Transfer(Bench):
             self.name_of(method, strength, seed), COUNT, seed, guided
         )
         row = {"method": method, "strength": strength, "seed": seed, "per_class": self.per_class}
+        if "adapter.rank" in found.changes:
+            config = self.fine_tuning(seed, found.changes)
+            weights = jax.tree.leaves(Experiment(Training.parse(config), self.root).task.shapes)
+            row["trained_parameters"] = sum(leaf.size for leaf in weights)
         name, classes = self.set_of(method, strength, seed), np.array(TARGET)[labels]
         self.store(name, images.as_8_bits(samples), classes, row | calls, own.workdir)
 
@@ -211,7 +241,7 @@ class Transfer(Bench):
         ]  # fmt: skip
         rows = [(m, s, VALIDATION) for _, m, s in sorted(middle, key=lambda row: row[0])]
         rows += [(m, best, seed) for seed, m in itertools.product(seeds, METHODS)
-                 if (best := self.best(m)) is not None]  # fmt: skip
+                 if not METHODS[m].searched and (best := self.best(m)) is not None]  # fmt: skip
         for method, strength, seed in rows:
             place, name = self.name_of(method, strength, seed), self.set_of(method, strength, seed)
             tasks += [
@@ -220,7 +250,8 @@ class Transfer(Bench):
                 Task(f"set_{name}", do(self.draw, method, strength, seed), f"sets/{name}.json",
                      (done(place), "sets/real_train.json")),
             ]  # fmt: skip
-        return [*{task.name: task for task in tasks}.values()]
+        tasks = [*{task.name: task for task in tasks}.values()]
+        return tasks + self.second_tasks(task.output for task in tasks)
 
 
 def smaller(pixels: np.ndarray) -> np.ndarray:
@@ -244,6 +275,26 @@ def collect(bench: Transfer, seeds: tuple[int, ...]) -> dict[str, Any]:
                 "base", *(f"judge_{j}" for j in JUDGES))}}  # fmt: skip
 
 
+def figure(rows: Iterable[Mapping[str, Any]], path: pathlib.Path) -> None:
+    """FD against accuracy along a method's strengths, of the validation seed, by two judges."""
+    rows = [row for row in rows if row.get("seed", VALIDATION) == VALIDATION]
+    drawing = Figure(figsize=(11, 4.5), layout="constrained")
+    panels = {"first judge: a classifier of these classes": "frechet",
+              "second judge: ImageNet features": f"{SECOND}.frechet"}  # fmt: skip
+    for panel, (title, key) in zip(drawing.subplots(1, 2), panels.items(), strict=True):
+        for method, (words, colour) in SHOWN.items():
+            own = [row for row in rows if row["method"] in ("plain", method)]
+            points = [(row["strength"], 100 * row["accuracy"], value) for row in own
+                      if (value := figures.value(row, key, SECOND)) is not None]  # fmt: skip
+            if points:
+                _, across, up = zip(*sorted(points), strict=True)
+                panel.plot(across, up, ".-", color=colour)
+                panel.annotate(words, (across[-1], up[-1]), color=colour, fontsize=8,
+                               xytext=(3, 3), textcoords="offset points")  # fmt: skip
+        panel.set(title=title, xlabel="accuracy, %", ylabel="FD", yscale="log")
+    figures.save(drawing, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--per_class", type=int, default=64, help="images of each class")
@@ -257,8 +308,9 @@ def main() -> None:
         result = run(bench.root, bench.tasks(seeds), arguments)
     path = RESULTS / "transfer.json"
     before = json.loads(path.read_text())["sets"] if path.exists() else {}
-    found = {f"fashion_mnist_{bench.per_class}": result | collect(bench, seeds)}
+    found = {(name := f"fashion_mnist_{bench.per_class}"): result | collect(bench, seeds)}
     write_json(path, {"sets": before | found})
+    figure(found[name]["rows"], ROOT / "docs" / f"transfer_{bench.per_class}.png")
 
 
 if __name__ == "__main__":
