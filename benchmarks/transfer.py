@@ -88,6 +88,7 @@ SHOWN = {
     "CFG": ("CFG, 2 calls", "#E69F00"),
     "CFG in an interval": ("CFG up to sigma 3", "#D55E00"),
     "DoG": ("DoG, 2 calls", "#56B4E9"),
+    "DoG in an interval": ("DoG up to sigma 3", "#999933"),
     "model_guidance": ("model guidance", "black"),
     "mclr null": ("own null answer", "#009E73"),
     "DogFit": ("DogFit", "#0072B2"),
@@ -292,6 +293,7 @@ def figure(rows: Iterable[Mapping[str, Any]], path: pathlib.Path) -> None:
                 panel.annotate(words, (across[-1], up[-1]), color=colour, fontsize=8,
                                xytext=(3, 3), textcoords="offset points")  # fmt: skip
         panel.set(title=title, xlabel="accuracy, %", ylabel="FD", yscale="log")
+        panel.margins(x=0.2)
     figures.save(drawing, path)
 
 
