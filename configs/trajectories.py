@@ -5,6 +5,8 @@
 
 The array is (N, T, d), or (T, d) for one long trajectory; `trajectories:fields` trains on fields
 (N, T, H, W, C). benchmarks/journey_trajectories.py measures such a training.
+`trajectories:emulator` trains a forecast of one step, for --method=enkf and --method=particle; on
+a ring or a torus with --config.network.reach=2 or 1.
 """
 
 from ml_collections import ConfigDict
@@ -33,12 +35,27 @@ def model() -> ConfigDict:
     return config
 
 
-def get_config(kind: str = "states") -> ConfigDict:
+def emulator() -> ConfigDict:
+    """The config of an emulator, without data."""
     config = model()
+    config.batch_size = 64
+    config.data.frames = 2
+    config.network = options("mclr_jax.networks.emulator:Emulator", variance=True)
+    config.objective = options("mclr_jax.objectives.emulate:Emulate")
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.b2 = 0.99
+    config.ema.halflife_steps = 350.0
+    return config
+
+
+def get_config(kind: str = "states") -> ConfigDict:
+    config = emulator() if kind == "emulator" else model()
     config.data.name = "npy:trajectories.npy"
     config.data.array = ""  # its name, in a file of several
     config.data.axes = ""  # such as NTD, THWC; empty: by their number
-    config.data.frames = 64  # of a window; more are better for smoothing long records
+    config.data.frames = (
+        2 if kind == "emulator" else 64
+    )  # of a window: more are better for smoothing
     config.data.time_step = 0.0
     if kind == "fields":
         config.data.frames = 16
@@ -53,6 +70,9 @@ def get_config(kind: str = "states") -> ConfigDict:
         config.log_every = 100
         config.checkpoint_every = 500
         config.eval_examples = 64
-    elif kind != "states":
-        raise ValueError(f"got trajectories:{kind}, expected trajectories or trajectories:fields")
+    elif kind not in ("states", "emulator"):
+        raise ValueError(
+            f"got trajectories:{kind}, expected trajectories, trajectories:fields or "
+            "trajectories:emulator"
+        )
     return config

@@ -66,7 +66,7 @@ def warn_untrained(run: Run, labels: Iterable[int] = (), guided: Guidance = NONE
     scales = guided.scales(null)[:-1] if guided.weak is None else ()
     if any(guided.is_second_call(run.model, scale) for scale in scales):
         asked.add("null")
-    if not run.model.is_classifier and (why := untrained(run.config, asked)):
+    if run.model.is_denoiser and (why := untrained(run.config, asked)):
         logging.warning(
             "%s %s. Train it with a label_dropout between 0 and 1, such as 0.1, or guide by "
             "--autoguidance.", run.workdir, why,

@@ -13,7 +13,16 @@ from flax import traverse_util
 from mclr_jax.denoiser import Epsilon, NetworkFn, Preconditioning, denoiser, moments, with_range
 from mclr_jax.networks.layers import divided
 from mclr_jax.schema import in_range
-from mclr_jax.types import Answers, Condition, DenoiseFn, LogitsFn, MomentsFn, as_condition, expand
+from mclr_jax.types import (
+    Answers,
+    Condition,
+    DenoiseFn,
+    ForecastFn,
+    LogitsFn,
+    MomentsFn,
+    as_condition,
+    expand,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +47,9 @@ class Model:
     The network is a Flax module called with (x, c_noise, condition). Its optional fields or class
     attributes are `augment_dim` and `takes_strength` (inputs), `dropout`, `per_frame` (c_noise is
     (B, F)), `variance` (the second half of the output's channels is the logarithm of a variance),
-    `gives` ("logits" for a classifier), `optional_inputs` (top-level parameters that may be missing
-    from the initial weights) and `label_inputs` (layers that embed the label, see `adapter`).
+    `gives` ("logits" for a classifier; "next" for an emulator, which gives the change of each frame
+    to the next one), `optional_inputs` (top-level parameters that may be missing from the initial
+    weights) and `label_inputs` (layers that embed the label, see `adapter`).
     """
 
     network: nn.Module
@@ -82,6 +92,14 @@ class Model:
     def is_classifier(self) -> bool:
         return getattr(self.network, "gives", "denoised") == "logits"
 
+    @property
+    def is_emulator(self) -> bool:
+        return getattr(self.network, "gives", "denoised") == "next"
+
+    @property
+    def is_denoiser(self) -> bool:
+        return not (self.is_classifier or self.is_emulator)
+
     def init(self, key: jax.Array) -> Any:
         """Random initial parameters; of the network's operations, only their draws run."""
         inputs = (
@@ -120,10 +138,12 @@ class Model:
         return self.network.apply({"params": params}, *inputs, **options)
 
     def _denoising(self, params: Any) -> NetworkFn:
-        """The network with parameters; raises ValueError for a classifier."""
-        if self.is_classifier:
+        """The network with parameters; raises ValueError for a classifier and an emulator."""
+        if not self.is_denoiser:
+            what, answer = ("a classifier", "logits") if self.is_classifier else (
+                "an emulator", "the next state")  # fmt: skip
             raise ValueError(
-                f"{type(self.network).__name__} is a classifier: it gives logits and cannot "
+                f"{type(self.network).__name__} is {what}: it gives {answer} and cannot "
                 "denoise. Expected a denoising network or its run."
             )
         return functools.partial(self._apply, params)
@@ -195,6 +215,21 @@ class Model:
                 "logits, such as mlp_classifier or conv_classifier, or its run."
             )
         return lambda x, sigma, condition: self._raw(params, x, sigma, condition)
+
+    def forecast(self, params: Any) -> ForecastFn:
+        """The emulator; raises ValueError for other networks."""
+        if not self.is_emulator:
+            raise ValueError(
+                f"{type(self.network).__name__} is no emulator. Expected a network that gives the "
+                "next state, or its run, as of configs/lorenz96_emulator.py."
+            )
+
+        def forecast(x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+            raw, channels = self._apply(params, x, jnp.zeros(len(x)), None), x.shape[-1]
+            variance = jnp.exp(raw[..., channels:]) if self.has_variance else None
+            return x + raw[..., :channels], variance
+
+        return forecast
 
     def answers(self, params: Any) -> Answers:
         """Both functions; the function that the network does not have raises when called."""

@@ -146,7 +146,9 @@ def memory_of(compiled: Any) -> dict[str, int]:
 
 def forward_flops(model: Model) -> int:
     """FLOPs of one call of the network for one example."""
-    answer = model.logits if model.is_classifier else model.denoise
+    answer: Any = model.logits if model.is_classifier else model.denoise
+    if model.is_emulator:
+        answer = lambda params: lambda x, sigma, label: model.forecast(params)(x)  # noqa: E731
     inputs = jax.ShapeDtypeStruct((1, *model.data.shape), np.float32), np.ones(1, np.float32)
 
     def call(params, x, sigma):
@@ -220,8 +222,9 @@ def sampling(
     MissingCompilerError: see `chips.topology`; a classifier; the devices do not divide the batch.
     """
     chip, all_devices = chips.topology(name)
-    if model.is_classifier:
-        raise ValueError("The network is a classifier, which draws no samples.")
+    if not model.is_denoiser:
+        what = "a classifier" if model.is_classifier else "an emulator"
+        raise ValueError(f"The network is {what}, which draws no samples.")
     (rows, whole), count = shardings(all_devices), len(all_devices) // chip.devices
     if batch_size % len(all_devices):
         raise ValueError(
@@ -351,7 +354,7 @@ def planned(
 ) -> dict[str, Any]:
     """`plan` of a training; `models` are the companions, by default those of `companions`."""
     task = training.task(data, companions(training, data) if models is None else models)
-    calls = 0 if task.model.is_classifier else Guidance().calls(task.model, training.sampler)
+    calls = 0 if not task.model.is_denoiser else Guidance().calls(task.model, training.sampler)
     with backend.programs_for_others():
         steps = training.dispatch
     return plan(

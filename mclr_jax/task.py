@@ -161,9 +161,12 @@ class Task:
         posterior = None
         if self.posterior is not None and "posterior" in self.needs:
             posterior = self.posterior(held, self.problem)
-        moments = self.model.moments(params) if self.model.has_variance else None
+        learned = self.model.has_variance and self.model.is_denoiser
+        moments = self.model.moments(params) if learned else None
+        forecast = self.model.forecast(params) if self.model.is_emulator else None
         log_variance = self.model.log_variance(params)
-        return Models(*self.model.answers(params), held, posterior, moments, log_variance)
+        answers = self.model.answers(params)
+        return Models(*answers, held, posterior, moments, forecast, log_variance)
 
 
 def needs_of(objective: Objective, posterior: Posterior | None, adapter: Adapter) -> frozenset[str]:

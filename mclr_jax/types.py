@@ -29,6 +29,8 @@ DenoiseFn = Callable[[jax.Array, jax.Array, Any], jax.Array]
 MomentsFn = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array]]
 # The same inputs -> log-odds of the classes (B, K).
 LogitsFn = Callable[[jax.Array, jax.Array, Any], jax.Array]
+# x (B, F, *state) -> mean of the state after each frame, and its variance or None, both as x.
+ForecastFn = Callable[[jax.Array], tuple[jax.Array, jax.Array | None]]
 # (x, sigma, condition, keys (B,)) -> log p(class | x_sigma = x), (B, K), which a random estimate
 # draws from `keys`.
 PosteriorFn = Callable[[jax.Array, jax.Array, Condition, jax.Array], jax.Array]

@@ -29,8 +29,10 @@ class Models(NamedTuple):
     logits: types.LogitsFn
     frozen: Mapping[str, Answers] = {}
     posterior: types.PosteriorFn | None = None  # if "posterior" is in `needs`
-    # Of the model in training, if its network has a variance, or a log-variance head.
+    # Of the model in training, if its network has a variance, is an emulator, or has a log-variance
+    # head.
     moments: types.MomentsFn | None = None
+    forecast: types.ForecastFn | None = None
     log_variance: Callable[[jax.Array], jax.Array] | None = None  # sigma (B,) -> (B,)
 
 
@@ -173,6 +175,17 @@ def weighted(models: Models, problem: Problem, error: jax.Array, sigma: jax.Arra
         return loss
     u = models.log_variance(sigma)
     return loss / jnp.exp(u) + u
+
+
+def likelihood(square: jax.Array, variance: jax.Array, power: float, weight: Any = 1.0) -> Any:
+    """(r^2 / u + ln u) / 2 * u^power with r^2 = weight * `square`, u = weight * variance; as these.
+
+    Times a power of its variance, without gradient through the power, a Gaussian's negative
+    log-likelihood trains the mean more evenly (Seitzer et al. 2022, arXiv 2203.09168); power 1
+    trains it by half the square error.
+    """
+    unit = variance * weight
+    return (square / variance + jnp.log(unit)) / 2 * jax.lax.stop_gradient(unit**power)
 
 
 def per_example(values: jax.Array) -> jax.Array:

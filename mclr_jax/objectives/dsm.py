@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 
 from mclr_jax.objectives import base
 from mclr_jax.objectives.base import Batch, Loss, Models, Objective, Problem
@@ -21,14 +20,13 @@ class DSM(Objective):
     Source: Karras et al. 2022, eq. 2 and 8 (with a mean over dimensions instead of the sum). With a
     noise level for each frame DSM is diffusion forcing (Chen et al. 2024, arXiv 2407.01392).
 
-    A network with a variance v has the negative log-likelihood of each coordinate times a power
-    of its value: with r^2 and u, the square error and v times the weight,
-    (r^2 / u + ln u) / 2 * u^variance_power, without gradient through the power (Seitzer et al.
-    2022, arXiv 2203.09168). Power 1 trains the mean by half the square error.
+    A network with a variance has `base.likelihood` of each coordinate.
     """
 
     label_dropout: float = base.label_dropout()
-    variance_power: float = key(0.5, 0.0, 1.0, says="see above, if the network has a variance")
+    variance_power: float = key(
+        0.5, 0.0, 1.0, says="see base.likelihood, if the network has a variance"
+    )
 
     def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
         """Loss (B,); `error`, the unweighted mean square error; with a variance `error_ratio`, the
@@ -41,8 +39,7 @@ class DSM(Objective):
             return loss, {"error": mean(base.per_example(error))}
         estimate, variance = models.moments(x, sigma, condition)
         square = (estimate - batch.x0) ** 2
-        unit = variance * expand(problem.weight(sigma), x)
-        scale = jax.lax.stop_gradient(unit**self.variance_power)
-        loss = base.per_example((square / variance + jnp.log(unit)) / 2 * scale)
+        weight = expand(problem.weight(sigma), x)
+        loss = base.per_example(base.likelihood(square, variance, self.variance_power, weight))
         ratio = base.per_example(square / variance)
         return loss, {"error": mean(base.per_example(square)), "error_ratio": mean(ratio)}
