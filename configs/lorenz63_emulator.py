@@ -16,4 +16,7 @@ def get_config() -> ConfigDict:
     config.data.system = "lorenz63"
     config.data.trajectories = 1024
     config.data.length = 1024
+    config.network.width = 64
+    config.network.hidden = 64
+    config.network.depth = 3
     return config
