@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import figures
@@ -27,7 +28,7 @@ from mclr_jax.data import pipeline
 from mclr_jax.data.sources import Data
 from mclr_jax.evaluation import evaluate, features, metrics
 from mclr_jax.experiment import Experiment
-from mclr_jax.files import write_json
+from mclr_jax.files import read_lines, write_json
 from mclr_jax.representation import blocks, monitor, perturb, sweep
 from mclr_jax.training.step import make_update
 
@@ -35,6 +36,8 @@ STEPS = {256: 30000, 1024: 24000, 4096: 6000, 0: 8000}  # by number of images; 0
 READINGS = 20  # along each run
 SAMPLES = 1000  # at each reading
 EARLY = 0.01  # memorized fraction from which samples count as memorized
+PATIENCE = 3  # number of last readings that must lie above the minimum of ICR
+MARGIN = 0.02  # the distance above the minimum, as a share of it
 INTERVAL = 1000  # steps between readings, for their cost
 
 
@@ -92,7 +95,7 @@ class Bench(Files):
         labels = np.resize(np.arange(model.null_label), self.scaled(SAMPLES, 20))
         sampler = dataclasses.replace(found.sampler, method="dpmpp_2m")
         rows = []
-        for step, value in monitor.past(workdir, training.num_steps):
+        for step, value in past(workdir, training.num_steps):
             params, _ = found.weights(step=step)
             samples = images.clip(generate.generate(model, params, labels, sampler, batch_size=50))
             judged = metrics.moments(judge(samples, labels).features)
@@ -113,7 +116,7 @@ class Bench(Files):
         update = devices.compile(make_update(task, devices.axis_name))
         stream = pipeline.stream(experiment.source, training.batch_size, training.seed)
         read = monitor.Monitor(training.icr, task.model, training.sampler, experiment.source,
-                               flips(training.data), self.root, 0)  # fmt: skip
+                               flips(training.data))  # fmt: skip
         dispatches, length = self.scaled(20, 1), training.dispatch
         seconds: dict[str, list[float]] = {"steps": [], "reading": []}
         for _ in range(4):  # the first compiles
@@ -154,6 +157,23 @@ def flips(data: Data) -> bool:
     return bool(data.flip or data.augment)
 
 
+def turned(readings: Sequence[tuple[int, float]]) -> int | None:
+    """The step of the lowest of the readings (step, ICR) if the curve has turned up, else None.
+
+    It has turned up if each of the last PATIENCE readings is above (1 + MARGIN) * minimum.
+    """
+    step, least = min(readings, key=lambda reading: reading[1], default=(0, 0.0))
+    last = [value for at, value in readings if at > step][-PATIENCE:]
+    risen = len(last) == PATIENCE and min(last) > (1 + MARGIN) * least
+    return step if risen else None
+
+
+def past(workdir: pathlib.Path, step: int) -> list[tuple[int, float]]:
+    """The readings (step, ICR) of a run up to a step, from its metrics.jsonl."""
+    records = [r for r in read_lines(workdir / "metrics.jsonl") if r["step"] <= step]
+    return [(r["step"], r["icr"]) for r in records if isinstance(r.get("icr"), float)]
+
+
 def name_of(limit: int) -> str:
     return f"images_{limit or 'all'}"
 
@@ -187,13 +207,13 @@ def training_claims(curves: dict[str, list[dict]]) -> dict:
     found = {}
     for name, rows in curves.items():
         readings = [(row["step"], row["icr_in_training"]) for row in rows]
-        ends = [i for i in range(1, len(rows) + 1) if monitor.turned(readings[:i]) is not None]
+        ends = [i for i in range(1, len(rows) + 1) if turned(readings[:i]) is not None]
         copied = [row["step"] for row in rows if row["memorized"] >= EARLY]
         numbers = {
             "step_of_minimum": min(readings, key=lambda r: r[1])[0],
             "minimum": min(value for _, value in readings),
             "last": readings[-1][1],
-            "turned_up": monitor.turned(readings) is not None,
+            "turned_up": turned(readings) is not None,
             "step_of_warning": readings[ends[0] - 1][0] if ends else None,
             "first_step_with_memorized_samples": copied[0] if copied else None,
             "memorized_at_the_end": rows[-1]["memorized"],

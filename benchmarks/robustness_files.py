@@ -29,7 +29,7 @@ from mclr_jax.data import sources
 from mclr_jax.files import read_lines
 from mclr_jax.model import shapes_of
 from mclr_jax.pretrained import tensors
-from mclr_jax.representation import monitor
+from mclr_jax.representation import memorization
 
 ODD = (None, True, -1, 0, 10**12, 1e400, math.nan, "", "x", [], [1], {}, {"a": 1}, "é")
 LINES = ("[1]", "null", "3", '"step"', '{"step": null}', '{"step": "3", "icr": 1.0}', '{"step": 3',
@@ -149,7 +149,7 @@ def damaged_runs(seed: int, count: int, folder: pathlib.Path) -> Iterator[Case]:
 
         def read(run: pathlib.Path = run, name: str = name) -> Any:
             list(read_lines(run / "metrics.jsonl"))
-            monitor.past(run, 6)
+            memorization.past(run, 6)
             return runs.load(run).weights(name)
 
         outcome, detail, found = attempt(read)

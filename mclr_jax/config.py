@@ -34,7 +34,7 @@ from mclr_jax.posterior import Classifier, Exact
 from mclr_jax.samplers import Sampler
 from mclr_jax.schema import Keys, Part, key, part, section
 from mclr_jax.task import MADE_HERE, Posterior, Task, needs_of
-from mclr_jax.training.beside import ICR, Evaluate, Log, Profile
+from mclr_jax.training.beside import ICR, Evaluate, Log, Memorization, Profile
 from mclr_jax.training.devices import MODES
 from mclr_jax.training.ema import EMA
 from mclr_jax.training.optimizer import Optimizer
@@ -100,6 +100,7 @@ class Training(Keys):
     ema: EMA = section(EMA)
     sampler: Sampler = section(Sampler)
     icr: ICR = section(ICR)
+    memorization: Memorization = section(Memorization)
     evaluate: Evaluate = section(Evaluate)
     log: Log = section(Log)
     profile: Profile = section(Profile)
@@ -165,9 +166,9 @@ class Training(Keys):
         return self.steps_per_dispatch or (1 if backend.traced_for() == "cpu" else 8)
 
     @property
-    def save_periods(self) -> tuple[int, int]:
-        """The periods of checkpoints and their measurements; the last step always has both."""
-        return self.checkpoint_every or self.num_steps, self.icr.every_steps
+    def save_every(self) -> int:
+        """The period of checkpoints and their measurements; the last step always has both."""
+        return self.checkpoint_every or self.num_steps
 
     def data_info(self, source: Source) -> DataInfo:
         """The `DataInfo` of a source; sigma_data is measured if the key is 0."""

@@ -134,7 +134,7 @@ class Save:
         return last
 
     def __call__(self, moment: Moment) -> None:
-        found = {"loss": "eval_loss", "icr": "icr"}
+        found = {"loss": "eval_loss", "memorization": "memorization_warning"}
         metrics = {k: moment.readings[n] for k, n in found.items() if n in moment.readings}
         if bad := not_finite(moment.state):
             raise NonFiniteError(
@@ -158,19 +158,49 @@ def profile(experiment: Experiment) -> list[Hook]:
     return [Hook(0, begin, at=(start,)), Hook(0, end, at=(stop,))] if stop > start else []
 
 
+def memorization(experiment: Experiment, start: int) -> list[Hook]:
+    """The readings that announce copies of training images, in a run from step `start`.
+
+    They compare training images with held-out ones where config.eval_examples says that there are
+    some.
+    """
+    training, model, source = experiment.training, experiment.model, experiment.source
+    options, asked = training.memorization, training.memorization.every_steps > 0
+    held_out = experiment.held_out[""] if training.eval_examples else None
+    if model.is_classifier or model.frames or len(model.data.shape) != 3:
+        if asked:
+            logging.warning("config.memorization is for images and latents: no readings of data of "
+                            "shape %s, or of a classifier.", model.data.shape)  # fmt: skip
+        return []
+    if held_out is None and not asked:
+        return []
+    counts = [min(options.num_images, len(x)) for x in (source, held_out) if x is not None]
+    given = training.batch_size, training.num_steps, training.save_every
+    every = options.period(2 * sum(counts), *given)
+    if not every:
+        return []
+    from mclr_jax.representation.memorization import Monitor  # with SciPy's: it takes a second
+
+    calls = options.samples * generate.NONE.calls(model, training.sampler)
+    pause = 0 if asked else options.period(calls, training.batch_size, 2**31, every)
+    monitor = Monitor(options, model, training.sampler, training.data, source, held_out,
+                      experiment.workdir, start, pause)  # fmt: skip
+    return [Hook((every, training.save_every) if asked else every, Read(experiment, monitor))]
+
+
 def readings(experiment: Experiment, start: int) -> list[Hook]:
     """The readings of the model that the config asks for, in a run from step `start`."""
     training, task, found = experiment.training, experiment.task, []
     if count := training.eval_examples:
         frozen = experiment.devices.to_global(experiment.frozen)
         held_out = HeldOut(task, frozen, experiment.held_out, count, training.batch_size)
-        found.append(Hook(training.save_periods, held_out, when_stopped=True))
+        found.append(Hook(training.save_every, held_out, when_stopped=True))
+    found += memorization(experiment, start)
     if every := training.icr.every_steps:
         from mclr_jax.representation.monitor import Monitor  # with scikit-learn: it takes a second
 
         sampler, flip = training.sampler, bool(training.data.flip or training.data.augment)
-        monitor = Monitor(training.icr, task.model, sampler, experiment.source, flip,
-                          experiment.workdir, start)  # fmt: skip
+        monitor = Monitor(training.icr, task.model, sampler, experiment.source, flip)
         found.append(Hook(every, Read(experiment, monitor)))
     if every := training.evaluate.every_steps:
         from mclr_jax.evaluation.during import Measures  # with SciPy's: it takes a second

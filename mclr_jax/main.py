@@ -114,7 +114,7 @@ def _train(
             Hook(every, hooks.Snapshots(snapshots)),
             *hooks.readings(experiment, start),
         ]
-        last = Hook(training.save_periods, save := hooks.Save(checkpoints), when_stopped=True)
+        last = Hook(training.save_every, save := hooks.Save(checkpoints), when_stopped=True)
         writer = Writer(
             workdir, start, training.num_steps, is_first(), config=training.config,
             device=banner(), batch_size=training.batch_size, wandb=training.log.wandb,

@@ -28,7 +28,8 @@ FREE = tuple(
                 "steps_per_dispatch", "grad_accumulation", "log_every", "checkpoint_every",
                 "keep_checkpoints", "eval_examples", "sample_every", "companions.", "data.name",
                 "data.path", "data.test", "data.autoencoder", "data.labels", "data.cache",
-                "sampler.", "icr.", "evaluate.", "log.", "profile.")
+                "sampler.", "icr.", "memorization.", "evaluate.", "log.",
+                "profile.")
 )  # fmt: skip
 # Keys of earlier versions, by section, with the only values that mean what no such key means now.
 RETIRED: dict[str, dict[str, Any]] = {
@@ -67,8 +68,9 @@ def places(config: Mapping[str, Any], origin: Mapping[str, Any] = {}) -> dict[st
     newer = ("autoencoder", "labels")
     values |= {f"data.{key}": config["data"].get(key, "") for key in newer}
     values |= {f"companions.{name}": path for name, path in config["companions"].items()}
-    _, _, path = config.get("evaluate", {}).get("features", "").partition(":")
-    values["evaluate.features"] = path  # of a classifier or a file of weights
+    for section in ("evaluate", "memorization"):
+        _, _, path = config.get(section, {}).get("features", "").partition(":")
+        values[f"{section}.features"] = path  # of a classifier or a file of weights
     for key in ("name", "test", "generated"):
         values[f"data.{key}"] = place_of(config["data"][key])
     return found | {key: path for key, path in values.items() if path}

@@ -61,11 +61,11 @@ def test_round_trip_of_the_newest_and_of_a_branch(tmp_path):
 
 
 @pytest.mark.parametrize(("keep", "kept"), [(1, [1, 3, 6]), (3, [1, 3, 4, 5, 6]), (0, [1, 3])])
-def test_the_lowest_of_either_metric_is_kept_across_runs(tmp_path, keep, kept):
+def test_the_lowest_loss_and_the_last_before_a_warning_are_kept_across_runs(tmp_path, keep, kept):
     """Some checkpoints lack one metric, some both, and some have one that is not a number."""
-    no_numbers = {"loss": float("nan"), "icr": float("-inf")}
-    metrics = [{"loss": 1.0, "icr": 9.0}, no_numbers, {"icr": 0.5}, None, {"loss": 2.0},
-               {"loss": 3.0, "icr": 4.0}]  # fmt: skip
+    no_numbers = {"loss": float("nan"), "memorization": float("nan")}
+    metrics = [{"loss": 1.0, "memorization": 0.0}, no_numbers, {"memorization": 0.0}, None,
+               {"loss": 2.0}, {"loss": 3.0, "memorization": 1.0}]  # fmt: skip
     for step, values in enumerate(metrics, 1):
         with Checkpoints(tmp_path / "c", keep) as checkpoints:
             checkpoints.save(step, state_at(step), values)

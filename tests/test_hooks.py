@@ -55,7 +55,7 @@ def test_pictures_and_profile_are_written(run):
     names = {path.name for path in (run[0] / "samples").iterdir()}
     assert names == {"00000012.png", "00000016.png"}
     assert list((run[0] / "profile").rglob("*.xplane.pb"))
-    assert Training.parse(tiny.config(checkpoint_every=0)).save_periods == (12, 0)
+    assert Training.parse(tiny.config(checkpoint_every=0)).save_every == 12
 
 
 def test_the_held_out_loss_is_that_of_the_average_on_the_test_split(run):

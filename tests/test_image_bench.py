@@ -246,6 +246,17 @@ def test_curves_have_the_strengths_that_were_judged_for_all_seeds_of_the_control
 # ---- ICR -----------------------------------------------------------------------------------------
 
 
+def test_the_curve_has_turned_when_enough_readings_lie_above_the_minimum():
+    falling = [(10 * i, 0.5 - 0.02 * i) for i in range(1, 6)]
+    assert icr.turned([]) is None
+    assert icr.turned(falling) is None
+    up = [*falling, (60, 0.43), (70, 0.44), (80, 0.45)]
+    assert icr.turned(up[:-1]) is None  # two readings only
+    assert icr.turned(up) == 50
+    assert icr.turned([*falling, (60, 0.43), (70, 0.402), (80, 0.45)]) is None  # within 2%
+    assert icr.turned([*up, (90, 0.39)]) is None  # a new minimum
+
+
 @pytest.mark.slow
 def test_icr_along_the_base_of_digits(digits, tmp_path, monkeypatch):
     root, _ = digits

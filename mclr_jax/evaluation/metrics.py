@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from scipy.special import rel_entr
 
+COPY = 1 / 3  # largest ratio of the distances to the two nearest real samples of a copy
 BLOCK_BYTES = 16 * 2**20  # of one block of pairwise values; memory holds up to five at a time
 
 
@@ -130,22 +131,43 @@ def density_coverage(real: np.ndarray, fake: np.ndarray, k: int = 5) -> tuple[fl
     return balls / (k * len(fake)), float((nearest < radius).mean())
 
 
-def memorized_fraction(real: np.ndarray | Iterable[np.ndarray], fake: np.ndarray) -> float:
-    """Share of copies among fake samples: their two nearest real samples are at d1 < d2 / 3.
+def two_nearest(
+    real: np.ndarray | Iterable[np.ndarray], fake: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Distances (m, 2) of each fake sample to its two nearest real samples, and their rows (m, 2).
 
-    Distances are Euclidean, usually of pixels. Source: Yoon et al. 2023; Gu et al. 2023
-    (arXiv 2310.02664). real (n, d), n >= 2, or batches of it; fake (m, d).
+    Distances are Euclidean; real (n, d), n >= 2, or batches of it, fake (m, d).
     """
     fake = _as_features(fake, "fake features")
     nearest = np.full((len(fake), 2), np.inf)
+    places, start = np.zeros((len(fake), 2), np.int64), 0
     for batch in [real] if isinstance(real, np.ndarray) else real:
         batch, _ = _pair(batch, fake)
         for rows, squared in _squared_distances(fake, batch):
-            known = np.hstack([squared, nearest[rows]])
-            nearest[rows] = np.partition(known, 1, axis=1)[:, :2]
+            known = np.hstack([nearest[rows], squared])
+            found = np.argpartition(known, (0, 1), axis=1)[:, :2]
+            nearest[rows] = np.take_along_axis(known, found, 1)
+            earlier = np.take_along_axis(places[rows], np.minimum(found, 1), 1)
+            places[rows] = np.where(found < 2, earlier, start + found - 2)
+        start += len(batch)
     if np.isinf(nearest).any():
         raise ValueError("Got fewer than 2 real samples; the ratio needs 2 neighbours.")
-    return float((nearest[:, 0] < nearest[:, 1] / 9).mean())
+    return np.sqrt(nearest), places
+
+
+def copy_ratios(distances: np.ndarray) -> np.ndarray:
+    """d1 / d2 (m,) of the distances of `two_nearest`; samples below COPY are copies.
+
+    A sample between two equal real samples, at distance 0 from both, has the ratio 1. Source: Yoon
+    et al. 2023; Gu et al. 2023 (arXiv 2310.02664).
+    """
+    first, second = distances.T
+    return np.divide(first, second, out=np.ones_like(first), where=second > 0)
+
+
+def memorized_fraction(real: np.ndarray | Iterable[np.ndarray], fake: np.ndarray) -> float:
+    """Share of copies, see `copy_ratios`, of real samples (n, d) among fake ones (m, d)."""
+    return float((copy_ratios(two_nearest(real, fake)[0]) < COPY).mean())
 
 
 def kernel_distance(real: np.ndarray, fake: np.ndarray) -> float:

@@ -1,6 +1,7 @@
 """Sections of the config for what happens beside the update."""
 
 import dataclasses
+import math
 from typing import ClassVar
 
 from mclr_jax.noise import SIGMA_RANGE
@@ -8,19 +9,51 @@ from mclr_jax.schema import Keys, key
 
 METRICS = ("frechet", "per_class_frechet", "inter_class_frechet", "inception_score", "kernel",
            "precision", "recall", "density", "coverage")  # fmt: skip
+SHARE = 0.02  # of a training's time, at most, for readings of memorization
 
 
 @dataclasses.dataclass(frozen=True)
 class ICR(Keys):
-    """ICR during training (mclr_jax/representation), a warning of memorization."""
+    """ICR during training (mclr_jax/representation)."""
 
-    every_steps: int = key(0, 0, says="measure and write a checkpoint; 0 for never")
+    every_steps: int = key(0, 0, says="steps between two readings; 0 for never")
     num_images: int = key(2048, 2, says="training images, at least twice the length of features")
     sigma: float = key(0.29, 0.0, SIGMA_RANGE[1], "(", says="noise level of the features")
     layer: str = key("", says="name of a block; empty for the middle one")
     samples: int = key(0, 0, says="samples for the memorized fraction; 0 for none")
 
     where: ClassVar[str] = "config.icr"
+
+
+@dataclasses.dataclass(frozen=True)
+class Memorization(Keys):
+    """A warning before samples copy training images (representation/memorization.py)."""
+
+    every_steps: int = key(0, -1, says="steps between two readings; 0: so many that they cost less "
+                           "than 2%, if there are held-out examples; -1: never")  # fmt: skip
+    num_images: int = key(128, 2, says="training images, and as many held-out ones, at most")
+    sigma: float = key(0.0, 0.0, SIGMA_RANGE[1], says="noise level; 0 finds it")
+    warning: float = key(0.65, 0.0, 1.0, "(", says="gap from which copies are to be expected")
+    likely: float = key(0.75, 0.0, 1.0, "(", says="gap from which copies are likely")
+    samples: int = key(200, 0, says="drawn after the warning, to count copies; 0 for none")
+    features: str = key("", says="extractor, as --features of mclr evaluate, in whose features "
+                        "copies are counted, too")  # fmt: skip
+
+    where: ClassVar[str] = "config.memorization"
+
+    def period(self, calls: int, batch_size: int, num_steps: int, multiple: int) -> int:
+        """Steps between two events of so many network calls; 0 for none.
+
+        If the key leaves it open: the least number that costs at most SHARE of the training, where
+        a step costs three calls for each example, and that divides `multiple` or is a multiple of
+        it; none if it exceeds the training.
+        """
+        if self.every_steps:
+            return max(self.every_steps, 0)
+        least = math.ceil(calls / (3 * batch_size * SHARE))
+        divisors = [n for n in range(least, multiple + 1) if multiple % n == 0]
+        found = min(divisors, default=-(-least // multiple) * multiple)
+        return found if found <= num_steps else 0
 
 
 @dataclasses.dataclass(frozen=True)

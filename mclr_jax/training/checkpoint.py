@@ -5,7 +5,7 @@ import json
 import math
 import pathlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from shutil import disk_usage
 from typing import Any
 
@@ -34,8 +34,9 @@ class Checkpoints:
     A checkpoint holds a tree of arrays. Orbax writes under a temporary name and renames, so a
     killed run leaves no incomplete step. `directory`, created if missing, has the steps and
     metrics.jsonl, the metrics that rank the checkpoints. A checkpoint without a valid line in that
-    file has no metrics. Beside the `keep` newest checkpoints, those with the lowest metrics `loss`
-    and `icr` are kept. `keep` None keeps all and is required for processes that only read.
+    file has no metrics. Beside the `keep` newest checkpoints, the one with the lowest metric `loss`
+    and the newest with a metric `memorization` of 0 are kept. `keep` None keeps all and is required
+    for processes that only read.
 
     A checkpoint has its step and a digest of each array, which `restore` compares.
     """
@@ -93,8 +94,14 @@ class Checkpoints:
         """True for each checkpoint to keep: this object is the preservation policy of Orbax."""
         del context
         steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = {*steps[::-1][: self._keep], self._lowest("loss", steps), self._lowest("icr", steps)}
+        kept = {*steps[::-1][: self._keep], self._lowest("loss", steps), self.before_warning(steps)}
         return [step in kept for step in steps]
+
+    def before_warning(self, steps: Iterable[int] | None = None) -> int | None:
+        """The newest of the steps, by default of all on disk, whose metric `memorization` is 0."""
+        some = self.steps() if steps is None else steps
+        before = [s for s in some if self._metrics.get(s, {}).get("memorization") == 0]
+        return max(before, default=None)
 
     def require_space(self, state: Any) -> None:
         """Raise OSError if the disk has too little free space for a checkpoint of the state."""
