@@ -220,7 +220,8 @@ class Transfer(Bench):
             return None
         return min(sets, key=lambda s: self.read(f"sets/{sets[s]}")["frechet"])
 
-    def tasks(self, seeds: tuple[int, ...]) -> list[Task]:
+    def tasks(self, seeds: tuple[int, ...], stage: int) -> list[Task]:
+        """Stage 0 has the strengths, 1 also the best for all seeds and the second judge, 2 all."""
         do, judges = functools.partial, tuple(done(f"judge_{j}") for j in JUDGES)
         tasks = [
             Task("sets_made", self.sets, "sets_made.json"),
@@ -236,13 +237,15 @@ class Transfer(Bench):
             name = "real_test" if split == "test" else f"real_subset_{self.per_class}"
             tasks.append(Task(name, do(self.real, split), f"sets/{name}.json",
                               ("sets/real_train.json",)))  # fmt: skip
-        middle = [  # of the strengths of each method first
-            (abs(2 * i + 1 - len(found.strengths)), m, s)
+        middle = [  # of the strengths of each method first; rates and adapters last
+            ((found.key == RATE), abs(2 * i + 1 - len(found.strengths)), m, s)
             for m, found in METHODS.items() for i, s in enumerate(found.strengths)
         ]  # fmt: skip
-        rows = [(m, s, VALIDATION) for _, m, s in sorted(middle, key=lambda row: row[0])]
-        rows += [(m, best, seed) for seed, m in itertools.product(seeds, METHODS)
-                 if not METHODS[m].searched and (best := self.best(m)) is not None]  # fmt: skip
+        rows = [(m, s, VALIDATION) for late, _, m, s in sorted(middle, key=lambda row: row[:2])
+                if stage > 1 or not late]  # fmt: skip
+        chosen = [(m, best, seed) for seed, m in itertools.product(seeds, METHODS)
+                  if not METHODS[m].searched and (best := self.best(m)) is not None]  # fmt: skip
+        rows = [*chosen, *rows] if stage else rows
         for method, strength, seed in rows:
             place, name = self.name_of(method, strength, seed), self.set_of(method, strength, seed)
             tasks += [
@@ -252,7 +255,7 @@ class Transfer(Bench):
                      (done(place), "sets/real_train.json")),
             ]  # fmt: skip
         tasks = [*{task.name: task for task in tasks}.values()]
-        return tasks + self.second_tasks(task.output for task in tasks)
+        return tasks + self.second_tasks(task.output for task in tasks if stage)
 
 
 def smaller(pixels: np.ndarray) -> np.ndarray:
@@ -306,8 +309,8 @@ def main() -> None:
     arguments = parser.parse_args()
     seeds = tuple(map(int, arguments.seeds.split(",")))
     bench = Transfer(per_class=arguments.per_class, steps=arguments.steps)
-    for _ in range(2):  # the best strengths are known after the first time
-        result = run(bench.root, bench.tasks(seeds), arguments)
+    for stage in (2,) if arguments.task else range(3):
+        result = run(bench.root, bench.tasks(seeds, stage), arguments)
     path = RESULTS / "transfer.json"
     before = json.loads(path.read_text())["sets"] if path.exists() else {}
     found = {(name := f"fashion_mnist_{bench.per_class}"): result | collect(bench, seeds)}
