@@ -55,6 +55,7 @@ CASES = (
 class Bench(Files):
     """Where everything is, and how each part is made."""
 
+    root: pathlib.Path
     scale: float = 1.0  # share of the steps and samples, to try things out
 
     def config(self, case: Case) -> Any:
