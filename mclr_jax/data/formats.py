@@ -146,7 +146,8 @@ def _zip(
     if split != "train":
         raise ValueError(
             f"{path} has no {split!r} split; set config.data.test to the zip or folder of the test "
-            "set, or of a folder config.data.held_out to the share that is held out"
+            "set, or of a folder config.data.held_out to the share that is held out; training does "
+            "without with config.eval_examples=0"
         )
     is_folder, lock = pathlib.Path(path).is_dir(), threading.Lock()
     archive: Any = folders.Folder(path) if is_folder else _open(path, zipfile.ZipFile)
@@ -222,8 +223,8 @@ def _npz(path: str, split: str, *, num_classes: int = 0, latents: str = "") -> A
     names = [{"train": "", "test": "test_"}[split] + name for name in (found, "labels")]
     if absent := [name for name in names if name not in archive]:
         raise ValueError(
-            f"{path} has no {absent} for split={split!r}, only {sorted(archive)}; add them, or "
-            "choose another split or file"
+            f"{path} has no {absent} for split={split!r}, only {sorted(archive)}; add them, name a "
+            "file of test images in config.data.test, or train with config.eval_examples=0"
         )
     with named(f"{path} is corrupt; write it again"):
         images, labels = (archive[name] for name in names)
