@@ -1,4 +1,4 @@
-"""Estimate trajectories from observations with a trained trajectory model.
+"""Estimate trajectories from observations with a trained trajectory model, or an emulator.
 
   mclr assimilate --workdir=runs/lorenz63 --regime=filter --observations=seen.npz \\
       --ensemble=16 --seed=0 --out=analysis.npz
@@ -13,26 +13,33 @@ Writes `members` (N, E, T, ...), their `mean` and `std`, in the units of the dat
   fixed_lag  frame k from the observations up to k + --lag
   batch      each frame from all observations
 
---lag is a number of frames or inf, or has a number for each segment, FRAME:LAG,...: with
---lag=0:inf,50:0 the frames before 50 are smoothed by all observations, later ones are filtered.
+  trajectory  a run of a trajectory model, whose samples are guided by the observations
+  enkf        a run of an emulator in a serial ensemble Kalman filter, and its smoother
+  particle    a run of an emulator with a learned variance in a bootstrap particle filter
+
+--tune=8 chooses settings on 8 held-out trajectories of the run, observed as those of the file, and
+stores them with the run; later calls use them. --lag is a number of frames or inf, or has a number
+for each segment, FRAME:LAG,...: with --lag=0:inf,50:0 the frames before 50 are smoothed by all
+observations, later ones are filtered.
 """
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import numpy as np
 from absl import flags
 
 from mclr_jax import cpu, extras, runs
-from mclr_jax.assimilation import figure, observe, regimes, schedules
+from mclr_jax.assimilation import figure, methods, observe, regimes, schedules
 from mclr_jax.files import digest, provenance, write_atomically
 from mclr_jax.labels import warn_untrained
 from mclr_jax.launch import common
-from mclr_jax.schema import fields
+from mclr_jax.schema import fields, in_range
 from mclr_jax.training.devices import banner
 from mclr_jax.training.log import Progress
 
-WORKDIR, EMA = common.define("workdir", "ema")
+WORKDIR, EMA, DATA = common.define("workdir", "ema", "data")
 OBSERVATIONS = flags.DEFINE_string("observations", None, "File to read, NAME.npz.")
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.npz.")
 REGIME = flags.DEFINE_enum("regime", "filter", ["filter", "fixed_lag", "batch"], "See above.")
@@ -40,8 +47,16 @@ OPERATOR = flags.DEFINE_string(
     "operator", "", "In place of that of the file: JSON as above, or a name, such as identity or "
     "package.module:Name, one of your own."
 )  # fmt: skip
+METHOD = flags.DEFINE_enum(
+    "method", None, list(methods.SETTINGS), "See above; default: trajectory or, of an emulator, "
+    "enkf."
+)  # fmt: skip
+TUNE = flags.DEFINE_integer("tune", 0, "See above; 0 chooses nothing.", lower_bound=0)
 LAG = flags.DEFINE_list("lag", ["0"], "Frames to look ahead, for fixed_lag. See above.")
-ENSEMBLE = flags.DEFINE_integer("ensemble", 16, "Members of each trajectory.", lower_bound=1)
+ENSEMBLE = flags.DEFINE_integer(
+    "ensemble", None, "Members of each trajectory; by default " + ", ".join(
+        f"{number} ({name})" for name, number in methods.MEMBERS.items()) + ".", lower_bound=1,
+)  # fmt: skip
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0)
 FORECAST = flags.DEFINE_integer("forecast", 0, "Frames after the last one.", lower_bound=0)
 CONTINUE = flags.DEFINE_string(
@@ -49,19 +64,29 @@ CONTINUE = flags.DEFINE_string(
 )
 FIGURE = flags.DEFINE_bool("figure", False, "Draw the first trajectory beside --out, as PNG.")
 SCHEME = flags.DEFINE_list(
-    "scheme", [], f"Settings of the sampling as KEY=VALUE,..., of "
-    f"{', '.join(fields(schedules.Scheme))}."
+    "scheme", [], "Settings as KEY=VALUE,..., of " + "; ".join(
+        f"{name}: {', '.join(fields(methods.SETTINGS[name]))}" for name in ("trajectory", "enkf")),
 )  # fmt: skip
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Members at a time.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", None, "Members at a time; by default 256 of a trajectory model, else 65536.",
+    lower_bound=1,
+)  # fmt: skip
 
 
-def asked(frames: int) -> tuple[schedules.Scheme, np.ndarray]:
-    """The scheme, and the lag of each frame, by --scheme, --regime and --lag."""
+def lags_asked(frames: int) -> np.ndarray:
+    """The lag of each frame, by --regime and --lag."""
     if REGIME.value != "fixed_lag" and LAG.present:
         common.stop(f"--lag={','.join(LAG.value)} has no meaning for --regime={REGIME.value}.")
     try:
-        scheme = schedules.Scheme.parse(SCHEME.value)
-        return scheme, schedules.lags_of(REGIME.value, LAG.value, frames)
+        return schedules.lags_of(REGIME.value, LAG.value, frames)
+    except ValueError as error:
+        common.stop(str(error))
+
+
+def scheme_asked(run: runs.Run, method: str) -> Any:
+    """The settings, by --scheme and those that are stored with the run."""
+    try:
+        return methods.settings(run, method, SCHEME.value)
     except ValueError as error:
         common.stop(str(error))
 
@@ -72,25 +97,34 @@ def main() -> None:
     arrays = observe.load(OBSERVATIONS.value)
     observations = observe.parse(arrays, OBSERVATIONS.value, OPERATOR.value)
     count, frames, _ = observations.values.shape
-    (scheme, lags), run = asked(frames), runs.load(WORKDIR.value)
-    shape = regimes.state_shape(run)
-    truth = observe.truth_of(arrays, count, shape, OBSERVATIONS.value)
+    lags, run = lags_asked(frames), runs.load(WORKDIR.value, data=DATA.value)
+    method = METHOD.value or methods.default_method(run)
+    methods.check(run, method)
+    scheme, ensemble = scheme_asked(run, method), ENSEMBLE.value or methods.MEMBERS[method]
+    shape = run.model.data.shape[1:]
     cpu.use_cores(run.model.network)
-    warn_untrained(run, [regimes.trajectory_label(run.model)])
     params, step = run.weights(EMA.value)
+    solve = methods.solver(run, params, method)
+    truth = observe.truth_of(arrays, count, shape, OBSERVATIONS.value)
+    warn_untrained(run, [regimes.trajectory_label(run.model)])
+    options: dict[str, Any] = {"ensemble": ensemble, "seed": SEED.value}
+    if BATCH_SIZE.value:
+        options["batch_size"] = BATCH_SIZE.value
+    if TUNE.value:
+        scheme = tune(run, method, solve, scheme, observations, lags, options)
     settings = {"workdir": WORKDIR.value, "step": step, "weights": digest(params),
-                "regime": REGIME.value, "lag": ",".join(LAG.value), "seed": SEED.value,
-                "scheme": dataclasses.asdict(scheme), "operator": observations.operator.describe(),
-                "std": observations.std.tolist(), **provenance(), "device": banner()}  # fmt: skip
+                "method": method, "regime": REGIME.value, "lag": ",".join(LAG.value),
+                "seed": SEED.value, "scheme": dataclasses.asdict(scheme),
+                "operator": observations.operator.describe(), "std": observations.std.tolist(),
+                **provenance(), "device": banner()}  # fmt: skip
     state = regimes.earlier(CONTINUE.value, settings) if CONTINUE.value else None
     out = common.output(OUT.value, ".npz")
     if out.resolve() == pathlib.Path(OBSERVATIONS.value).resolve():
         common.stop(f"--out is {OUT.value!r}, the file of --observations.")
-    with Progress(count * ENSEMBLE.value, "member") as shown:
-        result = regimes.assimilate(
-            run.model, params, observations, scheme, lags, ensemble=ENSEMBLE.value,
-            seed=SEED.value, forecast=FORECAST.value, state=state, batch_size=BATCH_SIZE.value,
-            progress=regimes.counted(shown.update),
+    with Progress(count * ensemble, "member") as shown:
+        result = solve(
+            observations, scheme, lags, forecast=FORECAST.value, state=state,
+            progress=regimes.counted(shown.update), **options,
         )  # fmt: skip
     regimes.write(out, result, settings)
     print(f"Wrote {out}: {result.described()}")
@@ -100,6 +134,23 @@ def main() -> None:
         values, operator = observations.values[0], observations.operator
         shown = result.members[0], values, operator, None if truth is None else truth[0]
         write_atomically(out.with_suffix(".png"), figure.trajectory(*shown, result.before))
+
+
+def tune(
+    run: runs.Run, method: str, solve: methods.Solver, scheme: Any, observations: Any,
+    lags: np.ndarray, options: dict,
+) -> Any:  # fmt: skip
+    """The settings chosen on --tune trajectories, which it stores with the run and prints."""
+    in_range("--ensemble", options["ensemble"], 2)  # for the CRPS
+    grid = methods.grid_of(method, observations, run.model.data.shape[1:])
+    truth, seen = methods.held_out(run, observations, TUNE.value)
+    best, rows = methods.tuned(solve, scheme, grid, truth, seen, lags, **options)
+    about = {"trajectories": TUNE.value, "ensemble": options["ensemble"], "regime": REGIME.value,
+             "lag": ",".join(LAG.value), "operator": observations.operator.describe()}  # fmt: skip
+    methods.keep(run, method, best, rows, about)
+    told = ",".join(f"{key}={getattr(best, key)}" for key in grid)
+    print(f"Of {len(rows)} settings, stored in {run.workdir / methods.FILE}: --scheme={told}")
+    return best
 
 
 if __name__ == "__main__":

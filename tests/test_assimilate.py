@@ -45,6 +45,18 @@ def seen(tmp_path):
     return write
 
 
+@pytest.fixture(scope="module")
+def emulator(workdir):
+    """An untrained emulator with noise, of the same data."""
+    config, path = tiny.config("mixture", num_steps=12, sigma_data=1.0), workdir.parent / "emulator"
+    walks = f"npy:{workdir.parent / 'walks.npy'}"
+    config.data.update({"name": walks, "frames": 2, "time_step": 0.1})
+    config.network = base.options("mclr_jax.networks.emulator:Emulator", variance=True)
+    config.objective = base.options("mclr_jax.objectives.emulate:Emulate")
+    cases.untrained(path, config)
+    return path
+
+
 SMALL = ["--ensemble=2", "--scheme=steps=3,first_steps=3"]
 
 
@@ -111,6 +123,29 @@ def test_a_regime_for_each_segment_of_frames(workdir, seen, tmp_path):
     told = observe.read(tmp_path / "seen.npz")
     want = regimes.assimilate(run.model, run.weights()[0], told, small, lags, ensemble=2)
     np.testing.assert_allclose(arrays(tmp_path / "x.npz")["members"], want.members, atol=1e-3)
+
+
+def test_an_emulator_in_classical_filters(emulator, seen, tmp_path):
+    """Settings are chosen once and then used, the particle filter's are the defaults."""
+    seen(slice(0, 8))
+
+    def run(name, *more, expect=0):
+        files = f"--workdir={emulator}", f"--observations={tmp_path / 'seen.npz'}"
+        return call("assimilate", *files, f"--out={tmp_path / name}", *more, expect=expect)
+
+    text = run("a.npz", "--ensemble=5", "--tune=2")
+    assert "--scheme=inflation=" in text
+    run("b.npz", "--ensemble=5", "--figure")
+    a, b = arrays(tmp_path / "a.npz"), arrays(tmp_path / "b.npz")
+    np.testing.assert_array_equal(a["members"], b["members"])
+    settings, chosen = (json.loads(str(x["settings_json"]))["scheme"] for x in (a, b))
+    assert settings == chosen
+    assert a["members"].shape == (3, 5, 8, 2)
+    assert (tmp_path / "b.png").exists()
+    run("c.npz", "--method=particle", "--ensemble=32", "--regime=fixed_lag", "--lag=2")
+    assert arrays(tmp_path / "c.npz")["members"].shape == (3, 32, 8, 2)
+    again = ["--ensemble=5", f"--continue={tmp_path / 'c.npz'}", "--method=enkf"]
+    assert "was made with method particle; this command has enkf" in run("d.npz", *again, expect=1)
 
 
 @pytest.mark.parametrize("given", [tiny.config("mixture"), tiny.classifier()])

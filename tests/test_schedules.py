@@ -78,20 +78,6 @@ def test_schemes_without_a_meaning_are_refused(values, message):
         Scheme(**values)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("stepz=3", "scheme has no key 'stepz'. Did you mean 'steps'"),
-        ("steps=x", "scheme.steps is 'x'; expected an integer of at least 1"),
-        ("revise=maybe", "scheme.revise is 'maybe'; expected True or False"),
-    ],
-)
-def test_words_without_a_meaning_are_refused(text, message):
-    assert Scheme.parse(["steps=3", "revise=false"]) == Scheme(steps=3, revise=False)
-    with pytest.raises(ValueError, match=message):
-        Scheme.parse([text])
-
-
 @pytest.mark.parametrize("text", ["-1", "nan", "0.5", "0:2,10:1", "0:2,5:1,5:0", "2:1", "x"])
 def test_lags_without_a_meaning_are_refused(text):
     with pytest.raises(ValueError, match=r"The lag is .*frames below 10 in rising order"):

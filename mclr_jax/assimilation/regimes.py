@@ -59,7 +59,12 @@ class Result(NamedTuple):
         return f"{members} members of frames {self.first} to {last} of {count} trajectories."
 
 
-FIXED = ("weights", "operator", "std")  # settings that a run has in common with its continuation
+FIXED = (
+    "weights",
+    "method",
+    "operator",
+    "std",
+)  # settings that a run has in common with its continuation
 
 
 def write(path: str | os.PathLike, result: Result, settings: Mapping[str, Any]) -> None:
@@ -77,7 +82,7 @@ def earlier(path: str | os.PathLike, settings: Mapping[str, Any]) -> State:
     """
     arrays = load(path)
     with named(f"{path} is no file of an earlier --out"):
-        old = json.loads(str(arrays["settings_json"]))
+        old = {"method": "trajectory"} | json.loads(str(arrays["settings_json"]))
         scheme = old.pop("plan", old.get("scheme", {}))  # "plan" in older files
         old["scheme"] = {key: x for key, x in scheme.items() if key in settings["scheme"]}
         values = arrays["state_members"], arrays["state_values"], int(arrays["state_frames"])
@@ -87,7 +92,9 @@ def earlier(path: str | os.PathLike, settings: Mapping[str, Any]) -> State:
         if was != new and key.startswith((*FIXED, "scheme", "seed")):
             text = f"{path} was made with {key} {was}; this command has {new}."
             if key.startswith(FIXED):
-                raise ValueError(f"{text} Only a run of the same model and operator continues it.")
+                raise ValueError(
+                    f"{text} Only a run of the same model, method and operator continues it."
+                )
             logging.warning(text)
     return State(*values)
 
@@ -145,11 +152,12 @@ def screened(x: jax.Array, kept: jax.Array, group: jax.Array, keys: jax.Array) -
 
 def state_shape(run: Run) -> tuple[int, ...]:
     """The shape of a state; ValueError: the run has no trajectory model."""
-    if run.model.is_classifier or not run.model.frames:
+    if not run.model.is_denoiser or not run.model.frames:
+        advice = " An emulator's methods are enkf and particle." if run.model.is_emulator else ""
         raise ValueError(
             f"{run.workdir} has the network {type(run.model.network).__name__} for data of shape "
             f"{run.model.data.shape}; expected a run of a trajectory model, as of "
-            "configs/trajectories.py."
+            f"configs/trajectories.py.{advice}"
         )
     return run.model.data.shape[1:]
 
@@ -175,7 +183,7 @@ def _compiled(model: Any, operator: Operator, scheme: Scheme, ensemble: int) -> 
     def run(params, x, values, std, group, keys, grid, resampled):
         moments = samplers.stabilised(model.moments(params), scheme.sigma_min)
         label = jnp.full(len(x), trajectory_label(model), jnp.int32)
-        seen = guide.Seen(values, std, *_units(model))
+        seen = guide.Seen(values, std, *units(model))
         sigma = jnp.broadcast_to(grid[0], x.shape[:2])
         x = x + expand(sigma, x) * normal_like(keys, x)
         if resampled:  # the past of each member, by the likelihood of the new observations
@@ -195,7 +203,7 @@ def _compiled(model: Any, operator: Operator, scheme: Scheme, ensemble: int) -> 
     return jax.jit(run, static_argnums=7)
 
 
-def _units(model: Any) -> tuple[Any, Any]:
+def units(model: Any) -> tuple[Any, Any]:
     """(offset, scale) with physical state = offset + scale * x, float32."""
     return np.float32(model.data.offset or 0), np.float32(model.data.scale or 1)
 
@@ -216,7 +224,7 @@ def _physical(model: Any, x: np.ndarray, ensemble: int, scheme: Scheme) -> np.nd
             f"finite with {scheme}. Take more steps or scheme.guidance=posterior, or check the "
             "weights, the observations and the operator's offset and scale."
         )
-    offset, scale = _units(model)
+    offset, scale = units(model)
     x = offset + scale * x.reshape(-1, ensemble, *x.shape[1:])
     if scheme.inflation == 1:
         return x
@@ -226,7 +234,7 @@ def _physical(model: Any, x: np.ndarray, ensemble: int, scheme: Scheme) -> np.nd
 
 def _initial(model: Any, initial: np.ndarray, ensemble: int) -> np.ndarray:
     """The known first states (N, *state) as rows in the model's units."""
-    offset, scale = _units(model)
+    offset, scale = units(model)
     return ((initial - offset) / scale).repeat(ensemble, 0)
 
 

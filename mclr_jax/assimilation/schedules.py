@@ -4,12 +4,10 @@ A regime is a lag for each frame: how many frames after it may be seen in its es
 filter, infinity the batch smoother, and each frame may have its own.
 """
 
-import ast
-import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -17,7 +15,7 @@ from mclr_jax.assimilation import guide
 from mclr_jax.assimilation.observe import Operator
 from mclr_jax.noise import SIGMA_RANGE
 from mclr_jax.samplers import METHODS, CorrectFn
-from mclr_jax.schema import Keys, in_range, key, look_up, read
+from mclr_jax.schema import Keys, in_range, key, look_up
 
 GUIDANCE = {"posterior": ("c", "overlap", "reach"), "norm": ("zeta", "g")}
 
@@ -52,16 +50,6 @@ class Scheme(Keys):
         super().__post_init__()
         in_range("scheme.sigma_max", self.sigma_max, float(self.sigma_min), SIGMA_RANGE[1])
         in_range("scheme.restart", self.restart, self.sigma_min, self.sigma_max, open="(")
-
-    @classmethod
-    def parse(cls, texts: Iterable[str]) -> "Scheme":
-        """Of texts KEY=VALUE; ValueError: the first unknown key or wrong value."""
-        values: dict[str, Any] = {}
-        for name, _, text in (text.partition("=") for text in texts):
-            with contextlib.suppress(ValueError, SyntaxError):  # then it is a word
-                text = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-            values[name] = text
-        return read(cls, values, cls.where)
 
     def correct(self, operator: Operator, seen: guide.Seen) -> CorrectFn:
         """The guidance of an update, see `samplers.sample`."""

@@ -1,0 +1,130 @@
+"""The methods of a run, their settings, and the choice of settings on held-out trajectories."""
+
+import dataclasses
+import json
+import types
+
+import numpy as np
+import pytest
+
+from mclr_jax.assimilation import methods
+from mclr_jax.assimilation.ensemble import Settings
+from mclr_jax.assimilation.observe import Observations, Operator, Own, Select
+from mclr_jax.assimilation.schedules import Scheme
+from mclr_jax.data.sources import Data
+from mclr_jax.model import DataInfo, Model
+from mclr_jax.networks.emulator import Emulator
+from mclr_jax.networks.trajectory import Trajectory
+from mclr_jax.runs import Run
+from mclr_jax.samplers import Sampler
+
+
+def a_run(folder, network=Emulator(), frames=2):  # noqa: B008
+    """Of trajectories k + 100 n in coordinate 0 and -k in 1, at frame k of 16 of record n."""
+    k, n = np.arange(16), np.arange(20)[:, None]
+    np.save(folder / "x.npy", np.stack([k + 100 * n, 0 * n - k], -1).astype(np.float32))
+    data = Data(name=f"npy:{folder / 'x.npy'}", options={"frames": frames, "time_step": 0.5})
+    units = data.source("train", 0)
+    info = DataInfo(units.shape, 1, 1.0, (), units.offset, units.scale, 0.5)
+    return Run(folder, Model(network, None, info), Sampler(), data=data)
+
+
+def test_held_out_trajectories_are_observed_as_those_of_the_file(tmp_path):
+    values = np.ones((2, 6, 1))
+    values[0, 3], values[1, 4] = np.nan, np.nan
+    seen = Observations(values, Operator(Select((1,))), 0.01, initial=np.zeros(2))
+    truth, found = methods.held_out(a_run(tmp_path), seen, 3)
+    step = np.diff(truth, axis=1)
+    np.testing.assert_allclose(step[..., 0], 1, atol=1e-2)
+    np.testing.assert_allclose(step[..., 1], -1, atol=1e-2)
+    kept = np.isfinite(found.values[..., 0])
+    np.testing.assert_array_equal(kept, np.isfinite(values[[0, 1, 0], :, 0]))
+    noise = (found.values[..., 0] - truth[..., 1])[kept] / 0.01
+    assert 0.5 < noise.std() < 1.5
+    np.testing.assert_array_equal(found.initial, np.float32(truth[:, 0]))
+    training = a_run(tmp_path).source("train")
+    shown = training.offset + training.scale * training[np.arange(len(training))][0][:, 0]
+    number_of = lambda states: {*np.floor((states[:, 0] + 0.5) / 100)}  # noqa: E731
+    assert not number_of(truth[:, 0]) & number_of(shown)
+    longer = dataclasses.replace(seen, values=np.ones((1, 17, 1)))
+    with pytest.raises(ValueError, match="give no trajectories of 17 frames"):
+        methods.held_out(a_run(tmp_path), longer, 3)
+
+
+def test_the_settings_of_the_lowest_crps_are_found_one_key_after_the_other():
+    """Diverged settings lose, and none is tried twice. The CRPS of equal members is their error."""
+    calls = []
+
+    def solve(seen, settings, lags, **options):
+        calls.append((settings.radius, settings.inflation))
+        if settings.radius == 9:
+            raise FloatingPointError("diverged")
+        error = abs(settings.radius - 4) + 10 * abs(settings.inflation - 1.05)
+        return types.SimpleNamespace(members=np.full((1, 2, 1, 1), error))
+
+    grid = {"radius": (2.0, 4.0, 9.0), "inflation": (1.0, 1.05)}
+    truth = np.zeros((1, 1, 1))
+    best, rows = methods.tuned(solve, Settings(inflation=1.0), grid, truth, None, 0)
+    assert (best.radius, best.inflation) == (4.0, 1.05)
+    assert calls == [(2, 1.0), (4, 1.0), (9, 1.0), (4, 1.05)]
+    assert [(row["radius"], row["inflation"]) for row in rows] == calls
+    assert rows[2]["crps"] == np.inf
+    assert rows[0]["rmse"] == pytest.approx(2.5)
+
+
+def test_settings_are_those_of_the_run_and_of_the_command(tmp_path):
+    run = a_run(tmp_path)
+    assert methods.settings(run, "enkf") == Settings()
+    methods.keep(run, "enkf", Settings(radius=6.0), [{"radius": 6.0}], {"regime": "filter"})
+    methods.keep(run, "trajectory", Scheme(c=0.5), [], {})
+    assert methods.settings(run, "enkf", ["inflation=1.1"]) == Settings(radius=6.0, inflation=1.1)
+    assert methods.settings(run, "enkf", ["radius=0"]).radius == 0
+    assert methods.settings(run, "trajectory").c == 0.5
+    assert methods.settings(run, "particle") == Settings()
+    stored = json.loads((tmp_path / "assimilation.json").read_text())
+    assert stored["enkf"]["rows"] == [{"radius": 6.0}]
+    assert {"revision", "command", "regime"} <= stored["enkf"].keys()
+    (tmp_path / "assimilation.json").write_text("{")
+    with pytest.raises(ValueError, match="is no file of mclr assimilate --tune"):
+        methods.settings(run, "enkf")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepz=3", "scheme has no key 'stepz'. Did you mean 'steps'"),
+        ("steps=x", "scheme.steps is 'x'; expected an integer of at least 1"),
+    ],
+)
+def test_words_without_a_meaning_are_refused(tmp_path, text, message):
+    run = a_run(tmp_path)
+    assert methods.settings(run, "trajectory", ["steps=3", "c=0.5"]) == Scheme(steps=3, c=0.5)
+    with pytest.raises(ValueError, match=message):
+        methods.settings(run, "trajectory", [text])
+
+
+def test_a_method_needs_its_model(tmp_path):
+    emulator = a_run(tmp_path)
+    trajectory = a_run(tmp_path, Trajectory(variance=True), 8)
+    assert methods.default_method(emulator) == "enkf"
+    assert methods.default_method(trajectory) == "trajectory"
+    with pytest.raises(ValueError, match=r"trajectories\.py\. An emulator's methods are enkf and"):
+        methods.solver(emulator, None, "trajectory")
+    with pytest.raises(ValueError, match=r"network Trajectory; method 'enkf' needs the run of an"):
+        methods.solver(trajectory, None, "enkf")
+    with pytest.raises(ValueError, match="an emulator without noise, whose particles become one"):
+        methods.solver(emulator, None, "particle")
+    solve = methods.solver(emulator, None, "enkf")
+    climate = solve.args[1]
+    assert climate.shape[1:] == (2,)
+    np.testing.assert_allclose(climate[:, 1], -(climate[:, 0] % 100), atol=1e-2)
+
+
+def test_only_settings_with_a_meaning_are_tuned():
+    seen = Observations(np.ones((2, 1)), Operator(), 1.0)
+    assert "radius" in methods.grid_of("enkf", seen, (40,))
+    assert "radius" not in methods.grid_of("enkf", seen, (3,))
+    own = dataclasses.replace(seen, operator=Operator(Own(np.sum)))
+    assert "radius" not in methods.grid_of("enkf", own, (40,))
+    with pytest.raises(ValueError, match="Unknown method with settings that are tuned 'particle'"):
+        methods.grid_of("particle", seen, (3,))
