@@ -36,7 +36,7 @@ from dapper.mods import KS, Lorenz63, Lorenz96
 from dapper.stats import Stats
 from dapper.tools.localization import nd_Id_localization
 
-INFLATION = (1.0, 1.02, 1.05, 1.1, 1.2)
+INFLATION = (1.0, 1.01, 1.02, 1.03, 1.05, 1.1, 1.2)
 # regime -> method with {} for the inflation, the inflations; lags in frames
 LORENZ63 = {
     "filter": ("EnKF('Sqrt', N=100, infl={})", "EnKF('PertObs', N=100, infl={})",
@@ -49,7 +49,7 @@ LORENZ63 = {
 FIELDS = {
     "lorenz96": {
         "filter": ("EnKF('Sqrt', N=100, infl={})", "EnKF('PertObs', N=100, infl={})",
-                   "LETKF(N=40, infl={}, loc_rad=4)"),
+                   *(f"LETKF(N=40, infl={{}}, loc_rad={radius})" for radius in (4, 5, 6, 8))),
         "lag8": ("EnKS('PertObs', N=100, Lag=8, infl={})",
                  "iEnKS('Sqrt', N=40, Lag=8, nIter=3, MDA=True, infl={})"),
     },
