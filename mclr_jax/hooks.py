@@ -166,14 +166,14 @@ def memorization(experiment: Experiment, start: int) -> list[Hook]:
     """
     training, model, source = experiment.training, experiment.model, experiment.source
     options, asked = training.memorization, training.memorization.every_steps > 0
-    held_out = experiment.held_out[""] if training.eval_examples else None
     if model.is_classifier or model.frames or len(model.data.shape) != 3:
         if asked:
             logging.warning("config.memorization is for images and latents: no readings of data of "
                             "shape %s, or of a classifier.", model.data.shape)  # fmt: skip
         return []
-    if held_out is None and not asked:
+    if not (training.eval_examples or asked):
         return []
+    held_out = experiment.held_out[""] if training.eval_examples else None
     counts = [min(options.num_images, len(x)) for x in (source, held_out) if x is not None]
     given = training.batch_size, training.num_steps, training.save_every
     every = options.period(2 * sum(counts), *given)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from mclr_jax import generate, latents, runs
+from mclr_jax import generate, images, latents, runs
 from mclr_jax.data.pixels import to_float
 from mclr_jax.data.protocol import Source, drawn, evenly
 from mclr_jax.evaluation import metrics
@@ -30,6 +30,7 @@ from mclr_jax.training.beside import METRICS
 from mclr_jax.training.devices import banner, exists, is_first
 
 CACHE = "~/.cache/mclr_jax/references"  # folder of the statistics of real data
+PICTURED = 20  # samples with the lowest ratios of distances, beside training images
 KEPT = 10_000  # real examples whose features are kept, for neighbours and classes
 
 
@@ -85,19 +86,47 @@ def measure(
     return row
 
 
+def flat(examples: np.ndarray) -> np.ndarray:
+    """Examples (n, ...), uint8 or float, as vectors (n, d) of floats."""
+    return np.asarray(to_float(jnp.asarray(examples))).reshape(len(examples), -1)
+
+
+def copies(samples: np.ndarray, training: Source) -> tuple[np.ndarray, np.ndarray]:
+    """`metrics.copy_ratios` (n,) of samples (n, ...), uint8 or in [-1, 1], by their pixels, and the
+    two nearest training images (n, 2)."""
+    real = (flat(training[rows][0]) for rows in batches(training))
+    distances, rows = metrics.two_nearest(real, flat(samples))
+    return metrics.copy_ratios(distances), rows
+
+
 def memorized(samples: np.ndarray, training: Source) -> float:
     """Share of samples (n, ...), uint8 or in [-1, 1], whose pixels copy a training image."""
+    return copy_measures(copies(samples, training)[0])["memorized"]
 
-    def flat(images: np.ndarray) -> np.ndarray:
-        return np.asarray(to_float(jnp.asarray(images))).reshape(len(images), -1)
 
-    real = (flat(training[rows][0]) for rows in batches(training))
-    return metrics.memorized_fraction(real, flat(samples))
+def copy_measures(ratios: np.ndarray) -> dict[str, float]:
+    """The share of copies, and the ratio that a hundredth of the samples is below."""
+    share = float((ratios < metrics.COPY).mean())
+    return {"memorized": share, "copy_ratio": float(np.quantile(ratios, 0.01))}
+
+
+def copies_picture(
+    pixels: np.ndarray, training: Source, ratios: np.ndarray, nearest: np.ndarray
+) -> np.ndarray | None:
+    """The PICTURED samples (n, h, w, c) in [-1, 1] with the lowest ratios, each beside its two
+    nearest training images; None: they are no images."""
+    order = np.argsort(ratios, kind="stable")[:PICTURED]
+    real = [np.asarray(to_float(jnp.asarray(training[rows][0]))) for rows in nearest[order].T]
+    if pixels.ndim != 4 or pixels.shape[-1] > 3:
+        return None
+    blocks = dict(zip(("sample", "nearest", "second"), (pixels[order], *real), strict=True))
+    texts = [f"{ratio:.2f}" for ratio in ratios[order]]
+    return images.side_by_side(blocks, np.arange(len(order)), 1, texts)
 
 
 def judged(
     pixels: np.ndarray, labels: np.ndarray, extractor: Extractor, real: RealStatistics,
-    names: Sequence[str], judge: Extractor | None = None, training: Source | None = None,
+    names: Sequence[str], judge: Extractor | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """The measures of images with these labels; the options are those of `evaluate`."""
     own, other = extractor(pixels, labels), judge(pixels, labels) if judge else None
@@ -108,8 +137,6 @@ def judged(
         found.pop("accuracy", None)
         logging.warning("No accuracy: %s knows %d classes, the data have %d; name another --judge.",
                         (judge or extractor).name, known, classes)  # fmt: skip
-    if training is not None:
-        found["memorized"] = memorized(pixels, training)
     return found
 
 
@@ -125,7 +152,8 @@ def table(rows: Iterable[Mapping[str, Any]], floor: Mapping[str, Any] = {}) -> s
     named = {"real, held out": floor} if floor else {}
     for row in rows:
         named[title(row)] = row
-    names, width = ("accuracy", *METRICS, "memorized", "network_calls"), max(map(len, named))
+    names = ("accuracy", *METRICS, "memorized", "copy_ratio", "network_calls")
+    width = max(map(len, named))
     columns = [name for name in names if any(name in row for row in named.values())]
     lines = [" ".join([" " * width, *(f"{name:>12s}" for name in columns)])]
     for name, row in named.items():
@@ -199,11 +227,13 @@ def real_data(run: runs.Run) -> tuple[Source, Source]:
 
 def floor(
     test: Source, extractor: Extractor, real: RealStatistics, *, num_samples: int, seed: int,
-    **options: Any,
+    training: Source | None = None, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """The measures of held-out images, at most `num_samples`; the options are those of `judged`."""
+    """The measures of held-out images, at most `num_samples`; the options are those of `judged`,
+    and `training` of `evaluate`."""
     held_out, labels = test[drawn(test, num_samples, seed, by_class=True)]
-    return {"samples": len(labels), **judged(held_out, labels, extractor, real, **options)}
+    found = {"samples": len(labels), **judged(held_out, labels, extractor, real, **options)}
+    return found | (copy_measures(copies(held_out, training)[0]) if training is not None else {})
 
 
 def batches(source: Source) -> list[np.ndarray]:
@@ -233,7 +263,7 @@ def evaluate(
     guidance_scales: Iterable[float] = (1.0,),  # in place of that of `guided`
     averages: Iterable[str] = ("",),
     interpolations: Iterable[float] = (1.0,),
-    training: Source | None = None,  # images, to find copies of them: column `memorized`
+    training: Source | None = None,  # images, to find copies of them among the samples
     floor: Mapping[str, Any] = {},  # measures of held-out images, stored with each new row
     batch_size: int = 256,
     progress: Callable[[int], Any] = lambda count: None,  # called with the number of new samples
@@ -241,7 +271,8 @@ def evaluate(
     """A row, with its settings, for each average of the weights, interpolation and guidance scale.
 
     Images, for a model of latents the decoded ones, are rounded to 8 bits. Rows stored in the run's
-    directory are read, not computed again.
+    directory are read, not computed again. With `training` a row has `copy_measures`, and `picture`
+    names the file of `copies_picture` beside it.
     `runs.Run.weights` explains averages and interpolations, `generate.generate` the other options.
     """
     rows: list[dict[str, Any]] = []
@@ -279,13 +310,20 @@ def evaluate(
                 run.model, params, labels, run.sampler,
                 guided=here, seed=seed, batch_size=batch_size, progress=progress,
             )  # fmt: skip
-            cost = {
+            cost: dict[str, Any] = {
                 "network_calls": here.calls(run.model, run.sampler),
                 "samples_per_second": num_samples / (time.perf_counter() - start),
                 "feature_length": len(real.moments.mean),
             }
             pixels = latents.as_8_bits(samples, decode)
-            found = judged(pixels, labels, extractor, real, names, judge, training)
+            found = judged(pixels, labels, extractor, real, names, judge)
+            if training is not None:
+                found |= copy_measures((near := copies(pixels, training))[0])
+                picture = copies_picture(pixels, training, *near)
+                if picture is not None:
+                    cost["picture"] = path.with_suffix(".png").name
+                    if is_first():
+                        images.save(path.with_suffix(".png"), picture)
             rows.append({**settings, **found, **cost, **made_by})
             rows[-1] |= {"floor": dict(floor)} if floor else {}
             if is_first():

@@ -157,13 +157,13 @@ class Monitor:
     def neighbours(self) -> np.ndarray:
         """Training images (n, d), at most NEIGHBOURS and those of `shown`."""
         chosen = np.union1d(drawn(self.source, NEIGHBOURS), self.rows)
-        return flat(self.source[chosen][0])
+        return evaluate.flat(self.source[chosen][0])
 
     @functools.cached_property
     def distance(self) -> float:
         """The median distance from held-out images, or training images, to the nearest other."""
         side = "train" if self.held_out is None else "held_out"
-        found, _ = metrics.two_nearest(self.neighbours, flat(self.shown[side][0]))
+        found, _ = metrics.two_nearest(self.neighbours, evaluate.flat(self.shown[side][0]))
         return float(np.median(found[:, int(self.held_out is None)]))
 
     @property
@@ -207,7 +207,7 @@ class Monitor:
 
     def one_call(self, params: Any, sigma: float) -> float:
         """Share of training images whose denoised version is a copy of a training image."""
-        found = flat(denoised(self.model, params, *self.shown["train"], sigma)[0])
+        found = evaluate.flat(denoised(self.model, params, *self.shown["train"], sigma)[0])
         ratios = metrics.copy_ratios(metrics.two_nearest(self.neighbours, found)[0])
         return float((ratios < metrics.COPY).mean())
 
@@ -244,17 +244,12 @@ class Monitor:
                 "less certain; %s.", step, 100 * values["memorization_one_call"], kept,
             )  # fmt: skip
             return
-        text = "copies among samples are likely" if stage == 2 else "samples may soon be copies"
+        text = "samples are likely copies" if stage == 2 else "samples may soon be copies"
         logging.warning(
             "Memorization at step %d: the denoising error of training images is %.2f +- %.2f of "
-            "that of held-out images (sigma %.3g), and %s of training images; %s.",
+            "that of held-out images (sigma %.3g): %s of training images; %s.",
             step, 1 - values[SHARE], 2 * values[ERROR], values[SIGMA], text, kept,
         )  # fmt: skip
-
-
-def flat(examples: np.ndarray) -> np.ndarray:
-    """Examples (n, ...), uint8 or float, as vectors (n, d) of floats."""
-    return np.asarray(to_float(jnp.asarray(examples))).reshape(len(examples), -1)
 
 
 def past(workdir: pathlib.Path, step: int) -> list[dict[str, float]]:
