@@ -238,16 +238,18 @@ class Transfer(Bench):
             tasks.append(Task(name, do(self.real, split), f"sets/{name}.json",
                               ("sets/real_train.json",)))  # fmt: skip
         middle = [  # of the strengths of each method first; rates and adapters last
-            ((found.key == RATE), abs(2 * i + 1 - len(found.strengths)), m, s)
+            (found.key == RATE, abs(2 * i + 1 - len(found.strengths)), i, m, s)
             for m, found in METHODS.items() for i, s in enumerate(found.strengths)
         ]  # fmt: skip
-        rows = [(m, s, VALIDATION) for late, _, m, s in sorted(middle, key=lambda row: row[:2])
+        rows = [(m, s, VALIDATION) for late, _, _, m, s in sorted(middle, key=lambda row: row[:3])
                 if stage > 1 or not late]  # fmt: skip
         chosen = [(m, best, seed) for seed, m in itertools.product(seeds, METHODS)
                   if not METHODS[m].searched and (best := self.best(m)) is not None]  # fmt: skip
-        rows = [*chosen, *rows] if stage else rows
+        rows += chosen if stage else []
         for method, strength, seed in rows:
             place, name = self.name_of(method, strength, seed), self.set_of(method, strength, seed)
+            if self.there(f"sets/{name}"):  # its weights are needed no more
+                continue
             tasks += [
                 Task(place, do(self.tune_method, method, strength, seed), done(place),
                      (done("base"),)),
@@ -255,7 +257,9 @@ class Transfer(Bench):
                      (done(place), "sets/real_train.json")),
             ]  # fmt: skip
         tasks = [*{task.name: task for task in tasks}.values()]
-        return tasks + self.second_tasks(task.output for task in tasks if stage)
+        names = ["real_train", "real_test", f"real_subset_{self.per_class}",
+                 *(self.set_of(*row) for row in chosen if stage)]  # fmt: skip
+        return tasks + self.second_tasks(f"sets/{name}.json" for name in names if stage)
 
 
 def smaller(pixels: np.ndarray) -> np.ndarray:
