@@ -24,7 +24,9 @@ guided-diffusion or clean-fid), for a run, too. --write_statistics writes such a
 
 and every row has the class accuracy, network calls and samples per second. With --memorized it has
 the share of samples that copy a training image: their distance to it, in pixels, is less than a
-third of the distance to the second nearest image.
+third of the distance to the second nearest image; and copy_ratio, the ratio of these distances that
+a hundredth of the samples is below. A picture shows the samples with the lowest ratios beside their
+nearest training images.
 
 All measures of a model of latents are of decoded images; --data may name the images themselves.
 Several processes share the work and process 0 writes the files: --coordinator as in mclr train.
@@ -90,6 +92,10 @@ def main() -> None:
     if rows and is_first():
         print(evaluate.table(rows, floor))
         print(evaluate.remark(rows, floor))
+        for row in rows:
+            if "picture" in row:
+                print(f"Nearest training images, {evaluate.title(row)}: "
+                      f"{pathlib.Path(WORKDIR.value) / 'evaluation' / row['picture']}")  # fmt: skip
     if rows and out:
         write_json(out, {"floor": floor, "rows": rows} if floor else {"rows": rows})
         print(f"Wrote {out}.")

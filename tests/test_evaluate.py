@@ -110,7 +110,7 @@ def test_autoguidance_and_copies_are_rows_of_their_own(made):
     assert none["class_strengths"] == factors
     assert none["network_calls"] == unguided["network_calls"] == 5
     np.testing.assert_allclose(none["frechet"], unguided["frechet"], rtol=1e-4)
-    assert set(copies) - set(plain) == {"memorized", "memorized_from"}
+    assert set(copies) - set(plain) == {"memorized", "copy_ratio", "picture", "memorized_from"}
     assert auto["network_calls"] == plain["network_calls"] == 10
     assert auto["autoguidance"] == files.digest(weak[1])
     samples = images.as_8_bits(generate.generate(
@@ -124,6 +124,16 @@ def test_autoguidance_and_copies_are_rows_of_their_own(made):
     assert copies["memorized"] == 0
     mixed = np.concatenate([samples[:5], training[np.arange(15)][0] / np.float32(127.5) - 1])
     assert evaluate.memorized(mixed, training) == 0.75
+    ratios, nearest = evaluate.copies(mixed, training)
+    assert (ratios[5:] == 0).all()
+    np.testing.assert_array_equal(nearest[5:, 0], np.arange(15))
+    shown = evaluate.copies_picture(mixed, training, ratios, nearest)
+    sample, real = shown[22 + 4 : 22 + 4 + 40], training[np.array([0])][0][0]  # the first copy
+    pixels = real.repeat(5, 0).repeat(5, 1)  # at 40 pixels a side
+    found = [(sample[:, x : x + 40] == pixels).all() for x in range(shown.shape[1] - 40)]
+    assert sum(found) == 2  # the sample and its nearest image
+    assert (folder / "base" / "evaluation" / copies["picture"]).stat().st_size > 1000
+    assert evaluate.copies_picture(np.zeros((3, 2)), training, ratios[:3], nearest[:3]) is None
 
 
 def test_rows_of_other_settings_are_computed_anew(made, monkeypatch):
@@ -280,13 +290,13 @@ def test_the_command_writes_rows_and_the_floor(made, tmp_path):
     )  # fmt: skip
     result = json.loads((tmp_path / "x.json").read_text())
     assert set(result["floor"]) == {"samples", "accuracy", "frechet", "precision", "recall",
-                                    "memorized"}  # fmt: skip
+                                    "memorized", "copy_ratio"}  # fmt: skip
     test = sources.load("digits", "test")
     held_out, labels = test[drawn(test, COUNT, by_class=True)]
     expected = evaluate.measure(
         extractor(held_out, labels), real, ["frechet", "precision", "recall"]
     )
-    expected["memorized"] = evaluate.memorized(held_out, sources.load("digits"))
+    expected |= evaluate.copy_measures(evaluate.copies(held_out, sources.load("digits"))[0])
     assert result["floor"] == pytest.approx({"samples": COUNT, **expected}, rel=1e-6)
     assert expected["memorized"] < 0.5  # of the training set all are
     for row in result["rows"]:
@@ -297,6 +307,7 @@ def test_the_command_writes_rows_and_the_floor(made, tmp_path):
     assert [row["guidance_scale"] for row in result["rows"]] == [1.0, 2.0]
     assert "scale 2" in log
     assert "real, held out" in log
+    assert log.count("Nearest training images") == 2
 
 
 def test_a_classifier_takes_its_own_images_and_judges_its_own_classes(made, caplog):

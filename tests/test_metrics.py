@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mclr_jax.evaluation import during, evaluate, metrics
 from mclr_jax.evaluation.metrics import Moments, frechet_distance, moments
 from mclr_jax.hooks import HeldOut
-from mclr_jax.representation import icr
+from mclr_jax.representation import icr, memorization
 from mclr_jax.representation.monitor import Monitor
 from mclr_jax.training import log, loop
 
@@ -232,6 +232,18 @@ def test_memorized_fraction_is_the_ratio_of_the_two_nearest(real_count, fake_cou
     assert metrics.memorized_fraction(iter(batches), fake) == expected
 
 
+def test_the_two_nearest_are_found_across_batches():
+    """Among 40 points in three batches, by brute force; equal points have the ratio 1."""
+    rng = np.random.default_rng(0)
+    real, fake = rng.normal(size=(40, 3)), rng.normal(size=(9, 3))
+    apart = np.linalg.norm(fake[:, None] - real, axis=-1)
+    order = np.argsort(apart, axis=1)[:, :2]
+    distances, rows = metrics.two_nearest(iter(np.split(real, [5, 17])), fake)
+    np.testing.assert_array_equal(rows, order)
+    np.testing.assert_allclose(distances, np.take_along_axis(apart, order, 1), rtol=1e-6)
+    np.testing.assert_array_equal(metrics.copy_ratios(np.array([[0.0, 0.0], [1, 4]])), [1, 0.25])
+
+
 def test_memorized_fraction_of_copies_and_of_nothing():
     real = np.random.default_rng(0).normal(size=(50, 8))
     assert metrics.memorized_fraction(real, real[:10]) == 1
@@ -267,12 +279,15 @@ def test_the_glossary_has_the_names_of_the_code_and_no_others():
          for name in re.findall(r"`(\w+)`", row)}
         for part in (samples, training)
     ]  # fmt: skip
-    names = {"memorized": evaluate.evaluate, "accuracy": evaluate.measure,
+    copied = dict.fromkeys(("memorized", "copy_ratio"), evaluate.copy_measures)
+    names = {**copied, "accuracy": evaluate.measure,
              "network_calls": evaluate.evaluate, "samples_per_second": evaluate.evaluate,
              "sample_accuracy": during.Measures}  # fmt: skip
     assert glossary[0] == {*evaluate.METRICS, *names}
     more = {"learning_rate": loop.run, "images_per_second": log.Writer, "eval_NAME": HeldOut,
             "peak_memory_gib": log.Writer, "icr": Monitor, "icr_memorized": Monitor}  # fmt: skip
+    stages = ("gap", "error", "sigma", "warning", "copies", "copies_by_features", "one_call")
+    more |= {f"memorization_{stage}": memorization for stage in stages}
     x = np.random.default_rng(0).normal(size=(8, 2, 3))
     traces = {f"icr_{name}" for name in icr.traces(icr.views(x))}
     assert glossary[1] == {*logged(), *more, *traces}

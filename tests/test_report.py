@@ -136,6 +136,22 @@ def test_no_chart_has_one_point():
     assert [len(points) for points in lines.values()] == [1, 2]
 
 
+def test_a_warning_of_memorization_is_marked_where_it_came():
+    """Between the points at 0 and 10, in the colour of the run; and told in words."""
+    curves = {"memorization_gap": ([0, 5, 10], [0.0, 0.5, 1.0]), "loss": ([0, 10], [1.0, 0.5]),
+              "memorization_warning": ([0, 5, 10], [0.0, 1.0, 2.0])}  # fmt: skip
+    text = report.page([made("a", curves=curves)])
+    of_loss, of_gap = re.findall("<svg.*?</svg>", text, re.DOTALL)[:2]
+    assert "run a: 1 at step 10, warning at step 5" in of_gap
+    line, mark = (
+        np.array(re.findall(r"[\d.]+", path), float).reshape(-1, 2)
+        for path in re.findall(r'<g data-run="0">\s*<path d="(.*?)"', of_gap, re.DOTALL)
+    )
+    np.testing.assert_allclose(mark[:, 0], line[1, 0], atol=0.01)
+    assert np.ptp(mark[:, 1]) > np.ptp(line[:, 1])  # over the whole height
+    assert of_loss.count("data-run") == 1
+
+
 def test_losses_of_different_objectives_are_apart():
     steps = [0, 1], [2.0, 1.0]
     curves = {"loss": steps, "eval_loss": steps, "error": steps, "grad_norm": steps}

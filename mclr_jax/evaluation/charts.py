@@ -18,10 +18,14 @@ def look(number: int) -> tuple[str, str]:
     return f"var(--run-{number % COLOURS})", kind
 
 
-def chart(text: str, lines: Iterable[tuple[int, np.ndarray, np.ndarray]], below: str) -> str:
+def chart(
+    text: str, lines: Iterable[tuple[int, np.ndarray, np.ndarray]], below: str,
+    marks: Iterable[tuple[int, float]] = (),
+) -> str:  # fmt: skip
     """An SVG of lines (number of the run, x, y), with a text in place of it for screen readers.
 
-    Lines have the attribute data-run. The vertical axis is logarithmic if max / min > 100.
+    Lines have the attribute data-run, and so have marks (number of the run, x), thin vertical ones.
+    The vertical axis is logarithmic if max / min > 100.
     """
     make = extras.needed("matplotlib.figure", "figures").Figure
     style, file = extras.needed("matplotlib.style", "figures"), io.StringIO()
@@ -34,6 +38,8 @@ def chart(text: str, lines: Iterable[tuple[int, np.ndarray, np.ndarray]], below:
             (line,) = axes.plot(x, y, marker=marker, markersize=3, color=f"#a{number:05d}")
             line.set(linestyle=look(number)[1], gid=f"run-{number}")
         low, high = axes.dataLim.intervaly
+        for number, place in marks:
+            axes.axvline(place, color=f"#a{number:05d}", linewidth=0.8, gid=f"run-{number}")
         axes.set(xlabel=below, yscale="log" if 0 < 100 * low < high else "linear")
         axes.grid(color="black", alpha=0.12)
         axes.spines[["top", "right"]].set_visible(False)

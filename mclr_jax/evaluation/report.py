@@ -24,9 +24,11 @@ PAGE = string.Template(pathlib.Path(__file__).with_suffix(".html").read_text())
 BETTER = {
     "frechet": "↓", "accuracy": "↑", "sample_accuracy": "↑", "per_class_frechet": "↓",
     "inter_class_frechet": "↑", "inception_score": "↑", "kernel": "↓", "precision": "↑",
-    "recall": "↑", "density": "↑", "coverage": "↑", "memorized": "↓", "network_calls": "↓",
-    "samples_per_second": "↑", "loss": "↓", "error": "↓", "margin": "↑", "positive_ratio": "↑",
-    "negative_ratio": "↓", "weight_ess": "↑", "weight_max": "↓", "unbounded": "↓", "icr": "↓",
+    "recall": "↑", "density": "↑", "coverage": "↑", "memorized": "↓", "copy_ratio": "↑",
+    "network_calls": "↓", "samples_per_second": "↑", "loss": "↓", "error": "↓", "margin": "↑",
+    "positive_ratio": "↑", "negative_ratio": "↓", "weight_ess": "↑", "weight_max": "↓",
+    "unbounded": "↓", "memorization_gap": "↓", "memorization_one_call": "↓",
+    "memorization_copies": "↓", "memorization_copies_by_features": "↓", "icr": "↓",
     "icr_memorized": "↓", "images_per_second": "↑",
 }  # fmt: skip
 APART = ("loss", "accuracy", "negative_error", "negative_ratio")  # each objective has its own
@@ -195,17 +197,26 @@ def _curve(key: str, objective: str, runs: Sequence[Column]) -> str:
     """A metric over training steps: the last values, and a chart if a run has several."""
     lines, marks = [], ""
     name = " ".join(filter(None, [key, objective and f"of {objective}", BETTER.get(_plain(key))]))
-    words = [name]
+    words, warnings = [name], []
     for one in runs:
         steps, values = np.array(one.curves[key], np.float64)
         steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
         last = f"{values[-1]:.4g} at step {steps[-1]:.0f}" if len(steps) else "no finite value"
+        if key.startswith("memorization_") and (at := warned(one)) is not None:
+            warnings.append((one.number, at))
+            last += f", warning at step {at:.0f}"
         lines.append((one.number, steps, values))
         words.append(f"run {one.name}: {last}")
         marks += f'<li data-run="{one.number}">{_mark(one, last)}</li>'
     several = any(len(steps) > 1 for _, steps, _ in lines)
-    drawn = chart("; ".join(words), lines, "step") if several else ""
+    drawn = chart("; ".join(words), lines, "step", warnings) if several else ""
     return f"<figure><figcaption>{html.escape(name)}</figcaption>{drawn}<ul>{marks}</ul></figure>"
+
+
+def warned(one: Column) -> float | None:
+    """The step of a run's warning of memorization, if there was one."""
+    steps, stages = one.curves.get("memorization_warning", ([], []))
+    return next((step for step, stage in zip(steps, stages, strict=True) if stage), None)
 
 
 def _configs(runs: Sequence[Column]) -> str:
