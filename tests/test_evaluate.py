@@ -124,6 +124,8 @@ def test_autoguidance_and_copies_are_rows_of_their_own(made):
     assert copies["memorized"] == 0
     mixed = np.concatenate([samples[:5], training[np.arange(15)][0] / np.float32(127.5) - 1])
     assert evaluate.memorized(mixed, training) == 0.75
+    found = evaluate.copy_measures(np.linspace(0, 1, 101))
+    assert found == pytest.approx({"memorized": 34 / 101, "copy_ratio": 0.01})
     ratios, nearest = evaluate.copies(mixed, training)
     assert (ratios[5:] == 0).all()
     np.testing.assert_array_equal(nearest[5:, 0], np.arange(15))

@@ -319,13 +319,12 @@ def evaluate(
             found = judged(pixels, labels, extractor, real, names, judge)
             if training is not None:
                 found |= copy_measures((near := copies(pixels, training))[0])
-                picture = copies_picture(pixels, training, *near)
-                if picture is not None:
-                    cost["picture"] = path.with_suffix(".png").name
-                    if is_first():
-                        images.save(path.with_suffix(".png"), picture)
+                if (picture := copies_picture(pixels, training, *near)) is not None:
+                    cost["picture"], shown = f"{path.stem}.png", picture
             rows.append({**settings, **found, **cost, **made_by})
             rows[-1] |= {"floor": dict(floor)} if floor else {}
             if is_first():
+                if "picture" in cost:
+                    images.save(path.with_suffix(".png"), shown)
                 write_json(path, rows[-1])
     return rows
