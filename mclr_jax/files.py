@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import io
 import json
-import operator
 import os
 import pathlib
 import shlex
@@ -80,8 +79,17 @@ def named(what: str) -> Iterator[None]:
 
 
 def as_json(value: Any) -> Any:
-    """The value as JSON holds it: lists for tuples, Python's numbers for NumPy's."""
-    return json.loads(json.dumps(value, default=operator.methodcaller("item")))
+    """The value as JSON holds it: lists for tuples, Python's numbers for NumPy's.
+
+    ValueError: a part of another kind.
+    """
+
+    def plain(part: Any) -> Any:
+        if not hasattr(part, "item"):
+            raise ValueError(f"got {part!r}; expected text, numbers, or lists of them")
+        return part.item()
+
+    return json.loads(json.dumps(value, default=plain))
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
