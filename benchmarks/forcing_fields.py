@@ -7,14 +7,16 @@
 and the same for ks with configs/kuramoto_sivashinsky_forcing.py. Settings of the sampling are
 chosen one after the other, by the RMSE on the first trajectories of the validation set.
 
-  python -m launch.train --config=configs/lorenz96_forcing.py --workdir=ONE \\
-      --config.data.frames=2 --config.network.frames_per_token=1 --config.batch_size=64 \\
-      --config.noise.shared=0.2 --config.noise.independent=0 --config.noise.prefix=0.8 \\
-      --config.noise.segments=0
-  python benchmarks/forcing_fields.py --system=lorenz96 --workdir=DIR|ONE --folder=FOLDER \\
+  python -m launch.train --config=configs/lorenz96_emulator.py --workdir=ONE
+  python benchmarks/forcing_fields.py --system=lorenz96 --workdir=ONE --folder=FOLDER \\
+      --tasks filter lag8 lag24 --ensemble=40 [--equations]
+
+is an emulator, or the equations, in an ensemble Kalman filter, whose settings are chosen by the
+CRPS on the validation set. Of a trajectory model and of an emulator
+
       --tasks forecast known --trajectories 16 --every 2
 
-makes forecasts by two models. results/README.md explains the rows. Writes
+makes forecasts. results/README.md explains the rows. Writes
 benchmarks/results/forcing_fields.json; rows that are there are kept.
 """
 
@@ -23,8 +25,7 @@ import numpy as np
 from tasks import Rows
 from trajectory_rows import Subject, ahead_of, analysed, chosen, parser, stored_rmse
 
-from mclr_jax.assimilation import observe, scores
-from mclr_jax.assimilation.schedules import Scheme
+from mclr_jax.assimilation import methods, observe, scores
 from mclr_jax.files import provenance, write_json
 
 # task -> settings at the start, and what is tried for each; lag8 has the settings of the filter
@@ -35,6 +36,7 @@ TASKS: dict[str, tuple[dict, dict]] = {
     "batch": ({"c": 0.5, "window": 0}, {"c": (0.25, 0.5, 1.0), "window": (0, 32)}),
     "forecast": ({"c": 0.5, "window": 32}, {"c": (0.25, 0.5, 1.0)}),
     "known": ({"window": 32}, {}),
+    "lag24": ({}, {}),  # of an emulator
 }  # fmt: skip
 KEPT = ("rmse", "rmse_error", "rmse_second_half", "spread_skill", "crps", "seconds")
 CHOSEN_ON, OBSERVED = 2, 32  # trajectories; frames before a forecast
@@ -44,14 +46,15 @@ def assimilated(subject: Subject, path, asked: dict, **options) -> dict:
     """The numbers of a regime."""
     rows = observe.load(path)["H"]
     system = assimilation.System(lambda x: x, 1.0, lambda x: x @ rows.T)
-    row = analysed(subject, path, system, asked["task"], Scheme(**asked["plan"]),
-                   asked["trajectories"], **options)  # fmt: skip
+    scheme = methods.SETTINGS[subject.method](**asked["plan"])
+    row = analysed(subject, path, system, asked["task"], scheme, asked["trajectories"], **options)
     return {key: row[key] for key in KEPT}
 
 
 def forecast(subject: Subject, path, asked: dict, **options) -> dict:
     """Frames 0 .. 31 from observations that are made here, and a forecast of the others."""
-    truth, scheme = observe.load(path)["truth"], Scheme(**asked["plan"])
+    truth = observe.load(path)["truth"]
+    scheme = methods.SETTINGS[subject.method](**asked["plan"])
     every, some = asked["every"], slice(0, asked["trajectories"])
     noise = np.random.default_rng(0).standard_normal(truth[:, :OBSERVED, ::every].shape)
     values, truth, initial = (truth[:, :OBSERVED, ::every] + noise)[some], truth[some], None
@@ -62,7 +65,8 @@ def forecast(subject: Subject, path, asked: dict, **options) -> dict:
     frames = values.shape[1]
     members, seconds = subject.estimate(
         observe.Observations(values, operator, 1.0, initial), scheme,
-        ahead_of("batch" if scheme.revise else "filter", frames), forecast=truth.shape[1] - frames,
+        ahead_of("filter" if subject.method == "enkf" else "batch", frames),
+        forecast=truth.shape[1] - frames,
         **options,
     )  # fmt: skip
     early, late = ((members[:, :, part], truth[:, part])
@@ -76,14 +80,25 @@ def forecast(subject: Subject, path, asked: dict, **options) -> dict:
     }  # fmt: skip
 
 
+def tuning(subject: Subject, path, members: int) -> dict:
+    """The settings of the ensemble Kalman filter, chosen on all trajectories of a file."""
+    arrays = observe.load(path)
+    seen, truth = observe.parse(arrays, path), arrays["truth"]
+    grid = methods.grid_of("enkf", seen, truth.shape[2:])
+    start, ahead = methods.SETTINGS["enkf"](), ahead_of("filter", truth.shape[1])
+    best, tried = methods.tuned(subject.solve, start, grid, truth, seen, ahead, ensemble=members)
+    return {"plan": {key: getattr(best, key) for key in grid}, "tried": tried, **subject.name}
+
+
 def main() -> None:
     found = parser(__doc__)
     found.add_argument("--system", choices=["lorenz96", "ks"], required=True)
     found.add_argument("--tasks", choices=TASKS, nargs="+", default=["filter", "lag8", "batch"])
     found.add_argument("--every", type=int, default=4, help="coordinates, for forecasts")
     found.add_argument("--trajectories", type=int, default=8)
+    found.add_argument("--equations", action="store_true", help="in place of the emulator")
     flags = found.parse_args()
-    subject, rows = Subject(flags.workdir), Rows("forcing_fields")
+    subject, rows = Subject(flags.workdir, "", flags.equations), Rows("forcing_fields")
     frames = subject.run.model.data.shape[0]
 
     def row(task: str, which: str, plan: dict, trajectories: int) -> dict:
@@ -95,14 +110,27 @@ def main() -> None:
         make = forecast if is_forecast else assimilated
         path = flags.folder / f"{flags.system}_{which}.npz"
         options = {"ensemble": flags.ensemble, "batch_size": 32}
+        if subject.method == "enkf":
+            options.pop("batch_size")
         return rows.row(asked, lambda: make(subject, path, asked, **options))
 
     best: dict = {}
+    if subject.method == "enkf":
+        path = flags.folder / f"{flags.system}_validation.npz"
+        asked = {
+            "system": flags.system,
+            "task": "tuning",
+            "set": "validation",
+            "members": flags.ensemble,
+            "equations": flags.equations,
+        }
+        plan = rows.row(asked, lambda: tuning(subject, path, flags.ensemble))["plan"]
+        for task in flags.tasks:
+            row(task, "test", plan, flags.trajectories)
+        return
     for task in flags.tasks:
         start, grid = TASKS[task]
         best = start or best
-        if frames < OBSERVED:
-            best = best | {"window": frames, "revise": False}
         best = chosen(lambda plan, t=task: row(t, "validation", plan, CHOSEN_ON), best, grid)
         row(task, "test", best, flags.trajectories)
         if task in ("filter", "lag8"):

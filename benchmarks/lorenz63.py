@@ -1,21 +1,28 @@
-"""One trajectory model on Lorenz-63 in all regimes, against a particle filter of 16,384 particles.
+"""Models of Lorenz-63 in all regimes, against a particle filter of 16,384 particles.
 
   python -m launch.train --config=configs/lorenz63_forcing.py --workdir=DIR
   python benchmarks/assimilation_baselines.py --folder=FOLDER
   python benchmarks/lorenz63.py --workdir=DIR --folder=FOLDER
+  python -m launch.train --config=configs/lorenz63_emulator.py --workdir=ONE
+  python benchmarks/lorenz63.py --workdir=ONE --folder=FOLDER [--equations]
 
+The run is a trajectory model, or an emulator for a particle filter, in whose place the equations
+can be. The regime `blind` is a particle filter without observations.
 Protocols are those of assimilation.py; results/README.md explains the rows and how the strength of
 the guidance is chosen. Writes benchmarks/results/lorenz63.json; rows that are there are kept.
 """
 
 import dataclasses
 import json
+import pathlib
 import re
 
 from assimilation import PROTOCOLS
 from tasks import RESULTS, Rows
 from trajectory_rows import Subject, analysed, chosen, parser, stored_rmse
 
+from mclr_jax import runs
+from mclr_jax.assimilation.ensemble import MEMBERS, Settings
 from mclr_jax.assimilation.schedules import Scheme
 
 GRIDS = {"posterior": ("c", (0.25, 0.5, 1.0)), "norm": ("zeta", (0.01, 0.03, 0.1, 0.3, 1.0, 3.0))}
@@ -42,7 +49,8 @@ def summary(rows: list[dict]) -> dict:
              if r["set"] == "test"}  # fmt: skip
     found = {
         re.sub(r"lag\d+", "fixed_lag", r["regime"]): r for r in rows
-        if (r["protocol"], r["set"]) == ("flowdas", "test") and "inflation" not in r["plan"]
+        if (r["protocol"], r["set"], r.get("method")) == ("flowdas", "test", None)
+        and "inflation" not in r["plan"]
     }  # fmt: skip
     if found:
         found["best"] = min(found.values(), key=lambda row: row["rmse"])
@@ -50,12 +58,31 @@ def summary(rows: list[dict]) -> dict:
     return {name: {key: row.get(of) for key, of in KEYS.items()} for name, row in found.items()}
 
 
+def particles(subject: Subject, rows: Rows, path: pathlib.Path, name: str, regime: str) -> dict:
+    """The row of a particle filter or smoother on a file of the protocol `name`."""
+    asked = {"set": "test", "protocol": name, "regime": regime, **subject.name, "plan": {},
+             "trajectories": 64, "members": MEMBERS["particle"]}  # fmt: skip
+
+    def make() -> dict:
+        blind = regime == "blind"
+        judge = "filter" if blind else regime
+        new = analysed(subject, path, PROTOCOLS[name].system, judge, Settings(), 64, blind=blind,
+                       ensemble=MEMBERS["particle"])  # fmt: skip
+        exact = stored_rmse(path, judge, 64)["rmse"]
+        return {"ratio": new["rmse"] / exact, **new, "particle_filter_rmse": exact}
+
+    return rows.row(asked, make)
+
+
 def main() -> None:
     found = parser(__doc__)
     found.add_argument("--protocols", choices=PROTOCOLS, nargs="+", default=[*PROTOCOLS])
     found.add_argument("--regimes", choices=SCHEMES, nargs="+", default=[*SCHEMES])
+    found.add_argument("--equations", action="store_true", help="in place of the emulator")
     flags = found.parse_args()
-    subject, rows = Subject(flags.workdir), Rows("lorenz63", summary)
+    is_emulator = runs.load(flags.workdir).model.is_emulator
+    subject = Subject(flags.workdir, "particle" * is_emulator, flags.equations)
+    rows = Rows("lorenz63", summary)
 
     def row(name: str, which: str, regime: str, settings: dict, trajectories: int) -> dict:
         scheme = dataclasses.replace(SCHEMES[regime], **settings)
@@ -76,7 +103,10 @@ def main() -> None:
 
         return rows.row(asked, make)
 
-    for name in flags.protocols:
+    for name in flags.protocols if subject.method == "particle" else ():
+        for regime in ("filter", "lag16", "batch", *["blind"] * PROTOCOLS[name].known):
+            particles(subject, rows, flags.folder / f"{name}_test.npz", name, regime)
+    for name in flags.protocols if subject.method == "trajectory" else ():
         for regime in flags.regimes:
             judge = "filter" if regime == "lag16" else regime
             key, values = GRIDS[SCHEMES[regime].guidance]

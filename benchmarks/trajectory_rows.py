@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -12,25 +13,41 @@ from assimilation import System
 from assimilation_baselines import score
 
 from mclr_jax import runs
-from mclr_jax.assimilation import observe, regimes, scores
-from mclr_jax.assimilation.schedules import Scheme, lags
+from mclr_jax.assimilation import ensemble, methods, observe, scores
+from mclr_jax.assimilation.schedules import lags
 from mclr_jax.files import digest
 
 
 class Subject:
-    """A trained run, and how its rows name it."""
+    """A trained run in a method of `mclr assimilate`, and how its rows name it.
 
-    def __init__(self, workdir: pathlib.Path):
+    `equations`: an emulator's place is taken by the equations of its system.
+    """
+
+    def __init__(self, workdir: pathlib.Path, method: str = "", equations: bool = False):
         self.run = runs.load(workdir)
         self.params, step = self.run.weights()
-        self.name = {"step": step, "weights": digest(self.params)}
+        self.method = method or methods.default_method(self.run)
+        self.solve = methods.solver(self.run, self.params, self.method)
+        self.name: dict[str, Any] = {"step": step, "weights": digest(self.params)}
+        if self.method != "trajectory":
+            self.name |= {"method": self.method, "seed": self.run.config["seed"]}
+        if equations:
+            step, climate = self.run.source("train").dynamics.step, self.solve.args[1]
+            self.solve = functools.partial(ensemble.assimilate, step, climate, method=self.method)
+            self.name = {"method": self.method, "weights": "equations"}
 
     def estimate(
-        self, seen: observe.Observations, scheme: Scheme, ahead: np.ndarray, **options: Any
+        self, seen: observe.Observations, scheme: Any, ahead: np.ndarray, **options: Any
     ) -> tuple[np.ndarray, float]:
-        """Members (N, E, T, ...), and the seconds that they took; options as of `assimilate`."""
+        """Members (N, E, T, ...), and the seconds that they took; options as of `assimilate`.
+
+        Of a classical filter, which takes seconds, not those of compilation.
+        """
+        if self.method == "enkf":
+            self.solve(seen, scheme, ahead, **options)
         start = time.monotonic()
-        found = regimes.assimilate(self.run.model, self.params, seen, scheme, ahead, **options)
+        found = self.solve(seen, scheme, ahead, **options)
         return found.members, time.monotonic() - start
 
 
@@ -53,17 +70,17 @@ def ahead_of(regime: str, frames: int) -> np.ndarray:
 
 
 def analysed(
-    subject: Subject, path: pathlib.Path, system: System, regime: str, scheme: Scheme,
-    trajectories: int, together: int = 1, **options: Any,
+    subject: Subject, path: pathlib.Path, system: System, regime: str, scheme: Any,
+    trajectories: int, together: int = 1, blind: bool = False, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """A row: a regime on the first trajectories of a file of the baselines.
 
-    With a fixed lag, `together` frames are read from one update.
+    With a fixed lag, `together` frames are read from one update. `blind`: without observations.
     """
-    arrays = observe.load(path)
-    whole, some = observe.parse(arrays, path), slice(0, trajectories)
-    initial = None if whole.initial is None else whole.initial[some]
-    seen = dataclasses.replace(whole, values=whole.values[some], initial=initial)
+    arrays, some = observe.load(path), slice(0, trajectories)
+    seen = some_of(observe.parse(arrays, path), trajectories)
+    if blind:
+        seen = dataclasses.replace(seen, values=np.full_like(seen.values, np.nan))
     frames, calls = seen.values.shape[1], []
     ahead = ahead_of(regime, frames)
     if regime.startswith("lag"):  # fewer updates: a frame is read where up to so many see the same
@@ -71,19 +88,27 @@ def analysed(
     options["progress"] = lambda members, updates: calls.append(members)
     x, seconds = subject.estimate(seen, scheme, ahead, **options)
     truth, mean = arrays["truth"][some], x.mean(1)
+    few = x[:, :: max(1, x.shape[1] // 128)]  # of thousands of particles
     row = score(
-        system, truth, np.asarray(seen.values), mean, x.std(1, ddof=1), x,
+        system, truth, np.asarray(seen.values), mean, x.std(1, ddof=1), few,
         regime.startswith("batch"),
         arrays["state_scale"],
     )  # fmt: skip
     # the mean of E members has (E + 1) / E of the error of the exact mean, as the spread is judged
     row["spread_skill"] *= (1 + 1 / x.shape[1]) ** 0.5
-    row["ranks"] = scores.rank_histogram(x, truth).tolist()
+    row["ranks"] = scores.rank_histogram(few, truth).tolist()
+    guidance = {key: getattr(scheme, key) for key in ("c", "zeta") if hasattr(scheme, key)}
     return {
-        **row, "members": x.shape[1], "trajectories": len(x), "c": scheme.c, "zeta": scheme.zeta,
+        **row, "members": x.shape[1], "trajectories": len(x), **guidance,
         "lags": np.unique(ahead[np.isfinite(ahead)]).tolist(),
         "updates_of_members": int(sum(calls)), "seconds": seconds,
     }  # fmt: skip
+
+
+def some_of(whole: observe.Observations, count: int) -> observe.Observations:
+    """The first trajectories."""
+    initial = None if whole.initial is None else whole.initial[:count]
+    return dataclasses.replace(whole, values=whole.values[:count], initial=initial)
 
 
 def stored_rmse(path: pathlib.Path, regime: str, trajectories: int) -> dict[str, float]:
