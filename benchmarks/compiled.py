@@ -202,6 +202,8 @@ def count(file: str) -> dict[str, Any]:
     """The row of configs/FILE.py in parameters.json."""
     config = tasks.config_of(file)
     shape, classes = DATA[config.data.get("system", config.data.name)]
+    if "frames" in config.data:
+        shape = (config.data.frames, *shape[1:])
     model: Model = Training.parse(config).model(DataInfo(shape, classes, sigma_data=1.0))
     return {"config": f"configs/{file}.py", "network": config.network.name,
             "data": config.data.name, "shape": shape, "classes": classes,
