@@ -12,6 +12,9 @@ samples. Prints a table, writes it as JSON with its provenance, and writes a fig
   probe_accuracy  of logistic regression, on held-out images
 """
 
+import json
+import pathlib
+
 from absl import flags
 
 from mclr_jax import cpu, extras, runs
@@ -29,6 +32,12 @@ NUM_IMAGES = flags.DEFINE_integer(
     "num_images", 4096, "Training images, at least twice the length of the features.", lower_bound=2
 )
 PROBE = flags.DEFINE_bool("probe", True, "Fit a linear probe too.")
+AT_LABELS = flags.DEFINE_bool(
+    "at_labels", False, "Read features at the class of each image, not at the null label."
+)
+COMPARE = flags.DEFINE_string(
+    "compare", None, "File of mclr icr of another run, which the figure shows, too."
+)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the perturbations.", lower_bound=0)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", blocks.BATCH, "Images at a time.", lower_bound=1)
 
@@ -40,7 +49,8 @@ def main() -> None:
     out = common.output(OUT.value, ".json")
     cpu.use_cores(run.model.network)
     layers = blocks.choose(run.model, LAYERS.value)
-    warn_untrained(run, [run.model.null_label])
+    other = json.loads(pathlib.Path(COMPARE.value).read_text()) if COMPARE.value else None
+    warn_untrained(run, [] if AT_LABELS.value else [run.model.null_label])
     params, step = run.weights(EMA.value, CHECKPOINT.value)
     train, test = run.source("train"), run.source("test") if PROBE.value else None
     with Progress(None, "image") as progress:
@@ -48,12 +58,18 @@ def main() -> None:
             run.model, params, train, test, sigmas=sigmas, layers=layers, seed=SEED.value,
             augmentation=perturb.Augmentation(flip=bool(run.data.flip or run.data.augment)),
             num_images=NUM_IMAGES.value, batch_size=BATCH_SIZE.value, progress=progress.update,
+            at_labels=AT_LABELS.value,
         )  # fmt: skip
     settings = common.made_by(WORKDIR.value, step, EMA.value, params)
     settings |= {"num_images": min(NUM_IMAGES.value, len(train)), "seed": SEED.value}
+    settings["at_labels"] = AT_LABELS.value
     write_json(out, {"settings": settings, "rows": rows})
     print(sweep.table(rows))
-    write_atomically(out.with_suffix(".png"), sweep.figure(sweep.by_layer(rows)))
+    curves = sweep.by_layer(rows)
+    if other is not None:
+        name = pathlib.Path(COMPARE.value).stem
+        curves |= {f"{name}: {layer}": x for layer, x in sweep.by_layer(other["rows"]).items()}
+    write_atomically(out.with_suffix(".png"), sweep.figure(curves))
     print(f"Wrote {out}.")
 
 

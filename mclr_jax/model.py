@@ -243,20 +243,20 @@ class Model:
         logits, state = self._raw(params, x, sigma, None, mutable=["intermediates"])
         return state["intermediates"]["features"][0], logits
 
-    def block_features(self, params: Any) -> Callable[[jax.Array, Any], dict[str, jax.Array]]:
-        """(x (B, ...), sigma) -> features (B, d) float32 of each block, in the order of the calls.
+    def block_features(self, params: Any) -> Callable[..., dict[str, jax.Array]]:
+        """(x (B, ...), sigma, condition) -> features (B, d) float32 of each block, in their order.
 
-        The features are those at the null label, averaged over positions. A block is a module whose
-        class name ends in Block. Its name is its path in the network (`dec_16x16_block1`); the
-        blocks of a scanned stack have the names `blocks.0`, `blocks.1`, ...
+        Without a condition they are those at the null label. They are averaged over positions. A
+        block is a module whose class name ends in Block. Its name is its path in the network
+        (`dec_16x16_block1`); the blocks of a scanned stack have the names `blocks.0`, ...
         """
 
         def is_block(module: nn.Module, method: str) -> bool:
             return method == "__call__" and type(module).__name__.endswith("Block")
 
-        def run(x: jax.Array, sigma: Any) -> dict[str, jax.Array]:
+        def run(x: jax.Array, sigma: Any, condition: Any = None) -> dict[str, jax.Array]:
             options = {"capture_intermediates": is_block, "mutable": ["intermediates"]}
-            _, state = self._raw(params, x, sigma, None, **options)
+            _, state = self._raw(params, x, sigma, condition, **options)
             found: dict[str, jax.Array] = {}
             captured = traverse_util.flatten_dict(state.get("intermediates", {}), sep="/")
             for path, (output,) in captured.items():

@@ -39,7 +39,7 @@ def model_of(config, source="digits"):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def by_hand(model, params, x, sigma):
+def by_hand(model, params, x, sigma, labels):
     """Block outputs of a DiT, its blocks applied one by one."""
     network, sigma_data = model.network, model.data.sigma_data
     x = x / np.sqrt(sigma**2 + sigma_data**2)
@@ -52,7 +52,7 @@ def by_hand(model, params, x, sigma):
     h = dense("x_embedder", h) + dit.position_embedding(width, 8 // p, 8 // p)
     t = jnp.full(len(x), np.log(sigma) / 4 * network.time_scale)
     t = dense("t_embedder_2", nn.silu(dense("t_embedder_0", dit.timestep_embedding(t))))
-    condition = nn.silu(t + params["y_embedder"]["embedding"][model.null_label])
+    condition = nn.silu(t + params["y_embedder"]["embedding"][labels])
     block, found = dit.Block(network.heads, network.mlp_ratio, 0.0, jnp.float32), []
     for i in range(network.depth):
         own = jax.tree.map(lambda a, i=i: a[i], params["blocks"])
@@ -69,12 +69,16 @@ def test_features_are_the_blocks_outputs_averaged_over_positions(written):
     assert [h["blocks.0"].shape for h in found] == [(2, 48, 16), (2, 48, 16), (2, 4, 16)]
     images = source[ROWS][0].astype(np.float32) / 127.5 - 1
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), ROWS)
+    told = list(blocks.extract(model, params, source, ROWS, sigma, layers=LAYERS, batch_size=48,
+                               at_labels=True))  # fmt: skip
     for view in range(2):
         view_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, view)
         noisy = perturb.view(images, sigma, view_keys, perturb.NONE)
-        for name, expected in zip(LAYERS, by_hand(model, params, noisy, sigma), strict=True):
-            got = np.concatenate([h[name][view] for h in found])
-            np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+        for batches, labels in ((found, np.full(100, 10)), (told, source[ROWS][1])):
+            outputs = by_hand(model, params, noisy, sigma, labels)
+            for name, expected in zip(LAYERS, outputs, strict=True):
+                got = np.concatenate([h[name][view] for h in batches])
+                np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_any_network_names_its_blocks_in_the_order_of_the_calls():
@@ -151,7 +155,7 @@ def test_errors_say_what_to_do(written):
         sweep.sweep(model, params, source, augmentation=SHOWN, layers=["block.0"])
 
 
-def test_the_command_writes_rows_and_a_figure(written, tmp_path):
+def test_the_command_writes_rows_and_a_figure(written, tmp_path, monkeypatch):
     """The probe is fitted to training digits and tested on held-out ones."""
     workdir, model, params = written
     out = tmp_path / "icr.json"
@@ -177,4 +181,12 @@ def test_the_command_writes_rows_and_a_figure(written, tmp_path):
     assert result["settings"]["num_images"] == 200
     assert result["settings"]["command"].startswith("python -m launch.icr")
     assert "probe_accuracy" in log
+    drawn, draw = [], sweep.figure
+    monkeypatch.setattr(sweep, "figure", lambda curves: drawn.append({*curves}) or draw(curves))
+    call("icr", f"--workdir={workdir}", "--sigmas=0.1,1", "--num_images=200", "--at_labels",
+         f"--compare={out}", "--noprobe", f"--out={tmp_path / 'told.json'}")  # fmt: skip
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert told["settings"]["at_labels"]
+    assert told["rows"][0]["icr"] != result["rows"][0]["icr"]
+    assert drawn == [{"blocks.0", "icr: blocks.0", "icr: blocks.1"}]
     assert out.with_suffix(".png").stat().st_size > 1000

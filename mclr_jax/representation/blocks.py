@@ -52,15 +52,15 @@ def choose(model: Model, names: Sequence[str] = ()) -> tuple[str, ...]:
 def _compiled(
     model: Model, layers: tuple[str, ...], number_of_views: int, augmentation: perturb.Augmentation
 ) -> Callable:
-    """Jitted (params, images (B, ...), numbers (B,), seed, sigma) -> layer -> (V, B, d)."""
+    """Jitted (params, images (B, ...), labels, numbers (B,), seed, sigma) -> layer -> (V, B, d)."""
 
-    def run(params, images, numbers, seed, sigma):
+    def run(params, images, labels, numbers, seed, sigma):
         x0, keys = to_float(images), sample_keys(seed, numbers)
 
         def one(number):
             view_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
             x = perturb.view(x0, sigma, view_keys, augmentation)
-            found = model.block_features(params)(x, sigma)
+            found = model.block_features(params)(x, sigma, labels)
             return {name: found[name] for name in layers}  # XLA removes the later layers
 
         return jax.lax.map(one, jnp.arange(number_of_views))
@@ -79,6 +79,7 @@ def extract(
     number_of_views: int = 2,
     augmentation: perturb.Augmentation = perturb.NONE,
     seed: int = 0,
+    at_labels: bool = False,  # features at the class of each image, not at the null label
     batch_size: int = BATCH,  # rounded up to a multiple of the devices
     progress: Callable[[int], Any] = lambda count: None,  # called with the number of new images
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -93,7 +94,9 @@ def extract(
     (spread, _), params = shardings(), replicated(params)
 
     def compute(_: np.ndarray, chosen: np.ndarray) -> Any:
-        inputs = jax.device_put((source[chosen][0], chosen.astype(np.uint32)), spread)
+        images, labels = source[chosen]
+        labels = labels if at_labels else np.full_like(labels, model.null_label)
+        inputs = jax.device_put((images, labels, chosen.astype(np.uint32)), spread)
         return run(params, *inputs, np.uint32(seed), np.float32(sigma))
 
     size = spread_size(batch_size, len(rows))
