@@ -123,6 +123,18 @@ def test_inflation_and_relaxation_are_their_formulas():
     np.testing.assert_allclose(found.mean(0), x.mean(0), atol=1e-6)
 
 
+def test_resampling_is_systematic():
+    """Copies of each member: its expected number, rounded up or down; unbiased over keys."""
+    weights = np.array([0.1, 0.45, 0.05, 0.4])
+    counts = np.array([
+        np.bincount(ensemble.systematic(np.log(weights), jax.random.key(i)), minlength=4)
+        for i in range(300)
+    ])  # fmt: skip
+    assert np.all(counts >= np.floor(4 * weights))
+    assert np.all(counts <= np.ceil(4 * weights))
+    np.testing.assert_allclose(counts.mean(0), 4 * weights, atol=0.1)
+
+
 def small(frames=6, **options):
     return PROCESS.draw(2, frames, 0.3, **options)[1]
 

@@ -8,9 +8,7 @@
     |    0       0    ...    0    |  0  ...  0  |   the next window starts later
 
 Each update revises the window, and frame k is read from the last update that has seen no later
-observation than its lag allows. Before the first frame the window holds unobserved frames. With
-`Scheme.revise` False each update draws the new frames given the past of each member, after the
-members were resampled by the likelihood of the new observations.
+observation than its lag allows. Before the first frame the window holds unobserved frames.
 """
 
 import functools
@@ -117,22 +115,6 @@ def member_keys(seed: int, rows: np.ndarray, ensemble: int) -> jax.Array:
     return jax.vmap(jax.random.fold_in)(sample_keys(seed, rows // ensemble), rows % ensemble)
 
 
-def systematic(log_weights: jax.Array, key: jax.Array) -> jax.Array:
-    """Systematic resampling: indices (E,) of members with these log weights (E,)."""
-    cumulative, size = jnp.cumsum(jax.nn.softmax(log_weights)), len(log_weights)
-    places = (jnp.arange(size) + jax.random.uniform(key)) / size
-    return jnp.minimum(jnp.searchsorted(cumulative, places), size - 1)
-
-
-def log_evidence(
-    operator: Operator, seen: guide.Seen, d: jax.Array, v: jax.Array, where: jax.Array
-) -> jax.Array:
-    """log p(y | x) (B,) up to a constant, for y of the frames `where` (B, F), x0 ~ N(d, v)."""
-    known, error, noise, spread, _ = guide.innovation(operator, seen, d, v, where)
-    total = noise + spread
-    return -jnp.where(known, error**2 / total + jnp.log(total), 0).sum((1, 2)) / 2
-
-
 def plausible(operator: Operator, seen: guide.Seen, x: jax.Array, share: float) -> jax.Array:
     """True (B,) if the misfit of x (B, F, *state) is within this share of its chi-square law."""
     error = (seen.values - operator(seen.offset + seen.scale * x)) / seen.std
@@ -168,8 +150,8 @@ def trajectory_label(model: Any) -> int:
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(model: Any, operator: Operator, scheme: Scheme, ensemble: int) -> Callable:
-    """(params, x, values, std, group, keys, grid (N + 1, F), resampled) -> x, of rows of F frames.
+def _compiled(model: Any, operator: Operator, scheme: Scheme) -> Callable:
+    """(params, x, values, std, group, keys, grid (N + 1, F)) -> x, of rows of F frames.
 
     Frames start as x plus noise of the first level of the grid; x is 0 for new frames. Members of
     one trajectory have one number in `group` (B,).
@@ -180,18 +162,12 @@ def _compiled(model: Any, operator: Operator, scheme: Scheme, ensemble: int) -> 
             "config.network.variance=True; set scheme.guidance to 'norm'."
         )
 
-    def run(params, x, values, std, group, keys, grid, resampled):
+    def run(params, x, values, std, group, keys, grid):
         moments = samplers.stabilised(model.moments(params), scheme.sigma_min)
         label = jnp.full(len(x), trajectory_label(model), jnp.int32)
         seen = guide.Seen(values, std, *units(model))
         sigma = jnp.broadcast_to(grid[0], x.shape[:2])
         x = x + expand(sigma, x) * normal_like(keys, x)
-        if resampled:  # the past of each member, by the likelihood of the new observations
-            d, v = moments(x, sigma, label)
-            weights = log_evidence(operator, seen, d, v, sigma > 0)
-            chosen = jax.vmap(systematic)(weights.reshape(-1, ensemble), _fold(keys[::ensemble], 2))
-            past = x[(chosen + ensemble * jnp.arange(len(chosen))[:, None]).ravel()]
-            x = jnp.where(expand(sigma, x) > 0, x, past)
         correct = scheme.correct(operator, seen)
         x = samplers.sample(
             moments, x, label, grid, scheme.method, keys=_fold(keys, 1), correct=correct
@@ -200,7 +176,7 @@ def _compiled(model: Any, operator: Operator, scheme: Scheme, ensemble: int) -> 
             return x
         return screened(x, plausible(operator, seen, x, scheme.screen), group, _fold(keys, 3))
 
-    return jax.jit(run, static_argnums=7)
+    return jax.jit(run)
 
 
 def units(model: Any) -> tuple[Any, Any]:
@@ -332,7 +308,7 @@ def assimilate(
 ) -> Result:
     """Members of each trajectory, given its observations.
 
-    With scheme.screen 1 and without resampling, member i of trajectory n depends on (seed, n, i)
+    With scheme.screen 1, member i of trajectory n depends on (seed, n, i)
     alone; otherwise on the members that are computed together. A continued run begins with the
     frames of the run before that may now see more; an `initial` state is not used.
     ValueError: observations, lags or state that do not fit the model, or each other.
@@ -346,26 +322,25 @@ def assimilate(
     blocks = np.isinf(lags).any() and window < frames
     context = scheme.context or (window // 4 if blocks else 0)
     out = np.full((len(path), len(until), *path.shape[2:]), np.nan, np.float32)
-    run = _compiled(model, obs.operator, scheme, ensemble)
+    run = _compiled(model, obs.operator, scheme)
     high = min(scheme.sigma_max, model.preconditioning.sigma_range[1])
-    size = batch_size // ensemble * ensemble or (batch_size if scheme.revise else ensemble)
+    size = batch_size // ensemble * ensemble or batch_size
     for rows, real in _chunks(len(path), size):
         keys, here, group = member_keys(seed, rows, ensemble), path[rows], rows // ensemble
         last, estimated = -1, begun  # the last observation seen; places before have an estimate
         for end, seen in order:
             k = np.arange(end - window, end)
             old, informed = window + k < estimated, seen > last
-            clean = old & (not scheme.revise or not informed)
+            clean = old & (not informed)
             clean[:context] |= (old & (k + done >= 0))[:context]
             if not state and obs.initial is not None:
                 clean |= k == 0
             steps = scheme.steps if old.any() else scheme.first_steps
             grid = levels(scheme, ~old, clean, steps, high)
-            resampled = bool(informed and not scheme.revise and old.any())
             grid = np.pad(grid, ((0, 0), (0, ahead)), constant_values=grid.max())
             shown = slice(end, end + window + ahead)
             inputs = here[:, shown], values[group, shown], obs.std, group, _fold(keys, done + end)
-            new = run(params, *inputs, np.float32(grid), resampled)
+            new = run(params, *inputs, np.float32(grid))
             here[:, window + k], last, estimated = new[:, :window], seen, window + end
             k = k[k >= -before]
             k = k[until[k + before] >= seen]

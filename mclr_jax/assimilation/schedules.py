@@ -32,7 +32,6 @@ class Scheme(Keys):
     restart: float = key(5.0, 0.0, says="first noise level of frames already estimated")
     context: int = key(0, 0, says="first frames of a window that are not revised; in blocks 0 is a "
                        "quarter")  # fmt: skip
-    revise: bool = key(True, says="False: no frame is revised, members are resampled by likelihood")
     screen: float = key(0.999, 0.0, 1.0, "(", says="members whose misfit is beyond this quantile "
                         "are replaced; 1: none")  # fmt: skip
     inflation: float = key(1.0, 0.0, 100.0, says="of the result's members about their mean")
