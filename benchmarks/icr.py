@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import figures
@@ -110,31 +110,11 @@ class Bench(Files):
         """Time of a reading as a share of the steps between two, at configs/fashion_mnist.py."""
         config = config_of("fashion_mnist", {"icr.every_steps": INTERVAL})
         experiment = Experiment(Training.parse(config), self.root)
-        training, task, devices = experiment.training, experiment.task, experiment.devices
-        base, (state, _) = runs.load(self.runs / "base"), experiment.first_state()
-        params, _ = base.weights()
-        update = devices.compile(make_update(task, devices.axis_name))
-        stream = pipeline.stream(experiment.source, training.batch_size, training.seed)
-        read = monitor.Monitor(training.icr, task.model, training.sampler, experiment.source,
+        training, base = experiment.training, runs.load(self.runs / "base")
+        read = monitor.Monitor(training.icr, experiment.model, training.sampler, experiment.source,
                                flips(training.data))  # fmt: skip
-        dispatches, length = self.scaled(20, 1), training.dispatch
-        seconds: dict[str, list[float]] = {"steps": [], "reading": []}
-        for _ in range(4):  # the first compiles
-            start = time.perf_counter()
-            for _ in range(dispatches):
-                batches = devices.put_batches(pipeline.stack(stream, length, length))
-                state, readings = update(state, {}, batches, devices.put_state(np.int32(length)))
-            jax.block_until_ready(readings)
-            seconds["steps"].append(time.perf_counter() - start)
-            start = time.perf_counter()
-            read(0, params)
-            seconds["reading"].append(time.perf_counter() - start)
-        per_step = min(seconds["steps"][1:]) / (dispatches * length)
-        reading = min(seconds["reading"][1:])
-        self.write("cost", {"every_steps": INTERVAL, "seconds_of_a_reading": reading,
-                            "seconds_of_a_step": per_step,
-                            "share_of_training": reading / (INTERVAL * per_step)},
-                   base.workdir)  # fmt: skip
+        found = cost_of(experiment, base.weights()[0], read, INTERVAL, self.scaled(20, 1))
+        self.write("cost", found, base.workdir)
 
     def tasks(self) -> list[Task]:
         """Training, curve and noise levels for each number of images; noise levels of the base."""
@@ -150,6 +130,32 @@ class Bench(Files):
         sweep = do(self.sweep, "base", self.runs / "base", True)
         return [*tasks, Task("sweep_base", sweep, "sweeps/base.json"),
                 Task("cost", self.cost, "cost.json")]  # fmt: skip
+
+
+def cost_of(
+    experiment: Experiment, params: Any, read: Callable, every: int, dispatches: int
+) -> dict[str, float]:
+    """CPU time of read(step, params) as a share of that of `every` steps of a training."""
+    training, task, devices = experiment.training, experiment.task, experiment.devices
+    state, _ = experiment.first_state()
+    update = devices.compile(make_update(task, devices.axis_name))
+    stream = pipeline.stream(experiment.source, training.batch_size, training.seed)
+    length = training.dispatch
+    seconds: dict[str, list[float]] = {"steps": [], "reading": []}
+    for _ in range(4):  # the first compiles
+        start = time.process_time()
+        for _ in range(dispatches):
+            batches = devices.put_batches(pipeline.stack(stream, length, length))
+            state, readings = update(state, {}, batches, devices.put_state(np.int32(length)))
+        jax.block_until_ready(readings)
+        seconds["steps"].append(time.process_time() - start)
+        start = time.process_time()
+        read(0, params)
+        seconds["reading"].append(time.process_time() - start)
+    per_step = min(seconds["steps"][1:]) / (dispatches * length)
+    reading = min(seconds["reading"][1:])
+    return {"every_steps": every, "seconds_of_a_reading": reading, "seconds_of_a_step": per_step,
+            "share_of_training": reading / (every * per_step)}  # fmt: skip
 
 
 def flips(data: Data) -> bool:

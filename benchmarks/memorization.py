@@ -17,11 +17,13 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from icr import cost_of
 from tasks import ROOT, Files, Task, add_flags, config_of, run
 
-from mclr_jax import generate, images, runs
+from mclr_jax import generate, hooks, images, runs
 from mclr_jax.config import Training
 from mclr_jax.evaluation import evaluate
+from mclr_jax.experiment import Experiment
 from mclr_jax.files import read_lines, write_json
 from mclr_jax.representation import memorization
 
@@ -29,6 +31,7 @@ READINGS = 20  # along each run
 SAMPLES = 600  # at each reading
 FIRST, MANY = 0.005, 0.05  # shares of copies whose steps are told
 FACTORS = (1.4, 2.0, 2.8, 4.0)  # of `first_level`: levels of the one-call form
+COSTS = ("digits", "fashion_mnist")
 NARROW = {"network.width": 32, "network.heads": 2}
 
 
@@ -93,9 +96,21 @@ class Bench(Files):
                          "first_level": monitor.first_level})  # fmt: skip
         self.write(f"curves/{case.name}", rows, workdir)
 
+    def cost(self, file: str) -> None:
+        """CPU time of the readings of configs/FILE.py as they are, without samples."""
+        training = Training.parse(config_of(file, {"memorization.samples": 0}))
+        experiment = Experiment(training, self.root / "cost")
+        (hook,) = hooks.memorization(experiment, 0)
+        params = experiment.for_sampling(experiment.first_state()[0])
+        found = cost_of(
+            experiment, params, hook.run.read, hook.every, max(round(20 * self.scale), 1)
+        )
+        self.write(f"cost_{file}", found)
+
     def tasks(self) -> list[Task]:
-        """A training and its curve for each case, in the order of CASES."""
-        do, tasks = functools.partial, []
+        """A training and its curve for each case, in the order of CASES, after the costs."""
+        do = functools.partial
+        tasks = [Task(f"cost_{file}", do(self.cost, file), f"cost_{file}.json") for file in COSTS]
         for case in CASES:
             trained = f"{case.name}/done.json"
             train = do(self.train, case.name, "digits", self.config(case))
@@ -139,7 +154,10 @@ def collect(bench: Bench) -> dict:
     curves = {case.name: bench.read(f"curves/{case.name}") for case in cases}
     rows = [{"name": case.name, **judged(case, curves[case.name])} for case in cases]
     made_by = {name: bench.made_by(f"curves/{name}") for name in curves}
-    return {"rows": rows, "curves": curves, "scale": bench.scale, "made_by": made_by}
+    made_by |= {f"cost_{file}": bench.made_by(f"cost_{file}") for file in COSTS}
+    costs = [{"config": file, **bench.read(f"cost_{file}")} for file in COSTS]
+    return {"rows": rows, "costs": costs, "curves": curves, "scale": bench.scale,
+            "made_by": made_by}  # fmt: skip
 
 
 def main() -> None:

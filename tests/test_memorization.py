@@ -183,6 +183,7 @@ def test_the_period_costs_less_than_a_share_and_meets_the_checkpoints():
     assert auto.period(512, 64, 1000, 134) == 134
     assert auto.period(512, 64, 1000, 100) == 200  # a multiple of 100
     assert auto.period(512, 64, 199, 100) == 0  # a reading would cost more
+    assert auto.period(0, 64, 1000, 100) == 1
     assert dataclasses.replace(auto, every_steps=7).period(512, 64, 3, 100) == 7
     assert dataclasses.replace(auto, every_steps=-1).period(1, 64, 1000, 100) == 0
 

@@ -50,7 +50,7 @@ class Memorization(Keys):
         """
         if self.every_steps:
             return max(self.every_steps, 0)
-        least = math.ceil(calls / (3 * batch_size * SHARE))
+        least = max(math.ceil(calls / (3 * batch_size * SHARE)), 1)
         divisors = [n for n in range(least, multiple + 1) if multiple % n == 0]
         found = min(divisors, default=-(-least // multiple) * multiple)
         return found if found <= num_steps else 0
