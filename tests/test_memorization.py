@@ -14,6 +14,8 @@ import tiny
 from mclr_jax import generate, hooks, main, runs
 from mclr_jax.config import Training
 from mclr_jax.data.protocol import Arrays
+from mclr_jax.data.sources import Data
+from mclr_jax.evaluation import features
 from mclr_jax.experiment import Experiment
 from mclr_jax.model import DataInfo
 from mclr_jax.representation import memorization
@@ -62,7 +64,7 @@ class Told:
 
 def monitor(tmp_path, held_out=HELD_OUT, start=0, **changes):
     options = dataclasses.replace(OPTIONS, **changes)
-    given = options, Mixed(), None, None, TRAIN, held_out, tmp_path, start
+    given = options, Mixed(), None, Data(), TRAIN, held_out, tmp_path, start
     return memorization.Monitor(*given, pause=2)
 
 
@@ -200,6 +202,27 @@ def test_points_trajectories_and_classifiers_have_no_readings(shape, frames, is_
         experiment = SimpleNamespace(training=training, model=model, source=None)
         assert hooks.memorization(experiment, 0) == []
     assert caplog.text.count("config.memorization is for images and latents") == 1
+
+
+def test_copies_are_likely_no_earlier_than_the_warning():
+    with pytest.raises(ValueError, match=r"likely is 0.5; expected at least .*warning, 0.65"):
+        Memorization(likely=0.5)
+
+
+def test_copies_are_counted_in_the_features_of_an_extractor(tmp_path, monkeypatch):
+    """Its features do not change if an image is turned upside down, as 2 of 4 samples are."""
+    samples = HELD_OUT.images[:4].copy()
+    samples[:2] = TRAIN.images[5:7, ::-1]
+
+    def turned(pixels, labels):
+        found = np.sort(np.asarray(pixels, np.float64), axis=1).reshape(len(pixels), -1)
+        return features.Features(found, found[:, :0], labels)
+
+    monkeypatch.setattr(features, "load", lambda name: turned)
+    monkeypatch.setattr(generate, "generate", lambda *_: samples)
+    found = monitor(tmp_path, samples=4, features="turned")(1, jnp.ones(()))
+    assert found["memorization_copies_by_features"] == 0.5
+    assert found["memorization_copies"] == 0
 
 
 def test_readings_begin_by_themselves_where_images_are_held_out(tmp_path):

@@ -41,6 +41,14 @@ class Memorization(Keys):
 
     where: ClassVar[str] = "config.memorization"
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.likely < self.warning:
+            raise ValueError(
+                f"config.memorization.likely is {self.likely}; expected at least "
+                f"config.memorization.warning, {self.warning}."
+            )
+
     def period(self, calls: int, batch_size: int, num_steps: int, multiple: int) -> int:
         """Steps between two events of so many network calls; 0 for none.
 
