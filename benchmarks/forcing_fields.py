@@ -23,7 +23,7 @@ benchmarks/results/forcing_fields.json; rows that are there are kept.
 import assimilation
 import numpy as np
 from tasks import Rows
-from trajectory_rows import Subject, ahead_of, analysed, chosen, parser, stored_rmse
+from trajectory_rows import Subject, ahead_of, analysed, chosen, parser, some_of, stored_rmse
 
 from mclr_jax.assimilation import methods, observe, scores
 from mclr_jax.files import provenance, write_json
@@ -39,7 +39,7 @@ TASKS: dict[str, tuple[dict, dict]] = {
     "lag24": ({}, {}),  # of an emulator
 }  # fmt: skip
 KEPT = ("rmse", "rmse_error", "rmse_second_half", "spread_skill", "crps", "seconds")
-CHOSEN_ON, OBSERVED = 2, 32  # trajectories; frames before a forecast
+CHOSEN_ON, TUNED_ON, OBSERVED = 2, 8, 32  # trajectories, twice; frames before a forecast
 
 
 def assimilated(subject: Subject, path, asked: dict, **options) -> dict:
@@ -48,7 +48,7 @@ def assimilated(subject: Subject, path, asked: dict, **options) -> dict:
     system = assimilation.System(lambda x: x, 1.0, lambda x: x @ rows.T)
     scheme = methods.SETTINGS[subject.method](**asked["plan"])
     row = analysed(subject, path, system, asked["task"], scheme, asked["trajectories"], **options)
-    return {key: row[key] for key in KEPT}
+    return {key: row[key] for key in KEPT} | {"rmse_by_trajectory": row["rmse_by_trajectory"]}
 
 
 def forecast(subject: Subject, path, asked: dict, **options) -> dict:
@@ -81,13 +81,14 @@ def forecast(subject: Subject, path, asked: dict, **options) -> dict:
 
 
 def tuning(subject: Subject, path, members: int) -> dict:
-    """The settings of the ensemble Kalman filter, chosen on all trajectories of a file."""
+    """The settings of the ensemble Kalman filter, chosen on the first trajectories of a file."""
     arrays = observe.load(path)
-    seen, truth = observe.parse(arrays, path), arrays["truth"]
+    seen, truth = some_of(observe.parse(arrays, path), TUNED_ON), arrays["truth"][:TUNED_ON]
     grid = methods.grid_of("enkf", seen, truth.shape[2:])
     start, ahead = methods.SETTINGS["enkf"](), ahead_of("filter", truth.shape[1])
     best, tried = methods.tuned(subject.solve, start, grid, truth, seen, ahead, ensemble=members)
-    return {"plan": {key: getattr(best, key) for key in grid}, "tried": tried, **subject.name}
+    return {"plan": {key: getattr(best, key) for key in grid}, "tried": tried, **subject.name,
+            "trajectories": TUNED_ON}  # fmt: skip
 
 
 def main() -> None:
