@@ -3,9 +3,11 @@
   python benchmarks/memorization.py --jobs=1      # tasks at a time, one core each
 
 Small DiTs are trained on few and on many images. Along each run the gap is that of the monitor in
-training, and copies are counted among samples of the same checkpoints. The rules, which were fixed
-on other runs, are the defaults of config.memorization. Every task makes a file under
-runs/memorization, so that the same command continues after an interruption. Complete parts go to
+training, and copies are counted among samples of the same checkpoints. The rules, gap less two
+standard errors against a threshold, are judged on these curves: EARLIER was fixed on other runs;
+RULE, the default of config.memorization, and the level of the one-call form on the runs NAMED here.
+Every task makes a file under runs/memorization, so that the same command continues after an
+interruption. Complete parts go to
 benchmarks/results/memorization.json. Needs the package installed (pip install -e .).
 """
 
@@ -31,6 +33,8 @@ READINGS = 20  # along each run
 SAMPLES = 600  # at each reading
 FIRST, MANY = 0.005, 0.05  # shares of copies whose steps are told
 FACTORS = (1.4, 2.0, 2.8, 4.0)  # of `first_level`: levels of the one-call form
+EARLIER, RULE, LIKELY = 0.65, 0.6, 0.75  # thresholds
+NAMED = ("images_64", "images_128", "images_256")
 COSTS = ("digits", "fashion_mnist")
 NARROW = {"network.width": 32, "network.heads": 2}
 
@@ -129,12 +133,16 @@ def judged(case: Case, rows: list[dict]) -> dict[str, Any]:
     def step(row: dict | None) -> int | None:
         return row and row["step"]
 
-    warned, likely = (first(memorization.WARNING, stage) for stage in (1, 2))
+    sure = [row[memorization.SHARE] - 2 * row[memorization.ERROR] for row in rows]
+    rows = [{**row, "sure": value} for row, value in zip(rows, sure, strict=True)]
+    earlier, warned, likely = (first("sure", least) for least in (EARLIER, RULE, LIKELY))
     copied = first("copies", FIRST)
     ratio = warned["step"] / copied["step"] if warned and copied else None
     return {
-        "images": case.limit or 1437, "seed": case.seed, "narrow": bool(case.changes),
-        "steps": rows[-1]["step"], "warning": step(warned), "likely": step(likely),
+        "named": case.name in NAMED, "images": case.limit or 1437, "seed": case.seed,
+        "narrow": bool(case.changes),
+        "steps": rows[-1]["step"], "earlier": step(earlier), "warning": step(warned),
+        "likely": step(likely),
         "first_copies": step(copied), "many_copies": step(first("copies", MANY)),
         "warning_by_first_copies": ratio,
         "gap_at_first_copies": copied and copied[memorization.SHARE],

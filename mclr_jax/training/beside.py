@@ -33,7 +33,7 @@ class Memorization(Keys):
                            "than 2%, if there are held-out examples; -1: never")  # fmt: skip
     num_images: int = key(128, 2, says="training images, and as many held-out ones, at most")
     sigma: float = key(0.0, 0.0, SIGMA_RANGE[1], says="noise level; 0 finds it")
-    warning: float = key(0.65, 0.0, 1.0, "(", says="gap from which copies are to be expected")
+    warning: float = key(0.6, 0.0, 1.0, "(", says="gap from which copies are to be expected")
     likely: float = key(0.75, 0.0, 1.0, "(", says="gap from which copies are likely")
     samples: int = key(200, 0, says="drawn after the warning, to count copies; 0 for none")
     features: str = key("", says="extractor, as --features of mclr evaluate, in whose features "
