@@ -232,14 +232,13 @@ def moved(tree: Any, seed: int, size: float = 0.1) -> Any:
 
 
 def params(task: Task) -> Any:
-    """Parameters of the model in training."""
-    return moved(task.init(), 1)
+    """Parameters of the model in training, none of which is zero."""
+    return tiny.drawn(task.shapes, 1, 0.3)
 
 
 def frozen(task: Task) -> dict[str, Any]:
     """Parameters of all frozen companions by name; each differs from the model in training."""
-    models = task.frozen.items()
-    return {n: moved(m.init(jax.random.key(10 + i)), 2 + i) for i, (n, m) in enumerate(models)}
+    return {n: tiny.weights(m, 2 + i, 0.3) for i, (n, m) in enumerate(task.frozen.items())}
 
 
 def batch(task: Task, size: int = 16) -> dict[str, jax.Array]:
@@ -261,6 +260,6 @@ def batch(task: Task, size: int = 16) -> dict[str, jax.Array]:
 def untrained(workdir: Any, given: Any, step: int = 12) -> None:
     """Write a run of a config: random weights, and another average of them."""
     _, model = tiny.describe(workdir, given=given)
-    start = jax.jit(model.init)(jax.random.key(0))
-    params, average = (moved(start, seed, 0.03) for seed in (1, 2))
+    params = tiny.weights(model, 1, 0.3)
+    average = moved(params, 2, 0.03)
     tiny.with_weights(workdir, {"params": params, "ema": {"halflife": average}}, step)

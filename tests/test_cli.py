@@ -16,7 +16,6 @@ import pytest
 import setuptools
 import tiny
 from commands import call
-from test_launch import SMALL
 
 from mclr_jax import cli, configs, extras, files
 from mclr_jax.training.log import Writer
@@ -243,7 +242,9 @@ def test_the_wheel_trains_beside_foreign_folders(wheel, tmp_path):
         (tmp_path / name / "__init__.py").write_text("raise RuntimeError('not of mclr_jax')")
     log = run(
         sys.executable, wheel[1] / "bin" / "mclr", "train", "digits", "--config.num_steps=2",
-        "--workdir=run", *SMALL[1:], cwd=tmp_path, PYTHONPATH=str(wheel[1]), MCLR_JAX_REVISION="",
+        "--workdir=run", "--config.network.name=tiny:Linear", "--config.sample_every=0",
+        "--config.eval_examples=0", cwd=tmp_path, MCLR_JAX_REVISION="",
+        PYTHONPATH=os.pathsep.join([str(wheel[1]), str(ROOT / "tests")]),
     )  # fmt: skip
     assert "from step 0" in log
     told = (tmp_path / "run" / "run.json").read_text()

@@ -21,7 +21,9 @@ SMALLER = {
     "sample": "--num_samples=6 --steps=2",
     "evaluate": "--num_samples=20 --metrics=frechet,inception_score",
 }
-STEPS = iter((4, 8, 2))  # of the three trainings
+OURS = ["--config.network.width=8", "--config.network.depth=1"]
+TRAININGS = ["--config.num_steps=4", *OURS], ["--config.num_steps=8", *OURS], [
+    "--config.num_steps=2", "--config.network.channels=8,8"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def project(tmp_path_factory):
         path.parent.mkdir(exist_ok=True)
         path.write_text(code)
     lines = processes.lines(PAGE, "train")
-    logs = [call(folder, line, f"--config.num_steps={next(STEPS)}") for line in lines]
+    logs = [call(folder, line, *more) for line, more in zip(lines, TRAININGS, strict=True)]
     return folder, logs
 
 
@@ -62,7 +64,7 @@ def test_the_page_trains_and_resumes(project):
     assert np.isfinite([last[name] for name in ("loss", "eval_loss", "error")]).all()
     assert last["error_max"] > last["error"]
     model = json.loads((folder / "run" / "run.json").read_text())["model"]
-    values = {"out_channels": 1, "num_classes": 2, "width": 48, "depth": 4}
+    values = {"out_channels": 1, "num_classes": 2, "width": 8, "depth": 1}
     assert model["network"] == {"name": "my_project.network:ConvNet"} | values
 
 

@@ -22,11 +22,10 @@ EULER = Sampler("euler", 4, 0.01, 10.0)
 
 
 def make(**changes):
-    """A model, and parameters that have left their zeros, so that labels and guidance matter."""
-    training = Training.parse(tiny.config("digits", **changes))
+    """A model of one linear map, or what is changed, and random parameters."""
+    training = Training.parse(tiny.config("digits", **tiny.LINEAR | changes))
     model = training.model(training.data_info(sources.load("digits")))
-    params, key = jax.jit(model.init)(jax.random.key(0)), jax.random.key(1)
-    return model, jax.tree.map(lambda x: x + 0.1 * jax.random.normal(key, x.shape), params)
+    return model, tiny.weights(model, 1)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +41,7 @@ def told():
 
 @pytest.fixture(scope="module")
 def weaker():
-    return make(**{"network.width": 8})
+    return make(**{"network.name": "dit", "network.width": 8})
 
 
 def test_samples_are_those_of_the_sampler_called_directly(trained):

@@ -2,11 +2,11 @@
 
 import math
 
-import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from mclr_jax.networks.trajectory import FrameDiT, Trajectory
 from mclr_jax.types import Condition
@@ -25,8 +25,8 @@ W = jax.random.normal(jax.random.key(2), (B, 5, 4, 6, 1))
 
 def parameters(network, x):
     """Random ones, none of which is zero."""
-    made = jax.jit(network.init)(jax.random.key(0), x, jnp.zeros(x.shape[:2]), NONE)
-    return cases.moved(made, 1, 0.3)
+    inputs = jax.random.key(0), x, jnp.zeros(x.shape[:2]), NONE
+    return tiny.drawn(jax.eval_shape(network.init, *inputs), 1, 0.3)
 
 
 PARAMS = parameters(STATES, X)
@@ -243,7 +243,7 @@ def test_optional_inputs_are_added_to_the_label():
     fresh = jax.jit(made.init)(jax.random.key(0), X, LEVELS, NONE)["params"]
     kernels = {name: fresh[name]["kernel"] for name in made.optional_inputs}
     assert not any(np.any(kernel) for kernel in kernels.values())
-    moved = cases.moved(kernels, 4, 0.3)
+    moved = tiny.drawn(kernels, 4, 0.3)
     own = held | {name: {"kernel": kernel} for name, kernel in moved.items()}
     got = jax.jit(made.apply)({"params": own}, X, LEVELS, condition)
     angles = np.log1p([0.5, 2.0])[:, None] * [0.5, 1, 2, 4]

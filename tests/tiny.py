@@ -37,6 +37,7 @@ SMALL = {
     "sample_every": 0,
     "sampler.num_steps": 3,
 }
+LINEAR = {"network.name": "tiny:Linear"}  # where the network is of no importance
 POWER = {"ema.power_stds": (0.05, 0.1), "ema.snapshot_every": 6}
 NETWORKS = {
     "mixture": {"network.width": 16, "network.depth": 1, "network.dropout": 0.1},
@@ -78,10 +79,13 @@ def config(name="mixture", **changes):
     Where SECTION.name is changed, that section has the options of its new name.
     """
     result = importlib.import_module(f"mclr_jax.configs.{name}").get_config()
+    small = SMALL | NETWORKS[name]
+    if ":" in changes.get("network.name", ""):
+        result.network, small = ConfigDict({"name": changes["network.name"]}), SMALL
     for section, known in SECTIONS.items():
         if (new := changes.get(f"{section}.name")) in known:
             result[section] = base.options(new)
-    result.update_from_flattened_dict(SMALL | NETWORKS[name] | changes)
+    result.update_from_flattened_dict(small | changes)
     return result
 
 
@@ -105,11 +109,15 @@ def model_of(given):
     return training.model(training.data_info(source_of(given)))
 
 
-def weights(model, seed=0):
-    """Random parameters, drawn by NumPy, which compiles nothing."""
+def drawn(shapes, seed=0, size=0.1):
+    """Normal numbers in place of the leaves of a tree, drawn by NumPy, which compiles nothing."""
     draw = np.random.default_rng(seed).normal
-    shapes = shapes_of(model)
-    return jax.tree.map(lambda x: jnp.asarray(0.1 * draw(size=x.shape), x.dtype), shapes)
+    return jax.tree.map(lambda x: jnp.asarray(size * draw(size=x.shape), x.dtype), shapes)
+
+
+def weights(model, seed=0, size=0.1):
+    """Random parameters, none of which is zero."""
+    return drawn(shapes_of(model), seed, size)
 
 
 def describe(workdir, companions=(), given=None, **changes):
@@ -143,4 +151,4 @@ def train_together(address, number, workdir, parallel, kill=""):
 
     jax.distributed.initialize(address, 2, int(number))
     hooks = [Hook(0, die, at=(8,))] if kill and number == "1" else []
-    main.train(config(parallel=parallel, sample_every=12), workdir, hooks)
+    main.train(config(parallel=parallel, sample_every=12, **LINEAR), workdir, hooks)
