@@ -26,7 +26,7 @@ from mclr_jax.noise import sample_keys
 from mclr_jax.schema import Keys, in_range, key, look_up
 
 Forecast = Callable[[jax.Array, jax.Array], jax.Array]
-MEMBERS = {"enkf": 40, "particle": 4096}  # by default
+MEMBERS = {"enkf": 100, "particle": 4096}  # by default
 
 
 @dataclasses.dataclass(frozen=True)
