@@ -156,6 +156,7 @@ def _apart(argv, path, folder, devices, log):
             known.update(kept)
             for name in {*sys.modules} - before:
                 file = getattr(sys.modules[name], "__file__", None) or ""
-                if name.startswith("mclr_jax.launch") or file.startswith(str(folder) + os.sep):
+                own = folder != ROOT and file.startswith(str(folder) + os.sep)  # .venv is in ROOT
+                if name.startswith("mclr_jax.launch") or own:
                     del sys.modules[name]
             sys.modules.update(modules)

@@ -19,8 +19,8 @@ from mclr_jax.launch import common
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = """
     --config.num_steps=4 --config.batch_size=8 --config.eval_examples=8 --config.sample_every=0
-    --config.checkpoint_every=2 --config.network.width=16 --config.network.depth=1
-    --config.network.heads=2 --config.optimizer.learning_rate=0.03 --config.optimizer.warmup_steps=0
+    --config.checkpoint_every=2 --config.network.name=tiny:Linear
+    --config.optimizer.learning_rate=0.03 --config.optimizer.warmup_steps=0
     --config.noise.name=loguniform --config.noise.sigma_min=0.02
 """.split()
 
