@@ -21,6 +21,8 @@ from mclr_jax.training.log import Writer
 from mclr_jax.training.loop import Hook, Moment, NonFiniteError
 from mclr_jax.training.step import make_evaluate
 
+FEWEST = 16  # images for a reading of memorization: the standard error of fewer is uncertain
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Snapshots:
@@ -175,6 +177,10 @@ def memorization(experiment: Experiment, start: int) -> list[Hook]:
         return []
     held_out = experiment.held_out[""] if training.eval_examples else None
     counts = [min(options.num_images, len(x)) for x in (source, held_out) if x is not None]
+    if min(counts) < FEWEST:
+        text = "No readings of memorization: of %d images; they need %d for training and held out."
+        logging.log(logging.WARNING if asked else logging.INFO, text, min(counts), FEWEST)
+        return []
     given = training.batch_size, training.num_steps, training.save_every
     every = options.period(2 * sum(counts), *given)
     if not every:

@@ -173,6 +173,15 @@ def test_each_stage_is_told_once_and_a_resumed_run_reads_the_same(tmp_path, capl
     assert memorization.past(tmp_path, 9) == []
 
 
+def test_of_large_images_few_are_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(memorization, "NUMBERS", 16 * 50)
+    monkeypatch.setattr(memorization, "LEAST", 1)
+    assert len(monitor(tmp_path, num_images=2).neighbours) in (50, 51, 52)
+    assert len(monitor(tmp_path).neighbours) == 64  # those of readings are among them
+    monkeypatch.setattr(memorization, "LEAST", 60)
+    assert len(monitor(tmp_path, num_images=2).neighbours) >= 60
+
+
 def test_held_out_images_that_are_training_images_give_no_reading(tmp_path, caplog):
     assert monitor(tmp_path, held_out=TRAIN)(1, jnp.zeros(())) == {}
     assert "most held-out images are training images" in caplog.text
@@ -225,7 +234,7 @@ def test_copies_are_counted_in_the_features_of_an_extractor(tmp_path, monkeypatc
     assert found["memorization_copies"] == 0
 
 
-def test_readings_begin_by_themselves_where_images_are_held_out(tmp_path):
+def test_readings_begin_by_themselves_where_images_are_held_out(tmp_path, caplog):
     def found(**changes):
         config = tiny.config("digits", num_steps=2000, checkpoint_every=600, **changes)
         return hooks.memorization(Experiment(Training.parse(config), tmp_path), 0)
@@ -238,6 +247,8 @@ def test_readings_begin_by_themselves_where_images_are_held_out(tmp_path):
     (hook,) = found(eval_examples=0, **{"memorization.every_steps": 50})
     assert hook.run.read.held_out is None
     assert hook.every == (50, 600)
+    assert found(**{"memorization.every_steps": 50, "data.limit": 15}) == []
+    assert "of 15 images; they need 16" in caplog.text
 
 
 def test_the_checkpoint_before_the_warning_is_kept_across_a_stop(tmp_path, caplog, monkeypatch):

@@ -37,7 +37,9 @@ LEVEL = 0.4  # root mean square error of held-out images, as a share of their di
 RISE = 2**0.25  # from a noise level to the next
 ONE_CALL = 0.25  # share of images from which copies are to be expected without held-out ones,
 ONE_CALL_LEVEL = 2.8  # at this multiple of `first_level`
-NEIGHBOURS = 8192  # training images, at most, among which the nearest is looked for
+# Training images among which the nearest is looked for: at most; those that are held in memory have
+# at most so many numbers, or are so few.
+NEIGHBOURS, NUMBERS, LEAST = 8192, 2**25, 256
 SHARE, ERROR, SIGMA, WARNING = (
     "memorization_gap", "memorization_error", "memorization_sigma", "memorization_warning"
 )  # fmt: skip
@@ -155,8 +157,9 @@ class Monitor:
 
     @functools.cached_property
     def neighbours(self) -> np.ndarray:
-        """Training images (n, d), at most NEIGHBOURS and those of `shown`."""
-        chosen = np.union1d(drawn(self.source, NEIGHBOURS), self.rows)
+        """Training images (n, d), drawn, with those of `shown`."""
+        count = min(NEIGHBOURS, max(NUMBERS // int(np.prod(self.source.shape)), LEAST))
+        chosen = np.union1d(drawn(self.source, count), self.rows)
         return evaluate.flat(self.source[chosen][0])
 
     @functools.cached_property
