@@ -27,7 +27,12 @@ def records(workdir):
 
 def test_a_run_with_the_monitor_ends_with_the_bits_of_one_without(tmp_path):
     plain = train(tiny.config("digits", **FAST), tmp_path / "plain")
-    read = train(tiny.config("digits", **READ), tmp_path / "read")
+    gap = {"memorization.every_steps": 6, "memorization.samples": 0}
+    read = train(tiny.config("digits", **READ, **gap), tmp_path / "read")
+    assert [r["step"] for r in tiny.records(tmp_path / "read") if "memorization_gap" in r] == [
+        6,
+        12,
+    ]
     chex.assert_trees_all_equal(jax.device_get(read), jax.device_get(plain))
 
     found = records(tmp_path / "read")
