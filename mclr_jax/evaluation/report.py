@@ -75,7 +75,7 @@ def read(
     rows.sort(key=lambda row: (row["average"], row["guidance_scale"]))
     grids, note, shape, count = {}, "", run.model.data.shape, run.model.null_label
     labels = np.tile(np.arange(count), per_class)
-    for scale in () if run.model.is_classifier else map(float, guidance_scales):
+    for scale in () if not run.model.is_denoiser else map(float, guidance_scales):
         samples, shown = sampling.draw(run, labels, guided.at(scale), **options)
         if len(shape) == 2:
             grids[scale] = samples[:, :, 0]
