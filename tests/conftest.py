@@ -4,6 +4,7 @@ A run ends with the CPU seconds of each test file, processes that it started inc
 """
 
 import collections
+import ctypes
 import gc
 import importlib.metadata
 import json
@@ -53,6 +54,8 @@ def no_programs_without_end():
     if pages * os.sysconf("SC_PAGE_SIZE") > 1.5e9:
         jax.clear_caches()
         gc.collect()
+        # Else the memory stays with the process, and the next modules drop their programs, too.
+        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
 
 
 # ---- CPU seconds by file -------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import pytest
 import robustness_commands
 import robustness_values
 import tasks
+from ml_collections import ConfigDict
 from small_bench import MADE_BY, TRAINED
 from small_bench import config as small
 
@@ -93,6 +94,7 @@ def test_a_row_is_made_once_and_others_are_kept(tmp_path, capsys):
 
 def test_only_a_training_that_came_to_an_end_is_marked(tmp_path):
     config, bench = small("mixture"), mixture_mclr.Bench(tmp_path)
+    config.network = ConfigDict({"name": "tiny:Linear"})
     config.optimizer.learning_rate = 1e6
     with pytest.raises(loop.NonFiniteError):
         bench.train("run", "mixture", config)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import nvlabs
 import pytest
+import tiny
 from nvlabs import error, loaded
 
 from mclr_jax import noise, pretrained, samplers
@@ -187,8 +188,7 @@ OPTIONS = {
 
 def random_params(net, shape):
     model = Model(net, EDM(), DataInfo(shape, net.num_classes, 0.5))
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: np.float32(0.3 * rng.normal(size=x.shape)), shapes_of(model))
+    return tiny.weights(model, 0, 0.3)
 
 
 def snapshot(net, state, size, class_name="EDMPrecond", **attributes):

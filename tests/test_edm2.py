@@ -11,6 +11,7 @@ import numpy as np
 import nvlabs
 import optax
 import pytest
+import tiny
 from flax import traverse_util
 from nvlabs import error, loaded
 
@@ -118,8 +119,7 @@ def random_params(net, shape, seed=0):
     """Random parameters, none of them zero."""
     inputs = jnp.zeros((1, *shape)), jnp.zeros(1), Condition(jnp.zeros(1, jnp.int32))
     shapes = jax.eval_shape(net.init, jax.random.key(0), *inputs)["params"]
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: np.float32(rng.normal(size=leaf.shape)), shapes)
+    return tiny.drawn(shapes, seed, 1.0)
 
 
 def snapshot(net, state, shape):
@@ -221,6 +221,7 @@ NET = EDM2(3, 4, channels=8, channel_mult=(1,), num_blocks=1, attention_resoluti
 SHAPE = (8, 8, 3)
 X = np.random.default_rng(2).normal(size=(INPUTS, *SHAPE)).astype(np.float32)
 NOISY = X, np.log(SIGMA) / 4, Condition(jnp.arange(INPUTS))
+ANSWER = jax.jit(NET.apply)
 
 
 def test_normalised_weights_have_unit_variance_and_give_the_same_answer():
@@ -234,15 +235,14 @@ def test_normalised_weights_have_unit_variance_and_give_the_same_answer():
             np.testing.assert_allclose(square, 1, rtol=1e-3)
         else:
             np.testing.assert_array_equal(leaf, traverse_util.flatten_dict(params)[path])
-    run = jax.jit(NET.apply)
-    answers = [run({"params": p}, *NOISY) for p in (params, scaled, normal)]
+    answers = [ANSWER({"params": p}, *NOISY) for p in (params, scaled, normal)]
     assert error(answers[1], answers[0]) < 1e-3  # the epsilon of the normalisation
     assert error(answers[2], answers[0]) < 1e-3
 
 
 def test_initial_values_and_gradients():
     """The output starts at zero, weights at variance 1; Fourier features are not trained."""
-    params = NET.lazy_init(jax.random.key(0), *NOISY)["params"]
+    params = jax.jit(NET.init)(jax.random.key(0), *NOISY)["params"]
     assert params["out_gain"] == params["enc_8x8_block0"]["emb_gain"] == 0
     kernel = np.asarray(params["enc_8x8_conv"]["kernel"])
     assert kernel.shape == (3, 3, 4, 8)
@@ -266,7 +266,7 @@ def test_initial_values_and_gradients():
 def test_dropout_types_and_remat():
     params = random_params(NET, SHAPE)
     params["out_gain"] = np.float32(0.8)
-    run = jax.jit(NET.apply)({"params": params}, *NOISY)
+    run = ANSWER({"params": params}, *NOISY)
     half = jax.jit(NET.clone(dtype=jnp.bfloat16).apply)({"params": params}, *NOISY)
     assert half.dtype == jnp.float32
     assert 1e-4 < error(half, run) < 0.1

@@ -17,15 +17,15 @@ from mclr_jax.samplers import Sampler
 def base(tmp_path_factory):
     """A denoiser of the mixture, as weights without a training, and its parameters."""
     workdir = tmp_path_factory.mktemp("base")
-    training = Training.parse(tiny.config("mixture"))
+    training = Training.parse(tiny.config("mixture", **tiny.LINEAR))
     model = training.model(training.data_info(training.data.source("train", 0)))
-    params = model.init(jax.random.key(7))
+    params = tiny.weights(model, 7)
     runs.publish(workdir, model, params, Sampler(), step=3)
     return workdir, params
 
 
 def experiment(base, workdir, **changes):
-    changes = {"init_from": str(base), "objective.target": "reference"} | changes
+    changes = tiny.LINEAR | {"init_from": str(base), "objective.target": "reference"} | changes
     return Experiment(Training.parse(tiny.config("mixture_mclr", **changes)), workdir)
 
 

@@ -113,7 +113,7 @@ def test_data_of_a_moved_run_are_found(tmp_path, monkeypatch):
 
 def test_a_run_continues_by_its_name_where_it_was_moved_to(base, tmp_path):
     """With its base, which may have gone after the first checkpoint, and its data."""
-    cases.untrained(tmp_path / "a" / "base", tiny.config("digits"), step=12)
+    cases.untrained(tmp_path / "a" / "base", tiny.config("digits", **tiny.LINEAR), step=12)
     small = ["--config.num_steps=2", "--config.batch_size=8", "--config.checkpoint_every=1",
              "--config.eval_examples=0"]  # fmt: skip
     call("train", "mclr_null", "--config.init_from=base", "--workdir=null", *small,
@@ -124,7 +124,7 @@ def test_a_run_continues_by_its_name_where_it_was_moved_to(base, tmp_path):
     assert "Resumed from the checkpoint of step 2." in log
     assert "step 3/3" in log
     run = runs.load(tmp_path / "b" / "null")
-    assert parts.describe(run.model)["network"]["width"] == 16
-    assert runs.load(tmp_path / "b" / "null").weights()[1] == 3
+    assert parts.describe(run.model)["network"]["name"] == "tiny:Linear"
+    assert run.weights()[1] == 3
     log = call("train", f"--workdir={tmp_path / 'c'}", expect=2)
     assert "has no training to continue; name a config" in log

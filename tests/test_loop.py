@@ -51,7 +51,7 @@ def batches(bad_step=None, value=np.nan):
 
 def run(workdir, *hooks, stream=None, num_steps=10, log_every=5, steps_per_dispatch=4):
     """Result of `loop.run` on one device, and the records that it has written."""
-    training = Training.parse(tiny.config())
+    training = Training.parse(tiny.config(**tiny.LINEAR))
     task = training.task(training.data_info(training.data.source("train", 0)), {})
     task = dataclasses.replace(task, objective=Plain())
     devices = Devices("data", (jax.devices()[0],))
@@ -147,7 +147,7 @@ def test_the_first_step_that_is_not_finite_is_named_and_nothing_is_saved_after_i
 # ---- runs that are killed ------------------------------------------------------------------------
 
 KILLED = {"num_steps": 120, "checkpoint_every": 20, "log_every": 5, "eval_examples": 0,
-          **tiny.POWER, "ema.snapshot_every": 40}  # fmt: skip
+          **tiny.LINEAR, **tiny.POWER, "ema.snapshot_every": 40}  # fmt: skip
 
 
 def train_killed(workdir):
