@@ -168,10 +168,10 @@ def memorization(experiment: Experiment, start: int) -> list[Hook]:
     """
     training, model, source = experiment.training, experiment.model, experiment.source
     options, asked = training.memorization, training.memorization.every_steps > 0
-    if model.is_classifier or model.frames or len(model.data.shape) != 3:
+    if not model.is_denoiser or model.frames or len(model.data.shape) != 3:
         if asked:
-            logging.warning("config.memorization is for images and latents: no readings of data of "
-                            "shape %s, or of a classifier.", model.data.shape)  # fmt: skip
+            text = "config.memorization is for images and latents, of networks that denoise: no "
+            logging.warning(text + "readings here, of data of shape %s.", model.data.shape)
         return []
     if not (training.eval_examples or asked):
         return []

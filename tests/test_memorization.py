@@ -199,12 +199,12 @@ def test_the_period_costs_less_than_a_share_and_meets_the_checkpoints():
     assert dataclasses.replace(auto, every_steps=-1).period(1, 64, 1000, 100) == 0
 
 
-@pytest.mark.parametrize(("shape", "frames", "is_classifier"), [
-    ((2,), (), False), ((16, 3), (16,), False), ((8, 8, 1), (8,), False), ((8, 8, 1), (), True)
+@pytest.mark.parametrize(("shape", "frames", "is_denoiser"), [
+    ((2,), (), True), ((16, 3), (16,), True), ((8, 8, 1), (8,), True), ((8, 8, 1), (), False)
 ])  # fmt: skip
-def test_points_trajectories_and_classifiers_have_no_readings(shape, frames, is_classifier, caplog):
+def test_points_trajectories_and_classifiers_have_no_readings(shape, frames, is_denoiser, caplog):
     model = SimpleNamespace(
-        is_classifier=is_classifier, frames=frames, data=SimpleNamespace(shape=shape)
+        is_denoiser=is_denoiser, frames=frames, data=SimpleNamespace(shape=shape)
     )
     for every in (0, 5):
         training = Training.parse(tiny.config(**{"memorization.every_steps": every}))

@@ -285,7 +285,7 @@ def test_samples_of_each_kind_are_shown(
 ):
     samples = np.zeros((6, *shape), np.float32)
     drawn = samples, samples if shown else None
-    model = SimpleNamespace(is_classifier=False, null_label=2, data=SimpleNamespace(shape=shape))
+    model = SimpleNamespace(is_denoiser=True, null_label=2, data=SimpleNamespace(shape=shape))
     run = SimpleNamespace(model=model, class_names=("cat, a pet",), config={})
     monkeypatch.setattr(report, "load", lambda workdir: run)
     monkeypatch.setattr(sampling, "draw", lambda run, labels, guided: drawn)

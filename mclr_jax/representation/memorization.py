@@ -96,9 +96,9 @@ def climb(
 ) -> tuple[float, np.ndarray]:
     """(noise level, errors (m,) there) of held-out images: the level of a reading.
 
-    It is the first of start, RISE start, ... where their root mean square error is LEVEL times the
-    distance, the median of those to the nearest training image. From reading to reading it only
-    rises, while the network learns; it stays where the network begins to memorize.
+    It is the first of start, RISE start, ... where their root mean square error is at least LEVEL
+    times the distance, the median of those to the nearest training image. From reading to reading
+    it only rises, while the network learns; it stays where the network begins to memorize.
     """
     sigma = start
     while np.sqrt((found := measure(sigma)).mean()) < LEVEL * distance and sigma < 8 * distance:
@@ -202,8 +202,7 @@ class Monitor:
             seed = int(side == "held_out")
             return errors(self.model, params, *self.shown[side], level, seed)
 
-        start, distance = sigma, 0.0 if self.options.sigma else self.distance
-        sigma, held_out = climb(measure, start, distance)
+        sigma, held_out = climb(measure, sigma, 0.0 if self.options.sigma else self.distance)
         found, error = gap(measure(sigma, "train"), held_out)
         stage = sum(found - 2 * error >= at for at in (self.options.warning, self.options.likely))
         return {SHARE: found, ERROR: error, SIGMA: float(sigma)}, stage
