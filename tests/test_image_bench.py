@@ -7,6 +7,7 @@ import figures
 import guidance_free
 import icr
 import image_bench
+import memorization
 import mixture_mclr
 import numpy as np
 import pytest
@@ -243,7 +244,7 @@ def test_curves_have_the_strengths_that_were_judged_for_all_seeds_of_the_control
     assert not figures.curves({"cca": methods["cca"]}, "frechet", "frechet", "judge")
 
 
-# ---- ICR -----------------------------------------------------------------------------------------
+# ---- memorization and ICR ------------------------------------------------------------------------
 
 
 def test_the_curve_has_turned_when_enough_readings_lie_above_the_minimum():
@@ -255,6 +256,27 @@ def test_the_curve_has_turned_when_enough_readings_lie_above_the_minimum():
     assert icr.turned(up) == 50
     assert icr.turned([*falling, (60, 0.43), (70, 0.402), (80, 0.45)]) is None  # within 2%
     assert icr.turned([*up, (90, 0.39)]) is None  # a new minimum
+
+
+def test_a_run_is_judged_by_when_warnings_and_copies_come():
+    gaps, copies, losses = (0.5, 0.62, 0.7, 0.8), (0.0, 0.001, 0.01, 0.06), (2.0, 1.0, 3.0, 4.0)
+    rows = [
+        {"step": 10 * i, "memorization_gap": gap, "memorization_error": 0.005, "copies": share,
+         "memorization_sigma": 0.2, "eval_loss": loss, "memorization_warning": 0.0,
+         **{f"one_call_{factor}": gap / factor for factor in memorization.FACTORS}}
+        for i, (gap, share, loss) in enumerate(zip(gaps, copies, losses, strict=True), 1)
+    ]  # fmt: skip
+    found = memorization.judged(memorization.CASES[0], rows)
+    steps = {"warning": 20, "earlier": 30, "likely": 40, "first_copies": 30, "many_copies": 40,
+             "lowest_loss": 20}  # fmt: skip
+    assert {name: found[name] for name in steps} == steps
+    assert found["warning_by_first_copies"] == 2 / 3
+    assert (found["gap_at_first_copies"], found["copies_at_warning"]) == (0.7, 0.001)
+    assert found["one_call"] == {1.4: 10, 2.0: 10, 2.8: 30, 4.0: None}
+    never = memorization.judged(memorization.CASES[5], rows[:1])
+    assert (never["warning"], never["warning_by_first_copies"], never["images"]) == (
+        None, None, 1437
+    )  # fmt: skip
 
 
 @pytest.mark.slow
