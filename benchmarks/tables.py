@@ -232,11 +232,14 @@ def over_seeds(result: Row) -> list[Row]:
 def along_training(result: Row, name: str) -> str:
     """The readings of ICR in a training on a number of images, and its copies."""
     (found,) = (claim for text, claim in result["claims"].items() if f"with {name}" in text)
+    rows = result["curves"][f"images_{name.split()[0]}"]
     copies = f"{100 * found['memorized_at_the_end']:.1f}% copies at the end"
     if first := found["first_step_with_memorized_samples"]:
-        copies = f"first copies at {first:,}, " + copies
+        seen = next(row for row in rows if row["memorized"])
+        copies = (f"{seen['memorized']:.1%} copies at {seen['step']:,}, 1% or more from {first:,} "
+                  f"on, {copies}")  # fmt: skip
     warning = f"warning at {step:,}" if (step := found["step_of_warning"]) else "no warning"
-    steps = result["curves"][f"images_{name.split()[0]}"][-1]["step"]
+    steps = rows[-1]["step"]
     return f"lowest at step {found['step_of_minimum']:,} of {steps:,}, {warning}, {copies}"
 
 
