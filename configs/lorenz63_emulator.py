@@ -1,6 +1,6 @@
 """One step of Lorenz-63 with its noise: a network for particle filters.
 
-benchmarks/emulators.py measures it. `mclr assimilate` takes such a run with --method=particle.
+benchmarks/lorenz63.py measures it. `mclr assimilate` takes such a run with --method=particle.
 """
 
 from ml_collections import ConfigDict

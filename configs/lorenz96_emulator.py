@@ -1,6 +1,6 @@
 """One step of Lorenz-96: a network of 68,321 parameters for ensemble Kalman filters.
 
-benchmarks/emulators.py measures it. `mclr assimilate` takes such a run with --method=enkf.
+benchmarks/forcing_fields.py measures it. `mclr assimilate` takes such a run with --method=enkf.
 """
 
 from ml_collections import ConfigDict
