@@ -13,7 +13,6 @@ import zipfile
 
 import numpy as np
 import pytest
-import setuptools
 import tiny
 from commands import call
 
@@ -169,7 +168,7 @@ def packaged(monkeypatch, address):
     """The arguments of setup.py's call of `setup`, with this REPOSITORY."""
     found = {}
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(setuptools, "setup", lambda **given: found.update(given))
+    monkeypatch.setattr("setuptools.setup", lambda **given: found.update(given))
     own = runpy.run_path("setup.py")
     own["described"].__globals__["REPOSITORY"] = address
     return found | {"long_description": own["described"]()}

@@ -12,7 +12,6 @@ import zlib
 
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 from PIL import Image
 
 from mclr_jax.data import formats
@@ -181,6 +180,8 @@ def test_idx_errors(tmp_path):
 @pytest.fixture(scope="module")
 def tfds_dir(tmp_path_factory):
     """Sets made without TensorFlow: of equal size (PNG), grey, and unequal (JPEG among PNG)."""
+    import tensorflow_datasets as tfds  # takes a second, in this process alone
+
     folder = tmp_path_factory.mktemp("tfds")
 
     def prepare(set_name, shape, **splits):

@@ -6,7 +6,6 @@ import pathlib
 import re
 
 import commands
-import IPython  # noqa: F401  without which no cell runs
 import nbformat
 import pytest
 
