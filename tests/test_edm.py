@@ -127,8 +127,7 @@ def test_snapshots_give_the_official_outputs(path):
         augment=jnp.concatenate([0 * augment, 0 * augment, augment]),
     )
     thrice = np.concatenate([x] * 3), np.tile(sigma, 3), condition
-    both = jax.jit(lambda p, *inputs: (model.denoise(p)(*inputs), model._raw(p, *inputs)))
-    denoised, raw = both(params, *thrice)
+    denoised, raw = nvlabs.answers(model, params, *thrice)
     parts = [part.transpose(0, 3, 1, 2) for part in jnp.split(denoised, 3)]
     found = {"denoised": parts[0], "denoised_null": parts[1], "denoised_augment": parts[2],
              "raw": raw[: len(x)].transpose(0, 3, 1, 2)}  # fmt: skip

@@ -41,8 +41,7 @@ def test_official_outputs(path):
     label = jnp.asarray(arrays.get("input/labels", np.zeros(len(x))), jnp.int32)
     labels = jnp.append(label, jnp.full_like(label, model.null_label))
     twice = np.concatenate([x, x]), np.append(sigma, sigma), labels
-    both = jax.jit(lambda p, *inputs: (model.denoise(p)(*inputs), model._raw(p, *inputs)))
-    denoised, raw = both(params, *twice)
+    denoised, raw = nvlabs.answers(model, params, *twice)
     for name, found in {
         "denoised": denoised[: len(x)], "denoised_null": denoised[len(x) :],
         "raw": raw[: len(x)], "raw_null": raw[len(x) :],

@@ -27,6 +27,7 @@ REPA = ("repa", "repa/REPA-train-0400000.pt")
 EDM = ("edm", "edm/edm-img8-uncond-ncsnpp.pkl")
 EDM2 = ("edm2", "edm2/edm2-lat8-cond-0131072-0.075.pkl")
 DIFFUSERS = ("diffusers", "diffusers/DiT-pipeline")
+LONG = pytest.mark.slow  # with guidance as in other cases, and without it as well
 GIVEN = {DIT: {"heads": 2}, SIT: {"heads": 4}, REPA: {"heads": 3}}
 
 
@@ -71,7 +72,7 @@ def after(count):
         ("ddpm", Sampler("ddpm", 10, spacing="even"), None),
         ("ddpm_cfg", Sampler("ddpm", 10, spacing="even"), 3),
         ("ddim", Sampler("ddim", 10, spacing="even"), None),
-        ("ddim_cfg", Sampler("ddim", 10, spacing="even"), 3),
+        pytest.param("ddim_cfg", Sampler("ddim", 10, spacing="even"), 3, marks=LONG),
         ("ddim_ddim10", Sampler("ddim", 10, spacing="ddim"), None),
         ("ddim_eta0.7", Sampler("ddim", 10, spacing="even", eta=0.7), None),
     ],
@@ -93,7 +94,9 @@ def test_dit(monkeypatch, name, sampler, channels):
 ODE = {"ode_euler": "ode_euler", "ode_heun": "ode_heun2", "ode_rk4": "ode_rk4"}
 
 
-@pytest.mark.parametrize("name", [*ODE, "ode_euler_cfg", "ode_heun_cfg", "ode_dopri5"])
+@pytest.mark.parametrize("name", [
+    *ODE, "ode_euler_cfg", pytest.param("ode_heun_cfg", marks=LONG), "ode_dopri5",
+])  # fmt: skip
 def test_sit_odes(monkeypatch, name):
     """The reference of dopri5 has steps of its own, within its tolerance of 1e-3."""
     found, arrays = published(*SIT)
@@ -142,8 +145,9 @@ REPAS = {"ode": "ode_euler", "ode_heun": "ode_heun", "sde_linear": "sde_euler",
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [(n, k) for n in REPAS for k in ("", "_cfg", "_cfg_interval") if n != "sde_cosine" or not k],
-)
+    [pytest.param(n, k, marks=[LONG] * (k == "_cfg" and n != "ode")) for n in REPAS
+     for k in ("", "_cfg", "_cfg_interval") if n != "sde_cosine" or not k],
+)  # fmt: skip
 def test_repa(monkeypatch, name, kind):
     found, arrays = published(*REPA)
     key = f"sampler/{name}{kind}"
