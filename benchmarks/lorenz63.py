@@ -68,6 +68,7 @@ def particles(subject: Subject, rows: Rows, path: pathlib.Path, name: str, regim
         judge = "filter" if blind else regime
         new = analysed(subject, path, PROTOCOLS[name].system, judge, Settings(), 64, blind=blind,
                        ensemble=MEMBERS["particle"])  # fmt: skip
+        del new["ranks"], new["rmse_by_trajectory"]
         baselines = json.loads((RESULTS / "assimilation_baselines.json").read_text())
         exact = next(r["rmse"] for r in baselines[f"particle_filter_{name}"]["rows"]
                      if (r["set"], r["regime"]) == ("test", judge))  # fmt: skip

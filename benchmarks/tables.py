@@ -70,7 +70,7 @@ def beside_dapper(rows: Iterable[Row], on_few: Iterable[Row]) -> list[Row]:
     found, baselines = [], load("assimilation_baselines")
     none = dict.fromkeys(("method", "rmse", "rmse_second_half", "spread_skill", "seconds"), "")
     for row in sorted(rows, key=lambda row: row["system"], reverse=True):
-        if row["task"] not in ("forecast", "known"):
+        if row["task"] not in ("forecast", "known") and "method" not in row:
             theirs = [r for r in baselines[f"dapper_{row['system']}"]["rows"]
                       if (r["set"], r["regime"]) == ("test", row["task"])]  # fmt: skip
             best = min(theirs, key=lambda r: r["rmse"], default=none)
