@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import normal
 
 from mclr_jax import backend
 from mclr_jax.networks.classifier import ConvClassifier, MLPClassifier
@@ -12,10 +13,10 @@ from mclr_jax.plan import flops
 from mclr_jax.types import Condition
 
 BATCH = 6
-C_NOISE = jnp.linspace(-1.5, 1.0, BATCH)
-LABEL = jnp.array([0, 1, 2, 3, 0, 1])
-AUGMENT = jax.random.normal(jax.random.key(1), (BATCH, 2))
-STRENGTH = jnp.linspace(0.5, 4.0, BATCH)
+C_NOISE = np.linspace(-1.5, 1.0, BATCH, dtype=np.float32)
+LABEL = np.int32([0, 1, 2, 3, 0, 1])
+AUGMENT = normal(1, BATCH, 2)
+STRENGTH = np.linspace(0.5, 4.0, BATCH, dtype=np.float32)
 KEYS = jax.random.split(jax.random.key(2), BATCH)
 CONDITION = Condition(LABEL, STRENGTH, AUGMENT)
 OPTIONS = {"num_classes": 3, "dropout": 0.4, "augment_dim": 2, "takes_strength": True}
@@ -24,8 +25,8 @@ NETWORKS = {
     "conv": ConvClassifier(channels=(8, 12), **OPTIONS),
 }
 X = {
-    "mlp": jax.random.normal(jax.random.key(0), (BATCH, 2)),
-    "conv": jax.random.normal(jax.random.key(0), (BATCH, 8, 4, 1)),
+    "mlp": normal(0, BATCH, 2),
+    "conv": normal(0, BATCH, 8, 4, 1),
 }
 
 
@@ -174,7 +175,7 @@ def test_bfloat16_changes_little(name, variables, apply):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_blocks_are_recomputed_in_the_backward_pass_if_asked_for(name, variables):
-    """More products, if nothing is kept, and the same gradients."""
+    """More products, if nothing is kept, and the same gradients, here those of the MLP."""
     keys = CONDITION.replace(dropout_keys=KEYS)
 
     def gradient(**options):
@@ -190,6 +191,8 @@ def test_blocks_are_recomputed_in_the_backward_pass_if_asked_for(name, variables
 
     assert cost(remat=True) > 1.1 * cost()
     assert cost(remat=True, remat_policy="products") == cost()
+    if name != "mlp":  # whose two programs compile in a third of the time
+        return
     found, expected = (jax.jit(gradient(remat=again))(variables[name]) for again in (True, False))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), found, expected

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny import normal
 
 from mclr_jax.denoiser import EDM, denoiser, natural_weight
 from mclr_jax.mixture import GaussianMixture
@@ -64,11 +65,11 @@ def test_learns_the_exact_denoiser():
 
 
 NET = MLP(num_classes=3, width=16, depth=2, augment_dim=2, takes_strength=True, dropout=0.5)
-X = jax.random.normal(jax.random.key(0), (6, 2))
-C_NOISE = jnp.linspace(-1.5, 1.0, 6)
-LABEL = jnp.array([0, 1, 2, 3, 0, 1])
-AUGMENT = jax.random.normal(jax.random.key(1), (6, 2))
-STRENGTH = jnp.linspace(0.5, 4.0, 6)
+X = normal(0, 6, 2)
+C_NOISE = np.linspace(-1.5, 1.0, 6, dtype=np.float32)
+LABEL = np.int32([0, 1, 2, 3, 0, 1])
+AUGMENT = normal(1, 6, 2)
+STRENGTH = np.linspace(0.5, 4.0, 6, dtype=np.float32)
 PLAIN = X, C_NOISE, Condition(LABEL)
 DROPPED = X, C_NOISE, Condition(LABEL, dropout_keys=jax.random.split(jax.random.key(2), 6))
 
@@ -156,7 +157,9 @@ def test_the_level_of_each_frame_matters_to_every_frame():
     plain = apply(variables, x, c_noise, Condition(LABEL[:2]))
     assert plain.shape == x.shape
     for frame in range(3):
-        changed = apply(variables, x, c_noise.at[:, frame].add(0.1), Condition(LABEL[:2]))
+        changed = apply(
+            variables, x, jnp.asarray(c_noise).at[:, frame].add(0.1), Condition(LABEL[:2])
+        )
         assert np.abs(changed - plain).max(axis=2).min() > 1e-3
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from tiny import normal
 
 from mclr_jax.networks.trajectory import FrameDiT, Trajectory
 from mclr_jax.types import Condition
@@ -17,10 +18,10 @@ STATES = Trajectory(
 )
 RING = STATES.clone(patch=2, reach=1, out_channels=10)  # 5 patches
 FIELDS = FrameDiT(width=8, depth=2, heads=2, patch_size=2, window=1, causal=False)
-X = jax.random.normal(jax.random.key(0), (B, F, D))
-LEVELS = jax.random.normal(jax.random.key(1), (B, F))
+X = normal(0, B, F, D)
+LEVELS = normal(1, B, F)
 NONE = Condition(jnp.zeros(B, jnp.int32))
-W = jax.random.normal(jax.random.key(2), (B, 5, 4, 6, 1))
+W = normal(2, B, 5, 4, 6, 1)
 
 
 def parameters(network, x):
@@ -30,7 +31,7 @@ def parameters(network, x):
 
 
 PARAMS = parameters(STATES, X)
-R = jax.random.normal(jax.random.key(3), (B, F, 10))
+R = normal(3, B, F, 10)
 RING_PARAMS = parameters(RING, R)
 FIELD_PARAMS = parameters(FIELDS, W)
 

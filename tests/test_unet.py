@@ -4,17 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import normal
 
 from mclr_jax.networks import layers
 from mclr_jax.networks.unet import UNet
 from mclr_jax.types import Condition
 
 BATCH, SIZE = 3, 4
-X = jax.random.normal(jax.random.key(0), (BATCH, SIZE, SIZE, 3))
-C_NOISE = jnp.linspace(-1.5, 1.0, BATCH)
-LABEL = jnp.array([0, 4, 5])  # 5 is the null label
-AUGMENT = jax.random.normal(jax.random.key(1), (BATCH, 2))
-STRENGTH = jnp.array([0.5, 1.0, 3.0])
+X = normal(0, BATCH, SIZE, SIZE, 3)
+C_NOISE = np.linspace(-1.5, 1.0, BATCH, dtype=np.float32)
+LABEL = np.int32([0, 4, 5])  # 5 is the null label
+AUGMENT = normal(1, BATCH, 2)
+STRENGTH = np.float32([0.5, 1.0, 3.0])
 PLAIN = X, C_NOISE, Condition(LABEL)
 DROPPED = X, C_NOISE, Condition(LABEL, dropout_keys=jax.random.split(jax.random.key(2), BATCH))
 

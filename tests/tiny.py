@@ -115,6 +115,11 @@ def drawn(shapes, seed=0, size=0.1):
     return jax.tree.map(lambda x: jnp.asarray(size * draw(size=x.shape), x.dtype), shapes)
 
 
+def normal(seed, *shape):
+    """Normal numbers (*shape) float32, drawn by NumPy."""
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
 def weights(model, seed=0, size=0.1):
     """Random parameters, none of which is zero."""
     return drawn(shapes_of(model), seed, size)
