@@ -80,7 +80,6 @@ def test_members_mean_and_std_in_units_of_the_data(workdir, seen, tmp_path):
     truth = arrays(seen())["truth"]
     rmse = np.sqrt(((got["mean"][:, :10] - truth) ** 2).mean())
     assert f"{rmse:.4g}" in text
-    assert abs(got["mean"][..., 1].mean() - 2.0) < 2
     settings = json.loads(str(got["settings_json"]))
     assert (settings["regime"], settings["step"]) == ("fixed_lag", 12)
     assert settings["scheme"]["steps"] == 3
