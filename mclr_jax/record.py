@@ -267,7 +267,7 @@ def set_aside(workdir: pathlib.Path) -> None:
     """Move a run, except pictures and evaluations, to the folder `replaced` of its directory."""
     target = workdir / "replaced" / time.strftime("%Y%m%d-%H%M%S")
     names = ("run.json", "metrics.jsonl", "checkpoints", "snapshots", "frozen", "tensorboard",
-             "wandb")  # fmt: skip
+             "wandb", "assimilation.json")  # fmt: skip
     for path in (workdir / name for name in names):
         if path.exists():
             target.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from mclr_jax import parts, record, runs
+from mclr_jax.assimilation import methods
 from mclr_jax.config import Training
 from mclr_jax.data import sources
 
@@ -80,9 +81,10 @@ def test_a_run_is_set_aside_whole(tmp_path):
     _, model = tiny.describe(tmp_path)
     tiny.with_weights(tmp_path, {"params": tiny.weights(model)})
     (tmp_path / "samples").mkdir()
+    (tmp_path / methods.FILE).write_text("{}")  # settings that were tuned for the old weights
     record.set_aside(tmp_path)
     (moved,) = (tmp_path / "replaced").iterdir()
-    assert {path.name for path in moved.iterdir()} == {"run.json", "checkpoints"}
+    assert {path.name for path in moved.iterdir()} == {"run.json", "checkpoints", methods.FILE}
     assert {path.name for path in tmp_path.iterdir()} == {"replaced", "samples"}
     assert runs.load(moved).weights("none")[1] == 1
 
