@@ -18,7 +18,7 @@ import pathlib
 from absl import flags
 
 from mclr_jax import cpu, extras, runs
-from mclr_jax.files import write_atomically, write_json
+from mclr_jax.files import named, write_atomically, write_json
 from mclr_jax.labels import warn_untrained
 from mclr_jax.launch import common
 from mclr_jax.representation import blocks, perturb, sweep
@@ -42,6 +42,13 @@ SEED = flags.DEFINE_integer("seed", 0, "Seed of the perturbations.", lower_bound
 BATCH_SIZE = flags.DEFINE_integer("batch_size", blocks.BATCH, "Images at a time.", lower_bound=1)
 
 
+def compared(path: pathlib.Path) -> dict[str, list]:
+    """The curves of another file of this command, under its name; ValueError: it is none."""
+    with named(f"--compare={path} is no file of mclr icr"):
+        rows = json.loads(path.read_text())["rows"]
+        return {f"{path.stem}: {layer}": x for layer, x in sweep.by_layer(rows).items()}
+
+
 def main() -> None:
     extras.needed("matplotlib", "figures")
     sigmas = common.numbers(SIGMAS, float) or []
@@ -49,7 +56,7 @@ def main() -> None:
     out = common.output(OUT.value, ".json")
     cpu.use_cores(run.model.network)
     layers = blocks.choose(run.model, LAYERS.value)
-    other = json.loads(pathlib.Path(COMPARE.value).read_text()) if COMPARE.value else None
+    others = compared(pathlib.Path(COMPARE.value)) if COMPARE.value else {}
     warn_untrained(run, [] if AT_LABELS.value else [run.model.null_label])
     params, step = run.weights(EMA.value, CHECKPOINT.value)
     train, test = run.source("train"), run.source("test") if PROBE.value else None
@@ -65,11 +72,7 @@ def main() -> None:
     settings["at_labels"] = AT_LABELS.value
     write_json(out, {"settings": settings, "rows": rows})
     print(sweep.table(rows))
-    curves = sweep.by_layer(rows)
-    if other is not None:
-        name = pathlib.Path(COMPARE.value).stem
-        curves |= {f"{name}: {layer}": x for layer, x in sweep.by_layer(other["rows"]).items()}
-    write_atomically(out.with_suffix(".png"), sweep.figure(curves))
+    write_atomically(out.with_suffix(".png"), sweep.figure(sweep.by_layer(rows) | others))
     print(f"Wrote {out}.")
 
 

@@ -189,4 +189,10 @@ def test_the_command_writes_rows_and_a_figure(written, tmp_path, monkeypatch):
     assert told["settings"]["at_labels"]
     assert told["rows"][0]["icr"] != result["rows"][0]["icr"]
     assert drawn == [{"blocks.0", "icr: blocks.0", "icr: blocks.1"}]
+    for content in ('{"rows": [{"step": 1}]}', "no JSON"):  # said before anything is measured
+        (tmp_path / "no.json").write_text(content)
+        log = call("icr", f"--workdir={workdir}", f"--compare={tmp_path / 'no.json'}",
+                   f"--out={tmp_path / 'none.json'}", expect=1)  # fmt: skip
+        assert "no.json is no file of mclr icr (" in log
+        assert not (tmp_path / "none.json").exists()
     assert out.with_suffix(".png").stat().st_size > 1000
