@@ -52,8 +52,10 @@ def train(
     if experiment.training.require_accelerator:
         require_accelerator()
     with (
-        made(experiment.workdir, *("checkpoints", "snapshots") * is_first()),
+        made(experiment.workdir),
         locked(experiment.workdir) if is_first() else contextlib.nullcontext(),
+        # not before: those of another process may still be empty
+        made(experiment.workdir, *("checkpoints", "snapshots") * is_first()),
     ):
         if restart:
             _begin_anew(experiment.workdir)

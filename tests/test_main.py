@@ -141,7 +141,11 @@ def test_a_good_checkpoint_is_kept_when_the_next_step_diverges(base, tmp_path):
 
 
 def test_an_interrupted_run_stops_its_caller_and_says_so_where_it_is_a_base(tmp_path, caplog):
+    """A second trainer, which is refused, takes nothing from it before its first checkpoint."""
+
     def interrupt(moment):
+        with pytest.raises(RuntimeError, match="has trained in"):
+            main.train(config, tmp_path / "base")
         os.kill(os.getpid(), signal.SIGTERM)
 
     config = plain(steps_per_dispatch=1, eval_examples=0)
