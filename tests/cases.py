@@ -257,9 +257,9 @@ def batch(task: Task, size: int = 16) -> dict[str, jax.Array]:
 # ---- runs ----------------------------------------------------------------------------------------
 
 
-def untrained(workdir: Any, given: Any, step: int = 12) -> None:
+def untrained(workdir: Any, given: Any, step: int = 12, size: float = 0.3) -> None:
     """Write a run of a config: random weights, and another average of them."""
     _, model = tiny.describe(workdir, given=given)
-    params = tiny.weights(model, 1, 0.3)
+    params = tiny.weights(model, 1, size)
     average = moved(params, 2, 0.03)
     tiny.with_weights(workdir, {"params": params, "ema": {"halflife": average}}, step)

@@ -251,7 +251,7 @@ WIDE = {"network.width": 256, "network.dropout": 0.0}
 def base(tmp_path_factory):
     """The directory of a run with random weights."""
     place = tmp_path_factory.mktemp("runs") / "base"
-    cases.untrained(place, tiny.config(**WIDE))
+    cases.untrained(place, tiny.config(**WIDE), size=0.06)
     return place
 
 
