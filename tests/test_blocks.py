@@ -17,6 +17,7 @@ from mclr_jax import runs
 from mclr_jax.config import Training
 from mclr_jax.data import sources
 from mclr_jax.networks import dit
+from mclr_jax.networks.emulator import Emulator
 from mclr_jax.networks.layers import space_to_depth
 from mclr_jax.networks.unet import UNet
 from mclr_jax.representation import blocks, icr, perturb, sweep
@@ -153,6 +154,23 @@ def test_errors_say_what_to_do(written):
         sweep.sweep(model, params, source, augmentation=SHOWN, sigmas=[0.0], num_images=100)
     with pytest.raises(ValueError, match=r"Unknown layer 'block.0'. Did you mean 'blocks.0'"):
         sweep.sweep(model, params, source, augmentation=SHOWN, layers=["block.0"])
+    with pytest.raises(ValueError, match="Emulator is an emulator; expected a denoiser or a cl"):
+        blocks.choose(dataclasses.replace(model, network=Emulator()))
+
+
+def test_data_of_one_class_have_no_probe(written):
+    _, model, params = written
+    one = dataclasses.replace(
+        model,
+        data=dataclasses.replace(model.data, num_classes=1),
+        network=dataclasses.replace(model.network, num_classes=1),
+    )
+    params = params | {"y_embedder": jax.tree.map(lambda x: x[:2], params["y_embedder"])}
+    digits = sources.load("digits")
+    options = {"sigmas": [0.3], "num_images": 40, "augmentation": SHOWN}
+    (row,) = sweep.sweep(one, params, digits, digits, **options)
+    assert row.keys() >= {"icr", "effective_rank"}
+    assert "probe_accuracy" not in row
 
 
 def test_the_command_writes_rows_and_a_figure(written, tmp_path, monkeypatch):

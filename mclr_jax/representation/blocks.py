@@ -35,11 +35,16 @@ def sizes(model: Model) -> dict[str, int]:
 def choose(model: Model, names: Sequence[str] = ()) -> tuple[str, ...]:
     """The blocks with these names, by default the middle one; ("all",): all of them.
 
-    ValueError: no such block.
+    ValueError: no such block, or an emulator.
     """
+    network = type(model.network).__name__
+    if model.is_emulator:
+        raise ValueError(
+            f"{network} is an emulator; expected a denoiser or a classifier, whose features are "
+            "those of noisy images."
+        )
     known = sizes(model)
     if not known:
-        network = type(model.network).__name__
         raise ValueError(f"{network} has no module whose class name ends in Block; expected one.")
     if [*names] == ["all"]:
         return tuple(known)

@@ -58,7 +58,7 @@ def sweep(
     model: Model,
     params: Any,
     train: Source,  # images for ICR and for training the probe
-    test: Source | None = None,  # images for testing the probe; None: no probe
+    test: Source | None = None,  # images for testing the probe of several classes; None: no probe
     *,
     augmentation: perturb.Augmentation,  # of the views for ICR; flip if training flipped
     sigmas: Sequence[float] = SIGMAS,
@@ -69,10 +69,11 @@ def sweep(
     """A row for each noise level and layer, all with the same perturbations.
 
     Its columns: layer, sigma, icr (bias-corrected), icr_plain, those of `icr.traces`,
-    effective_rank and, with `test`, probe_accuracy. Options: see `blocks.extract`.
+    effective_rank and, with `test` of more classes than one, probe_accuracy. Options: see
+    `blocks.extract`.
     """
     chosen, rows = blocks.choose(model, layers), drawn(train, num_images)
-    table, sources = [], [train, test] if test is not None else []
+    table, sources = [], [] if test is None or model.null_label < 2 else [train, test]
     for sigma in sigmas:
         found = accumulate(model, params, train, rows, sigma, chosen, augmentation, **options)
         probed = [_noisy(model, params, x, num_images, sigma, chosen, **options) for x in sources]
