@@ -178,8 +178,14 @@ def memorization(experiment: Experiment, start: int) -> list[Hook]:
     held_out = experiment.held_out[""] if training.eval_examples else None
     counts = [min(options.num_images, len(x)) for x in (source, held_out) if x is not None]
     if min(counts) < FEWEST:
-        text = "No readings of memorization: of %d images; they need %d for training and held out."
-        logging.log(logging.WARNING if asked else logging.INFO, text, min(counts), FEWEST)
+        kinds = zip(counts, ("training", "held-out"), strict=False)
+        seen = " and ".join(f"{number} {kind}" for number, kind in kinds)
+        text = (
+            "No readings of memorization: of %s images; they need %d of each kind. Hold out "
+            "more by config.data.held_out, or none: set config.eval_examples=0 and "
+            "config.memorization.every_steps."
+        )
+        logging.log(logging.WARNING if asked else logging.INFO, text, seen, FEWEST)
         return []
     given = training.batch_size, training.num_steps, training.save_every
     every = options.period(2 * sum(counts), *given)

@@ -169,14 +169,23 @@ class Monitor:
         found, _ = metrics.two_nearest(self.neighbours, evaluate.flat(self.shown[side][0]))
         return float(np.median(found[:, int(self.held_out is None)]))
 
+    @functools.cached_property
+    def blind(self) -> bool:
+        """True if no noise level can be found, which is said once."""
+        if found := not (self.options.sigma or self.distance):
+            what = "training images are twice there" if self.held_out is None else (
+                "held-out images are training images"
+            )  # fmt: skip
+            logging.warning("No readings of memorization: most %s.", what)
+        return found
+
     @property
     def first_level(self) -> float:
         """The noise level where noise alone has the error that `climb` looks for."""
         return LEVEL * self.distance / np.sqrt(np.prod(self.source.shape))
 
     def __call__(self, step: int, params: Any) -> dict[str, float]:
-        if not self.options.sigma and not self.distance:
-            logging.warning("No reading of memorization: most held-out images are training images.")
+        if self.blind:
             return {}
         before = self.readings[-1] if self.readings else {}
         sigma = self.options.sigma or before.get(SIGMA) or self.first_level
