@@ -325,16 +325,21 @@ def check_companion(
     number of classes; a weak model may have no classes. The one named "classifier" is a classifier,
     all others are denoisers.
     """
-    kind = "a classifier" if model.is_classifier else "a denoiser"
+    kinds = {"a classifier": model.is_classifier, "an emulator": model.is_emulator}
+    kind = next((kind for kind, found in kinds.items() if found), "a denoiser")
     wanted = "a classifier" if name == "classifier" else "a denoiser"
-    got, expected = ((info.shape, info.num_classes) for info in (model.data, data))
+    what = "data shape"
+    got: tuple[Any, ...] = (model.data.shape,)
+    expected: tuple[Any, ...] = (data.shape,)
     no_classes = model.data.num_classes == 0 and name in ("weak", "autoguidance")
-    if no_classes or name == "domain_guidance" or not asked_for_classes:
-        got = (got[0], data.num_classes)  # its one answer is for all classes
+    if not (no_classes or name == "domain_guidance" or not asked_for_classes):
+        what += " and number of classes"  # else its one answer is for all classes
+        got, expected = (*got, model.data.num_classes), (*expected, data.num_classes)
     if (kind, got) != (wanted, expected):
         raise ValueError(
-            f"Companion {name!r} in {path!r}: expected {wanted}, data shape and number of "
-            f"classes {expected}, those of config.data.name={source!r}; it is {kind} of {got}."
+            f"Companion {name!r} in {path!r}: expected {wanted}, {what} "
+            f"{', '.join(map(str, expected))}, as of config.data.name={source!r}; it is {kind} of "
+            f"{', '.join(map(str, got))}."
         )
     if len(data.shape) == 3 and model.data.scale and data.scale:
         a, b = ([info.offset, info.scale] for info in (model.data, data))

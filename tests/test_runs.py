@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 import pathlib
@@ -12,6 +13,7 @@ from mclr_jax import parts, record, runs
 from mclr_jax.config import Training
 from mclr_jax.configs import base
 from mclr_jax.data import sources
+from mclr_jax.networks.emulator import Emulator
 from mclr_jax.samplers import Sampler
 from mclr_jax.training import ema
 from mclr_jax.training.checkpoint import Checkpoints, MismatchError
@@ -261,9 +263,17 @@ def test_what_is_wrong_with_companions_is_said(others):
     with pytest.raises(ValueError, match=r"'reference' in .*expected a denoiser.*is a classifier"):
         companions(**{"init_from": classifier, "companions.classifier": classifier})
     images = tiny.model_of(tiny.config("digits")).data
-    message = r"\(\(8, 8, 1\), 10\), those of config\.data\.name='.*'; .* class.* of \(\(2,\), 3"
+    message = r"classes \(8, 8, 1\), 10, as of config\.data\.name='.*'; .* class.* of \(2,\), 3"
     with pytest.raises(ValueError, match=message):
         companions(images, **{"init_from": denoiser, "companions.classifier": classifier})
+    model = tiny.model_of(tiny.config())
+    emulator = dataclasses.replace(model, network=Emulator())
+    message = r"classes \(2,\), 3, as of .*; it is an emulator of \(2,\), 3\."
+    with pytest.raises(ValueError, match=message):
+        runs.check_companion("autoguidance", "other", emulator, data, "toy")
+    message = r"a denoiser, data shape \(8, 8, 1\), as of .*; it is a denoiser of \(2,\)\."
+    with pytest.raises(ValueError, match=message):
+        runs.check_companion("domain_guidance", "other", model, images, "digits")
 
 
 @pytest.mark.parametrize("old", [False, True])
