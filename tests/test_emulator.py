@@ -98,6 +98,9 @@ def test_other_shapes_and_uses_are_refused():
     for shape, options in [((4,), {}), ((1, 4, 4, 1), {}), ((2, 4, 4), {"reach": 1})]:
         with pytest.raises(ValueError, match=r"expected states \(B, F, d\), or fields"):
             Emulator(**options).init(jax.random.key(0), jnp.zeros((2, *shape)), *NONE)
+    for shape, reach, most in [((2, 8), 4, 3), ((2, 9, 4, 1), 2, 1)]:  # some place would be twice
+        with pytest.raises(ValueError, match=rf"reach is {reach} .* expected at most {most}, by"):
+            Emulator(reach=reach).init(jax.random.key(0), jnp.zeros((2, *shape)), *NONE)
     model, params = small_model([0.0, 0.0])
     with pytest.raises(ValueError, match="Emulator is an emulator: it gives the next state"):
         model.denoise(params)

@@ -57,8 +57,8 @@ class Emulator(Network):
     def __call__(self, x: jax.Array, c_noise: jax.Array, condition: Condition) -> jax.Array:
         """x (B, F, d) or (B, F, H, W, C) -> as x, with twice the channels if `variance`.
 
-        Noise level and label are not used. Raises ValueError on other shapes, and for fields
-        without `reach`.
+        Noise level and label are not used. Raises ValueError on other shapes, for fields without
+        `reach`, and for a reach that sees a place twice.
         """
         del c_noise
         fields = x.ndim == 5
@@ -69,6 +69,11 @@ class Emulator(Network):
             )
         ring = bool(self.reach) and not fields
         axes = (2, 3) if fields else (2,) * ring
+        if axes and 2 * self.reach >= (least := min(x.shape[axis] for axis in axes)):
+            raise ValueError(
+                f"network.reach is {self.reach} for x of shape {x.shape}; expected at most "
+                f"{(least - 1) // 2}, by which a block sees each of {least} places once"
+            )
         h = x[..., None] if ring else x
         h = Linear(self.width, dtype=self.dtype, name="in_linear")(near(h, self.reach, axes))
         block = self.block(Block)
