@@ -145,7 +145,7 @@ def tune(
     grid = methods.grid_of(method, observations, run.model.data.shape[1:])
     truth, seen = methods.held_out(run, observations, TUNE.value)
     best, rows = methods.tuned(solve, scheme, grid, truth, seen, lags, **options)
-    about = {"trajectories": TUNE.value, "ensemble": options["ensemble"], "regime": REGIME.value,
+    about = {"trajectories": len(truth), "ensemble": options["ensemble"], "regime": REGIME.value,
              "lag": ",".join(LAG.value), "operator": observations.operator.describe()}  # fmt: skip
     methods.keep(run, method, best, rows, about)
     told = ",".join(f"{key}={getattr(best, key)}" for key in grid)

@@ -46,6 +46,8 @@ def test_held_out_trajectories_are_observed_as_those_of_the_file(tmp_path):
     shown = training.offset + training.scale * training[np.arange(len(training))][0][:, 0]
     number_of = lambda states: {*np.floor((states[:, 0] + 0.5) / 100)}  # noqa: E731
     assert not number_of(truth[:, 0]) & number_of(shown)
+    every, _ = methods.held_out(a_run(tmp_path), seen, 1000)  # all there are, each once
+    assert len(truth) < len(every) == len(np.unique(every[:, 0, 0])) < 1000
     longer = dataclasses.replace(seen, values=np.ones((1, 17, 1)))
     with pytest.raises(ValueError, match="give no trajectories of 17 frames"):
         methods.held_out(a_run(tmp_path), longer, 3)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from mclr_jax.assimilation import ensemble, regimes, scores
 from mclr_jax.assimilation.observe import Observations, Own
@@ -96,12 +97,16 @@ def held_out(run: Run, seen: Observations, count: int) -> tuple[np.ndarray, Obse
     """Truth (count, T, *state) of a run's held-out data, observed as `seen`, by other noise.
 
     Values are missing where those of `seen` are; an initial state is known if that of `seen` is.
+    Of fewer held-out trajectories all are taken, with a warning.
     """
     frames = seen.values.shape[1]
     data = dataclasses.replace(run.data, options={**run.data.options, "frames": frames})
     with named(f"the held-out data of {run.workdir} give no trajectories of {frames} frames"):
         source = dataclasses.replace(run, data=data).source("test")
-        rows = np.linspace(0, len(source) - 1, count).astype(int)
+        if len(source) < count:
+            text = "The held-out data of %s have %d trajectories of %d frames, fewer than %d."
+            logging.warning(text, run.workdir, len(source), frames, count)
+        rows = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)
         offset, scale = regimes.units(run.model)
         truth = offset + scale * source[rows][0]
     values = np.asarray(seen.operator(truth))
