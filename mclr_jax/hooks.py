@@ -181,9 +181,9 @@ def memorization(experiment: Experiment, start: int) -> list[Hook]:
         kinds = zip(counts, ("training", "held-out"), strict=False)
         seen = " and ".join(f"{number} {kind}" for number, kind in kinds)
         text = (
-            "No readings of memorization: of %s images; they need %d of each kind. Hold out "
-            "more by config.data.held_out, or none: set config.eval_examples=0 and "
-            "config.memorization.every_steps."
+            "No readings of memorization: of %s images; they need %d of each kind. Raise "
+            "config.memorization.num_images or config.data.held_out, or hold out none: set "
+            "config.eval_examples=0 and config.memorization.every_steps."
         )
         logging.log(logging.WARNING if asked else logging.INFO, text, seen, FEWEST)
         return []

@@ -213,7 +213,10 @@ def _squared_distances(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[slice, np
 def _squared_radii(x: np.ndarray, k: int, name: str) -> np.ndarray:
     """Squared distance of each x_i to its k-th nearest neighbour other than itself, (n,)."""
     if not 1 <= k < len(x):
-        raise ValueError(f"Got k={k}, {len(x)} {name} samples; expected 1 <= k < n. Lower k.")
+        raise ValueError(
+            f"Got k={k}, {len(x)} {name} samples; expected 1 <= k < n. Take more samples, or leave "
+            "precision, recall, density and coverage out of --metrics."
+        )
     radii = np.empty(len(x))
     for rows, squared in _squared_distances(x, x):
         radii[rows] = np.partition(squared, k)[:, k]  # not k - 1: the nearest is x_i itself
