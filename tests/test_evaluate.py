@@ -203,6 +203,26 @@ def test_one_device_evaluates_as_eight_do(made, monkeypatch, tmp_path):
             assert eight[name] == one[name]
 
 
+def test_a_training_without_held_out_images_has_no_row_of_them(tmp_path, caplog):
+    for number in range(4):
+        (tmp_path / "few" / str(number % 2)).mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray(np.full((8, 8), number, np.uint8))
+        picture.save(tmp_path / "few" / str(number % 2) / f"{number}.png")
+    name = f"folder:{tmp_path / 'few'}"
+    changes = {"data.name": name, "data.held_out": 0.0, "data.resolution": 8}
+    for count in (0, 64):
+        cases.untrained(tmp_path / "run", tiny.config("digits", eval_examples=count, **changes))
+        run = runs.load(tmp_path / "run")
+        if count:
+            with pytest.raises(ValueError, match="has no 'test' split"):
+                evaluate.real_data(run)
+        else:
+            train, test = evaluate.real_data(run)
+            assert (len(train), test) == (4, None)
+            assert "No row of held-out images" in caplog.text
+        shutil.rmtree(tmp_path / "run")
+
+
 def test_measures_take_samples_and_real_data_in_their_places():
     """Of other numbers of samples than real features, which are sorted by class."""
     rng = np.random.default_rng(0)

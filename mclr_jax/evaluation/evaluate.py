@@ -215,10 +215,20 @@ def real_statistics(
     return RealStatistics(total, some, key)
 
 
-def real_data(run: runs.Run) -> tuple[Source, Source]:
-    """The images that a run has learnt from, and those held out; latents are decoded."""
+def real_data(run: runs.Run) -> tuple[Source, Source | None]:
+    """The images that a run has learnt from, and those held out; latents are decoded.
+
+    None, with a warning, if none are held out and the training, of eval_examples=0, needed none.
+    """
     decode = latents.decoder(run.data, run.model)
-    train, test = (latents.decoded(run.source(split), decode) for split in ("train", "test"))
+    train = latents.decoded(run.source("train"), decode)
+    try:
+        test = latents.decoded(run.source("test"), decode)
+    except ValueError as error:
+        if run.config.get("eval_examples", 1):
+            raise
+        logging.warning("No row of held-out images: %s", error)
+        return train, None
     if isinstance(train, latents.Decoded) != isinstance(test, latents.Decoded):
         logging.warning("Some of the real examples are images, others decoded latents: the floor "
                         "has the error of the autoencoder, too.")  # fmt: skip
