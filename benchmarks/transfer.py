@@ -26,8 +26,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tasks import RESULTS, ROOT, Task, add_flags, config_of, run, training
 
-from mclr_jax import generate, images
-from mclr_jax.config import Training
+from mclr_jax import generate, images, inherit
 from mclr_jax.data import sources
 from mclr_jax.data.pixels import to_float
 from mclr_jax.data.protocol import Source
@@ -189,7 +188,8 @@ class Transfer(Bench):
         row = {"method": method, "strength": strength, "seed": seed, "per_class": self.per_class}
         if "adapter.rank" in found.changes:
             config = self.fine_tuning(seed, found.changes)
-            weights = jax.tree.leaves(Experiment(Training.parse(config), self.root).task.shapes)
+            task = Experiment(inherit.training(config), self.root).task
+            weights = jax.tree.leaves(task.shapes)
             row["trained_parameters"] = sum(leaf.size for leaf in weights)
         name, classes = self.set_of(method, strength, seed), np.array(TARGET)[labels]
         self.store(name, images.as_8_bits(samples), classes, row | calls, own.workdir)
