@@ -215,18 +215,43 @@ def at_best(rows: list[Row]) -> str:
     return " / ".join([*distances, f"{best['strength']:g}"]) if best else ""
 
 
-def over_seeds(result: Row) -> list[Row]:
-    """The floor, and the means of each method with their standard deviations over seeds."""
+def over_seeds(result: Row, *by: str) -> list[Row]:
+    """The floor, and the means with their standard deviations over seeds, by default by method."""
     found: list[Row] = [
         {**result["floor"], "method": "floor", "second": _second([result["floor"]])}
     ]
-    for method in dict.fromkeys(row["method"] for row in result["rows"]):
-        rows = [row for row in result["rows"] if row["method"] == method]
+    by = by or ("method",)
+    for same in dict.fromkeys(tuple(row[key] for key in by) for row in result["rows"]):
+        rows = [row for row in result["rows"] if tuple(row[key] for key in by) == same]
         several = {k: [r[k] for r in rows] for k, x in rows[0].items() if type(x) in (int, float)}
         mean = {k: statistics.mean(values) for k, values in several.items()}
         spread = {f"{k}_std": statistics.stdev(v) for k, v in several.items() if len(rows) > 1}
-        found.append({"method": method, "second": _second(rows), **mean, **spread})
+        found.append({**dict(zip(by, same, strict=True)), "second": _second(rows), **mean,
+                      **spread})  # fmt: skip
     return found
+
+
+def transferred(found: Row, of: Callable) -> list[Row]:
+    """The floor, the images of training, and means over seeds, at a strength of each method.
+
+    `of` is min for that of the lowest FD, max for the one that was chosen by its accuracy, if
+    another. `beyond` is the difference of the FD from that of plain fine-tuning of the same seed.
+    """
+    floor, subset, *rows = found["rows"]
+    rows = [row for row in rows if row["seed"] in found["seeds"]]
+    plain = {row["seed"]: row for row in rows if row["method"] == "plain"}
+    rows = [{**row, "beyond": row["frechet"] - plain[row["seed"]]["frechet"]} for row in rows]
+    means = over_seeds({"floor": floor, "rows": rows}, "method", "strength")
+    strengths: dict[str, set[float]] = {}
+    for row in means[1:]:
+        strengths.setdefault(row["method"], set()).add(row["strength"])
+    kept = [
+        row
+        for row in means[1:]
+        if row["strength"] == of(strengths[row["method"]])
+        and (of is min or row["method"] == "plain" or len(strengths[row["method"]]) > 1)
+    ]
+    return [means[0], {**subset, "second": _second([subset])}, *kept]
 
 
 def along_training(result: Row, name: str) -> str:
