@@ -233,7 +233,7 @@ def test_autoguidance_by_a_run_of_other_classes_is_refused(workdir, tmp_path):
     ))  # fmt: skip
     given = [f"--workdir={workdir}", f"--autoguidance={tmp_path / 'weak'}"]
     log = call("sample", *given, "--guidance_scale=2", f"--out={tmp_path / 'x.npz'}", expect=1)
-    assert re.search(r"'autoguidance' in '.*weak': .* \(\(8, 8, 1\), 10\), .* of \(.*, 3\)", log)
+    assert re.search(r"'autoguidance' in '.*weak': .* \(8, 8, 1\), 10, .* of \(.*\), 3\.", log)
 
 
 def test_guidance_of_a_model_that_never_saw_the_null_label_is_warned_of(workdir, tmp_path):
