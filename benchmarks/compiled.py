@@ -46,14 +46,8 @@ CLASSIFIER = {"network.name": "conv_classifier", "network.channels": (128, 256, 
               "network.patch_size": 1, "network.dtype": "bfloat16"}  # fmt: skip
 HALF = {"objective.negative_share": 0.5}
 MODES = ("pmap", "data", "fsdp")
-NO_NETWORK = {  # until there are data
-    "__init__",
-    "base",
-    "finetune",
-    "mclr_null",
-    "transfer",
-    "trajectories",
-}
+# These have a network only when there are data.
+NO_NETWORK = {"__init__", "base", "finetune", "mclr_null", "transfer", "trajectories"}
 # Published models, fine-tuned for the 28 epochs of ImageNet of guidance-free training (arXiv
 # 2501.15420). EDM2 has no null label: its wrong answer is that of a smaller network.
 TUNED = {"network.dtype": "bfloat16", "network.remat": True, "batch_size": 256,

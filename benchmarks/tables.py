@@ -37,6 +37,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def specified(spec: Row) -> str:
     """A table of tables.toml, which explains the keys."""
+    spec = {**SPECIFIED.get(spec.get("like"), {}), **spec}
     known = {**globals(), "d": load(spec["result"]), "words": spec.get("words", {})}
     columns = [line.split(" = ", 1) for line in spec["columns"].strip("\n").split("\n")]
     heads, cells = zip(*columns, strict=True)

@@ -53,9 +53,8 @@ def get_config(kind: str = "states") -> ConfigDict:
     config.data.name = "npy:trajectories.npy"
     config.data.array = ""  # its name, in a file of several
     config.data.axes = ""  # such as NTD, THWC; empty: by their number
-    config.data.frames = (
-        2 if kind == "emulator" else 64
-    )  # of a window: more are better for smoothing
+    if kind != "emulator":
+        config.data.frames = 64  # of a window; more are better for smoothing long records
     config.data.time_step = 0.0
     if kind == "fields":
         config.data.frames = 16
