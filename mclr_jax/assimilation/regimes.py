@@ -57,12 +57,8 @@ class Result(NamedTuple):
         return f"{members} members of frames {self.first} to {last} of {count} trajectories."
 
 
-FIXED = (
-    "weights",
-    "method",
-    "operator",
-    "std",
-)  # settings that a run has in common with its continuation
+# Settings that a run has in common with its continuation.
+FIXED = ("weights", "method", "operator", "std")
 
 
 def write(path: str | os.PathLike, result: Result, settings: Mapping[str, Any]) -> None:
