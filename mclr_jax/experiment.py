@@ -134,7 +134,8 @@ class Experiment:
     @functools.cached_property
     def held_out(self) -> dict[str, Source]:
         """The held-out examples, named "", and those of `extra`."""
-        test, data = self.training.data.source("test", self.training.seed), self.data
+        data = self.data
+        test = self.training.data.source("test", self.training.seed, data)
         if tuple(test.shape) != data.shape or test.num_classes > data.num_classes:
             raise ValueError(
                 f"The held-out set has examples of shape {tuple(test.shape)} in {test.num_classes} "

@@ -13,12 +13,12 @@ import socket
 import sys
 import threading
 import time
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
-from jax._src import distributed
 
 from mclr_jax.files import made
+from mclr_jax.training.devices import service
 from mclr_jax.training.log import say
 
 PATIENCE = 300.0  # seconds until all processes must have met
@@ -76,18 +76,18 @@ def meet(where: str, count: int | None = None, number: int | None = None) -> Non
 
 def share(folder: pathlib.Path) -> None:
     """RuntimeError in process 0, which ends the others, unless all see the same folder."""
-    state = distributed.global_state
+    state = service()
     here = f"{folder.resolve()} on {socket.gethostname()}"
     if state.process_id:
         name, end = _answer("folder"), time.monotonic() + LOOK
         while not (seen := (folder / name).exists()) and time.monotonic() < end:
             time.sleep(0.2)
-        _store().key_value_set(f"mclr/sees {state.process_id}", "" if seen else here)
+        service().client.key_value_set(f"mclr/sees {state.process_id}", "" if seen else here)
         _answer("shared")
         return
     with contextlib.suppress(OSError), made(folder):  # a run may be read only
         (mark := folder / f".shared-{secrets.token_hex(8)}").touch()
-        _store().key_value_set("mclr/folder", mark.name)
+        service().client.key_value_set("mclr/folder", mark.name)
         others = {i: _answer(f"sees {i}") for i in range(1, state.num_processes)}
         mark.unlink()
         if blind := {i: place for i, place in others.items() if place}:
@@ -96,38 +96,34 @@ def share(folder: pathlib.Path) -> None:
                 f"--workdir is {here} for process 0, and another folder, {places}: name one on a "
                 "disk that all hosts share."
             )
-    _store().key_value_set("mclr/folder", "", allow_overwrite=True)
-    _store().key_value_set("mclr/shared", "yes")
+    service().client.key_value_set("mclr/folder", "", allow_overwrite=True)
+    service().client.key_value_set("mclr/shared", "yes")
 
 
 def end(message: str) -> None:
     """End all processes with the message of this one; return if there are no others."""
     if not _alone.is_set():
         _alone.set()
-        state = distributed.global_state
+        state = service()
         with contextlib.suppress(Exception):  # another error has come first
-            _store().key_value_set("mclr/error", f"Process {state.process_id}: {message}")
+            service().client.key_value_set("mclr/error", f"Process {state.process_id}: {message}")
         _exit(message)
 
 
-def _store() -> Any:
-    return distributed.global_state.client
-
-
 def _answer(key: str) -> str:
-    return _store().blocking_key_value_get(f"mclr/{key}", ANSWER)
+    return service().client.blocking_key_value_get(f"mclr/{key}", ANSWER)
 
 
 def _listen() -> None:
     while not _alone.wait(1):
         with contextlib.suppress(Exception):  # no error, or the service has ended
-            _exit(_store().key_value_try_get("mclr/error"))
+            _exit(service().client.key_value_try_get("mclr/error"))
 
 
 def _exit(message: str) -> NoReturn:
     """At once: what runs at the end of a program would wait for the others."""
     print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
-    if distributed.global_state.process_id == 0:
+    if service().process_id == 0:
         time.sleep(2)  # the others read the message from the service in this process
     os._exit(1)

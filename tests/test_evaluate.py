@@ -124,7 +124,7 @@ def test_autoguidance_and_copies_are_rows_of_their_own(made):
     assert copies["memorized"] == 0
     mixed = np.concatenate([samples[:5], training[np.arange(15)][0] / np.float32(127.5) - 1])
     assert evaluate.memorized(mixed, training) == 0.75
-    found = evaluate.copy_measures(np.linspace(0, 1, 101))
+    found = metrics.copy_measures(np.linspace(0, 1, 101))
     assert found == pytest.approx({"memorized": 34 / 101, "copy_ratio": 0.01})
     ratios, nearest = evaluate.copies(mixed, training)
     assert (ratios[5:] == 0).all()
@@ -318,7 +318,7 @@ def test_the_command_writes_rows_and_the_floor(made, tmp_path):
     expected = evaluate.measure(
         extractor(held_out, labels), real, ["frechet", "precision", "recall"]
     )
-    expected |= evaluate.copy_measures(evaluate.copies(held_out, sources.load("digits"))[0])
+    expected |= metrics.copy_measures(evaluate.copies(held_out, sources.load("digits"))[0])
     assert result["floor"] == pytest.approx({"samples": COUNT, **expected}, rel=1e-6)
     assert expected["memorized"] < 0.5  # of the training set all are
     for row in result["rows"]:

@@ -279,7 +279,7 @@ def test_the_glossary_has_the_names_of_the_code_and_no_others():
          for name in re.findall(r"`(\w+)`", row)}
         for part in (samples, training)
     ]  # fmt: skip
-    copied = dict.fromkeys(("memorized", "copy_ratio"), evaluate.copy_measures)
+    copied = dict.fromkeys(("memorized", "copy_ratio"), metrics.copy_measures)
     names = {**copied, "accuracy": evaluate.measure,
              "network_calls": evaluate.evaluate, "samples_per_second": evaluate.evaluate,
              "sample_accuracy": during.Measures}  # fmt: skip

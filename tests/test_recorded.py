@@ -9,6 +9,7 @@ from mclr_jax import configs
 from mclr_jax.config import Training
 from mclr_jax.data import recorded
 from mclr_jax.data.sources import Data, at, place_of
+from mclr_jax.experiment import Experiment
 from mclr_jax.extras import MissingExtraError
 
 # trajectory i, frame k, coordinate j: a number that says all three
@@ -115,7 +116,11 @@ def test_a_file_of_other_trajectories_has_the_units_of_training(saved):
     np.testing.assert_allclose(states(test).max(), 7 * VALUES[2].max() + 5, rtol=1e-5)
 
 
-def test_the_config_trains_on_them_and_the_run_has_their_units(saved):
+def test_the_config_trains_on_them_and_the_run_has_their_units(saved, tmp_path, monkeypatch):
+    measured, scans = recorded.Windows.measured, []
+    monkeypatch.setattr(
+        recorded.Windows, "measured", lambda self: scans.append(self) or measured(self)
+    )
     for kind, values in {"trajectories": VALUES, "trajectories:fields": FIELDS}.items():
         config = configs.load(kind)
         config.data.name, config.data.frames = saved(values), 8
@@ -123,9 +128,11 @@ def test_the_config_trains_on_them_and_the_run_has_their_units(saved):
         if "fields" in kind:
             config.network.patch_size = 2
         training = Training.parse(config)
-        found = training.data.source("train", 0)
-        assert len(found) == 7
-        data = training.data_info(found)
+        experiment = Experiment(training, tmp_path)
+        found, data, test = experiment.source, experiment.data, experiment.held_out[""]
+        assert (len(found), len(scans)) == (7, 1)  # the file is scanned once
+        assert (test.offset, test.scale) == (found.offset, found.scale)
+        scans.clear()
         assert (data.shape, data.num_classes) == ((8, *values.shape[2:]), 1)
         assert (data.offset, data.scale, data.time_step) == (found.offset, found.scale, 0.5)
         assert training.model(data).frames == (8,)

@@ -120,11 +120,12 @@ class Data(Keys):
 
     where: ClassVar[str] = "config.data"
 
-    def source(self, split: str, seed: int) -> Source:
+    def source(self, split: str, seed: int, units: Any = None) -> Source:
         """The data set, in training a subset of `limit` examples drawn by `seed`.
 
         What is held out of a folder does not depend on `seed`: a run that starts from another one
-        has the same split.
+        has the same split. Trajectories have the `units` of a `DataInfo`, by default those of the
+        training frames, which are read for them.
         """
         background = "" if self.background == "white" else self.background
         shown = {"resolution": self.resolution, "background": background}
@@ -132,7 +133,7 @@ class Data(Keys):
             known = options_of(self.test)
             shown = {k: v for k, v in shown.items() if v and k in known}
             if "units" in known:  # trajectories
-                units = self.source("train", seed)
+                units = units or self.source("train", seed)
                 shown |= {**self.options, "held_out": 0.0, "units": units}
             source = load(self.test, "train", **shown, **self._common(self.test))
         else:
@@ -142,6 +143,8 @@ class Data(Keys):
             given |= self._common(self.name) | self.options
             if "held_out" in options_of(self.name):
                 given["held_out"] = 0.0 if self.test else self.held_out
+            if "units" in options_of(self.name):
+                given["units"] = units
             shared = self.name.startswith("folder:") and not self.test and self.held_out
             source = load(self.name, "train" if shared else split, **given)
             source = self._part(source, split) if shared else source

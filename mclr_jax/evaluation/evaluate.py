@@ -23,6 +23,7 @@ from mclr_jax.data.pixels import to_float
 from mclr_jax.data.protocol import Source, drawn, evenly
 from mclr_jax.evaluation import metrics
 from mclr_jax.evaluation.features import BATCH, Extractor, Features
+from mclr_jax.evaluation.metrics import copy_measures
 from mclr_jax.files import digest, provenance, save_arrays, write_json
 from mclr_jax.labels import warn_untrained
 from mclr_jax.schema import look_up
@@ -102,12 +103,6 @@ def copies(samples: np.ndarray, training: Source) -> tuple[np.ndarray, np.ndarra
 def memorized(samples: np.ndarray, training: Source) -> float:
     """Share of samples (n, ...), uint8 or in [-1, 1], whose pixels copy a training image."""
     return copy_measures(copies(samples, training)[0])["memorized"]
-
-
-def copy_measures(ratios: np.ndarray) -> dict[str, float]:
-    """The share of copies, and the ratio that a hundredth of the samples is below."""
-    share = float((ratios < metrics.COPY).mean())
-    return {"memorized": share, "copy_ratio": float(np.quantile(ratios, 0.01))}
 
 
 def copies_picture(
@@ -243,7 +238,7 @@ def floor(
     and `training` of `evaluate`."""
     held_out, labels = test[drawn(test, num_samples, seed, by_class=True)]
     found = {"samples": len(labels), **judged(held_out, labels, extractor, real, **options)}
-    return found | (copy_measures(copies(held_out, training)[0]) if training is not None else {})
+    return found if training is None else found | copy_measures(copies(held_out, training)[0])
 
 
 def batches(source: Source) -> list[np.ndarray]:

@@ -167,7 +167,13 @@ def copy_ratios(distances: np.ndarray) -> np.ndarray:
 
 def memorized_fraction(real: np.ndarray | Iterable[np.ndarray], fake: np.ndarray) -> float:
     """Share of copies, see `copy_ratios`, of real samples (n, d) among fake ones (m, d)."""
-    return float((copy_ratios(two_nearest(real, fake)[0]) < COPY).mean())
+    return copy_measures(copy_ratios(two_nearest(real, fake)[0]))["memorized"]
+
+
+def copy_measures(ratios: np.ndarray) -> dict[str, float]:
+    """The share of copies, and the ratio that a hundredth of the samples is below."""
+    share = float((ratios < COPY).mean())
+    return {"memorized": share, "copy_ratio": float(np.quantile(ratios, 0.01))}
 
 
 def kernel_distance(real: np.ndarray, fake: np.ndarray) -> float:

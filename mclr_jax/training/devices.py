@@ -225,12 +225,17 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def is_first() -> bool:
-    """True in process 0, which alone writes files and prints results.
+def service() -> Any:
+    """JAX's distributed service as this process sees it: process_id, num_processes, client.
 
-    The devices need not be made for this, which `jax.process_index` would do.
+    The devices need not be made for it, which `jax.process_index` would do.
     """
-    return distributed.global_state.process_id == 0
+    return distributed.global_state
+
+
+def is_first() -> bool:
+    """True in process 0, which alone writes files and prints results."""
+    return service().process_id == 0
 
 
 def exists(path: pathlib.Path) -> bool:
