@@ -1,32 +1,38 @@
-"""The warning of memorization on 8x8 digits: when it comes, and when copies come.
+"""The warning of memorization: when it comes, and when copies come.
 
   python benchmarks/memorization.py --jobs=1      # tasks at a time, one core each
 
-Small DiTs are trained on few and on many images. Along each run the gap is that of the monitor in
-training, and copies are counted among samples of the same checkpoints. The rules, gap less two
-standard errors against a threshold, are judged on these curves: EARLIER was fixed on other runs;
-RULE, the default of config.memorization, and the level of the one-call form on the runs NAMED here.
-Every task makes a file under runs/memorization, so that the same command continues after an
-interruption. Complete parts go to
-benchmarks/results/memorization.json. Needs the package installed (pip install -e .).
+Small DiTs are trained on few and on many images: 8x8 digits, Fashion-MNIST, emoji in colour, and a
+base of other classes of Fashion-MNIST that is fine-tuned. Along each run the gap is that of the
+monitor in training, and copies are counted among samples of the same checkpoints. The rules, gap
+less two standard errors against a threshold, are judged on these curves: EARLIER was fixed on other
+runs; RULE, the default of config.memorization, and the level of the one-call form on the runs NAMED
+here. Every task makes a file under runs/memorization, so that the same command continues after an
+interruption. Complete parts go to benchmarks/results/memorization.json, whose other curves stay.
+Needs the package installed (pip install -e .), and for emoji the packages of emoji_images.py.
 """
 
 import argparse
 import dataclasses
 import functools
+import json
 import pathlib
+import subprocess
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import image_bench
 import numpy as np
 from icr import cost_of
-from tasks import ROOT, Files, Task, add_flags, config_of, run
+from tasks import RESULTS, ROOT, Files, Task, add_flags, config_of, run
+from transfer import PLAIN, TARGET, Transfer
 
 from mclr_jax import generate, hooks, images, runs
 from mclr_jax.config import Training
-from mclr_jax.evaluation import evaluate
+from mclr_jax.evaluation import evaluate, features, metrics
 from mclr_jax.experiment import Experiment
-from mclr_jax.files import read_lines, write_json
+from mclr_jax.files import read_lines, save_arrays, write_json
 from mclr_jax.representation import memorization
 
 READINGS = 20  # along each run
@@ -36,17 +42,38 @@ FACTORS = (1.4, 2.0, 2.8, 4.0)  # of `first_level`: levels of the one-call form
 EARLIER, RULE, LIKELY = 0.65, 0.6, 0.75  # thresholds
 NAMED = ("images_64", "images_128", "images_256")
 COSTS = ("digits", "fashion_mnist")
+JUDGED = {"digits": "digits", "Fashion-MNIST": "fashion_mnist"}  # data with a judge for the FD
+HELD_OUT = 360  # images that the FD is to, of the digits all
+TRANSFER = Transfer()
 NARROW = {"network.width": 32, "network.heads": 2}
 
 
+RATE = {"optimizer.learning_rate": 3e-3, "optimizer.schedule": "constant"}
+FEWEST = 256  # images for readings of the ICR
+
+
 class Case(NamedTuple):
-    """A training: its name, images, steps, seed and further changes of configs/digits.py."""
+    """A training: its name, images, steps, seed, changes of configs/FILE.py, and its kind."""
 
     name: str
     limit: int  # 0: all
     steps: int
     seed: int = 0
     changes: Mapping[str, Any] = {}
+    file: str = "digits"
+    kind: str = "digits"  # in words
+
+
+def fashion(
+    name: str, limit: int, steps: int, seed: int = 0, changes: Mapping[str, Any] = {}
+) -> Case:
+    return Case(name, limit, steps, seed, changes, "fashion_mnist", "Fashion-MNIST")
+
+
+def emoji(name: str, steps: int, changes: Mapping[str, Any] = {}) -> Case:
+    """In colour, 24x24 pixels, nine classes."""
+    size = {"data.name": f"folder:{ROOT}/runs/memorization/emoji", "data.resolution": 24, **changes}
+    return Case(name, 128, steps, 0, size, "fashion_mnist", "emoji")
 
 
 CASES = (
@@ -54,7 +81,10 @@ CASES = (
     Case("images_64_seed_1", 64, 900, 1), Case("images_128_seed_1", 128, 1800, 1),
     Case("images_all", 0, 5000), Case("narrow_256", 256, 5000, 0, NARROW),
     Case("images_256_seed_1", 256, 4000, 1), Case("images_512", 512, 9000),
-    Case("images_all_seed_1", 0, 5000, 1), Case("images_512_seed_1", 512, 9000, 1),
+    fashion("fashion_128", 128, 4000), fashion("fashion_narrow_256", 256, 9000, 0, NARROW),
+    emoji("emoji_128", 3000), Case("fine_tuned", 192, 12000, 0, {}, "finetune", "fine-tuning"),
+    fashion("fashion_256", 256, 10000), emoji("emoji_128_flip", 3000, {"data.flip": True}),
+    fashion("fashion_128_seed_1", 128, 4000, 1),
 )  # fmt: skip
 
 
@@ -68,15 +98,35 @@ class Bench(Files):
     def config(self, case: Case) -> Any:
         """The rate is constant, so that the length of a run shapes nothing."""
         every = max(round(case.steps * self.scale) // READINGS, 1)
-        return config_of("digits", {
-            "data.limit": case.limit, "seed": case.seed, "num_steps": every * READINGS,
-            "optimizer.learning_rate": 3e-3, "optimizer.schedule": "constant",
+        changes = {
+            "data.limit": case.limit, "seed": case.seed, "num_steps": every * READINGS, **RATE,
             "checkpoint_every": every, "keep_checkpoints": 2 * READINGS, "log_every": every,
-            "memorization.every_steps": every, "memorization.samples": 0, **case.changes,
-        })  # fmt: skip
+            "memorization.every_steps": every, "memorization.samples": 0, "sample_every": 0,
+            "icr.every_steps": 0 if 0 < case.limit < FEWEST else every, "eval_examples": 512,
+            **case.changes,
+        }  # fmt: skip
+        if case.file != "finetune":
+            return config_of(case.file, changes)
+        changes |= {"data.test": f"npz:{self.root / 'held_out.npz'}"}
+        return TRANSFER.fine_tuning(case.seed, PLAIN | changes)
+
+    def emoji(self) -> None:
+        """All emoji, in folders."""
+        script = pathlib.Path(__file__).with_name("emoji_images.py")
+        out = str(self.root / "emoji")
+        subprocess.run([sys.executable, str(script), f"--out={out}"], check=True)
+        self.write("emoji_made", out)
+
+    def base(self) -> None:
+        """The base of fine-tuning, and held-out images with the labels of its subsets."""
+        TRANSFER.sets()
+        with np.load(TRANSFER.root / "test.npz") as file:
+            labels = np.searchsorted(TARGET, file["labels"])
+            save_arrays(self.root / "held_out.npz", images=file["images"], labels=labels)
+        TRANSFER.train_base()
 
     def curve(self, case: Case) -> None:
-        """Beside each reading: copies among samples, and the one-call form at some levels."""
+        """Beside each reading: copies among samples, the one-call form at some levels, the FD."""
         workdir = self.root / case.name
         found = runs.load(workdir)
         model, train = found.model, found.source("train")
@@ -84,20 +134,25 @@ class Bench(Files):
         monitor = memorization.Monitor(
             training.memorization, model, found.sampler, found.data, train, None, workdir, 0
         )
+        judge, real = None, None
+        if case.kind in JUDGED:
+            judge = features.load(f"classifier:{judge_of(case.kind).root / 'judge_features'}")
+            real = metrics.moments(judge(*found.source("test")[np.arange(HELD_OUT)]).features)
         labels = np.resize(np.arange(model.null_label), max(round(SAMPLES * self.scale), 20))
         sampler, rows = dataclasses.replace(found.sampler, method="dpmpp_2m"), []
-        losses = {r["step"]: r["eval_loss"] for r in read_lines(workdir / "metrics.jsonl")
-                  if "eval_loss" in r}  # fmt: skip
+        logged = {r["step"]: r for r in read_lines(workdir / "metrics.jsonl") if "eval_loss" in r}
         for reading in memorization.past(workdir, training.num_steps):
             params, step = found.weights(step=reading["step"])
             samples = images.clip(generate.generate(model, params, labels, sampler, batch_size=60))
-            calls = {
-                f"one_call_{factor}": monitor.one_call(params, factor * monitor.first_level)
-                for factor in FACTORS
-            }
-            copies = evaluate.memorized(samples, train)
-            rows.append({**reading, "copies": copies, **calls, "eval_loss": losses[step],
-                         "first_level": monitor.first_level})  # fmt: skip
+            row = {f"one_call_{factor}": monitor.one_call(params, factor * monitor.first_level)
+                   for factor in FACTORS}  # fmt: skip
+            row |= {key: logged[step][key] for key in ("eval_loss", "icr") if key in logged[step]}
+            if judge:
+                fake = metrics.moments(judge(samples, labels).features)
+                row["frechet"] = metrics.frechet_distance(fake, real)
+            ratios, _ = evaluate.copies(samples, train)
+            rows.append({**reading, **row, "first_level": monitor.first_level,
+                         "copies": float((ratios < metrics.COPY).mean())})  # fmt: skip
         self.write(f"curves/{case.name}", rows, workdir)
 
     def cost(self, file: str) -> None:
@@ -112,16 +167,44 @@ class Bench(Files):
         self.write(f"cost_{file}", found)
 
     def tasks(self) -> list[Task]:
-        """A training and its curve for each case, in the order of CASES, after the costs."""
-        do = functools.partial
-        tasks = [Task(f"cost_{file}", do(self.cost, file), f"cost_{file}.json") for file in COSTS]
+        """A training and its curve for each case, in the order of CASES, after the costs.
+
+        Cases whose curve is in the result file are not made again.
+        """
+        do, stored = functools.partial, before().get("curves", {})
+        tasks = [Task(f"cost_{file}", do(self.cost, file), f"cost_{file}.json") for file in COSTS
+                 if not stored]  # fmt: skip
+        judges = {kind: str(judge_of(kind).root / image_bench.done("judge_features"))
+                  for kind in JUDGED}  # fmt: skip
+        base = str(TRANSFER.root / image_bench.done("base"))
+        tasks += [Task(f"judge_{kind}", do(judge_of(kind).judge, "features"), there)
+                  for kind, there in judges.items()]  # fmt: skip
+        tasks += [Task("emoji", self.emoji, "emoji_made.json"), Task("base", self.base, base)]
         for case in CASES:
+            if case.name in stored:
+                continue
             trained = f"{case.name}/done.json"
-            train = do(self.train, case.name, "digits", self.config(case))
-            tasks += [Task(case.name, train, trained),
-                      Task(f"curve_{case.name}", do(self.curve, case),
-                           f"curves/{case.name}.json", (trained,))]  # fmt: skip
+            needs = {"emoji": "emoji_made.json", "fine-tuning": base}.get(case.kind)
+            judge = judges.get(case.kind)
+            tasks += [
+                Task(case.name, do(self.trained, case), trained, (needs,) if needs else ()),
+                Task(f"curve_{case.name}", do(self.curve, case), f"curves/{case.name}.json",
+                     (trained, judge) if judge else (trained,)),
+            ]  # fmt: skip
         return tasks
+
+    def trained(self, case: Case) -> None:
+        self.train(case.name, case.file, self.config(case))
+
+
+def judge_of(kind: str) -> image_bench.Bench:
+    """The bench whose first judge gives the features of the FD."""
+    return image_bench.Bench(JUDGED[kind])
+
+
+def before() -> dict[str, Any]:
+    path = RESULTS / "memorization.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def judged(case: Case, rows: list[dict]) -> dict[str, Any]:
@@ -140,7 +223,7 @@ def judged(case: Case, rows: list[dict]) -> dict[str, Any]:
     ratio = warned["step"] / copied["step"] if warned and copied else None
     return {
         "named": case.name in NAMED, "images": case.limit or 1437, "seed": case.seed,
-        "narrow": bool(case.changes),
+        "kind": case.kind, "narrow": "narrow" in case.name, "flip": "flip" in case.name,
         "steps": rows[-1]["step"], "earlier": step(earlier), "warning": step(warned),
         "likely": step(likely),
         "first_copies": step(copied), "many_copies": step(first("copies", MANY)),
@@ -157,14 +240,17 @@ def judged(case: Case, rows: list[dict]) -> dict[str, Any]:
 
 
 def collect(bench: Bench) -> dict:
-    """All complete curves, and what they say."""
-    cases = [case for case in CASES if bench.there(f"curves/{case.name}")]
-    curves = {case.name: bench.read(f"curves/{case.name}") for case in cases}
-    rows = [{"name": case.name, **judged(case, curves[case.name])} for case in cases]
-    made_by = {name: bench.made_by(f"curves/{name}") for name in curves}
-    made_by |= {f"cost_{file}": bench.made_by(f"cost_{file}") for file in COSTS}
-    costs = [{"config": file, **bench.read(f"cost_{file}")} for file in COSTS]
-    return {"rows": rows, "costs": costs, "curves": curves, "scale": bench.scale,
+    """All complete curves, of this root and of the result file, and what they say."""
+    old = before()
+    there = [case.name for case in CASES if bench.there(f"curves/{case.name}")]
+    curves = old.get("curves", {}) | {name: bench.read(f"curves/{name}") for name in there}
+    made_by = old.get("made_by", {}) | {name: bench.made_by(f"curves/{name}") for name in there}
+    costs = [{"config": f, **bench.read(f"cost_{f}")} for f in COSTS if bench.there(f"cost_{f}")]
+    if costs:
+        made_by |= {f"cost_{file}": bench.made_by(f"cost_{file}") for file in COSTS}
+    rows = [{"name": case.name, **judged(case, curves[case.name])} for case in CASES
+            if case.name in curves]  # fmt: skip
+    return {"rows": rows, "costs": costs or old["costs"], "curves": curves, "scale": bench.scale,
             "made_by": made_by}  # fmt: skip
 
 
