@@ -106,3 +106,13 @@ def test_other_shapes_and_uses_are_refused():
         model.denoise(params)
     with pytest.raises(ValueError, match="is no emulator"):
         Model(MLP(width=4, depth=1), EDM(1.0), DataInfo((2,), 1, 1.0)).forecast(params)
+
+
+def test_a_field_of_one_row_is_a_ring():
+    """By the ring's own parameters; and its channels are those of a place."""
+    ring, params = drawn(Emulator(out_channels=7, width=4, hidden=3, depth=1, reach=2), (1, 7))
+    x = RNG.normal(size=(2, 1, 7))
+    field = Emulator(out_channels=1, width=4, hidden=3, depth=1, reach=2)
+    for shape in ((7, 1, 1), (1, 7, 1)):
+        got = field.apply({"params": params}, jnp.float32(x.reshape(2, 1, *shape)), *NONE)
+        np.testing.assert_allclose(got.reshape(2, 1, 7), ring(x), atol=1e-5)

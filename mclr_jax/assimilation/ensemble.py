@@ -63,6 +63,12 @@ class Emulator:
         return offset + scale * mean[:, 0]
 
 
+def as_tree(step: Forecast) -> Any:
+    """The forecast as a tree, whose arrays are arguments of compiled functions."""
+    is_tree = isinstance(step, Emulator | jax.tree_util.Partial)
+    return step if is_tree else jax.tree_util.Partial(step)
+
+
 # ---- localisation --------------------------------------------------------------------------------
 
 
@@ -284,7 +290,7 @@ def assimilate(
                                      done + np.arange(frames + forecast))  # fmt: skip
     mean, reach = states.mean(0).ravel(), settings.clip * states.std(0).ravel()
     told = settings.inflation, settings.relaxation, mean - reach, mean + reach
-    step = step if isinstance(step, Emulator) else jax.tree_util.Partial(step)
+    step = as_tree(step)
     near = weights(obs.operator, shape, settings.radius) if method == "enkf" else ()
     some = max(1, batch_size // ensemble)
     for start in range(0, count, some):

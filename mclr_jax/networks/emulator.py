@@ -40,9 +40,9 @@ class Block(nn.Module):
 class Emulator(Network):
     """The change of each frame's state to the next one, from that state alone; 0 at the start.
 
-    With `reach`, coordinates (d,) are places on a ring and fields (H, W, C) have places on a torus;
-    the network is the same at each place and sees those near it, further with each block. Without,
-    all coordinates are the channels of one place.
+    With `reach`, coordinates (d,) are places on a ring and fields (H, W, C) have places on a torus,
+    or on a ring if a side is 1; the network is the same at each place and sees those near it,
+    further with each block. Without, all coordinates are the channels of one place.
     """
 
     out_channels: int = 3
@@ -68,7 +68,7 @@ class Emulator(Network):
                 "(B, F, d), or fields (B, F, H, W, C) and a reach of 1 or more"
             )
         ring = bool(self.reach) and not fields
-        axes = (2, 3) if fields else (2,) * ring
+        axes = tuple(axis for axis in (2, 3) if x.shape[axis] > 1) if fields else (2,) * ring
         if axes and 2 * self.reach >= (least := min(x.shape[axis] for axis in axes)):
             raise ValueError(
                 f"network.reach is {self.reach} for x of shape {x.shape}; expected at most "
