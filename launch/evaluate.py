@@ -145,7 +145,8 @@ def _run(written: pathlib.Path | None) -> tuple[list, dict]:
     options = {"names": compare.permitted(METRICS.value, real), "judge": judge, "seed": SEED.value,
                "num_samples": count, "training": train if MEMORIZED.value else None}  # fmt: skip
     has_floor = test is not None and not REFERENCE.value
-    floor = evaluate.floor(test, extractor, real, **options) if has_floor else {}
+    shown = {**options, "flip": run.data.flip}
+    floor = evaluate.floor(test, extractor, real, **shown) if has_floor else {}
     total = count * len(scales) * len(EMAS.value) * len(places)
     with Progress(total, "sample") as progress:
         rows = evaluate.evaluate(

@@ -124,6 +124,12 @@ def test_autoguidance_and_copies_are_rows_of_their_own(made):
     assert copies["memorized"] == 0
     mixed = np.concatenate([samples[:5], training[np.arange(15)][0] / np.float32(127.5) - 1])
     assert evaluate.memorized(mixed, training) == 0.75
+    mirrored = mixed[:, :, ::-1]
+    assert evaluate.memorized(mirrored, training) == 0
+    for some in (mirrored, mixed):
+        ratios, nearest = evaluate.copies(some, training, flip=True)
+        assert (ratios < metrics.COPY).mean() == 0.75
+        np.testing.assert_array_equal(nearest[5:, 0], np.arange(15))
     found = metrics.copy_measures(np.linspace(0, 1, 101))
     assert found == pytest.approx({"memorized": 34 / 101, "copy_ratio": 0.01})
     ratios, nearest = evaluate.copies(mixed, training)

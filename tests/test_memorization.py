@@ -220,19 +220,33 @@ def test_copies_are_likely_no_earlier_than_the_warning():
 
 
 def test_copies_are_counted_in_the_features_of_an_extractor(tmp_path, monkeypatch):
-    """Its features do not change if an image is turned upside down, as 2 of 4 samples are."""
-    samples = HELD_OUT.images[:4].copy()
+    """Its features do not change if an image is turned upside down, as 2 of 4 samples are; those
+    of the training images are computed once."""
+    samples, seen = HELD_OUT.images[:4].copy(), []
     samples[:2] = TRAIN.images[5:7, ::-1]
 
     def turned(pixels, labels):
+        seen.append(len(pixels))
         found = np.sort(np.asarray(pixels, np.float64), axis=1).reshape(len(pixels), -1)
         return features.Features(found, found[:, :0], labels)
 
     monkeypatch.setattr(features, "load", lambda name: turned)
     monkeypatch.setattr(generate, "generate", lambda *_: samples)
-    found = monitor(tmp_path, samples=4, features="turned")(1, jnp.ones(()))
-    assert found["memorization_copies_by_features"] == 0.5
-    assert found["memorization_copies"] == 0
+    read = monitor(tmp_path, samples=4, features="turned")
+    for step in (1, 3):  # 2 steps apart, the pause
+        found = read(step, jnp.ones(()))
+        assert found["memorization_copies_by_features"] == 0.5
+        assert found["memorization_copies"] == 0
+    assert sorted(seen) == [4, 4, 64]
+
+
+def test_a_mirrored_copy_counts_where_training_shows_mirrored_images(tmp_path, monkeypatch):
+    samples = HELD_OUT.images[:4].copy()
+    samples[:3] = TRAIN.images[5:8, :, ::-1]
+    monkeypatch.setattr(generate, "generate", lambda *_: samples)
+    for flip, expected in ((False, 0), (True, 0.75)):
+        read = dataclasses.replace(monitor(tmp_path, samples=4), data=Data(flip=flip))
+        assert read(1, jnp.ones(()))["memorization_copies"] == expected
 
 
 def test_readings_begin_by_themselves_where_images_are_held_out(tmp_path, caplog):
@@ -267,5 +281,4 @@ def test_the_checkpoint_before_the_warning_is_kept_across_a_stop(tmp_path, caplo
     assert "before the first warning, of step 4, is kept" in caplog.text
     with Checkpoints(tmp_path / "checkpoints", None) as checkpoints:
         assert {4, 8} <= {*checkpoints.steps()}
-        assert checkpoints.before_warning() == 4
     assert runs.load(tmp_path).weights(step=4)[1] == 4

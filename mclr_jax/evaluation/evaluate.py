@@ -92,17 +92,26 @@ def flat(examples: np.ndarray) -> np.ndarray:
     return np.asarray(to_float(jnp.asarray(examples))).reshape(len(examples), -1)
 
 
-def copies(samples: np.ndarray, training: Source) -> tuple[np.ndarray, np.ndarray]:
+def copies(
+    samples: np.ndarray, training: Source, flip: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """`metrics.copy_ratios` (n,) of samples (n, ...), uint8 or in [-1, 1], by their pixels, and the
-    two nearest training images (n, 2)."""
+    two nearest training images (n, 2).
+
+    With `flip`, where training shows mirrored images, too, a sample has the lower one of its own
+    ratio and that of its mirror image.
+    """
+    shown = [samples, samples[:, :, ::-1]] if flip else [samples]
     real = (flat(training[rows][0]) for rows in batches(training))
-    distances, rows = metrics.two_nearest(real, flat(samples))
-    return metrics.copy_ratios(distances), rows
+    distances, nearest = metrics.two_nearest(real, np.concatenate([flat(x) for x in shown]))
+    ratios = metrics.copy_ratios(distances).reshape(len(shown), -1)
+    chosen = ratios.argmin(0), np.arange(len(samples))
+    return ratios[chosen], nearest.reshape(len(shown), -1, 2)[chosen]
 
 
-def memorized(samples: np.ndarray, training: Source) -> float:
-    """Share of samples (n, ...), uint8 or in [-1, 1], whose pixels copy a training image."""
-    return copy_measures(copies(samples, training)[0])["memorized"]
+def memorized(samples: np.ndarray, training: Source, flip: bool = False) -> float:
+    """Share of samples that copy a training image; the arguments are those of `copies`."""
+    return copy_measures(copies(samples, training, flip)[0])["memorized"]
 
 
 def copies_picture(
@@ -232,13 +241,15 @@ def real_data(run: runs.Run) -> tuple[Source, Source | None]:
 
 def floor(
     test: Source, extractor: Extractor, real: RealStatistics, *, num_samples: int, seed: int,
-    training: Source | None = None, **options: Any,
+    training: Source | None = None, flip: bool = False, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """The measures of held-out images, at most `num_samples`; the options are those of `judged`,
-    and `training` of `evaluate`."""
+    `training` that of `evaluate` and `flip` that of `copies`."""
     held_out, labels = test[drawn(test, num_samples, seed, by_class=True)]
     found = {"samples": len(labels), **judged(held_out, labels, extractor, real, **options)}
-    return found if training is None else found | copy_measures(copies(held_out, training)[0])
+    if training is not None:
+        found |= copy_measures(copies(held_out, training, flip)[0])
+    return found
 
 
 def batches(source: Source) -> list[np.ndarray]:
@@ -298,6 +309,7 @@ def evaluate(
     }  # fmt: skip
     fixed |= {"autoencoder": decode.digest} if decode else {}
     fixed |= {"memorized_from": _content(training)} if training is not None else {}
+    fixed |= {"memorized_mirrored": True} if training is not None and run.data.flip else {}
     for average, interpolation in itertools.product(averages, interpolations):
         params, step = run.weights(average, interpolation=interpolation)
         which = {"step": step, "average": average, "weights": digest(params)}
@@ -323,7 +335,7 @@ def evaluate(
             pixels = latents.as_8_bits(samples, decode)
             found = judged(pixels, labels, extractor, real, names, judge)
             if training is not None:
-                found |= copy_measures((near := copies(pixels, training))[0])
+                found |= copy_measures((near := copies(pixels, training, run.data.flip))[0])
                 if (picture := copies_picture(pixels, training, *near)) is not None:
                     cost["picture"], shown = f"{path.stem}.png", picture
             rows.append({**settings, **found, **cost, **made_by})

@@ -29,6 +29,7 @@ from mclr_jax.model import Model
 from mclr_jax.noise import normal_like, sample_keys
 from mclr_jax.samplers import Sampler
 from mclr_jax.training.beside import Memorization
+from mclr_jax.training.checkpoint import before_warning
 from mclr_jax.training.devices import in_batches, replicated, shardings, spread_size
 
 NOISES = 2  # for each image, the same at every reading
@@ -40,6 +41,7 @@ ONE_CALL_LEVEL = 2.8  # at this multiple of `first_level`
 # Training images among which the nearest is looked for: at most; those that are held in memory have
 # at most so many numbers, or are so few.
 NEIGHBOURS, NUMBERS, LEAST = 8192, 2**25, 256
+FEATURES = 2**16  # training images whose features are kept to count copies by
 SHARE, ERROR, SIGMA, WARNING = (
     "memorization_gap", "memorization_error", "memorization_sigma", "memorization_warning"
 )  # fmt: skip
@@ -163,6 +165,14 @@ class Monitor:
         return evaluate.flat(self.source[chosen][0])
 
     @functools.cached_property
+    def features(self) -> np.ndarray:
+        """Those of training images (n, d), of FEATURES drawn ones where there are more."""
+        assert self.extractor is not None
+        real = latents.decoded(self.source, latents.decoder(self.data, self.model))
+        parts = np.array_split(drawn(real, FEATURES), -(-min(len(real), FEATURES) // 512))
+        return np.concatenate([self.extractor(*real[rows]).features for rows in parts])
+
+    @functools.cached_property
     def distance(self) -> float:
         """The median distance from held-out images, or training images, to the nearest other."""
         side = "train" if self.held_out is None else "held_out"
@@ -229,24 +239,21 @@ class Monitor:
         except FloatingPointError as error:  # no reason to stop a run
             logging.warning("No samples at step %d: %s", step, error)
             return {}
-        found = {"memorization_copies": evaluate.memorized(samples, self.source)}
+        found = {"memorization_copies": evaluate.memorized(samples, self.source, self.data.flip)}
         if self.extractor is not None:
-            decode = latents.decoder(self.data, self.model)
-            real = latents.decoded(self.source, decode)
-            seen = (self.extractor(*real[rows]).features for rows in evaluate.batches(real))
-            fake = self.extractor(latents.as_8_bits(samples, decode), labels).features
-            share = metrics.memorized_fraction(seen, fake)
+            pixels = latents.as_8_bits(samples, latents.decoder(self.data, self.model))
+            fake = self.extractor(pixels, labels).features
+            share = metrics.memorized_fraction(self.features, fake)
             found["memorization_copies_by_features"] = share
         return found
 
     def _warn(self, step: int, stage: int, values: dict[str, float]) -> None:
-        folder = self.workdir / "checkpoints" / "metrics.jsonl"
-        fine = [r["step"] for r in read_lines(folder) if r.get("memorization") == 0]
+        last = before_warning(read_lines(self.workdir / "checkpoints" / "metrics.jsonl"))
         kept = (
-            f"the last checkpoint before the first warning, of step {fine[-1]}, is kept (mclr "
-            f"sample --checkpoint={fine[-1]})"
-            if fine
-            else "no checkpoint is older: to keep one, lower config.checkpoint_every"
+            "no checkpoint is older: to keep one, lower config.checkpoint_every"
+            if last is None
+            else f"the last checkpoint before the first warning, of step {last}, is kept (mclr "
+            f"sample --checkpoint={last})"
         )
         if self.held_out is None:
             logging.warning(

@@ -56,5 +56,6 @@ class Monitor:
         if options.samples:
             labels = np.resize(np.arange(model.null_label), options.samples)
             samples = generate.generate(model, params, labels, self.sampler)
-            values["icr_memorized"] = evaluate.memorized(images.clip(samples), self.source)
+            pixels = images.clip(samples)
+            values["icr_memorized"] = evaluate.memorized(pixels, self.source, self.flip)
         return values

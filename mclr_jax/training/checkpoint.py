@@ -5,7 +5,7 @@ import json
 import math
 import pathlib
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from shutil import disk_usage
 from typing import Any
 
@@ -94,14 +94,9 @@ class Checkpoints:
         """True for each checkpoint to keep: this object is the preservation policy of Orbax."""
         del context
         steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = {*steps[::-1][: self._keep], self._lowest("loss", steps), self.before_warning(steps)}
+        unwarned = before_warning(self._metrics[step] for step in steps if step in self._metrics)
+        kept = {*steps[::-1][: self._keep], self._lowest("loss", steps), unwarned}
         return [step in kept for step in steps]
-
-    def before_warning(self, steps: Iterable[int] | None = None) -> int | None:
-        """The newest of the steps, by default of all on disk, whose metric `memorization` is 0."""
-        some = self.steps() if steps is None else steps
-        before = [s for s in some if self._metrics.get(s, {}).get("memorization") == 0]
-        return max(before, default=None)
 
     def require_space(self, state: Any) -> None:
         """Raise OSError if the disk has too little free space for a checkpoint of the state."""
@@ -204,6 +199,11 @@ class Checkpoints:
             (self.directory / str(step)).rename(target)
         barrier("checkpoint set aside")
         self._manager.reload()
+
+
+def before_warning(records: Iterable[Mapping[str, Any]]) -> int | None:
+    """The last step among records of checkpoints/metrics.jsonl whose `memorization` is 0."""
+    return max((r["step"] for r in records if r.get("memorization") == 0), default=None)
 
 
 def digests(tree: Any) -> dict[str, int]:
