@@ -2,8 +2,8 @@
 
   python benchmarks/memorization.py --jobs=1      # tasks at a time, one core each
 
-Small DiTs are trained on few and on many images: 8x8 digits, Fashion-MNIST, emoji in colour, and a
-base of other classes of Fashion-MNIST that is fine-tuned. Along each run the gap is that of the
+Small DiTs are trained on few and on many images: 8x8 digits, Fashion-MNIST, emoji in colour, and
+digits from a base of Fashion-MNIST at 8x8. Along each run the gap is that of the
 monitor in training, and copies are counted among samples of the same checkpoints. The rules, gap
 less two standard errors against a threshold, are judged on these curves: EARLIER was fixed on other
 runs; RULE, the default of config.memorization, and the level of the one-call form on the runs NAMED
@@ -25,11 +25,12 @@ from typing import Any, NamedTuple
 import image_bench
 import numpy as np
 from icr import cost_of
+from PIL import Image
 from tasks import RESULTS, ROOT, Files, Task, add_flags, config_of, run
-from transfer import PLAIN, TARGET, Transfer
 
 from mclr_jax import generate, hooks, images, runs
 from mclr_jax.config import Training
+from mclr_jax.data import sources
 from mclr_jax.evaluation import evaluate, features, metrics
 from mclr_jax.experiment import Experiment
 from mclr_jax.files import read_lines, save_arrays, write_json
@@ -42,9 +43,10 @@ FACTORS = (1.4, 2.0, 2.8, 4.0)  # of `first_level`: levels of the one-call form
 EARLIER, RULE, LIKELY = 0.65, 0.6, 0.75  # thresholds
 NAMED = ("images_64", "images_128", "images_256")
 COSTS = ("digits", "fashion_mnist")
-JUDGED = {"digits": "digits", "Fashion-MNIST": "fashion_mnist"}  # data with a judge for the FD
+TUNED = "digits, fine-tuned"
+JUDGED = {"digits": "digits", TUNED: "digits", "Fashion-MNIST": "fashion_mnist"}  # by kind: data
 HELD_OUT = 360  # images that the FD is to, of the digits all
-TRANSFER = Transfer()
+BASE = {"num_steps": 3000, "eval_examples": 0, "memorization.every_steps": -1}  # of fine-tuning
 NARROW = {"network.width": 32, "network.heads": 2}
 
 
@@ -76,13 +78,19 @@ def emoji(name: str, steps: int, changes: Mapping[str, Any] = {}) -> Case:
     return Case(name, 128, steps, 0, size, "fashion_mnist", "emoji")
 
 
+def tuned(name: str, limit: int, steps: int) -> Case:
+    base = {"init_from": f"{ROOT}/runs/memorization/base", "new_labels": "drawn"}
+    return Case(name, limit, steps, 0, base, "digits", TUNED)
+
+
 CASES = (
     Case("images_64", 64, 900), Case("images_128", 128, 1800), Case("images_256", 256, 4000),
     Case("images_64_seed_1", 64, 900, 1), Case("images_128_seed_1", 128, 1800, 1),
     Case("images_all", 0, 5000), Case("narrow_256", 256, 5000, 0, NARROW),
     Case("images_256_seed_1", 256, 4000, 1), Case("images_512", 512, 9000),
     fashion("fashion_128", 128, 4000), fashion("fashion_narrow_256", 256, 9000, 0, NARROW),
-    emoji("emoji_128", 3000), Case("fine_tuned", 192, 12000, 0, {}, "finetune", "fine-tuning"),
+    emoji("emoji_128", 3000), tuned("fine_tuned_64", 64, 900),
+    tuned("fine_tuned_128", 128, 1800),
     fashion("fashion_256", 256, 10000), emoji("emoji_128_flip", 3000, {"data.flip": True}),
     fashion("fashion_128_seed_1", 128, 4000, 1),
 )  # fmt: skip
@@ -105,10 +113,7 @@ class Bench(Files):
             "icr.every_steps": 0 if 0 < case.limit < FEWEST else every, "eval_examples": 512,
             **case.changes,
         }  # fmt: skip
-        if case.file != "finetune":
-            return config_of(case.file, changes)
-        changes |= {"data.test": f"npz:{self.root / 'held_out.npz'}"}
-        return TRANSFER.fine_tuning(case.seed, PLAIN | changes)
+        return config_of(case.file, changes)
 
     def emoji(self) -> None:
         """All emoji, in folders."""
@@ -118,12 +123,13 @@ class Bench(Files):
         self.write("emoji_made", out)
 
     def base(self) -> None:
-        """The base of fine-tuning, and held-out images with the labels of its subsets."""
-        TRANSFER.sets()
-        with np.load(TRANSFER.root / "test.npz") as file:
-            labels = np.searchsorted(TARGET, file["labels"])
-            save_arrays(self.root / "held_out.npz", images=file["images"], labels=labels)
-        TRANSFER.train_base()
+        """The base of fine-tuning: configs/digits.py on Fashion-MNIST, by means of pixels."""
+        pixels, labels = sources.load("fashion_mnist", "train")[np.arange(60_000)]
+        small = [np.asarray(Image.fromarray(x).resize((8, 8), Image.Resampling.BOX))
+                 for x in pixels[..., 0]]  # fmt: skip
+        save_arrays(self.root / "base.npz", images=np.stack(small)[..., None], labels=labels)
+        data = {"data.name": f"npz:{self.root / 'base.npz'}"}
+        self.train("base", "digits", config_of("digits", BASE | RATE | data))
 
     def curve(self, case: Case) -> None:
         """Beside each reading: copies among samples, the one-call form at some levels, the FD."""
@@ -136,7 +142,8 @@ class Bench(Files):
         )
         judge, real = None, None
         if case.kind in JUDGED:
-            judge = features.load(f"classifier:{judge_of(case.kind).root / 'judge_features'}")
+            judged_by = image_bench.Bench(JUDGED[case.kind]).root / "judge_features"
+            judge = features.load(f"classifier:{judged_by}")
             real = metrics.moments(judge(*found.source("test")[np.arange(HELD_OUT)]).features)
         labels = np.resize(np.arange(model.null_label), max(round(SAMPLES * self.scale), 20))
         sampler, rows = dataclasses.replace(found.sampler, method="dpmpp_2m"), []
@@ -150,7 +157,7 @@ class Bench(Files):
             if judge:
                 fake = metrics.moments(judge(samples, labels).features)
                 row["frechet"] = metrics.frechet_distance(fake, real)
-            ratios, _ = evaluate.copies(samples, train)
+            ratios, _ = evaluate.copies(samples, train, found.data.flip)
             rows.append({**reading, **row, "first_level": monitor.first_level,
                          "copies": float((ratios < metrics.COPY).mean())})  # fmt: skip
         self.write(f"curves/{case.name}", rows, workdir)
@@ -174,18 +181,18 @@ class Bench(Files):
         do, stored = functools.partial, before().get("curves", {})
         tasks = [Task(f"cost_{file}", do(self.cost, file), f"cost_{file}.json") for file in COSTS
                  if not stored]  # fmt: skip
-        judges = {kind: str(judge_of(kind).root / image_bench.done("judge_features"))
-                  for kind in JUDGED}  # fmt: skip
-        base = str(TRANSFER.root / image_bench.done("base"))
-        tasks += [Task(f"judge_{kind}", do(judge_of(kind).judge, "features"), there)
-                  for kind, there in judges.items()]  # fmt: skip
+        judges = {data: str(image_bench.Bench(data).root / image_bench.done("judge_features"))
+                  for data in JUDGED.values()}  # fmt: skip
+        tasks += [Task(f"judge_{data}", do(image_bench.Bench(data).judge, "features"), there)
+                  for data, there in judges.items()]  # fmt: skip
+        base = image_bench.done("base")
         tasks += [Task("emoji", self.emoji, "emoji_made.json"), Task("base", self.base, base)]
         for case in CASES:
             if case.name in stored:
                 continue
             trained = f"{case.name}/done.json"
-            needs = {"emoji": "emoji_made.json", "fine-tuning": base}.get(case.kind)
-            judge = judges.get(case.kind)
+            needs = {"emoji": "emoji_made.json", TUNED: base}.get(case.kind)
+            judge = judges.get(JUDGED.get(case.kind, ""))
             tasks += [
                 Task(case.name, do(self.trained, case), trained, (needs,) if needs else ()),
                 Task(f"curve_{case.name}", do(self.curve, case), f"curves/{case.name}.json",
@@ -195,11 +202,6 @@ class Bench(Files):
 
     def trained(self, case: Case) -> None:
         self.train(case.name, case.file, self.config(case))
-
-
-def judge_of(kind: str) -> image_bench.Bench:
-    """The bench whose first judge gives the features of the FD."""
-    return image_bench.Bench(JUDGED[kind])
 
 
 def before() -> dict[str, Any]:
