@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import image_bench
 import numpy as np
-from icr import cost_of
+from icr import cost_of, turned
 from PIL import Image
 from tasks import RESULTS, ROOT, Files, Task, add_flags, config_of, run
 
@@ -87,11 +87,11 @@ CASES = (
     Case("images_64", 64, 900), Case("images_128", 128, 1800), Case("images_256", 256, 4000),
     Case("images_64_seed_1", 64, 900, 1), Case("images_128_seed_1", 128, 1800, 1),
     Case("images_all", 0, 5000), Case("narrow_256", 256, 5000, 0, NARROW),
-    Case("images_256_seed_1", 256, 4000, 1), Case("images_512", 512, 9000),
-    fashion("fashion_128", 128, 4000), fashion("fashion_narrow_256", 256, 9000, 0, NARROW),
-    emoji("emoji_128", 3000), tuned("fine_tuned_64", 64, 900),
-    tuned("fine_tuned_128", 128, 1800),
-    fashion("fashion_256", 256, 10000), emoji("emoji_128_flip", 3000, {"data.flip": True}),
+    Case("images_256_seed_1", 256, 4000, 1), tuned("fine_tuned_64", 64, 900),
+    tuned("fine_tuned_128", 128, 1800), fashion("fashion_128", 128, 4000),
+    emoji("emoji_128", 3000), Case("images_512", 512, 9000),
+    fashion("fashion_narrow_256", 256, 9000, 0, NARROW),
+    emoji("emoji_128_flip", 3000, {"data.flip": True}), fashion("fashion_256", 256, 10000),
     fashion("fashion_128_seed_1", 128, 4000, 1),
 )  # fmt: skip
 
@@ -238,7 +238,31 @@ def judged(case: Case, rows: list[dict]) -> dict[str, Any]:
         "sigma": rows[-1][memorization.SIGMA], "copies_at_the_end": rows[-1]["copies"],
         "lowest_loss": min(rows, key=lambda row: row["eval_loss"])["step"],
         "one_call": {f: step(first(f"one_call_{f}", memorization.ONE_CALL)) for f in FACTORS},
+        **distances(rows, warned, copied), **turns(rows),
     }  # fmt: skip
+
+
+def distances(rows: list[dict], warned: dict | None, copied: dict | None) -> dict[str, float]:
+    """The FD of the reading before the warning, and the lowest one before the first copies.
+
+    Each FD is the geometric mean over a reading and its neighbours.
+    """
+    if "frechet" not in rows[0]:
+        return {}
+    logs = np.log([row["frechet"] for row in rows])
+    smooth = [float(np.exp(logs[max(i - 1, 0) : i + 2].mean())) for i in range(len(rows))]
+    kept = rows.index(warned) - 1 if warned else len(rows) - 1
+    before_copies = rows.index(copied) if copied else len(rows)
+    return {"frechet_kept": smooth[kept], "frechet_best": min(smooth[:before_copies])}
+
+
+def turns(rows: list[dict]) -> dict[str, int | None]:
+    """The step where the ICR, by the rule of icr.py, has turned up."""
+    if "icr" not in rows[0]:
+        return {}
+    readings = [(row["step"], row["icr"]) for row in rows]
+    past = (readings[: i + 1] for i in range(len(readings)))
+    return {"icr_warning": next((seen[-1][0] for seen in past if turned(seen)), None)}
 
 
 def collect(bench: Bench) -> dict:
