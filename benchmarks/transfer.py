@@ -247,9 +247,9 @@ class Transfer(Bench):
         ]  # fmt: skip
         rows = [(m, s, VALIDATION) for late, _, _, m, s in sorted(middle, key=lambda row: row[:3])
                 if stage > 1 or not late]  # fmt: skip
-        chosen = [(m, s, seed) for seed, m in itertools.product(seeds, METHODS)
+        chosen = [(m, s, seed) for seed, m in itertools.product(seeds if stage else (), METHODS)
                   for s in self.chosen(m)]  # fmt: skip
-        rows += chosen if stage else []
+        rows += chosen
         for method, strength, seed in rows:
             place, name = self.name_of(method, strength, seed), self.set_of(method, strength, seed)
             if self.there(f"sets/{name}"):  # its weights are needed no more
@@ -262,7 +262,7 @@ class Transfer(Bench):
             ]  # fmt: skip
         tasks = [*{task.name: task for task in tasks}.values()]
         names = ["real_train", "real_test", f"real_subset_{self.per_class}",
-                 *(self.set_of(*row) for row in chosen if stage)]  # fmt: skip
+                 *(self.set_of(*row) for row in chosen)]  # fmt: skip
         return tasks + self.second_tasks(f"sets/{name}.json" for name in names if stage)
 
 
