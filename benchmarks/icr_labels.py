@@ -2,75 +2,75 @@
 
   python benchmarks/icr_labels.py
 
-Bases and fine-tunings are those of guidance_free.py, a base for each seed. The features are read
-at the null label, at the class of each image, and at labels drawn without the image. A network
-passes on the class that it is told: ICR counts the offset between classes as a property of the
-image, and a probe reads it. The ratio within classes leaves the offset out, and at drawn labels a
-probe has to read the image. Writes benchmarks/results/icr_labels_digits.json.
+A base for each seed, fine-tuned by each method at the noise levels of guidance_free.py. Features
+are read at the null label, at the class of each image, and at labels drawn without the image. A
+network passes on the class that it is told: ICR counts the offset between classes as a property of
+the image, and a probe reads it. The ratio within classes leaves the offset out, and at drawn labels
+a probe has to read the image. Writes benchmarks/results/icr_labels_digits.json.
 """
 
 import argparse
 import functools
 import math
+import pathlib
 import statistics
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from guidance_free import NEEDS, NOISE, ONCE, Comparison, place_of
+from guidance_free import NOISE, ONCE
 from icr import flips
-from image_bench import Model, done
-from tasks import RESULTS, Task, add_flags, run
+from image_bench import Bench, done
+from tasks import RESULTS, ROOT, Task, add_flags, run, training
 
 from mclr_jax import runs
 from mclr_jax.data.protocol import Arrays, Source
 from mclr_jax.files import write_json
 from mclr_jax.representation import blocks, icr, perturb, sweep
 
-SIGMAS = (0.06, 0.3, 1.09, 3.26, 20.0)  # at the last nothing is left of the image
-CONTROL = "DSM control"
+SIGMAS = (0.1, 0.5, 2.0, 20.0)  # at the last nothing is left of the image
+STEPS = 200  # of each fine-tuning
 METHODS: dict[str, dict[str, Any]] = {
-    CONTROL: {"objective.name": "dsm"},
+    "DSM control": {"objective.name": "dsm"},
     "mclr, beta 1": {},
-    **{name: ONCE[name] for name in ("mclr null, beta 1", "model_guidance", "cca", "ddo", "dpo")},
+    **{name: ONCE[name] for name in ("mclr null, beta 1", "model_guidance", "cca", "dpo")},
 }
+CONTROL = "DSM control"
 READINGS = ("icr", "icr_within_classes", "probe_accuracy")
 
 
-class Labels(Comparison):
-    """The comparison of guidance_free.py, whose models are read in place of sampled."""
+class Labels(Bench):
+    """The base and its fine-tunings, which are read in place of sampled."""
 
-    def models(self) -> dict[str, Model]:
-        return {name: Model("equal_dsm" if name == CONTROL else place_of(name), 0.0,
-                            options | NOISE, needs=NEEDS.get(name, ()))
-                for name, options in METHODS.items()}  # fmt: skip
+    @property
+    def root(self) -> pathlib.Path:  # type: ignore[override]
+        return ROOT / "runs" / f"icr_labels_{self.data}"
 
     def tasks(self, seeds: tuple[int, ...]) -> list[Task]:
-        """The readings, and the trainings that they need."""
-        read = [
-            Task(f"labels_{name}", functools.partial(self.readings, name), f"labels/{name}.json",
-                 (done(name),))
-            for name in (model.workdir(s) for s in seeds for model in self.models().values())
-        ]  # fmt: skip
-        return needed([*super().tasks(seeds), *read], {task.output for task in read})
+        """The classifier of MCLR, then all of a seed, whose trainings take less than a start."""
+        first = Task("classifier", self.train_classifier, done("classifier"))
+        do, needs = functools.partial, (first.output,)
+        return [first, *(Task(f"labels_{seed}", do(self.read_all, seed), f"labels_{seed}.json", needs)
+                         for seed in seeds)]  # fmt: skip
 
-    def readings(self, name: str) -> None:
-        """The readings of a work directory at all noise levels, where it is told each label."""
-        found, params = self.load(name)
-        rows = [
-            {"told": told, "sigma": sigma, **reading(found, params, sigma, told)}
-            for told in ("null", "class", "drawn")
-            for sigma in SIGMAS
-        ]
-        self.write(f"labels/{name}", rows, found.workdir)
+    def workdir(self, method: str, seed: int) -> str:
+        return f"{method.replace(',', '').replace(' ', '_')}_{seed}"
 
-
-def needed(tasks: Iterable[Task], outputs: set[str]) -> list[Task]:
-    """Those of the tasks that make the outputs, or what these need."""
-    tasks, wanted = [*tasks], set(outputs)
-    while more := {n for t in tasks if t.output in wanted for n in t.needs} - wanted:
-        wanted |= more
-    return [task for task in tasks if task.output in wanted]
+    def read_all(self, seed: int) -> None:
+        """Train what is not there, and read each method at all noise levels and labels."""
+        if not self.there(f"{self.base(seed)}/done"):
+            self.train_base(seed)
+        rows = []
+        for method, options in METHODS.items():
+            name = self.workdir(method, seed)
+            if not self.there(f"{name}/done"):
+                self.tune(name, seed, {**options, **NOISE, "num_steps": STEPS})
+            found, params = self.load(name)
+            rows += [
+                {"method": method, "seed": seed, "told": told, "sigma": sigma,
+                 **reading(found, params, sigma, told)}
+                for told in ("null", "class", "drawn") for sigma in SIGMAS
+            ]  # fmt: skip
+        self.write(f"labels_{seed}", rows)
 
 
 def drawn_labels(source: Source) -> Arrays:
@@ -117,15 +117,13 @@ def reading(found: runs.Run, params: Any, sigma: float, told: str) -> dict[str, 
         inside = within_classes(h, sources[0].labels)
         for name, views in zip(READINGS, map(icr.views, (h, inside)), strict=False):
             row[name] = icr.ratio(views, bias_corrected=True)
-    seen = [
-        x for source in sources for x in (features(source, number_of_views=1)[0], source.labels)
-    ]
-    return row | {"probe_accuracy": sweep.probe_accuracy(*seen)}
+    seen = [(features(source, number_of_views=1)[0], source.labels) for source in sources]
+    return row | {"probe_accuracy": sweep.probe_accuracy(*seen[0], *seen[1])}
 
 
-def spread(values: list[float]) -> tuple[float, float]:
+def spread(values: list[float]) -> tuple[float, float | None]:
     """Mean and standard error; a single value has none."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return statistics.mean(values), error
 
 
@@ -151,16 +149,14 @@ def summary(rows: list[dict]) -> list[dict]:
 
 
 def collect(bench: Labels, seeds: tuple[int, ...]) -> dict:
-    """All that was read."""
-    rows, made_by = [], {}
-    for seed in seeds:
-        for method, model in bench.models().items():
-            name = f"labels/{model.workdir(seed)}"
-            if bench.there(name):
-                key = {"method": method, "seed": seed}
-                rows += [{**key, **row} for row in bench.read(name)]
-                made_by[f"{method}, {seed}"] = bench.made_by(name)
-    return {"noise": [*NOISE.values()], "summary": summary(rows), "rows": rows, "made_by": made_by}
+    """All that was read, and the runs that it was read from."""
+    read = [seed for seed in seeds if bench.there(f"labels_{seed}")]
+    rows = [row for seed in read for row in bench.read(f"labels_{seed}")]
+    names = [bench.workdir(method, seed) for seed in read for method in METHODS]
+    names += [*map(bench.base, read), "classifier"]
+    return {"noise": [*NOISE.values()], "summary": summary(rows), "rows": rows,
+            "readings": {seed: bench.made_by(f"labels_{seed}") for seed in read},
+            "runs": {name: training(bench.root / name) for name in names}}  # fmt: skip
 
 
 def main() -> None:
