@@ -48,9 +48,12 @@ class Labels(Bench):
     def tasks(self, seeds: tuple[int, ...]) -> list[Task]:
         """The classifier of MCLR, then all of a seed, whose trainings take less than a start."""
         first = Task("classifier", self.train_classifier, done("classifier"))
-        do, needs = functools.partial, (first.output,)
-        return [first, *(Task(f"labels_{seed}", do(self.read_all, seed), f"labels_{seed}.json", needs)
-                         for seed in seeds)]  # fmt: skip
+        read = [
+            Task(f"labels_{seed}", functools.partial(self.read_all, seed), f"labels_{seed}.json",
+                 (first.output,))
+            for seed in seeds
+        ]  # fmt: skip
+        return [first, *read]
 
     def workdir(self, method: str, seed: int) -> str:
         return f"{method.replace(',', '').replace(' ', '_')}_{seed}"
