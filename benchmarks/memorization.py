@@ -45,7 +45,7 @@ NAMED = ("images_64", "images_128", "images_256")
 COSTS = ("digits", "fashion_mnist")
 TUNED = "digits, fine-tuned"
 JUDGED = {"digits": "digits", TUNED: "digits", "Fashion-MNIST": "fashion_mnist"}  # by kind: data
-HELD_OUT = 360  # images that the FD is to, of the digits all
+HELD_OUT = 300  # images that the FD is to, of the digits all
 BASE = {"num_steps": 3000, "eval_examples": 0, "memorization.every_steps": -1}  # of fine-tuning
 NARROW = {"network.width": 32, "network.heads": 2}
 
