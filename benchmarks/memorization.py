@@ -45,7 +45,7 @@ NAMED = ("images_64", "images_128", "images_256")
 COSTS = ("digits", "fashion_mnist")
 TUNED = "digits, fine-tuned"
 JUDGED = {"digits": "digits", TUNED: "digits", "Fashion-MNIST": "fashion_mnist"}  # by kind: data
-HELD_OUT = 300  # images that the FD is to, of the digits all
+HELD_OUT = 2000  # images that the FD is to, at most
 BASE = {"num_steps": 3000, "eval_examples": 0, "memorization.every_steps": -1}  # of fine-tuning
 NARROW = {"network.width": 32, "network.heads": 2}
 
@@ -144,9 +144,10 @@ class Bench(Files):
         if case.kind in JUDGED:
             judged_by = image_bench.Bench(JUDGED[case.kind]).root / "judge_features"
             judge = features.load(f"classifier:{judged_by}")
-            real = metrics.moments(judge(*found.source("test")[np.arange(HELD_OUT)]).features)
+            rows = np.arange(min(HELD_OUT, len(found.source("test"))))
+            real = metrics.moments(judge(*found.source("test")[rows]).features)
         labels = np.resize(np.arange(model.null_label), max(round(SAMPLES * self.scale), 20))
-        sampler, rows = dataclasses.replace(found.sampler, method="dpmpp_2m"), []
+        sampler, seen = dataclasses.replace(found.sampler, method="dpmpp_2m"), []
         logged = {r["step"]: r for r in read_lines(workdir / "metrics.jsonl") if "eval_loss" in r}
         for reading in memorization.past(workdir, training.num_steps):
             params, step = found.weights(step=reading["step"])
@@ -158,9 +159,9 @@ class Bench(Files):
                 fake = metrics.moments(judge(samples, labels).features)
                 row["frechet"] = metrics.frechet_distance(fake, real)
             ratios, _ = evaluate.copies(samples, train, found.data.flip)
-            rows.append({**reading, **row, "first_level": monitor.first_level,
+            seen.append({**reading, **row, "first_level": monitor.first_level,
                          "copies": float((ratios < metrics.COPY).mean())})  # fmt: skip
-        self.write(f"curves/{case.name}", rows, workdir)
+        self.write(f"curves/{case.name}", seen, workdir)
 
     def cost(self, file: str) -> None:
         """CPU time of the readings of configs/FILE.py as they are, without samples."""
