@@ -13,6 +13,7 @@ Needs the package installed (pip install -e .), and for emoji the packages of em
 """
 
 import argparse
+import collections
 import dataclasses
 import functools
 import json
@@ -148,7 +149,9 @@ class Bench(Files):
             real = metrics.moments(judge(*found.source("test")[rows]).features)
         labels = np.resize(np.arange(model.null_label), max(round(SAMPLES * self.scale), 20))
         sampler, seen = dataclasses.replace(found.sampler, method="dpmpp_2m"), []
-        logged = {r["step"]: r for r in read_lines(workdir / "metrics.jsonl") if "eval_loss" in r}
+        logged: dict[int, dict] = collections.defaultdict(dict)
+        for record in read_lines(workdir / "metrics.jsonl"):
+            logged[record["step"]] |= record
         for reading in memorization.past(workdir, training.num_steps):
             params, step = found.weights(step=reading["step"])
             samples = images.clip(generate.generate(model, params, labels, sampler, batch_size=60))
