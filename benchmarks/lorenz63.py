@@ -22,7 +22,7 @@ from tasks import RESULTS, Rows
 from trajectory_rows import Subject, analysed, chosen, parser, stored_rmse
 
 from mclr_jax import runs
-from mclr_jax.assimilation.ensemble import MEMBERS, Settings
+from mclr_jax.assimilation.ensemble import MEMBERS, Limits
 from mclr_jax.assimilation.schedules import Scheme
 
 GRIDS = {"posterior": ("c", (0.25, 0.5, 1.0)), "norm": ("zeta", (0.01, 0.03, 0.1, 0.3, 1.0, 3.0))}
@@ -66,7 +66,7 @@ def particles(subject: Subject, rows: Rows, path: pathlib.Path, name: str, regim
     def make() -> dict:
         blind = regime == "blind"
         judge = "filter" if blind else regime
-        new = analysed(subject, path, PROTOCOLS[name].system, judge, Settings(), 64, blind=blind,
+        new = analysed(subject, path, PROTOCOLS[name].system, judge, Limits(), 64, blind=blind,
                        ensemble=MEMBERS["particle"])  # fmt: skip
         del new["ranks"], new["rmse_by_trajectory"]
         baselines = json.loads((RESULTS / "assimilation_baselines.json").read_text())

@@ -27,7 +27,7 @@ class Subject:
     def __init__(self, workdir: pathlib.Path, method: str = "", equations: bool = False):
         self.run = runs.load(workdir)
         self.params, step = self.run.weights()
-        self.method = method or methods.default_method(self.run)
+        self.method = methods.method_of(self.run, method)
         self.solve = methods.solver(self.run, self.params, self.method)
         self.name: dict[str, Any] = {"step": step, "weights": digest(self.params)}
         if self.method != "trajectory":

@@ -65,7 +65,7 @@ CONTINUE = flags.DEFINE_string(
 FIGURE = flags.DEFINE_bool("figure", False, "Draw the first trajectory beside --out, as PNG.")
 SCHEME = flags.DEFINE_list(
     "scheme", [], "Settings as KEY=VALUE,..., of " + "; ".join(
-        f"{name}: {', '.join(fields(methods.SETTINGS[name]))}" for name in ("trajectory", "enkf")),
+        f"{name}: {', '.join(fields(kind))}" for name, kind in methods.SETTINGS.items()),
 )  # fmt: skip
 BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", None, "Members at a time; by default 256 of a trajectory model, else 65536.",
@@ -98,8 +98,7 @@ def main() -> None:
     observations = observe.parse(arrays, OBSERVATIONS.value, OPERATOR.value)
     count, frames, _ = observations.values.shape
     lags, run = lags_asked(frames), runs.load(WORKDIR.value, data=DATA.value)
-    method = METHOD.value or methods.default_method(run)
-    methods.check(run, method)
+    method = methods.method_of(run, METHOD.value)
     scheme, ensemble = scheme_asked(run, method), ENSEMBLE.value or methods.MEMBERS[method]
     shape = run.model.data.shape[1:]
     cpu.use_cores(run.model.network)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mclr_jax.assimilation import methods
-from mclr_jax.assimilation.ensemble import Settings
+from mclr_jax.assimilation.ensemble import Limits, Settings
 from mclr_jax.assimilation.observe import Observations, Operator, Own, Select
 from mclr_jax.assimilation.schedules import Scheme
 from mclr_jax.data.sources import Data
@@ -82,7 +82,9 @@ def test_settings_are_those_of_the_run_and_of_the_command(tmp_path):
     assert methods.settings(run, "enkf", ["inflation=1.1"]) == Settings(radius=6.0, inflation=1.1)
     assert methods.settings(run, "enkf", ["radius=0"]).radius == 0
     assert methods.settings(run, "trajectory").c == 0.5
-    assert methods.settings(run, "particle") == Settings()
+    assert methods.settings(run, "particle") == Limits()
+    with pytest.raises(ValueError, match=r"scheme has no key 'radius'.* Known: clip\."):
+        methods.settings(run, "particle", ["radius=4"])
     stored = json.loads((tmp_path / "assimilation.json").read_text())
     assert stored["enkf"]["rows"] == [{"radius": 6.0}]
     assert {"revision", "command", "regime"} <= stored["enkf"].keys()
@@ -108,14 +110,14 @@ def test_words_without_a_meaning_are_refused(tmp_path, text, message):
 def test_a_method_needs_its_model(tmp_path):
     emulator = a_run(tmp_path)
     trajectory = a_run(tmp_path, Trajectory(variance=True), 8)
-    assert methods.default_method(emulator) == "enkf"
-    assert methods.default_method(trajectory) == "trajectory"
+    assert methods.method_of(emulator) == "enkf"
+    assert methods.method_of(trajectory) == "trajectory"
     with pytest.raises(ValueError, match=r"trajectories\.py\. An emulator's methods are enkf and"):
-        methods.solver(emulator, None, "trajectory")
+        methods.method_of(emulator, "trajectory")
     with pytest.raises(ValueError, match=r"network Trajectory; method 'enkf' needs the run of an"):
-        methods.solver(trajectory, None, "enkf")
+        methods.method_of(trajectory, "enkf")
     with pytest.raises(ValueError, match="an emulator without noise, whose particles become one"):
-        methods.solver(emulator, None, "particle")
+        methods.method_of(emulator, "particle")
     solve = methods.solver(emulator, None, "enkf")
     climate = solve.args[1]
     assert climate.shape[1:] == (2,)

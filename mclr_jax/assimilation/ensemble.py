@@ -30,18 +30,24 @@ MEMBERS = {"enkf": 100, "particle": 4096}  # by default
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(Keys):
-    """Settings of the filters; the first three are of the ensemble Kalman filter."""
+class Limits(Keys):
+    """Settings of the particle filter."""
+
+    clip: float = key(6.0, 0.0, ends="(", says="states are at most so many standard deviations of "
+                      "all states from their mean")  # fmt: skip
+
+    where: ClassVar[str] = "scheme"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Limits):
+    """Settings of the ensemble Kalman filter."""
 
     radius: float = key(0.0, 0.0, says="of the localisation, in places on the ring or torus of a "
                         "state: weights are 0 from twice this distance on; 0: none")  # fmt: skip
     inflation: float = key(1.02, 0.0, 100.0, says="of members about their mean, after each frame "
                            "with observations")  # fmt: skip
     relaxation: float = key(0.0, 0.0, 1.0, says="of their spread to that before the observations")
-    clip: float = key(6.0, 0.0, ends="(", says="states are at most so many standard deviations of "
-                      "all states from their mean")  # fmt: skip
-
-    where: ClassVar[str] = "scheme"
 
 
 @functools.partial(
@@ -178,15 +184,14 @@ def chosen(predicted, y, std, key):
 
 
 @functools.partial(jax.jit, static_argnames=("operator", "method", "window", "shape", "started"))
-def _filtered(step, path, values, keys, until, std, near, numbers, *, operator, method, window,
+def _filtered(step, path, values, keys, until, std, limits, spread, *, operator, method, window,
               shape, started):  # fmt: skip
     """Members of all frames of some trajectories: path (N, window + frames, E, d) -> path.
 
     Frame k is at place window + k. `values` (N, frames, m), keys (N, frames), `until` (window +
-    frames,) the last frame that each may see, `near` those of `weights`, `numbers` inflation,
-    relaxation and the limits (d,) of states.
+    frames,) the last frame that each may see, `limits` (low, high) of states, `spread` of the
+    ensemble Kalman filter those of `weights`, inflation and relaxation.
     """
-    inflation, relaxation, low, high = numbers
 
     def predict(x):
         return operator(x.reshape(1, -1, *shape))[0]
@@ -195,13 +200,14 @@ def _filtered(step, path, values, keys, until, std, near, numbers, *, operator, 
         t, y, key = inputs
         k_step, k_pick = jax.random.split(key)
         x = step(k_step, path[window + t - 1].reshape(-1, *shape)).reshape(path.shape[1:])
-        x = jnp.where((t == 0) & (not started), path[window], jnp.clip(x, low, high))
+        x = jnp.where((t == 0) & (not started), path[window], x.clip(*limits))
         path = path.at[window + t].set(x)
         old = jax.lax.dynamic_slice_in_dim(path, t + 1, window)
         predicted, known = predict(x), jnp.isfinite(y).any()
         if method == "enkf":
-            new = kalman(old, predicted, y, std, *near)
-            new = new.at[-1].set(inflated(new[-1], x, inflation, relaxation).clip(low, high))
+            near, beside, *numbers = spread
+            new = kalman(old, predicted, y, std, near, beside)
+            new = new.at[-1].set(inflated(new[-1], x, *numbers).clip(*limits))
         else:
             new = old[:, chosen(predicted, y, std, k_pick)]
         opened = known & (jax.lax.dynamic_slice_in_dim(until, t + 1, window) >= t)
@@ -257,7 +263,7 @@ def assimilate(
     step: Forecast,
     states: np.ndarray,  # (M, *state) of the system: its climate
     observations: Observations,
-    settings: Settings,
+    settings: Any,  # Settings, or Limits of the particle filter
     lags: np.ndarray,  # (T,) see schedules.lags
     *,
     method: str = "enkf",
@@ -289,16 +295,18 @@ def assimilate(
     keys = jax.vmap(fold, (0, None))(sample_keys(seed, np.arange(count)),
                                      done + np.arange(frames + forecast))  # fmt: skip
     mean, reach = states.mean(0).ravel(), settings.clip * states.std(0).ravel()
-    told = settings.inflation, settings.relaxation, mean - reach, mean + reach
-    step = as_tree(step)
-    near = weights(obs.operator, shape, settings.radius) if method == "enkf" else ()
+    limits, step = np.asarray([mean - reach, mean + reach], np.float32), as_tree(step)
+    spread: tuple[Any, ...] = ()
+    if method == "enkf":
+        numbers = np.asarray([settings.inflation, settings.relaxation], np.float32)
+        spread = (*weights(obs.operator, shape, settings.radius), *numbers)
     some = max(1, batch_size // ensemble)
     for start in range(0, count, some):
         rows = slice(start, start + some)
         path[rows] = _filtered(
-            step, path[rows], values[rows], keys[rows], seen, obs.std, near,
-            jax.tree.map(np.float32, told), operator=obs.operator, method=method, window=window,
-            shape=shape, started=state is not None,
+            step, path[rows], values[rows], keys[rows], seen, obs.std, limits, spread,
+            operator=obs.operator, method=method, window=window, shape=shape,
+            started=state is not None,
         )  # fmt: skip
         progress(len(path[rows]) * ensemble, 1)
     if not np.isfinite(path).all():

@@ -20,7 +20,7 @@ from mclr_jax.runs import Run
 from mclr_jax.schema import look_up, read
 
 SETTINGS: dict[str, Any] = {"trajectory": Scheme, "enkf": ensemble.Settings,
-                            "particle": ensemble.Settings}  # fmt: skip
+                            "particle": ensemble.Limits}  # fmt: skip
 MEMBERS = {"trajectory": 16, **ensemble.MEMBERS}
 # Values that `tuned` tries, one key after the other; localisation only of many coordinates.
 GRIDS: dict[str, dict[str, tuple]] = {
@@ -35,13 +35,9 @@ FILE = "assimilation.json"  # of a run: the settings that were chosen
 Solver = Callable[..., regimes.Result]
 
 
-def default_method(run: Run) -> str:
-    """The method of a run unless another is asked for."""
-    return "enkf" if run.model.is_emulator else "trajectory"
-
-
-def check(run: Run, method: str) -> None:
-    """ValueError unless the run has a model for the method."""
+def method_of(run: Run, asked: str | None = None) -> str:
+    """The method asked for, or that of the run; ValueError unless it has a model for it."""
+    method = asked or ("enkf" if run.model.is_emulator else "trajectory")
     look_up(SETTINGS, method, "method")
     if method == "trajectory":
         regimes.state_shape(run)
@@ -56,11 +52,11 @@ def check(run: Run, method: str) -> None:
             f"{run.workdir} has an emulator without noise, whose particles become one; train it "
             "with config.network.variance=True, or use method 'enkf'."
         )
+    return method
 
 
 def solver(run: Run, params: Any, method: str) -> Solver:
-    """`assimilate` of `regimes` or `ensemble` for a run; ValueError: see `check`."""
-    check(run, method)
+    """`assimilate` of `regimes` or `ensemble` for a run and a method of `method_of`."""
     if method == "trajectory":
         return functools.partial(regimes.assimilate, run.model, params)
     source = run.source("train")
