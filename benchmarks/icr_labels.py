@@ -2,7 +2,7 @@
 
   python benchmarks/icr_labels.py
 
-A base for each seed, fine-tuned by each method at the noise levels of guidance_free.py. Features
+One base, fine-tuned by each method at the noise levels of guidance_free.py, three seeds. Features
 are read at the null label, at the class of each image, and at labels drawn without the image. A
 network passes on the class that it is told: ICR counts the offset between classes as a property of
 the image, and a probe reads it. The ratio within classes leaves the offset out, and at drawn labels
@@ -17,7 +17,7 @@ import statistics
 from typing import Any
 
 import numpy as np
-from guidance_free import NOISE, ONCE
+from guidance_free import NOISE, ONCE, place_of
 from icr import flips
 from image_bench import Bench, done
 from tasks import RESULTS, ROOT, Task, add_flags, run, training
@@ -31,8 +31,10 @@ SIGMAS = (0.1, 0.5, 2.0, 20.0)  # at the last nothing is left of the image
 STEPS = 200  # of each fine-tuning
 METHODS: dict[str, dict[str, Any]] = {
     "DSM control": {"objective.name": "dsm"},
+    "mclr null, beta 1": ONCE["mclr null, beta 1"],
     "mclr, beta 1": {},
-    **{name: ONCE[name] for name in ("mclr null, beta 1", "model_guidance", "cca", "dpo")},
+    "model_guidance": ONCE["model_guidance"],
+    "cca": ONCE["cca"],
 }
 CONTROL = "DSM control"
 READINGS = ("icr", "icr_within_classes", "probe_accuracy")
@@ -45,35 +47,34 @@ class Labels(Bench):
     def root(self) -> pathlib.Path:  # type: ignore[override]
         return ROOT / "runs" / f"icr_labels_{self.data}"
 
+    def base(self, seed: int) -> str:
+        return "base"
+
     def tasks(self, seeds: tuple[int, ...]) -> list[Task]:
-        """The classifier of MCLR, then all of a seed, whose trainings take less than a start."""
-        first = Task("classifier", self.train_classifier, done("classifier"))
-        read = [
-            Task(f"labels_{seed}", functools.partial(self.read_all, seed), f"labels_{seed}.json",
-                 (first.output,))
-            for seed in seeds
+        """What all need, then all seeds of a method, whose trainings take less than a start."""
+        do, needs = functools.partial, (done("classifier"), done("base"))
+        first = [Task("classifier", self.train_classifier, needs[0]),
+                 Task("base", do(self.train_base, 0), needs[1])]  # fmt: skip
+        return first + [
+            Task(f"labels_{(name := place_of(method))}", do(self.read_all, method, seeds),
+                 f"labels_{name}.json", needs)
+            for method in METHODS
         ]  # fmt: skip
-        return [first, *read]
 
-    def workdir(self, method: str, seed: int) -> str:
-        return f"{method.replace(',', '').replace(' ', '_')}_{seed}"
-
-    def read_all(self, seed: int) -> None:
-        """Train what is not there, and read each method at all noise levels and labels."""
-        if not self.there(f"{self.base(seed)}/done"):
-            self.train_base(seed)
+    def read_all(self, method: str, seeds: tuple[int, ...]) -> None:
+        """Train what is not there, and read it at all noise levels and labels."""
         rows = []
-        for method, options in METHODS.items():
-            name = self.workdir(method, seed)
+        for seed in seeds:
+            name = f"{place_of(method)}_{seed}"
             if not self.there(f"{name}/done"):
-                self.tune(name, seed, {**options, **NOISE, "num_steps": STEPS})
+                self.tune(name, seed, {**METHODS[method], **NOISE, "num_steps": STEPS})
             found, params = self.load(name)
             rows += [
                 {"method": method, "seed": seed, "told": told, "sigma": sigma,
                  **reading(found, params, sigma, told)}
                 for told in ("null", "class", "drawn") for sigma in SIGMAS
             ]  # fmt: skip
-        self.write(f"labels_{seed}", rows)
+        self.write(f"labels_{place_of(method)}", rows)
 
 
 def drawn_labels(source: Source) -> Arrays:
@@ -133,7 +134,7 @@ def spread(values: list[float]) -> tuple[float, float | None]:
 def summary(rows: list[dict]) -> list[dict]:
     """Means over seeds with standard errors, and those of the differences from the control.
 
-    A difference is that of the same seed: of the same base, images and perturbations.
+    A difference is that of the same seed of the training; all have the same perturbations.
     """
     by = {(r["method"], r["seed"], r["told"], r["sigma"]): r for r in rows}
     found = []
@@ -153,18 +154,18 @@ def summary(rows: list[dict]) -> list[dict]:
 
 def collect(bench: Labels, seeds: tuple[int, ...]) -> dict:
     """All that was read, and the runs that it was read from."""
-    read = [seed for seed in seeds if bench.there(f"labels_{seed}")]
-    rows = [row for seed in read for row in bench.read(f"labels_{seed}")]
-    names = [bench.workdir(method, seed) for seed in read for method in METHODS]
-    names += [*map(bench.base, read), "classifier"]
-    return {"noise": [*NOISE.values()], "summary": summary(rows), "rows": rows,
-            "readings": {seed: bench.made_by(f"labels_{seed}") for seed in read},
-            "runs": {name: training(bench.root / name) for name in names}}  # fmt: skip
+    read = [method for method in METHODS if bench.there(f"labels_{place_of(method)}")]
+    files = {method: f"labels_{place_of(method)}" for method in read}
+    rows = [row for name in files.values() for row in bench.read(name)]
+    names = [f"{place_of(method)}_{seed}" for method in read for seed in seeds]
+    trained = {name: training(bench.root / name) for name in ("base", "classifier", *names)}
+    return {"noise": [*NOISE.values()], "summary": summary(rows), "rows": rows, "runs": trained,
+            "readings": {m: bench.made_by(name) for m, name in files.items()}}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", default="0,1,2", help="of bases and fine-tuning")
+    parser.add_argument("--seeds", default="0,1,2", help="of fine-tuning")
     add_flags(parser)
     arguments = parser.parse_args()
     seeds = tuple(map(int, arguments.seeds.split(",")))

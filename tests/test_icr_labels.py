@@ -92,13 +92,12 @@ def test_differences_are_those_of_the_same_seed():
 def test_methods_differ_in_their_objective_alone():
     bench = icr_labels.Labels("digits")
     needs = {need for task in bench.tasks((0, 1)) for need in task.needs}
-    assert needs == {"classifier/done.json"} == {bench.tasks(())[0].output}
+    assert needs == {task.output for task in bench.tasks((0, 1)) if not task.needs}
     configs = [
         bench.fine_tuning(1, options | icr_labels.NOISE) for options in icr_labels.METHODS.values()
     ]
     objectives = {config.objective.name for config in configs}
-    assert objectives == {"dsm", "mclr", "mclr_null", "model_guidance", "cca", "dpo"}
+    assert objectives == {"dsm", "mclr", "mclr_null", "model_guidance", "cca"}
     for config in configs:
         config.objective = configs[0].objective
         assert config.to_dict() == configs[0].to_dict()
-    assert len({bench.workdir(m, s) for m in icr_labels.METHODS for s in (0, 1)}) == 12
