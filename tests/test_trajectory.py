@@ -1,5 +1,6 @@
 """Trajectory networks: against the definition in NumPy, what a frame sees, and what they learn."""
 
+import functools
 import math
 
 import jax
@@ -22,18 +23,14 @@ X = normal(0, B, F, D)
 LEVELS = normal(1, B, F)
 NONE = Condition(jnp.zeros(B, jnp.int32))
 W = normal(2, B, 5, 4, 6, 1)
-
-
-def parameters(network, x):
-    """Random ones, none of which is zero."""
-    inputs = jax.random.key(0), x, jnp.zeros(x.shape[:2]), NONE
-    return tiny.drawn(jax.eval_shape(network.init, *inputs), 1, 0.3)
-
-
-PARAMS = parameters(STATES, X)
 R = normal(3, B, F, 10)
-RING_PARAMS = parameters(RING, R)
-FIELD_PARAMS = parameters(FIELDS, W)
+
+
+@functools.cache
+def drawn(network):
+    """Random parameters, none of which is zero."""
+    x = W if isinstance(network, FrameDiT) else R if network.patch else X
+    return {"params": tiny.params(network, x, LEVELS[:, : x.shape[1]], NONE)}
 
 
 # ---- the definition ------------------------------------------------------------------------------
@@ -102,8 +99,8 @@ def doubles(params):
 
 
 def test_a_trajectory_network_is_its_definition():
-    p = doubles(PARAMS)
-    got = jax.jit(STATES.apply)(PARAMS, X, LEVELS, Condition(jnp.arange(B)))
+    p = doubles(drawn(STATES))
+    got = jax.jit(STATES.apply)(drawn(STATES), X, LEVELS, Condition(jnp.arange(B)))
     for row in range(B):  # the second has the null label
         embedding = embedded(p, np.asarray(LEVELS[row], np.float64).reshape(-1, 2), row)
         h = dense(p["in_linear"], np.asarray(X[row], np.float64).reshape(F // 2, 2 * D))
@@ -136,7 +133,7 @@ def frame_block(q, h, embedding, space, **time):
 @pytest.mark.parametrize(("causal", "reach"), [(True, 0), (False, 1)])
 def test_a_frame_dit_is_its_definition(causal, reach):
     network, levels = FIELDS.clone(causal=causal, reach=reach), LEVELS[:, :5]
-    p = doubles(params := parameters(network, W) if reach else FIELD_PARAMS)
+    p = doubles(params := drawn(network))
     got = jax.jit(network.apply)(params, W, levels, NONE)
     around = np.pad(np.asarray(W, np.float64)[0, ..., 0], ((0, 0), *[(2, 2)] * 2), "wrap")
     order = (1, 0, -1) if reach else (0,)
@@ -156,8 +153,8 @@ def test_a_frame_dit_is_its_definition(causal, reach):
 
 def test_a_network_of_patches_on_a_ring_is_its_definition():
     """The output of a frame is the means of all coordinates, then their variances."""
-    p = doubles(RING_PARAMS)
-    got = jax.jit(RING.apply)(RING_PARAMS, R, LEVELS, NONE)
+    p = doubles(drawn(RING))
+    got = jax.jit(RING.apply)(drawn(RING), R, LEVELS, NONE)
     embedding = embedded(p, np.asarray(LEVELS[0], np.float64).reshape(-1, 2), 0)
     tokens = np.asarray(R, np.float64)[0].reshape(F // 2, 2, 5, 2).swapaxes(1, 2)
     h = dense(p["in_linear"], tokens.reshape(F // 2, 5, 4))
@@ -188,8 +185,8 @@ def sees(network, params, x):
 def test_a_frame_sees_its_window_and_a_causal_one_no_future(kind, causal):
     """Two layers of windows of one token each reach two tokens."""
     network, params, x, p = {
-        "states": (STATES, PARAMS, jnp.tile(X[:1], (1, 2, 1)), 2),
-        "fields": (FIELDS, FIELD_PARAMS, jnp.tile(W[:1], (1, 2, 1, 1, 1)), 1),
+        "states": (STATES, drawn(STATES), jnp.tile(X[:1], (1, 2, 1)), 2),
+        "fields": (FIELDS, drawn(FIELDS), jnp.tile(W[:1], (1, 2, 1, 1, 1)), 1),
     }[kind]
     found = sees(network.clone(causal=causal), params, x)
     token = np.arange(x.shape[1]) // p
@@ -202,7 +199,10 @@ def test_a_trajectory_may_be_longer_and_begin_anywhere():
     """Frames whose window is inside give the same, wherever they are."""
     x = jax.random.normal(jax.random.key(5), (B, 20, D))
     levels, run = jax.random.normal(jax.random.key(6), (B, 20)), jax.jit(STATES.apply)
-    whole, part = run(PARAMS, x, levels, NONE), run(PARAMS, x[:, 6:], levels[:, 6:], NONE)
+    whole, part = (
+        run(drawn(STATES), x, levels, NONE),
+        run(drawn(STATES), x[:, 6:], levels[:, 6:], NONE),
+    )
     np.testing.assert_allclose(part[:, 4:], whole[:, 10:], rtol=1e-4, atol=1e-4)
     assert np.abs(part[:, 0] - whole[:, 6]).max() > 1e-3
 
@@ -218,28 +218,9 @@ def test_fresh_networks_give_zero_and_a_variance_doubles_the_channels():
         assert not np.asarray(out).any()
 
 
-@pytest.mark.parametrize(
-    ("network", "params", "x"), [(STATES, PARAMS, X), (FIELDS, FIELD_PARAMS, W)]
-)
-def test_options_change_what_they_should(network, params, x):
-    """bfloat16 the rounding, dropout with keys the output, recomputation nothing."""
-    levels = LEVELS[:, : x.shape[1]]
-
-    def run(keys=None, **options):
-        made, condition = network.clone(**options), NONE.replace(dropout_keys=keys)
-        return np.asarray(jax.jit(made.apply)(params, x, levels, condition))
-
-    plain, half = run(), run(dtype=jnp.bfloat16)
-    assert half.dtype == np.float32
-    assert 0 < np.abs(half - plain).max() < 0.1 * np.abs(plain).max()
-    keys = jax.random.split(jax.random.key(3), B)
-    assert np.abs(run(keys, dropout=0.5) - plain).max() > 1e-3
-    np.testing.assert_allclose(run(remat=True), plain, rtol=1e-4, atol=1e-5)
-
-
 def test_optional_inputs_are_added_to_the_label():
     """By kernels that start at zero; as if the rows of the label's table were moved by them."""
-    made, held = STATES.clone(takes_strength=True, augment_dim=3), PARAMS["params"]
+    made, held = STATES.clone(takes_strength=True, augment_dim=3), drawn(STATES)["params"]
     condition = NONE.replace(strength=jnp.array([0.5, 2.0]), augment=jnp.eye(3)[:B])
     fresh = jax.jit(made.init)(jax.random.key(0), X, LEVELS, NONE)["params"]
     kernels = {name: fresh[name]["kernel"] for name in made.optional_inputs}
@@ -270,9 +251,7 @@ def test_optional_inputs_are_added_to_the_label():
 )
 def test_wrong_shapes_are_refused(network, shape, message):
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(
-            network.init, jax.random.key(0), jnp.zeros(shape), LEVELS[:, : shape[1]], NONE
-        )
+        tiny.params(network, np.zeros(shape), LEVELS[:, : shape[1]], NONE)
 
 
 @pytest.mark.parametrize("option", ["window", "reach", "patch"])

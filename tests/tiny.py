@@ -120,6 +120,11 @@ def normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+def params(network, *inputs, seed=0, size=0.3):
+    """Random parameters of a network that is called with such inputs, none of which is zero."""
+    return drawn(jax.eval_shape(network.init, jax.random.key(0), *inputs)["params"], seed, size)
+
+
 def weights(model, seed=0, size=0.1):
     """Random parameters, none of which is zero."""
     return drawn(shapes_of(model), seed, size)
