@@ -1,4 +1,4 @@
-"""ICR on Fashion-MNIST: against the noise level, and along training with few and many images.
+"""ICR on Fashion-MNIST: against the noise level, and along training with few images.
 
   python benchmarks/icr.py                # --jobs tasks at a time, one core each
 
@@ -32,7 +32,7 @@ from mclr_jax.files import read_lines, write_json
 from mclr_jax.representation import blocks, monitor, perturb, sweep
 from mclr_jax.training.step import make_update
 
-STEPS = {256: 30000, 1024: 24000, 4096: 6000, 0: 8000}  # by number of images; 0 is all
+STEPS = {256: 30000, 1024: 24000, 4096: 6000}  # by number of images
 READINGS = 20  # along each run
 SAMPLES = 1000  # at each reading
 EARLY = 0.01  # memorized fraction from which samples count as memorized
@@ -181,7 +181,7 @@ def past(workdir: pathlib.Path, step: int) -> list[tuple[int, float]]:
 
 
 def name_of(limit: int) -> str:
-    return f"images_{limit or 'all'}"
+    return f"images_{limit}"
 
 
 def words(name: str) -> str:
@@ -209,7 +209,7 @@ def noise_claims(rows: list[dict]) -> dict:
 
 
 def training_claims(curves: dict[str, list[dict]]) -> dict:
-    """The paper's claims about training with few and many images."""
+    """The paper's claims about training with few images."""
     found = {}
     for name, rows in curves.items():
         readings = [(row["step"], row["icr_in_training"]) for row in rows]
@@ -227,13 +227,9 @@ def training_claims(curves: dict[str, list[dict]]) -> dict:
             "best_frechet": min(row["frechet"] for row in rows),
             "last_frechet": rows[-1]["frechet"],
         }
-        if name == name_of(0):
-            claim, held = "ICR does not turn up with all images", not ends
-        else:
-            claim = f"ICR turns up with {words(name)}, no later than samples are memorized"
-            early = not copied or numbers["step_of_minimum"] <= copied[0]
-            held = numbers["turned_up"] and early
-        found[claim] = {"held": held, **numbers}
+        early = not copied or numbers["step_of_minimum"] <= copied[0]
+        claim = f"ICR turns up with {words(name)}, no later than samples are memorized"
+        found[claim] = {"held": numbers["turned_up"] and early, **numbers}
     return found
 
 
@@ -253,7 +249,7 @@ def collect(bench: Bench) -> dict:
         middle[name] = [row for row in rows if row["layer"] == layer]
     if "base" in middle:
         claims |= noise_claims(middle["base"])
-    few = name_of(min(filter(None, STEPS)))
+    few = name_of(min(STEPS))
     if few in middle:
         ratios = [row["icr"] for row in middle[few]]
         claims[f"after training on {words(few)} ICR rises from the lowest noise level on"] = {
