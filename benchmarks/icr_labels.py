@@ -27,7 +27,7 @@ from mclr_jax.data.protocol import Arrays, Source
 from mclr_jax.files import write_json
 from mclr_jax.representation import blocks, icr, perturb, sweep
 
-SIGMAS = (0.1, 0.5, 2.0, 20.0)  # at the last nothing is left of the image
+SIGMAS = (0.3, 2.0, 20.0)  # at the last nothing is left of the image
 STEPS = 100  # of each fine-tuning, a tenth of the base's
 METHODS: dict[str, dict[str, Any]] = {
     "DSM control": {"objective.name": "dsm"},
