@@ -173,8 +173,11 @@ def tuning(subject: Subject, case: Case, passes: int, members: int) -> dict[str,
         grid["window"] = (0,)  # others would cut means
     solve, *data = estimating(subject, case, "validation", TUNED_ON[subject.method])
     for _ in range(passes):
-        best, rows = methods.tuned(solve, best, grid, *data, (), ensemble=members)
+        start = best
+        best, rows = methods.tuned(solve, start, grid, *data, (), ensemble=members)
         tried += rows
+        if best == start:  # a second time it would be the same
+            break
     return {"plan": {key: getattr(best, key) for key in grid}, "tried": tried}
 
 
@@ -194,8 +197,10 @@ def tested(subject: Subject, case: Case, plan: dict, count: int, members: int) -
     }  # fmt: skip
 
 
-def compared(rows: Rows, folder: pathlib.Path, name: str, model: str, count: int) -> None:
-    """Make the rows of a case and a model."""
+def compared(
+    rows: Rows, folder: pathlib.Path, name: str, model: str, count: int = 8, members: int = 0
+) -> None:
+    """Make the rows of a case and a model, for `count` trajectories of so many members."""
     case = CASES[name]
     known = model in ("equations", "emulator") and not case.half
 
@@ -204,7 +209,7 @@ def compared(rows: Rows, folder: pathlib.Path, name: str, model: str, count: int
         return Subject(folder / run, "", equations)
 
     tuned_as, tested_as = subject(known), subject(model == "equations")
-    members = methods.MEMBERS[tuned_as.method]
+    members = members or methods.MEMBERS[tuned_as.method]
     asked = {"case": name, "set": "validation", "members": members, **tuned_as.name}
     plan = rows.row(asked, lambda: tuning(tuned_as, case, 1 + known, members))["plan"]
     asked |= {"model": model, "set": "test", "plan": plan, "trajectories": count, **tested_as.name}
@@ -216,10 +221,10 @@ def main() -> None:
     parser.add_argument("--folder", type=pathlib.Path, required=True)
     parser.add_argument("--cases", choices=CASES, nargs="+", default=list(CASES))
     parser.add_argument("--models", nargs="+", default=["equations", "emulator", "trajectory"])
-    parser.add_argument("--trajectories", type=int, default=8)
+    parser.add_argument("--ensemble", type=int, default=0)
     flags, rows = parser.parse_args(), Rows("niche")
     for name, model in itertools.product(flags.cases, flags.models):
-        compared(rows, flags.folder, name, model, flags.trajectories)
+        compared(rows, flags.folder, name, model, members=flags.ensemble)
 
 
 if __name__ == "__main__":
