@@ -58,6 +58,23 @@ def no_programs_without_end():
         getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
 
 
+@pytest.fixture(scope="session")
+def evaluated(tmp_path_factory):
+    """Runs `base` and `classifier` of digits in a folder, its features, and those of the digits."""
+    import cases
+    import tiny
+
+    from mclr_jax.data import sources
+    from mclr_jax.evaluation import evaluate, features
+
+    folder = tmp_path_factory.mktemp("evaluated")
+    cases.untrained(folder / "base", tiny.config("digits", **tiny.LINEAR))
+    cases.untrained(folder / "classifier", tiny.classifier("digits"))
+    extractor = features.load(f"classifier:{folder / 'classifier'}")
+    real = evaluate.real_statistics(extractor, sources.load("digits"), folder / "cache")
+    return folder, extractor, real
+
+
 # ---- CPU seconds by file -------------------------------------------------------------------------
 
 BY_FILE = collections.Counter()

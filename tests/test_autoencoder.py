@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mclr_jax.networks.autoencoder import Autoencoder
 from mclr_jax.pretrained import diffusers
 
 FOLDER = pathlib.Path(__file__).parent / "data" / "formats" / "diffusers" / "DiT-pipeline"
@@ -136,11 +135,3 @@ def test_folders_without_an_autoencoder(tmp_path):
         FileNotFoundError, match=r"found no diffusion_pytorch_model\.safetensors or"
     ):
         diffusers.autoencoder(copy)
-
-
-def test_the_number_of_parameters_of_the_published_one():
-    """Stable Diffusion's, which halves images three times."""
-    network = Autoencoder(block_out_channels=(128, 256, 512, 512), layers_per_block=2)
-    image = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
-    shapes = jax.eval_shape(network.init, jax.random.key(0), image)
-    assert sum(x.size for x in jax.tree.leaves(shapes)) == 83_653_863

@@ -39,8 +39,9 @@ def test_with_a_variance_it_is_the_likelihood(power):
     density = norm.logpdf(x[:, 1], 2 * x[:, 0], v**0.5) + 0.5 * np.log(2 * np.pi)
     np.testing.assert_allclose(found, -(density * v**power).mean(1), rtol=1e-5)
     np.testing.assert_allclose(metrics["error_ratio"].parts[0], (square / v).mean(1), rtol=1e-5)
-    slope = jax.grad(lambda v: likelihood(0.7, v, power))(v)
-    assert slope == pytest.approx((1 / v - 0.7 / v**2) / 2 * v**power, rel=1e-5)
+    one = jnp.ones((1, 1))
+    slope = jax.grad(lambda v: likelihood(0.7 * one, v, 0.0, power)[0].sum())(v * one)
+    assert slope == pytest.approx((1 / v - 0.49 / v**2) / 2 * v**power, rel=1e-5)
 
 
 def test_windows_of_one_frame_and_other_networks_are_refused():

@@ -2,11 +2,9 @@
 
 import dataclasses
 import json
-import pickle
 import shutil
 
 import cases
-import chex
 import jax
 import numpy as np
 import pytest
@@ -14,29 +12,18 @@ import tiny
 from commands import call
 from PIL import Image
 
-from mclr_jax import files, generate, images, main, runs
+from mclr_jax import files, generate, images, runs
 from mclr_jax.data import sources
 from mclr_jax.data.protocol import drawn
-from mclr_jax.evaluation import compare, evaluate, features, metrics, report
+from mclr_jax.evaluation import evaluate, features, metrics, report
 from mclr_jax.generate import Guidance
 
 NAMES = evaluate.METRICS
 COUNT = 60
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A run on digits and a classifier of them, and statistics of the training set."""
-    folder = tmp_path_factory.mktemp("evaluate")
-    cases.untrained(folder / "base", tiny.config("digits"))
-    cases.untrained(folder / "classifier", tiny.classifier("digits"))
-    extractor = features.load(f"classifier:{folder / 'classifier'}")
-    real = evaluate.real_statistics(extractor, sources.load("digits"), folder / "cache")
-    return folder, extractor, real
-
-
-def test_features_are_those_of_the_classifier_whatever_the_batch(made):
-    folder, extractor, _ = made
+def test_features_are_those_of_the_classifier_whatever_the_batch(evaluated):
+    folder, extractor, _ = evaluated
     digits, labels = sources.load("digits")[np.arange(700)]  # more than one batch
     found = extractor(digits, labels)
     model, params = runs.load_model(folder / "classifier")
@@ -48,8 +35,8 @@ def test_features_are_those_of_the_classifier_whatever_the_batch(made):
     np.testing.assert_array_equal(found.labels, labels)
 
 
-def test_the_reference_is_the_moments_of_all_examples_and_is_cached_by_content(made):
-    folder, extractor, real = made
+def test_the_reference_is_the_moments_of_all_examples_and_is_cached_by_content(evaluated):
+    folder, extractor, real = evaluated
     source = sources.load("digits")
     everything = extractor(*source[np.arange(len(source))])
     whole = metrics.moments(everything.features)
@@ -64,8 +51,8 @@ def test_the_reference_is_the_moments_of_all_examples_and_is_cached_by_content(m
     assert len(list((folder / "cache").iterdir())) == 2
 
 
-def test_a_row_is_what_the_metrics_say_of_the_samples(made):
-    folder, extractor, real = made
+def test_a_row_is_what_the_metrics_say_of_the_samples(evaluated):
+    folder, extractor, real = evaluated
     seen = []
     run = runs.load(folder / "base")
     rows = evaluate.evaluate(
@@ -90,8 +77,8 @@ def test_a_row_is_what_the_metrics_say_of_the_samples(made):
         assert row["sampler"] == {k: first[k] for k in [*first][:5]}
 
 
-def test_autoguidance_and_copies_are_rows_of_their_own(made):
-    folder, extractor, real = made
+def test_autoguidance_and_copies_are_rows_of_their_own(evaluated):
+    folder, extractor, real = evaluated
     training = sources.load("digits")
     run = runs.load(folder / "base")
     params, _ = run.weights()
@@ -144,8 +131,8 @@ def test_autoguidance_and_copies_are_rows_of_their_own(made):
     assert evaluate.copies_picture(np.zeros((3, 2)), training, ratios[:3], nearest[:3]) is None
 
 
-def test_rows_of_other_settings_are_computed_anew(made, monkeypatch):
-    folder, extractor, real = made
+def test_rows_of_other_settings_are_computed_anew(evaluated, monkeypatch):
+    folder, extractor, real = evaluated
     drawn, draw, weights = [], generate.generate, runs.Run.weights
     monkeypatch.setattr(generate, "generate", lambda *a, **k: drawn.append(1) or draw(*a, **k))
 
@@ -182,9 +169,9 @@ def test_rows_of_other_settings_are_computed_anew(made, monkeypatch):
     assert {*(folder / "base" / "evaluation").iterdir()} == written
 
 
-def test_one_device_evaluates_as_eight_do(made, monkeypatch, tmp_path):
+def test_one_device_evaluates_as_eight_do(evaluated, monkeypatch, tmp_path):
     """Batch shapes show in the last bits of samples; rounded to 8 bits they are the same."""
-    (folder, _, _), training, rows = made, sources.load("digits"), []
+    (folder, _, _), training, rows = evaluated, sources.load("digits"), []
     for count in (8, 1):
         workdir, devices = tmp_path / str(count), jax.devices()[:count]
         shutil.copytree(folder / "base", workdir, ignore=shutil.ignore_patterns("evaluation"))
@@ -271,11 +258,11 @@ def test_measures_take_samples_and_real_data_in_their_places():
     )
 
 
-def test_errors_say_what_to_do(made):
-    folder, extractor, real = made
+def test_errors_say_what_to_do(evaluated):
+    folder, extractor, real = evaluated
     with pytest.raises(ValueError, match=r"feature extractor .*Did you mean"):
         features.load("clasifier:x")
-    with pytest.raises(ValueError, match="is a run of DiT, which is no classifier; expected"):
+    with pytest.raises(ValueError, match="is a run of Linear, which is no classifier; expected"):
         features.load(f"classifier:{folder / 'base'}")
     with pytest.raises(ValueError, match=r"metric .*Did you mean"):
         evaluate.evaluate(
@@ -284,8 +271,8 @@ def test_errors_say_what_to_do(made):
         )  # fmt: skip
 
 
-def test_calibrate_writes_strengths_and_says_how_to_use_them(made, tmp_path):
-    folder, _, _ = made
+def test_calibrate_writes_strengths_and_says_how_to_use_them(evaluated, tmp_path):
+    folder, _, _ = evaluated
     strengths = tmp_path / "strengths.json"
     log = call(
         "calibrate", f"--workdir={folder / 'base'}", f"--classifier={folder / 'classifier'}",
@@ -304,9 +291,9 @@ def test_calibrate_writes_strengths_and_says_how_to_use_them(made, tmp_path):
         runs.check_companion("classifier", "base", run.model, run.model.data, "digits")
 
 
-def test_the_command_writes_rows_and_the_floor(made, tmp_path):
+def test_the_command_writes_rows_and_the_floor(evaluated, tmp_path):
     """The floor is of held-out digits, measured as samples are."""
-    folder, extractor, real = made
+    folder, extractor, real = evaluated
     strengths = tmp_path / "strengths.json"
     strengths.write_text(json.dumps({"class_strengths": [0.5] * 10}))
     log = call(
@@ -338,8 +325,8 @@ def test_the_command_writes_rows_and_the_floor(made, tmp_path):
     assert log.count("Nearest training images") == 2
 
 
-def test_a_classifier_takes_its_own_images_and_judges_its_own_classes(made, caplog):
-    _, extractor, real = made
+def test_a_classifier_takes_its_own_images_and_judges_its_own_classes(evaluated, caplog):
+    _, extractor, real = evaluated
     with pytest.raises(ValueError, match=r"of shape \(8, 8, 1\); got \(8, 12, 3\). Name a"):
         extractor(np.zeros((2, 8, 12, 3)), np.arange(2))
     images, labels = sources.load("digits")[np.arange(30)]
@@ -363,175 +350,3 @@ def test_frechet_distances_are_told_with_the_number_of_samples():
     assert evaluate.remark([{"samples": 10, "feature_length": 99, "precision": 1.0}]) == ""
     column = report.Column("a", {}, {}, [row | {"average": "", "guidance_scale": 1.0}], {})
     assert "150 samples are too few for 1,280 features" in report.page([column])
-
-
-def three(weights, images):
-    """Features that can be computed by hand: the first three pixels."""
-    del weights
-    return images.reshape(len(images), -1)[:, :3], jax.numpy.zeros((len(images), 0))
-
-
-PIXELS = features.Extractor("three pixels", {}, three)
-
-
-def in_folder(path, source, rows, names=str):
-    """The images of a source as PNG files."""
-    for row, (image, label) in enumerate(zip(*source[rows], strict=True)):
-        folder = path / names(label)
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image[..., 0]).save(folder / f"{row:05d}.png")
-    return str(path)
-
-
-@pytest.mark.parametrize("form", ["edm", "clean-fid", "guided-diffusion", "edm2", "ours"])
-def test_statistics_files_give_the_distance_of_two_gaussians(tmp_path, form):
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)): with C2 = 4 C1, |m1 - m2|^2 + tr C1."""
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (500, 4, 4, 1), np.uint8)
-    x = pixels.reshape(500, -1)[:, :3] / 127.5 - 1
-    mu, sigma = x.mean(0) + np.array([0.5, 0, -1]), 4 * np.cov(x.T)
-    samples, path = tmp_path / "samples.npz", tmp_path / "statistics.npz"
-    np.savez(samples, arr_0=pixels)  # guided-diffusion's samples, without classes
-    more = {}
-    if form == "edm2":
-        path = path.with_suffix(".pkl")
-        pair = {"mu": mu, "sigma": sigma}
-        path.write_bytes(pickle.dumps({"fid": {"mu": np.ones(7), "sigma": np.eye(7)}, "own": pair}))
-    elif form == "ours":
-        compare.write_statistics(path, metrics.Moments(77, mu, sigma))
-        with np.load(path) as file:  # as EDM and clean-fid read it
-            np.testing.assert_array_equal(file["mu"], mu)
-            np.testing.assert_array_equal(file["sigma"], sigma)
-    else:
-        if form == "guided-diffusion":
-            more = {"arr_0": pixels[:200], "mu_s": np.ones(5), "sigma_s": np.eye(5)}
-        np.savez(path, mu=mu.astype(np.float32), sigma=sigma.astype(np.float32), **more)
-    real = compare.reference(str(path), PIXELS)
-    assert real.moments.count == (77 if form == "ours" else 0)
-    row = compare.compare(compare.source(str(samples)), PIXELS, real)
-    assert row["frechet"] == pytest.approx(1.25 + sigma.trace() / 4, rel=1e-4)
-    assert (row["samples"], row["reference_examples"]) == (500, real.moments.count)
-    assert "per_class_frechet" not in row  # there are no classes
-    assert ("recall" in row) == (form == "guided-diffusion")
-    if form == "guided-diffusion":
-        assert row["precision"] == metrics.precision_recall(x[:200], x)[0] < 1
-
-
-def test_statistics_of_other_features_name_both_sizes(tmp_path):
-    path = tmp_path / "imagenet.npz"
-    np.savez(path, mu=np.zeros(2048), sigma=np.eye(2048))
-    with pytest.raises(
-        ValueError, match=r"imagenet.npz has .* 2048 features; three pixels has 3\."
-    ):
-        compare.reference(str(path), PIXELS)
-    np.savez(path, mu=np.zeros(3), sigma=np.zeros((3, 2)))
-    with pytest.raises(ValueError, match=r"shape \(3,\) and sigma of shape \(3, 2\); expected"):
-        compare.reference(str(path), PIXELS)
-    np.savez(path, sigma=np.zeros((3, 3)))
-    with pytest.raises(ValueError, match=r"it has \['sigma'\]; expected `images` or `arr_0`"):
-        compare.reference(str(path), PIXELS)
-    with pytest.raises(FileNotFoundError, match="no folder or file nowhere; expected one, or a"):
-        compare.source("nowhere")
-
-
-def test_folders_and_files_of_the_same_images_are_equal(made, tmp_path):
-    """Whatever holds them: 8-bit images, a zip, floats of mclr sample, one-hot labels."""
-    _, extractor, real = made
-    digits, rows = sources.load("digits"), np.arange(120)
-    pixels, labels = digits[rows]
-    folder = in_folder(tmp_path / "classes", digits, rows)
-    flat = in_folder(tmp_path / "flat", digits, rows, lambda label: "")
-    shutil.make_archive(str(tmp_path / "flat"), "zip", flat)
-    floats = pixels / np.float32(127.5) - 1 + np.float32(0.001)
-    np.savez(tmp_path / "own.npz", images=floats, labels=labels)
-    np.savez(tmp_path / "hot.npz", arr_0=pixels, arr_1=np.eye(10)[labels])
-    fake = extractor(pixels, labels)
-    expected = evaluate.measure(fake, real, NAMES)
-    for place in (folder, tmp_path / "own.npz", tmp_path / "hot.npz"):
-        row = compare.compare(compare.source(str(place)), extractor, real)
-        assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-6), place
-    for place in (flat, f"{flat}.zip"):
-        row = compare.compare(compare.source(place), extractor, real)
-        assert row["frechet"] == pytest.approx(expected["frechet"], rel=1e-6)
-        assert not {"accuracy", "per_class_frechet", "inter_class_frechet"} & row.keys()
-    three = in_folder(tmp_path / "three", digits, rows[labels < 3])  # of the ten of the reference
-    row = compare.compare(compare.source(three), extractor, real, NAMES[1:3])
-    assert "inter_class_frechet" in row
-    assert "per_class_frechet" not in row
-    some = compare.compare(compare.source(folder), extractor, real, ["kernel"], 40, seed=1)
-    chosen = drawn(digits_of := compare.source(folder), 40, 1, by_class=True)
-    part = evaluate.measure(extractor(*digits_of[chosen]), real, ["kernel"])
-    assert (some["samples"], some["kernel"]) == (40, pytest.approx(part["kernel"], rel=1e-6))
-    larger = compare.source(folder, resolution=16)
-    assert (larger.shape, compare.source("digits").shape) == ((16, 16, 1), (8, 8, 1))
-
-
-def test_the_command_compares_images_without_a_run(made, tmp_path):
-    folder, extractor, _ = made
-    test = sources.load("digits", "test")
-    held_out = in_folder(tmp_path / "test", test, np.arange(300))
-    options = [f"--features=classifier:{folder / 'classifier'}", f"--cache={tmp_path / 'cache'}"]
-    log = call(
-        "evaluate", *options, f"--samples={held_out}", "--reference=digits",
-        f"--write_statistics={tmp_path / 's.npz'}", f"--out={tmp_path / 'x.json'}",
-    )  # fmt: skip
-    assert f"300 images of {held_out}; reference: 1,497 images, digits." in log
-    assert "Frechet distances depend on the number of samples, 300: compare equal ones" in log
-    (row,) = json.loads((tmp_path / "x.json").read_text())["rows"]
-    x, y = (metrics.moments(extractor(*s[np.arange(len(s))]).features)
-            for s in (test, sources.load("digits")))  # fmt: skip
-    assert row["frechet"] == pytest.approx(metrics.frechet_distance(x, y), rel=1e-5)
-    assert row["accuracy"] <= 1
-    assert {"per_class_frechet", "coverage", "command", "device"} < row.keys()
-    given = ["--metrics=frechet,kernel", f"--reference={tmp_path / 's.npz'}"]
-    log = call("evaluate", *options, *given, f"--samples={held_out}")
-    assert f"{row['frechet']:.4g}" in log
-    assert "No kernel: the reference has statistics, no images." in log
-    of_run = [*options, *given, f"--workdir={folder / 'base'}", "--num_samples=20"]
-    assert "scale 1" in call("evaluate", *of_run)  # a table alone
-    call("evaluate", *of_run, f"--out={tmp_path / 'y.json'}")
-    found = json.loads((tmp_path / "y.json").read_text())
-    assert found.keys() == {"rows"}
-    assert found["rows"][0]["reference_examples"] == 1497
-    for arguments, message in [
-        (["--samples=x"], "Name a run by --workdir, or images by --samples and --reference"),
-        (["--samples=x", "--workdir=x", "--out=x.json"], "the samples are those of the run"),
-    ]:
-        assert message in call("evaluate", *options, *arguments, expect=2)
-
-
-def test_a_training_measures_its_samples_as_the_command_does(made, tmp_path, monkeypatch):
-    """In metrics.jsonl, by the same names; off by default, and it changes no step."""
-    folder, extractor, _ = made
-    monkeypatch.setattr(evaluate, "CACHE", str(tmp_path / "cache"))
-    options = {"every_steps": 6, "num_samples": 30, "metrics": ("frechet", "per_class_frechet"),
-               "features": f"classifier:{folder / 'classifier'}"}  # fmt: skip
-    given = {f"evaluate.{key}": value for key, value in options.items()}
-    state = main.train(tiny.config("digits", **given), tmp_path / "run")
-    plain = main.train(tiny.config("digits"), tmp_path / "plain")
-    chex.assert_trees_all_equal(jax.device_get(state.params), jax.device_get(plain.params))
-    assert not [record for record in tiny.records(tmp_path / "plain") if "frechet" in record]
-    records = [record for record in tiny.records(tmp_path / "run") if "frechet" in record]
-    assert [record["step"] for record in records] == [6, 12]
-    real = evaluate.real_statistics(extractor, sources.load("digits"))
-    names = options["metrics"]
-    (row,) = evaluate.evaluate(
-        runs.load(tmp_path / "run"), extractor, real, names=names, num_samples=30
-    )
-    expected = {name: row[name] for name in names} | {"sample_accuracy": row["accuracy"]}
-    assert records[1] == pytest.approx({"step": 12, **expected}, rel=1e-5)
-    assert records[0]["frechet"] != records[1]["frechet"]
-
-
-@pytest.mark.parametrize(("change", "message"), [
-    ({"features": ""}, "set config.evaluate.features to an extractor, such as classifier:DIR"),
-    ({"metrics": ("fd",)}, "metrics.0. is 'fd'. Known: coverage"),
-    ({"num_samples": 19}, "num_samples is 19; expected at least 20, two of each class"),
-    ({"features": "clasifier:x"}, "Did you mean 'classifier'"),
-])  # fmt: skip
-def test_settings_of_measures_are_checked_before_the_first_step(made, tmp_path, change, message):
-    options = {"every_steps": 6, "features": f"classifier:{made[0] / 'classifier'}"} | change
-    given = {f"evaluate.{key}": value for key, value in options.items()}
-    with pytest.raises(ValueError, match=message):
-        main.train(tiny.config("digits", **given), tmp_path / "run")
-    assert not (tmp_path / "run" / "checkpoints").exists()

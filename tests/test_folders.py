@@ -6,7 +6,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from test_formats import everything, png, refused
+from pictures import everything, png, refused
 
 from mclr_jax.data import folders, formats, protocol, sources
 from mclr_jax.data.sources import Data, load

@@ -2,69 +2,32 @@
 
 import concurrent.futures
 import gzip
-import io
 import json
-import shutil
 import struct
 import unicodedata
-import zipfile
 import zlib
 
 import numpy as np
 import pytest
+from pictures import (
+    BEST,
+    PIXELS,
+    RNG,
+    SHOWN,
+    TURNED,
+    everything,
+    hidden,
+    mark,
+    npy,
+    over,
+    png,
+    refused,
+    write_zip,
+)
 from PIL import Image
 
 from mclr_jax.data import formats
 from mclr_jax.data.sources import load
-
-RNG = np.random.default_rng(0)
-PIXELS = RNG.integers(0, 256, (6, 5, 4, 3), np.uint8)
-SHOWN = np.stack([np.add.outer(30 * np.arange(6), 9 * np.arange(8)) % 256,
-                  np.add.outer(5 * np.arange(6), 20 * np.arange(8)),
-                  np.full((6, 8), 90)], -1).astype(np.uint8)  # fmt: skip
-TURNED = {  # what a file holds with this Exif mark of its orientation, if it shows SHOWN
-    1: SHOWN, 2: SHOWN[:, ::-1], 3: SHOWN[::-1, ::-1], 4: SHOWN[::-1],
-    5: SHOWN.transpose(1, 0, 2), 6: np.rot90(SHOWN), 7: SHOWN[::-1, ::-1].transpose(1, 0, 2),
-    8: np.rot90(SHOWN, -1),
-}  # fmt: skip
-BEST = {"quality": 100, "subsampling": 0}
-
-
-def mark(turn):
-    exif = Image.Exif()
-    exif[0x0112] = turn
-    return exif
-
-
-def hidden(image):
-    """The image with a first row of noise that is transparent, and a second that is half so."""
-    alpha = np.full(image.shape[:2], 255, np.uint8)
-    alpha[0], alpha[1] = 0, 128
-    noise = RNG.integers(0, 256, image[:1].shape, np.uint8)
-    return np.dstack([np.concatenate([noise, image[1:]]), alpha])
-
-
-def over(image, background):
-    """What is seen of such an image, over a grey background."""
-    seen = image.astype(float)
-    seen[0], seen[1] = background, (seen[1] * 128 + background * 127) / 255
-    return seen
-
-
-def everything(source):
-    return source[np.arange(len(source))]
-
-
-def refused(message, name, *split, error=ValueError, **options):
-    with pytest.raises(error, match=message):
-        everything(load(name, *split, **options))
-
-
-def png(image, image_format="PNG", **options):
-    """The bytes of an array, or of an image of Pillow's, as a file of this format."""
-    file, image = io.BytesIO(), image if isinstance(image, Image.Image) else Image.fromarray(image)
-    image.save(file, image_format, **options)
-    return file.getvalue()
 
 
 def chunk(kind, content):
@@ -85,30 +48,12 @@ BOMB = chunk(b"IHDR", struct.pack(">II", 60_000, 60_000) + SMALL[24:29])
 LATENTS = np.concatenate([RNG.normal(size=(4, 8, 8)), np.exp(RNG.normal(size=(4, 8, 8)) - 4)])
 
 
-def npy(array):
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
-
-
 def write_idx(folder, prefix, images, labels, suffix=""):
     opener = gzip.open if suffix else open
     with opener(folder / f"{prefix}-images-idx3-ubyte{suffix}", "wb") as file:
         file.write(struct.pack(">IIII", 0x803, *images.shape) + images.tobytes())
     with opener(folder / f"{prefix}-labels-idx1-ubyte{suffix}", "wb") as file:
         file.write(struct.pack(">II", 0x801, len(labels)) + bytes(labels))
-
-
-def write_zip(path, files, labels=0, place="dataset.json"):
-    """`files` {name: bytes}; `labels` whatever dataset.json shall say, 0 for label 0 of each file,
-    or ... for no such file."""
-    labels = [[name, 0] for name in files] if labels == 0 else labels
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-        if labels is not ...:
-            archive.writestr(place, json.dumps({"labels": labels}))
-    return f"zip:{path}"
 
 
 def test_digits_are_scikit_learns_split_in_equal_shares():
@@ -175,98 +120,6 @@ def test_idx_errors(tmp_path):
     file.unlink()
     file.with_name(f"{file.name}.gz").write_bytes(gzip.compress(content)[:-20])
     refused("no intact IDX", "fashion_mnist", path=path)
-
-
-@pytest.fixture(scope="module")
-def tfds_dir(tmp_path_factory):
-    """Sets made without TensorFlow: of equal size (PNG), grey, and unequal (JPEG among PNG)."""
-    import tensorflow_datasets as tfds  # takes a second, in this process alone
-
-    folder = tmp_path_factory.mktemp("tfds")
-
-    def prepare(set_name, shape, **splits):
-        class Builder(tfds.core.GeneratorBasedBuilder):
-            name = set_name
-            VERSION = tfds.core.Version("1.0.0")
-
-            def _info(self):
-                features = {"image": tfds.features.Image(shape=shape), "id": np.int64}
-                features["label"] = tfds.features.ClassLabel(num_classes=4)
-                return tfds.core.DatasetInfo(
-                    builder=self, features=tfds.features.FeaturesDict(features)
-                )
-
-            def _split_generators(self, dl_manager):
-                return {name: self._generate_examples(each) for name, each in splits.items()}
-
-            def _generate_examples(self, examples):
-                for i, image in enumerate(examples):
-                    yield i, {"image": io.BytesIO(image), "label": i % 4, "id": i}
-
-        Builder(data_dir=folder, file_format="array_record").download_and_prepare()
-
-    prepare("mclr_equal", (5, 4, 3), train=[png(image) for image in PIXELS])
-    grey, other = ([png(image[..., channel]) for image in PIXELS] for channel in (0, 1))
-    prepare("mclr_grey", (5, 4, 1), train=grey, test=other[:4])
-    wide = np.zeros((16, 40, 3), np.uint8)
-    wide[:, 12:28] = [200, 100, 50]
-    unequal = [png(wide), png(wide[:, ::2].copy(), "JPEG")]
-    prepare("mclr_unequal", (None, None, 3), train=unequal)
-    turned = png(SHOWN.transpose(1, 0, 2)[::-1].copy(), "JPEG", exif=mark(6), **BEST)
-    prepare("mclr_shown", SHOWN.shape, train=[turned, png(hidden(SHOWN))])
-    return str(folder)
-
-
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_tfds(tfds_dir, in_memory):
-    name = "tfds:mclr_equal:1.0.0" if in_memory else "tfds:mclr_equal"
-    source = load(name, path=tfds_dir, in_memory=in_memory)
-    images, labels = everything(source)
-    order = [int(np.flatnonzero((PIXELS == image).all((1, 2, 3)))[0]) for image in images]
-    assert sorted(order) == list(range(6))  # TFDS permutes by a hash of the key
-    np.testing.assert_array_equal(labels, np.array(order) % 4)
-    np.testing.assert_array_equal(source.labels, labels)
-    assert (source.shape, source.num_classes, source.in_memory) == ((5, 4, 3), 4, in_memory)
-    assert (images.dtype, labels.dtype) == (np.uint8, np.int32)
-
-
-def test_tfds_of_grey_images_has_one_channel_in_each_split(tfds_dir):
-    for split, expected in [("train", PIXELS[..., :1]), ("test", PIXELS[:4, ..., 1:2])]:
-        images, _ = everything(load("tfds:mclr_grey", split, path=tfds_dir))
-        assert sorted(map(bytes, images)) == sorted(map(bytes, expected.copy()))
-    assert load("tfds:mclr_grey", path=tfds_dir).shape == images.shape[1:] == (5, 4, 1)
-
-
-def test_tfds_unequal_sizes_are_cropped_and_resized(tfds_dir):
-    refused(r"config\.data\.resolution", "tfds:mclr_unequal", path=tfds_dir)
-    images, _ = everything(load("tfds:mclr_unequal", path=tfds_dir, resolution=8))
-    assert images.shape == (2, 8, 8, 3)
-    by_brightness = images[np.argsort(images.mean((1, 2, 3)))]
-    # The central square of the wide image is of one colour, and the other's is not.
-    np.testing.assert_array_equal(by_brightness[1], np.broadcast_to([200, 100, 50], (8, 8, 3)))
-    assert by_brightness[0][:, 3:5].mean() > 80
-    assert by_brightness[0][:, 0].mean() < 20
-
-
-def test_tfds_images_are_read_as_they_are_shown(tfds_dir):
-    images, _ = everything(load("tfds:mclr_shown", path=tfds_dir, background="black"))
-    expected = np.stack([SHOWN, over(SHOWN, 0)])
-    expected = expected[:: -1 if images[0, 0, 0].max() == 0 else 1]  # TFDS permutes
-    np.testing.assert_allclose(images, expected.astype(int), atol=4)
-
-
-def test_tfds_errors(tfds_dir, tmp_path):
-    shutil.copytree(f"{tfds_dir}/mclr_equal", tmp_path / "mclr_equal")
-    (file,) = tmp_path.rglob("*array_record*")
-    content = file.read_bytes()
-    middle = content.index(b"IHDR")
-    file.write_bytes(content[:middle] + bytes(9) + content[middle + 9 :])
-    broken = r"image \d of TFDS set 'mclr_equal' in .* is corrupt; prepare the set again"
-    refused(broken, "tfds:mclr_equal", path=str(tmp_path))
-    unprepared = r"tfds\.builder\('mnist', data_dir='DIR', file_format"
-    refused(unprepared, "tfds:mnist", error=FileNotFoundError, path=tfds_dir)
-    refused("^TFDS has no 'no_such_set'.{,250}$", "tfds:no_such_set", path=tfds_dir)
-    refused(r"splits \['train'\], got 'test'", "tfds:mclr_equal", "test", path=tfds_dir)
 
 
 @pytest.mark.parametrize("in_memory", [True, False])

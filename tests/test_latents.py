@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import tiny
 from commands import call
+from pictures import npy, png, refused, write_zip
 from PIL import Image
 from safetensors.numpy import load_file
-from test_formats import npy, png, refused, write_zip
 
 from mclr_jax import generate, latents, pretrained, runs
 from mclr_jax.config import Training

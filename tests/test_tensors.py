@@ -73,15 +73,8 @@ def test_a_view_has_elements_of_its_storage_alone(offset, shape, strides):
             tensors.KNOWN["torch._utils", "_rebuild_tensor_v2"](storage, offset, shape, strides)
 
 
-CUT = [
-    whole[: int(share * len(whole))]
-    for whole in ((DATA / name).read_bytes() for name in ("tensors.pt", "tensors_legacy.pt"))
-    for share in (0.3, 0.6, 0.95)
-]
-
-
-@pytest.mark.parametrize("content", [b"", b"not a pickle", pickle.dumps(5), *CUT])
-def test_other_files_and_cut_ones_are_refused(tmp_path, content):
+@pytest.mark.parametrize("content", [b"", b"not a pickle", pickle.dumps(5)])
+def test_other_files_are_refused(tmp_path, content):
     path = tmp_path / "x.pt"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"x.pt is not a file of tensors"):
@@ -89,22 +82,6 @@ def test_other_files_and_cut_ones_are_refused(tmp_path, content):
 
 
 BROKEN = DATA / "formats" / "broken"
-# Of all others, `pretrained.read` tells the wrong shapes and names.
-REFUSED = ("truncated", "hostile", "complex", "short-storage", "safetensors")
-FILES = sorted(path.name for path in BROKEN.iterdir() if path.suffix not in (".zip", ".json"))
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_broken_and_hostile_files_end_in_our_error(name, capfd, tmp_path, monkeypatch):
-    """The hostile ones print a line, if they are executed."""
-    monkeypatch.chdir(tmp_path)
-    if name == "hostile-module-src.pkl" or not any(word in name for word in REFUSED):
-        assert isinstance(tensors.load(BROKEN / name), dict)
-    else:
-        with pytest.raises(ValueError, match=f"{name} is not a file of tensors"):
-            tensors.load(BROKEN / name)
-    assert capfd.readouterr() == ("", "")
-    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("name", "step"), [("tensors.pt", 7), ("tensors_legacy.pt", 7),
@@ -130,12 +107,6 @@ def test_a_pickle_of_modules_becomes_placeholders():
     assert weights["logvar_fourier.freqs"].shape == (8,)
     assert len(weights) == 34
     assert np.isfinite(np.concatenate([w.ravel() for w in weights.values()])).all()
-
-
-def test_the_source_text_in_a_file_is_not_run(capfd):
-    module = tensors.load(BROKEN / "hostile-module-src.pkl")["ema"]
-    assert not module.tensors()
-    assert capfd.readouterr() == ("", "")
 
 
 def loaded(tree, path):

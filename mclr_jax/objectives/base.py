@@ -11,7 +11,7 @@ from flax import struct
 
 from mclr_jax import types
 from mclr_jax.noise import NoiseLevels, normal_like, split
-from mclr_jax.reductions import Metrics
+from mclr_jax.reductions import Metrics, mean
 from mclr_jax.schema import check, class_factors, key
 from mclr_jax.types import Answers, Condition, DenoiseFn, expand, with_label
 
@@ -177,15 +177,21 @@ def weighted(models: Models, problem: Problem, error: jax.Array, sigma: jax.Arra
     return loss / jnp.exp(u) + u
 
 
-def likelihood(square: jax.Array, variance: jax.Array, power: float, weight: Any = 1.0) -> Any:
-    """(r^2 / u + ln u) / 2 * u^power with r^2 = weight * `square`, u = weight * variance; as these.
+def likelihood(
+    estimate: jax.Array, variance: jax.Array, target: jax.Array, power: float, weight: Any = 1.0
+) -> Loss:
+    """The mean (B,) of (r^2 / u + ln u) / 2 * u^power, r^2 = weight * error, u = weight * variance.
 
     Times a power of its variance, without gradient through the power, a Gaussian's negative
     log-likelihood trains the mean more evenly (Seitzer et al. 2022, arXiv 2203.09168); power 1
-    trains it by half the square error.
+    trains it by half the square error. Metrics: `error`, the square error, and `error_ratio`, its
+    ratio to the variance, which is 1 for the true variance.
     """
-    unit = variance * weight
-    return (square / variance + jnp.log(unit)) / 2 * jax.lax.stop_gradient(unit**power)
+    error, unit = (estimate - target) ** 2, variance * weight
+    ratio = error / variance
+    loss = (ratio + jnp.log(unit)) / 2 * jax.lax.stop_gradient(unit**power)
+    metrics: Metrics = {"error": mean(per_example(error)), "error_ratio": mean(per_example(ratio))}
+    return per_example(loss), metrics
 
 
 def per_example(values: jax.Array) -> jax.Array:

@@ -29,17 +29,12 @@ class DSM(Objective):
     )
 
     def __call__(self, models: Models, problem: Problem, batch: Batch, keys: jax.Array) -> Loss:
-        """Loss (B,); `error`, the unweighted mean square error; with a variance `error_ratio`, the
-        mean of the square error over the variance, which is 1 for the true variance."""
+        """Loss (B,); `error`, the unweighted mean square error; with a variance `error_ratio`."""
         noisy = base.perturb(problem, batch.x0, batch.condition, keys, self.label_dropout)
         x, sigma, condition, _ = noisy
         if models.moments is None:
             error = base.square_error(models.denoise(x, sigma, condition), batch.x0, sigma)
             loss = base.per_example(base.weighted(models, problem, error, sigma))
             return loss, {"error": mean(base.per_example(error))}
-        estimate, variance = models.moments(x, sigma, condition)
-        square = (estimate - batch.x0) ** 2
-        weight = expand(problem.weight(sigma), x)
-        loss = base.per_example(base.likelihood(square, variance, self.variance_power, weight))
-        ratio = base.per_example(square / variance)
-        return loss, {"error": mean(base.per_example(square)), "error_ratio": mean(ratio)}
+        moments, weight = models.moments(x, sigma, condition), expand(problem.weight(sigma), x)
+        return base.likelihood(*moments, batch.x0, self.variance_power, weight)

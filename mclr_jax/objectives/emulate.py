@@ -15,8 +15,8 @@ class Emulate(Objective):
     variance_power: float = key(0.5, 0.0, 1.0, says="see base.likelihood, if it has a variance")
 
     def __call__(self, models: Models, problem: Problem, batch: Batch, keys) -> Loss:
-        """Loss (B,); `error`, the mean square error, and with a variance `error_ratio`, the mean of
-        the square error over the variance. ValueError: no emulator, or windows of one frame."""
+        """Loss (B,); `error`, the mean square error, and with a variance `error_ratio`.
+        ValueError: no emulator, or windows of one frame."""
         if models.forecast is None or batch.x0.shape[1] < 2:
             raise ValueError(
                 f"The objective Emulate got windows of shape {batch.x0.shape[1:]}; expected an "
@@ -24,12 +24,8 @@ class Emulate(Objective):
                 "mclr_jax.networks.emulator:Emulator and config.data.frames=2."
             )
         estimate, variance = models.forecast(batch.x0[:, :-1])
-        square = (estimate - batch.x0[:, 1:]) ** 2
-        error = base.per_example(square)
-        if variance is None:
-            return error, {"error": mean(error)}
-        loss = base.per_example(base.likelihood(square, variance, self.variance_power))
-        return loss, {
-            "error": mean(error),
-            "error_ratio": mean(base.per_example(square / variance)),
-        }
+        target = batch.x0[:, 1:]
+        if variance is not None:
+            return base.likelihood(estimate, variance, target, self.variance_power)
+        error = base.per_example((estimate - target) ** 2)
+        return error, {"error": mean(error)}
