@@ -74,8 +74,8 @@ def fashion(
 
 
 def emoji(name: str, steps: int, changes: Mapping[str, Any] = {}) -> Case:
-    """In colour, 24x24 pixels, nine classes."""
-    size = {"data.name": f"folder:{ROOT}/runs/memorization/emoji", "data.resolution": 24, **changes}
+    """In colour, 16x16 pixels, nine classes."""
+    size = {"data.name": f"folder:{ROOT}/runs/memorization/emoji", "data.resolution": 16, **changes}
     return Case(name, 128, steps, 0, size, "fashion_mnist", "emoji")
 
 
@@ -90,9 +90,9 @@ CASES = (
     Case("images_all", 0, 5000), Case("narrow_256", 256, 5000, 0, NARROW),
     Case("images_256_seed_1", 256, 4000, 1), tuned("fine_tuned_64", 64, 900),
     tuned("fine_tuned_128", 128, 1800), fashion("fashion_128", 128, 4000),
-    emoji("emoji_128", 3000), Case("images_512", 512, 9000),
+    emoji("emoji_128", 2400), Case("images_512", 512, 9000),
     fashion("fashion_narrow_256", 256, 9000, 0, NARROW),
-    emoji("emoji_128_flip", 3000, {"data.flip": True}), fashion("fashion_256", 256, 10000),
+    emoji("emoji_128_flip", 2400, {"data.flip": True}), fashion("fashion_256", 256, 10000),
     fashion("fashion_128_seed_1", 128, 4000, 1),
 )  # fmt: skip
 
