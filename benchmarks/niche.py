@@ -42,7 +42,7 @@ class Smoother(ensemble.Settings):
 
 STARTS: dict[str, Any] = {"trajectory": Scheme(c=0.5), "enkf": Smoother(radius=4.0)}
 GRIDS: dict[str, dict[str, tuple]] = {
-    "trajectory": {"c": (0.25, 0.5, 1.0), "window": (0, 32)},
+    "trajectory": {"c": (0.25, 0.5, 1.0, 2.0), "window": (0, 32)},
     "enkf": {"radius": (2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 0.0),
              "inflation": (1.0, 1.01, 1.02, 1.05, 1.1, 1.2), "relaxation": (0.0, 0.2, 0.4, 0.6),
              "lag": (8.0, 24.0, 1000.0)},
