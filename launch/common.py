@@ -32,6 +32,8 @@ SHARED: dict[str, tuple] = {
     "ema": (flags.DEFINE_string, "", "Average of the weights: a track's name, none, or a relative "
             "width such as 0.075."),
     "checkpoint": (flags.DEFINE_integer, None, "Training step; default: the last."),
+    "interpolation": (flags.DEFINE_float, 1.0, "Of a fine-tuned run: 0 for the weights that it "
+                      "started from, 1 for its own, 0.5 for the weights half-way between."),
     "seed": (flags.DEFINE_integer, 0, "Seed of the starting noise.", {"lower_bound": 0}),
     "batch_size": (flags.DEFINE_integer, 256, "Samples at a time.", {"lower_bound": 1}),
     "class_strengths": (flags.DEFINE_string, None, "File of mclr calibrate, NAME.json: factors "

@@ -22,7 +22,9 @@ from mclr_jax.files import made
 from mclr_jax.launch import common
 from mclr_jax.pretrained import published
 
-WORKDIR, EMA, CHECKPOINT = common.define("workdir", "ema", "checkpoint")
+WORKDIR, EMA, CHECKPOINT, INTERPOLATION = common.define(
+    "workdir", "ema", "checkpoint", "interpolation"
+)
 INPUT = flags.DEFINE_string("input", None, "Published file, or folder of diffusers.")
 OUT = flags.DEFINE_string("out", None, "Directory of the new run.")
 FAMILY = flags.DEFINE_enum(
@@ -30,9 +32,6 @@ FAMILY = flags.DEFINE_enum(
 )
 SET = flags.DEFINE_list(
     "set", [], "Values that the file does not hold, as heads=16,num_classes=10."
-)
-INTERPOLATION = flags.DEFINE_float(
-    "interpolation", 1.0, "Place from the start's weights (0) to the fine-tuned ones (1)."
 )
 TO = flags.DEFINE_string("to", None, "FILE.safetensors or folder to write --workdir to.")
 

@@ -9,8 +9,8 @@ row for held-out real images, at most as many, drawn by --seed: the floor. Each 
 stored in WORKDIR/evaluation when it is complete, and the same command makes only the missing rows.
 
 Without a run, --samples and --reference are folders, zips or npz files of images, or data sources
-as in config.data.name; --reference may be a file of statistics (mu and sigma, of EDM, EDM2,
-guided-diffusion or clean-fid), for a run, too. --write_statistics writes such a file.
+as in config.data.name, at --resolution; --reference may be a file of statistics (mu and sigma, of
+EDM, EDM2, guided-diffusion or clean-fid), for a run, too. --write_statistics writes such a file.
 
 --metrics names any of
 
@@ -44,8 +44,8 @@ from mclr_jax.launch import common, hosts
 from mclr_jax.training.devices import is_first
 from mclr_jax.training.log import Progress
 
-WORKDIR, SEED, INIT_FROM, DATA, BATCH_SIZE, AUTOENCODER = common.define(
-    "workdir", "seed", "init_from", "data", "batch_size", "autoencoder"
+WORKDIR, SEED, INIT_FROM, DATA, BATCH_SIZE, AUTOENCODER, RESOLUTION = common.define(
+    "workdir", "seed", "init_from", "data", "batch_size", "autoencoder", "resolution"
 )
 common.define(*common.GUIDANCE)
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.json.")
@@ -56,10 +56,6 @@ REFERENCE = flags.DEFINE_string(
 WRITE_STATISTICS = flags.DEFINE_string(
     "write_statistics", None, "File to write, NAME.npz: mu and sigma of the reference."
 )
-RESOLUTION = flags.DEFINE_integer(
-    "resolution", 0, "Crop and resize the files of --samples and --reference to this size; 0: no.",
-    lower_bound=0,
-)  # fmt: skip
 FEATURES = flags.DEFINE_string(
     "features", None,
     "Extractor: classifier:WORKDIR, efficientnet_lite0, inception:FILE or dinov2:FILE.",

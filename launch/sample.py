@@ -25,9 +25,10 @@ from mclr_jax.launch import common, hosts
 from mclr_jax.training.devices import is_first
 from mclr_jax.training.log import Progress
 
-WORKDIR, SEED, INIT_FROM, EMA, CHECKPOINT, BATCH_SIZE, AUTOENCODER = common.define(
-    "workdir", "seed", "init_from", "ema", "checkpoint", "batch_size", "autoencoder"
-)
+WORKDIR, SEED, INIT_FROM, EMA, CHECKPOINT, INTERPOLATION, BATCH_SIZE, AUTOENCODER = common.define(
+    "workdir", "seed", "init_from", "ema", "checkpoint", "interpolation", "batch_size",
+    "autoencoder",
+)  # fmt: skip
 common.define(*common.GUIDANCE)
 OUT = flags.DEFINE_string(
     "out", None, "File to write, NAME.npz; NAME.png goes beside it. With --compare NAME.png alone."
@@ -55,10 +56,6 @@ DIFFUSION = flags.DEFINE_enum(
 GUIDANCE_SCALE = flags.DEFINE_float(
     "guidance_scale", 1.0, "Guidance: weak + scale * (conditional - weak), weak the null label."
 )
-INTERPOLATION = flags.DEFINE_float(
-    "interpolation", 1.0, "Of a fine-tuned run: 0 for the weights that it started from, 1 for its "
-    "own, 0.5 for the weights half-way between."
-)  # fmt: skip
 CHURN = flags.DEFINE_float("churn", 0.0, "S_churn of EDM's stochastic sampler; 0: deterministic.")
 
 
