@@ -269,6 +269,12 @@ def along_training(result: Row, name: str) -> str:
     return f"lowest at step {found['step_of_minimum']:,} of {steps:,}, {warning}, {copies}"
 
 
+def beside_control(row: Row, key: str, scale: float, digits: int) -> str:
+    """The control's mean over seeds, or the difference from it, with its standard error."""
+    name, sign = (key, "") if row["method"] == "DSM control" else (f"{key}_difference", "+")
+    return f"{scale * row[name]:{sign}.{digits}f} ± {scale * row[f'{name}_error']:.{digits}f}"
+
+
 # ---- pages ---------------------------------------------------------------------------------------
 
 COMPARED = ["DSM control", "CFG", "CFG in an interval", "model_guidance", "cca",
