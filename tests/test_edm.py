@@ -20,7 +20,7 @@ from mclr_jax.pretrained import edm, names, tensors
 from mclr_jax.types import Condition
 
 DATA = Path(__file__).parent / "data"
-SNAPSHOTS = sorted((DATA / "formats" / "edm").glob("*.pkl"))
+OLD, NEW = (sorted((DATA / "formats" / name).glob("*.pkl")) for name in ("edm", "edm2"))
 
 
 def load(architecture):
@@ -114,9 +114,9 @@ def test_augmentation_weights_are_read_and_the_strength_starts_at_zero():
 # ---- snapshots -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", SNAPSHOTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", OLD + NEW, ids=lambda path: path.stem)
 def test_snapshots_give_the_official_outputs(path):
-    """Denoised with and without a label and with augmentation labels, and the raw output."""
+    """Denoised and raw, with and without a label and with augmentation; EDM2's log-variance."""
     checkpoint, arrays = loaded(path)
     model, params = checkpoint.model, checkpoint.params
     x, sigma = arrays["input/x"].transpose(0, 2, 3, 1), arrays["input/sigma"]
@@ -128,16 +128,23 @@ def test_snapshots_give_the_official_outputs(path):
     )
     thrice = np.concatenate([x] * 3), np.tile(sigma, 3), condition
     denoised, raw = nvlabs.answers(model, params, *thrice)
-    parts = [part.transpose(0, 3, 1, 2) for part in jnp.split(denoised, 3)]
-    found = {"denoised": parts[0], "denoised_null": parts[1], "denoised_augment": parts[2],
-             "raw": raw[: len(x)].transpose(0, 3, 1, 2)}  # fmt: skip
-    names_of_outputs = {key.removeprefix("output/") for key in arrays if "output/" in key}
+    found = {
+        f"output/{name}{kind}": part.transpose(0, 3, 1, 2)
+        for name, whole in {"denoised": denoised, "raw": raw}.items()
+        for kind, part in zip(("", "_null", "_augment"), jnp.split(whole, 3), strict=True)
+    }
+    limit = 2e-5
+    if checkpoint.family == "edm2":
+        limit = 5e-6
+        u = model.network.apply({"params": params}, jnp.log(sigma) / 4, method="log_variance")
+        found["output/logvar"] = u
+    names_of_outputs = {key for key in arrays if "output/" in key}
     assert names_of_outputs <= found.keys()
     for name in names_of_outputs:
-        assert error(found[name], arrays[f"output/{name}"]) < 2e-5, name
+        assert error(found[name], arrays[name]) < limit, name
 
 
-@pytest.mark.parametrize("path", SNAPSHOTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", OLD, ids=lambda path: path.stem)
 def test_hyper_parameters_are_those_of_the_constructor(path):
     checkpoint, arrays = loaded(path)
     told = json.loads(str(arrays["meta.json"]))["kwargs"]
@@ -158,7 +165,7 @@ def test_hyper_parameters_are_those_of_the_constructor(path):
     assert checkpoint.model.preconditioning == kind()
 
 
-@pytest.mark.parametrize("path", SNAPSHOTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", OLD + NEW, ids=lambda path: path.stem)
 def test_what_was_read_is_given_back_bit_for_bit(path):
     expected, found = tensors.load(path)["ema"].tensors(), pretrained.state(loaded(path)[0])
     assert found.keys() == expected.keys()
