@@ -19,6 +19,7 @@ from mclr_jax.types import Condition
 
 SAMPLER = Sampler("heun", 3, 0.01, 40.0)
 EULER = Sampler("euler", 4, 0.01, 10.0)
+GRID = EULER.grid()
 
 
 def make(**changes):
@@ -44,13 +45,17 @@ def weaker():
     return make(**{"network.name": "dit", "network.width": 8})
 
 
+def by_sampler(denoise, labels, seed=0, grid=GRID):
+    """What the sampler makes of a denoiser that is called directly."""
+    x = np.float32(grid[0]) * normal_like(sample_keys(seed, range(3)), jnp.zeros((3, 8, 8, 1)))
+    return samplers.sample(denoise, x, jnp.asarray(labels), grid, "euler")
+
+
 def test_samples_are_those_of_the_sampler_called_directly(trained):
     model, params = trained
-    labels, grid = np.array([3, 1, 4]), EULER.grid()
+    labels = np.array([3, 1, 4])
     got = generate.generate(model, params, labels, EULER, guided=Guidance(2.0), seed=5)
-    denoise = guidance.classifier_free(model.denoise(params), 10, 2.0)
-    x = np.float32(grid[0]) * normal_like(sample_keys(5, range(3)), jnp.zeros((3, 8, 8, 1)))
-    expected = samplers.sample(denoise, x, jnp.asarray(labels), grid, "euler")
+    expected = by_sampler(guidance.classifier_free(model.denoise(params), 10, 2.0), labels, 5)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
     assert generate.generate(model, params, np.array([]), EULER).shape == (0, 8, 8, 1)
 
@@ -58,19 +63,17 @@ def test_samples_are_those_of_the_sampler_called_directly(trained):
 def test_autoguidance_puts_a_weaker_model_in_the_place_of_the_null_label(trained, weaker):
     model, params = trained
     weak, weak_params = weaker
-    labels, grid = np.array([3, 1, 4]), EULER.grid()
+    labels = np.array([3, 1, 4])
     cfg = Guidance(1.7, interval=(0.1, 5.0))
     auto = dataclasses.replace(cfg, weak=(weak, weak_params))
     got = generate.generate(model, params, labels, EULER, guided=auto)
     guided = guidance.autoguidance(
         model.denoise(params), weak.denoise(weak_params), 1.7, (0.1, 5.0)
     )
-    x = np.float32(grid[0]) * normal_like(sample_keys(0, range(3)), jnp.zeros((3, 8, 8, 1)))
-    expected = samplers.sample(guided, x, jnp.asarray(labels), grid, "euler")
-    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got, by_sampler(guided, labels), rtol=1e-4, atol=1e-4)
     alone = generate.generate(model, params, labels, EULER, guided=cfg)
     assert np.abs(got - alone).max() > 1e-3
-    assert auto.calls(model, EULER) == 4 + sum(0.1 < level <= 5.0 for level in grid[:-1])
+    assert auto.calls(model, EULER) == 4 + sum(0.1 < level <= 5.0 for level in GRID[:-1])
 
 
 def test_domain_guidance_asks_the_source_at_its_own_null_label(trained):
@@ -80,7 +83,7 @@ def test_domain_guidance_asks_the_source_at_its_own_null_label(trained):
         model, network=model.network.clone(num_classes=4),
         data=dataclasses.replace(model.data, num_classes=4),
     )  # fmt: skip
-    weights, labels, grid = tiny.weights(source, 5), np.array([3, 9, 4]), EULER.grid()
+    weights, labels = tiny.weights(source, 5), np.array([3, 9, 4])
     guided = Guidance(1.7, interval=(0.1, 5.0), weak=(source, weights), domain=True)
     got = generate.generate(model, params, labels, EULER, guided=guided)
 
@@ -89,9 +92,7 @@ def test_domain_guidance_asks_the_source_at_its_own_null_label(trained):
         away = own - source.denoise(weights)(x, sigma, null)
         return own + jnp.where((sigma > 0.1) & (sigma <= 5.0), 0.7, 0.0)[:, None, None, None] * away
 
-    x = np.float32(grid[0]) * normal_like(sample_keys(0, range(3)), jnp.zeros((3, 8, 8, 1)))
-    expected = samplers.sample(by_hand, x, jnp.asarray(labels), grid, "euler")
-    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got, by_sampler(by_hand, labels), rtol=1e-4, atol=1e-4)
     assert "domain_guidance" in guided.settings()
     untaught = dataclasses.replace(source, data=dataclasses.replace(source.data, has_null=False))
     with pytest.raises(ValueError, match="no answer without a class"):
@@ -238,10 +239,9 @@ def test_samples_that_are_not_finite_are_an_error(trained):
 def test_a_network_with_strength_takes_the_scale_as_its_input(told):
     """One call at any scale, and none of guidance outside the interval; no recompilation."""
     model, params = told
-    labels, grid = np.array([3, 1, 4]), EULER.grid()
-    x = np.float32(grid[0]) * normal_like(sample_keys(5, range(3)), jnp.zeros((3, 8, 8, 1)))
+    labels = np.array([3, 1, 4])
     run = generate.compiled(model, "euler", False, False, None, None, False)
-    for scale, interval in [(1.0, None), (2.5, None), (2.5, (0.1, 1.0)), (2.5, ends(grid, 2, 0))]:
+    for scale, interval in [(1.0, None), (2.5, None), (2.5, (0.1, 1.0)), (2.5, ends(GRID, 2, 0))]:
         guided = Guidance(scale, interval=interval)
         got = generate.generate(model, params, labels, EULER, guided=guided, seed=5)
 
@@ -250,8 +250,7 @@ def test_a_network_with_strength_takes_the_scale_as_its_input(told):
             strength = jnp.where((low < sigma) & (sigma <= high), scale - 1, 0)
             return model.denoise(params)(x, sigma, Condition(condition.label, strength))
 
-        expected = samplers.sample(denoise, x, jnp.asarray(labels), grid, "euler")
-        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(got, by_sampler(denoise, labels, 5), rtol=1e-4, atol=1e-4)
         if scale == 1:
             unguided = got
     assert np.abs(got - unguided).max() > 1e-3
@@ -269,9 +268,7 @@ def test_flows_by_time_and_sigma_end_at_the_same_samples():
     times = np.linspace(1, 0, 9)
     grid = times / np.maximum(1 - times, 1e-5)
     denoise = guidance.classifier_free(model.denoise(params), 10, 2.0, (0.3, 3.0))
-    x = np.float32(grid[0]) * normal_like(sample_keys(5, range(3)), jnp.zeros((3, 8, 8, 1)))
-    expected = samplers.sample(denoise, x, jnp.asarray(labels), grid, "euler")
-    np.testing.assert_allclose(got, expected, rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(got, by_sampler(denoise, labels, 5, grid), rtol=2e-3, atol=2e-3)
     assert guided.calls(model, sampler) == 8 + sum((0.3 < grid) & (grid <= 3))
     other = dataclasses.replace(model, preconditioning=Velocity(1))
     with pytest.raises(ValueError, match="The weak model has Velocity"):

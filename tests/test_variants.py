@@ -1,5 +1,6 @@
 """Every pure function gives the same result plain, from NumPy arrays, under jit and under pmap."""
 
+import functools
 import itertools
 
 import chex
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from mclr_jax import denoiser, guidance, mixture, model, noise, posterior, samplers
 from mclr_jax.data import augment, pixels
@@ -73,11 +75,10 @@ def of_posterior(made):
 
 
 def of_network(network, shape):
-    """(x, sigma, label) -> the network in a Model, from parameters of ones."""
+    """(x, sigma, label) -> the network in a Model, with random parameters."""
     made = model.Model(network, EDM(), model.DataInfo(shape, 3, 0.5))
-    shapes = jax.eval_shape(made.init, jax.random.key(0))
-    params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.1, leaf.dtype), shapes)
-    return lambda x, sigma, label: made.denoise(params)(x, sigma, label)
+    params = functools.cache(lambda: tiny.weights(made))
+    return lambda x, sigma, label: made.denoise(params())(x, sigma, label)
 
 
 def of_sampler(method, **options):
