@@ -34,7 +34,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "mclr null, beta 1": ONCE["mclr null, beta 1"],
     "mclr, beta 1": {},
     "model_guidance": ONCE["model_guidance"],
-    "cca": ONCE["cca"],
 }
 FILES = {method: f"labels_{place_of(method)}" for method in METHODS}
 CONTROL = "DSM control"
