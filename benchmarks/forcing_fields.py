@@ -12,8 +12,7 @@ chosen one after the other, by the RMSE on the first trajectories of the validat
       --tasks filter lag8 lag24 --ensemble=40 [--equations]
 
 is an emulator, or the equations, in an ensemble Kalman filter, whose settings are chosen by the
-CRPS on the validation set; that of ks was trained for 6,000 steps with
---config.data.system=kuramoto_sivashinsky. Of a trajectory model and of an emulator
+CRPS on the validation set. Of a trajectory model and of an emulator
 
       --tasks forecast known --trajectories 16 --every 2
 

@@ -4,11 +4,12 @@
   python -m launch.train --config=configs/lorenz96_emulator.py --workdir=DIR/emulator
   python benchmarks/niche.py --folder=DIR --cases abs sparse
 
-The same with --config.data.system=niche:Half, of the emulator with --config.network.variance=True,
-in DIR/half_trajectory and DIR/half_emulator, and the emulator also of niche:Past in DIR/half_past,
-are for the case `partial`; benchmarks/ is then in PYTHONPATH. Settings of both methods are chosen
-by the CRPS on validation trajectories, those of an emulator with the equations in its place where
-these are known. Writes benchmarks/results/niche.json; rows that are there are kept.
+--config.num_steps was 20,000 and 6,000. Settings of both methods are chosen by the CRPS on
+validation trajectories, those of an emulator with the equations in its place where these are known.
+The same trainings with --config.data.system=niche:Half, of the emulator with
+--config.network.variance=True, in DIR/half_trajectory and DIR/half_emulator, and the emulator also
+of niche:Past in DIR/half_past, are for the case `partial`; benchmarks/ is then in PYTHONPATH.
+Writes benchmarks/results/niche.json; rows that are there are kept.
 """
 
 import argparse
