@@ -308,7 +308,7 @@ def test_a_classifier_is_shown_without_samples(tmp_path):
 def written(tmp_path_factory):
     """A report of two runs, by the command."""
     folder = tmp_path_factory.mktemp("report")
-    cases.untrained(folder / "a", tiny.config("digits"))
+    cases.untrained(folder / "a", tiny.config("digits", **tiny.LINEAR))
     lines = ['{"step": 4, "loss": 2.0}', '{"step": 8, "loss": 1.5}']
     (folder / "a" / "metrics.jsonl").write_text("\n".join(lines))
     shutil.copytree(folder / "a", folder / "b")
