@@ -84,20 +84,6 @@ def drawn_labels(source: Source) -> Arrays:
     return Arrays(source[rows][0], labels, source.num_classes)
 
 
-def within_classes(h: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Features (V, N, d) whose images vary about the mean of their class.
-
-    Covariances divide by N - 1, and K class means are estimated: the deviations are lengthened by
-    sqrt((N - 1) / (N - K)).
-    """
-    _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    mean = h.mean(0)
-    sums = np.zeros((len(counts), h.shape[-1]))
-    np.add.at(sums, classes, mean)
-    factor = math.sqrt((len(labels) - 1) / (len(labels) - len(counts)))
-    return h - mean + factor * (mean - (sums / counts[:, None])[classes])
-
-
 def reading(found: runs.Run, params: Any, sigma: float, told: str) -> dict[str, float]:
     """ICR of the middle block's features, within classes too, and the accuracy of a linear probe.
 
@@ -118,11 +104,11 @@ def reading(found: runs.Run, params: Any, sigma: float, told: str) -> dict[str, 
     row = {}
     if told != "drawn":
         h = features(sources[0], augmentation=perturb.Augmentation(flip=flips(found.data)))
-        inside = within_classes(h, sources[0].labels)
-        for name, views in zip(READINGS, map(icr.views, (h, inside)), strict=False):
+        seen = icr.views(h, sources[0].labels, sources[0].num_classes)
+        for name, views in zip(READINGS, (seen, seen.within_classes), strict=False):
             row[name] = icr.ratio(views, bias_corrected=True)
-    seen = [(features(source, number_of_views=1)[0], source.labels) for source in sources]
-    return row | {"probe_accuracy": sweep.probe_accuracy(*seen[0], *seen[1])}
+    probed = [(features(source, number_of_views=1)[0], source.labels) for source in sources]
+    return row | {"probe_accuracy": sweep.probe_accuracy(*probed[0], *probed[1])}
 
 
 def spread(values: list[float]) -> tuple[float, float | None]:

@@ -6,7 +6,9 @@ The Invariant Contamination Ratio (arXiv 2606.09718) is the share of a block's f
 changes when the image is perturbed (crop, flip, colour jitter, noise). It needs no labels and no
 samples. Prints a table, writes it as JSON with its provenance, and writes a figure. Every row has
 
-  icr             bias-corrected; icr_plain is the paper's, which depends on --num_images
+  icr             bias-corrected; icr_plain is the paper's, which depends on --num_images;
+                  icr_within_classes is that of features less the mean of their class: a network
+                  that is told the class (--at_labels) passes it on
   invariance      Tr Sigma_s, residual Tr Sigma_xi, expansion Tr Sigma_h at unit length
   effective_rank  of the features
   probe_accuracy  of logistic regression, on held-out images

@@ -134,7 +134,9 @@ def test_one_device_finds_what_eight_do(written):
         features = jax.jit(model.block_features(params))(x, jnp.full(len(x), 0.3))
         h.append(features[layers[0]])
     assert h[0].sharding.device_set == {one}
-    assert icr.ratio(found) == pytest.approx(icr.ratio(icr.views(np.stack(h))), rel=1e-4)
+    whole = icr.views(np.stack(h), source.labels[ROWS], 10)
+    assert icr.ratio(found) == pytest.approx(icr.ratio(whole), rel=1e-4)
+    np.testing.assert_allclose(found.by_class, whole.by_class, rtol=1e-4, atol=1e-4)
 
 
 def test_a_probe_separates_what_is_separable():

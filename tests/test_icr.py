@@ -89,12 +89,35 @@ def test_invertible_affine_maps_change_nothing(seed, size, number_of_views, log_
 @hypothesis.settings(max_examples=25, deadline=None)
 def test_batches_merge_to_the_whole(cuts):
     h = gaussian(2, 64, np.linspace(1, 2, 5), np.ones(5), 3)
-    parts = [icr.views(part) for part in np.split(h, sorted(cuts), axis=1)]
-    merged, whole = functools.reduce(icr.Views.merge, parts), icr.views(h)
+    labels, cuts = np.arange(64) % 7, sorted(cuts)
+    parts = zip(np.split(h, cuts, axis=1), np.split(labels, cuts), strict=True)
+    merged = functools.reduce(icr.Views.merge, [icr.views(*part, 9) for part in parts])
+    whole = icr.views(h, labels, 9)
     np.testing.assert_allclose(merged.residual, whole.residual, rtol=1e-10, atol=1e-13)
     np.testing.assert_allclose(merged.invariant, whole.invariant, rtol=1e-10, atol=1e-13)
     np.testing.assert_allclose(merged.direction, whole.direction, rtol=1e-10)
     assert icr.ratio(merged) == pytest.approx(icr.ratio(whole), rel=1e-10)
+    inside = [icr.ratio(views.within_classes) for views in (merged, whole)]
+    assert inside[0] == pytest.approx(inside[1], rel=1e-10)
+
+
+def test_offsets_between_classes_leave_the_ratio_within_as_it_is():
+    """24 images in 8 classes, d = 4: without the lost degrees of freedom Tr would be 40% too small;
+    and once as deviations of each image from the mean of its class."""
+    invariant, residual = np.array([3.0, 1.0, 2.0, 0.5]), np.array([1.0, 0.5, 2.0, 1.5])
+    labels, rng = np.arange(24) % 8, np.random.default_rng(0)
+    offsets = 10 * rng.normal(size=(8, 4))[labels]
+    found = [icr.views(gaussian(seed, 24, invariant, residual) + offsets, labels, 10).within_classes
+             for seed in range(800)]  # fmt: skip
+    traces = 4 / np.array([icr.ratio(views, True) for views in found]) - 4
+    error = traces.std() / np.sqrt(len(traces))
+    assert error < 0.05 * traces.mean()
+    assert abs(traces.mean() - np.sum(invariant / residual)) < 4 * error
+    h = gaussian(799, 24, invariant, residual)
+    means = (h + offsets).mean(0)
+    off = means - np.stack([means[labels == label].mean(0) for label in labels])
+    np.testing.assert_allclose(found[-1].mean.cov, off.T @ off / (24 - 8), rtol=1e-9)
+    np.testing.assert_allclose(found[-1].residual, icr.views(h).residual, rtol=1e-9)
 
 
 def test_traces_and_effective_rank_have_closed_forms():
@@ -125,5 +148,8 @@ def test_bad_input_is_explained():
         of_views(doubled)
     with pytest.raises(ValueError, match="features that vary"):
         icr.effective_rank(np.zeros((3, 3)))
+    for labelled in (icr.views(h), icr.views(h, np.arange(40), 40)):
+        with pytest.raises(ValueError, match="more images than classes"):
+            _ = labelled.within_classes
     with pytest.raises(ValueError, match="not finite"):
         of_views(h * np.nan)

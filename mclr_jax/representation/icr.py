@@ -28,13 +28,15 @@ class Views:
     mean: Moments  # of an image's mean over its views
     contrasts: list[Moments]  # of V - 1 orthonormal contrasts; V = 2: (h1 - h2) / sqrt(2)
     direction: np.ndarray  # (d,) mean of all features, each scaled to unit length
+    by_class: np.ndarray  # (K, d + 1) sums of the images' means, and numbers of images
 
     def merge(self, other: "Views") -> "Views":
         """Statistics of both sets of images together."""
         mean = self.mean.merge(other.mean)
         contrasts = list(map(Moments.merge, self.contrasts, other.contrasts))
         share = other.mean.count / mean.count
-        return Views(mean, contrasts, self.direction + share * (other.direction - self.direction))
+        direction = self.direction + share * (other.direction - self.direction)
+        return Views(mean, contrasts, direction, self.by_class + other.by_class)
 
     @property
     def residual(self) -> np.ndarray:
@@ -46,15 +48,34 @@ class Views:
         """Sigma_s (d, d), unbiased; V = 2: Cov((h1 + h2) / 2) - Cov(h1 - h2) / 4."""
         return self.mean.cov - self.residual / (len(self.contrasts) + 1)
 
+    @property
+    def within_classes(self) -> "Views":
+        """Those of features less the mean of their class, whose estimate costs degrees of freedom.
 
-def views(h: np.ndarray) -> Views:
-    """Statistics of features (V, N, d); ValueError: not finite, or V < 2."""
+        A network passes on the label that it is told: that offset is no property of the image.
+        """
+        sums, counts = np.split(self.by_class[self.by_class[:, -1] > 0], [-1], axis=1)
+        if not 0 < len(counts) < self.mean.count:
+            raise ValueError("Expected views with labels, of more images than classes.")
+        offsets = sums / counts - self.mean.mean
+        squares = (self.mean.count - 1) * self.mean.cov - (counts * offsets).T @ offsets
+        cov = squares / (self.mean.count - len(counts))
+        return dataclasses.replace(self, mean=dataclasses.replace(self.mean, cov=cov))
+
+
+def views(h: np.ndarray, labels: np.ndarray | None = None, num_classes: int = 0) -> Views:
+    """Statistics of features (V, N, d), with labels (N,) also by class; ValueError: not finite, or
+    V < 2."""
     h = np.asarray(h, np.float64)
     if h.ndim != 3 or len(h) < 2:
         raise ValueError(f"Got features of shape {h.shape}; expected (V, N, d), V at least 2.")
     contrasts = np.einsum("kv,vnd->knd", scipy.linalg.helmert(len(h)), h)
     rows = h.reshape(-1, h.shape[-1])
-    return Views(moments(h.mean(0)), list(map(moments, contrasts)), normalize(rows).mean(0))
+    by_class = np.zeros((num_classes, h.shape[-1] + 1))
+    if labels is not None:
+        np.add.at(by_class, labels, np.insert(h.mean(0), h.shape[-1], 1.0, axis=1))
+    means, contrasts = moments(h.mean(0)), list(map(moments, contrasts))
+    return Views(means, contrasts, normalize(rows).mean(0), by_class)
 
 
 def check_size(count: int, size: int) -> None:

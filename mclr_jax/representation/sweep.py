@@ -1,7 +1,7 @@
 """The representation of a model at several noise levels: ICR, its parts and a linear probe."""
 
-import functools
 import io
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -34,8 +34,13 @@ def accumulate(
     batches = blocks.extract(
         model, params, source, rows, sigma, layers=layers, augmentation=augmentation, **options
     )
-    parts = ({name: icr.views(h) for name, h in batch.items()} for batch in batches)
-    return functools.reduce(lambda a, b: {name: a[name].merge(b[name]) for name in a}, parts)
+    labels, found = iter(source.labels[rows]), dict[str, icr.Views]()
+    for batch in batches:
+        told = np.array([*itertools.islice(labels, batch[layers[0]].shape[1])])
+        for name, h in batch.items():
+            seen = icr.views(h, told, source.num_classes)
+            found[name] = found[name].merge(seen) if name in found else seen
+    return found
 
 
 def probe_accuracy(
@@ -69,8 +74,8 @@ def sweep(
     """A row for each noise level and layer, all with the same perturbations.
 
     Its columns: layer, sigma, icr (bias-corrected), icr_plain, those of `icr.traces`,
-    effective_rank and, with `test` of more classes than one, probe_accuracy. Options: see
-    `blocks.extract`.
+    effective_rank, with several classes icr_within_classes (`icr.Views.within_classes`) and, with
+    `test`, probe_accuracy. Options: see `blocks.extract`.
     """
     chosen, rows = blocks.choose(model, layers), drawn(train, num_images)
     table, sources = [], [] if test is None or model.null_label < 2 else [train, test]
@@ -84,6 +89,8 @@ def sweep(
                 **icr.traces(seen),
                 "effective_rank": icr.effective_rank(seen.invariant + seen.residual),
             }  # fmt: skip
+            if 1 < train.num_classes <= len(rows) / 2:
+                row["icr_within_classes"] = icr.ratio(seen.within_classes, bias_corrected=True)
             if probed:
                 row["probe_accuracy"] = probe_accuracy(*probed[0][name], *probed[1][name])
             table.append(row)
