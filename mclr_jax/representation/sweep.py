@@ -108,9 +108,10 @@ def by_layer(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows of `sweep` as text, in columns."""
     names = [name for name in rows[0] if name != "layer"]
-    lines = [" ".join([f"{'':20s}", *(f"{name[:14]:>14s}" for name in names)])]
+    lines = [" ".join([f"{'':20s}", *(f"{name:>14s}" for name in names)])]
     for row in rows:
-        lines.append(" ".join([f"{row['layer'][:20]:20s}", *(f"{row[x]:14.4g}" for x in names)]))
+        values = (f"{row[name]:{max(len(name), 14)}.4g}" for name in names)
+        lines.append(" ".join([f"{row['layer'][:20]:20s}", *values]))
     return "\n".join(lines)
 
 
