@@ -161,9 +161,8 @@ class Bench(Files):
             if judge:
                 fake = metrics.moments(judge(samples, labels).features)
                 row["frechet"] = metrics.frechet_distance(fake, real)
-            ratios, _ = evaluate.copies(samples, train, found.data.flip)
-            seen.append({**reading, **row, "first_level": monitor.first_level,
-                         "copies": float((ratios < metrics.COPY).mean())})  # fmt: skip
+            copies = evaluate.memorized(samples, train, found.data.flip)
+            seen.append({**reading, **row, "first_level": monitor.first_level, "copies": copies})
         self.write(f"curves/{case.name}", seen, workdir)
 
     def cost(self, file: str) -> None:
@@ -194,18 +193,16 @@ class Bench(Files):
         for case in CASES:
             if case.name in stored:
                 continue
+            train = do(self.train, case.name, case.file, self.config(case))
             trained = f"{case.name}/done.json"
             needs = {"emoji": "emoji_made.json", TUNED: base}.get(case.kind)
             judge = judges.get(JUDGED.get(case.kind, ""))
             tasks += [
-                Task(case.name, do(self.trained, case), trained, (needs,) if needs else ()),
+                Task(case.name, train, trained, (needs,) if needs else ()),
                 Task(f"curve_{case.name}", do(self.curve, case), f"curves/{case.name}.json",
                      (trained, judge) if judge else (trained,)),
             ]  # fmt: skip
         return tasks
-
-    def trained(self, case: Case) -> None:
-        self.train(case.name, case.file, self.config(case))
 
 
 def before() -> dict[str, Any]:

@@ -21,7 +21,7 @@ from absl import logging
 
 from mclr_jax import generate, images, latents
 from mclr_jax.data.pixels import to_float
-from mclr_jax.data.protocol import Source, drawn
+from mclr_jax.data.protocol import Source, Subset, drawn
 from mclr_jax.data.sources import Data
 from mclr_jax.evaluation import evaluate, features, metrics
 from mclr_jax.files import read_lines
@@ -169,8 +169,9 @@ class Monitor:
         """Those of training images (n, d), of FEATURES drawn ones where there are more."""
         assert self.extractor is not None
         real = latents.decoded(self.source, latents.decoder(self.data, self.model))
-        parts = np.array_split(drawn(real, FEATURES), -(-min(len(real), FEATURES) // 512))
-        return np.concatenate([self.extractor(*real[rows]).features for rows in parts])
+        some = Subset(real, drawn(real, FEATURES))
+        parts = (self.extractor(*some[rows]).features for rows in evaluate.batches(some))
+        return np.concatenate([*parts])
 
     @functools.cached_property
     def distance(self) -> float:

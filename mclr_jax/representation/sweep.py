@@ -1,7 +1,6 @@
 """The representation of a model at several noise levels: ICR, its parts and a linear probe."""
 
 import io
-import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -34,9 +33,9 @@ def accumulate(
     batches = blocks.extract(
         model, params, source, rows, sigma, layers=layers, augmentation=augmentation, **options
     )
-    labels, found = iter(source.labels[rows]), dict[str, icr.Views]()
+    labels, found = source.labels[rows], dict[str, icr.Views]()
     for batch in batches:
-        told = np.array([*itertools.islice(labels, batch[layers[0]].shape[1])])
+        told, labels = np.split(labels, [batch[layers[0]].shape[1]])
         for name, h in batch.items():
             seen = icr.views(h, told, source.num_classes)
             found[name] = found[name].merge(seen) if name in found else seen
