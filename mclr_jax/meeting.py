@@ -117,7 +117,9 @@ def _answer(key: str) -> str:
 def _listen() -> None:
     while not _alone.wait(1):
         with contextlib.suppress(Exception):  # no error, or the service has ended
-            _exit(service().client.key_value_try_get("mclr/error"))
+            message = service().client.key_value_try_get("mclr/error")
+            if not _alone.is_set():  # meanwhile: it may be the message of this process
+                _exit(message)
 
 
 def _exit(message: str) -> NoReturn:

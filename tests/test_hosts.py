@@ -5,6 +5,8 @@ import re
 import shlex
 import socket
 import subprocess
+import threading
+import types
 
 import pytest
 import yaml
@@ -115,6 +117,23 @@ def test_an_error_of_one_process_ends_both_at_once_with_its_message(fault, tmp_p
     prefix = "Process 0: " if fault == "folders" else "Process 1: "
     assert [prefix in log.read_text() for _, log in processes] == [fault == "data", fault != "data"]
     assert {path.name for path in tmp_path.iterdir()} <= {"0.log", "1.log", "shared"}
+
+
+def test_a_process_does_not_read_its_own_message_as_that_of_another(monkeypatch):
+    """It ends while it asks for messages: what it has told the others is in the answer."""
+    ended, told = [], threading.Event()
+
+    def ask(key):
+        told.set()  # as `end` does before it tells
+        return "Process 0: message"
+
+    client = types.SimpleNamespace(key_value_try_get=ask)
+    monkeypatch.setattr(meeting, "service", lambda: types.SimpleNamespace(client=client))
+    monkeypatch.setattr(meeting, "_alone", told)
+    monkeypatch.setattr(meeting, "_exit", ended.append)
+    meeting._listen()
+    assert told.is_set()
+    assert not ended
 
 
 def alone(port):
