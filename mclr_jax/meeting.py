@@ -82,12 +82,12 @@ def share(folder: pathlib.Path) -> None:
         name, end = _answer("folder"), time.monotonic() + LOOK
         while not (seen := (folder / name).exists()) and time.monotonic() < end:
             time.sleep(0.2)
-        service().client.key_value_set(f"mclr/sees {state.process_id}", "" if seen else here)
+        state.client.key_value_set(f"mclr/sees {state.process_id}", "" if seen else here)
         _answer("shared")
         return
     with contextlib.suppress(OSError), made(folder):  # a run may be read only
         (mark := folder / f".shared-{secrets.token_hex(8)}").touch()
-        service().client.key_value_set("mclr/folder", mark.name)
+        state.client.key_value_set("mclr/folder", mark.name)
         others = {i: _answer(f"sees {i}") for i in range(1, state.num_processes)}
         mark.unlink()
         if blind := {i: place for i, place in others.items() if place}:
@@ -96,17 +96,23 @@ def share(folder: pathlib.Path) -> None:
                 f"--workdir is {here} for process 0, and another folder, {places}: name one on a "
                 "disk that all hosts share."
             )
-    service().client.key_value_set("mclr/folder", "", allow_overwrite=True)
-    service().client.key_value_set("mclr/shared", "yes")
+    state.client.key_value_set("mclr/folder", "", allow_overwrite=True)
+    state.client.key_value_set("mclr/shared", "yes")
 
 
 def end(message: str) -> None:
-    """End all processes with the message of this one; return if there are no others."""
+    """End all processes with the message of this one, or of the one whose error came first.
+
+    Returns if there are no others.
+    """
     if not _alone.is_set():
         _alone.set()
         state = service()
-        with contextlib.suppress(Exception):  # another error has come first
-            service().client.key_value_set("mclr/error", f"Process {state.process_id}: {message}")
+        try:
+            state.client.key_value_set("mclr/error", f"Process {state.process_id}: {message}")
+        except Exception:  # that of this process may follow from it
+            with contextlib.suppress(Exception):  # the service has ended
+                message = state.client.key_value_try_get("mclr/error")
         _exit(message)
 
 

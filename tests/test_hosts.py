@@ -136,6 +136,26 @@ def test_a_process_does_not_read_its_own_message_as_that_of_another(monkeypatch)
     assert not ended
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_the_error_that_came_first_is_the_message(first, monkeypatch):
+    """The end of one process can fail what another does before that one has asked for messages."""
+    store, ended = {} if first else {"mclr/error": "Process 1: the cause"}, []
+
+    def tell(key, value):
+        if key in store:
+            raise RuntimeError(f"{key} is there")
+        store[key] = value
+
+    client = types.SimpleNamespace(key_value_try_get=store.get, key_value_set=tell)
+    state = types.SimpleNamespace(client=client, process_id=0)
+    monkeypatch.setattr(meeting, "service", lambda: state)
+    monkeypatch.setattr(meeting, "_alone", threading.Event())
+    monkeypatch.setattr(meeting, "_exit", ended.append)
+    meeting.end("connection closed")
+    assert ended == ["connection closed" if first else "Process 1: the cause"]
+    assert store == {"mclr/error": "Process 0: connection closed" if first else ended[0]}
+
+
 def alone(port):
     """In a new process, one of two, the other of which is never started."""
     meeting.PATIENCE, meeting.WAIT = 3.0, 1.0
