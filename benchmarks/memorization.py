@@ -90,9 +90,9 @@ CASES = (
     Case("images_all", 0, 5000), Case("narrow_256", 256, 5000, 0, NARROW),
     Case("images_256_seed_1", 256, 4000, 1), tuned("fine_tuned_64", 64, 900),
     tuned("fine_tuned_128", 128, 1800), fashion("fashion_128", 128, 4000),
-    emoji("emoji_128", 2400), Case("images_512", 512, 9000),
+    emoji("emoji_128", 5000), Case("images_512", 512, 9000),
     fashion("fashion_narrow_256", 256, 9000, 0, NARROW),
-    emoji("emoji_128_flip", 2400, {"data.flip": True}), fashion("fashion_256", 256, 10000),
+    emoji("emoji_128_flip", 8000, {"data.flip": True}), fashion("fashion_256", 256, 10000),
     fashion("fashion_128_seed_1", 128, 4000, 1),
 )  # fmt: skip
 
