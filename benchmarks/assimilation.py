@@ -52,10 +52,6 @@ class System:
         terms = log_normal(values - self.observe(x), self.observation_std)
         return jnp.where(jnp.isnan(values), 0, terms).sum(-1)
 
-    def log_prior(self, x: jax.Array) -> jax.Array:
-        """log p(x_2:K | x_1), (..., K, d) to (...)."""
-        return log_normal(x[..., 1:, :] - self.step(x[..., :-1, :]), self.process_std).sum((-1, -2))
-
     def move(self, x: jax.Array, key: jax.Array) -> jax.Array:
         """States (..., d) one step later."""
         return self.step(x) + self.process_std * jax.random.normal(key, x.shape)

@@ -24,7 +24,6 @@ from assimilation import (
     STD,
     TIME_STEP,
     Protocol,
-    System,
     attractor,
     backward_simulation,
     fixed_lag,
@@ -32,6 +31,7 @@ from assimilation import (
 )  # fmt: skip
 from tasks import RESULTS
 
+from mclr_jax.assimilation import scores
 from mclr_jax.files import provenance, write_json
 
 REGIMES = {"filter": 0, "lag8": 8, "lag16": 16, "batch": None}  # lag in frames
@@ -67,46 +67,23 @@ def posterior(protocol: Protocol, truth: jax.Array, values: jax.Array, seed: int
     return {name: (m, s, np.moveaxis(x, 2, 1)) for name, (m, s, x) in found.items()}
 
 
-def crps(members: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Unbiased, members (n, E, ...), truth (n, ...) to (n, ...)."""
-    size = members.shape[1]
-    ranks = (2 * np.arange(size) - size + 1).reshape(-1, *[1] * (members.ndim - 2))
-    apart = (ranks * np.sort(members, 1)).sum(1) * 2 / (size * (size - 1))  # E|X - X'|
-    return np.abs(members - truth[:, None]).mean(1) - apart / 2
-
-
 def score(
-    system: System, truth: np.ndarray, values: np.ndarray,
-    mean: np.ndarray, std: np.ndarray, members: np.ndarray, joint: bool = False,
+    truth: np.ndarray, mean: np.ndarray, std: np.ndarray, members: np.ndarray,
     scale: np.ndarray = STD,
-) -> dict:  # fmt: skip
-    """The numbers of results/README.md; members (n, 2 E, T, d), joint where trajectories."""
-    square = (mean - truth) ** 2
-    rmse = float(np.sqrt(square.mean()))
-    each = square.mean((1, 2))
-    square_of_members = ((members - truth[:, None]) ** 2 / scale**2).sum(-1)
-    first, second = np.split(members, 2, 1)
-    row = {
+) -> dict[str, float]:  # fmt: skip
+    """The numbers of results/README.md; truth, mean, std (n, T, d), members (n, E, T, d)."""
+    square, apart = (mean - truth) ** 2, (members - truth[:, None]) / scale
+    each, rmse = square.mean((1, 2)), scores.rmse(mean, truth)
+    found = {
         "rmse": rmse,
-        "rmse_error": float(each.std(ddof=1) / len(each) ** 0.5 / (2 * rmse)),
-        "rmse_second_half": float(np.sqrt(square[:, square.shape[1] // 2 :].mean())),
-        "rmse_standardised": float(np.sqrt((square / scale**2).mean())),
-        "rmse_flowdas": float(np.sqrt(square_of_members.mean(-1)).mean()),
-        "spread_skill": float(np.sqrt((std**2).mean()) / rmse),
-        "crps": float(crps(members, truth).mean()),
-        "w1_to_truth": float(np.abs(members - truth[:, None]).mean()),
-        "w1_standardised": float((np.abs(members - truth[:, None]) / scale).mean()),
-        "w1_floor": float(np.abs(np.sort(first, 1) - np.sort(second, 1)).mean()),
-        "log_prior": float(system.log_prior(mean).mean()),
-        "log_prior_truth": float(system.log_prior(truth).mean()),
+        "rmse_error": each.std(ddof=1) / len(each) ** 0.5 / (2 * rmse),
+        "rmse_second_half": np.sqrt(square[:, square.shape[1] // 2 :].mean()),
+        "rmse_flowdas": np.sqrt((apart**2).sum(-1).mean(-1)).mean(),
+        "spread_skill": np.sqrt((std**2).mean()) / rmse,
+        "crps": scores.crps(members, truth),
+        "w1_standardised": np.abs(apart).mean(),
     }
-    if joint:
-        row["log_prior_members"] = float(system.log_prior(members).mean())
-    for name, x, y in (
-        ("", mean, values), ("_truth", truth, values), ("_members", members, values[:, None]),
-    ):  # fmt: skip
-        row["log_likelihood" + name] = float(system.log_likelihood(y, x).sum(-1).mean())
-    return row
+    return {key: float(value) for key, value in found.items()}
 
 
 def described(protocol: Protocol, truth: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
@@ -129,7 +106,7 @@ def judge(folder: pathlib.Path, name: str, which: str) -> list[dict]:
         mean, std, members = found[regime]
         kept = {"mean": mean, "std": std, "members": members[:, :STORED]}
         arrays |= {f"{regime}_{key}": value for key, value in kept.items()}
-        row = score(protocol.system, truth, values, mean, std, members, regime == "batch")
+        row = score(truth, mean, std, members)
         rows.append({"protocol": name, "set": which, "regime": regime, **row})
     np.savez_compressed(folder / f"{name}_{which}.npz", **arrays)
     print(f"{name} {which}: {time.time() - start:.0f} s", flush=True)

@@ -20,7 +20,8 @@ makes forecasts. results/README.md explains the rows. Writes
 benchmarks/results/forcing_fields.json; rows that are there are kept.
 """
 
-import assimilation
+from typing import Any
+
 import numpy as np
 from tasks import Rows
 from trajectory_rows import Subject, ahead_of, analysed, chosen, parser, some_of, stored_rmse
@@ -38,23 +39,12 @@ TASKS: dict[str, tuple[dict, dict]] = {
     "known": ({"window": 32}, {}),
     "lag24": ({}, {}),  # of an emulator
 }  # fmt: skip
-KEPT = ("rmse", "rmse_error", "rmse_second_half", "spread_skill", "crps", "seconds")
 CHOSEN_ON, TUNED_ON, OBSERVED = 2, 8, 32  # trajectories, twice; frames before a forecast
 
 
-def assimilated(subject: Subject, path, asked: dict, **options) -> dict:
-    """The numbers of a regime."""
-    rows = observe.load(path)["H"]
-    system = assimilation.System(lambda x: x, 1.0, lambda x: x @ rows.T)
-    scheme = methods.SETTINGS[subject.method](**asked["plan"])
-    row = analysed(subject, path, system, asked["task"], scheme, asked["trajectories"], **options)
-    return {key: row[key] for key in KEPT} | {"rmse_by_trajectory": row["rmse_by_trajectory"]}
-
-
-def forecast(subject: Subject, path, asked: dict, **options) -> dict:
+def forecast(subject: Subject, path, scheme: Any, asked: dict, **options) -> dict:
     """Frames 0 .. 31 from observations that are made here, and a forecast of the others."""
     truth = observe.load(path)["truth"]
-    scheme = methods.SETTINGS[subject.method](**asked["plan"])
     every, some = asked["every"], slice(0, asked["trajectories"])
     noise = np.random.default_rng(0).standard_normal(truth[:, :OBSERVED, ::every].shape)
     values, truth, initial = (truth[:, :OBSERVED, ::every] + noise)[some], truth[some], None
@@ -106,12 +96,15 @@ def main() -> None:
         asked = {"system": flags.system, "task": task, "set": which, "plan": plan,
                  "frames": frames, **subject.name, "trajectories": trajectories,
                  "members": flags.ensemble}  # fmt: skip
-        is_forecast = task in ("forecast", "known")
-        asked |= {"every": flags.every} if is_forecast else {}
-        make = forecast if is_forecast else assimilated
         path = flags.folder / f"{flags.system}_{which}.npz"
+        scheme = methods.SETTINGS[subject.method](**plan)
         options = {"ensemble": flags.ensemble, "batch_size": 32}
-        return rows.row(asked, lambda: make(subject, path, asked, **options))
+        if task in ("forecast", "known"):
+            asked["every"] = flags.every
+            return rows.row(asked, lambda: forecast(subject, path, scheme, asked, **options))
+        return rows.row(
+            asked, lambda: analysed(subject, path, task, scheme, trajectories, **options)
+        )
 
     best: dict = {}
     for task in flags.tasks:

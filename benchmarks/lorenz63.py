@@ -13,9 +13,9 @@ the guidance is chosen. Writes benchmarks/results/lorenz63.json; rows that are t
 """
 
 import dataclasses
+import itertools
 import json
-import pathlib
-import re
+from typing import Any
 
 from assimilation import PROTOCOLS
 from tasks import RESULTS, Rows
@@ -36,45 +36,19 @@ SCHEMES = {
 }
 
 
-KEYS = {"rmse": "rmse", "rmse_flowdas": "rmse_flowdas", "w1": "w1_to_truth",
-        "w1_standardised": "w1_standardised", "w1_floor": "w1_floor", "log_prior": "log_prior",
-        "log_prior_members": "log_prior_members",
-        "log_likelihood": "log_likelihood_members"}  # fmt: skip
-
-
 def summary(rows: list[dict]) -> dict:
     """The numbers on FlowDAS's protocol, test set, and those of the particle filter."""
     baselines = json.loads((RESULTS / "assimilation_baselines.json").read_text())
     exact = {r["regime"]: r for r in baselines["particle_filter_flowdas"]["rows"]
              if r["set"] == "test"}  # fmt: skip
     found = {
-        re.sub(r"lag\d+", "fixed_lag", r["regime"]): r for r in rows
+        r["regime"]: r for r in rows
         if (r["protocol"], r["set"], r.get("method")) == ("flowdas", "test", None)
         and "inflation" not in r["plan"]
     }  # fmt: skip
-    if found:
-        found["best"] = min(found.values(), key=lambda row: row["rmse"])
     found |= {"particle_filter": exact["filter"], "particle_smoother": exact["batch"]}
-    return {name: {key: row.get(of) for key, of in KEYS.items()} for name, row in found.items()}
-
-
-def particles(subject: Subject, rows: Rows, path: pathlib.Path, name: str, regime: str) -> dict:
-    """The row of a particle filter or smoother on a file of the protocol `name`."""
-    asked = {"set": "test", "protocol": name, "regime": regime, **subject.name, "plan": {},
-             "trajectories": 64, "members": MEMBERS["particle"]}  # fmt: skip
-
-    def make() -> dict:
-        blind = regime == "blind"
-        judge = "filter" if blind else regime
-        new = analysed(subject, path, PROTOCOLS[name].system, judge, Limits(), 64, blind=blind,
-                       ensemble=MEMBERS["particle"])  # fmt: skip
-        del new["ranks"], new["rmse_by_trajectory"]
-        baselines = json.loads((RESULTS / "assimilation_baselines.json").read_text())
-        exact = next(r["rmse"] for r in baselines[f"particle_filter_{name}"]["rows"]
-                     if (r["set"], r["regime"]) == ("test", judge))  # fmt: skip
-        return {"ratio": new["rmse"] / exact, **new, "particle_filter_rmse": exact}
-
-    return rows.row(asked, make)
+    keys = ("rmse", "rmse_flowdas", "w1_standardised")
+    return {name: {key: row[key] for key in keys} for name, row in found.items()}
 
 
 def main() -> None:
@@ -87,41 +61,43 @@ def main() -> None:
     subject = Subject(flags.workdir, "particle" * is_emulator, flags.equations)
     rows = Rows("lorenz63", summary)
 
-    def row(name: str, which: str, regime: str, settings: dict, trajectories: int) -> dict:
-        scheme = dataclasses.replace(SCHEMES[regime], **settings)
-        used = dataclasses.asdict(scheme).items()
+    def row(name: str, which: str, regime: str, scheme: Any, trajectories: int) -> dict:
         path = flags.folder / f"{name}_{which}.npz"
+        judge = {"blind": "filter"}.get(regime, regime.removesuffix("_norm"))
+        options = {"ensemble": MEMBERS["particle"]} if is_emulator else {
+            "ensemble": flags.ensemble, "batch_size": 512,
+            "together": 4 if PROTOCOLS[name].every == 1 else 1}  # fmt: skip
+        default = dataclasses.asdict(type(scheme)())
+        changed = {k: v for k, v in dataclasses.asdict(scheme).items() if v != default[k]}
         asked = {"set": which, "protocol": name, "regime": regime, **subject.name,
-                 "trajectories": trajectories, "members": flags.ensemble,
-                 "plan": {k: v for k, v in used if v != getattr(Scheme(), k)}}  # fmt: skip
+                 "trajectories": trajectories, "members": options["ensemble"],
+                 "plan": changed}  # fmt: skip
 
         def make() -> dict:
-            new = analysed(
-                subject, path, PROTOCOLS[name].system, regime, scheme, trajectories,
-                together=4 if PROTOCOLS[name].every == 1 else 1, ensemble=flags.ensemble,
-                batch_size=512,
-            )  # fmt: skip
-            exact = stored_rmse(path, regime.removesuffix("_norm"), trajectories)["rmse"]
+            blind = regime == "blind"
+            new = analysed(subject, path, judge, scheme, trajectories, blind=blind, **options)
+            exact = stored_rmse(path, judge, trajectories)["rmse"]
             return {"ratio": new["rmse"] / exact, **new, "particle_filter_rmse": exact}
 
         return rows.row(asked, make)
 
-    for name in flags.protocols if subject.method == "particle" else ():
+    for name in flags.protocols if is_emulator else ():
         for regime in ("filter", "lag16", "batch", *["blind"] * PROTOCOLS[name].known):
-            particles(subject, rows, flags.folder / f"{name}_test.npz", name, regime)
-    for name in flags.protocols if subject.method == "trajectory" else ():
-        for regime in flags.regimes:
-            judge = "filter" if regime == "lag16" else regime
-            key, values = GRIDS[SCHEMES[regime].guidance]
+            row(name, "test", regime, Limits(), 64)
+    for name, regime in itertools.product(() if is_emulator else flags.protocols, flags.regimes):
+        scheme = SCHEMES[regime]
+        tuned_as = "filter" if regime == "lag16" else regime
+        key, values = GRIDS[scheme.guidance]
 
-            def tried(settings: dict, name: str = name, judge: str = judge) -> dict:
-                return row(name, "validation", judge, settings, CHOSEN_ON[judge])
+        def tried(settings: dict, name: str = name, regime: str = tuned_as) -> dict:
+            changed = dataclasses.replace(SCHEMES[regime], **settings)
+            return row(name, "validation", regime, changed, CHOSEN_ON[regime])
 
-            best = chosen(tried, {}, {key: values})
-            row(name, "test", regime, best, 64)
-            if regime == "batch":
-                inflated = {"inflation": 1 / tried(best)["spread_skill"]}
-                row(name, "test", regime, best | inflated, 64)
+        best = chosen(tried, {}, {key: values})
+        row(name, "test", regime, dataclasses.replace(scheme, **best), 64)
+        if regime == "batch":
+            best["inflation"] = 1 / tried(best)["spread_skill"]
+            row(name, "test", regime, dataclasses.replace(scheme, **best), 64)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,7 @@
   python benchmarks/tables.py
 
 A table stands between the comments `<!-- table: NAME -->` and `<!-- end of table -->`; NAME is one
-of tables.toml, which says what a table has, or of TABLES. The tests compare every table with its
-result file.
+of tables.toml, which says what a table has. The tests compare every table with its result file.
 """
 
 import itertools
@@ -42,8 +41,11 @@ def specified(spec: Row) -> str:
     columns = [line.split(" = ", 1) for line in spec["columns"].strip("\n").split("\n")]
     heads, cells = zip(*columns, strict=True)
     rows = eval(spec["rows"], known)
-    return table(heads, ([eval(f'f"""{cell}"""', known | {**row, "r": row}) for cell in cells]
-                         for row in rows))  # fmt: skip
+    lines = [[eval(f'f"""{cell}"""', known | {**row, "r": row}) for cell in cells] for row in rows]
+    if spec.get("some"):
+        used = [any(column) for column in zip(*lines[1:], strict=True)]
+        heads, *lines = (list(itertools.compress(line, used)) for line in (heads, *lines))
+    return table(heads, lines)
 
 
 # ---- functions of tables.toml --------------------------------------------------------------------
@@ -127,16 +129,17 @@ def steps_on_a_card(rows: list[Row]) -> list[Row]:
 
 # ---- methods on images ---------------------------------------------------------------------------
 
-QUALITY = {"frechet": ("FD", 1, 3), "accuracy": ("accuracy, %", 100, 1),
-           "per_class_frechet": ("FD by class", 1, 2), "precision": ("precision", 1, 3),
-           "recall": ("recall", 1, 3), "network_calls": ("network calls", 1, 0)}  # fmt: skip
-MORE = {"density": ("density", 1, 2), "coverage": ("coverage", 1, 2)}  # in later rows
+# Factor and digits of the numbers of a set of images
+QUALITY = {"frechet": (1, 3), "accuracy": (100, 1), "per_class_frechet": (1, 2),
+           "precision": (1, 3), "recall": (1, 3), "network_calls": (1, 0), "density": (1, 2),
+           "coverage": (1, 2), "step_cost_relative_to_dsm": (1, 1),
+           "step_flops_relative_to_dsm": (1, 1)}  # fmt: skip
 SPREAD = ("frechet", "accuracy")  # shown with their standard deviation over seeds
 
 
 def quality(row: Row, key: str) -> str:
     """A cell of a row of results, with the standard deviation over seeds where it has one."""
-    _, scale, digits = (QUALITY | MORE)[key]
+    scale, digits = QUALITY[key]
     cell = f"{scale * row[key]:.{digits}f}" if key in row else ""
     if key in SPREAD and f"{key}_std" in row:
         cell += f" ± {scale * row[f'{key}_std']:.{digits}f}"
@@ -154,59 +157,30 @@ def _second(rows: list[dict]) -> str:
     return f"{statistics.mean(found):.1f}" if found else ""
 
 
-def _rival_rows(
-    result: dict, methods: dict[str, list[dict]], keys: list[str], every: bool
-) -> Iterable:
+def rivals(
+    result: Row, chosen: Iterable[str] = (), equal: bool = False, every: bool = False
+) -> list[Row]:
     """The floor, then each method at the strength of its best mean FD, or at every strength.
 
-    Only strengths with as many seeds as any of the method have are compared.
+    `chosen` are methods, by default all; `equal` asks for the rows at equal noise. Only strengths
+    with as many seeds as any of the method have are compared.
     """
-    floor = result["floor"]
-    yield [
-        "real, held out: the floor",
-        "",
-        *(quality(floor, k) for k in keys),
-        "",
-        "",
-        _second([floor]),
-    ]
-    for method, found in methods.items():
-        by_strength: dict[float, list[dict]] = {}
-        for row in found:
-            by_strength.setdefault(row["strength"], []).append(row)
-        seeds = max(map(len, by_strength.values()))
-        mean = {s: {k: statistics.mean(r[k] for r in rows) for k in keys}
-                for s, rows in sorted(by_strength.items()) if len(rows) == seeds}  # fmt: skip
-        best = min(mean, key=lambda strength: mean[strength]["frechet"])
-        plain = not method.islower() or " " in method or method == "autoguidance"
-        for strength in mean if every else [best]:
-            rows = by_strength[strength]
-            several = {k: [r[k] for r in rows] for k in keys if len(rows) > 1}
-            spread = {f"{k}_std": statistics.stdev(values) for k, values in several.items()}
-            costs = (
-                [r[key] for r in rows if r.get(key)]
-                for key in ("step_cost_relative_to_dsm", "step_flops_relative_to_dsm")
-            )
-            yield [
-                method if plain else f"`{method}`", f"{strength:g}",
-                *(quality(mean[strength] | spread, k) for k in keys),
-                *(f"{statistics.mean(cost):.1f}" if cost else "" for cost in costs), _second(rows),
-            ]  # fmt: skip
+    rows = [{"method": name, **row} for name in chosen or result["methods"] if RATE not in name
+            for row in result["methods"][name] if (row["noise"] == EQUAL) == equal]  # fmt: skip
+    floor, *means = over_seeds({"floor": result["floor"], "rows": rows}, "method", "strength")
+    found = [{**floor, "method": "real, held out: the floor", "strength": ""}]
+    for method in dict.fromkeys(row["method"] for row in means):
+        own = [row for row in means if row["method"] == method]
+        seeds = max(row["seeds"] for row in own)
+        own = sorted((r for r in own if r["seeds"] == seeds), key=lambda r: r["strength"])
+        found += own if every else [min(own, key=lambda row: row["frechet"])]
+    return found
 
 
-def _rivals(data: str, chosen: Iterable[str] = (), equal: bool = False, every: bool = False) -> str:
-    result, methods = load(f"guidance_free_{data}"), {}
-    for name in chosen or (name for name in result["methods"] if RATE not in name):
-        if rows := [r for r in result["methods"][name] if (r["noise"] == EQUAL) == equal]:
-            methods[name] = rows
-    keys = [key for key in QUALITY if equal or key != "per_class_frechet"]
-    keys += [key for key in MORE if all(key in row for rows in methods.values() for row in rows)]
-    head = ["method", "strength", *((QUALITY | MORE)[k][0] for k in keys), "step cost",
-            "step, FLOPs", "FD, ImageNet"]  # fmt: skip
-    floor, *rows = _rival_rows(result, methods, keys, every)
-    measured = [any(column) for column in zip(*rows, strict=True)]
-    head, *lines = (list(itertools.compress(row, measured)) for row in (head, floor, *rows))
-    return table(head, lines)
+def named(method: str) -> str:
+    """A method's name, as code if it is the name of an objective."""
+    is_plain = not method.islower() or " " in method or method == "autoguidance"
+    return method if is_plain else f"`{method}`"
 
 
 def at_best(rows: list[Row]) -> str:
@@ -227,8 +201,8 @@ def over_seeds(result: Row, *by: str) -> list[Row]:
         several = {k: [r[k] for r in rows] for k, x in rows[0].items() if type(x) in (int, float)}
         mean = {k: statistics.mean(values) for k, values in several.items()}
         spread = {f"{k}_std": statistics.stdev(v) for k, v in several.items() if len(rows) > 1}
-        found.append({**dict(zip(by, same, strict=True)), "second": _second(rows), **mean,
-                      **spread})  # fmt: skip
+        found.append({**mean, **spread, **dict(zip(by, same, strict=True)), "seeds": len(rows),
+                      "second": _second(rows)})  # fmt: skip
     return found
 
 
@@ -275,31 +249,9 @@ def beside_control(row: Row, key: str, scale: float, digits: int) -> str:
     return f"{scale * row[name]:{sign}.{digits}f} ± {scale * row[f'{name}_error']:.{digits}f}"
 
 
-# ---- pages ---------------------------------------------------------------------------------------
-
-COMPARED = ["DSM control", "CFG", "CFG in an interval", "model_guidance", "cca",
-            "mclr null and wrong label, beta 0.5", "mclr null, beta 1"]  # fmt: skip
-TABLES: dict[str, Callable[[], str]] = {
-    "comparison": lambda: _rivals("fashion_mnist_40000", COMPARED, equal=True),
-    "rivals": lambda: _rivals("fashion_mnist"),
-    "rivals_digits": lambda: _rivals("digits"),
-    "equal_noise": lambda: _rivals("fashion_mnist", equal=True),
-    "equal_noise_40000": lambda: _rivals("fashion_mnist_40000", equal=True, every=True),
-    "equal_noise_6000": lambda: _rivals("fashion_mnist_6000", equal=True, every=True),
-    "equal_noise_digits": lambda: _rivals("digits", equal=True),
-    "equal_noise_digits_1000": lambda: _rivals("digits_1000", equal=True, every=True),
-    "equal_noise_two_digits": lambda: _rivals("two_digits", equal=True),
-}  # fmt: skip
-
-
-def made(name: str) -> str:
-    """The table of this name."""
-    return specified(SPECIFIED[name]) if name in SPECIFIED else TABLES[name]()
-
-
 def filled(text: str) -> str:
     """A page with its tables made anew."""
-    return TABLE.sub(lambda match: match[1] + made(match[2]), text)
+    return TABLE.sub(lambda match: match[1] + specified(SPECIFIED[match[2]]), text)
 
 
 if __name__ == "__main__":

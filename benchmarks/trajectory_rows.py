@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from assimilation import System
 from assimilation_baselines import score
 
 from mclr_jax import runs
@@ -63,16 +62,15 @@ def parser(doc: str | None, folder: bool = True) -> argparse.ArgumentParser:
 
 
 def ahead_of(regime: str, frames: int) -> np.ndarray:
-    """How many frames each frame looks ahead in filter, lagL or batch; more words follow a _."""
-    kind = regime.partition("_")[0]
-    if kind.startswith("lag"):
-        return lags("fixed_lag", frames, int(kind.removeprefix("lag")))
-    return lags(kind, frames)
+    """How many frames each frame looks ahead in filter, lagL or batch."""
+    if regime.startswith("lag"):
+        return lags("fixed_lag", frames, int(regime.removeprefix("lag")))
+    return lags(regime, frames)
 
 
 def analysed(
-    subject: Subject, path: pathlib.Path, system: System, regime: str, scheme: Any,
-    trajectories: int, together: int = 1, blind: bool = False, **options: Any,
+    subject: Subject, path: pathlib.Path, regime: str, scheme: Any, trajectories: int,
+    together: int = 1, blind: bool = False, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """A row: a regime on the first trajectories of a file of the baselines.
 
@@ -90,11 +88,7 @@ def analysed(
     x, seconds = subject.estimate(seen, scheme, ahead, **options)
     truth, mean = arrays["truth"][some], x.mean(1)
     few = x[:, :: max(1, x.shape[1] // 128)]  # of thousands of particles
-    row = score(
-        system, truth, np.asarray(seen.values), mean, x.std(1, ddof=1), few,
-        regime.startswith("batch"),
-        arrays["state_scale"],
-    )  # fmt: skip
+    row = score(truth, mean, x.std(1, ddof=1), few, arrays["state_scale"])
     # the mean of E members has (E + 1) / E of the error of the exact mean, as the spread is judged
     row["spread_skill"] *= (1 + 1 / x.shape[1]) ** 0.5
     row["ranks"] = scores.rank_histogram(few, truth).tolist()

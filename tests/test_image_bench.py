@@ -196,18 +196,15 @@ def test_rows_of_other_noise_and_seeds_are_kept_beside_new_ones(root):
 
 def test_a_strength_with_fewer_seeds_is_not_compared_with_the_others():
     """Seeds differ by more than strengths do."""
-    keys = [key for key in tables.QUALITY if key != "network_calls"]
-    row = lambda strength, fd: {  # noqa: E731
-        **dict.fromkeys(keys, 0.5), "frechet": fd, "strength": strength, "network_calls": 3,
-        "step_cost_relative_to_dsm": None, "step_flops_relative_to_dsm": 2.0,
-    }  # fmt: skip
+    row = lambda strength, fd: {"frechet": fd, "strength": strength, "noise": [0.3, 1.2]}  # noqa: E731
     rows = [row(0.5, 0.2), row(1.0, 0.3), row(1.0, 0.5), row(2.0, 0.3), row(2.0, 0.4)]
-    result = {"floor": row(0, 0.1)}
-    _, best = tables._rival_rows(result, {"cca": rows}, keys, every=False)
-    assert (best[0], best[1], best[2]) == ("`cca`", "2", "0.350 ± 0.071")
-    _, *both = tables._rival_rows(result, {"cca": rows}, keys, every=True)
-    assert [cells[1] for cells in both] == ["1", "2"]
-    assert both[0][-2] == "2.0"
+    result = {"floor": row(0, 0.1), "methods": {"cca": rows}}
+    _, best = tables.rivals(result)
+    assert (best["method"], best["strength"]) == ("cca", 2)
+    assert tables.quality(best, "frechet") == "0.350 ± 0.071"
+    _, *both = tables.rivals(result, every=True)
+    assert [row["strength"] for row in both] == [1, 2]
+    assert len(tables.rivals(result, equal=True)) == 1
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
