@@ -43,7 +43,7 @@ def load(architecture):
 
 def convert(state, net):
     model = Model(net, EDM(0.5), DataInfo((16, 16, 3), net.num_classes, 0.5))
-    return names.to_params(state, shapes_of(model), edm.names(net), net.optional_inputs)
+    return names.to_params(state, shapes_of(model), edm.names(net))
 
 
 @pytest.mark.parametrize("architecture", ["ddpmpp", "ncsnpp", "adm"])
@@ -197,16 +197,30 @@ def random_params(net, shape):
     return tiny.weights(model, 0, 0.3)
 
 
+# Of the official constructors, and their fields here.
+ARGUMENTS = {
+    "model_channels": "channels", "channel_mult": "channel_mult", "num_blocks": "num_blocks",
+    "channel_mult_emb": "channel_mult_emb", "attn_resolutions": "attention_resolutions",
+    "dropout": "dropout", "augment_dim": "augment_dim",
+}  # fmt: skip
+
+
 def snapshot(net, state, size, class_name="EDMPrecond", **attributes):
     """The content of a file that the official code would write of such a network."""
     adm = net.architecture == "adm"
     taps = np.float32(net.settings[3])
     state = dict(state)
+    told = {name: getattr(net, field) for name, field in ARGUMENTS.items()}
+    if not adm:
+        names_of_settings = ("embedding_type", "encoder_type", "decoder_type", "resample_filter",
+                             "channel_mult_noise")  # fmt: skip
+        told |= dict(zip(names_of_settings, net.settings, strict=True))
 
     def classes(name):
         out, depth = name.rpartition(".")[2], name.count(".")
         if name == "model":
-            return "DhariwalUNet" if adm else "SongUNet", {"label_dropout": 0}
+            kind = "DhariwalUNet" if adm else "SongUNet"
+            return kind, {"label_dropout": 0, "_init_kwargs": told}
         if out.startswith("norm") or out.endswith("_norm"):
             return "GroupNorm", {"eps": 1e-5 if adm else 1e-6}
         if depth == 2 and out[0].isdigit() and "conv" not in out and "aux" not in out:
@@ -235,7 +249,7 @@ def test_options_are_read_and_given_back(name):
     net = OPTIONS[name]
     params = random_params(net, (8, 8, 3))
     state = names.to_state(params, edm.names(net))
-    found = edm.read(snapshot(net, state, 8), {})
+    found = edm.read(snapshot(net, state, 8))
     assert found.model.network == net
     assert jax.tree.all(jax.tree.map(np.array_equal, found.params, params))
     back = pretrained.state(found)
@@ -287,14 +301,14 @@ def test_the_preconditioning_is_that_of_the_class_and_its_attributes(class_name)
     state = names.to_state(random_params(net, (8, 8, 3)), edm.names(net))
     if discrete:
         state["u"] = np.float32(np.append(expected.table[::-1], 0))
-    found = edm.read(snapshot(net, state, 8, class_name, **attributes), {})
+    found = edm.read(snapshot(net, state, 8, class_name, **attributes))
     assert found.model.preconditioning == expected
     assert found.model.network.out_channels == (6 if discrete else 3)
     if discrete:
         np.testing.assert_array_equal(found.rest["u"], state["u"])
         state["u"] = state["u"] * 1.1
         with pytest.raises(ValueError, match="u is"):
-            edm.read(snapshot(net, state, 8, class_name, **attributes), {})
+            edm.read(snapshot(net, state, 8, class_name, **attributes))
 
 
 def test_networks_that_are_not_of_the_official_code_are_refused():
@@ -305,16 +319,22 @@ def test_networks_that_are_not_of_the_official_code_are_refused():
         content = snapshot(net, state, 8, class_name)
         change(content["ema"].modules())
         with pytest.raises(ValueError, match=match):
-            edm.read(content, {})
+            edm.read(content)
 
     def attribute(name, key, value):
         return lambda modules: modules[name].state.update({key: value})
+
+    def inner(class_name):
+        return lambda modules: setattr(modules["model"], "class_name", class_name)
 
     block = "model.enc.8x8_block0"
     refused("num_heads is 1, expected 2", attribute(block, "num_heads", 1))
     refused("skip_scale is 0.5, expected 1.0", attribute(block, "skip_scale", 0.5))
     refused("eps is 0.1, expected 1e-05", attribute(f"{block}.norm0", "eps", 0.1))
-    refused(r"dropout = \[0.0, 0.3\]", attribute(block, "dropout", 0.3))
+    refused(r"dropout is 0.3, expected 0.0", attribute(block, "dropout", 0.3))
+    refused("network has no key 'depth'", attribute("model", "_init_kwargs", {"depth": 3}))
+    refused("channels is 'many'", attribute("model", "_init_kwargs", {"model_channels": "many"}))
+    refused("inner network is VQ; expected one of SongUNet", inner("VQ"))
     refused("no attribute sigma_data", lambda modules: modules[""].state.pop("sigma_data"))
     refused("a WildPrecond; expected one of EDMPrecond", lambda modules: None, "WildPrecond")
     other = attribute(

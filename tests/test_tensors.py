@@ -187,7 +187,7 @@ def test_what_is_saved_is_loaded_again_bit_for_bit(tmp_path):
     state = {
         "a": np.arange(6, dtype=np.float32).reshape(2, 3).T,
         "half": np.float16([0.1, np.inf]),
-        "b": np.array([[1.5, -2]], tensors.dtype("bfloat16")),
+        "b": np.array([[1.5, -2]], ml_dtypes.bfloat16),
         "n": np.array(7),
     }
     tensors.save(tmp_path / "x.safetensors", state)

@@ -112,14 +112,11 @@ class Autoencoder(nn.Module):
         if self.use_post_quant_conv:
             self.post_quant_conv = Linear(self.latent_channels)
 
-    def moments(self, images: jax.Array) -> jax.Array:
-        """Mean and, unlimited, log variance of the latents, along the last axis."""
-        found = self.encoder(images)
-        return self.quant_conv(found) if self.use_quant_conv else found
-
     def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Mean and standard deviation of the raw latents of images."""
-        mean, logvar = jnp.split(self.moments(images), 2, axis=-1)
+        found = self.encoder(images)
+        found = self.quant_conv(found) if self.use_quant_conv else found
+        mean, logvar = jnp.split(found, 2, axis=-1)
         return mean, jnp.exp(jnp.clip(logvar, *LOGVAR_RANGE) / 2)
 
     def decode(self, latents: jax.Array) -> jax.Array:

@@ -20,15 +20,3 @@ class Checkpoint:
     sampler: Sampler  # that of the official script
     rest: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # other tensors
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for run.json
-
-
-def take(given: dict[str, Any], name: str, known: Any = None) -> Any:
-    """The value `name` that the user has given, or else the one that the file tells.
-
-    ValueError: there is neither.
-    """
-    value = given.pop(name, None)
-    value = known if value is None else value
-    if value is None:
-        raise ValueError(f"the file does not hold {name}: give it, as --set={name}=VALUE.")
-    return value

@@ -11,6 +11,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,9 +25,9 @@ from mclr_jax.model import DataInfo, Model, shapes_of
 from mclr_jax.networks.autoencoder import Autoencoder
 from mclr_jax.networks.dit import DiT
 from mclr_jax.networks.layers import DEEPEST, WIDEST
-from mclr_jax.pretrained import tensors
+from mclr_jax.pretrained import dit, tensors
 from mclr_jax.pretrained.checkpoint import Checkpoint
-from mclr_jax.pretrained.names import Names, Path, to_params
+from mclr_jax.pretrained.names import Names, Path, to_params, to_state
 from mclr_jax.samplers import Sampler
 from mclr_jax.schema import key as field
 
@@ -36,45 +37,49 @@ WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
+def config(path: pathlib.Path, fixed: Mapping[str, Any], unused: Collection[str] = ()) -> dict:
+    """The keys of a config that are not null, `unused` or `fixed`.
+
+    ValueError: the value of one, or a part of it, is not the `fixed` one, or one of that tuple.
+    """
+    found = {k: v for k, v in json.loads(path.read_text()).items() if v is not None}
+    for key, value in fixed.items():
+        known = value if isinstance(value, tuple) else (value,)
+        got = found.get(key, known[0])
+        if any(one not in known for one in (got if isinstance(got, list) else [got])):
+            raise ValueError(
+                f"{key} is {got!r}; only {' or '.join(map(repr, known))} is known here"
+            )
+    return {k: v for k, v in found.items() if k not in (*unused, *fixed)}
+
+
 def settings(
-    kind: Any, folder: pathlib.Path, classes: Collection[str], unused: Collection[str],
-    fixed: Mapping[str, Any],
-) -> Any:  # fmt: skip
+    kind: Any, folder: pathlib.Path, fixed: Mapping[str, Any], unused: Collection[str]
+) -> Any:
     """The dataclass `kind` from the config of a part of a pipeline.
 
-    ValueError: the config of another class, a key that `kind` does not have, or one of which a
-    value is not what is `fixed` for it. Keys that are null, or `unused`, do not count.
+    ValueError: a key that `kind` does not have; and those of `config`.
     """
     path = folder / "config.json"
     with named(f"{path} is no config of diffusers that is known here"):
-        found = {k: v for k, v in json.loads(path.read_text()).items() if v is not None}
-        if (name := found.get("_class_name")) not in classes:
-            raise ValueError(f"it is of the class {name!r}; expected {' or '.join(classes)}")
-        for key, value in fixed.items():
-            got = found.get(key, value)
-            if any(one != value for one in (got if isinstance(got, list) else [got])):
-                raise ValueError(f"{key} is {got!r}; only {value!r} is known here")
-        left = {k: v for k, v in found.items() if k[0] != "_" and k not in (*unused, *fixed)}
-        return schema.read(kind, left, "it")
+        found = config(path, fixed, unused)
+        return schema.read(kind, {k: v for k, v in found.items() if k[0] != "_"}, "it")
 
 
 def weights(folder: pathlib.Path) -> dict[str, np.ndarray]:
     """The tensors of a part of a pipeline by name."""
     for path in (folder / name for name in WEIGHTS):
         if path.is_file():
-            state = tensors.load(path)
-            if isinstance(state, dict) and all(isinstance(v, np.ndarray) for v in state.values()):
-                return state
-            raise ValueError(f"{path} does not hold tensors by name; get it again.")
+            return tensors.load(path)
     raise FileNotFoundError(f"found no {' or '.join(WEIGHTS)} in {folder}; check the folder.")
 
 
 def described(folder: pathlib.Path) -> Autoencoder:
     """The autoencoder that the config in a folder `vae` describes."""
-    fixed = {"act_fn": "silu", "down_block_types": "DownEncoderBlock2D",
+    fixed = {"_class_name": "AutoencoderKL", "act_fn": "silu",
+             "down_block_types": "DownEncoderBlock2D",
              "up_block_types": "UpDecoderBlock2D"}  # fmt: skip
-    unused = ("sample_size", "force_upcast")
-    return settings(Autoencoder, folder, ["AutoencoderKL"], unused, fixed)
+    return settings(Autoencoder, folder, fixed, unused=("sample_size", "force_upcast"))
 
 
 def autoencoder(folder: str | os.PathLike) -> tuple[Autoencoder, Any]:
@@ -85,13 +90,13 @@ def autoencoder(folder: str | os.PathLike) -> tuple[Autoencoder, Any]:
     network = described(folder := pathlib.Path(folder))
     side = 2 ** len(network.block_out_channels)
     images = jax.ShapeDtypeStruct((1, side, side, network.in_channels), np.float32)
-    state = {}
-    for name, value in weights(folder).items():
-        *path, last = name.split(".")
-        if "attentions" in path:
-            path[-1] = OLD.get(path[-1], path[-1])
-        state[".".join([*path, last])] = value
+    found, state = weights(folder), {}
     with named(f"the weights in {folder} do not fit its config.json"):
+        for name, value in found.items():
+            *path, last = name.split(".")
+            if "attentions" in path:
+                path[-1] = OLD.get(path[-1], path[-1])
+            state[".".join([*path, last])] = value
         shapes = jax.eval_shape(network.init, jax.random.key(0), images)["params"]
         return network, to_params(state, shapes, AUTOENCODER)
 
@@ -102,15 +107,16 @@ def _dense(path: Path) -> tuple[int, ...]:
 
 
 AUTOENCODER = Names(
-    lambda path: ".".join(path).replace(".kernel", ".weight").replace(".scale", ".weight"), _dense
+    lambda path: (".".join(path).replace(".kernel", ".weight").replace(".scale", ".weight"),),
+    _dense,
 )
 
 
 # ---- DiT -----------------------------------------------------------------------------------------
 
-CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 UNUSED = ("upcast_attention", "norm_num_groups")
 FIXED = {
+    "_class_name": ("DiTTransformer2DModel", "Transformer2DModel"),
     "activation_fn": "gelu-approximate", "attention_bias": True, "norm_type": "ada_norm_zero",
     "norm_elementwise_affine": False, "attention_type": "default", "double_self_attention": False,
     "only_cross_attention": False, "use_linear_projection": False,
@@ -121,16 +127,16 @@ PROCESS = {"beta_schedule": "linear", "prediction_type": "epsilon", "trained_bet
 SAMPLING = {"_class_name": "DDIMScheduler", "clip_sample": False, "thresholding": False,
             "timestep_spacing": "leading", "steps_offset": 0,
             "set_alpha_to_one": True}  # fmt: skip
-EMBEDDERS = "norm1.emb."
-OUTSIDE = {"x_embedder": "pos_embed.proj", "final_adaLN_modulation": "proj_out_1",
-           "final_linear": "proj_out_2"}  # fmt: skip
-INSIDE = {
-    "t_embedder_0": f"{EMBEDDERS}timestep_embedder.linear_1",
-    "t_embedder_2": f"{EMBEDDERS}timestep_embedder.linear_2",
-    "y_embedder": f"{EMBEDDERS}class_embedder.embedding_table",
-    "adaLN_modulation": "norm1.linear", "proj": "attn1.to_out.0", "fc1": "ff.net.0.proj",
-    "fc2": "ff.net.2",
+MODULES = {
+    "x_embedder": "pos_embed.proj", "final_adaLN_modulation": "proj_out_1",
+    "final_linear": "proj_out_2",
+    "t_embedder_0": "{}norm1.emb.timestep_embedder.linear_1",
+    "t_embedder_2": "{}norm1.emb.timestep_embedder.linear_2",
+    "y_embedder": "{}norm1.emb.class_embedder.embedding_table",
+    "adaLN_modulation": "{}norm1.linear", "qkv": "{}attn1.to_q {}attn1.to_k {}attn1.to_v",
+    "proj": "{}attn1.to_out.0", "fc1": "{}ff.net.0.proj", "fc2": "{}ff.net.2",
 }  # fmt: skip
+names = partial(dit.names, modules=MODULES, block="transformer_blocks.{}.".format)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,42 +155,18 @@ class Transformer:
     norm_eps: float = field(1e-5, 0.0, 1.0, "()")
 
 
-def names(net: DiT) -> Names:
-    """The names of the parameters of `networks.dit.DiT`; shared embedders are those of block 0."""
-
-    def name(path: Path) -> Any:
-        if path[0] in net.optional_inputs:
-            return None
-        module, end = path[-2], ".bias" if path[-1] == "bias" else ".weight"
-        if module in OUTSIDE:
-            return OUTSIDE[module] + end
-        blocks = [f"transformer_blocks.{number}." for number in range(net.depth)]
-        if module == "qkv":
-            return [tuple(f"{block}attn1.to_{one}{end}" for one in "qkv") for block in blocks]
-        found = [block + INSIDE[module] + end for block in blocks]
-        return found if path[0] == "blocks" else found[0]
-
-    patch = (net.patch_size, net.patch_size)
-    return Names(name, lambda path: patch if path[0] == "x_embedder" else ())
-
-
 def transformer(folder: pathlib.Path) -> pathlib.Path:
     """The folder of the transformer of a pipeline; the folder itself if it is that."""
     return folder / "transformer" if (folder / "transformer").is_dir() else folder
 
 
-def read(
-    folder: str | os.PathLike, given: dict[str, Any], state: Mapping[str, np.ndarray] | None = None
-) -> Checkpoint:
-    """The DiT in the folder of a pipeline, or in its folder `transformer` alone.
+def read(folder: pathlib.Path, state: Mapping[str, np.ndarray]) -> Checkpoint:
+    """The DiT with these `weights` in the folder of a pipeline, or of its transformer alone.
 
-    The config holds all that `given` can say; `state` are its `weights`, if they are read already.
-    ValueError: a config of another network or process,
-    or tensors that do not fit it.
+    ValueError: a config of another network or process, or tensors that do not fit it.
     """
-    part = transformer(folder := pathlib.Path(folder))
-    config = settings(Transformer, part, CLASSES, UNUSED, FIXED)
-    state = weights(part) if state is None else state
+    part = transformer(folder)
+    config = settings(Transformer, part, FIXED, UNUSED)
     heads, channels = config.num_attention_heads, config.in_channels
     copies = _copies(state, config.num_layers)
     own = not all(k in state and np.array_equal(state[k], state[v]) for k, v in copies.items())
@@ -199,14 +181,15 @@ def read(
     data = DataInfo((config.sample_size,) * 2 + (channels,), net.num_classes, 1.0, **units)
     model = Model(net, _process(folder / "scheduler"), data)
     with named(f"the weights in {part} do not fit its config.json"):
-        params = to_params(state, shapes_of(model), names(net), net.optional_inputs)
+        params = to_params(state, shapes_of(model), names(net))
     sampler = Sampler("ddim", 50, 0.01, 157.0, spacing="leading")
     return Checkpoint("diffusers", model, params, sampler, facts=facts)
 
 
-def state(checkpoint: Checkpoint, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors of a folder, from those of `names`: each block has embedders."""
+def state(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint, as the folder had them: each block has embedders."""
     net = checkpoint.model.network
+    found = to_state(checkpoint.params, names(net))
     copies = {} if net.own_embeddings else _copies(found, net.depth)
     return found | {name: found[first] for name, first in copies.items()}
 
@@ -214,7 +197,7 @@ def state(checkpoint: Checkpoint, found: dict[str, np.ndarray]) -> dict[str, np.
 def write(folder: pathlib.Path, checkpoint: Checkpoint, found: dict[str, np.ndarray]) -> None:
     """Write the tensors of `state` as a folder that diffusers loads.
 
-    Everything but the weights is that of the folder which the checkpoint was read from. ValueError:
+    Everything but these is that of the folder which the checkpoint was read from. ValueError:
     `folder` exists, or the checkpoint no longer has DiT's process. FileNotFoundError: the folder
     that it was read from is not there.
     """
@@ -227,19 +210,18 @@ def write(folder: pathlib.Path, checkpoint: Checkpoint, found: dict[str, np.ndar
     if not (part / "config.json").is_file():
         raise FileNotFoundError(f"found no {part}/config.json, of the folder that this run was "
                                 "read from: put it there, or write a .safetensors.")  # fmt: skip
-    (target := folder / part.relative_to(source)).mkdir(parents=True)
-    tensors.save(target / WEIGHTS[0], found)
-    shutil.copy(part / "config.json", target)
-    for name in ("scheduler", "vae") if part != source else ():
-        if (source / name).is_dir():
-            shutil.copytree(source / name, folder / name)
-    if part != source and (source / INDEX).is_file():
-        shutil.copy(source / INDEX, folder)
+    kept = {source: {INDEX, "scheduler", "transformer", "vae"}, part: {"config.json"}}
+
+    def others(place: str, names: list[str]) -> set[str]:
+        return {*names} - kept.get(pathlib.Path(place), {*names})
+
+    shutil.copytree(source, folder, ignore=others)
+    tensors.save(folder / part.relative_to(source) / WEIGHTS[0], found)
 
 
 def _copies(state: Mapping[str, Any], depth: int) -> dict[str, str]:
     """The names of the embedders of later blocks, and their names in block 0."""
-    firsts = [name for name in state if name.startswith(f"transformer_blocks.0.{EMBEDDERS}")]
+    firsts = [name for name in state if name.startswith("transformer_blocks.0.norm1.emb.")]
     return {name.replace(".0.", f".{i}.", 1): name for name in firsts for i in range(1, depth)}
 
 
@@ -262,14 +244,12 @@ def _process(folder: pathlib.Path) -> Epsilon:
     if not (path := folder / "scheduler_config.json").is_file():
         return Epsilon()
     with named(f"{path} describes no process that is known here"):
-        config = {k: v for k, v in json.loads(path.read_text()).items() if v is not None}
-        for name, value in {**PROCESS, **SAMPLING}.items():
-            if (got := config.get(name, value)) != value and name in PROCESS:
-                raise ValueError(f"{name} is {got!r}; only {value!r} is known here")
-            if got != value:
+        found = config(path, PROCESS)
+        for name, value in SAMPLING.items():
+            if (got := found.get(name, value)) != value:
                 logging.warning("%s: %s is %r; samples here are as if it were %r.",
                                 path, name, got, value)  # fmt: skip
-        betas = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+        betas = found.get("beta_start", 1e-4), found.get("beta_end", 0.02)
         return schema.read(
-            Epsilon, {"betas": betas, "steps": config.get("num_train_timesteps", 1000)}, "it"
+            Epsilon, {"betas": betas, "steps": found.get("num_train_timesteps", 1000)}, "it"
         )

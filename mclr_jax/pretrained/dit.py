@@ -5,8 +5,7 @@ and shapes. Our blocks are stacked on a leading depth axis; the patch convolutio
 """
 
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,50 +14,82 @@ from absl import logging
 from mclr_jax.denoiser import Epsilon, Preconditioning, Velocity
 from mclr_jax.model import DataInfo, Model, shapes_of
 from mclr_jax.networks.dit import DiT
-from mclr_jax.pretrained.checkpoint import Checkpoint, take
-from mclr_jax.pretrained.names import Names, Path, to_params
+from mclr_jax.pretrained.checkpoint import Checkpoint
+from mclr_jax.pretrained.names import Names, Path, to_params, to_state
 from mclr_jax.samplers import Sampler
 
-OFFICIAL = {
+# Modules of the network here: their names in a file, where {} is a block, as "blocks.3.".
+MODULES = {
     "x_embedder": "x_embedder.proj", "y_embedder": "y_embedder.embedding_table",
     "t_embedder_0": "t_embedder.mlp.0", "t_embedder_2": "t_embedder.mlp.2",
+    "adaLN_modulation": "{}adaLN_modulation.1", "qkv": "{}attn.qkv", "proj": "{}attn.proj",
+    "q_norm": "{}attn.q_norm", "k_norm": "{}attn.k_norm", "fc1": "{}mlp.fc1", "fc2": "{}mlp.fc2",
     "final_adaLN_modulation": "final_layer.adaLN_modulation.1",
     "final_linear": "final_layer.linear",
-    # inside blocks.<index>
-    "adaLN_modulation": "adaLN_modulation.1", "q_norm": "attn.q_norm", "k_norm": "attn.k_norm",
-    "qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2",
 }  # fmt: skip
+TABLE = "y_embedder.embedding_table.weight"
 SIZES = {"XL": (1152, 28, 16), "L": (1024, 24, 16), "B": (768, 12, 12), "S": (384, 12, 6)}
 PATHS = {"linear": "linear", "gvp": "cosine", "cosine": "cosine", "vp": "vp"}
 
 
-def names(net: DiT) -> Names:
-    """The official names of the parameters of `networks.dit.DiT`."""
+def names(
+    net: Any,
+    modules: Mapping[str, str] = MODULES,
+    block: Callable[[int], str] = "blocks.{}.".format,
+) -> Names:
+    """The names of the parameters of `networks.dit.DiT` in a file with these modules and blocks.
+
+    Several names, separated by spaces, are joined along the outputs. Modules of the network itself
+    that files have in each block are those of the first one.
+    """
 
     def name(path: Path) -> Any:
         if path[0] in net.optional_inputs:
             return None
         if path == ("pos_embed",):
-            return "pos_embed"
-        found = OFFICIAL[path[-2]] + (".bias" if path[-1] == "bias" else ".weight")
-        return [f"blocks.{i}.{found}" for i in range(net.depth)] if path[0] == "blocks" else found
+            return path
+        found, end = modules[path[-2]].split(), ".bias" if path[-1] == "bias" else ".weight"
+        layers = [tuple(part.format(block(i)) + end for part in found) for i in range(net.depth)]
+        return layers if path[0] == "blocks" else layers[0]
 
     patch = (net.patch_size, net.patch_size)
     return Names(name, lambda path: patch if path[0] == "x_embedder" else ())
 
 
-def is_dit(state: Mapping[str, Any]) -> bool:
-    return {"x_embedder.proj.weight", "final_layer.linear.weight"} <= state.keys()
+def blocks(first: int) -> Callable[[int], str]:
+    """The name of block i; in early files of REPA, blocks from `first` on are decoder_blocks."""
+    return lambda i: f"decoder_blocks.{i - first}." if 0 < first <= i else f"blocks.{i}."
 
 
-def family_of(state: Mapping[str, Any], args: Mapping[str, Any]) -> str:
-    """dit, sit or repa, or "" where the file does not tell."""
-    if args:
-        kind = "sit" if "path_type" in args else "dit"
-        return "repa" if "encoder_depth" in args or args.get("prediction") == "v" else kind
+def take(given: dict[str, Any], name: str, known: Any = None) -> Any:
+    """The value `name` that the user has given, or else the one that the file tells.
+
+    ValueError: there is neither.
+    """
+    if (value := given.pop(name, known)) is None:
+        raise ValueError(f"the file does not hold {name}: give it, as --set={name}=VALUE.")
+    return value
+
+
+def family_of(family: str, state: Mapping[str, Any], args: Mapping[str, Any]) -> str:
+    """dit, sit or repa; ValueError: the file does not tell, or `family` is another one."""
     of_repa = ("projectors.", "decoder_blocks.")
-    found = any(name.startswith(of_repa) or ".q_norm." in name for name in state)
-    return "repa" if found else ""
+    if args.get("prediction") == "v" or "encoder_depth" in args:
+        found = "repa"
+    elif args:
+        found = "sit" if "path_type" in args else "dit"
+    elif any(name.startswith(of_repa) or ".q_norm." in name for name in state):
+        found = "repa"
+    elif family in ("dit", "sit", "repa"):
+        found = family
+    else:
+        raise ValueError(
+            "files of DiT and SiT without their training arguments cannot be told apart: give "
+            "--family=dit or --family=sit"
+        )
+    if family not in ("", found):
+        raise ValueError(f"it is of the family {found!r}, not {family!r}.")
+    return found
 
 
 def read(
@@ -67,34 +98,30 @@ def read(
     """The model in a state dict; `args` are those of a training file, {} without.
 
     `given`, of which all keys are used: heads, num_classes, image_size, path_type, prediction.
-    ValueError: a tensor is missing, unexpected or misshapen, the family is another one, or a number
-    is needed that the file does not hold.
+    ValueError: a tensor is missing, unexpected or misshapen, or the family or a number is needed
+    that the file does not hold.
     """
-    if (found := family_of(state, args)) not in ("", family):
-        raise ValueError(f"it is a file of the family {found!r}; it was read as {family!r}.")
-    state, legacy = _modern(state)
-    blocks = {int(m[1]) for name in state if (m := re.match(r"blocks\.(\d+)\.", name))}
-    depth = max(blocks, default=-1) + 1
-    shapes = {name: np.shape(value) for name, value in state.items()}
-    try:
-        width, channels, patch, again = shapes["x_embedder.proj.weight"]
-        outputs, _ = shapes["final_layer.linear.weight"]
-        rows, _ = shapes["y_embedder.embedding_table.weight"]
-        hidden, _ = shapes["blocks.0.mlp.fc1.weight"]
-    except KeyError as error:
-        raise ValueError(f"tensor {error} is missing.") from error
-    except ValueError as error:  # of the unpacking
-        raise ValueError("a kernel or a table has not the number of axes that it needs.") from error
-    if blocks != {*range(depth)} or patch != again or outputs % patch**2:
+
+    def shape(name: str, axes: int) -> tuple[int, ...]:
+        found = np.shape(state.get(name, ()))
+        if len(found) != axes:
+            raise ValueError(
+                f"tensor {name} of {axes} axes is missing; expected a DiT, SiT or REPA, or a "
+                "snapshot of EDM or EDM2 (.pkl)"
+            )
+        return found
+
+    width, channels, patch, _ = shape("x_embedder.proj.weight", 4)
+    outputs, _ = shape("final_layer.linear.weight", 2)
+    rows, _ = shape(TABLE, 2)
+    hidden, _ = shape("blocks.0.mlp.fc1.weight", 2)
+    family = family_of(family, state, args)
+    times = (1,) if family == "repa" else (1, 2)
+    if outputs not in [n * channels * patch**2 for n in times]:
         raise ValueError(
-            f"it has the blocks {sorted(blocks)}, patches of {patch}x{again} and {outputs} outputs "
-            "of a patch; expected blocks from 0 without gaps, square patches and whole channels."
-        )
-    outputs //= patch**2
-    if outputs not in ((channels,) if family == "repa" else (channels, 2 * channels)):
-        raise ValueError(
-            f"the last layer has {outputs} channels for {channels} of the input, which no file of "
-            f"the family {family!r} has; SiT's and DiT's may have twice as many."
+            f"the last layer has {outputs} outputs for patches of {patch}x{patch} pixels and "
+            f"{channels} channels, which no file of the family {family!r} has; SiT's and DiT's may "
+            "have twice as many outputs as inputs."
         )
     classes = int(take(given, "num_classes", args.get("num_classes", rows - 1)))
     if rows - classes not in (0, 1):
@@ -102,11 +129,16 @@ def read(
             f"the table has {rows} labels; expected num_classes={classes} of them, or one more, "
             "which is the null label. Give num_classes."
         )
-    size = _image_size(shapes, patch, given)
+    own, later = (
+        len({name.split(".")[1] for name in state if name.startswith(kind)})
+        for kind in ("blocks.", "decoder_blocks.")
+    )
+    side = patch * math.isqrt(shape("pos_embed", 3)[1]) if "pos_embed" in state else None
+    size = int(take(given, "image_size", side))
     net = DiT(
-        dtype="float32", out_channels=outputs, num_classes=classes, patch_size=patch, width=width,
-        depth=depth, heads=_heads(state, args, width, depth, given), mlp_ratio=hidden / width,
-        time_scale=1.0, qk_norm="blocks.0.attn.q_norm.weight" in state,
+        dtype="float32", out_channels=outputs // patch**2, num_classes=classes, patch_size=patch,
+        width=width, depth=own + later, heads=_heads(state, width, own + later, given),
+        mlp_ratio=hidden / width, time_scale=1.0, qk_norm="blocks.0.attn.q_norm.weight" in state,
         stored_positions="pos_embed" in state,
     )  # fmt: skip
     preconditioning, sampler = _process(family, args, given)
@@ -115,69 +147,28 @@ def read(
     rest = {name: value for name, value in state.items() if name.startswith("projectors.")}
     state = {name: value for name, value in state.items() if name not in rest}
     if rows == classes:  # a row of zeros, which is never asked for
-        table = np.asarray(state["y_embedder.embedding_table.weight"])
-        state["y_embedder.embedding_table.weight"] = np.append(table, 0 * table[:1], axis=0)
-    params = to_params(state, shapes_of(model), names(net), net.optional_inputs)
-    return Checkpoint(
-        family, model, params, sampler, rest, {"decoder_blocks": legacy} if legacy else {}
-    )
+        table = np.asarray(state[TABLE])
+        state[TABLE] = np.append(table, 0 * table[:1], axis=0)
+    first = own if later else 0
+    params = to_params(state, shapes_of(model), names(net, block=blocks(first)))
+    facts = {"decoder_blocks": first} if first else {}
+    return Checkpoint(family, model, params, sampler, rest, facts)
 
 
-def state(checkpoint: Checkpoint, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Official tensors as the file had them, from those of `names`."""
+def state(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint, as the file had them."""
+    block = blocks(checkpoint.facts.get("decoder_blocks", 0))
+    found = to_state(checkpoint.params, names(checkpoint.model.network, block=block))
     if not checkpoint.model.data.has_null:
-        table = "y_embedder.embedding_table.weight"
-        found[table] = found[table][:-1]
-    if first := checkpoint.facts.get("decoder_blocks"):
-
-        def old(match: re.Match) -> str:
-            number = int(match[1])
-            return f"decoder_blocks.{number - first}." if number >= first else match[0]
-
-        found = {re.sub(r"^blocks\.(\d+)\.", old, name): value for name, value in found.items()}
+        found[TABLE] = found[TABLE][:-1]
     return found
 
 
-def _modern(state: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], int]:
-    """The tensors under the names of today, and the number of the first of the decoder's blocks.
-
-    Early files of REPA name the block encoder_depth + N decoder_blocks.N; 0 for other files.
-    """
-    if not any(name.startswith("decoder_blocks.") for name in state):
-        return dict(state), 0
-    first = 1 + max(int(m[1]) for name in state if (m := re.match(r"blocks\.(\d+)\.", name)))
-
-    def new(match: re.Match) -> str:
-        return f"blocks.{int(match[1]) + first}."
-
-    return {re.sub(r"^decoder_blocks\.(\d+)\.", new, k): v for k, v in state.items()}, first
-
-
-def _image_size(shapes: Mapping[str, tuple], patch: int, given: dict[str, Any]) -> int:
-    if "pos_embed" not in shapes:
-        return int(take(given, "image_size"))
-    shape = shapes["pos_embed"]
-    side = math.isqrt(shape[1]) if len(shape) == 3 else 0
-    if len(shape) != 3 or side**2 != shape[1]:
-        raise ValueError(f"tensor 'pos_embed' has shape {shape}; expected (1, a square number, D).")
-    if (size := int(take(given, "image_size", side * patch))) != side * patch:
-        raise ValueError(f"image_size is {size}; the position embedding is that of {side * patch}.")
-    return size
-
-
-def _heads(
-    state: Mapping[str, Any], args: Mapping[str, Any], width: int, depth: int, given: dict[str, Any]
-) -> int:
-    """The number of attention heads: of q_norm, the architecture's name or the published sizes."""
+def _heads(state: Mapping[str, Any], width: int, depth: int, given: dict[str, Any]) -> int:
+    """The number of attention heads: of q_norm, or of the published network of this size."""
     known: int | None = None
-    letter = re.match(r"(?:DiT|SiT)-(XL|L|B|S)/\d+", str(args.get("model", "")))
-    if letter and SIZES[letter[1]][:2] != (width, depth):
-        raise ValueError(
-            f"its args name {letter[0]}, of width and depth {SIZES[letter[1]][:2]}; its tensors "
-            f"have {(width, depth)}."
-        )
     if (norm := "blocks.0.attn.q_norm.weight") in state:
-        known = width // max(len(np.atleast_1d(state[norm])), 1)
+        known = width // max(np.size(state[norm]), 1)
     else:
         known = next((heads for *size, heads in SIZES.values() if size == [width, depth]), None)
         if known and "heads" not in given:

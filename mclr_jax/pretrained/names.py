@@ -1,6 +1,6 @@
 """Names and layouts of parameters in official files: one map for each family, read both ways."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,28 +15,32 @@ class Names(NamedTuple):
     PyTorch's order of a kernel is (out, in, height, width), ours (height, width, in, out).
     """
 
-    # The tensor's name; a list of names: stacked on a leading axis; a tuple of names: joined along
-    # the outputs; None: files have no such parameter.
-    name: Callable[[Path], Any]
+    # The names of its tensors, which are joined along the outputs; a list of such: joined on a
+    # leading axis; None: files have no such parameter.
+    name: Callable[[Path], tuple[str, ...] | list[tuple[str, ...]] | None]
     # The window of a kernel that is dense here and a convolution in the file; () for others.
     window: Callable[[Path], tuple[int, ...]] = lambda path: ()
     # (path, value in our layout, False) -> the same in our order; True: back to that of the file.
     turn: Callable[[Path, Any, bool], Any] = lambda path, value, back: value
 
+    def shape(self, path: Path, shape: tuple[int, ...], parts: int) -> tuple[int, ...]:
+        """That of each of the tensors that are joined to a parameter of this shape."""
+        if path[-1] == "kernel":
+            *own, inputs, outputs = shape
+            window = own or self.window(path)
+            shape = (outputs, inputs if own else inputs // int(np.prod(window)), *window)
+        return (shape[0] // parts, *shape[1:]) if parts > 1 else tuple(shape)
 
-def to_params(
-    state: Mapping[str, np.ndarray], shapes: Any, names: Names, optional: Collection[str] = ()
-) -> Any:
+
+def to_params(state: Mapping[str, np.ndarray], shapes: Any, names: Names) -> Any:
     """Parameters, a tree of float32 NumPy arrays with these `shapes`, from official tensors.
 
-    Parameters of `optional` modules that `state` lacks are zeros, and so are those without a name.
-    ValueError: the first tensor that is missing, unexpected, not real or of another shape.
+    Those without a name are zeros. ValueError: the first tensor that is missing, unexpected, not
+    real or of another shape.
     """
     left, params = dict(state), {}
 
-    def take(name: str, path: Path, shape: tuple[int, ...], parts: int) -> np.ndarray:
-        expected = _official_shape(path, shape, names)
-        expected = (expected[0] // parts, *expected[1:]) if parts > 1 else expected
+    def take(name: str, expected: tuple[int, ...]) -> np.ndarray:
         if name not in left:
             raise ValueError(f"tensor {name!r} is missing; expected one of shape {expected}.")
         value = np.asarray(left.pop(name))
@@ -49,21 +53,18 @@ def to_params(
         return value.astype(np.float32, copy=False)
 
     for path, leaf in traverse_util.flatten_dict(shapes).items():
-        found = names.name(path)
-        if found is None or (path[0] in optional and found not in left):
+        if (found := names.name(path)) is None:
             params[path] = np.zeros(leaf.shape, np.float32)
             continue
         layers = found if isinstance(found, list) else [found]
-        shape = leaf.shape[1:] if isinstance(found, list) else leaf.shape
-        values = []
+        shape, values = leaf.shape[1:] if layers is found else leaf.shape, []
         for layer in layers:
-            parts = layer if isinstance(layer, tuple) else (layer,)
-            taken = [take(name, path, shape, len(parts)) for name in parts]
-            value = np.concatenate(taken) if len(parts) > 1 else taken[0]
+            taken = [take(name, names.shape(path, shape, len(layer))) for name in layer]
+            value = np.concatenate(taken) if len(taken) > 1 else taken[0]
             if path[-1] == "kernel":
                 value = np.moveaxis(value, (0, 1), (-1, -2)).reshape(shape)
             values.append(names.turn(path, value, False))
-        params[path] = np.stack(values) if isinstance(found, list) else values[0]
+        params[path] = np.stack(values) if layers is found else values[0]
     for name, value in left.items():
         raise ValueError(f"tensor {name!r} of shape {np.shape(value)} is unexpected.")
     return traverse_util.unflatten_dict(params)
@@ -86,19 +87,10 @@ def to_state(params: Any, names: Names) -> dict[str, np.ndarray]:
         layers = zip(found, leaf, strict=True) if isinstance(found, list) else [(found, leaf)]
         for layer, value in layers:
             value = names.turn(path, value, True)
-            shape = _official_shape(path, value.shape, names)
             if path[-1] == "kernel":
-                value = value.reshape(*shape[2:], shape[1], shape[0])
+                outputs, inputs, *window = names.shape(path, value.shape, 1)
+                value = value.reshape(*window, inputs, outputs)
                 value = np.moveaxis(value, (-1, -2), (0, 1))
-            parts = layer if isinstance(layer, tuple) else (layer,)
-            values = np.split(value, len(parts)) if len(parts) > 1 else [value]
-            state |= {n: np.array(v, order="C") for n, v in zip(parts, values, strict=True)}
+            values = np.split(value, len(layer)) if len(layer) > 1 else [value]
+            state |= {n: np.array(v, order="C") for n, v in zip(layer, values, strict=True)}
     return state
-
-
-def _official_shape(path: Path, shape: tuple[int, ...], names: Names) -> tuple[int, ...]:
-    if path[-1] != "kernel":
-        return tuple(shape)
-    *own, inputs, outputs = shape
-    window = own or names.window(path)
-    return (outputs, inputs // (int(np.prod(window)) if len(shape) == 2 else 1), *window)

@@ -2,14 +2,12 @@
 
 import collections
 import dataclasses
-import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
@@ -17,14 +15,14 @@ from absl import logging
 from mclr_jax import record, runs
 from mclr_jax.data.latents import units
 from mclr_jax.files import digest, named, save_arrays
-from mclr_jax.model import shapes_of
-from mclr_jax.pretrained import diffusers, dit, edm, names, tensors
-from mclr_jax.pretrained.checkpoint import Checkpoint, take
+from mclr_jax.pretrained import diffusers, dit, edm, tensors
+from mclr_jax.pretrained.checkpoint import Checkpoint
 from mclr_jax.runs import Run
 from mclr_jax.schema import look_up, nearest
 
 FAMILIES: dict[str, Any] = {"edm": edm, "edm2": edm, "dit": dit, "sit": dit, "repa": dit,
                             "diffusers": diffusers}  # fmt: skip
+AVERAGES = ("ema", "model")  # in a training file
 REST = "rest.npz"  # of a run's directory: official tensors that are no parameters here
 
 
@@ -43,48 +41,40 @@ def read(path: str | os.PathLike, family: str = "", **given: Any) -> Checkpoint:
     autoencoder = left.pop("autoencoder", "")
     if family:
         look_up(FAMILIES, family, "family")
-    if path.is_dir():
-        content: Any = diffusers.weights(diffusers.transformer(path))
-    else:
-        content = tensors.load(path)
+    is_folder = path.is_dir()
+    part = diffusers.transformer(path)
+    content: Any = diffusers.weights(part) if is_folder else tensors.load(path)
     with named(f"{path} cannot be read as a published model"):
-        found, state, args = _parts(content, family, left)
-        if path.is_dir():
-            checkpoint = diffusers.read(path, left, state)
-        elif found in ("edm", "edm2"):
-            checkpoint = edm.read(content, left)
+        snapshot = any(isinstance(value, tensors.Module) for value in content.values())
+        if is_folder:
+            state, checkpoint = content, diffusers.read(path, content)
+        elif snapshot or "dataset_kwargs" in content:  # of EDM and EDM2, also without a network
+            checkpoint = edm.read(content)
+            state = content["ema"].tensors()
         else:
-            checkpoint = dit.read(found, state, args, left)
+            state, args = _of_training(content, left)
+            checkpoint = dit.read(family, state, args, left)
         for key in left:
             known = ("heads", "num_classes", "image_size", "path_type", "prediction", "average",
                      "autoencoder")  # fmt: skip
             raise ValueError(f"{key} is not used for this file. {nearest(key, known)}")
         if family and family != checkpoint.family:
             raise ValueError(f"it is of the family {checkpoint.family!r}, not {family!r}.")
-    checkpoint = _of_latents(checkpoint, autoencoder)
-    facts: dict[str, Any] = {"average": given.get("average", "ema"), **_types(state)}
+    facts = {"average": given.get("average", "ema"), **_types(state), **checkpoint.facts}
     if told := re.search(r"-(\d{7})-(\d\.\d+)\.pkl$", path.name):  # EDM2's; the file has neither
         facts |= {"kimg": int(told[1]), "average": f"power_{float(told[2])}"}
-    return dataclasses.replace(checkpoint, facts=facts | dict(checkpoint.facts))
+    checkpoint = dataclasses.replace(checkpoint, facts=facts)
+    return _of_latents(checkpoint, autoencoder)
 
 
-def given(texts: Iterable[str]) -> dict[str, int | str]:
-    """The values of texts NAME=VALUE, as `read` takes them."""
-    found: dict[str, int | str] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"--set has {text!r}; expected NAME=VALUE, separated by commas.")
-        found[name] = int(value) if value.isdigit() else value
-    return found
-
-
-def described(run: Run) -> str:
-    """A sentence on the model of a run."""
-    network, data = run.model.network, run.model.data
-    size = sum(leaf.size for leaf in jax.tree.leaves(shapes_of(run.model)))
-    return (f"{type(network).__name__} with {size} parameters for examples of shape {data.shape} "
-            f"in {data.num_classes} classes, {json.dumps(run.sampler.method)}.")  # fmt: skip
+def _of_training(content: dict, given: dict[str, Any]) -> tuple[dict, Mapping[str, Any]]:
+    """The tensors by name and the arguments in a training file of DiT, SiT or REPA, or flat one."""
+    if not any(isinstance(content.get(name), dict) for name in AVERAGES):
+        return content, {}
+    average, args = given.pop("average", "ema"), content.get("args")
+    if average not in AVERAGES or not isinstance(content.get(average), dict):
+        raise ValueError(f"average is {average!r}; expected one that it holds of {AVERAGES}.")
+    return content[average], args if isinstance(args, Mapping) else {}
 
 
 def _of_latents(checkpoint: Checkpoint, autoencoder: str) -> Checkpoint:
@@ -92,14 +82,15 @@ def _of_latents(checkpoint: Checkpoint, autoencoder: str) -> Checkpoint:
 
     ValueError: the autoencoder is not one in a folder of diffusers, or the model has no latents.
     """
-    *_, channels = checkpoint.model.data.shape
-    kind = "edm2" if checkpoint.family == "edm2" else "stable_diffusion"
-    facts = {"latents": kind, **checkpoint.facts} if channels == 4 else dict(checkpoint.facts)
-    model = checkpoint.model
-    if "latents" in facts and not model.data.scale:
-        offset, scale = units(kind, channels)
-        data = dataclasses.replace(model.data, offset=offset, scale=scale)
-        model = dataclasses.replace(model, data=data)
+    model, facts = checkpoint.model, dict(checkpoint.facts)
+    *_, channels = model.data.shape
+    if channels == 4:
+        kind = "edm2" if checkpoint.family == "edm2" else "stable_diffusion"
+        facts.setdefault("latents", kind)
+        if not model.data.scale:
+            offset, scale = units(kind, channels)
+            data = dataclasses.replace(model.data, offset=offset, scale=scale)
+            model = dataclasses.replace(model, data=data)
     if autoencoder:
         diffusers.described(pathlib.Path(autoencoder))
         if "latents" not in facts:
@@ -109,43 +100,7 @@ def _of_latents(checkpoint: Checkpoint, autoencoder: str) -> Checkpoint:
     return dataclasses.replace(checkpoint, model=model, facts=facts)
 
 
-def _parts(
-    content: Any, family: str, given: dict[str, Any]
-) -> tuple[str, dict[str, np.ndarray], Mapping[str, Any]]:
-    """Family, tensors by name and training arguments of a file's content."""
-    if not isinstance(content, dict):
-        raise ValueError(f"it holds a {type(content).__name__}; expected tensors by name")
-    snapshot = "dataset_kwargs" in content  # of EDM and EDM2, also of those without a network
-    if snapshot or any(isinstance(value, tensors.Module) for value in content.values()):
-        if not isinstance(module := content.get("ema"), tensors.Module):
-            raise ValueError("it has no network 'ema'; expected a snapshot of EDM or EDM2")
-        return edm.family_of(module), module.tensors(), {}
-    args: Any = content.get("args", {})
-    if isinstance(content.get("ema"), dict) or isinstance(content.get("model"), dict):
-        average, known = str(take(given, "average", "ema")), ("ema", "model")
-        if average not in known or not isinstance(content.get(average), dict):
-            raise ValueError(f"average is {average!r}; expected one that it holds of {known}.")
-        content = content[average]
-    state = content if isinstance(content, dict) else {}
-    if wrong := [name for name, value in state.items() if not isinstance(value, np.ndarray)]:
-        raise ValueError(f"{wrong[0]!r} is no tensor")
-    if not dit.is_dit(state) or family in ("edm", "edm2"):
-        if family == "diffusers" or "pos_embed.proj.weight" in state:
-            return "diffusers", state, {}
-        raise ValueError(
-            "it has no tensors x_embedder.proj.weight and final_layer.linear.weight; expected a "
-            "DiT, SiT or REPA, or a snapshot of EDM or EDM2 (.pkl)"
-        )
-    args = args if isinstance(args, Mapping) else {}
-    if not (found := family or dit.family_of(state, args)):
-        raise ValueError(
-            "files of DiT and SiT without their training arguments cannot be told apart: give "
-            "--family=dit or --family=sit"
-        )
-    return found, state, args
-
-
-def _types(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _types(state: Mapping[str, Any]) -> dict[str, Any]:
     """The most frequent type of the tensors, and those of the others by name."""
     types = {name: np.asarray(value).dtype.name for name, value in state.items()}
     ((most, _),) = collections.Counter(types.values()).most_common(1)
@@ -154,11 +109,7 @@ def _types(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 def state(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     """The tensors of a checkpoint by their official names, in the types of the file."""
-    family = FAMILIES[checkpoint.family]
-    found = names.to_state(checkpoint.params, family.names(checkpoint.model.network))
-    if hasattr(family, "state"):
-        found = family.state(checkpoint, found)
-    found |= checkpoint.rest
+    found = FAMILIES[checkpoint.family].state(checkpoint) | dict(checkpoint.rest)
     usual, types = checkpoint.facts.get("dtype", "float32"), checkpoint.facts.get("dtypes", {})
     return {n: np.asarray(x).astype(jnp.dtype(types.get(n, usual))) for n, x in found.items()}
 
@@ -185,28 +136,25 @@ def convert(path: str | os.PathLike, workdir: pathlib.Path, family: str = "", **
     return runs.load(workdir)
 
 
-def checkpoint_of(run: Run, params: Any) -> Checkpoint:
-    """A run with these weights as a checkpoint of the family that it, or its start, was read from.
+def export(run: Run, params: Any, path: pathlib.Path) -> None:
+    """Write weights of a run under their official names: FILE.safetensors, or a diffusers folder.
 
-    ValueError: it was started from no published model.
+    ValueError: neither the run nor its start was read from a published model, or it is of a family
+    that has no folders.
     """
     if not (origin := record.origin(record.read(run.workdir), run.workdir)):
         raise ValueError(
             f"{run.workdir} comes from no published model: neither it nor the run that it was "
             "started from was written by mclr convert."
         )
-    rest, place = {}, pathlib.Path(run.config.get("init_from") or run.workdir) / REST
-    if origin.get("rest") and not place.exists():
-        logging.warning("Written without %s, which are in %s.", ", ".join(origin["rest"]), place)
-    elif origin.get("rest"):
+    place = pathlib.Path(run.config.get("init_from") or run.workdir) / REST
+    rest: dict[str, np.ndarray] = {}
+    if place.exists():
         with np.load(place) as arrays:
             rest = dict(arrays)
-    return Checkpoint(origin["family"], run.model, params, run.sampler, rest, origin)
-
-
-def export(run: Run, params: Any, path: pathlib.Path) -> None:
-    """Write weights under their official names: FILE.safetensors, or a folder of diffusers."""
-    checkpoint = checkpoint_of(run, params)
+    elif origin.get("rest"):
+        logging.warning("Written without %s, which are in %s.", ", ".join(origin["rest"]), place)
+    checkpoint = Checkpoint(origin["family"], run.model, params, run.sampler, rest, origin)
     if path.suffix == ".safetensors":
         tensors.save(path, state(checkpoint))
     elif checkpoint.family == "diffusers":

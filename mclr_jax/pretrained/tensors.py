@@ -7,6 +7,7 @@ Classes become placeholders, and arrays are views of the file where the format a
 import dataclasses
 import functools
 import io
+import math
 import mmap
 import os
 import pickle
@@ -30,37 +31,32 @@ DTYPES = {
 }  # fmt: skip
 
 
-def load(path: str | os.PathLike) -> Any:
-    """The object in a file, with NumPy arrays for its tensors, which may share memory with it.
+def load(path: str | os.PathLike) -> dict:
+    """The tensors, or other things, in a file by name; arrays may share memory with the file.
 
     Raises ValueError for other files and for objects other than tensors in plain containers.
     """
-    with named(f"{os.fspath(path)} is not a file of tensors that this project reads"):
-        with open(path, "rb") as file:
-            if file.read(9)[8:] == b"{" or os.fspath(path).endswith(".safetensors"):
-                return _safetensors().load_file(path)
+    refused = f"{os.fspath(path)} is not a file of tensors that this project reads"
+    with named(refused), open(path, "rb") as file:
+        if file.read(9)[8:] == b"{" or os.fspath(path).endswith(".safetensors"):
+            return _safetensors().load_file(path)
+        file.seek(0)
+        if file.read(2) == b"PK" or zipfile.is_zipfile(file):
+            found = _load_zip(file)
+        else:
             file.seek(0)
-            content = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-            if content[:2].tobytes() == b"PK" or zipfile.is_zipfile(file):
-                return _load_zip(file, content)
-            file.seek(0)
-            first = _Unpickler(file).load()
-            if isinstance(first, dict):
-                return first
-            if first != MAGIC:
-                raise ValueError(f"it holds {reprlib.repr(first):.20}, expected tensors by name")
-            return _load_legacy(file, content)
+            found = _Unpickler(file).load()
+            if isinstance(found, int) and found == MAGIC:
+                found = _load_legacy(file)
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds {reprlib.repr(found):.20}, expected tensors by name")
+        return found
 
 
 def save(path: str | os.PathLike, state: Mapping[str, np.ndarray]) -> None:
     """Write tensors as a file of safetensors, atomically."""
     whole = {name: np.array(value, order="C") for name, value in sorted(state.items())}
     write_atomically(path, _safetensors().save(whole, metadata={"format": "pt"}))
-
-
-def dtype(name: str) -> np.dtype:
-    """The type of numbers with this name, bfloat16 among them."""
-    return np.dtype(getattr(ml_dtypes, name, name))
 
 
 class Dict(dict):
@@ -156,7 +152,7 @@ def _tensor(storage: np.ndarray, offset: int, shape: tuple, strides: tuple, *_: 
             f"a tensor of shape {shape}, strides {strides} and offset {offset} is not inside its "
             f"storage of {len(storage)} numbers"
         )
-    if functools.reduce(int.__mul__, shape, 1) > max(len(storage), 2**20):
+    if math.prod(shape) > max(len(storage), 2**20):
         raise KeyError(f"a tensor of shape {shape} repeats {len(storage)} numbers")
     steps = [stride * storage.itemsize for stride in strides]
     return np.lib.stride_tricks.as_strided(storage[offset:], shape, steps)
@@ -167,7 +163,7 @@ def _nested(content: bytes) -> np.ndarray:
     file = io.BytesIO(content)
     if _Unpickler(file, known=STORAGES).load() != MAGIC:
         raise pickle.UnpicklingError("a storage in it is not of torch.save")
-    return _load_legacy(file, np.frombuffer(content, np.uint8), STORAGES)
+    return _load_legacy(file, STORAGES)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -239,7 +235,8 @@ def _safetensors() -> Any:
     return extras.needed("safetensors.numpy", "published")
 
 
-def _load_zip(file: BinaryIO, content: np.ndarray) -> Any:
+def _load_zip(file: BinaryIO) -> Any:
+    content = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     with zipfile.ZipFile(file) as archive:
         names = [n for n in archive.namelist() if n.endswith("/data.pkl")]
         if len(names) != 1:
@@ -266,29 +263,25 @@ def _load_zip(file: BinaryIO, content: np.ndarray) -> Any:
         return _Unpickler(io.BytesIO(record("data.pkl").tobytes()), storage).load()
 
 
-def _load_legacy(file: BinaryIO, content: np.ndarray, known: Names = KNOWN) -> Any:
-    """The tree after the magic number. It is read twice: the numbers follow it."""
+def _load_legacy(file: io.BufferedReader | io.BytesIO, known: Names = KNOWN) -> Any:
+    """The tree after the magic number, whose numbers follow it."""
     for _ in range(2):  # protocol, sizes of C's types
         _Unpickler(file, known=known).load()
-    start, told = file.tell(), {}
+    storages: dict[str, np.ndarray] = {}
+    start = file.tell()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(start)
 
-    def declared(kind: str, dtype: Known, key: str, place: str, count: int, view: Any = None):
+    def storage(kind: str, dtype: Known, key: str, place: str, count: int, view: Any = None):
         if view is not None:
             raise pickle.UnpicklingError("it holds a view of a storage, as in files of PyTorch 0.3")
-        if not 0 <= count * dtype.value.itemsize <= len(content):
+        if not 0 <= count * dtype.value.itemsize <= size:
             raise EOFError("it is truncated")
-        told[key] = dtype.value, count
-        return np.zeros(count, dtype.value)
+        return storages.setdefault(key, np.zeros(count, dtype.value))
 
-    _Unpickler(file, declared, known).load()
-    storages = {}
-    keys = _Unpickler(file, known=known).load()
-    end = file.tell()
-    for key in keys:
-        dtype, count = told[key]
-        begin, end = end + 8, end + 8 + count * dtype.itemsize
-        if int.from_bytes(content[begin - 8 : begin], "little") != count or end > len(content):
+    tree = _Unpickler(file, storage, known).load()
+    for key in _Unpickler(file, known=known).load():
+        count, numbers = len(storages[key]).to_bytes(8, "little"), storages[key].view(np.uint8)
+        if file.read(8) != count or file.readinto(numbers.data) < len(numbers):
             raise EOFError("it is truncated")
-        storages[key] = content[begin:end].view(dtype)
-    file.seek(start)
-    return _Unpickler(file, lambda _, __, key, *___: storages[key], known).load()
+    return tree
