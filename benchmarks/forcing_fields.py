@@ -20,6 +20,7 @@ makes forecasts. results/README.md explains the rows. Writes
 benchmarks/results/forcing_fields.json; rows that are there are kept.
 """
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,6 @@ from tasks import Rows
 from trajectory_rows import Subject, ahead_of, analysed, chosen, parser, some_of, stored_rmse
 
 from mclr_jax.assimilation import methods, observe, scores
-from mclr_jax.files import provenance, write_json
 
 # task -> settings at the start, and what is tried for each; lag8 has the settings of the filter
 TASKS: dict[str, tuple[dict, dict]] = {
@@ -122,10 +122,8 @@ def main() -> None:
         if subject.method != "enkf" and task in ("filter", "lag8"):
             key = {"system": flags.system, "task": task, "trajectories": flags.trajectories}
             path = flags.folder / f"{flags.system}_test.npz"
-            new = key | stored_rmse(path, task, flags.trajectories) | provenance()
-            content = rows.content()
-            others = [r for r in content.get("dapper", []) if not key.items() <= r.items()]
-            write_json(rows.path, content | {"dapper": [*others, new]})
+            found = functools.partial(stored_rmse, path, task, flags.trajectories)
+            rows.row(key, found, "dapper")
 
 
 if __name__ == "__main__":

@@ -12,11 +12,13 @@ trajectory into DIR; rows that are there are kept.
 
 import dataclasses
 import functools
+import itertools
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from assimilation import SETS
 from scipy.stats import norm
 from tasks import Rows
 from trajectory_rows import Subject, ahead_of, parser
@@ -34,7 +36,6 @@ SCHEMES = {
     "lag8": Scheme(window=12, steps=8, first_steps=16, **LEVELS),
     "batch": Scheme(first_steps=32, **LEVELS),
 }
-SETS = {"validation": 1, "test": 2}
 TRAINING = {"system": "navier_stokes", "trajectories": 128, "length": 256}
 
 
@@ -88,11 +89,9 @@ def interpolated(
 
 def errors(mean: np.ndarray, truth: np.ndarray) -> dict:
     """Numbers of a row that a mean has."""
-    size = lambda x: np.sqrt((x**2).sum((2, 3, 4)))  # noqa: E731
-    each = size(mean - truth) / size(truth)
-    rmse = scores.rmse(mean, truth)
-    return {"nrmse": float(each.mean()), "nrmse_by_frame": each.mean(0).tolist(), "rmse": rmse,
-            "spectrum_mean": spectrum(mean)}  # fmt: skip
+    squares = [(x**2).sum((2, 3, 4)) for x in (mean - truth, truth)]
+    nrmse = float(np.sqrt(np.divide(*squares)).mean())
+    return {"nrmse": nrmse, "rmse": scores.rmse(mean, truth), "spectrum_mean": spectrum(mean)}
 
 
 def spectrum(fields: np.ndarray) -> list[float]:
@@ -156,12 +155,11 @@ def main() -> None:
         more = {"step": subject.name["step"], "made_by": provenance()}
         write_json(rows.path, rows.content() | {"denoising": denoising(subject) | more})
 
-    def interpolation(name: str, regime: str) -> dict:
+    def estimate(name: str, regime: str, method: str) -> dict:
         truth, obs = problem(name, flags.set)
-        return baseline(truth, obs, regime) | {"spectrum_truth": spectrum(truth)}
-
-    def model(name: str, regime: str) -> dict:
-        truth, obs = problem(name, flags.set)
+        shown = {"spectrum_truth": spectrum(truth)}
+        if method == "interpolation":
+            return baseline(truth, obs, regime) | shown
         members, seconds = subject.estimate(
             obs, SCHEMES[regime], ahead_of(regime, FRAMES), ensemble=MEMBERS, batch_size=BATCH
         )
@@ -172,19 +170,15 @@ def main() -> None:
             )  # fmt: skip
         row = errors(members.mean(1), truth)
         row |= scores.summary(members, truth, subject.run.model.data.scale)
-        row |= {"spectrum_members": spectrum(members), "seconds": seconds}
-        return row | {"spectrum_truth": spectrum(truth)}
+        return row | {"spectrum_members": spectrum(members), "seconds": seconds} | shown
 
-    for name in flags.operators:
-        for regime in ("frame", *flags.regimes):
-            asked = {"set": flags.set, "operator": name, "regime": regime}
-            make = functools.partial(interpolation, name, regime)
-            rows.row({**asked, "method": "interpolation"}, make)
-    for name in flags.operators:
-        for regime in flags.regimes:
-            asked = {"set": flags.set, "operator": name, "regime": regime, "method": "model",
-                     **subject.name, "plan": dataclasses.asdict(SCHEMES[regime])}  # fmt: skip
-            rows.row(asked, functools.partial(model, name, regime))
+    methods = {"interpolation": ("frame", *flags.regimes), "model": flags.regimes}
+    for method, regimes in methods.items():
+        for name, regime in itertools.product(flags.operators, regimes):
+            asked = {"set": flags.set, "operator": name, "regime": regime, "method": method}
+            if method == "model":
+                asked |= {**subject.name, "plan": dataclasses.asdict(SCHEMES[regime])}
+            rows.row(asked, functools.partial(estimate, name, regime, method))
 
 
 if __name__ == "__main__":

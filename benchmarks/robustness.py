@@ -11,7 +11,7 @@ exit status is 1 if a case is bad.
   commands   500 command lines with mistakes
   runs       500 damages of a run, which is then read, and one in 10 continued
   files      500 damaged or hostile files of data and weights
-  processes  30 SIGKILLs, 10 SIGTERMs, 20 samplers beside a trainer, full disks, other devices
+  processes  30 SIGKILLs, 10 SIGTERMs, full disks
   sequences  300 pairs and triples of uses of one directory, compared with what they claim
 """
 

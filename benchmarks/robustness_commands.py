@@ -1,4 +1,4 @@
-"""Odd command lines, and trainings that are killed, crowded, moved or out of disk space."""
+"""Odd command lines, and trainings that are killed or out of disk space."""
 
 import ctypes
 import json
@@ -67,10 +67,6 @@ def observe(module: str, *argv: str) -> None:
         stop(message, status)
 
     common.stop = told
-    _run(module, argv)
-
-
-def _run(module: str, argv: Sequence[str]) -> None:
     sys.argv, sys.orig_argv = [module, *argv], [sys.executable, "-m", module, *argv]
     runpy.run_module(f"launch.{module}", run_name="__main__", alter_sys=True)
 
@@ -254,13 +250,6 @@ def cases(seed: int, count: int, folder: pathlib.Path) -> Iterator[Case]:
 # ---- processes -----------------------------------------------------------------------------------
 
 
-def on_devices(count: str, *argv: str) -> None:
-    """In a new process: launch.train on a number of CPU devices."""
-    flags = re.sub(r"(device_count)=\d+", rf"\1={count}", os.environ["XLA_FLAGS"])
-    os.environ["XLA_FLAGS"] = flags
-    _run("train", argv)
-
-
 def mounted(options: str, disk: str, *argv: str) -> None:
     """In a new process: launch.train on a file system of its own, then with that limit removed.
 
@@ -297,18 +286,18 @@ def mounted(options: str, disk: str, *argv: str) -> None:
     pathlib.Path(f"{disk}.json").write_text(json.dumps({"statuses": statuses, "left": left}))
 
 
-def difference(a: pathlib.Path, b: pathlib.Path, tolerance: float = 0.0) -> str:
-    """How the last weights of two runs differ by more than the tolerance, or nothing."""
+def difference(a: pathlib.Path, b: pathlib.Path) -> str:
+    """How the last weights of two runs differ, or nothing."""
     names = ("none", "halflife")
     try:
         both = ([runs.load(path).weights(name)[0] for name in names] for path in (a, b))
-        return outcomes.difference(*both, tolerance)
+        return outcomes.difference(*both)
     except Exception as error:
         return f"cannot be read: {error}"
 
 
 def processes(seed: int, count: int, folder: pathlib.Path) -> Iterator[Case]:
-    """`count` SIGKILLs, a third as many SIGTERMs and small disks, samplers, other devices.
+    """`count` SIGKILLs, a third as many SIGTERMs and small disks, and a read-only one.
 
     Each training must end with the weights of one that ran undisturbed.
     """
@@ -325,28 +314,9 @@ def processes(seed: int, count: int, folder: pathlib.Path) -> Iterator[Case]:
     assert status == 0, output
     seconds = time.monotonic() - start
     yield from _stopped(rng, count, third, flags, folder, seconds)
-    yield from _crowded(flags, folder, 1 if few else 20)
     sizes = [f"size={round(2 ** rng.uniform(5, 11))}k" for _ in range(third)]
     for options in sizes if few else [*sizes, "ro"]:
         yield _on_disk(options, flags, folder)
-    if not few:
-        yield from _elastic(flags, folder)
-
-
-def _elastic(flags: list[str], folder: pathlib.Path) -> Iterator[Case]:
-    """A training continued on other numbers of devices.
-
-    It has 30 steps: the order of a sum over devices changes the last bits, and training enlarges
-    the difference, to about 1e-6 after 30 steps and 5e-4 after 60.
-    """
-    log, one, many = folder / "log", folder / "one", folder / "many"
-    call("train", *flags, "--config.num_steps=30", f"--workdir={one}", log=log)
-    for steps, number in ((10, 1), (20, 2), (30, 4)):
-        own = (f"--workdir={many}", f"--config.num_steps={steps}")
-        status, output = call(str(number), *flags, *own, log=log, target=on_devices)
-        yield judge(f"continued on {number} devices", status, output)
-    wrong = difference(one, many, 1e-4)
-    yield Case("1, 2 and 4 devices in turn, compared to 1", LOST if wrong else WORKS, wrong)
 
 
 def _on_disk(options: str, flags: list[str], folder: pathlib.Path) -> Case:
@@ -398,24 +368,3 @@ def _stopped(
             wrong = difference(folder / "whole", workdir)
             yield Case(case.what, LOST, wrong) if wrong else case
             shutil.rmtree(workdir)
-
-
-def _crowded(flags: list[str], folder: pathlib.Path, samplers: int) -> Iterator[Case]:
-    """A trainer, and samplers that read its run meanwhile."""
-    workdir, log = folder / "crowded", folder / "trainer"
-    trainer = commands.start(observe, ["train", *flags, f"--workdir={workdir}"], log)
-    while trainer.exitcode is None and not any((workdir / "checkpoints").glob("[0-9]*")):
-        time.sleep(0.05)
-    logs = [folder / f"sampler{number}" for number in range(samplers)]
-    started = []
-    for own in logs:
-        arguments = [f"--workdir={workdir}", f"--out={own}.npz", "--num_samples=2", "--steps=2"]
-        started.append(commands.start(observe, ["sample", *arguments], own))
-        time.sleep(0.2)
-    for own, process in zip(logs, started, strict=True):
-        process.join()
-        yield judge("a sampler beside a trainer", process.exitcode, own.read_text())
-    trainer.join()
-    case = judge("a trainer beside samplers", trainer.exitcode, log.read_text())
-    wrong = difference(folder / "whole", workdir)
-    yield Case(case.what, LOST, wrong) if wrong else case

@@ -16,7 +16,6 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
 from outcomes import LOST, SILENT, WORKS, Case, attempt
 from PIL import Image
@@ -123,9 +122,17 @@ def spoil(rng: random.Random, run: pathlib.Path) -> str:
     return f"checkpoint {first} deleted"
 
 
+def leaves(tree: Any) -> list[Any]:
+    """As `jax.tree.leaves`, which does not look into classes of dictionaries."""
+    if not isinstance(tree, dict | list | tuple):
+        return [tree]
+    parts = tree.values() if isinstance(tree, dict) else tree
+    return [leaf for part in parts for leaf in leaves(part)]
+
+
 def same(a: Any, b: Any) -> bool:
     """Whether two trees have equal arrays."""
-    a, b = jax.tree.leaves(a), jax.tree.leaves(b)
+    a, b = leaves(a), leaves(b)
     return len(a) == len(b) and all(map(np.array_equal, a, b))
 
 
@@ -179,11 +186,27 @@ def _continued(what: str, config: Any, run: pathlib.Path, before: set, final: An
     return Case(what, outcome, detail)
 
 
-# ---- files of data -------------------------------------------------------------------------------
+# ---- files of data and weights -------------------------------------------------------------------
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (6, 8, 8, 3), np.uint8)
 LABELS = np.arange(6) % 3
+TYPES = ("?", "i8", "i1", "u1", "u2", "f2", "f4", "f8", ">f4", "c8", "S3", "U2", "M8[s]", "O")
+CHANGES = {
+    "itself": lambda x: x, "first": lambda x: x[0], "none": lambda x: x[:0],
+    "fewer": lambda x: x[:5], "one": lambda x: x[:1], "an axis more": lambda x: x[..., None],
+    "turned": np.transpose, "a number": lambda x: x.ravel()[0],
+    "negative": lambda x: -1 - x.astype(np.int64), "large": lambda x: x.astype(np.int64) + 2**40,
+    "infinite": lambda x: x + np.float32(np.inf), "scaled": lambda x: np.float32(x / 127.5 - 1),
+}  # fmt: skip
+SIZES = ("10**13,", "1000000, 1000000", "-1, 8, 8, 3", "6, 8, 8, 3", "'a',", "6",
+         "1000000000000, 8, 8, 3")  # fmt: skip
+# Pieces of a pickle: names, calls, numbers, texts, lengths that nothing has, containers.
+PIECES = (b"cos\nsystem\n", b"cbuiltins\neval\n", b"ccollections\nOrderedDict\n",
+          b"ctorch\nFloatStorage\n", b"ctorch._utils\n_rebuild_tensor_v2\n", b"R", b"\x85R", b")R",
+          b"(K\0K\0tR", b"Q", b"b", b"}", b"]", b"a", b"K\x01", b"X\x01\0\0\0a", b"\x82\x01",
+          b"j\xff\xff\xff\x7f", b"\x8b\xff\xff\xff\x7f",
+          b"\x8e" + b"\xff" * 7 + b"\x7f")  # fmt: skip
 
 
 class Evil:
@@ -210,18 +233,6 @@ def png(array: np.ndarray, mode: str | None = None) -> bytes:
     return file.getvalue()
 
 
-def bomb(width: int, height: int) -> bytes:
-    """A PNG of a few bytes that says it has this size."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        size, check = struct.pack(">I", len(data)), struct.pack(">I", zlib.crc32(kind + data))
-        return size + kind + data + check
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    chunks = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(bytes(1000))), chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
-
-
 def archive(files: dict[str, bytes], described: Any = ...) -> bytes:
     """A zip of these files and, unless `described` is None, a dataset.json of it."""
     file = io.BytesIO()
@@ -231,19 +242,19 @@ def archive(files: dict[str, bytes], described: Any = ...) -> bytes:
         for name, content in files.items():
             made.writestr(name, content)
         if described is not None:
-            text = described if isinstance(described, bytes) else json.dumps(described)
-            made.writestr("dataset.json", text)
+            made.writestr("dataset.json", json.dumps(described))
     return file.getvalue()
 
 
-def idx(array: np.ndarray, **changes: Any) -> bytes:
-    magic, shape = changes.get("magic", 2048 + array.ndim), changes.get("shape", array.shape)
-    return struct.pack(f">I{len(shape)}I", magic, *shape) + array.tobytes()
+def idx(array: np.ndarray) -> bytes:
+    header = struct.pack(f">I{array.ndim}I", 2048 + array.ndim, *array.shape)
+    return header + array.tobytes()
 
 
-def claims(header: str) -> bytes:
-    """An npz whose images have this .npy header, whatever follows it."""
-    text = header.encode().ljust(117) + b"\n"
+def claims(shape: str, kind: str) -> bytes:
+    """An npz whose images have an .npy header of this shape, whatever follows it."""
+    text = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': ({shape}), }}"
+    text = text.encode().ljust(117) + b"\n"
     images = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + bytes(64)
     return archive({"images.npy": images, "labels.npy": npy(LABELS)}, None)
 
@@ -252,110 +263,46 @@ def images(files: int = 6) -> dict[str, bytes]:
     return {f"{i}.png": png(PIXELS[i]) for i in range(files)}
 
 
-def hostile_arrays() -> list[tuple[str, str, bytes]]:
-    """(what, format, content) of npz files that are intact, but not what is wanted."""
-    arrays: list[Any] = [
-        PIXELS.astype(kind)
-        for kind in ("?", "i8", "i1", "u2", "f2", "f8", ">f4", "c8", "S3", "U2", "M8[s]", "O")
-    ]
-    arrays += [np.float32(PIXELS / 127.5 - 1) * f for f in (np.nan, np.inf, 1e38, 0, -1, 0.1)]
-    arrays += [PIXELS[:0], PIXELS[0], PIXELS[0, 0, 0, 0], PIXELS[:, :0], PIXELS[:5],
-               PIXELS[..., None], PIXELS[..., :2], PIXELS.transpose(0, 3, 1, 2), PIXELS[:1],
-               np.asfortranarray(PIXELS), np.zeros(6, [("a", "u1"), ("b", "f4")]),
-               np.full((6, 8, 8, 3), 7, np.uint8)]  # fmt: skip
-    found = [(f"images {a.dtype} {a.shape}", "npz", npz(images=a)) for a in arrays]
-    labels: list[Any] = [LABELS.astype(k) for k in ("?", "f4", "u1", "i8", "c8", "U1", "O", "u8")]
-    labels += [LABELS - 1, LABELS + 2**31, LABELS + 2**40, LABELS[:5], LABELS[:, None], np.eye(6),
-               np.int64(3), LABELS * 10**6, LABELS * 0, LABELS * np.nan, LABELS[:0]]  # fmt: skip
-    found += [(f"labels {a.dtype} {a.shape} {a!s:.30}", "npz", npz(labels=a)) for a in labels]
-    evil = np.array([Evil()] * 6, dtype=object)
-    made = {"evil images": npz(images=evil), "evil labels": npz(labels=evil), "an npy": npy(PIXELS),
-            "evil pickle": pickle.dumps(Evil()), "no arrays": archive({}, None)}  # fmt: skip
-    text = "{{'descr': '{}', 'fortran_order': False, 'shape': {}, }}"
-    for shape in ("10**13,", "1000000, 1000000", "-1, 8, 8, 3", "6, 8, 8, 3", "'a',", "6"):
-        made[f"claims ({shape})"] = claims(text.format("|u1", f"({shape})"))
-    made["claims 192 TB"] = claims(text.format("|u1", "(1000000000000, 8, 8, 3)"))
-    made |= {"claims objects": claims(text.format("|O", "(6,)")), "code": claims("__import__")}
-    return found + [(what, "npz", content) for what, content in made.items()]
+def odd(rng: random.Random, array: np.ndarray) -> tuple[str, np.ndarray]:
+    """What was changed, and an array of another type, with other values or another shape."""
+    name, kind = rng.choice([*CHANGES]), rng.choice(TYPES)
+    if rng.random() < 0.1:
+        return "evil objects", np.array([Evil()] * 6, dtype=object)
+    changed = CHANGES[name](array)
+    with np.errstate(invalid="ignore"):
+        return f"{name}, {kind}", changed.astype(kind) if rng.random() < 0.5 else changed
 
 
-def hostile_zips(rng: random.Random) -> list[tuple[str, str, bytes]]:
-    """(what, format, content) of data sets in the format of EDM."""
-    good, found = png(PIXELS[0]), [("evil pickle", "zip", pickle.dumps(Evil()))]
-    sizes = (2**15, 2**15), (10**5, 10**5), (2**31 - 1, 2**31 - 1), (0, 8), (12_000, 9000)
-    pictures = [*(bomb(*size) for size in sizes), b"", b"\x89PNG\r\n\x1a\n", good[:90],
-                npy(PIXELS[0]), png(PIXELS[0, :4])]  # fmt: skip
-    pictures += [png(PIXELS[0], mode) for mode in ("P", "RGBA", "LA", "1", "L")]
-    for content in pictures:
-        what = f"PNG of {len(content)} bytes {content[16:24].hex()}"
-        found.append((f"second a {what}", "zip", archive({"0.png": good, "1.png": content})))
-        found.append((f"first a {what}", "zip", archive({"0.png": content, "1.png": good})))
-    evil = np.array([Evil()] * 6, dtype=object)
-    for array in (*(PIXELS[0].astype(kind) for kind in ("O", "i8", "f8")), evil, PIXELS[0, 0],
-                  PIXELS[0] * np.float32(np.nan), PIXELS[:0], np.uint8(3)):  # fmt: skip
-        content = archive({"0.npy": npy(array)})
-        found.append((f"an npy {array.dtype} {array.shape}", "zip", content))
-    names = [*images()]
-    pairs = [[name, i % 3] for i, name in enumerate(names)]
-    odd = ("a", 0.5, None, [1], -1, 10**20, True)
-    lists = [None, 3, [3], [["0.png"]], pairs[:3], dict(pairs), pairs * 2, [[names, 1]]]
-    lists += [[[name, value] for name in names] for value in odd]
-    texts = [None, b"", b"x", b"[]", b"\xff", b"[" * 10**5, b"3", {}]
-    texts += [{"labels": labels} for labels in lists]
-    for text in texts:
-        found.append((f"dataset.json {text!s:.50}", "zip", archive(images(), text)))
-    for what, value in (edited(rng, {"labels": pairs}) for _ in range(40)):
-        found.append((f"dataset.json {what}", "zip", archive(images(), value)))
-    return found
-
-
-def hostile_idx() -> list[tuple[str, str, bytes]]:
-    """(what, format, content) of files of images in MNIST's format."""
-    grey = PIXELS[..., 0]
-    found = []
-    for what, content in {
-        "plain": idx(grey), "magic": idx(grey, magic=7), "huge": idx(grey, shape=(2**31, 2**31, 9)),
-        "longer": idx(grey) + b"x", "none": idx(grey[:0]), "labels": idx(LABELS.astype(np.uint8)),
-        "short": idx(grey)[:9], "fewer": idx(grey[:3]), "flat": idx(grey, shape=(6, 0, 8)),
-        "text": b"hello", "gz twice": gzip.compress(idx(grey)), "empty": b"",
-    }.items():  # fmt: skip
-        found.append((f"idx {what}", "idx", gzip.compress(content)))
-        found.append((f"idx {what}, not compressed", "idx", content))
-    return found
-
-
-# ---- files of weights ----------------------------------------------------------------------------
-
-
-def hostile_weights() -> list[tuple[str, str, bytes]]:
-    """(what, format, content) of files that torch.save did not write."""
-    intact = (ROOT / "tests/data/tensors.pt").read_bytes()
-    legacy = (ROOT / "tests/data/tensors_legacy.pt").read_bytes()
-    head = legacy[: legacy.index(b".", legacy.index(b".") + 1) + 1]
-    evil, call = pickle.dumps(Evil(), 2), b"ctorch._utils\n_rebuild_tensor_v2\n"
-    trees = {
-        "evil": evil, "nothing": b"", "a number": pickle.dumps(3),
-        "deep": b"\x80\x02" + b"]" * 10**6 + b"a" * (10**6 - 1) + b".",
-        "set": pickle.dumps({1}), "bytes": pickle.dumps(bytearray(9)), "class": b"cos\nsystem\n.",
-    }  # fmt: skip
-    for name, code in {
-        "half": b"", "stack": b".", "memo": b"j\xff\xff\xff\x7f.", "persistent": b"K\x01Q.",
-        "text id": b"X\x01\0\0\0aQ.", "huge": b"\x8e" + b"\xff" * 7 + b"\x7f.", "build": b"}}b.",
-        "eval": b"cbuiltins\neval\nX\x01\0\0\0001\x85R.", "extension": b"\x82\x01.",
-        "dict call": b"ccollections\nOrderedDict\nK\x01\x85R.", "tensor call": call + b")R.",
-        "tensor of text": call + b"(X\x01\0\0\0aK\0))tR.", "long": b"\x8b\xff\xff\xff\x7f.",
-        "type call": b"ctorch\nFloatStorage\nK\x01\x85R.",
-    }.items():  # fmt: skip
-        trees[name] = b"\x80\x02" + code
-    made = {}
-    for name, tree in trees.items():
-        made |= {f"zip {name}": archive({"a/data.pkl": tree}, None), f"legacy {name}": tree}
-        made[f"legacy, after its head: {name}"] = head + tree
-    made |= {"two trees": archive({"a/data.pkl": evil, "b/data.pkl": evil}, None), "npz": npz(),
-             "no tree": archive({"a/other.pkl": evil}, None), "empty zip": archive({}, None),
-             "text": b"hello\n", "safetensors": struct.pack("<Q", 2) + b"{}",
-             "a zip twice": intact * 2}  # fmt: skip
-    return [(what, "torch", content) for what, content in made.items()]
+def hostile(rng: random.Random) -> tuple[str, str, bytes]:
+    """(what, format, content) of a file that is intact, but not what is wanted."""
+    kind = rng.choice(("images", "labels", "header", "picture", "array", "labels of a zip", "tree"))
+    if kind in ("images", "labels"):
+        what, array = odd(rng, PIXELS if kind == "images" else LABELS)
+        return f"{kind}: {what}", "npz", npz(**{kind: array})
+    if kind == "header":
+        size, type_ = rng.choice(SIZES), rng.choice(("|u1", "|O"))
+        return f"an npz that claims ({size}) {type_}", "npz", claims(size, type_)
+    if kind == "labels of a zip":
+        what, value = edited(rng, {"labels": [[name, i % 3] for i, name in enumerate(images())]})
+        return f"dataset.json {what}", "zip", archive(images(), value)
+    if kind == "array":
+        what, array = odd(rng, PIXELS[0])
+        return f"an npy of a zip: {what}", "zip", archive({"0.npy": npy(array)})
+    if kind == "picture":
+        good, mode = png(PIXELS[0]), rng.choice(("P", "RGBA", "LA", "1", "L"))
+        width, height = rng.choice(((2**15, 2**15), (10**5, 10**5), (2**31 - 1, 1), (0, 8)))
+        sized = good[:16] + struct.pack(">II", width, height) + good[24:]
+        sized = sized[:29] + struct.pack(">I", zlib.crc32(sized[12:29])) + sized[33:]
+        other = {"sized": sized, "cut": good[:90], "none": b"", "smaller": png(PIXELS[0, :4]),
+                 f"mode {mode}": png(PIXELS[0], mode)}  # fmt: skip
+        name = rng.choice([*other])
+        pair = (good, other[name]) if rng.random() < 0.5 else (other[name], good)
+        files = dict(zip(("0.png", "1.png"), pair, strict=True))
+        return f"a PNG of a zip: {name}", "zip", archive(files)
+    tree = b"\x80\x02" + b"".join(rng.choices(PIECES, k=rng.randrange(1, 6))) + b"."
+    tree = pickle.dumps(Evil(), 2) if rng.random() < 0.2 else tree
+    content = archive({"a/data.pkl": tree}, None) if rng.random() < 0.5 else tree
+    return f"a tree {tree[:80]!r}", "torch", content
 
 
 def load(kind: str, path: pathlib.Path) -> Any:
@@ -377,8 +324,7 @@ def _wrong(what: str, found: Any, wanted: dict[str, Any]) -> str:
 
     The older format of PyTorch has no checksum, and zip and gzip files may have more at their ends.
     """
-    leaves = [] if "deep" in what else jax.tree.leaves(found)
-    for x in (x for x in leaves if isinstance(x, np.ndarray | np.generic)):
+    for x in (x for x in leaves(found) if isinstance(x, np.ndarray | np.generic)):
         if x.dtype.kind in "OSUM" or not np.isfinite(np.float64(x)).all():
             return "no finite numbers"
     name = what.removeprefix("damaged ").partition(":")[0]
@@ -389,7 +335,7 @@ def _wrong(what: str, found: Any, wanted: dict[str, Any]) -> str:
 
 
 def damaged_files(seed: int, count: int, folder: pathlib.Path) -> Iterator[Case]:
-    """`count` files: hostile ones, and the rest intact files that are damaged at random."""
+    """`count` files: half are hostile, and half intact files that are damaged at random."""
     rng, Evil.marker = random.Random(seed), str(folder / "marker")
     (folder / "t").mkdir()
     (folder / "t/train-labels-idx1-ubyte").write_bytes(idx(LABELS.astype(np.uint8)))
@@ -399,24 +345,21 @@ def damaged_files(seed: int, count: int, folder: pathlib.Path) -> Iterator[Case]
         "torch legacy": (ROOT / "tests/data/tensors_legacy.pt").read_bytes(),
     }  # fmt: skip
     names = {"idx": "t/train-images-idx3-ubyte.gz", "npz": "t/x.npz", "zip": "t/x.zip"}
-    hostile = hostile_arrays() + hostile_zips(rng) + hostile_idx() + hostile_weights()
-    some = rng.sample(hostile, min(len(hostile), count))
+    some = [hostile(rng) for _ in range(count // 2)]
     for _ in range(count - len(some)):
         name = rng.choice([*intact])
         what, content = damage(rng, intact[name], rng.choice([*intact.values()]))
         some.append((f"damaged {name}: {what}", name.split()[0], content))
-    wanted = {}
-    for name, content in intact.items():
-        path = folder / names.get(name, "t/x.pt")
-        path.write_bytes(content)
-        wanted[name] = load(name.split()[0], path)
-    for what, kind, content in some:
+
+    def read(kind: str, content: bytes) -> Any:
         path = folder / names.get(kind, "t/x.pt")
-        plain = path.with_suffix("") if "not compressed" in what else path
-        for old in (folder / "t").glob("*"):
-            old.unlink() if "labels" not in old.name else None
-        plain.write_bytes(content)
-        outcome, detail, found = attempt(lambda kind=kind, path=path: load(kind, path))
+        path.unlink(missing_ok=True)  # what was read is mapped from the old file
+        path.write_bytes(content)
+        return load(kind, path)
+
+    wanted = {name: read(name.split()[0], content) for name, content in intact.items()}
+    for what, kind, content in some:
+        outcome, detail, found = attempt(lambda kind=kind, content=content: read(kind, content))
         if pathlib.Path(Evil.marker).exists():
             os.rmdir(Evil.marker)
             outcome, detail = SILENT, "code was executed"

@@ -9,7 +9,6 @@ import time
 
 import compiled
 import hosts
-import memorization
 import mixture_mclr
 import numpy as np
 import outcomes
@@ -227,25 +226,3 @@ def test_states_are_compared_relative_to_the_largest_entry():
     one = {"a": np.array([0.5, -4.0]), "n": np.array([3])}
     assert hosts.difference(one, one | {"a": np.array([0.5, -4.1])}) == pytest.approx(0.025)
     assert hosts.difference(one, one | {"a": np.array([0.6, -4.0])}) == pytest.approx(0.025)
-
-
-def test_a_run_is_judged_by_its_first_warning_and_its_first_copies():
-    """Ten readings: warned in the seventh, copies in the eighth; the ICR rises after the fourth."""
-    icr = [9, 8, 7, 6, 6.2, 6.2, 6.2, 8, 9, 9]  # all three are above 1.02 times 6 in the seventh
-    rows = [
-        {"step": 10 * n, "memorization_gap": n / 10, "memorization_error": 0.01,
-         "memorization_sigma": 0.5, "copies": 0.01 * (n >= 8), "eval_loss": abs(n - 3.0),
-         "frechet": 2.0 ** (10 - n), "icr": icr[n - 1],
-         **{f"one_call_{factor}": 0.03 * n for factor in memorization.FACTORS}}
-        for n in range(1, 11)
-    ]  # fmt: skip
-    rows[5]["memorization_gap"] = 0.619  # less two errors it is below the threshold
-    found = memorization.judged(memorization.Case("images_9", 9, 100), rows)
-    expected = {"warning": 70, "earlier": 70, "likely": 80, "first_copies": 80,
-                "many_copies": None, "warning_by_first_copies": 0.875, "copies_at_warning": 0.0,
-                "lowest_loss": 30, "gap_at_first_copies": 0.8, "copies_at_the_end": 0.01,
-                "icr_warning": 70}  # fmt: skip
-    assert expected.items() <= found.items()
-    assert set(found["one_call"].values()) == {90}  # .27 of the images, of which .25 warn
-    assert found["frechet_kept"] == pytest.approx(2**4)  # geometric mean of three in a row
-    assert found["frechet_best"] == pytest.approx(2**3)

@@ -255,25 +255,31 @@ def test_the_curve_has_turned_when_enough_readings_lie_above_the_minimum():
     assert icr.turned([*up, (90, 0.39)]) is None  # a new minimum
 
 
-def test_a_run_is_judged_by_when_warnings_and_copies_come():
-    gaps, copies, losses = (0.5, 0.62, 0.7, 0.8), (0.0, 0.001, 0.01, 0.06), (2.0, 1.0, 3.0, 4.0)
+def test_a_run_is_judged_by_its_first_warning_and_its_first_copies():
+    """Ten readings: warned in the seventh, copies in the eighth; the ICR rises after the fourth."""
+    ratios = [9, 8, 7, 6, 6.2, 6.2, 6.2, 8, 9, 9]  # all three are above 1.02 times 6 in the seventh
     rows = [
-        {"step": 10 * i, "memorization_gap": gap, "memorization_error": 0.005, "copies": share,
-         "memorization_sigma": 0.2, "eval_loss": loss, "memorization_warning": 0.0,
-         **{f"one_call_{factor}": gap / factor for factor in memorization.FACTORS}}
-        for i, (gap, share, loss) in enumerate(zip(gaps, copies, losses, strict=True), 1)
+        {"step": 10 * n, "memorization_gap": n / 10, "memorization_error": 0.01,
+         "memorization_sigma": 0.5, "copies": 0.01 * (n >= 8), "eval_loss": abs(n - 3.0),
+         "frechet": 2.0 ** (10 - n), "icr": ratios[n - 1],
+         **{f"one_call_{factor}": n / 10 / factor for factor in memorization.FACTORS}}
+        for n in range(1, 11)
     ]  # fmt: skip
-    found = memorization.judged(memorization.CASES[0], rows)
-    steps = {"warning": 20, "earlier": 30, "likely": 40, "first_copies": 30, "many_copies": 40,
-             "lowest_loss": 20}  # fmt: skip
-    assert {name: found[name] for name in steps} == steps
-    assert found["warning_by_first_copies"] == 2 / 3
-    assert (found["gap_at_first_copies"], found["copies_at_warning"]) == (0.7, 0.001)
-    assert found["one_call"] == {1.4: 10, 2.0: 10, 2.8: 30, 4.0: None}
+    rows[5]["memorization_gap"] = 0.619  # less two errors it is below the threshold
+    rows[6]["memorization_gap"] = 0.66
+    rows[9]["copies"] = 0.06
+    found = memorization.judged(memorization.Case("images_9", 9, 100), rows)
+    expected = {"warning": 70, "earlier": 80, "likely": 80, "first_copies": 80,
+                "many_copies": 100, "warning_by_first_copies": 0.875, "copies_at_warning": 0.0,
+                "lowest_loss": 30, "gap_at_first_copies": 0.8, "copies_at_the_end": 0.06,
+                "icr_warning": 70}  # fmt: skip
+    assert expected.items() <= found.items()
+    assert found["one_call"] == {1.4: 40, 2.0: 50, 2.8: 70, 4.0: 100}
+    assert found["frechet_kept"] == pytest.approx(2**4)  # geometric mean of three in a row
+    assert found["frechet_best"] == pytest.approx(2**3)
     never = memorization.judged(memorization.CASES[5], rows[:1])
-    assert (never["warning"], never["warning_by_first_copies"], never["images"]) == (
-        None, None, 1437
-    )  # fmt: skip
+    assert (never["warning"], never["warning_by_first_copies"]) == (None, None)
+    assert (never["images"], never["one_call"][4.0]) == (1437, None)
 
 
 @pytest.mark.slow
