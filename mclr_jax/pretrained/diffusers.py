@@ -27,7 +27,7 @@ from mclr_jax.networks.dit import DiT
 from mclr_jax.networks.layers import DEEPEST, WIDEST
 from mclr_jax.pretrained import dit, tensors
 from mclr_jax.pretrained.checkpoint import Checkpoint
-from mclr_jax.pretrained.names import Names, Path, to_params, to_state
+from mclr_jax.pretrained.names import Names, to_params, to_state
 from mclr_jax.samplers import Sampler
 from mclr_jax.schema import key as field
 
@@ -101,14 +101,9 @@ def autoencoder(folder: str | os.PathLike) -> tuple[Autoencoder, Any]:
         return network, to_params(state, shapes, AUTOENCODER)
 
 
-def _dense(path: Path) -> tuple[int, ...]:
-    """The window of the convolutions of an autoencoder that are dense layers here."""
-    return (1, 1) if path[-2] in ("quant_conv", "post_quant_conv", "conv_shortcut") else ()
-
-
 AUTOENCODER = Names(
     lambda path: (".".join(path).replace(".kernel", ".weight").replace(".scale", ".weight"),),
-    _dense,
+    lambda path: (1, 1) if path[-2].endswith(("quant_conv", "conv_shortcut")) else (),
 )
 
 

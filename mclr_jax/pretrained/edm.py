@@ -29,13 +29,9 @@ PRECONDITIONINGS: dict[str, tuple[Any, dict[str, str]]] = {
     "iDDPMPrecond": (IDDPM, {"offset": "C_2", "least_alpha": "C_1", "steps": "M"}),
     "Precond": (EDM, {"sigma_data": "sigma_data"}),
 }  # fmt: skip
-# Class name of the network inside -> ours, and the defaults of the official constructor.
+# Class name of the network inside -> ours, and official defaults that it does not have.
 NETWORKS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "SongUNet": (UNet, {
-        "channels": 128, "channel_mult": (1, 2, 2, 2), "num_blocks": 4, "dropout": 0.1,
-        "attention_resolutions": (16,), "embedding": "positional", "channel_mult_noise": 1,
-        "encoder": "standard", "decoder": "standard", "resample_filter": (1.0, 1.0),
-    }),
+    "SongUNet": (UNet, {"channel_mult": (1, 2, 2, 2), "dropout": 0.1}),
     "DhariwalUNet": (UNet, {
         "architecture": "adm", "channels": 192, "channel_mult": (1, 2, 3, 4), "num_blocks": 3,
         "dropout": 0.1, "attention_resolutions": (32, 16, 8), "channels_per_head": 64,
@@ -50,10 +46,6 @@ OF_DATA = ("img_resolution", "img_channels", "in_channels", "out_channels", "lab
            "label_dropout")  # fmt: skip
 OF_EDM2 = ("dropout", "res_balance", "attn_balance", "clip_act", "resample_filter",
            "label_balance", "concat_balance")  # fmt: skip
-
-
-def family_of(module: Module) -> str:
-    return "edm2" if module.class_name == "Precond" else "edm"
 
 
 def names(net: Any) -> Names:
@@ -107,8 +99,10 @@ def read(content: Mapping[str, Any]) -> Checkpoint:
     )
     twice = 2 if module.class_name == "iDDPMPrecond" else 1  # the variance
     net = _network(modules, out_channels=twice * channels, num_classes=classes)
+    family, num_steps = "edm", 18
     if isinstance(net, EDM2):
         net = net.clone(logvar_channels=np.size(state.get("logvar_fourier.freqs", 0)))
+        family, num_steps = "edm2", 32
     dropped = modules.get("model", module).state.get("label_dropout", 0)
     units, facts = _units(content.get("encoder"))
     data = DataInfo(
@@ -117,7 +111,7 @@ def read(content: Mapping[str, Any]) -> Checkpoint:
     )  # fmt: skip
     model = Model(net, preconditioning, data)
     rest = {k: v for k, v in state.items() if k == "u" or k.endswith(".resample_filter")}
-    taps = np.array(net.resample_filter or (1, 1))
+    taps = np.array(net.resample_filter or (1, 1))  # of every official class by default
     for name, value in rest.items():
         if name == "u":
             _check(name, value[-2::-1], preconditioning.table, 0.01)
@@ -125,8 +119,7 @@ def read(content: Mapping[str, Any]) -> Checkpoint:
             _check(name, value[0, 0], np.outer(taps, taps) / taps.sum() ** 2)
     state = {name: value for name, value in state.items() if name not in rest}
     params = to_params(state, shapes_of(model), names(net))
-    sampler = Sampler(num_steps=32 if isinstance(net, EDM2) else 18)
-    return Checkpoint(family_of(module), model, params, sampler, rest, facts)
+    return Checkpoint(family, model, params, Sampler(num_steps=num_steps), rest, facts)
 
 
 def state(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
@@ -143,12 +136,9 @@ def _network(modules: Mapping[str, Module], **of_data: int) -> UNet | EDM2:
             f"{', '.join(NETWORKS)}."
         )
     cls, usual = NETWORKS[inner.class_name]
-    told = dict(_attribute(inner, "_init_kwargs"))
-    if told.get("embedding_type") == "fourier":
-        usual = usual | {"architecture": "ncsnpp"}
     given = {
         RENAMED.get(key, key): 0 if value is None else value
-        for key, value in told.items() if key not in OF_DATA
+        for key, value in dict(_attribute(inner, "_init_kwargs")).items() if key not in OF_DATA
     }  # fmt: skip
     net = schema.read(cls, usual | given | of_data, "its network")
 

@@ -39,7 +39,7 @@ def load(path: str | os.PathLike) -> dict:
     refused = f"{os.fspath(path)} is not a file of tensors that this project reads"
     with named(refused), open(path, "rb") as file:
         if file.read(9)[8:] == b"{" or os.fspath(path).endswith(".safetensors"):
-            return _safetensors().load_file(path)
+            return extras.needed("safetensors.numpy", "published").load_file(path)
         file.seek(0)
         if file.read(2) == b"PK" or zipfile.is_zipfile(file):
             found = _load_zip(file)
@@ -56,7 +56,8 @@ def load(path: str | os.PathLike) -> dict:
 def save(path: str | os.PathLike, state: Mapping[str, np.ndarray]) -> None:
     """Write tensors as a file of safetensors, atomically."""
     whole = {name: np.array(value, order="C") for name, value in sorted(state.items())}
-    write_atomically(path, _safetensors().save(whole, metadata={"format": "pt"}))
+    library: Any = extras.needed("safetensors.numpy", "published")
+    write_atomically(path, library.save(whole, metadata={"format": "pt"}))
 
 
 class Dict(dict):
@@ -229,10 +230,6 @@ class _Unpickler(pickle.Unpickler):
         if self._storage is None:
             raise pickle.UnpicklingError("it holds a storage without its numbers")
         return self._storage(*identifier)
-
-
-def _safetensors() -> Any:
-    return extras.needed("safetensors.numpy", "published")
 
 
 def _load_zip(file: BinaryIO) -> Any:
