@@ -23,8 +23,10 @@ for each segment, FRAME:LAG,...: with --lag=0:inf,50:0 the frames before 50 are 
 observations, later ones are filtered.
 """
 
+import contextlib
 import dataclasses
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -32,11 +34,10 @@ from absl import flags
 
 from mclr_jax import cpu, extras, runs
 from mclr_jax.assimilation import figure, methods, observe, regimes, schedules
-from mclr_jax.files import digest, provenance, write_atomically
+from mclr_jax.files import write_atomically
 from mclr_jax.labels import warn_untrained
 from mclr_jax.launch import common
 from mclr_jax.schema import fields, in_range
-from mclr_jax.training.devices import banner
 from mclr_jax.training.log import Progress
 
 WORKDIR, EMA, DATA = common.define("workdir", "ema", "data")
@@ -73,20 +74,11 @@ BATCH_SIZE = flags.DEFINE_integer(
 )  # fmt: skip
 
 
-def lags_asked(frames: int) -> np.ndarray:
-    """The lag of each frame, by --regime and --lag."""
-    if REGIME.value != "fixed_lag" and LAG.present:
-        common.stop(f"--lag={','.join(LAG.value)} has no meaning for --regime={REGIME.value}.")
+@contextlib.contextmanager
+def mistakes() -> Iterator[None]:
+    """An error within it is one of the flags."""
     try:
-        return schedules.lags_of(REGIME.value, LAG.value, frames)
-    except ValueError as error:
-        common.stop(str(error))
-
-
-def scheme_asked(run: runs.Run, method: str) -> Any:
-    """The settings, by --scheme and those that are stored with the run."""
-    try:
-        return methods.settings(run, method, SCHEME.value)
+        yield
     except ValueError as error:
         common.stop(str(error))
 
@@ -94,13 +86,18 @@ def scheme_asked(run: runs.Run, method: str) -> Any:
 def main() -> None:
     if FIGURE.value:
         extras.needed("matplotlib", "figures")
+    if REGIME.value != "fixed_lag" and LAG.present:
+        common.stop(f"--lag={','.join(LAG.value)} has no meaning for --regime={REGIME.value}.")
     arrays = observe.load(OBSERVATIONS.value)
     observations = observe.parse(arrays, OBSERVATIONS.value, OPERATOR.value)
     count, frames, _ = observations.values.shape
-    lags, run = lags_asked(frames), runs.load(WORKDIR.value, data=DATA.value)
+    with mistakes():
+        lags = schedules.lags(REGIME.value, frames, LAG.value)
+    run = runs.load(WORKDIR.value, data=DATA.value)
     method = methods.method_of(run, METHOD.value)
-    scheme, ensemble = scheme_asked(run, method), ENSEMBLE.value or methods.MEMBERS[method]
-    shape = run.model.data.shape[1:]
+    with mistakes():
+        scheme = methods.settings(run, method, SCHEME.value)
+    ensemble, shape = ENSEMBLE.value or methods.MEMBERS[method], run.model.data.shape[1:]
     cpu.use_cores(run.model.network)
     params, step = run.weights(EMA.value)
     solve = methods.solver(run, params, method)
@@ -111,11 +108,10 @@ def main() -> None:
         options["batch_size"] = BATCH_SIZE.value
     if TUNE.value:
         scheme = tune(run, method, solve, scheme, observations, lags, options)
-    settings = {"workdir": WORKDIR.value, "step": step, "weights": digest(params),
-                "method": method, "regime": REGIME.value, "lag": ",".join(LAG.value),
+    settings = {"method": method, "regime": REGIME.value, "lag": ",".join(LAG.value),
                 "seed": SEED.value, "scheme": dataclasses.asdict(scheme),
                 "operator": observations.operator.describe(), "std": observations.std.tolist(),
-                **provenance(), "device": banner()}  # fmt: skip
+                **common.made_by(WORKDIR.value, step, EMA.value, params)}  # fmt: skip
     state = regimes.earlier(CONTINUE.value, settings) if CONTINUE.value else None
     out = common.output(OUT.value, ".npz")
     if out.resolve() == pathlib.Path(OBSERVATIONS.value).resolve():

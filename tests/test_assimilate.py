@@ -119,7 +119,7 @@ def test_a_regime_for_each_segment_of_frames(workdir, seen, tmp_path):
     run = runs.load(workdir)
     lags = np.array([np.inf] * 3 + [2] * 5 + [0] * 2)
     small = Scheme(steps=3, first_steps=3)
-    told = observe.read(tmp_path / "seen.npz")
+    told = observe.parse(observe.load(path := tmp_path / "seen.npz"), path)
     want = regimes.assimilate(run.model, run.weights()[0], told, small, lags, ensemble=2)
     np.testing.assert_allclose(arrays(tmp_path / "x.npz")["members"], want.members, atol=1e-3)
 

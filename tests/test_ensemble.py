@@ -126,8 +126,9 @@ def test_inflation_and_relaxation_are_their_formulas():
 def test_resampling_is_systematic():
     """Copies of each member: its expected number, rounded up or down; unbiased over keys."""
     weights = np.array([0.1, 0.45, 0.05, 0.4])
+    predicted, y = 3 * np.sqrt(-2 * np.log(weights))[:, None], jnp.array([0.0, np.nan])
     counts = np.array([
-        np.bincount(ensemble.systematic(np.log(weights), jax.random.key(i)), minlength=4)
+        np.bincount(ensemble.resampled(predicted, y, 3.0, jax.random.key(i)), minlength=4)
         for i in range(300)
     ])  # fmt: skip
     assert np.all(counts >= np.floor(4 * weights))
@@ -179,7 +180,7 @@ def test_states_off_the_attractor_are_moved_back_and_nan_is_an_error():
         ({"method": "enks"}, "method.*'enks'"),
         ({"time_step": 0.2, "timed": 0.5}, "time step of 0.5, the model 0.2"),
         ({"state": ensemble.State(np.zeros((2, 5, 1, 3)), np.zeros((2, 0, 1)), 4)},
-         r"\(2, 5, 3\); expected \(2, 4, 2\)"),
+         r"\(2, 5, 3, 1\); expected \(2, 4, 2, 1\)"),
         ({"ensemble": 10**9}, "2 trajectories of 1000000000 members and 7 frames need"),
     ],
 )  # fmt: skip

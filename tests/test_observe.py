@@ -111,17 +111,21 @@ def values(trajectories=2, m=1):
     return y
 
 
+def read(path):
+    return observe.parse(observe.load(path), path)
+
+
 def test_a_file_gives_back_what_was_written(tmp_path):
     for linear in (Identity(), Select((0,)), Matrix(((1.0, 0.0, -2.0),)), Random(0.3, 7)):
         operator = Operator(linear, "arctan", 0.5, 8.0)
         told = Observations(values(), operator, 0.25, np.ones(3), 0.025)
         observe.write(tmp_path / "y.npz", told, truth=np.zeros(2))
-        got = observe.read(tmp_path / "y.npz")
+        got = read(tmp_path / "y.npz")
         np.testing.assert_array_equal(got.values, told.values)
         np.testing.assert_array_equal(got.initial, told.initial)
         assert (got.operator, got.std, got.time_step) == (operator, np.float32(0.25), 0.025)
     np.savez(tmp_path / "h.npz", values=values(m=2)[0], H=np.array(H), std=[0.1, 0.2])
-    got = observe.read(tmp_path / "h.npz")
+    got = read(tmp_path / "h.npz")
     assert got.values.shape == (1, 6, 2)
     assert got.operator == Operator(Matrix(H))
 
@@ -163,20 +167,20 @@ def test_files_that_cannot_be_meant_are_refused(tmp_path, changes, message):
     path = tmp_path / "y.npz"
     np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
     with pytest.raises(ValueError, match=message):
-        observe.read(path)
+        read(path)
 
 
 def test_damaged_and_missing_files_are_named(tmp_path):
     path = tmp_path / "y.npz"
     for missing, named in ((path, r"y\.npz"), ("", "''"), (tmp_path, tmp_path.name)):
         with pytest.raises(FileNotFoundError, match=f"no file .*{named}"):
-            observe.read(missing)
+            read(missing)
     observe.write(path, Observations(values(), Operator(Select((0,))), 0.1))
     whole = path.read_bytes()
     for damaged in (b"", b"text", whole[:100], whole[:-30]):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="no readable npz"):
-            observe.read(path)
+            read(path)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mclr_jax.assimilation.schedules import Scheme, lags, levels, segments, updates
+from mclr_jax.assimilation.schedules import Scheme, lags, levels, updates
 
 
 def until(lag, frames, before=0):
@@ -81,6 +81,6 @@ def test_schemes_without_a_meaning_are_refused(values, message):
 @pytest.mark.parametrize("text", ["-1", "nan", "0.5", "0:2,10:1", "0:2,5:1,5:0", "2:1", "x"])
 def test_lags_without_a_meaning_are_refused(text):
     with pytest.raises(ValueError, match=r"The lag is .*frames below 10 in rising order"):
-        segments(text.split(","), 10)
+        lags("fixed_lag", 10, text.split(","))
     with pytest.raises(ValueError, match="Did you mean 'filter'"):
         lags("filtre", 3)

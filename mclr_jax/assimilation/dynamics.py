@@ -29,8 +29,13 @@ class Dynamics:
     slope: Callable[[jax.Array], jax.Array]  # state -> dx/dt, both (..., *shape)
 
     def advance(self, state: jax.Array) -> jax.Array:
-        """The mean of the next state (..., *shape)."""
-        return runge_kutta(self.slope, state, self.time_step)
+        """The mean of the next state (..., *shape), by the classical method of order 4."""
+        h = self.time_step
+        a = self.slope(state)
+        b = self.slope(state + h / 2 * a)
+        c = self.slope(state + h / 2 * b)
+        d = self.slope(state + h * c)
+        return state + h / 6 * (a + 2 * b + 2 * c + d)
 
     def start(self, key: jax.Array) -> jax.Array:
         """A random state (*shape) from which the attractor is reached."""
@@ -54,15 +59,6 @@ class Dynamics:
             return self.step(jax.random.fold_in(key, number), state), state
 
         return jax.lax.scan(body, state, jnp.arange(length))[1]
-
-
-def runge_kutta(slope: Callable[[jax.Array], jax.Array], state: jax.Array, h: float) -> jax.Array:
-    """One step h of the classical method of order 4 for dx/dt = slope(x)."""
-    a = slope(state)
-    b = slope(state + h / 2 * a)
-    c = slope(state + h / 2 * b)
-    d = slope(state + h * c)
-    return state + h / 6 * (a + 2 * b + 2 * c + d)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from mclr_jax.assimilation.observe import Observations, Operator, Own
-from mclr_jax.assimilation.regimes import Result, State, units
-from mclr_jax.generate import check_memory
+from mclr_jax.assimilation.regimes import Result, State, beginning, units
 from mclr_jax.model import Model
 from mclr_jax.noise import sample_keys
 from mclr_jax.schema import Keys, in_range, key, look_up
@@ -50,14 +50,10 @@ class Settings(Limits):
     relaxation: float = key(0.0, 0.0, 1.0, says="of their spread to that before the observations")
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["model"]
-)  # fmt: skip
-@dataclasses.dataclass(frozen=True)
-class Emulator:
+class Emulator(struct.PyTreeNode):
     """The forecast of an emulator's run; with a learned variance it is random."""
 
-    model: Model
+    model: Model = struct.field(pytree_node=False)
     params: Any
 
     def __call__(self, key: jax.Array, states: jax.Array) -> jax.Array:
@@ -167,17 +163,12 @@ def inflated(x, before, inflation, relaxation):
     return mean + factor * (x - mean)
 
 
-def systematic(log_weights: jax.Array, key: jax.Array) -> jax.Array:
-    """Systematic resampling: indices (E,) of members with these log weights (E,)."""
-    cumulative, size = jnp.cumsum(jax.nn.softmax(log_weights)), len(log_weights)
-    places = (jnp.arange(size) + jax.random.uniform(key)) / size
-    return jnp.minimum(jnp.searchsorted(cumulative, places), size - 1)
-
-
-def chosen(predicted, y, std, key):
-    """Indices (E,) of the members that continue, drawn by their likelihood."""
+def resampled(predicted, y, std, key):
+    """Indices (E,) of the members that continue: systematic resampling by their likelihood."""
     misfit = jnp.where(jnp.isfinite(y), ((y - predicted) / std) ** 2, 0).sum(1) / 2
-    return systematic(jnp.where(jnp.isfinite(misfit), -misfit, -jnp.inf), key)
+    cumulative = jnp.cumsum(jax.nn.softmax(jnp.where(jnp.isfinite(misfit), -misfit, -jnp.inf)))
+    places = (jnp.arange(len(misfit)) + jax.random.uniform(key)) / len(misfit)
+    return jnp.minimum(jnp.searchsorted(cumulative, places), len(misfit) - 1)
 
 
 # ---- all frames ----------------------------------------------------------------------------------
@@ -209,7 +200,7 @@ def _filtered(step, path, values, keys, until, std, limits, spread, *, operator,
             new = kalman(old, predicted, y, std, near, beside)
             new = new.at[-1].set(inflated(new[-1], x, *numbers).clip(*limits))
         else:
-            new = old[:, chosen(predicted, y, std, k_pick)]
+            new = old[:, resampled(predicted, y, std, k_pick)]
         opened = known & (jax.lax.dynamic_slice_in_dim(until, t + 1, window) >= t)
         new = jnp.where(opened[:, None, None], new, old)
         return jax.lax.dynamic_update_slice_in_dim(path, new, t + 1, 0), None
@@ -218,45 +209,6 @@ def _filtered(step, path, values, keys, until, std, limits, spread, *, operator,
         return jax.lax.scan(frame, path, (jnp.arange(len(values)), values, keys))[0]
 
     return jax.vmap(one)(path, values, keys)
-
-
-def _start(
-    states: np.ndarray, obs: Observations, lags: np.ndarray, ensemble: int, seed: int,
-    forecast: int, state: State | None,
-) -> tuple[np.ndarray, np.ndarray, int]:  # fmt: skip
-    """The start of `assimilate`: path (N, total, E, d), until (total,) and window of `_filtered`.
-
-    total = window + frames + forecast; the last frame to see is -1 of frames that are not read.
-    """
-    (count, frames, _), shape, before = obs.values.shape, states.shape[1:], 0
-    size, lags = math.prod(shape), np.broadcast_to(lags, frames)
-    if state is not None:
-        got = (*state.members.shape[:2], *state.members.shape[3:])
-        if got != (count, ensemble, *shape):
-            raise ValueError(
-                f"The run to continue has (trajectories, members, *state) {got}; expected "
-                f"{(count, ensemble, *shape)}."
-            )
-        before = int(min(lags[0], state.members.shape[2], state.frames))
-    numbers = np.arange(-before, frames)
-    until = np.minimum(numbers + np.append(np.full(before, lags[0]), lags), frames - 1).astype(int)
-    window = 1 + int((until - numbers).max())
-    total = window + frames + forecast
-    what = f"{count} trajectories of {ensemble} members and {total} frames"
-    check_memory(what, 3 * count * ensemble * total * size, "Take fewer members or a shorter lag.")
-    path = np.zeros((count, total, ensemble, size), np.float32)
-    if state is not None:
-        kept = state.members[:, :, -window:].swapaxes(1, 2)
-        path[:, window - kept.shape[1] : window] = kept.reshape(*kept.shape[:3], size)
-    elif obs.initial is not None:
-        path[:, window] = obs.initial.reshape(count, 1, size)
-    else:
-        twice, flat = len(states) < ensemble, states.reshape(-1, size)
-        for n in range(count):
-            drawn = np.random.default_rng((seed, n)).choice(len(flat), ensemble, replace=twice)
-            path[n, window] = flat[drawn]
-    seen = np.concatenate([np.full(window - before, -1), until, np.full(forecast, frames)])
-    return path, seen, window
 
 
 def assimilate(
@@ -288,8 +240,18 @@ def assimilate(
     in_range("ensemble", ensemble, 2)
     in_range("forecast", forecast, 0)
     in_range("seed", seed, 0, 2**32 - 1)
-    path, seen, window = _start(states, obs, lags, ensemble, seed, forecast, state)
-    before = int((seen[:window] >= 0).sum())
+    lags, before = np.broadcast_to(lags, frames), 0
+    if state is not None:
+        before = int(min(lags[0], state.members.shape[2], state.frames))
+    numbers = np.arange(-before, frames)
+    until = np.minimum(numbers + np.append(np.full(before, lags[0]), lags), frames - 1).astype(int)
+    window = 1 + int((until - numbers).max())
+    # the last frame to see is -1 of frames that are not read
+    seen = np.concatenate([np.full(window - before, -1), until, np.full(forecast, frames)])
+    path = beginning(obs, shape, ensemble, window, forecast, state)
+    for n in range(count if state is None and obs.initial is None else 0):
+        rng, twice = np.random.default_rng((seed, n)), len(states) < ensemble
+        path[n, :, window] = states[rng.choice(len(states), ensemble, replace=twice)]
     values = np.pad(obs.values, ((0, 0), (0, forecast), (0, 0)), constant_values=np.nan)
     done, fold = state.frames if state else 0, jax.vmap(jax.random.fold_in, (None, 0))
     keys = jax.vmap(fold, (0, None))(sample_keys(seed, np.arange(count)),
@@ -303,20 +265,21 @@ def assimilate(
     some = max(1, batch_size // ensemble)
     for start in range(0, count, some):
         rows = slice(start, start + some)
-        path[rows] = _filtered(
-            step, path[rows], values[rows], keys[rows], seen, obs.std, limits, spread,
-            operator=obs.operator, method=method, window=window, shape=shape,
+        here = path[rows].swapaxes(1, 2)
+        found = _filtered(
+            step, here.reshape(*here.shape[:3], -1), values[rows], keys[rows], seen, obs.std,
+            limits, spread, operator=obs.operator, method=method, window=window, shape=shape,
             started=state is not None,
         )  # fmt: skip
-        progress(len(path[rows]) * ensemble, 1)
-    if not np.isfinite(path).all():
+        path[rows] = np.asarray(found).reshape(here.shape).swapaxes(1, 2)
+        progress(len(here) * ensemble, 1)
+    if lost := (~np.isfinite(path).reshape(count, -1).all(1)).sum():
         raise FloatingPointError(
-            f"Members of {(~np.isfinite(path)).any((1, 2, 3)).sum()} of {count} trajectories are "
-            f"not finite with {settings}. Take more members, a smaller scheme.clip, or "
-            "scheme.relaxation=0.4, or check the forecast and the observations."
+            f"Members of {lost} of {count} trajectories are not finite with {settings}. Take more "
+            "members, a smaller scheme.clip, or scheme.relaxation=0.4, or check the forecast and "
+            "the observations."
         )
-    members = path.swapaxes(1, 2).reshape(count, ensemble, -1, *shape)
-    kept = members[:, :, frames : window + frames]
+    kept = path[:, :, frames : window + frames]
     nothing = np.zeros((count, 0, obs.values.shape[2]), np.float32)
-    return Result(members[:, :, window - before :], done - before, before,
+    return Result(path[:, :, window - before :], done - before, before,
                   State(kept, nothing, done + frames))  # fmt: skip

@@ -5,7 +5,6 @@ the mean and of the variance of each coordinate of x0 given x. Only active frame
 only their observations are used: a frame that is finished or waits sees no later observation.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -32,38 +31,26 @@ def _full(level: Level, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return expand(sigma, x), expand(stop, x), active
 
 
-def innovation(
-    operator: Operator, seen: Seen, d: jax.Array, v: jax.Array, where: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, Callable]:
-    """The innovation of the observations beside x0 ~ N(d, diag(v)): parts (B, F, m).
-
-    The known values, of the frames `where` (B, F); y - A x0, 0 where unknown; the variance of
-    the noise, with what is not linear in A; the variance of A x0 by v; and, last, the linear part
-    of A, a function of changes of the state (B, F, *state) in physical units.
-    """
-    variance = jnp.broadcast_to(seen.scale**2 * v, d.shape)
-    found = operator.linearise(seen.offset + seen.scale * d, variance)
-    known = jnp.isfinite(seen.values) & where[..., None]
-    residual = jnp.where(known, seen.values - found.predicted, 0)
-    return known, residual, seen.std**2 + found.rest, found.spread(variance), found.project
-
-
 def linearised(operator: Operator, seen: Seen, moments: Any, x, level: Level, condition) -> tuple:
     """The observations as linear functions A' of x0 around D, under N(D, V): a tuple.
 
-    D and v, as x; y - A D (B, F, m), 0 where y is unknown; the noise and spread of `innovation`;
-    and two functions: p (B, F, m) -> V A'^T p, and a state -> A' of it, 0 where y is unknown.
+    D and v, as x; parts (B, F, m): y - A D, 0 where y is unknown, the variance of the noise, with
+    what is not linear in A, and the variance of A x0 by v; and two functions: p (B, F, m) ->
+    V A'^T p, and a state -> A' of it, 0 where y is unknown.
     """
     sigma, _, active = _full(level, x)
     d, pull, v = jax.vjp(lambda x: moments(x, level.sigma, condition), x, has_aux=True)
-    known, residual, noise, spread, along = innovation(operator, seen, d, v, active)
+    variance = jnp.broadcast_to(seen.scale**2 * v, d.shape)
+    found = operator.linearise(seen.offset + seen.scale * d, variance)
+    known = jnp.isfinite(seen.values) & active[..., None]
+    residual = jnp.where(known, seen.values - found.predicted, 0)
 
     def project(state):  # of the model's units
-        return along(seen.scale * state)
+        return found.project(seen.scale * state)
 
     back = jax.linear_transpose(project, d)
     return (
-        d, v, residual, noise, spread,
+        d, v, residual, seen.std**2 + found.rest, found.spread(variance),
         lambda p: jnp.where(sigma > 0, sigma**2 * pull(back(p)[0])[0], 0),
         lambda state: jnp.where(known, project(state), 0),
     )  # fmt: skip

@@ -15,6 +15,7 @@ from absl import logging
 from mclr_jax.assimilation import ensemble, regimes, scores
 from mclr_jax.assimilation.observe import Observations, Own
 from mclr_jax.assimilation.schedules import Scheme
+from mclr_jax.data.protocol import evenly
 from mclr_jax.files import named, provenance, write_json
 from mclr_jax.runs import Run
 from mclr_jax.schema import look_up, read
@@ -37,17 +38,23 @@ Solver = Callable[..., regimes.Result]
 
 def method_of(run: Run, asked: str | None = None) -> str:
     """The method asked for, or that of the run; ValueError unless it has a model for it."""
-    method = asked or ("enkf" if run.model.is_emulator else "trajectory")
+    model = run.model
+    method = asked or ("enkf" if model.is_emulator else "trajectory")
     look_up(SETTINGS, method, "method")
+    told = f"{run.workdir} has the network {type(model.network).__name__}"
     if method == "trajectory":
-        regimes.state_shape(run)
-    elif not run.model.is_emulator:
+        if not model.is_denoiser or not model.frames:
+            advice = " An emulator's methods are enkf and particle." if model.is_emulator else ""
+            raise ValueError(
+                f"{told} for data of shape {model.data.shape}; expected a run of a trajectory "
+                f"model, as of configs/trajectories.py.{advice}"
+            )
+    elif not model.is_emulator:
         raise ValueError(
-            f"{run.workdir} has the network {type(run.model.network).__name__}; method {method!r} "
-            "needs the run of an emulator, as of configs/lorenz96_emulator.py or "
-            "trajectories:emulator."
+            f"{told}; method {method!r} needs the run of an emulator, as of "
+            "configs/lorenz96_emulator.py or trajectories:emulator."
         )
-    elif method == "particle" and not run.model.has_variance:
+    elif method == "particle" and not model.has_variance:
         raise ValueError(
             f"{run.workdir} has an emulator without noise, whose particles become one; train it "
             "with config.network.variance=True, or use method 'enkf'."
@@ -60,9 +67,8 @@ def solver(run: Run, params: Any, method: str) -> Solver:
     if method == "trajectory":
         return functools.partial(regimes.assimilate, run.model, params)
     source = run.source("train")
-    rows = np.linspace(0, len(source) - 1, min(CLIMATE, len(source))).astype(int)
     offset, scale = regimes.units(run.model)
-    climate = offset + scale * source[rows][0][:, 0]
+    climate = offset + scale * source[evenly(source, CLIMATE)][0][:, 0]
     step, time_step = ensemble.Emulator(run.model, params), run.model.data.time_step
     return functools.partial(ensemble.assimilate, step, climate, method=method, time_step=time_step)
 
@@ -77,9 +83,9 @@ def settings(run: Run, method: str, texts: Iterable[str] = ()) -> Any:
     """
     values = dict(_stored(run).get(method, {}).get("scheme", {}))
     for name, _, text in (text.partition("=") for text in texts):
-        with contextlib.suppress(ValueError, SyntaxError):  # then it is a word
-            text = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
         values[name] = text
+        with contextlib.suppress(ValueError, SyntaxError):  # then it is a word
+            values[name] = ast.literal_eval(text)
     return read(SETTINGS[method], values, "scheme")
 
 
@@ -102,9 +108,8 @@ def held_out(run: Run, seen: Observations, count: int) -> tuple[np.ndarray, Obse
         if len(source) < count:
             text = "The held-out data of %s have %d trajectories of %d frames, fewer than %d."
             logging.warning(text, run.workdir, len(source), frames, count)
-        rows = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)
         offset, scale = regimes.units(run.model)
-        truth = offset + scale * source[rows][0]
+        truth = offset + scale * source[evenly(source, count)][0]
     values = np.asarray(seen.operator(truth))
     values = values + seen.std * np.random.default_rng(0).standard_normal(values.shape)
     missing = np.isnan(np.resize(seen.values, values.shape))

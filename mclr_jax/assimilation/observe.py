@@ -364,7 +364,7 @@ PARTS = ("values", "std", "initial", "time_step")  # arrays of a file, beside th
 
 
 def write(path: str | os.PathLike, observations: Observations, **more: Any) -> None:
-    """Write an npz file that `read` reads, with more arrays such as `truth`."""
+    """Write an npz file for `load` and `parse`, with more arrays such as `truth`."""
     told = {key: getattr(observations, key) for key in PARTS}
     told["operator_json"] = json.dumps(observations.operator.describe())
     save_arrays(path, **{key: x for key, x in told.items() if x is not None}, **more)
@@ -376,11 +376,6 @@ def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
         raise FileNotFoundError(f"There is no file {path or repr('')}.")
     with named(f"{path} is no readable npz file of arrays"), np.load(path) as file:
         return {key: np.asarray(file[key]) for key in file.files}
-
-
-def read(path: str | os.PathLike) -> Observations:
-    """The observations of an npz file, see `parse`."""
-    return parse(load(path), path)
 
 
 def parse(

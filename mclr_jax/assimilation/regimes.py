@@ -11,11 +11,12 @@ Each update revises the window, and frame k is read from the last update that ha
 observation than its lag allows. Before the first frame the window holds unobserved frames.
 """
 
+import dataclasses
 import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +32,6 @@ from mclr_jax.assimilation.schedules import Scheme, Update, levels, updates
 from mclr_jax.files import flat, named, save_arrays
 from mclr_jax.generate import check_memory
 from mclr_jax.noise import normal_like, sample_keys
-from mclr_jax.runs import Run
 from mclr_jax.schema import in_range
 from mclr_jax.types import expand
 
@@ -105,12 +105,6 @@ def errors(result: Result, truth: np.ndarray, scale: tuple) -> str:
 _fold = jax.vmap(jax.random.fold_in, (0, None))
 
 
-def member_keys(seed: int, rows: np.ndarray, ensemble: int) -> jax.Array:
-    """Keys of the rows n * ensemble + i: member i of trajectory n depends on (seed, n, i) alone."""
-    in_range("seed", seed, 0, 2**32 - 1)
-    return jax.vmap(jax.random.fold_in)(sample_keys(seed, rows // ensemble), rows % ensemble)
-
-
 def plausible(operator: Operator, seen: guide.Seen, x: jax.Array, share: float) -> jax.Array:
     """True (B,) if the misfit of x (B, F, *state) is within this share of its chi-square law."""
     error = (seen.values - operator(seen.offset + seen.scale * x)) / seen.std
@@ -126,18 +120,6 @@ def screened(x: jax.Array, kept: jax.Array, group: jax.Array, keys: jax.Array) -
     candidates = kept & (group == group[:, None])
     drawn = jax.vmap(jax.random.categorical)(keys, jnp.where(candidates, 0.0, -jnp.inf))
     return x[jnp.where(kept | ~candidates.any(1), jnp.arange(len(x)), drawn)]
-
-
-def state_shape(run: Run) -> tuple[int, ...]:
-    """The shape of a state; ValueError: the run has no trajectory model."""
-    if not run.model.is_denoiser or not run.model.frames:
-        advice = " An emulator's methods are enkf and particle." if run.model.is_emulator else ""
-        raise ValueError(
-            f"{run.workdir} has the network {type(run.model.network).__name__} for data of shape "
-            f"{run.model.data.shape}; expected a run of a trajectory model, as of "
-            f"configs/trajectories.py.{advice}"
-        )
-    return run.model.data.shape[1:]
 
 
 def trajectory_label(model: Any) -> int:
@@ -180,14 +162,6 @@ def units(model: Any) -> tuple[Any, Any]:
     return np.float32(model.data.offset or 0), np.float32(model.data.scale or 1)
 
 
-def _chunks(count: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Rows of each batch, padded to one size, and how many of them are no padding."""
-    size = min(size, count)
-    for start in range(0, count, size):
-        rows = np.arange(start, min(start + size, count))
-        yield np.resize(rows, size), len(rows)
-
-
 def _physical(model: Any, x: np.ndarray, ensemble: int, scheme: Scheme) -> np.ndarray:
     """Rows x in physical units (N, E, ...); FloatingPointError: some are not finite."""
     if not np.isfinite(x).all():
@@ -204,18 +178,40 @@ def _physical(model: Any, x: np.ndarray, ensemble: int, scheme: Scheme) -> np.nd
     return mean + np.float32(scheme.inflation) * (x - mean)
 
 
-def _initial(model: Any, initial: np.ndarray, ensemble: int) -> np.ndarray:
-    """The known first states (N, *state) as rows in the model's units."""
-    offset, scale = units(model)
-    return ((initial - offset) / scale).repeat(ensemble, 0)
-
-
 def _whole_tokens(model: Any, frames: int) -> int:
     """The number of frames, rounded up to one that the network takes."""
     return frames + -frames % getattr(getattr(model, "network", None), "frames_per_token", 1)
 
 
 # ---- the drivers ---------------------------------------------------------------------------------
+
+
+def beginning(
+    obs: Observations, shape: tuple[int, ...], ensemble: int, window: int, after: int,
+    state: State | None,
+) -> np.ndarray:  # fmt: skip
+    """Members (N, E, window + frames + `after`, *shape), of which frame k is at place window + k.
+
+    Those of an earlier run come before it, or the `initial` state is frame 0; others are 0.
+    """
+    count, frames, m = obs.values.shape
+    total = window + frames + after
+    what = f"{count} trajectories of {ensemble} members and {total} frames"
+    remedy = "Take fewer members, or a part of the trajectories or frames in each call."
+    check_memory(what, 2 * count * ensemble * total * math.prod(shape), remedy)
+    path = np.zeros((count, ensemble, total, *shape), np.float32)
+    if state is not None:
+        got = (*state.members.shape[:2], *state.members.shape[3:], state.values.shape[2])
+        if got != (count, ensemble, *shape, m):
+            raise ValueError(
+                f"The run to continue has (trajectories, members, *state, values) {got}; expected "
+                f"{(count, ensemble, *shape, m)}."
+            )
+        kept = state.members[:, :, -window:]
+        path[:, :, window - kept.shape[2] : window] = kept
+    elif obs.initial is not None:
+        path[:, :, window] = obs.initial[:, None]
+    return path
 
 
 def _course(
@@ -238,17 +234,9 @@ def _course(
     ahead = max(0, _whole_tokens(model, model.data.shape[0]) - window) if whole else 0
     in_range("ensemble", ensemble, 1)
     in_range("forecast", forecast, 0)
-    total = window + frames + forecast + ahead
-    what = f"{count} trajectories of {ensemble} members and {total} frames"
-    remedy = "Take fewer members, or a part of the trajectories or frames in each call."
-    check_memory(what, 2 * count * ensemble * total * math.prod(shape), remedy)
+    path = beginning(obs, shape, ensemble, window, forecast + ahead, state)
+    path = path.reshape(-1, *path.shape[2:])
     if state is not None:
-        got = (*state.members.shape[:2], *state.members.shape[3:], state.values.shape[2])
-        if got != (count, ensemble, *shape, m):
-            raise ValueError(
-                f"The run to continue has (trajectories, members, *state, values) {got}; expected "
-                f"{(count, ensemble, *shape, m)}."
-            )
         if (held := state.members.shape[2]) < window:
             raise ValueError(
                 f"The run to continue has a window of {held} frames; expected {window} or more: "
@@ -265,15 +253,10 @@ def _course(
         )
     observed = np.isfinite(obs.values).any((0, 2))
     order = updates(observed, until, window, forecast, state is not None)
-
-    path = np.zeros((count * ensemble, total, *shape), np.float32)
-    values = np.full((count, total, m), np.nan, np.float32)
+    values = np.full((count, path.shape[1], m), np.nan, np.float32)
     values[:, window : window + frames] = obs.values
     if state is not None:
-        path[:, :window] = state.members[:, :, -window:].reshape(-1, window, *shape)
         values[:, :window] = state.values[:, -window:]
-    elif obs.initial is not None:
-        path[:, window] = _initial(model, obs.initial, ensemble)
     return path, values, np.append(until, [frames] * forecast), order, window, ahead
 
 
@@ -304,12 +287,16 @@ def assimilate(
 ) -> Result:
     """Members of each trajectory, given its observations.
 
-    With scheme.screen 1, member i of trajectory n depends on (seed, n, i)
-    alone; otherwise on the members that are computed together. A continued run begins with the
-    frames of the run before that may now see more; an `initial` state is not used.
+    With scheme.screen 1, member i of trajectory n depends on (seed, n, i) alone; otherwise on the
+    members that are computed together. A continued run begins with the frames of the run before
+    that may now see more; an `initial` state is not used.
     ValueError: observations, lags or state that do not fit the model, or each other.
     """
+    in_range("seed", seed, 0, 2**32 - 1)
     obs = observations.for_states(tuple(model.data.shape[1:]), model.data.time_step)
+    if obs.initial is not None:
+        offset, scale = units(model)
+        obs = dataclasses.replace(obs, initial=(obs.initial - offset) / scale)
     path, values, until, order, window, ahead = _course(
         model, obs, scheme, lags, ensemble, forecast, state
     )
@@ -320,9 +307,12 @@ def assimilate(
     out = np.full((len(path), len(until), *path.shape[2:]), np.nan, np.float32)
     run = _compiled(model, obs.operator, scheme)
     high = min(scheme.sigma_max, model.preconditioning.sigma_range[1])
-    size = batch_size // ensemble * ensemble or batch_size
-    for rows, real in _chunks(len(path), size):
-        keys, here, group = member_keys(seed, rows, ensemble), path[rows], rows // ensemble
+    size = min(batch_size // ensemble * ensemble or batch_size, len(path))
+    for start in range(0, len(path), size):
+        real = min(size, len(path) - start)  # others fill the last batch
+        rows = np.resize(np.arange(start, start + real), size)
+        here, group = path[rows], rows // ensemble
+        keys = jax.vmap(jax.random.fold_in)(sample_keys(seed, group), rows % ensemble)
         last, estimated = -1, begun  # the last observation seen; places before have an estimate
         for end, seen in order:
             k = np.arange(end - window, end)

@@ -56,15 +56,13 @@ class Scheme(Keys):
         return getattr(guide, self.guidance)(operator, seen, **options)
 
 
-def lags(regime: str, frames: int, lag: int = 0) -> np.ndarray:
-    """The lag of each frame, (frames,): filter 0, fixed_lag `lag`, batch infinity."""
-    in_range("lag", lag, 0)
-    table = {"filter": 0.0, "fixed_lag": lag, "batch": math.inf}
-    return np.full(frames, look_up(table, regime, "regime"))
+def lags(regime: str, frames: int, lag: int | Sequence[str] = 0) -> np.ndarray:
+    """The lag of each frame, (frames,): filter 0, fixed_lag `lag`, batch infinity.
 
-
-def segments(texts: Sequence[str], frames: int) -> np.ndarray:
-    """The lag of each frame, (frames,), of segments FRAME:LAG; LAG alone begins with frame 0."""
+    `lag` is a number or has segments FRAME:LAG; LAG alone begins with frame 0.
+    """
+    given = lag if isinstance(lag, Sequence) else [str(lag)]
+    texts = look_up({"filter": ["0"], "fixed_lag": given, "batch": ["inf"]}, regime, "regime")
     try:
         parts = [text.rpartition(":") for text in texts]
         starts, ahead = [int(part[0] or 0) for part in parts], [float(part[2]) for part in parts]
@@ -77,11 +75,6 @@ def segments(texts: Sequence[str], frames: int) -> np.ndarray:
             f"FRAME:LAG,... from frame 0 on, of frames below {frames} in rising order."
         )
     return np.repeat(ahead, np.diff([*starts, frames]))
-
-
-def lags_of(regime: str, texts: Sequence[str], frames: int) -> np.ndarray:
-    """The lag of each frame, (frames,), by the texts of `segments` for fixed_lag."""
-    return segments(texts, frames) if regime == "fixed_lag" else lags(regime, frames)
 
 
 class Update(NamedTuple):
