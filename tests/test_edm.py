@@ -321,7 +321,7 @@ def test_networks_that_are_not_of_the_official_code_are_refused():
             edm.read(content)
 
     def attribute(name, key, value):
-        return lambda modules: modules[name].state.update({key: value})
+        return lambda modules: modules[name].update({key: value})
 
     def inner(class_name):
         return lambda modules: setattr(modules["model"], "class_name", class_name)
@@ -333,8 +333,8 @@ def test_networks_that_are_not_of_the_official_code_are_refused():
     refused(r"dropout is 0.3, expected 0.0", attribute(block, "dropout", 0.3))
     refused("network has no key 'depth'", attribute("model", "_init_kwargs", {"depth": 3}))
     refused("channels is 'many'", attribute("model", "_init_kwargs", {"model_channels": "many"}))
-    refused("inner network is VQ; expected one of SongUNet", inner("VQ"))
-    refused("no attribute sigma_data", lambda modules: modules[""].state.pop("sigma_data"))
+    refused("inner network is a VQ; expected one of SongUNet", inner("VQ"))
+    refused("no attribute sigma_data", lambda modules: modules[""].pop("sigma_data"))
     refused("a WildPrecond; expected one of EDMPrecond", lambda modules: None, "WildPrecond")
     other = attribute(
         "model.enc.4x4_down.conv0", "_buffers", {"resample_filter": np.eye(2)[None, None]}

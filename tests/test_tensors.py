@@ -99,7 +99,7 @@ def test_a_pickle_of_modules_becomes_placeholders():
     found = tensors.load(BROKEN / "edm2-good-tiny.pkl")
     network = found["ema"]
     assert network.class_name == "Precond"
-    assert {"sigma_data": 0.5, "label_dim": 3}.items() <= network.state.items()
+    assert {"sigma_data": 0.5, "label_dim": 3}.items() <= network.items()
     weights = network.tensors()
     assert weights["unet.enc.4x4_conv.weight"].shape == (4, 4, 3, 3)
     assert weights["unet.enc.4x4_conv.weight"].dtype == np.float16
@@ -152,13 +152,12 @@ def test_operations_that_take_more_memory_than_the_file_are_refused(tmp_path, co
 
 def test_modules_without_end_and_values_that_are_no_tensors_are_refused():
     module = tensors.Module()
-    module.__setstate__({"_modules": {"again": module}})
+    module["_modules"] = {"again": module}
     with pytest.raises(ValueError, match="again is there twice"):
         module.tensors()
     for state in ({"_parameters": {"w": "text"}}, {"_buffers": [1]}, {"_modules": {"a": "text"}}):
-        module.__setstate__(state)
         with pytest.raises((ValueError, TypeError), match=r"text|sequence"):
-            module.tensors()
+            tensors.Module(state).tensors()
 
 
 def safetensors_file(path, **arrays):

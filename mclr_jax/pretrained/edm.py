@@ -103,7 +103,7 @@ def read(content: Mapping[str, Any]) -> Checkpoint:
     if isinstance(net, EDM2):
         net = net.clone(logvar_channels=np.size(state.get("logvar_fourier.freqs", 0)))
         family, num_steps = "edm2", 32
-    dropped = modules.get("model", module).state.get("label_dropout", 0)
+    dropped = modules.get("model", module).get("label_dropout", 0)
     units, facts = _units(content.get("encoder"))
     data = DataInfo(
         (size, size, channels), classes, getattr(preconditioning, "sigma_data", 0.5),
@@ -129,11 +129,10 @@ def state(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
 
 def _network(modules: Mapping[str, Module], **of_data: int) -> UNet | EDM2:
     """The network by its constructor's arguments; attributes of modules must agree with them."""
-    inner = modules.get("model") or modules.get("unet")
-    if inner is None or inner.class_name not in NETWORKS:
+    inner = modules.get("model", modules.get("unet", Module()))
+    if inner.class_name not in NETWORKS:
         raise ValueError(
-            f"its inner network is {inner and inner.class_name}; expected one of "
-            f"{', '.join(NETWORKS)}."
+            f"its inner network is a {inner.class_name}; expected one of {', '.join(NETWORKS)}."
         )
     cls, usual = NETWORKS[inner.class_name]
     given = {
@@ -156,24 +155,23 @@ def _network(modules: Mapping[str, Module], **of_data: int) -> UNet | EDM2:
             "Conv2d": {"fused_resample": name.endswith("_aux_residual")},
         }  # fmt: skip
         for key, value in expected.get(module.class_name, {}).items():
-            _check(f"{name}.{key}", module.state.get(key, value) or 0, value)
+            _check(f"{name}.{key}", module.get(key, value) or 0, value)
     return net
 
 
 def _units(encoder: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The units of latents, raw = offset + scale x, and the name of their autoencoder."""
-    told = encoder.state if isinstance(encoder, Module) else {}
-    if "scale" not in told:
+    if not isinstance(encoder, Module) or "scale" not in encoder:
         return {}, {}
-    scale, bias = (np.asarray(told[key], np.float64).ravel() for key in ("scale", "bias"))
+    scale, bias = (np.asarray(encoder[key], np.float64).ravel() for key in ("scale", "bias"))
     units = {"offset": tuple((-bias / scale).tolist()), "scale": tuple((1 / scale).tolist())}
-    return units, {"latents": "edm2", "autoencoder_name": str(told.get("vae_name", ""))}
+    return units, {"latents": "edm2", "autoencoder_name": str(encoder.get("vae_name", ""))}
 
 
 def _attribute(module: Module, name: str) -> Any:
-    if name not in module.state:
+    if name not in module:
         raise ValueError(f"its {module.class_name} has no attribute {name}.")
-    return module.state[name]
+    return module[name]
 
 
 def _check(name: str, found: Any, expected: Any, tolerance: float = 1e-6) -> None:

@@ -67,20 +67,16 @@ class Dict(dict):
 
 
 class Namespace(Dict):
-    """The arguments of a training (argparse.Namespace), by name."""
+    """The attributes of an object, such as the arguments of a training, by name."""
 
     def __setstate__(self, state: dict) -> None:
         self.update(state)
 
 
-class Module:
-    """Placeholder of a torch module: the name of its class and its attributes."""
+class Module(Namespace):
+    """Placeholder of a torch module: its attributes by name, and the name of its class."""
 
     class_name = "ModuleDict"
-    state: Mapping[str, Any] = {}  # its attributes
-
-    def __setstate__(self, state: dict) -> None:
-        self.state = Dict(state)
 
     def inside(self, name: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
         """The module and all modules, parameters and buffers in it, by dotted names.
@@ -92,7 +88,7 @@ class Module:
         seen.add(id(self))
         yield name, self
         for kind in ("_parameters", "_buffers", "_modules"):
-            for key, value in dict(self.state.get(kind) or {}).items():
+            for key, value in dict(self.get(kind) or {}).items():
                 full = f"{name}.{key}" if name else str(key)
                 if isinstance(value, Module):
                     yield from value.inside(full, seen)
@@ -114,9 +110,8 @@ class Module:
 
 def _module(about: dict) -> Module:
     """The object of `torch_utils.persistence`, whose source text is in the file and is not used."""
-    module = Module()
+    module = Module(about["state"])
     module.class_name = str(about["class_name"])
-    module.__setstate__(about["state"])
     return module
 
 
