@@ -144,21 +144,33 @@ def test_snapshots_give_the_official_outputs(path):
         assert error(found[name], arrays[name]) < limit, name
 
 
-@pytest.mark.parametrize("path", OLD, ids=lambda path: path.stem)
+# Arguments of the official constructors, and their fields here.
+ARGUMENTS = {
+    "model_channels": "channels", "channel_mult": "channel_mult", "num_blocks": "num_blocks",
+    "channel_mult_emb": "channel_mult_emb", "attn_resolutions": "attention_resolutions",
+    "dropout": "dropout", "augment_dim": "augment_dim",
+}  # fmt: skip
+EDM2_USUAL = {"channel_mult": [1, 2, 3, 4], "num_blocks": 3, "attn_resolutions": [16, 8],
+              "channels_per_head": 64}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", OLD + NEW, ids=lambda path: path.stem)
 def test_hyper_parameters_are_those_of_the_constructor(path):
     checkpoint, arrays = loaded(path)
     told = json.loads(str(arrays["meta.json"]))["kwargs"]
     net, data = checkpoint.model.network, checkpoint.model.data
-    assert net.settings == (
-        told["embedding_type"], told.get("encoder_type", "standard"),
-        told.get("decoder_type", "standard"), tuple(told.get("resample_filter", [1, 1])),
-        told["channel_mult_noise"],
-    )  # fmt: skip
-    assert (net.channels, net.dropout) == (told["model_channels"], told["dropout"])
-    assert (net.augment_dim, net.num_blocks) == (told["augment_dim"], told["num_blocks"])
-    assert net.channel_mult == tuple(told["channel_mult"])
-    assert net.attention_resolutions == tuple(told["attn_resolutions"])
-    assert (data.shape, data.num_classes) == ((told["img_resolution"],) * 2 + (3,), net.num_classes)
+    usual = EDM2_USUAL if checkpoint.family == "edm2" else {}
+    for key, value in (usual | told).items():
+        if hasattr(net, name := ARGUMENTS.get(key, key)):
+            assert getattr(net, name) == (tuple(value) if isinstance(value, list) else value), key
+    if checkpoint.family == "edm":
+        assert net.settings == (
+            told["embedding_type"], told.get("encoder_type", "standard"),
+            told.get("decoder_type", "standard"), tuple(told.get("resample_filter", [1, 1])),
+            told["channel_mult_noise"],
+        )  # fmt: skip
+    assert data.shape == (told["img_resolution"],) * 2 + (told["img_channels"],)
+    assert (data.num_classes, data.sigma_data) == (told["label_dim"], 0.5)
     assert data.has_null == (not told["label_dim"])
     kind = VP if "VPPrecond" in str(arrays["meta.json"]) else EDM
     assert checkpoint.model.preconditioning == kind()
@@ -194,14 +206,6 @@ OPTIONS = {
 def random_params(net, shape):
     model = Model(net, EDM(), DataInfo(shape, net.num_classes, 0.5))
     return tiny.weights(model, 0, 0.3)
-
-
-# Of the official constructors, and their fields here.
-ARGUMENTS = {
-    "model_channels": "channels", "channel_mult": "channel_mult", "num_blocks": "num_blocks",
-    "channel_mult_emb": "channel_mult_emb", "attn_resolutions": "attention_resolutions",
-    "dropout": "dropout", "augment_dim": "augment_dim",
-}  # fmt: skip
 
 
 def snapshot(net, state, size, class_name="EDMPrecond", **attributes):
