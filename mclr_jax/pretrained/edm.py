@@ -38,7 +38,8 @@ NETWORKS: dict[str, tuple[Any, dict[str, Any]]] = {
     }),
     "UNet": (EDM2, {}),
 }  # fmt: skip
-# Arguments of the constructors by other names here, and those that follow from the data.
+# Arguments of the constructors by other names here; those that follow from the data; those of EDM2
+# that are also attributes of its modules.
 RENAMED = {"model_channels": "channels", "attn_resolutions": "attention_resolutions",
            "embedding_type": "embedding", "encoder_type": "encoder",
            "decoder_type": "decoder"}  # fmt: skip
@@ -92,10 +93,10 @@ def read(content: Mapping[str, Any]) -> Checkpoint:
         )
     state, modules = module.tensors(), module.modules()
     cls, keys = PRECONDITIONINGS[module.class_name]
-    values = {field: _attribute(module, name) for field, name in keys.items()}
+    values = {field: module[name] for field, name in keys.items()}
     preconditioning = cls(**{k: type(getattr(cls(), k))(v) for k, v in values.items()})
     size, channels, classes = (
-        int(_attribute(module, name)) for name in ("img_resolution", "img_channels", "label_dim")
+        int(module[name]) for name in ("img_resolution", "img_channels", "label_dim")
     )
     twice = 2 if module.class_name == "iDDPMPrecond" else 1  # the variance
     net = _network(modules, out_channels=twice * channels, num_classes=classes)
@@ -137,14 +138,14 @@ def _network(modules: Mapping[str, Module], **of_data: int) -> UNet | EDM2:
     cls, usual = NETWORKS[inner.class_name]
     given = {
         RENAMED.get(key, key): 0 if value is None else value
-        for key, value in dict(_attribute(inner, "_init_kwargs")).items() if key not in OF_DATA
+        for key, value in dict(inner["_init_kwargs"]).items() if key not in OF_DATA
     }  # fmt: skip
     net = schema.read(cls, usual | given | of_data, "its network")
 
     adm = inner.class_name == "DhariwalUNet"
     for name, module in modules.items():
         attends = modules.keys() & {f"{name}.qkv", f"{name}.attn_qkv"}
-        heads = net.heads(_attribute(module, "out_channels")) if attends else 0
+        heads = net.heads(module["out_channels"]) if attends else 0
         expected: dict[str, dict[str, Any]] = {
             "UNet": {key: getattr(net, key, 0) for key in OF_EDM2},
             "Block": {key: getattr(net, key, 0) for key in OF_EDM2} | {"num_heads": heads},
@@ -166,12 +167,6 @@ def _units(encoder: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     scale, bias = (np.asarray(encoder[key], np.float64).ravel() for key in ("scale", "bias"))
     units = {"offset": tuple((-bias / scale).tolist()), "scale": tuple((1 / scale).tolist())}
     return units, {"latents": "edm2", "autoencoder_name": str(encoder.get("vae_name", ""))}
-
-
-def _attribute(module: Module, name: str) -> Any:
-    if name not in module:
-        raise ValueError(f"its {module.class_name} has no attribute {name}.")
-    return module[name]
 
 
 def _check(name: str, found: Any, expected: Any, tolerance: float = 1e-6) -> None:

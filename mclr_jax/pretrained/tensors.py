@@ -78,6 +78,9 @@ class Module(Namespace):
 
     class_name = "ModuleDict"
 
+    def __missing__(self, name: str) -> Any:
+        raise ValueError(f"its {self.class_name} has no attribute {name}.")
+
     def inside(self, name: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
         """The module and all modules, parameters and buffers in it, by dotted names.
 
