@@ -1,6 +1,6 @@
 """Colour emoji as images in folders by their Unicode group: a small set that everybody can make.
 
-  python benchmarks/emoji_images.py --out=photos
+  python benchmarks/emoji_images.py --out=photos --per_group=200 --groups="Food & Drink,Objects"
 
 Needs the Debian packages fonts-noto-color-emoji and unicode-data. An emoji that the font does not
 draw as one picture is left out.
@@ -8,6 +8,7 @@ draw as one picture is left out.
 
 import argparse
 import pathlib
+import random
 import re
 
 from PIL import Image, ImageDraw, ImageFont
@@ -40,16 +41,19 @@ def drawn(text: str, font: ImageFont.FreeTypeFont) -> Image.Image | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to write")
-    out, font = parser.parse_args().out, ImageFont.truetype(str(FONT), SIZE)
-    for group, texts in by_group().items():
-        pictures = {text: picture for text in texts if (picture := drawn(text, font))}
+    parser.add_argument("--groups", default="", help="separated by commas; default: all")
+    parser.add_argument("--per_group", type=int, default=0, help="number of images; 0: all")
+    given, groups, font = parser.parse_args(), by_group(), ImageFont.truetype(str(FONT), SIZE)
+    for group in given.groups.split(",") if given.groups else groups:
+        pictures = [(text, picture) for text in groups[group] if (picture := drawn(text, font))]
+        random.Random(0).shuffle(pictures)
+        folder = given.out / re.sub(r"\W+", "_", group).strip("_").lower()
         if not pictures:
             continue
-        folder = out / re.sub(r"\W+", "_", group).strip("_").lower()
         folder.mkdir(parents=True)
-        for text, picture in pictures.items():
+        for text, picture in pictures[: given.per_group or None]:
             picture.save(folder / f"{'_'.join(f'{ord(char):x}' for char in text)}.png")
-        print(f"{folder}: {len(pictures)} images")
+        print(f"{folder}: {len([*folder.iterdir()])} images")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from published import arrays_of, relative, sampled
 
 from mclr_jax import flow, generate, pretrained, samplers
 from mclr_jax.denoiser import Velocity
@@ -34,26 +35,7 @@ GIVEN = {DIT: {"heads": 2}, SIT: {"heads": 4}, REPA: {"heads": 3}}
 def published(family, file):
     """(checkpoint, arrays of the reference in our layout)."""
     found = pretrained.read(FORMATS / file, family, **GIVEN.get((family, file), {}))
-    arrays = np.load(FORMATS / f"{file}.reference.npz")
-    return found, {k: np.moveaxis(x, -3, -1) if x.ndim >= 4 else x for k, x in arrays.items()}
-
-
-def relative(got, expected):
-    return np.abs(np.asarray(got) - expected).max() / np.abs(expected).max()
-
-
-def sampled(found, labels, sampler, guided=generate.NONE, churn=None):
-    """Samples as `generate.generate` draws them."""
-    model = found.model
-    run = generate.program(
-        model, sampler.method, guided.is_second_call(model), churn is not None, None,
-        guided.channels,
-    )  # fmt: skip
-    scales = jnp.float32(guided.scales(model.null_label))
-    return run(
-        (found.params, {}), 0, jnp.arange(len(labels)), jnp.asarray(labels, jnp.int32),
-        sampler.table(model.preconditioning), scales, guided.interval or (0.0, np.inf), churn,
-    )  # fmt: skip
+    return found, arrays_of(FORMATS / f"{file}.reference.npz")
 
 
 class Injected:
