@@ -6,7 +6,6 @@ Decoded images of a folder are kept in a file, so that the next start need not d
 import concurrent.futures
 import contextlib
 import csv
-import dataclasses
 import functools
 import hashlib
 import io
@@ -61,11 +60,6 @@ class Folder:
 
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
-
-    def stamps(self, files: list[str]) -> list[tuple[str, int, int]]:
-        """Name, size and time of the last change of each file."""
-        found = ((name, os.stat(os.path.join(self.path, name))) for name in files)
-        return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
 
 
 class Examples(NamedTuple):
@@ -237,26 +231,19 @@ def in_threads(function: Callable[[np.ndarray], T], count: int) -> Iterator[T]:
         yield from threads.map(function, rows)
 
 
-@dataclasses.dataclass(frozen=True)
 class Kept:
-    """The file with the decoded images of a folder, (count, H, W, C) uint8; of another state of the
-    folder it has another name."""
+    """The file with the decoded images of a folder, (count, H, W, C) uint8, in the folder `cache`.
 
-    folder: pathlib.Path  # of such files
-    name: str  # of the set and the options of its images
-    state: str  # of the image files
-    count: int
+    Of another state of the image files, or with other options of decoding, it has another name.
+    """
 
-    @classmethod
-    def of(cls, cache: str, archive: Folder, files: list[str], *options: Any) -> "Kept":
-        """That of the images `files` as they are now, decoded with these options."""
-        texts = ([os.path.abspath(archive.path), *options], archive.stamps(files))
-        name, state = (hashlib.sha256(json.dumps(t).encode()).hexdigest()[:16] for t in texts)
-        return cls(pathlib.Path(cache).expanduser(), name, state, len(files))
-
-    @property
-    def file(self) -> pathlib.Path:
-        return self.folder / f"{self.name}-{self.state}.npy"
+    def __init__(self, cache: str, archive: Folder, files: list[str], *options: Any):
+        found = ((name, os.stat(os.path.join(archive.path, name))) for name in files)
+        stamps = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
+        texts = ([os.path.abspath(archive.path), *options], stamps)
+        self.name, state = (hashlib.sha256(json.dumps(t).encode()).hexdigest()[:16] for t in texts)
+        self.folder, self.count = pathlib.Path(cache).expanduser(), len(files)
+        self.file = self.folder / f"{self.name}-{state}.npy"
 
     def read(self) -> np.ndarray | None:
         """The images, mapped into memory; None: there is no such file, or it is damaged."""

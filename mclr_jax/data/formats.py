@@ -107,7 +107,6 @@ def _tfds(
     if encoded and (dtype := np.dtype(features["image"].np_dtype)) != np.uint8:
         raise ValueError(f"TFDS set {name!r} has images of {dtype}, expected uint8; convert them")
     where = f"TFDS set {name!r}"
-    decode = functools.partial(_decode, where, mode, resolution, background)
     decoders = {"image": tfds.decode.SkipDecoding()} if encoded else None
     records = builder.as_data_source(split=split, decoders=decoders)
 
@@ -119,7 +118,7 @@ def _tfds(
         found = record(index)
         image = found["image"]
         if encoded or resolution:
-            image = decode(image, what(index))
+            image = _decode(where, mode, resolution, background, image, what(index))
         return protocol.as_images(image, what(index)), int(found["label"])
 
     what = f"image {{}} of {where}".format
@@ -149,11 +148,11 @@ def _zip(
             "set, or of a folder config.data.held_out to the share that is held out; training does "
             "without with config.eval_examples=0"
         )
-    is_folder, lock = pathlib.Path(path).is_dir(), threading.Lock()
-    archive: Any = folders.Folder(path) if is_folder else _open(path, zipfile.ZipFile)
+    archive, lock = _open(path), threading.Lock()
     files, found, names, kind = folders.examples(archive, path, unlabelled, skip, labels)
     rows = protocol.as_labels(found, len(files), path, num_classes or np.inf)
-    arrays = all(file.lower().endswith(".npy") for file in files)
+    pictures = [file for file in files if not file.lower().endswith(".npy")]
+    arrays = not pictures
     if arrays and kind not in ("", latents):
         raise ValueError(
             f"{path} holds latents of the kind {kind!r}, and config.data.latents is {latents!r}: "
@@ -168,7 +167,8 @@ def _zip(
     def read(index: int) -> tuple[np.ndarray, int]:
         file, label = files[index], int(rows[index])
         if not file.lower().endswith(".npy"):
-            return decode(content(file), name(index)), label
+            data = content(file)
+            return _decode(path, mode(), resolution, background, data, name(index)), label
         with named(f"{path} is corrupt at {file}; get it again"):
             array = np.moveaxis(np.load(io.BytesIO(content(file))), 0, -1)
         if resolution:
@@ -185,15 +185,11 @@ def _zip(
 
     @functools.cache
     def mode() -> str:  # not asked for if the images are in the cache
-        images = (file for file in files if not file.lower().endswith(".npy"))
-        return "L" if all(map(is_grey, images)) else "RGB"
-
-    def decode(data: bytes, what: str) -> np.ndarray:
-        return _decode(path, mode(), resolution, background, data, what)
+        return "L" if all(map(is_grey, pictures)) else "RGB"
 
     kept = None
-    if is_folder and cache and not any(file.lower().endswith(".npy") for file in files):
-        kept = folders.Kept.of(cache, archive, files, resolution, background)
+    if isinstance(archive, folders.Folder) and cache and len(pictures) == len(files):
+        kept = folders.Kept(cache, archive, files, resolution, background)
     num_classes = num_classes or len(names) or protocol.count_classes(rows, path)
     source = _source(len(files), num_classes, read, lambda: rows, in_memory, name, check, names,
                      kept)  # fmt: skip
@@ -202,9 +198,7 @@ def _zip(
 
 def sizes(path: str) -> np.ndarray:
     """Width and height of each image in a zip or a folder, (n, 2), as their files say."""
-    is_folder = pathlib.Path(path).is_dir()
-    archive: Any = folders.Folder(path) if is_folder else _open(path, zipfile.ZipFile)
-    found = []
+    archive, found = _open(path), []
     for file in folders.examples(archive, path, unlabelled=True).files:
         if not file.lower().endswith(".npy"):
             with named(f"{file} in {path} {UNREADABLE}"), archive.open(file) as stream:
@@ -326,7 +320,7 @@ def _source(
     images = kept.read() if kept else None
     if images is None:
         first, _ = read(0)
-        lazy = Lazy(size, first.shape, num_classes, read, labels, False, name, class_names)
+        lazy = Lazy(size, first.shape, num_classes, read, labels, name, class_names)
         images = kept.write(lazy) if kept else None
     if images is not None:
         in_memory = images.nbytes < IN_MEMORY_BYTES if in_memory is None else in_memory
@@ -343,7 +337,10 @@ def _source(
     return source
 
 
-def _open(path: str, opener: Callable) -> Any:
+def _open(path: str, opener: Callable = zipfile.ZipFile) -> Any:
+    """The zip, the folder in its place, or what another opener gives of a file."""
+    if opener is zipfile.ZipFile and pathlib.Path(path).is_dir():
+        return folders.Folder(path)
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f"found no file {path}; check the path after the colon")
     with named(f"{path} is no intact file of its format; get it again"):

@@ -42,19 +42,8 @@ def units(kind: str, channels: int) -> tuple[tuple[float, ...], tuple[float, ...
 class _Units:
     """Attributes of a source of latents, whose last axis has the channels."""
 
-    latents: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        raise NotImplementedError
-
-    @property
-    def offset(self) -> tuple[float, ...]:
-        return units(self.latents, self.shape[-1])[0]
-
-    @property
-    def scale(self) -> tuple[float, ...]:
-        return units(self.latents, self.shape[-1])[1]
+    offset = property(lambda self: units(self.latents, self.shape[-1])[0])
+    scale = property(lambda self: units(self.latents, self.shape[-1])[1])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

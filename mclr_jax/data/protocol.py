@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from typing import Protocol
 
 import numpy as np
@@ -63,9 +63,10 @@ class Lazy:
     num_classes: int
     read: Callable[[int], tuple[np.ndarray, int]]  # index -> image, label; thread-safe
     read_labels: Callable[[], np.ndarray]
-    in_memory: bool = False
     name: Callable[[int], str] = "image {}".format  # index -> what errors call it
     class_names: tuple[str, ...] = ()
+
+    in_memory = False
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
@@ -149,7 +150,7 @@ def for_training(source: Source, indices: np.ndarray) -> tuple[np.ndarray, np.nd
     return getattr(source, "moments", source.__getitem__)(indices)
 
 
-def evenly(source: Source, count: int) -> np.ndarray:
+def evenly(source: Sized, count: int) -> np.ndarray:
     """The indices of at most `count` examples, evenly spaced, by which data are told apart."""
     return np.linspace(0, len(source) - 1, min(count, len(source))).astype(np.int64)
 
@@ -207,7 +208,8 @@ def check_values(images: np.ndarray, what: str) -> None:
 
     Floats in [0, 1] may be meant; they cause a warning.
     """
-    if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] not in (1, 2, 3, 4):
+    channels = images.shape[3] if images.ndim == 4 else 0
+    if channels > 4 and images.shape[1] in (1, 3):
         raise ValueError(
             f"{what} has images of shape {images.shape[1:]}, which seem to be (C, H, W); expected "
             "(H, W, C): transpose them"
@@ -216,22 +218,18 @@ def check_values(images: np.ndarray, what: str) -> None:
         return
     check_finite(images, what)
     low, high = images.min(), images.max()
-    if (
-        images.ndim == 4
-        and images.shape[3] == 8
-        and ("img-mean-std-" in what or images[..., 4:].min() > 0 > low)
-    ):
+    if channels == 8 and ("img-mean-std-" in what or images[..., 4:].min() > 0 > low):
         raise ValueError(
             f"{what} seems to hold latents: not images of 8 channels, but 4 means and 4 standard "
             "deviations for each pixel of 4 channels. In a zip, set config.data.latents to the "
             "convention by which they were made: edm2, or stable_diffusion (DiT, SiT, REPA)"
         )
-    if images.ndim == 4 and images.shape[3] in (1, 3) and high > 10:
+    if channels in (1, 3) and high > 10:
         raise ValueError(
             f"{what} has float images from {low:g} to {high:g}; expected [-1, 1], or uint8: store "
             "them as uint8, or as x / 127.5 - 1"
         )
-    if images.ndim == 4 and images.shape[3] in (1, 3) and low >= 0 and 0 < high <= 1:
+    if channels in (1, 3) and low >= 0 and 0 < high <= 1:
         logging.warning("%s has float images from %g to %g; expected [-1, 1].", what, low, high)
 
 

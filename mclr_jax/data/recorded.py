@@ -10,6 +10,7 @@ from absl import logging
 
 from mclr_jax import extras
 from mclr_jax.data.folders import divided
+from mclr_jax.data.protocol import evenly
 from mclr_jax.files import named
 from mclr_jax.schema import in_range, nearest, of_kind
 
@@ -201,9 +202,9 @@ class Windows:
         block = max(1, BLOCK // size)
         starts = np.arange(self.first, self.last, block)
         count = len(self.rows) * len(starts)
-        chosen = np.linspace(0, count - 1, min(count, max(1, SCANNED // (block * size))))
+        chosen = evenly(range(count), max(1, SCANNED // (block * size)))
         total, shift, sums, squares = 0, np.zeros(()), np.zeros(()), np.zeros(())
-        for number in chosen.astype(int).tolist():
+        for number in chosen.tolist():
             which, start = number // len(starts), starts[number % len(starts)]
             part = self.read(self.rows[which], start, min(start + block, self.last))
             part = part.reshape(-1, part.shape[-1])

@@ -147,17 +147,14 @@ class Data(Keys):
                 given["units"] = units
             shared = self.name.startswith("folder:") and not self.test and self.held_out
             source = load(self.name, "train" if shared else split, **given)
-            source = self._part(source, split) if shared else source
+            if shared:
+                rows = divided(source.labels, self.held_out)
+                if split == "train":
+                    text = "%s: %d of %d examples are held out (config.data.held_out=%g)."
+                    logging.info(text, self.name, len(rows["test"]), len(source), self.held_out)
+                source = Subset(source, rows[split])
         source = OneClass(source) if self.unconditional and source.num_classes > 1 else source
         return limit(source, self.limit, seed) if self.limit and split == "train" else source
-
-    def _part(self, source: Source, split: str) -> Source:
-        """The training or the held-out examples of a set without splits."""
-        rows = divided(source.labels, self.held_out)
-        if split == "train":
-            text = "%s: %d of %d examples are held out (config.data.held_out=%g)."
-            logging.info(text, self.name, len(rows["test"]), len(source), self.held_out)
-        return Subset(source, rows[split])
 
     def generated_source(self) -> Source:
         """The samples in `generated`."""

@@ -137,22 +137,16 @@ class FrameBlock(nn.Module):
         modulation = linear(9 * x.shape[-1], kernel_init=zeros, name="adaLN_modulation")
         parts = modulated(modulation(embedding), x, 9)
 
-        def in_space(h):
+        def attended(h: jax.Array, *options: Any) -> jax.Array:
             flat = h.reshape(-1, *h.shape[2:])
-            options = self.heads, self.dtype, self.ring, False, "space_", True
-            h_out = self_attention(flat, *options)
-            return h_out.reshape(h.shape)
+            return self_attention(flat, self.heads, self.dtype, *options).reshape(h.shape)
 
-        def in_time(h):
-            h = h.swapaxes(1, 2)
-            options = self.heads, self.dtype, self.window, self.causal, "time_"
-            h_out = self_attention(h.reshape(-1, *h.shape[2:]), *options)
-            return h_out.reshape(h.shape).swapaxes(1, 2)
-
-        def in_channels(h):
-            return feed_forward(h, self.mlp_ratio, self.dtype)
-
-        for number, change in enumerate([in_space, in_time, in_channels]):
+        changes = [
+            lambda h: attended(h, self.ring, False, "space_", True),
+            lambda h: attended(h.swapaxes(1, 2), self.window, self.causal, "time_").swapaxes(1, 2),
+            lambda h: feed_forward(h, self.mlp_ratio, self.dtype),
+        ]
+        for number, change in enumerate(changes):
             shift, scale, gate = parts[3 * number : 3 * number + 3]
             h = change(layers.layer_norm(x, self.dtype) * (1 + scale) + shift)
             x = x + gate * Dropout(self.dropout, name=f"dropout{number}")(h, dropout_keys)
@@ -184,10 +178,8 @@ class FrameDiT(_TrajectoryNetwork):
             raise ValueError(f"fields are {height}x{width}, not divisible by patch_size {p}")
         rows, columns = height // p, width // p
         embedding = self._embedding(c_noise[..., None], condition, self.width)
-        h, near = (
-            layers.space_to_depth(x.reshape(-1, *x.shape[2:]), p),
-            range(-self.reach, self.reach + 1),
-        )
+        h = layers.space_to_depth(x.reshape(-1, *x.shape[2:]), p)
+        near = range(-self.reach, self.reach + 1)
         h = jnp.concatenate([jnp.roll(h, (i, j), (1, 2)) for i in near for j in near], axis=-1)
         h = Linear(self.width, dtype=self.dtype, name="in_linear")(h)
         place = self.param("place", normal(0.02), (rows, columns, self.width))
