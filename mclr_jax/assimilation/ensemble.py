@@ -248,7 +248,7 @@ def assimilate(
     window = 1 + int((until - numbers).max())
     # the last frame to see is -1 of frames that are not read
     seen = np.concatenate([np.full(window - before, -1), until, np.full(forecast, frames)])
-    path = beginning(obs, shape, ensemble, window, forecast, state)
+    path = beginning(obs, shape, ensemble, window, forecast, state, copies=3)
     for n in range(count if state is None and obs.initial is None else 0):
         rng, twice = np.random.default_rng((seed, n)), len(states) < ensemble
         path[n, :, window] = states[rng.choice(len(states), ensemble, replace=twice)]

@@ -188,17 +188,18 @@ def _whole_tokens(model: Any, frames: int) -> int:
 
 def beginning(
     obs: Observations, shape: tuple[int, ...], ensemble: int, window: int, after: int,
-    state: State | None,
+    state: State | None, copies: int,
 ) -> np.ndarray:  # fmt: skip
     """Members (N, E, window + frames + `after`, *shape), of which frame k is at place window + k.
 
     Those of an earlier run come before it, or the `initial` state is frame 0; others are 0.
+    ValueError: a run that does not fit, or no memory for so many copies of them.
     """
     count, frames, m = obs.values.shape
     total = window + frames + after
     what = f"{count} trajectories of {ensemble} members and {total} frames"
     remedy = "Take fewer members, or a part of the trajectories or frames in each call."
-    check_memory(what, 2 * count * ensemble * total * math.prod(shape), remedy)
+    check_memory(what, copies * count * ensemble * total * math.prod(shape), remedy)
     path = np.zeros((count, ensemble, total, *shape), np.float32)
     if state is not None:
         got = (*state.members.shape[:2], *state.members.shape[3:], state.values.shape[2])
@@ -234,7 +235,7 @@ def _course(
     ahead = max(0, _whole_tokens(model, model.data.shape[0]) - window) if whole else 0
     in_range("ensemble", ensemble, 1)
     in_range("forecast", forecast, 0)
-    path = beginning(obs, shape, ensemble, window, forecast + ahead, state)
+    path = beginning(obs, shape, ensemble, window, forecast + ahead, state, copies=2)
     path = path.reshape(-1, *path.shape[2:])
     if state is not None:
         if (held := state.members.shape[2]) < window:
