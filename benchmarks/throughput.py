@@ -5,7 +5,8 @@
 Both train the same network by Adam with an average of the weights (ours through the project's own
 update, on the devices that its commands take), and sample by 18 Heun steps. Every candidate is a
 process on the same cores; the candidates run in alternation, a round each, and a number is that of
-the fastest round. Needs the package and PyTorch (pip install -e '.[torch]'), and an idle machine.
+the fastest round. Needs the package and an idle machine, and to compare PyTorch (pip install -e
+'.[torch]').
 
 What the project does for speed on the CPU, each also measured without it:
 
@@ -22,7 +23,6 @@ import itertools
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import tempfile
@@ -58,7 +58,7 @@ def candidates(task: str, model: str, threads: int) -> dict[str, dict]:
         rows[f"loop of {LOOP}"] = ours | {"loop": LOOP}
         if model == "unet":
             rows[f"loop of {LOOP}, XLA's gradients"] = ours | {"loop": LOOP, "gradients": "xla"}
-    for mode in ("eager", "compiled"):
+    for mode in ("eager", "compiled") if importlib.util.find_spec("torch") else ():
         rows[f"torch {mode}"] = {"torch": mode}
         if model == "unet":
             rows[f"torch {mode}, channels_last"] = {"torch": mode, "channels_last": True}
@@ -160,11 +160,10 @@ def worker(task: str, model: str, settings: dict) -> None:
     serve({"first_round_seconds": images / rounds(1)["rate"]}, rounds)
 
 
-def measure(task: str, model: str, threads: int, rounds: int, skip: str) -> dict:
+def measure(task: str, model: str, threads: int, rounds: int) -> dict:
     """One row: images per second by candidate."""
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[:threads]))
-    rows = {name: settings for name, settings in candidates(task, model, threads).items()
-            if not (skip and re.search(skip, name))}  # fmt: skip
+    rows = candidates(task, model, threads)
     workers: dict[str, Worker] = {}
     with tempfile.TemporaryDirectory() as cache:
         for name, settings in rows.items():
@@ -218,10 +217,7 @@ def profile(model: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--cases", default="training sampling", help="which tasks")
-    parser.add_argument("--models", default="unet dit")
-    parser.add_argument("--threads", default="1 2")
-    parser.add_argument("--skip", default="", help="regular expression of candidates to leave out")
+    parser.add_argument("--row", default="", help="beginning of rows, such as 'training unet'")
     parser.add_argument("--profile", help="print the time of a step of this model by operation")
     parser.add_argument("--out", type=Path, default=RESULTS / "throughput.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -233,18 +229,18 @@ def main() -> None:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     chip = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
     known = (name for name in ("jax", "jaxlib", "torch") if importlib.util.find_spec(name))
-    models, threads = args.models.split(), map(int, args.threads.split())
     result: dict = {
         "machine": f"{chip or platform.processor()}, {os.cpu_count()} cores",
         "versions": {name: version(name) for name in known}, "python": platform.python_version(),
         **provenance(), "load_average": os.getloadavg(), "rows": [],
     }  # fmt: skip
-    for case in itertools.product(args.cases.split(), models, threads):
-        result["rows"].append(row := measure(*case, args.rounds, args.skip))
-        print(*case, row["images_per_second"], row["first_round_seconds"], flush=True)
-        write_json(args.out, result)
+    for case in itertools.product(("training", "sampling"), ("unet", "dit"), (1, 2)):
+        if " ".join(map(str, case)).startswith(args.row):
+            result["rows"].append(row := measure(*case, args.rounds))
+            print(*case, row["images_per_second"], row["first_round_seconds"], flush=True)
+            write_json(args.out, result)
     shares = result["training_time_by_operation"] = {}
-    for model in models:
+    for model in {row["model"]: row for row in result["rows"]}:
         command = ["taskset", "-c", "0", sys.executable, __file__, f"--profile={model}"]
         shares[model] = json.loads(subprocess.check_output(command, text=True, cwd=ROOT))
     write_json(args.out, result)
