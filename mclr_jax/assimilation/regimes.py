@@ -263,11 +263,12 @@ def _course(
 
 def counted(update: Callable[[int], Any]) -> Callable[[int, int], None]:
     """A `progress` of `assimilate` that calls `update` with the number of new whole members."""
-    done: list[int] = []
+    done = 0
 
     def progress(members: int, updates: int) -> None:
-        done.append(members)
-        update(sum(done) // updates - sum(done[:-1]) // updates)
+        nonlocal done
+        done += members
+        update(done // updates - (done - members) // updates)
 
     return progress
 

@@ -205,8 +205,8 @@ def _compare(files: Mapping[str, str], labels: Mapping[str, int], path: str, ski
         logging.warning("%s; these are left out.", text)
 
 
-def divided(labels: np.ndarray, share: float, seed: int = 0) -> dict[str, np.ndarray]:
-    """The rows of the splits "train" and "test", which has this share of each class, drawn by seed.
+def divided(labels: np.ndarray, share: float) -> dict[str, np.ndarray]:
+    """The rows of the splits "train" and "test", which has a random share of each class.
 
     A class has at least one held-out example if it has two. What is drawn of a class depends on
     its own examples alone. ValueError: no class has two.
@@ -215,7 +215,7 @@ def divided(labels: np.ndarray, share: float, seed: int = 0) -> dict[str, np.nda
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
         count = min(max(round(share * len(rows)), 1), len(rows) - 1)
-        test += np.random.default_rng([seed, label]).permutation(rows)[:count].tolist()
+        test += np.random.default_rng([0, label]).permutation(rows)[:count].tolist()
     if not test:
         raise ValueError("no class has two examples, of which one could be held out; set data.test")
     return {"train": np.setdiff1d(np.arange(len(labels)), test), "test": np.sort(test)}
