@@ -259,18 +259,19 @@ def claims(shape: str, kind: str) -> bytes:
     return archive({"images.npy": images, "labels.npy": npy(LABELS)}, None)
 
 
-def images(files: int = 6) -> dict[str, bytes]:
-    return {f"{i}.png": png(PIXELS[i]) for i in range(files)}
+def images() -> dict[str, bytes]:
+    return {f"{i}.png": png(pixels) for i, pixels in enumerate(PIXELS)}
 
 
 def odd(rng: random.Random, array: np.ndarray) -> tuple[str, np.ndarray]:
     """What was changed, and an array of another type, with other values or another shape."""
-    name, kind = rng.choice([*CHANGES]), rng.choice(TYPES)
     if rng.random() < 0.1:
         return "evil objects", np.array([Evil()] * 6, dtype=object)
+    name = rng.choice([*CHANGES])
     changed = CHANGES[name](array)
+    kind = rng.choice(TYPES) if rng.random() < 0.5 else changed.dtype
     with np.errstate(invalid="ignore"):
-        return f"{name}, {kind}", changed.astype(kind) if rng.random() < 0.5 else changed
+        return f"{name}, {kind}", changed.astype(kind)
 
 
 def hostile(rng: random.Random) -> tuple[str, str, bytes]:
