@@ -260,8 +260,8 @@ def assimilate(
     limits, step = np.asarray([mean - reach, mean + reach], np.float32), as_tree(step)
     spread: tuple[Any, ...] = ()
     if method == "enkf":
-        numbers = np.asarray([settings.inflation, settings.relaxation], np.float32)
-        spread = (*weights(obs.operator, shape, settings.radius), *numbers)
+        factors = np.asarray([settings.inflation, settings.relaxation], np.float32)
+        spread = (*weights(obs.operator, shape, settings.radius), *factors)
     some = max(1, batch_size // ensemble)
     for start in range(0, count, some):
         rows = slice(start, start + some)
