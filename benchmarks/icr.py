@@ -25,7 +25,6 @@ from tasks import ROOT, Files, Task, add_flags, config_of, run
 from mclr_jax import generate, images, runs
 from mclr_jax.config import Training
 from mclr_jax.data import pipeline
-from mclr_jax.data.sources import Data
 from mclr_jax.evaluation import evaluate, features, metrics
 from mclr_jax.experiment import Experiment
 from mclr_jax.files import read_lines, write_json
@@ -69,7 +68,7 @@ class Bench(Files):
         """Rows of `sweep.sweep`, of the run's own data."""
         return sweep.sweep(
             found.model, params, found.source("train"), found.source("test"),
-            augmentation=perturb.Augmentation(flip=flips(found.data)),
+            augmentation=perturb.Augmentation(flip=found.data.mirrored),
             num_images=self.scaled(4096, 256), **options,
         )  # fmt: skip
 
@@ -112,7 +111,7 @@ class Bench(Files):
         experiment = Experiment(Training.parse(config), self.root)
         training, base = experiment.training, runs.load(self.runs / "base")
         read = monitor.Monitor(training.icr, experiment.model, training.sampler, experiment.source,
-                               flips(training.data))  # fmt: skip
+                               training.data.mirrored)  # fmt: skip
         found = cost_of(experiment, base.weights()[0], read, INTERVAL, self.scaled(20, 1))
         self.write("cost", found, base.workdir)
 
@@ -156,11 +155,6 @@ def cost_of(
     reading = min(seconds["reading"][1:])
     return {"every_steps": every, "seconds_of_a_reading": reading, "seconds_of_a_step": per_step,
             "share_of_training": reading / (every * per_step)}  # fmt: skip
-
-
-def flips(data: Data) -> bool:
-    """Whether training shows mirrored images."""
-    return bool(data.flip or data.augment)
 
 
 def turned(readings: Sequence[tuple[int, float]]) -> int | None:

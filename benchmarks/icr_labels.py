@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 from guidance_free import NOISE, ONCE, place_of
-from icr import flips
 from image_bench import Bench, done
 from tasks import RESULTS, ROOT, Task, add_flags, run, training
 
@@ -103,7 +102,7 @@ def reading(found: runs.Run, params: Any, sigma: float, told: str) -> dict[str, 
 
     row = {}
     if told != "drawn":
-        h = features(sources[0], augmentation=perturb.Augmentation(flip=flips(found.data)))
+        h = features(sources[0], augmentation=perturb.Augmentation(flip=found.data.mirrored))
         seen = icr.views(h, sources[0].labels, sources[0].num_classes)
         for name, views in zip(READINGS, (seen, seen.within_classes), strict=False):
             row[name] = icr.ratio(views, bias_corrected=True)

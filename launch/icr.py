@@ -65,7 +65,7 @@ def main() -> None:
     with Progress(None, "image") as progress:
         rows = sweep.sweep(
             run.model, params, train, test, sigmas=sigmas, layers=layers, seed=SEED.value,
-            augmentation=perturb.Augmentation(flip=bool(run.data.flip or run.data.augment)),
+            augmentation=perturb.Augmentation(flip=run.data.mirrored),
             num_images=NUM_IMAGES.value, batch_size=BATCH_SIZE.value, progress=progress.update,
             at_labels=AT_LABELS.value,
         )  # fmt: skip

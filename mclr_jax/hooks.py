@@ -211,8 +211,8 @@ def readings(experiment: Experiment, start: int) -> list[Hook]:
     if every := training.icr.every_steps:
         from mclr_jax.representation.monitor import Monitor  # with scikit-learn: it takes a second
 
-        sampler, flip = training.sampler, bool(training.data.flip or training.data.augment)
-        monitor = Monitor(training.icr, task.model, sampler, experiment.source, flip)
+        shown = experiment.source, training.data.mirrored
+        monitor = Monitor(training.icr, task.model, training.sampler, *shown)
         found.append(Hook(every, Read(experiment, monitor)))
     if every := training.evaluate.every_steps:
         from mclr_jax.evaluation.during import Measures  # with SciPy's: it takes a second

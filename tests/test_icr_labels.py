@@ -26,8 +26,8 @@ def found(tmp_path_factory):
         experiment.model.init(jax.random.key(0)),
     )
     source = functools.partial(sources.load, "digits")
-    data = types.SimpleNamespace(flip=False, augment=0.0)
-    return types.SimpleNamespace(model=experiment.model, data=data, source=source), params
+    run = types.SimpleNamespace(model=experiment.model, data=training.data, source=source)
+    return run, params
 
 
 @pytest.mark.parametrize("told", ["null", "class"])

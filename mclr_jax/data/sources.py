@@ -120,6 +120,11 @@ class Data(Keys):
 
     where: ClassVar[str] = "config.data"
 
+    @property
+    def mirrored(self) -> bool:
+        """Whether training shows mirrored images; `augment` marks them, so that samples are not."""
+        return self.flip or self.augment > 0
+
     def source(self, split: str, seed: int, units: Any = None) -> Source:
         """The data set, in training a subset of `limit` examples drawn by `seed`.
 
