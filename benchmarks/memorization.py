@@ -79,9 +79,9 @@ def emoji(name: str, steps: int, changes: Mapping[str, Any] = {}) -> Case:
     return Case(name, 128, steps, 0, size, "fashion_mnist", "emoji")
 
 
-def tuned(name: str, limit: int, steps: int) -> Case:
+def tuned(name: str, limit: int, steps: int, seed: int = 0) -> Case:
     base = {"init_from": f"{ROOT}/runs/memorization/base", "new_labels": "drawn"}
-    return Case(name, limit, steps, 0, base, "digits", TUNED)
+    return Case(name, limit, steps, seed, base, "digits", TUNED)
 
 
 CASES = (
@@ -93,7 +93,8 @@ CASES = (
     emoji("emoji_128", 5000), Case("images_512", 512, 9000),
     fashion("fashion_narrow_256", 256, 9000, 0, NARROW),
     emoji("emoji_128_flip", 8000, {"data.flip": True}), fashion("fashion_256", 256, 10000),
-    fashion("fashion_128_seed_1", 128, 4000, 1),
+    fashion("fashion_128_seed_1", 128, 4000, 1), tuned("fine_tuned_64_seed_1", 64, 900, 1),
+    tuned("fine_tuned_128_seed_1", 128, 1800, 1),
 )  # fmt: skip
 
 
