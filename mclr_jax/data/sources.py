@@ -122,7 +122,7 @@ class Data(Keys):
 
     @property
     def mirrored(self) -> bool:
-        """Whether training shows mirrored images; `augment` marks them, so that samples are not."""
+        """True if training shows mirrored images, which `augment` marks: its samples are none."""
         return self.flip or self.augment > 0
 
     def source(self, split: str, seed: int, units: Any = None) -> Source:
