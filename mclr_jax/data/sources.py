@@ -122,7 +122,7 @@ class Data(Keys):
 
     @property
     def mirrored(self) -> bool:
-        """True if training shows mirrored images, which `augment` marks: its samples are none."""
+        """True if training shows mirrored images; with `augment` the network is told of them."""
         return self.flip or self.augment > 0
 
     def source(self, split: str, seed: int, units: Any = None) -> Source:
