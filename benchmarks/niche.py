@@ -8,7 +8,8 @@
 validation trajectories, those of an emulator with the equations in its place where these are known.
 The same trainings with --config.data.system=niche:Half, of the emulator with
 --config.network.variance=True, in DIR/half_trajectory and DIR/half_emulator, and the emulator also
-of niche:Past in DIR/half_past, are for the case `partial`; benchmarks/ is then in PYTHONPATH.
+of niche:Past in DIR/half_past, are for `--cases partial --models past emulator trajectory`;
+benchmarks/ is then in PYTHONPATH.
 Writes benchmarks/results/niche.json; rows that are there are kept.
 """
 
