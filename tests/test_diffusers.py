@@ -229,6 +229,7 @@ def test_another_way_to_sample_is_told(tmp_path, caplog):
         ("scheduler", "beta_end", 2.0, r"betas is \(0\.0001, 2\.0\)"),
         ("transformer", "norm_type", "ada_norm", "norm_type is 'ada_norm'; only 'ada_norm_zero'"),
         ("transformer", "_class_name", "UNet2DModel", "_class_name is 'UNet2DModel'; only 'DiTTr"),
+        ("transformer", "_class_name", None, "_class_name is None; only 'DiTTr"),
         ("transformer", "caption_channels", 4096, "no key 'caption_channels'"),
         ("transformer", "num_attention_heads", "4", "num_attention_heads is '4'"),
         ("transformer", "num_layers", 3, r"do not fit .*transformer_blocks\.2\..* is missing"),

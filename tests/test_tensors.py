@@ -2,9 +2,11 @@
 
 import argparse
 import collections
+import io
 import json
 import pathlib
 import pickle
+import pickletools
 import struct
 import subprocess
 import sys
@@ -148,6 +150,16 @@ def test_operations_that_take_more_memory_than_the_file_are_refused(tmp_path, co
     (tmp_path / "x").write_bytes(b"\x80\x02" + code)
     with pytest.raises(ValueError, match=match):
         tensors.load(tmp_path / "x")
+
+
+def test_a_storage_of_an_old_file_without_numbers_is_refused(tmp_path):
+    whole = (DATA / "tensors_legacy.pt").read_bytes()
+    file = io.BytesIO(whole)
+    for _ in range(4):  # magic number, protocol, sizes, tree; the list of storages follows
+        assert [*pickletools.genops(file)]
+    (tmp_path / "x.pt").write_bytes(whole[: file.tell()] + pickle.dumps([], 2))
+    with pytest.raises(ValueError, match="it has no numbers of the storage"):
+        tensors.load(tmp_path / "x.pt")
 
 
 def test_modules_without_end_and_values_that_are_no_tensors_are_refused():

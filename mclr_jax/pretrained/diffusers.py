@@ -45,7 +45,7 @@ def config(path: pathlib.Path, fixed: Mapping[str, Any], unused: Collection[str]
     found = {k: v for k, v in json.loads(path.read_text()).items() if v is not None}
     for key, value in fixed.items():
         known = value if isinstance(value, tuple) else (value,)
-        got = found.get(key, known[0])
+        got = found.get(key, None if key == "_class_name" else known[0])  # all others have defaults
         if any(one not in known for one in (got if isinstance(got, list) else [got])):
             raise ValueError(
                 f"{key} is {got!r}; only {' or '.join(map(repr, known))} is known here"

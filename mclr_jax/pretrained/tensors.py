@@ -275,7 +275,10 @@ def _load_legacy(file: io.BufferedReader | io.BytesIO, known: Names = KNOWN) -> 
         return storages.setdefault(key, np.zeros(count, dtype.value))
 
     tree = _Unpickler(file, storage, known).load()
-    for key in _Unpickler(file, known=known).load():
+    keys = _Unpickler(file, known=known).load()
+    if missing := storages.keys() - {*keys}:
+        raise EOFError(f"it has no numbers of the storage {min(missing)}")
+    for key in keys:
         count, numbers = len(storages[key]).to_bytes(8, "little"), storages[key].view(np.uint8)
         if file.read(8) != count or file.readinto(numbers.data) < len(numbers):
             raise EOFError("it is truncated")
