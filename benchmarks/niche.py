@@ -8,15 +8,13 @@
 validation trajectories, those of an emulator with the equations in its place where these are known.
 The same trainings with --config.data.system=niche:Half, of the emulator with
 --config.network.variance=True, in DIR/half_trajectory and DIR/half_emulator, and the emulator also
-of niche:Past in DIR/half_past, are for `--cases partial --models past emulator trajectory`;
-benchmarks/ is then in PYTHONPATH.
+of niche:Past in DIR/half_past, are for the case `partial`; benchmarks/ is then in PYTHONPATH.
 Writes benchmarks/results/niche.json; rows that are there are kept.
 """
 
 import argparse
 import dataclasses
 import functools
-import itertools
 import math
 import pathlib
 from typing import Any
@@ -139,6 +137,10 @@ CASES = {"plain": Case(), "abs": Case(function="abs"), "sparse": Case(4), "rare8
          "partial": Case(half=True)}  # fmt: skip
 
 
+# By whether half of the coordinates are known: for these there are no equations.
+MODELS = {False: ("equations", "emulator", "trajectory"), True: ("past", "emulator", "trajectory")}
+
+
 def solver(subject: Subject, case: Case) -> tuple[methods.Solver, int]:
     """`assimilate` of the subject, and the number of frames that its states have."""
     run, shape = subject.run, subject.run.model.data.shape[1:]
@@ -222,11 +224,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=pathlib.Path, required=True)
     parser.add_argument("--cases", choices=CASES, nargs="+", default=list(CASES))
-    parser.add_argument("--models", nargs="+", default=["equations", "emulator", "trajectory"])
+    parser.add_argument("--models", nargs="+", help="of MODELS; default: all of the case")
     parser.add_argument("--ensemble", type=int, default=0)
     flags, rows = parser.parse_args(), Rows("niche")
-    for name, model in itertools.product(flags.cases, flags.models):
-        compared(rows, flags.folder, name, model, members=flags.ensemble)
+    for name in flags.cases:
+        for model in flags.models or MODELS[CASES[name].half]:
+            compared(rows, flags.folder, name, model, members=flags.ensemble)
 
 
 if __name__ == "__main__":

@@ -240,7 +240,7 @@ def main() -> None:
             print(*case, row["images_per_second"], row["first_round_seconds"], flush=True)
             write_json(args.out, result)
     shares = result["training_time_by_operation"] = {}
-    for model in {row["model"]: row for row in result["rows"]}:
+    for model in dict.fromkeys(row["model"] for row in result["rows"]):
         command = ["taskset", "-c", "0", sys.executable, __file__, f"--profile={model}"]
         shares[model] = json.loads(subprocess.check_output(command, text=True, cwd=ROOT))
     write_json(args.out, result)

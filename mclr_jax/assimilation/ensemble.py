@@ -249,9 +249,10 @@ def assimilate(
     # the last frame to see is -1 of frames that are not read
     seen = np.concatenate([np.full(window - before, -1), until, np.full(forecast, frames)])
     path = beginning(obs, shape, ensemble, window, forecast, state, copies=3)
-    for n in range(count if state is None and obs.initial is None else 0):
-        rng, twice = np.random.default_rng((seed, n)), len(states) < ensemble
-        path[n, :, window] = states[rng.choice(len(states), ensemble, replace=twice)]
+    if state is None and obs.initial is None:
+        for n in range(count):
+            rng, twice = np.random.default_rng((seed, n)), len(states) < ensemble
+            path[n, :, window] = states[rng.choice(len(states), ensemble, replace=twice)]
     values = np.pad(obs.values, ((0, 0), (0, forecast), (0, 0)), constant_values=np.nan)
     done, fold = state.frames if state else 0, jax.vmap(jax.random.fold_in, (None, 0))
     keys = jax.vmap(fold, (0, None))(sample_keys(seed, np.arange(count)),

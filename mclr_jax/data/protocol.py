@@ -151,7 +151,7 @@ def for_training(source: Source, indices: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def evenly(source: Sized, count: int) -> np.ndarray:
-    """The indices of at most `count` examples, evenly spaced, by which data are told apart."""
+    """The indices of at most `count` examples, evenly spaced from the first to the last."""
     return np.linspace(0, len(source) - 1, min(count, len(source))).astype(np.int64)
 
 
