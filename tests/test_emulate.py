@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.stats import norm
+from scipy.stats import kstest, norm
 
 from mclr_jax import noise
 from mclr_jax.objectives.base import Batch, Models, likelihood
@@ -42,6 +42,22 @@ def test_with_a_variance_it_is_the_likelihood(power):
     one = jnp.ones((1, 1))
     slope = jax.grad(lambda v: likelihood(0.7 * one, v, 0.0, power)[0].sum())(v * one)
     assert slope == pytest.approx((1 / v - 0.49 / v**2) / 2 * v**power, rel=1e-5)
+
+
+def test_forecasts_start_beside_the_states_of_the_data():
+    """Each window has its own std, uniform in [0, input_noise]; what comes next has no noise."""
+    x, seen = RNG.normal(size=(2000, 3, 40)), {}
+
+    def forecast(states):
+        seen["states"] = np.asarray(states)
+        return 0 * states, None
+
+    loss, _ = loss_of(x, forecast, Emulate(input_noise=0.3))
+    np.testing.assert_allclose(loss, (x[:, 1:] ** 2).mean((1, 2)), rtol=1e-5)
+    std = (seen["states"] - x[:, :-1]).std((1, 2)) / 0.3
+    assert kstest(std, "uniform").statistic < 0.04
+    loss_of(x, forecast)
+    np.testing.assert_allclose(seen["states"], x[:, :-1], rtol=1e-6)
 
 
 def test_windows_of_one_frame_and_other_networks_are_refused():

@@ -67,10 +67,12 @@ def test_it_is_its_formula_on_a_ring():
         ((2, 4), {"out_channels": 4}, {0, 1, 2, 3}),
         ((2, 5, 7, 1), {"reach": 1, "out_channels": 1},
          {7 * (i % 5) + j % 7 for i in (-2, -1, 0, 1, 2) for j in (-2, -1, 0, 1, 2)}),
+        ((2, 6, 12, 1), {"reach": 1, "out_channels": 1, "patch_size": 2},
+         {12 * i + j % 12 for i in range(6) for j in range(-4, 6)}),
     ],
 )  # fmt: skip
 def test_a_state_changes_its_own_frame_within_its_reach(shape, options, reached):
-    """With one block, two times the reach; the same everywhere on a ring or a torus."""
+    """With one block, two times the reach, in patches; the same everywhere on a ring or a torus."""
     run, _ = drawn(Emulator(width=4, hidden=3, depth=1, **options), shape)
     x = RNG.normal(size=(2, *shape))
     changed = x.copy()
@@ -97,9 +99,13 @@ def test_other_shapes_and_uses_are_refused():
     for shape, options in [((4,), {}), ((1, 4, 4, 1), {}), ((2, 4, 4), {"reach": 1})]:
         with pytest.raises(ValueError, match=r"expected states \(B, F, d\), or fields"):
             Emulator(**options).init(jax.random.key(0), jnp.zeros((2, *shape)), *NONE)
-    for shape, reach, most in [((2, 8), 4, 3), ((2, 9, 4, 1), 2, 1)]:  # some place would be twice
+    crowded = [((2, 8), 4, 3, 1), ((2, 9, 4, 1), 2, 1, 1), ((2, 8, 8, 1), 2, 1, 2)]
+    for shape, reach, most, patch in crowded:  # some place would be twice
+        network = Emulator(reach=reach, patch_size=patch)
         with pytest.raises(ValueError, match=rf"reach is {reach} .* expected at most {most}, by"):
-            Emulator(reach=reach).init(jax.random.key(0), jnp.zeros((2, *shape)), *NONE)
+            network.init(jax.random.key(0), jnp.zeros((2, *shape)), *NONE)
+    with pytest.raises(ValueError, match=r"images are 9x4; patch_size 2 .* divisible by 2"):
+        Emulator(reach=1, patch_size=2).init(jax.random.key(0), jnp.zeros((2, 2, 9, 4, 1)), *NONE)
     model, params = small_model([0.0, 0.0])
     with pytest.raises(ValueError, match="Emulator is an emulator: it gives the next state"):
         model.denoise(params)
@@ -115,3 +121,18 @@ def test_a_field_of_one_row_is_a_ring():
     for shape in ((7, 1, 1), (1, 7, 1)):
         got = field.apply({"params": params}, jnp.float32(x.reshape(2, 1, *shape)), *NONE)
         np.testing.assert_allclose(got.reshape(2, 1, 7), ring(x), atol=1e-5)
+
+
+def test_the_values_of_a_patch_are_channels_of_a_place():
+    """By the same parameters for a field of such channels."""
+    options = {"width": 4, "hidden": 3, "depth": 1, "reach": 1, "variance": True}
+    run, params = drawn(Emulator(patch_size=2, **options), (1, 6, 6, 1))
+
+    def patches(x, last):  # (2, 1, 6, 6, last) -> (2, 1, 3, 3, 4 last)
+        x = np.asarray(x).reshape(2, 1, 3, 2, 3, 2, last)
+        return x.transpose(0, 1, 2, 4, 3, 5, 6).reshape(2, 1, 3, 3, -1)
+
+    x = RNG.normal(size=(2, 1, 6, 6, 1))
+    inputs = {"params": params}, jnp.float32(patches(x, 1)), *NONE
+    got = Emulator(**options).apply(*inputs)
+    np.testing.assert_allclose(patches(run(x), 2), got, atol=1e-5)

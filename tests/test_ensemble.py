@@ -206,6 +206,16 @@ def test_an_emulator_forecasts_in_the_units_of_the_data(variance):
     np.testing.assert_allclose(change.std(0), std, atol=0.02 * variance + 1e-5)
 
 
+def test_each_state_gets_one_of_the_errors_of_an_emulator():
+    model, params = small_model(bias=[0.0, 0.0])
+    errors = np.array([[1.0, 2.0], [-3.0, 5.0], [0.0, 0.5]], np.float32)
+    x = np.zeros((3000, 2), np.float32)
+    found = ensemble.Emulator(model, params, errors)(jax.random.key(0), x)
+    kinds, counts = np.unique(found, axis=0, return_counts=True)
+    np.testing.assert_allclose(kinds, np.unique(errors, axis=0))
+    assert counts.min() > 900
+
+
 def test_all_coordinates_without_a_radius_have_weight_1():
     near, beside = ensemble.weights(Operator(Identity()), (3,), 0.0)
     assert near.tolist() == beside.tolist() == np.ones((3, 3)).tolist()

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,7 +13,7 @@ from mclr_jax.assimilation.ensemble import Limits, Settings
 from mclr_jax.assimilation.observe import Observations, Operator, Own, Select
 from mclr_jax.assimilation.schedules import Scheme
 from mclr_jax.data.sources import Data
-from mclr_jax.model import DataInfo, Model
+from mclr_jax.model import DataInfo, Model, shapes_of
 from mclr_jax.networks.emulator import Emulator
 from mclr_jax.networks.trajectory import Trajectory
 from mclr_jax.runs import Run
@@ -118,10 +119,22 @@ def test_a_method_needs_its_model(tmp_path):
         methods.method_of(trajectory, "enkf")
     with pytest.raises(ValueError, match="an emulator without noise, whose particles become one"):
         methods.method_of(emulator, "particle")
-    solve = methods.solver(emulator, None, "enkf")
-    climate = solve.args[1]
-    assert climate.shape[1:] == (2,)
-    np.testing.assert_allclose(climate[:, 1], -(climate[:, 0] % 100), atol=1e-2)
+
+
+def test_a_filter_knows_states_of_the_training_data_and_errors_of_the_emulator(tmp_path):
+    """An emulator of no change errs by what comes next; one with a variance has its own noise."""
+    for variance in (False, True):
+        emulator = a_run(tmp_path, Emulator(out_channels=2, variance=variance))
+        params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes_of(emulator.model))
+        step, climate = methods.solver(emulator, params, "enkf").args
+        assert climate.shape[1:] == (2,)
+        np.testing.assert_allclose(climate[:, 1], -(climate[:, 0] % 100), atol=1e-2)
+        if variance:
+            assert step.errors is None
+        else:
+            assert len(step.errors) > 100
+            np.testing.assert_allclose(step.errors[:, 0], 1, atol=1e-2)
+            np.testing.assert_allclose(step.errors[:, 1], -1, atol=1e-2)
 
 
 def test_only_settings_with_a_meaning_are_tuned():

@@ -51,10 +51,15 @@ class Settings(Limits):
 
 
 class Emulator(struct.PyTreeNode):
-    """The forecast of an emulator's run; with a learned variance it is random."""
+    """The forecast of an emulator's run; random with a learned variance, or with `errors`.
+
+    `errors` (M, *state) are those of forecasts of the data, in physical units. Each state gets one
+    of them: unlike a variance of each value, they know which values err together.
+    """
 
     model: Model = struct.field(pytree_node=False)
     params: Any
+    errors: Any = None
 
     def __call__(self, key: jax.Array, states: jax.Array) -> jax.Array:
         offset, scale = units(self.model)
@@ -62,7 +67,10 @@ class Emulator(struct.PyTreeNode):
         mean, variance = self.model.forecast(self.params)(x[:, None])
         if variance is not None:
             mean += jnp.sqrt(variance) * jax.random.normal(key, mean.shape)
-        return offset + scale * mean[:, 0]
+        found = offset + scale * mean[:, 0]
+        if self.errors is not None:
+            found += self.errors[jax.random.randint(key, (len(x),), 0, len(self.errors))]
+        return found
 
 
 def as_tree(step: Forecast) -> Any:

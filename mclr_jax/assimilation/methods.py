@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from absl import logging
 
@@ -29,7 +30,7 @@ GRIDS: dict[str, dict[str, tuple]] = {
     "enkf": {"radius": (2.0, 4.0, 6.0, 8.0, 0.0), "inflation": (1.0, 1.01, 1.02, 1.05, 1.1),
              "relaxation": (0.0, 0.2, 0.4)},
 }  # fmt: skip
-CLIMATE = 4096  # states of the training data that the classical filters know
+CLIMATE, ERRORS = 4096, 1024  # states and errors that the classical filters know
 FILE = "assimilation.json"  # of a run: the settings that were chosen
 
 # (observations, settings, lags, ensemble=, seed=, ...) -> members
@@ -66,10 +67,15 @@ def solver(run: Run, params: Any, method: str) -> Solver:
     """`assimilate` of `regimes` or `ensemble` for a run and a method of `method_of`."""
     if method == "trajectory":
         return functools.partial(regimes.assimilate, run.model, params)
-    source = run.source("train")
+    source, errors = run.source("train"), None
     offset, scale = regimes.units(run.model)
-    climate = offset + scale * source[evenly(source, CLIMATE)][0][:, 0]
-    step, time_step = ensemble.Emulator(run.model, params), run.model.data.time_step
+    x = source[evenly(source, CLIMATE)][0]
+    climate = offset + scale * x[:, 0]
+    if not run.model.has_variance:
+        some, forecast = x[:: -(-len(x) // ERRORS)], run.model.forecast(params)
+        ahead = jax.lax.map(lambda x: forecast(x[None, :1])[0][0, 0], some, batch_size=32)
+        errors = scale * (some[:, 1] - ahead)
+    step, time_step = ensemble.Emulator(run.model, params, errors), run.model.data.time_step
     return functools.partial(ensemble.assimilate, step, climate, method=method, time_step=time_step)
 
 

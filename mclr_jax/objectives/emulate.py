@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+
 from mclr_jax.objectives import base
 from mclr_jax.objectives.base import Batch, Loss, Models, Objective, Problem
 from mclr_jax.reductions import mean
@@ -10,8 +12,15 @@ from mclr_jax.schema import key
 
 @dataclasses.dataclass(frozen=True)
 class Emulate(Objective):
-    """Square error of the next state or, of a network with a variance, `base.likelihood`."""
+    """Square error of the next state or, of a network with a variance, `base.likelihood`.
 
+    A filter's members leave the attractor. With `input_noise` the network sees states beside it,
+    and learns the way back (Sanchez-Gonzalez et al. 2020, arXiv 2002.09405, section 3.3).
+    """
+
+    input_noise: float = key(0.0, 0.0, says="largest std of noise in the state that a forecast "
+                             "starts from, in units of the data's; each window has its own, "
+                             "uniform from 0 on")  # fmt: skip
     variance_power: float = key(0.5, 0.0, 1.0, says="see base.likelihood, if it has a variance")
 
     def __call__(self, models: Models, problem: Problem, batch: Batch, keys) -> Loss:
@@ -23,9 +32,17 @@ class Emulate(Objective):
                 "emulator and two frames or more: set config.network.name="
                 "mclr_jax.networks.emulator:Emulator and config.data.frames=2."
             )
-        estimate, variance = models.forecast(batch.x0[:, :-1])
-        target = batch.x0[:, 1:]
+        x, target = batch.x0[:, :-1], batch.x0[:, 1:]
+        if self.input_noise:
+            x = x + self.input_noise * jax.vmap(_noise)(keys, x)
+        estimate, variance = models.forecast(x)
         if variance is not None:
             return base.likelihood(estimate, variance, target, self.variance_power)
         error = base.per_example((estimate - target) ** 2)
         return error, {"error": mean(error)}
+
+
+def _noise(key: jax.Array, x: jax.Array) -> jax.Array:
+    """Noise of the shape of x with a standard deviation that is uniform in [0, 1]."""
+    k_std, k_noise = jax.random.split(key)
+    return jax.random.uniform(k_std) * jax.random.normal(k_noise, x.shape, x.dtype)
