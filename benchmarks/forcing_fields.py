@@ -25,7 +25,16 @@ from typing import Any
 
 import numpy as np
 from tasks import Rows
-from trajectory_rows import Subject, ahead_of, analysed, chosen, parser, some_of, stored_rmse
+from trajectory_rows import (
+    Subject,
+    ahead_of,
+    analysed,
+    chosen,
+    parser,
+    some_of,
+    stored_rmse,
+    tuning,
+)
 
 from mclr_jax.assimilation import methods, observe, scores
 
@@ -70,17 +79,6 @@ def forecast(subject: Subject, path, scheme: Any, asked: dict, **options) -> dic
     }  # fmt: skip
 
 
-def tuning(subject: Subject, path, members: int) -> dict:
-    """The settings of the ensemble Kalman filter, chosen on the first trajectories of a file."""
-    arrays = observe.load(path)
-    seen, truth = some_of(observe.parse(arrays, path), TUNED_ON), arrays["truth"][:TUNED_ON]
-    grid = methods.grid_of("enkf", seen, truth.shape[2:])
-    start, ahead = methods.SETTINGS["enkf"](), ahead_of("filter", truth.shape[1])
-    best, tried = methods.tuned(subject.solve, start, grid, truth, seen, ahead, ensemble=members)
-    return {"plan": {key: getattr(best, key) for key in grid}, "tried": tried, **subject.name,
-            "trajectories": TUNED_ON}  # fmt: skip
-
-
 def main() -> None:
     found = parser(__doc__)
     found.add_argument("--system", choices=["lorenz96", "ks"], required=True)
@@ -111,9 +109,11 @@ def main() -> None:
         start, grid = TASKS[task]
         if subject.method == "enkf":
             path = flags.folder / f"{flags.system}_validation.npz"
+            arrays = observe.load(path)
+            data = some_of(observe.parse(arrays, path), TUNED_ON), arrays["truth"][:TUNED_ON]
             asked = {"system": flags.system, "task": "tuning", "set": "validation",
                      "members": flags.ensemble, "equations": flags.equations}  # fmt: skip
-            best = rows.row(asked, lambda p=path: tuning(subject, p, flags.ensemble))["plan"]
+            best = rows.row(asked, lambda d=data: tuning(subject, *d, flags.ensemble))["plan"]
         else:
             best = chosen(
                 lambda plan, t=task: row(t, "validation", plan, CHOSEN_ON), start or best, grid

@@ -4,6 +4,12 @@
   python benchmarks/navier_stokes.py --workdir=DIR
   python benchmarks/assimilation_figures.py --navier_stokes --workdir=DIR   # docs/navier_stokes.*
 
+  python -m launch.train --config=configs/navier_stokes_emulator.py --workdir=ONE
+  python benchmarks/navier_stokes.py --workdir=ONE [--equations]
+
+is an emulator, or the equations, in an ensemble Kalman filter, whose settings are chosen by the
+CRPS of the filter on two trajectories of the validation set.
+
 results/README.md explains the protocol and the rows. The settings in SCHEMES were chosen on the set
 "validation" with half as many trajectories and members. Writes the rows of the set "test" (or
 --set=validation) into benchmarks/results/navier_stokes.json, and the members of the first
@@ -21,14 +27,16 @@ import numpy as np
 from assimilation import SETS
 from scipy.stats import norm
 from tasks import Rows
-from trajectory_rows import Subject, ahead_of, parser
+from trajectory_rows import Subject, ahead_of, parser, tuning
 
 from mclr_jax.assimilation import observe, scores
+from mclr_jax.assimilation.ensemble import Settings
 from mclr_jax.assimilation.schedules import Scheme
 from mclr_jax.assimilation.trajectories import Trajectories
 from mclr_jax.files import provenance, save_arrays, write_json
 
-FRAMES, STD, MEMBERS, BATCH = 16, 0.05, 8, 16
+FRAMES, STD, MEMBERS, BATCH, FILTER_MEMBERS = 16, 0.05, 8, 16, 100
+TUNED_ON, GRID = 2, {"radius": (4.0, 6.0, 8.0, 12.0, 16.0)}  # of an ensemble Kalman filter
 OPERATORS = {"random": observe.Random(0.1), "downsample": observe.Downsample(4)}
 LEVELS = {"sigma_min": 0.05, "sigma_max": 10.0}
 SCHEMES = {
@@ -149,9 +157,11 @@ def main() -> None:
     found.add_argument("--set", choices=SETS, default="test")
     found.add_argument("--operators", choices=OPERATORS, nargs="+", default=[*OPERATORS])
     found.add_argument("--regimes", choices=SCHEMES, nargs="+", default=[*SCHEMES])
+    found.add_argument("--equations", action="store_true", help="in place of the emulator")
     flags = found.parse_args()
-    subject, rows = Subject(flags.workdir), Rows("navier_stokes")
-    if "denoising" not in rows.content():
+    subject, rows = Subject(flags.workdir, "", flags.equations), Rows("navier_stokes")
+    is_filter = subject.method == "enkf"
+    if not is_filter and "denoising" not in rows.content():
         more = {"step": subject.name["step"], "made_by": provenance()}
         write_json(rows.path, rows.content() | {"denoising": denoising(subject) | more})
 
@@ -160,9 +170,9 @@ def main() -> None:
         shown = {"spectrum_truth": spectrum(truth)}
         if method == "interpolation":
             return baseline(truth, obs, regime) | shown
-        members, seconds = subject.estimate(
-            obs, SCHEMES[regime], ahead_of(regime, FRAMES), ensemble=MEMBERS, batch_size=BATCH
-        )
+        scheme = Settings(**best[name]) if is_filter else SCHEMES[regime]
+        options = {"ensemble": FILTER_MEMBERS if is_filter else MEMBERS, "batch_size": BATCH}
+        members, seconds = subject.estimate(obs, scheme, ahead_of(regime, FRAMES), **options)
         if flags.set == "test":
             save_arrays(
                 flags.workdir / f"{name}_{regime}.npz", members=members[0, ..., 0],
@@ -172,12 +182,22 @@ def main() -> None:
         row |= scores.summary(members, truth, subject.run.model.data.scale)
         return row | {"spectrum_members": spectrum(members), "seconds": seconds} | shown
 
-    methods = {"interpolation": ("frame", *flags.regimes), "model": flags.regimes}
+    best: dict[str, dict] = {}
+    for name in flags.operators if is_filter else ():
+        truth, seen = problem(name, "validation", TUNED_ON)
+        asked = {"set": "validation", "operator": name, "regime": "tuning", **subject.name}
+        make = functools.partial(tuning, subject, seen, truth, FILTER_MEMBERS, **GRID)
+        best[name] = rows.row(asked, make)["plan"]
+
+    methods = {"interpolation": ("frame", *flags.regimes), subject.method: flags.regimes}
     for method, regimes in methods.items():
         for name, regime in itertools.product(flags.operators, regimes):
             asked = {"set": flags.set, "operator": name, "regime": regime, "method": method}
-            if method == "model":
-                asked |= {**subject.name, "plan": dataclasses.asdict(SCHEMES[regime])}
+            if is_filter and method == "enkf":
+                asked |= {**subject.name, "plan": best[name], "members": FILTER_MEMBERS}
+            elif method == "trajectory":
+                plan = dataclasses.asdict(SCHEMES[regime])
+                asked |= {"method": "model", **subject.name, "plan": plan}
             rows.row(asked, functools.partial(estimate, name, regime, method))
 
 

@@ -44,8 +44,9 @@ class Subject:
         Those of a classical filter, which takes seconds, without those of compilation.
         """
         if self.method == "enkf":
-            options["batch_size"] = 4 * options["ensemble"]
-            self.solve(some_of(seen, 4), scheme, ahead, **options)
+            together = 1 if len(self.run.model.data.shape) > 2 else 4  # fields take longer
+            options["batch_size"] = together * options["ensemble"]
+            self.solve(some_of(seen, together), scheme, ahead, **options)
         start = time.process_time()
         found = self.solve(seen, scheme, ahead, **options)
         return found.members, time.process_time() - start
@@ -105,6 +106,18 @@ def some_of(whole: observe.Observations, count: int) -> observe.Observations:
     """The first trajectories."""
     initial = None if whole.initial is None else whole.initial[:count]
     return dataclasses.replace(whole, values=whole.values[:count], initial=initial)
+
+
+def tuning(
+    subject: Subject, seen: observe.Observations, truth: np.ndarray, members: int, **grid: tuple
+) -> dict[str, Any]:
+    """The settings of a filter with the lowest CRPS; `grid` in place of that of `methods`."""
+    tried = methods.grid_of(subject.method, seen, truth.shape[2:]) | grid
+    start, ahead = methods.SETTINGS[subject.method](), ahead_of("filter", truth.shape[1])
+    options = {"ensemble": members, "batch_size": members if truth.ndim > 3 else 65_536}
+    best, rows = methods.tuned(subject.solve, start, tried, truth, seen, ahead, **options)
+    return {"plan": {key: getattr(best, key) for key in tried}, "tried": rows, **subject.name,
+            "trajectories": len(truth)}  # fmt: skip
 
 
 def stored_rmse(path: pathlib.Path, regime: str, trajectories: int) -> dict[str, float]:

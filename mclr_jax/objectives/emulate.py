@@ -19,8 +19,8 @@ class Emulate(Objective):
     """
 
     input_noise: float = key(0.0, 0.0, says="largest std of noise in the state that a forecast "
-                             "starts from, in units of the data's; each window has its own, "
-                             "uniform from 0 on")  # fmt: skip
+                             "starts from, in units of the data's; most windows have much "
+                             "less")  # fmt: skip
     variance_power: float = key(0.5, 0.0, 1.0, says="see base.likelihood, if it has a variance")
 
     def __call__(self, models: Models, problem: Problem, batch: Batch, keys) -> Loss:
@@ -43,6 +43,6 @@ class Emulate(Objective):
 
 
 def _noise(key: jax.Array, x: jax.Array) -> jax.Array:
-    """Noise of the shape of x with a standard deviation that is uniform in [0, 1]."""
+    """Noise of the shape of x, whose standard deviation is the third power of U(0, 1)."""
     k_std, k_noise = jax.random.split(key)
-    return jax.random.uniform(k_std) * jax.random.normal(k_noise, x.shape, x.dtype)
+    return jax.random.uniform(k_std) ** 3 * jax.random.normal(k_noise, x.shape, x.dtype)
