@@ -30,7 +30,9 @@ class Subject:
         self.solve = methods.solver(self.run, self.params, self.method)
         self.name: dict[str, Any] = {"step": step, "weights": digest(self.params)}
         if self.method != "trajectory":
-            self.name |= {"method": self.method, "seed": self.run.config["seed"]}
+            noise = self.run.config["objective"].get("input_noise", 0.0)
+            told = {"method": self.method, "seed": self.run.config["seed"], "input_noise": noise}
+            self.name |= told
         if equations:
             step, climate = self.run.source("train").dynamics.step, self.solve.args[1]
             self.solve = functools.partial(ensemble.assimilate, step, climate, method=self.method)
