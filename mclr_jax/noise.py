@@ -62,8 +62,10 @@ class Forcing(LogUniform):
 
     `shared`: one level for all frames, as in joint denoising. `independent`: one for each frame.
     `prefix`: the frames up to a random one have a lower level, which is sigma_min for half of the
-    examples; the others have one level, or levels that rise with the frame. `segments`: three parts
-    of random lengths, each with one level.
+    examples; the others have one level, or levels that rise with the frame. A share `short` of them
+    are short records, whose first frames are known: log-uniform many frames at sigma_min, those of
+    the record at one level, and the others, which do not exist, at sigma_max. `segments`: three
+    parts of random lengths, each with one level.
 
     A level is a quantile of one distribution on [sigma_min, sigma_max]: log-uniform for std = 0,
     else log-normal. Quantiles are uniform, and rise linearly where levels rise.
@@ -75,6 +77,7 @@ class Forcing(LogUniform):
     independent: float = key(0.15, 0.0, 1.0, says="share with a level of its own for each frame")
     prefix: float = key(0.25, 0.0, 1.0, says="share with a lower level in the first frames")
     segments: float = key(0.25, 0.0, 1.0, says="share with three parts")
+    short: float = key(0.0, 0.0, 1.0, says="share, of `prefix`, of short records")
     mean: float = key(-1.0, -20.0, 20.0, says="of ln sigma, if std > 0")
     std: float = key(0.0, 0.0, 10.0, says="of ln sigma; 0: log-uniform")
 
@@ -112,6 +115,11 @@ class Forcing(LogUniform):
         tail = low + (high - low) * (frame - start) / jnp.maximum(frames - 1 - start, 1)
         before = jnp.where(own[-1] < 0.5, 0, third * jnp.where(rises, low, high))
         prefix = jnp.where(frame < start, before, jnp.where(rises, tail, high))
+        if self.short:
+            known = jnp.floor(jnp.exp(second * math.log(max(frames, 2))))
+            ends = known + 1 + jnp.floor(third * (frames - known))
+            record = jnp.where(frame < known, 0, jnp.where(frame < ends, first, 1))
+            prefix = jnp.where(own[frames // 2] < self.short, record, prefix)
 
         parts = (frame[:, None] >= places).sum(-1)
         segments = jnp.stack([first, second, third])[parts]

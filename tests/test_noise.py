@@ -86,6 +86,29 @@ def test_patterns_of_forcing_have_their_shapes():
     assert np.median(np.abs(second)) < 1e-5  # linearly
 
 
+def test_short_records_have_known_frames_and_frames_that_do_not_exist():
+    """Sigma_min in 1, ... frames, as many of 1 as of 2 and 3; one level; then sigma_max."""
+    found = quantiles(prefix=1.0, short=1.0)
+    known, after = (found < 1e-6).sum(1), (found > 1 - 1e-6).sum(1)
+    assert np.diff(found).min() > -1e-5
+    assert {*known} == {*range(1, FRAMES)}
+    shares = np.log2([2 / 1, 4 / 2, 8 / 4]) / np.log2(FRAMES)
+    np.testing.assert_allclose(
+        [(known == 1).mean(), np.isin(known, (2, 3)).mean(), np.isin(known, (4, 5, 6, 7)).mean()],
+        shares, atol=0.03,
+    )  # fmt: skip
+    lengths = FRAMES - after[known == 1]  # of the records
+    assert {*lengths} == {*range(2, FRAMES + 1)}
+    np.testing.assert_allclose((lengths == FRAMES).mean(), 1 / (FRAMES - 1), atol=0.03)
+    level = found[(known == 1) & (after < FRAMES - 2)][:, 1:3]
+    assert np.ptp(level, axis=1).max() < 1e-5
+    np.testing.assert_allclose(
+        np.histogram(level[:, 0], 4, (0, 1))[0] / len(level), 0.25, atol=0.05
+    )
+    some = quantiles(prefix=1.0, short=0.5)
+    assert abs((some[:, -1] > 1 - 1e-6).mean() - 0.5 * (after > 0).mean()) < 0.04
+
+
 def test_patterns_of_forcing_have_their_shares():
     found = quantiles(shared=0.4, independent=0.3, segments=0.3)
     changes = (np.abs(np.diff(found)) > 1e-6).sum(1)
