@@ -11,7 +11,6 @@ process that dies leaves the other rows. docs/results/h200.md explains the secti
 """
 
 import argparse
-import json
 import os
 import pathlib
 import platform
@@ -29,6 +28,9 @@ from mclr_jax.schema import nearest
 SECTIONS = ("parity", "throughput", "plan", "torch", "sampling", "resume", "objectives", "layouts",
             "rivals")  # in the order of their value, if time ends  # fmt: skip
 ALONE = ("throughput", "layouts", "rivals")  # a process for each row
+SHOWN = ("passed", "batch_size", "over_first", "skipped", "error")  # of a row, when it is made
+ONLY_CPU = ("JAX found no accelerator, only the CPU. Install JAX for yours (pip install 'jax[tpu]' "
+            "or 'jax[cuda12]'), or try small shapes on the CPU with --tiny.")  # fmt: skip
 NO_DEVICE, AGAIN = 2, 3  # exit statuses of the process of a section
 SCRIPT = __file__
 
@@ -48,15 +50,11 @@ def inside(
     import alternation
     import jax
 
-    if not jax.config.jax_compilation_cache_dir:  # as cpu.keep_compiled
-        cache = pathlib.Path.home() / ".cache" / "mclr_jax" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+    from mclr_jax.cpu import keep_compiled
+
+    keep_compiled()
     if jax.default_backend() == "cpu" and not tiny:
-        print(
-            "JAX found no accelerator, only the CPU. Install JAX for yours (pip install 'jax[tpu]' "
-            "or 'jax[cuda12]'), or try small shapes on the CPU with --tiny.",
-            file=sys.stderr,
-        )
+        print(ONLY_CPU, file=sys.stderr)
         return NO_DEVICE
     made_by = {**provenance(), **versions()}
     every = measured.all_rows(measured.TINY if tiny else measured.FULL)
@@ -78,7 +76,8 @@ def inside(
                 found = {"error": alternation.first_lines(error)}
             seconds = round(time.perf_counter() - start, 2)
             store(out, {**begun, **found, "seconds_of_row": seconds})
-            print(f"{section}, {name} ({seconds} s): {summary(found)}", flush=True)
+            shown = {key: found[key] for key in SHOWN if key in found} or found
+            print(f"{section}, {name} ({seconds} s): {str(shown)[:400]}", flush=True)
             if section in ALONE and not tiny:
                 return AGAIN
     return 0
@@ -97,21 +96,15 @@ def versions() -> dict[str, str]:
             "python": platform.python_version(), **parts}  # fmt: skip
 
 
-def summary(found: Mapping[str, Any]) -> str:
-    """What a row says, in few words."""
-    shown = ("passed", "batch_size", "over_first", "skipped", "error")
-    return str({key: found[key] for key in shown if key in found} or found)[:400]
-
-
 def read(out: pathlib.Path) -> list[dict[str, Any]]:
     """The rows that are stored."""
-    return json.loads(out.read_text())["rows"] if out.exists() else []
+    return tasks.Rows(out).content()["rows"]
 
 
 def store(out: pathlib.Path, row: dict[str, Any]) -> None:
     """Add a row, in place of the one with its section and name."""
-    others = [r for r in read(out) if (r["section"], r["name"]) != (row["section"], row["name"])]
-    write_json(out, {"rows": [*others, row]})
+    key = {name: row[name] for name in ("section", "name")}
+    write_json(out, {"rows": [*(r for r in read(out) if not key.items() <= r.items()), row]})
 
 
 def good(row: Mapping[str, Any]) -> bool:

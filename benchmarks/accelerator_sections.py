@@ -133,9 +133,8 @@ TINY = Size({"MLP": TINY_MLP, "DiT": TINY_DIT}, TINY_MLP, 8, 1, 4, 64, 2, 0.0, (
 
 def error(found: Any, wanted: Any) -> float:
     """Norm of the difference of two trees over the norm of the second, in float64."""
-    flat = (np.concatenate([np.ravel(np.float64(x)) for x in jax.tree.leaves(tree)])
-            for tree in (found, wanted))  # fmt: skip
-    (found, wanted) = flat
+    found, wanted = (np.concatenate([np.ravel(np.float64(x)) for x in jax.tree.leaves(tree)])
+                     for tree in (found, wanted))  # fmt: skip
     above, below = np.linalg.norm(found - wanted), np.linalg.norm(wanted)
     return float(above / below if below else above > 0)
 
@@ -226,11 +225,10 @@ def objective_step(name: str, size: Size) -> dict[str, Any]:
             new, metrics = jax.device_get(update(*jax.device_put(arguments, device)))
         return jax.tree.map(np.subtract, new, state), metrics
 
-    (change, metrics), (wanted, wanted_metrics) = map(
-        step, (jax.devices()[0], jax.devices("cpu")[0])
-    )
-    both = zip(jax.tree.leaves(metrics), jax.tree.leaves(wanted_metrics), strict=True)
-    errors = {"update": error(change, wanted), "metrics": max(error(*pair) for pair in both)}
+    found = [step(devices[0]) for devices in (jax.devices(), jax.devices("cpu"))]
+    changes, metrics = zip(*found, strict=True)
+    both = zip(*map(jax.tree.leaves, metrics), strict=True)
+    errors = {"update": error(*changes), "metrics": max(error(*pair) for pair in both)}
     passed = all(value <= STEP_TOLERANCE for value in errors.values())
     return {**errors, "tolerance": STEP_TOLERANCE, "passed": passed}
 
@@ -411,15 +409,13 @@ def all_rows(size: Size) -> dict[str, dict[str, Row]]:
     def made(function: Callable, *arguments: Any) -> Row:
         return lambda stored: function(*arguments)
 
-    def calibrated(name: str) -> Row:
-        return lambda stored: calibration(name, stored)
-
     cases = size.cases
     torch = {f"{n}, {m}": (c, m, size) for m in TORCH for n, c in cases.items() if c.torch}
     return {
         "parity": {name: made(parity, case) for name, case in families(size).items()},
         "throughput": {n: made(throughput, c, size, ("dsm", "mclr")) for n, c in cases.items()},
-        "plan": {"peaks": made(peaks, size), **{name: calibrated(name) for name in cases}},
+        "plan": {"peaks": made(peaks, size),
+                 **{name: functools.partial(calibration, name) for name in cases}},
         "torch": {name: made(torch_training, *arguments) for name, arguments in torch.items()},
         "sampling": {name: made(sampling, case, size) for name, case in cases.items()},
         "resume": {"small": made(resume, size.small)},
@@ -429,4 +425,4 @@ def all_rows(size: Size) -> dict[str, dict[str, Row]]:
             **{name: made(layouts, case, size) for name, case in cases.items()},
         },
         "rivals": {n: made(throughput, c, size, ("dsm", *size.rivals)) for n, c in cases.items()},
-    }
+    }  # fmt: skip

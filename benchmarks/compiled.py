@@ -9,11 +9,10 @@ Writes benchmarks/results/compiled.json, row by row. It needs `pip install -e '.
 and for the rows of GPUs '.[gpu-compile]': rows whose compiler is missing are left out.
 """
 
-import argparse
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -53,11 +52,8 @@ NO_NETWORK = {"__init__", "base", "finetune", "mclr_null", "transfer", "trajecto
 TUNED = {"network.dtype": "bfloat16", "network.remat": True, "batch_size": 256,
          "num_steps": 28 * 1_281_167 // 256}  # fmt: skip
 NULL = XL | {"network.remat_policy": "weight_products"} | TUNED
-WEAK = TUNED | {
-    "network.name": "edm2",
-    "objective.wrong": "weak",
-    "companions.weak": "runs/fashion_mnist",
-}
+WEAK = TUNED | {"network.name": "edm2", "objective.wrong": "weak",
+                "companions.weak": "runs/fashion_mnist"}  # fmt: skip
 LARGE = [("v5e:4x4", "fsdp"), ("cuda:h200x8", "fsdp")]
 PUBLISHED = {
     "DiT-XL/2, null answer": NULL | {"preconditioning.name": "epsilon"},
@@ -122,7 +118,6 @@ class Case:
         self.models = {key: Training.parse(c).model(self.data) for key, c in others.items()}
 
     def step(self, topology: str, parallel: str) -> dict[str, Any]:
-        """The cost of training."""
         training = dataclasses.replace(self.training, parallel=parallel)
         return plan.planned(training, self.data, topology, self.models)
 
@@ -134,7 +129,6 @@ class Case:
         return mclr / plain
 
     def samples(self, topology: str, **options: Any) -> dict[str, Any]:
-        """The cost of drawing samples."""
         model = self.training.model(self.data)
         return plan.sampling(model, topology, self.training.sampler, **options)
 
@@ -169,25 +163,6 @@ def counted(name: str) -> list[dict[str, Any]]:
     return found
 
 
-def write_published() -> None:
-    """published_costs.json: fine-tuning published models, and training a classifier of latents."""
-    rows = [row for name in (*PUBLISHED, "DiT-XL/2's classifier") for row in counted(name)]
-    write_json(tasks.RESULTS / "published_costs.json", {**provenance(), "rows": rows})
-
-
-def ratios() -> dict[str, float]:
-    """FLOPs of a step of MCLR over those of DSM with the same batch, for each pair of cases."""
-    pairs = [name for name in CASES if f"{name}, MCLR" in CASES]
-    return {name: Case(f"{name}, MCLR").relative() for name in pairs}
-
-
-def summary(row: Mapping[str, Any]) -> str:
-    """Memory, time and compilation of a row in a line."""
-    memory, seconds = row["memory_per_chip_bytes"]["peak"], row["roofline"]["seconds_per_step"]
-    return (f"{memory} bytes of {row['chip_memory_bytes']}, at least {seconds:.2e} s a step, "
-            f"compiled in {row['compile_seconds']:.0f} s")  # fmt: skip
-
-
 def count(file: str) -> dict[str, Any]:
     """The row of configs/FILE.py in parameters.json."""
     config = tasks.config_of(file)
@@ -200,34 +175,37 @@ def count(file: str) -> dict[str, Any]:
             "parameters": tasks.parameters(model)}  # fmt: skip
 
 
-def write_parameters() -> None:
-    files = sorted(path.stem for path in (tasks.ROOT / "configs").glob("*.py"))
-    rows = [count(file) for file in files if file not in NO_NETWORK]
-    write_json(tasks.RESULTS / "parameters.json", {**provenance(), "rows": rows})
+def write(name: str, rows: list[dict[str, Any]]) -> None:
+    write_json(tasks.RESULTS / f"{name}.json", {**provenance(), "rows": rows})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--row", default="", help="beginning of the names of rows")
-    parser.add_argument("--parameters", action="store_true", help="write parameters.json alone")
-    parser.add_argument("--published", action="store_true", help="write published_costs.json alone")
-    arguments = parser.parse_args()
-    if arguments.parameters or arguments.published:
-        return (write_parameters if arguments.parameters else write_published)()
+    flags = tasks.parsed(
+        __doc__, row=("", "beginning of the names of rows"),
+        parameters=(False, "write parameters.json alone"),
+        published=(False, "write published_costs.json alone"),
+    )  # fmt: skip
+    if flags.parameters:
+        files = {path.stem for path in (tasks.ROOT / "configs").glob("*.py")} - NO_NETWORK
+        return write("parameters", [count(file) for file in sorted(files)])
+    if flags.published:
+        names = (*PUBLISHED, "DiT-XL/2's classifier")
+        return write("published_costs", [row for name in names for row in counted(name)])
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)  # seconds are those of compiling
     stored = tasks.Rows("compiled")
     if "mclr_over_dsm" not in stored.content():
-        write_json(stored.path, stored.content() | {"mclr_over_dsm": ratios()})
+        pairs = [name for name in CASES if f"{name}, MCLR" in CASES]
+        ratios = {name: Case(f"{name}, MCLR").relative() for name in pairs}
+        write_json(stored.path, stored.content() | {"mclr_over_dsm": ratios})
 
     def add(kind: str, name: str, find: Callable, **asked: Any) -> None:
-        if not name.startswith(arguments.row):
+        if not name.startswith(flags.row):
             return
         file, changes, _ = CASES[name]
 
         def make() -> dict[str, Any]:
             cost = find(Case(name), **asked)
-            print(f"{name}: {summary(cost)}", flush=True)
             if name.endswith(" answer"):
                 cost["step_flops_relative_to_dsm"] = Case(name).relative()
             return {"config": file, "changes": changes, **cost, "jax": jax.__version__}

@@ -12,7 +12,6 @@ writes the rows that are there, without making others. The second judge of the s
 pip install -e '.[features]'.
 """
 
-import argparse
 import dataclasses
 import functools
 import itertools
@@ -24,9 +23,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import figures
-from image_bench import SECOND, Bench, Model, done
+from image_bench import JUDGED_BY, SECOND, Bench, Model
 from tables import RATE
-from tasks import RESULTS, ROOT, Task, add_flags, run, training
+from tasks import RESULTS, ROOT, SEEDS, Task, done, parsed, run
 
 from mclr_jax import images
 from mclr_jax.files import save_arrays, write_json
@@ -92,40 +91,40 @@ class Comparison(Bench):
 
     def methods(self) -> dict[str, dict[float, Model]]:
         """Rows by method and strength."""
-        gammas, plain = GAMMAS[self.data], {"objective.name": "dsm", **NOISE}
-        control = functools.partial(Model, "equal_dsm", changes=plain)
+        plain, rate = {"objective.name": "dsm"}, self.config("_mclr").optimizer.learning_rate
+
+        def model(method: str, gamma: float, changes: Mapping[str, Any], **more: Any) -> Model:
+            return Model(place_of(method), gamma, {**changes, **NOISE}, **more)
+
+        def guided(method: str, changes: Mapping[str, Any], **more: Any) -> dict[float, Model]:
+            return {g: model(method, g, changes, **more) for g in GAMMAS[self.data]}
+
+        def moved(method: str, changes: Mapping[str, Any], **more: Any) -> dict[float, Model]:
+            return {p: model(method, 0.0, changes, interpolation=p, **more) for p in INTERPOLATIONS}
+
         methods = {
-            "DSM control": {0.0: control(gamma=0.0)},
-            "CFG": {g: control(gamma=g) for g in gammas},
-            "CFG in an interval": {g: control(gamma=g, interval=INTERVAL) for g in gammas},
-            "autoguidance": {g: control(gamma=g, weak="weak") for g in gammas},
+            "DSM control": {0.0: model("dsm", 0.0, plain)},
+            "CFG": guided("dsm", plain),
+            "CFG in an interval": guided("dsm", plain, interval=INTERVAL),
+            "autoguidance": guided("dsm", plain, weak="weak"),
         }
         for name, options in INPUTS.items():
-            changes = {**options, "strength": (0.0, HIGHEST), **NOISE}
             interval = INTERVAL if name.startswith("mclr") else None  # gft as published
-            own = functools.partial(Model, place_of(name), changes=changes, interval=interval)
-            methods[name] = {g: own(g) for g in gammas}
+            changes = {**options, "strength": (0.0, HIGHEST)}
+            methods[name] = guided(name, changes, interval=interval)
         for name, options in ONCE.items():
-            own = functools.partial(Model, place_of(name), 0.0, {**options, **NOISE})
-            needs = NEEDS.get(name, ())
-            methods[name] = {place: own(place, needs=needs) for place in INTERPOLATIONS}
+            methods[name] = moved(name, options, needs=NEEDS.get(name, ()))
         for name in BY_CLASS:
-            changes = {**ONCE[name], **NOISE, "class_strengths": strengths_of(name)}
-            own = functools.partial(
-                Model, place_of(f"{name} by class"), needs=(strengths_of(name),)
-            )
-            methods[f"{name} by class"] = {1.0: own(0.0, changes)}
-        rate = self.config("_mclr").optimizer.learning_rate
+            method, file = f"{name} by class", strengths_of(name)
+            changes = {**ONCE[name], "class_strengths": file}
+            methods[method] = {1.0: model(method, 0.0, changes, needs=(file,))}
         for name, factor in itertools.product(SEARCHED, LEARNING_RATES):
-            method = f"{name}{RATE}{factor:g}"
-            options = plain if name == "dsm" else ONCE[name]
-            changes = {**options, **NOISE, "optimizer.learning_rate": factor * rate}
-            at = functools.partial(Model, place_of(method), changes=changes)
+            more, faster = f"{RATE}{factor:g}", {"optimizer.learning_rate": factor * rate}
             if name == "dsm":
-                method = f"CFG in an interval{method.removeprefix(name)}"
-                methods[method] = {g: at(gamma=g, interval=INTERVAL) for g in gammas}
+                control = guided(f"{name}{more}", plain | faster, interval=INTERVAL)
+                methods[f"CFG in an interval{more}"] = control
             else:
-                methods[method] = {p: at(gamma=0.0, interpolation=p) for p in INTERPOLATIONS}
+                methods[f"{name}{more}"] = moved(f"{name}{more}", ONCE[name] | faster)
         return methods
 
     def models(self) -> dict[str, Model]:
@@ -169,17 +168,16 @@ class Comparison(Bench):
         save_arrays(path, images=images.clip(samples), labels=labels)
 
     def tasks(self, seeds: tuple[int, ...]) -> list[Task]:
-        bases = dict.fromkeys(map(self.base, seeds))
+        do, bases, judge = functools.partial, self.bases(seeds), done("classifier")
         return [
-            *(Task(f"generated_{base}", functools.partial(self.generated, base),
-                   f"generated_{base}.npz", (done(base),)) for base in bases),
+            *(Task(f"generated_{base}", do(self.generated, base), f"generated_{base}.npz",
+                   (done(base),)) for base in bases),
             Task("weak", self.train_weak, done("weak")),
-            *(Task(strengths_of(name), functools.partial(self.calibrate, name), strengths_of(name),
-                   (done(f"{place_of(name)}_0"), done("classifier"))) for name in BY_CLASS),
+            *(Task(file := strengths_of(name), do(self.calibrate, name), file,
+                   (done(f"{place_of(name)}_0"), judge)) for name in BY_CLASS),
             *(tasks := super().tasks(seeds)),
             *self.second_tasks(task.output for task in tasks),
-            Task("flops", functools.partial(self.flops, seeds[0]), f"{FLOPS}.json",
-                 (done("classifier"), done(self.base(seeds[0])))),
+            Task("flops", do(self.flops, seeds[0]), f"{FLOPS}.json", (judge, done(bases[0]))),
         ]  # fmt: skip
 
     def flops(self, seed: int) -> None:
@@ -213,10 +211,11 @@ def collect(bench: Comparison, seeds: tuple[int, ...], before: dict) -> dict:
         kept = [row for row in methods.get(method, []) if identity(row) not in made]
         if kept or found:
             methods[method] = kept + found
-    weak = ["weak"] if bench.there("weak/done") else []
-    count = training(bench.root / bench.base(seeds[0]))["parameters"]
-    return {"parameters": count, "floor": floor, "interval": INTERVAL, "options": INPUTS | ONCE,
-            "methods": methods, "other_runs": bench.trainings(seeds, *weak)}  # fmt: skip
+    weak = ["weak"] * bench.there("weak/done")
+    others = bench.trainings([*bench.bases(seeds), "classifier", *JUDGED_BY, *weak])
+    return {"parameters": others[bench.base(seeds[0])]["parameters"], "floor": floor,
+            "interval": INTERVAL, "options": INPUTS | ONCE, "methods": methods,
+            "other_runs": others}  # fmt: skip
 
 
 def identity(row: dict) -> tuple:
@@ -225,18 +224,13 @@ def identity(row: dict) -> tuple:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", choices=sorted(GAMMAS), default="fashion_mnist")
-    parser.add_argument("--base_steps", type=int, default=0, help="another base than the config's")
-    parser.add_argument("--seeds", default="0,1,2", help="of fine-tuning and sampling")
-    add_flags(parser)
-    arguments = parser.parse_args()
-    seeds = tuple(map(int, arguments.seeds.split(",")))
-    bench = Comparison(arguments.data, arguments.base_steps)
+    flags = parsed(__doc__, data=("fashion_mnist", "what is trained on", sorted(GAMMAS)),
+                   base_steps=(0, "another base than the config's"), **SEEDS)  # fmt: skip
+    bench = Comparison(flags.data, flags.base_steps)
     bench.share()
-    result = run(bench.root, bench.tasks(seeds), arguments)
+    result = run(bench.root, bench.tasks(flags.seeds), flags)
     path = RESULTS / f"guidance_free_{bench.name}.json"
-    result |= collect(bench, seeds, json.loads(path.read_text()) if path.exists() else {})
+    result |= collect(bench, flags.seeds, json.loads(path.read_text()) if path.exists() else {})
     write_json(path, result)
     equal = {
         method: own for method, rows in result["methods"].items()

@@ -9,7 +9,6 @@ and all are started again by the same command; two processes, and one, continue 
 from its last checkpoint. Writes benchmarks/results/hosts.json.
 """
 
-import argparse
 import functools
 import os
 import pathlib
@@ -42,26 +41,20 @@ SMALL = {
 }  # fmt: skip
 
 
-def start(count: int, *arguments: str) -> list[subprocess.Popen]:
-    """`count` processes of launch.train, which meet on this machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    command = [sys.executable, "-m", "launch.train", *arguments]
-    command += [f"--coordinator={address}", f"--num_processes={count}"]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(tasks.ROOT)}
-    options = {"cwd": tasks.ROOT, "env": environment}
-    return [subprocess.Popen([*command, f"--process_id={i}"], **options) for i in range(count)]
-
-
 def train(count: int, workdir: pathlib.Path, parallel: str, kill_at: int = 0) -> dict[str, Any]:
-    """Train by `count` processes; with `kill_at` kill process 2 after this step.
+    """Train by `count` processes, which meet on this machine; kill process 2 after step `kill_at`.
 
     Returns the exit statuses, and the seconds from the kill to the end of the last process.
     """
-    flags = [f"--config.{key}={value}" for key, value in {**SMALL, "parallel": parallel}.items()]
-    config = "--config=configs/mixture.py"
-    processes = start(count, config, f"--workdir={workdir}", *flags)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    command = [sys.executable, "-m", "launch.train", "--config=configs/mixture.py"]
+    command += [f"--workdir={workdir}", f"--coordinator={address}", f"--num_processes={count}"]
+    command += [f"--config.{key}={x}" for key, x in {**SMALL, "parallel": parallel}.items()]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(tasks.ROOT)}
+    options = {"cwd": tasks.ROOT, "env": environment}
+    processes = [subprocess.Popen([*command, f"--process_id={i}"], **options) for i in range(count)]
     killed = 0.0
     while kill_at and all(process.poll() is None for process in processes):
         if any(r["step"] >= kill_at for r in read_lines(workdir / "metrics.jsonl")):
@@ -109,16 +102,16 @@ def kill(parallel: str) -> dict[str, Any]:
             shutil.copytree(folder / "killed", path, ignore=shutil.ignore_patterns("lock"))
         train(PROCESSES, folder / "killed", parallel)
         whole, again = (content(folder / name) for name in ("whole", "killed"))
+        apart = {}
         for count, path in others.items():
             train(count, path, parallel)
+            apart[count] = difference(whole, content(path))
         checkpoint = folder / "whole" / "checkpoints" / str(STEPS)
         return {
             "parallel": parallel, "processes": PROCESSES, "steps": STEPS,
             "checkpoints_at_the_kill": saved, **ended,
             "same_bits": all(np.array_equal(whole[key], again[key]) for key in whole),
-            "relative_difference_by_processes": {
-                count: difference(whole, content(path)) for count, path in others.items()
-            },
+            "relative_difference_by_processes": apart,
             "checkpoint_bytes": sum(p.stat().st_size for p in checkpoint.rglob("*") if p.is_file()),
             "state_bytes": sum(array.nbytes for array in whole.values()),
             "temporary_checkpoints": len(list(checkpoint.parent.glob("*tmp*"))),
@@ -136,12 +129,11 @@ EXAMPLES, SECONDS = 8192, 10.0  # of the zip; of the measurement
 
 def write_zip(path: pathlib.Path, shape: tuple[int, int, int], classes: int) -> None:
     """A zip of random images, PNG, or of float32 latents if they have four channels."""
-    rng, (height, width, channels) = np.random.default_rng(0), shape
-    files = {}
+    rng, (height, width, channels), files = np.random.default_rng(0), shape, {}
     for i in range(EXAMPLES):
         if channels == 4:
-            latents = rng.normal(size=(channels, height, width)).astype(np.float32)
-            files[f"{i:06d}.npy"] = npy(latents)
+            latents = rng.normal(size=(channels, height, width))
+            files[f"{i:06d}.npy"] = npy(latents.astype(np.float32))
         else:
             pixels = rng.integers(0, 256, shape, np.uint8)
             files[f"{i:06d}.png"] = png(pixels if channels == 3 else pixels[..., 0])
@@ -187,13 +179,9 @@ ROWS: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="rows whose name has this text")
-    chosen = parser.parse_args().only
-    stored = tasks.Rows("hosts")
-    for name, make in ROWS.items():
-        if chosen in name:
-            stored.row({"name": name}, make)
+    only = tasks.parsed(__doc__, only=("", "rows whose name has this text")).only
+    for name in (name for name in ROWS if only in name):
+        tasks.Rows("hosts").row({"name": name}, ROWS[name])
 
 
 if __name__ == "__main__":

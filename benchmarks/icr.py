@@ -8,7 +8,6 @@ after an interruption. Complete parts go to benchmarks/results/icr_fashion_mnist
 docs/icr_fashion_mnist.png. Needs the package installed (pip install -e .).
 """
 
-import argparse
 import dataclasses
 import functools
 import pathlib
@@ -20,7 +19,7 @@ import figures
 import jax
 import numpy as np
 from matplotlib.figure import Figure
-from tasks import ROOT, Files, Task, add_flags, config_of, run
+from tasks import RESULTS, ROOT, TASKS, Files, Task, config_of, done, parsed, run
 
 from mclr_jax import generate, images, runs
 from mclr_jax.config import Training
@@ -33,11 +32,11 @@ from mclr_jax.training.step import make_update
 
 STEPS = {256: 30000, 1024: 24000, 4096: 6000}  # by number of images
 READINGS = 20  # along each run
-SAMPLES = 1000  # at each reading
+SAMPLES, IMAGES = 1000, 4096  # of a reading: drawn, and read
 EARLY = 0.01  # memorized fraction from which samples count as memorized
 PATIENCE = 3  # number of last readings that must lie above the minimum of ICR
 MARGIN = 0.02  # the distance above the minimum, as a share of it
-INTERVAL = 1000  # steps between readings, for their cost
+INTERVAL, DISPATCHES = 1000, 20  # steps between readings, for their cost; dispatches timed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,39 +46,25 @@ class Bench(Files):
     Attributes:
       root: of the outputs.
       runs: of benchmarks/guidance_free.py.
-      scale: share of the steps, samples and images, to try things out.
     """
 
     root: pathlib.Path
     runs: pathlib.Path
-    scale: float = 1.0
-
-    def scaled(self, number: int, least: int = 1) -> int:
-        return max(round(number * self.scale), least)
 
     def sweep(self, name: str, workdir: pathlib.Path, every_layer: bool) -> None:
         """ICR and probe accuracy of a run against sigma."""
         found = runs.load(workdir)
         layers = list(blocks.sizes(found.model)) if every_layer else []
-        rows = self.measured(found, found.weights()[0], layers=layers)
-        self.write(f"sweeps/{name}", rows, workdir)
-
-    def measured(self, found: runs.Run, params: Any, **options: Any) -> list[dict]:
-        """Rows of `sweep.sweep`, of the run's own data."""
-        return sweep.sweep(
-            found.model, params, found.source("train"), found.source("test"),
-            augmentation=perturb.Augmentation(flip=found.data.mirrored),
-            num_images=self.scaled(4096, 256), **options,
-        )  # fmt: skip
+        self.write(f"sweeps/{name}", measured(found, found.weights()[0], layers=layers), workdir)
 
     def config(self, limit: int) -> Any:
         """Patches of 7 make a step half as dear as configs/fashion_mnist.py has it; the rate is
         constant, so that the length of a run shapes nothing."""
-        steps = self.scaled(STEPS[limit], READINGS)
+        every = STEPS[limit] // READINGS
         return config_of("fashion_mnist", {
-            "data.limit": limit, "num_steps": steps, "network.patch_size": 7, "network.depth": 6,
-            "optimizer.learning_rate": 3e-3, "optimizer.schedule": "constant", "sample_every": 0,
-            "icr.every_steps": steps // READINGS, "checkpoint_every": steps // READINGS,
+            "data.limit": limit, "num_steps": STEPS[limit], "network.patch_size": 7,
+            "network.depth": 6, "optimizer.learning_rate": 3e-3, "optimizer.schedule": "constant",
+            "sample_every": 0, "icr.every_steps": every, "checkpoint_every": every,
             "keep_checkpoints": 10 * READINGS,  # all
         })  # fmt: skip
 
@@ -91,7 +76,7 @@ class Bench(Files):
         training = Training.parse(found.config)
         judge = features.load(f"classifier:{self.runs / 'judge_features'}")
         held_out = metrics.moments(judge(*test[np.arange(len(test))]).features)
-        labels = np.resize(np.arange(model.null_label), self.scaled(SAMPLES, 20))
+        labels = np.resize(np.arange(model.null_label), SAMPLES)
         sampler = dataclasses.replace(found.sampler, method="dpmpp_2m")
         rows = []
         for step, value in past(workdir, training.num_steps):
@@ -99,7 +84,7 @@ class Bench(Files):
             samples = images.clip(generate.generate(model, params, labels, sampler, batch_size=50))
             judged = metrics.moments(judge(samples, labels).features)
             share = evaluate.memorized(samples, train)
-            (seen,) = self.measured(found, params, sigmas=[training.icr.sigma])
+            (seen,) = measured(found, params, sigmas=[training.icr.sigma])
             distance = metrics.frechet_distance(judged, held_out)
             rows.append({**seen, "step": step, "icr_in_training": value, "memorized": share,
                          "frechet": distance})  # fmt: skip
@@ -112,23 +97,32 @@ class Bench(Files):
         training, base = experiment.training, runs.load(self.runs / "base")
         read = monitor.Monitor(training.icr, experiment.model, training.sampler, experiment.source,
                                training.data.mirrored)  # fmt: skip
-        found = cost_of(experiment, base.weights()[0], read, INTERVAL, self.scaled(20, 1))
+        found = cost_of(experiment, base.weights()[0], read, INTERVAL, DISPATCHES)
         self.write("cost", found, base.workdir)
 
     def tasks(self) -> list[Task]:
         """Training, curve and noise levels for each number of images; noise levels of the base."""
         do, tasks = functools.partial, []
-        for limit in STEPS:
-            name, trained = name_of(limit), (f"{name_of(limit)}/done.json",)
+        for limit, name in zip(STEPS, map(name_of, STEPS), strict=True):
+            train = do(self.train, name, "fashion_mnist", self.config(limit))
+            sweep, trained = do(self.sweep, name, self.root / name, False), done(name)
             tasks += [
-                Task(name, do(self.train, name, "fashion_mnist", self.config(limit)), trained[0]),
-                Task(f"curve_{name}", do(self.curve, limit), f"curves/{name}.json", trained),
-                Task(f"sweep_{name}", do(self.sweep, name, self.root / name, False),
-                     f"sweeps/{name}.json", trained),
-            ]  # fmt: skip
+                Task(name, train, trained),
+                Task(f"curve_{name}", do(self.curve, limit), f"curves/{name}.json", (trained,)),
+                Task(f"sweep_{name}", sweep, f"sweeps/{name}.json", (trained,)),
+            ]
         sweep = do(self.sweep, "base", self.runs / "base", True)
         return [*tasks, Task("sweep_base", sweep, "sweeps/base.json"),
                 Task("cost", self.cost, "cost.json")]  # fmt: skip
+
+
+def measured(found: runs.Run, params: Any, **options: Any) -> list[dict]:
+    """Rows of `sweep.sweep`, of the run's own data."""
+    flips = perturb.Augmentation(flip=found.data.mirrored)
+    sources = (found.source(split) for split in ("train", "test"))
+    return sweep.sweep(
+        found.model, params, *sources, augmentation=flips, num_images=IMAGES, **options
+    )
 
 
 def cost_of(
@@ -185,9 +179,9 @@ def words(name: str) -> str:
 
 def noise_claims(rows: list[dict]) -> dict:
     """The paper's claims about noise levels, for the rows of one layer."""
-    ratios, accuracies = ([row[key] for row in rows] for key in ("icr", "probe_accuracy"))
+    keys = ("icr", "probe_accuracy", "sigma")
+    ratios, accuracies, sigmas = ([row[key] for row in rows] for key in keys)
     least, best = ratios.index(min(ratios)), accuracies.index(max(accuracies))
-    sigmas = [row["sigma"] for row in rows]
     return {
         "ICR is lowest at an intermediate noise level": {
             "held": 0 < least < len(rows) - 1,
@@ -209,18 +203,17 @@ def training_claims(curves: dict[str, list[dict]]) -> dict:
         readings = [(row["step"], row["icr_in_training"]) for row in rows]
         ends = [i for i in range(1, len(rows) + 1) if turned(readings[:i]) is not None]
         copied = [row["step"] for row in rows if row["memorized"] >= EARLY]
+        (step, least), best = (min(readings, key=lambda reading: reading[1]),
+                               min(rows, key=lambda row: row["frechet"]))  # fmt: skip
         numbers = {
-            "step_of_minimum": min(readings, key=lambda r: r[1])[0],
-            "minimum": min(value for _, value in readings),
-            "last": readings[-1][1],
+            "step_of_minimum": step, "minimum": least, "last": readings[-1][1],
             "turned_up": turned(readings) is not None,
             "step_of_warning": readings[ends[0] - 1][0] if ends else None,
             "first_step_with_memorized_samples": copied[0] if copied else None,
             "memorized_at_the_end": rows[-1]["memorized"],
-            "step_of_best_frechet": min(rows, key=lambda row: row["frechet"])["step"],
-            "best_frechet": min(row["frechet"] for row in rows),
+            "step_of_best_frechet": best["step"], "best_frechet": best["frechet"],
             "last_frechet": rows[-1]["frechet"],
-        }
+        }  # fmt: skip
         early = not copied or numbers["step_of_minimum"] <= copied[0]
         claim = f"ICR turns up with {words(name)}, no later than samples are memorized"
         found[claim] = {"held": numbers["turned_up"] and early, **numbers}
@@ -230,33 +223,34 @@ def training_claims(curves: dict[str, list[dict]]) -> dict:
 def collect(bench: Bench) -> dict:
     """All complete parts, and the claims that they support."""
     names = [*map(name_of, STEPS), "base"]
-    there = [f"{kind}/{name}" for kind in ("sweeps", "curves") for name in names]
-    there = [name for name in [*there, "cost"] if bench.there(name)]
-    found = {name: bench.read(name) for name in there}
-    sweeps, curves = ({name: found[f"{kind}/{name}"] for name in names if f"{kind}/{name}" in found}
+    sweeps, curves = ({name: bench.read(f"{kind}/{name}") for name in names
+                       if bench.there(f"{kind}/{name}")}
                       for kind in ("sweeps", "curves"))  # fmt: skip
     claims: dict[str, dict] = {}
-    middle: dict[str, list] = {}
-    for name, rows in sweeps.items():
-        layers = list(dict.fromkeys(row["layer"] for row in rows))
-        layer = layers[(len(layers) - 1) // 2]
-        middle[name] = [row for row in rows if row["layer"] == layer]
-    if "base" in middle:
-        claims |= noise_claims(middle["base"])
-    few = name_of(min(STEPS))
-    if few in middle:
-        ratios = [row["icr"] for row in middle[few]]
+    if "base" in sweeps:
+        claims |= noise_claims(middle(sweeps["base"]))
+    if (few := name_of(min(STEPS))) in sweeps:
+        ratios = [row["icr"] for row in middle(sweeps[few])]
         claims[f"after training on {words(few)} ICR rises from the lowest noise level on"] = {
             "held": sorted(ratios) == ratios, "by_sigma": ratios,
         }  # fmt: skip
     claims |= training_claims(curves)
-    if cost := found.get("cost"):
+    if has_cost := bench.there("cost"):
+        cost = bench.read("cost")
         held = cost["share_of_training"] < 0.03
         claims["a reading takes under 3% of training time"] = {"held": held, **cost}
+    there = [*(f"sweeps/{n}" for n in sweeps), *(f"curves/{n}" for n in curves)]
     places = {"base": bench.runs / "base", **{n: bench.root / n for n in curves}}
     configs = {n: dict(runs.load(p).config) for n, p in places.items() if (p / "run.json").exists()}
-    return {"config": configs, "scale": bench.scale, "claims": claims, "sweeps": sweeps,
-            "curves": curves, "made_by": {name: bench.made_by(name) for name in there}}  # fmt: skip
+    made_by = {name: bench.made_by(name) for name in [*there, *["cost"] * has_cost]}
+    return {"config": configs, "claims": claims, "sweeps": sweeps, "curves": curves,
+            "made_by": made_by}  # fmt: skip
+
+
+def middle(rows: list[dict]) -> list[dict]:
+    """The rows of the middle one of the layers."""
+    layers = [*dict.fromkeys(row["layer"] for row in rows)]
+    return [row for row in rows if row["layer"] == layers[(len(layers) - 1) // 2]]
 
 
 def figure(result: dict, path: pathlib.Path) -> None:
@@ -290,17 +284,13 @@ def figure(result: dict, path: pathlib.Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", type=pathlib.Path, default=ROOT / "runs" / "icr_fashion_mnist")
-    parser.add_argument("--runs", type=pathlib.Path, default=ROOT / "runs" / "mclr_fashion_mnist")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of steps, to try it out")
-    parser.add_argument("--out", type=pathlib.Path, default=ROOT, help="has benchmarks/results")
-    add_flags(parser)
-    arguments = parser.parse_args()
-    bench = Bench(arguments.root, arguments.runs, arguments.scale)
-    result = run(bench.root, bench.tasks(), arguments) | collect(bench)
-    write_json(arguments.out / "benchmarks" / "results" / "icr_fashion_mnist.json", result)
-    figure(result, arguments.out / "docs" / "icr_fashion_mnist.png")
+    own = ROOT / "runs" / "icr_fashion_mnist"
+    flags = parsed(__doc__, root=(own, "of the outputs"), **TASKS,
+                   runs=(own.with_name("mclr_fashion_mnist"), "of guidance_free.py"))  # fmt: skip
+    bench = Bench(flags.root, flags.runs)
+    result = run(bench.root, bench.tasks(), flags) | collect(bench)
+    write_json(RESULTS / "icr_fashion_mnist.json", result)
+    figure(result, ROOT / "docs" / "icr_fashion_mnist.png")
     for claim, found in result["claims"].items():
         print("held    " if found["held"] else "NOT HELD", claim)
 

@@ -9,7 +9,6 @@ the image, and a probe reads it. The ratio within classes leaves the offset out,
 a probe has to read the image. Writes benchmarks/results/icr_labels_digits.json.
 """
 
-import argparse
 import functools
 import math
 import pathlib
@@ -18,8 +17,8 @@ from typing import Any
 
 import numpy as np
 from guidance_free import NOISE, ONCE, place_of
-from image_bench import Bench, done
-from tasks import RESULTS, ROOT, Task, add_flags, run, training
+from image_bench import Bench
+from tasks import RESULTS, ROOT, SEEDS, Task, done, parsed, run
 
 from mclr_jax import runs
 from mclr_jax.data.protocol import Arrays, Source
@@ -142,19 +141,14 @@ def collect(bench: Labels, seeds: tuple[int, ...]) -> dict:
     files = {method: file for method, file in FILES.items() if bench.there(file)}
     rows = [row for name in files.values() for row in bench.read(name)]
     names = [f"{place_of(method)}_{seed}" for method in files for seed in seeds]
-    trained = {name: training(bench.root / name) for name in ("base", "classifier", *names)}
-    return {"noise": [*NOISE.values()], "summary": summary(rows), "rows": rows, "runs": trained,
+    return {"noise": [*NOISE.values()], "summary": summary(rows), "rows": rows,
+            "runs": bench.trainings(["base", "classifier", *names]),
             "readings": {m: bench.made_by(name) for m, name in files.items()}}  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", default="0,1,2", help="of fine-tuning")
-    add_flags(parser)
-    arguments = parser.parse_args()
-    seeds = tuple(map(int, arguments.seeds.split(",")))
-    bench = Labels("digits")
-    result = run(bench.root, bench.tasks(seeds), arguments) | collect(bench, seeds)
+    flags, bench = parsed(__doc__, **SEEDS), Labels("digits")
+    result = run(bench.root, bench.tasks(flags.seeds), flags) | collect(bench, flags.seeds)
     write_json(RESULTS / "icr_labels_digits.json", result)
 
 

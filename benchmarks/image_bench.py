@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from tasks import ROOT, Files, Task, config_of, training
+from tasks import ROOT, Files, Task, config_of, done
 
 from mclr_jax import generate, images, plan, runs
 from mclr_jax.config import Training
@@ -41,6 +41,8 @@ JUDGES: dict[str, dict[str, Any]] = {
     "accuracy": {"weight_decay": 0.3, "network": {
         "name": "mlp_classifier", "width": 256, "depth": 2}},
 }  # fmt: skip
+JUDGED_BY = tuple(f"judge_{judge}" for judge in JUDGES)
+REFERENCE = "sets/real_train.json"  # what the judges say of the images that all are compared with
 METRICS = tuple(name for name in evaluate.METRICS if name != "kernel")  # and accuracy, copies
 # A second judge, which has seen neither these images nor these classes: ImageNet features.
 SECOND, SECOND_REFERENCE = "efficientnet_lite0", 10_000
@@ -70,7 +72,10 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Bench(Files):
-    """The place of everything, and how each part is made."""
+    """The place of everything, and how each part is made.
+
+    Its `models` by name are the rows of the table.
+    """
 
     data: str
     base_steps: int = 0  # of another base than that of configs/DATA.py
@@ -106,6 +111,9 @@ class Bench(Files):
     def base(self, seed: int) -> str:
         return "base" if self.settings["one_base"] else f"base_{seed}"
 
+    def bases(self, seeds: Iterable[int]) -> list[str]:
+        return [*dict.fromkeys(map(self.base, seeds))]
+
     def train_base(self, seed: int) -> None:
         config = self.config()
         config.seed = seed
@@ -116,7 +124,7 @@ class Bench(Files):
     def share(self) -> None:
         """Posterior and judges are those of the base of configs/DATA.py, where it has some."""
         own = dataclasses.replace(self, base_steps=0).root
-        for name in ("classifier", *(f"judge_{j}" for j in JUDGES)):
+        for name in ("classifier", *JUDGED_BY):
             if (own / done(name)).exists() and not (self.root / name).exists():
                 self.root.mkdir(parents=True, exist_ok=True)
                 (self.root / name).symlink_to(own / name)
@@ -154,13 +162,10 @@ class Bench(Files):
         found = runs.load(self.root / name)
         return found, found.weights(step=step, interpolation=interpolation)[0]
 
-    def guided(self, model: Model) -> generate.Guidance:
-        """The guidance of a model's samples."""
-        weak = None
-        if model.weak:
-            found, params = self.load(model.weak)
-            weak = found.model, params
-        return generate.Guidance(1 + model.gamma, interval=model.interval, weak=weak)
+    def weak(self, name: str) -> tuple[Any, Any] | None:
+        """The weak model of guidance, a work directory, and its parameters; "": none."""
+        found, params = self.load(name) if name else (None, None)
+        return found and (found.model, params)
 
     def drawn(
         self, name: str, count: int, seed: int, guided: generate.Guidance = generate.NONE,
@@ -178,9 +183,11 @@ class Bench(Files):
 
     def sample(self, model: Model, seed: int) -> None:
         """Samples of a model, judged; features are kept to compare sets of samples."""
-        count, guided = self.settings["samples"], self.guided(model)
-        drawn = self.drawn(model.workdir(seed), count, seed, guided, model.interpolation)
-        found, samples, labels, calls = drawn
+        count, weak = self.settings["samples"], self.weak(model.weak)
+        guided = generate.Guidance(1 + model.gamma, interval=model.interval, weak=weak)
+        found, samples, labels, calls = self.drawn(
+            model.workdir(seed), count, seed, guided, model.interpolation
+        )
         self.store(model.samples(seed), images.as_8_bits(samples), labels, calls, found.workdir)
 
     def real(self, split: str) -> None:
@@ -247,34 +254,31 @@ class Bench(Files):
             flops[name] = plan.step_flops(each.task, each.training.batch_size)
         return {name: value / flops["dsm"] for name, value in flops.items()}
 
-    def models(self) -> dict[str, Model]:
-        """The rows by name."""
-        raise NotImplementedError
+    def judging(self, *needs: str) -> list[Task]:
+        """The judges, which need these files, and the real images before them."""
+        do, judges, reference = functools.partial, tuple(map(done, JUDGED_BY)), REFERENCE
+        return [
+            *(Task(f"judge_{j}", do(self.judge, j), done(f"judge_{j}"), needs) for j in JUDGES),
+            Task("real_train", do(self.real, "train"), reference, judges),
+            Task("real_test", do(self.real, "test"), "sets/real_test.json", (reference,)),
+        ]
 
     def tasks(self, seeds: tuple[int, ...]) -> list[Task]:
         """All tasks, each after those it needs."""
-        do, bases = functools.partial, dict.fromkeys(map(self.base, seeds))
-        tasks = [Task("classifier", self.train_classifier, done("classifier"))]
-        tasks += [Task(f"judge_{j}", do(self.judge, j), done(f"judge_{j}")) for j in JUDGES]
-        for seed in seeds[: len(bases)]:
-            name = self.base(seed)
+        do = functools.partial
+        tasks = [Task("classifier", self.train_classifier, done("classifier")), *self.judging()]
+        for seed, name in zip(seeds, self.bases(seeds), strict=False):
             tasks.append(Task(name, do(self.train_base, seed), done(name)))
-        judges = tuple(done(f"judge_{j}") for j in JUDGES)
-        for split, needs in {"train": judges, "test": ("sets/real_train.json",)}.items():
-            real = f"real_{split}"
-            tasks.append(Task(real, do(self.real, split), f"sets/{real}.json", needs))
-        trained = {task.name for task in tasks}
         for seed, model in itertools.product(seeds, self.models().values()):
             workdir, samples = model.workdir(seed), model.samples(seed)
-            needs = tuple(need.format(base=self.base(seed)) for need in model.needs)
+            needs = (need.format(base=self.base(seed)) for need in model.needs)
             start = (done(self.base(seed)), done("classifier"), *needs)
-            if workdir not in trained:
-                tune = do(self.tune, workdir, seed, model.changes)
-                tasks.append(Task(workdir, tune, done(workdir), start))
-                trained.add(workdir)
-            read = (*map(done, filter(None, (workdir, model.weak))), "sets/real_train.json")
-            tasks.append(Task(samples, do(self.sample, model, seed), f"sets/{samples}.json", read))
-        return tasks
+            read = (*map(done, filter(None, (workdir, model.weak))), REFERENCE)
+            tasks += [
+                Task(workdir, do(self.tune, workdir, seed, model.changes), done(workdir), start),
+                Task(samples, do(self.sample, model, seed), f"sets/{samples}.json", read),
+            ]
+        return once(tasks)
 
     def second_tasks(self, outputs: Iterable[str]) -> list[Task]:
         """The second judge's tasks for the sets of images among these files."""
@@ -286,16 +290,10 @@ class Bench(Files):
             found.append(Task(f"second_{name}", run, f"second/{name}.json", needs))
         return found
 
-    def trainings(self, seeds: tuple[int, ...], *more: str) -> dict[str, dict]:
-        """How the runs were trained that no row shows: bases, classifier, judges."""
-        judges = (f"judge_{j}" for j in JUDGES)
-        names = [*dict.fromkeys(map(self.base, seeds)), "classifier", *judges, *more]
-        return {name: training(self.root / name) for name in names}
 
-
-def done(workdir: str) -> str:
-    """The file that says that a training has come to its end."""
-    return f"{workdir}/done.json"
+def once(tasks: Iterable[Task]) -> list[Task]:
+    """The tasks without those that are there twice, by name."""
+    return [*{task.name: task for task in tasks}.values()]
 
 
 def reference(path: pathlib.Path) -> evaluate.RealStatistics:

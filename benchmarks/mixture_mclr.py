@@ -9,7 +9,6 @@ noise levels of training. Every training is a process of its own on one core, as
 benchmarks/results/mixture_mclr.json. Needs the package installed.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -17,7 +16,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-from tasks import RESULTS, ROOT, Files, Task, add_flags, config_of, run, training
+from tasks import RESULTS, ROOT, TASKS, Files, Task, config_of, done, parsed, run, training
 
 from mclr_jax import guidance, mixture, noise, runs
 from mclr_jax.denoiser import natural_weight
@@ -28,10 +27,8 @@ PLAIN = {"objective.negatives": "prior"}
 VARIANTS: dict[str, dict] = {
     "mclr": {},
     "prior negatives, weighted": {"objective.negatives": "prior", "objective.weighting": "cfg"},
-    "mismatched negatives, weighted": {
-        "objective.negatives": "mismatched",
-        "objective.weighting": "cfg",
-    },
+    "mismatched negatives, weighted": {"objective.negatives": "mismatched",
+                                       "objective.weighting": "cfg"},
     "half of the negatives": {"objective.negative_share": 0.5},
     "a quarter of the negatives": {"objective.negative_share": 0.25},
     "the reference as the target": {"objective.target": "reference"},
@@ -40,7 +37,7 @@ VARIANTS: dict[str, dict] = {
     "plain": PLAIN,
     "plain, beta 0.2": PLAIN | {"objective.beta": 0.2},
     "plain, clip": PLAIN | {"objective.bound": "clip"},
-}
+}  # fmt: skip
 CLASSIFIER = {
     "objective.name": "classify", "network.name": "mlp_classifier", "network.width": 128,
     "network.depth": 4, "network.dropout": 0.0, "num_steps": 6000, "sample_every": 0,
@@ -57,27 +54,19 @@ class Bench(Files):
     def workdir(self, name: str) -> str:
         return name.replace(" ", "_").replace(",", "")
 
-    def fine_tuning(self, changes: dict) -> dict:
-        """Changes of configs/mixture_mclr.py."""
-        return {
-            "init_from": str(self.root / "base"),
-            "companions.classifier": str(self.root / "classifier"),
-            "sample_every": 0,
-            **changes,
-        }
-
     def task(self, name: str, file: str, changes: dict, *needs: str) -> Task:
         """A training, which may diverge: some variants are here to show that."""
         workdir = self.workdir(name)
         train = functools.partial(self.train, workdir, file, config_of(file, changes), True)
-        return Task(workdir, train, f"{workdir}/done.json", tuple(f"{n}/done.json" for n in needs))
+        return Task(workdir, train, done(workdir), tuple(map(done, needs)))
 
     def tasks(self) -> list[Task]:
         tasks = [self.task("base", "mixture", {}), self.task("classifier", "mixture", CLASSIFIER)]
+        own = {"init_from": str(self.root / "base"), "sample_every": 0,
+               "companions.classifier": str(self.root / "classifier")}  # fmt: skip
         for name, changes in VARIANTS.items():
-            judged = changes.get("posterior.name") == "classifier"
-            needs = ("base", "classifier") if judged else ("base",)
-            tasks.append(self.task(name, "mixture_mclr", self.fine_tuning(changes), *needs))
+            judge = ("classifier",) * (changes.get("posterior.name") == "classifier")
+            tasks.append(self.task(name, "mixture_mclr", own | changes, "base", *judge))
         return tasks
 
     def distance(
@@ -125,10 +114,8 @@ def collect(bench: Bench) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_flags(parser)
     bench = Bench()
-    result = run(bench.root, bench.tasks(), parser.parse_args()) | collect(bench)
+    result = run(bench.root, bench.tasks(), parsed(__doc__, **TASKS)) | collect(bench)
     write_json(RESULTS / "mixture_mclr.json", result)
     print(json.dumps(result["distance_to_cfg"] | result["by_strength"], indent=1))
 

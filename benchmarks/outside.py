@@ -10,22 +10,19 @@ benchmarks/results/outside.json; --collect writes the rows that are there, witho
 --torch is the Python that has torch and diffusers, if that is another.
 """
 
-import argparse
 import dataclasses
 import functools
-import itertools
 import json
 import pathlib
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from image_bench import JUDGES, SETTINGS, Bench, done
-from tasks import RESULTS, ROOT, Task, add_flags, config_of, run, training
+from image_bench import JUDGED_BY, REFERENCE, SETTINGS, Bench, once
+from tasks import RESULTS, ROOT, SEEDS, Task, config_of, done, parsed, run
 
 from mclr_jax import generate, images, pretrained, samplers
 from mclr_jax.data import sources
@@ -44,6 +41,7 @@ TUNING = {
     "log_every": 100, "checkpoint_every": 200, "steps_per_dispatch": 10, "sample_every": 0,
 }  # fmt: skip
 MCLR = {"objective.beta": 1.5, "objective.sigma_interval": INTERVAL}
+BASE = "base/run.json"  # PyTorch's base, read
 # The rows: what samples, and where its strength was chosen; "" for none.
 METHODS = {
     "base": "",
@@ -108,14 +106,9 @@ class Outside(Bench):
         largest = {name: float(np.abs(x - theirs).max()) for name, x in errors.items()}
         self.write("parity", {**made, "largest_difference": largest})
 
-    def fine_tuning(self, seed: int, changes: Mapping[str, Any]) -> Any:
-        config = config_of("finetune", {"init_from": str(self.root / "base")})
-        config.update_from_flattened_dict(TUNING | MCLR | dict(changes))
-        config.seed = seed + 1
-        return config
-
     def mclr(self, seed: int) -> None:
-        self.train(f"mclr_{seed}", "finetune", self.fine_tuning(seed, {}))
+        own = {"init_from": str(self.root / "base"), "seed": seed + 1}
+        self.train(f"mclr_{seed}", "finetune", config_of("finetune", own | TUNING | MCLR))
 
     def back(self, name: str, place: float = 1.0) -> pathlib.Path:
         """The folder of diffusers of a run; of its weights at a place."""
@@ -125,14 +118,11 @@ class Outside(Bench):
         pretrained.export(found, params, folder)
         return folder
 
-    def chosen(self, kind: str) -> float:
-        return self.read(f"chosen_{kind}")["best"]
-
     def draw(self, method: str, seed: int, strength: float | None) -> None:
         """Samples of a method, judged; None: the strength that was chosen."""
         kind, count, name = METHODS[method], COUNTS.get(seed, COUNT), named(method, seed, strength)
         if strength is None and kind:
-            strength = self.chosen(kind)
+            strength = self.read(f"chosen_{kind}")["best"]
         labels, tuned = np.arange(count) % 10, f"mclr_{seed}" if "MCLR" in method else ""
         if kind == "interval":
             guided = generate.Guidance(strength, interval=INTERVAL)
@@ -141,9 +131,7 @@ class Outside(Bench):
         else:
             path = self.root / f"{name}.npz"
             options = {"count": count, "seed": seed, "scale": strength if kind == "scale" else 1.0}
-            folder = self.root / "diffusers"
-            if tuned:
-                folder = self.back(tuned, strength or 1.0)
+            folder = self.back(tuned, strength or 1.0) if tuned else self.root / "diffusers"
             made = self.in_torch("sample", folder=str(folder), out=str(path), **options)
             with np.load(path) as file:
                 samples = file["images"][..., None]
@@ -170,43 +158,31 @@ class Outside(Bench):
         self.write(f"chosen_{kind}", {"best": best, "inside": inside, "frechet": distances})
 
     def tasks(self, seeds: tuple[int, ...]) -> list[Task]:
-        do = functools.partial
         tasks = [
             Task("diffusers", self.train_base, done("diffusers")),
-            *(Task(f"judge_{j}", do(self.judge, j), done(f"judge_{j}")) for j in JUDGES),
-            Task("real_train", do(self.real, "train"), "sets/real_train.json",
-                 tuple(done(f"judge_{j}") for j in JUDGES)),
-            Task("real_test", do(self.real, "test"), "sets/real_test.json",
-                 ("sets/real_train.json",)),
-            Task("base", self.take, "base/run.json", (done("diffusers"),)),
-            Task("parity", self.parity, "parity.json", ("base/run.json",)),
-        ]  # fmt: skip
-        last = ("MCLR, as fine-tuned", "base, CFG in an interval")
-        for some in ([method for method in METHODS if method not in last], *([m] for m in last)):
-            for method in filter(METHODS.__getitem__, some):
-                tasks += self.choice(method)
-            for seed, method in itertools.product(seeds, some):
-                tasks += self.of_method(method, seed, None)
+            *self.judging(),
+            Task("base", self.take, BASE, (done("diffusers"),)),
+            Task("parity", self.parity, "parity.json", (BASE,)),
+        ]
+        for method, kind in METHODS.items():
+            tried = [t for s in GRIDS.get(kind, ()) for t in self.of_set(method, VALIDATION, s)]
+            tasks += tried
+            if kind:
+                choose, needs = functools.partial(self.choose, method), (t.output for t in tried)
+                tasks.append(Task(f"chosen_{kind}", choose, f"chosen_{kind}.json", (*needs,)))
+            tasks += [task for seed in seeds for task in self.of_set(method, seed, None)]
         tasks += self.second_tasks(t.output for t in tasks if "_at_" not in t.output)
-        return [*{task.name: task for task in tasks}.values()]  # a fine-tuning has several places
+        return once(tasks)  # a fine-tuning has several places
 
-    def choice(self, method: str) -> list[Task]:
-        """The tasks that end with the strength of a method."""
-        kind = METHODS[method]
-        tasks = [t for s in GRIDS[kind] for t in self.of_method(method, VALIDATION, s)]
-        choose = functools.partial(self.choose, method)
-        needs = tuple(task.output for task in tasks)
-        return [*tasks, Task(f"chosen_{kind}", choose, f"chosen_{kind}.json", needs)]
-
-    def of_method(self, method: str, seed: int, strength: float | None) -> list[Task]:
+    def of_set(self, method: str, seed: int, strength: float | None) -> list[Task]:
         """The tasks for a set of samples."""
         name, tuned, kind = named(method, seed, strength), f"mclr_{seed}", METHODS[method]
         start = done(tuned) if "MCLR" in method else done("diffusers")
-        needs = ["base/run.json" if kind == "interval" else start, "sets/real_train.json"]
+        needs = [BASE if kind == "interval" else start, REFERENCE]
         needs += [f"chosen_{kind}.json"] if kind and strength is None else []
         draw = functools.partial(self.draw, method, seed, strength)
         sets = [Task(f"set_{name}", draw, f"sets/{name}.json", tuple(needs))]
-        tune = Task(tuned, functools.partial(self.mclr, seed), done(tuned), ("base/run.json",))
+        tune = Task(tuned, functools.partial(self.mclr, seed), done(tuned), (BASE,))
         return [tune, *sets] if "MCLR" in method else sets
 
 
@@ -224,26 +200,21 @@ def collect(bench: Outside, seeds: tuple[int, ...]) -> dict[str, Any]:
         for seed, strength in [*grid, *((seed, None) for seed in seeds)]:
             if bench.there(f"sets/{(name := named(method, seed, strength))}"):
                 of_seeds["validation" if strength else "rows"].append(bench.row(name))
-    judges = {name: training(bench.root / name) for name in (f"judge_{j}" for j in JUDGES)}
     names = ("diffusers/done", "parity", *(f"chosen_{kind}" for kind in GRIDS))
     single = {
         name.removesuffix("/done"): bench.read(name) | bench.made_by(name)
         for name in names if bench.there(name)
     }  # fmt: skip
     return {"floor": bench.row("real_test"), "interval": INTERVAL, **single, **of_seeds,
-            "other_runs": judges}  # fmt: skip
+            "other_runs": bench.trainings(JUDGED_BY)}  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", default="0,1,2", help="of fine-tuning and sampling")
-    parser.add_argument("--torch", default=sys.executable, help="Python with torch and diffusers")
-    add_flags(parser)
-    arguments = parser.parse_args()
-    seeds = tuple(map(int, arguments.seeds.split(",")))
-    bench = Outside(torch=arguments.torch)
-    result = run(bench.root, bench.tasks(seeds), arguments)
-    write_json(RESULTS / "outside.json", result | collect(bench, seeds))
+    torch = (sys.executable, "Python with torch and diffusers")
+    flags = parsed(__doc__, torch=torch, **SEEDS)
+    bench = Outside(torch=flags.torch)
+    result = run(bench.root, bench.tasks(flags.seeds), flags)
+    write_json(RESULTS / "outside.json", result | collect(bench, flags.seeds))
 
 
 if __name__ == "__main__":

@@ -4,11 +4,10 @@
   python benchmarks/published.py --large=DiT-XL-2.pt [--large_family=dit]
 
 Section `files` has the relative error of each output and of the end of each trajectory by file;
-`broken` the first line of each error; `large` seconds and peak memory of reading a file and of
-writing its run, in processes of their own. Writes benchmarks/results/published.json.
+`large` seconds and peak memory of reading a file and of writing its run, in processes of their own.
+Writes benchmarks/results/published.json.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -24,7 +23,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tasks import RESULTS, parameters
+from tasks import RESULTS, parameters, parsed
 
 from mclr_jax import flow, generate, latents, pretrained, samplers
 from mclr_jax.data import sources
@@ -32,7 +31,6 @@ from mclr_jax.data.protocol import for_training
 from mclr_jax.denoiser import Velocity
 from mclr_jax.files import provenance, write_json
 from mclr_jax.generate import Guidance
-from mclr_jax.model import Model
 from mclr_jax.pretrained import diffusers
 from mclr_jax.pretrained.checkpoint import Checkpoint
 from mclr_jax.samplers import Churn, Sampler
@@ -83,15 +81,11 @@ def outputs(found: Checkpoint, arrays: dict[str, Any], folder: str) -> dict[str,
         elif "denoised" in name:
             got = model.denoise(found.params)(x, jnp.asarray(arrays["input/sigma"]), condition)
         else:
-            got = model.output(found.params)(*scaled(model, x, arrays["input/sigma"]), condition)
+            scales = model.preconditioning.scales(jnp.asarray(arrays["input/sigma"]))
+            inputs = scales.c_in[:, None, None, None] * x, scales.c_noise
+            got = model.output(found.params)(*inputs, condition)
         errors[name] = relative(got[..., : expected.shape[-1]], expected)
     return errors
-
-
-def scaled(model: Model, x: jax.Array, sigma: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """The network's inputs for x at level sigma."""
-    scales = model.preconditioning.scales(jnp.asarray(sigma))
-    return scales.c_in[:, None, None, None] * x, scales.c_noise
 
 
 @contextlib.contextmanager
@@ -179,9 +173,8 @@ def of_sigma(
         return sampled(found, labels, Sampler(num_steps=8), Guidance(scale, weak=weak), churn)
 
 
-def checked(path: pathlib.Path, family: str) -> dict[str, Any]:
-    """The relative errors of a file, and whether each of its tensors comes back."""
-    arrays = arrays_of(path.with_name(f"{path.name}.reference.npz"))
+def checked(path: pathlib.Path, family: str, arrays: dict[str, Any]) -> dict[str, Any]:
+    """The relative errors of a file."""
     row: dict[str, Any] = {}
     for average, folder in (("ema", "output"), ("model", "output_model")):
         if any(name.startswith(f"{folder}/") for name in arrays):
@@ -190,8 +183,7 @@ def checked(path: pathlib.Path, family: str) -> dict[str, Any]:
     found = read(path, family, arrays["meta"], "ema")
     keys = {name.rpartition("/")[0] for name in arrays if name.startswith("sampler/")}
     for key in sorted(key for key in keys - {"sampler"} if "reverse" not in key):
-        states = arrays.get(f"{key}/x", arrays.get(f"{key}/sample"))
-        end = arrays.get(f"{key}/sample", None if states is None else states[-1])
+        end = arrays[f"{key}/sample"] if f"{key}/sample" in arrays else arrays[f"{key}/x"][-1]
         of_edm = found.family in ("edm", "edm2")
         got = of_sigma(found, arrays, key, path.parent) if of_edm else of_time(found, arrays, key)
         row[key] = relative(got, end)
@@ -239,24 +231,6 @@ def of_data(path: pathlib.Path, arrays: dict[str, Any], vae: pathlib.Path) -> di
     }
 
 
-def broken(folder: pathlib.Path) -> dict[str, str]:
-    """What each damaged or hostile file ends in."""
-    rows = {}
-    families = {"DiT": "dit", "SiT": "sit", "REPA": "repa", "edm2": "edm2"}
-    for name in json.loads((folder / "MANIFEST.json").read_text()):
-        given = {"heads": 1} if name.endswith(".pt") else {}
-        try:
-            if name.endswith(".zip"):
-                source = sources.load(f"zip:{folder / name}", latents="edm2")
-                source[np.arange(len(source))]
-            else:
-                pretrained.read(folder / name, families.get(name.partition("-")[0], ""), **given)
-            rows[name] = "read"
-        except ValueError as error:
-            rows[name] = str(error).replace(f"{folder}/", "").partition("\n")[0]
-    return rows
-
-
 def measured(path: pathlib.Path, family: str, writes: bool) -> None:
     """Print seconds and the peak of memory of reading a file, or of making its run, as JSON."""
 
@@ -280,42 +254,34 @@ def measured(path: pathlib.Path, family: str, writes: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--formats", type=pathlib.Path)
-    parser.add_argument("--large", type=pathlib.Path)
-    parser.add_argument("--large_family", default="dit")
-    parser.add_argument("--measure", choices=["read", "convert"], help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.measure:
-        return measured(options.large, options.large_family, options.measure == "convert")
+    flags = parsed(
+        __doc__, formats=("", "folder of files and references"), large=("", "a large file"),
+        large_family=("dit", "its family"), measure=("", "of a process", ("read", "convert")),
+    )  # fmt: skip
+    if flags.measure:
+        return measured(pathlib.Path(flags.large), flags.large_family, flags.measure == "convert")
     result = json.loads(OUT.read_text()) if OUT.exists() else {}
-    made_by = provenance()
-    if options.formats:
-        rows = {}
-        for file in sorted(options.formats.rglob("*.reference.npz")):
-            path = file.with_name(file.name.removesuffix(".reference.npz"))
-            family = path.relative_to(options.formats).parts[0]
-            if family == "datasets":
-                vae = options.formats / "diffusers" / "DiT-pipeline" / "vae"
-                row = of_data(path, arrays_of(file), vae)
-            else:
-                family = {"diffusers": "dit" if path.is_file() else "diffusers"}.get(family, family)
-                row = checked(path, family)
-                row |= of_pipeline(path, arrays_of(file)) if path.is_dir() else {}
-            rows[str(path.relative_to(options.formats))] = row
-            print(path.name, max(row.values()), flush=True)
-        result["files"] = {**made_by, "rows": rows}
-        result["broken"] = {**made_by, "rows": broken(options.formats / "broken")}
-    if options.large:
-        rows = {}
-        for what in ("read", "convert"):
-            arguments = ["--large", str(options.large), "--large_family", options.large_family]
-            call = [sys.executable, __file__, *arguments, "--measure", what]
-            done = subprocess.run(call, check=True, capture_output=True, text=True)
-            rows[what] = json.loads(done.stdout.splitlines()[-1])
-            print(what, rows[what])
-        result["large"] = {**made_by, "rows": rows}
-    write_json(OUT, result)
+    rows: dict[str, dict] = {"files": {}, "large": {}}
+    formats = pathlib.Path(flags.formats)
+    for file in sorted(formats.rglob("*.reference.npz")) if flags.formats else ():
+        path, arrays = file.with_name(file.name.removesuffix(".reference.npz")), arrays_of(file)
+        name = path.relative_to(formats)
+        if name.parts[0] == "datasets":
+            row = of_data(path, arrays, formats / "diffusers" / "DiT-pipeline" / "vae")
+        elif path.is_dir():
+            row = checked(path, "diffusers", arrays) | of_pipeline(path, arrays)
+        else:
+            row = checked(path, name.parts[0].replace("diffusers", "dit"), arrays)
+        rows["files"][str(name)] = row
+        print(path.name, max(row.values()), flush=True)
+    for what in ("read", "convert") if flags.large else ():
+        given = [f"--large={flags.large}", f"--large_family={flags.large_family}"]
+        call = [sys.executable, __file__, *given, f"--measure={what}"]
+        done = subprocess.run(call, check=True, capture_output=True, text=True)
+        rows["large"][what] = json.loads(done.stdout.splitlines()[-1])
+        print(what, rows["large"][what])
+    made = {name: {**provenance(), "rows": some} for name, some in rows.items() if some}
+    write_json(OUT, result | made)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ times each, first with an empty cache of compiled programs (cold), then with a f
 Writes benchmarks/results/startup.json, with the least of the three times.
 """
 
-import argparse
 import os
 import pathlib
 import subprocess
@@ -15,7 +14,7 @@ import sys
 import tempfile
 import time
 
-from tasks import RESULTS, ROOT
+from tasks import RESULTS, ROOT, parsed
 
 from mclr_jax.files import provenance, write_json
 from mclr_jax.training.devices import banner
@@ -36,30 +35,25 @@ def seconds_until(line: str, root: pathlib.Path, cache: str, *arguments: str) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--before", type=pathlib.Path, required=True)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS / "startup.json")
-    arguments = parser.parse_args()
-    roots = {"before": arguments.before.resolve(), "after": ROOT}
+    before = parsed(__doc__, before=(pathlib.Path, "the other checkout")).before.resolve()
+    roots = {"before": before, "after": ROOT}
     times: dict[str, dict[str, list[float]]] = {name: {} for name in roots}
-    for _ in range(arguments.repeats):
-        for name, root in roots.items():
-            with tempfile.TemporaryDirectory() as cache, tempfile.TemporaryDirectory() as run:
-                demo = ("Compiled in", root, cache, "-m", "launch.demo")
-                for kind, given in {
-                    "imports": ("", root, cache, "-c", "import launch.train"),
-                    "cold": (*demo, f"--workdir={run}/cold"),
-                    "warm": (*demo, f"--workdir={run}/warm"),
-                }.items():
-                    times[name].setdefault(kind, []).append(seconds_until(*given))
+    for name, root in 3 * [*roots.items()]:
+        with tempfile.TemporaryDirectory() as cache, tempfile.TemporaryDirectory() as run:
+            demo = ("Compiled in", root, cache, "-m", "launch.demo")
+            for kind, given in {
+                "imports": ("", root, cache, "-c", "import launch.train"),
+                "cold": (*demo, f"--workdir={run}/cold"),
+                "warm": (*demo, f"--workdir={run}/warm"),
+            }.items():
+                times[name].setdefault(kind, []).append(seconds_until(*given))
     git = ["git", "rev-parse", "HEAD"]
-    before = subprocess.check_output(git, cwd=arguments.before, text=True).strip()
+    revision = subprocess.check_output(git, cwd=before, text=True).strip()
     rows = [{"name": name, **{key: min(values) for key, values in kinds.items()}, "all": kinds}
             for name, kinds in times.items()]  # fmt: skip
-    result = {**provenance(), "before": before, "unit": "s", "rows": rows, "device": banner()}
-    write_json(arguments.out, result)
-    print(arguments.out.read_text())
+    result = {**provenance(), "before": revision, "unit": "s", "rows": rows, "device": banner()}
+    write_json(RESULTS / "startup.json", result)
+    print(rows)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -87,6 +87,10 @@ class Files:
         """The command and the revision that wrote it and, where weights were used, their run."""
         return json.loads((self.root / f"{name}.json").read_text())["made_by"]
 
+    def trainings(self, names: Iterable[str]) -> dict[str, dict]:
+        """How the runs of these work directories were trained."""
+        return {name: training(self.root / name) for name in names}
+
     def train(self, name: str, file: str, config: Any, may_diverge: bool = False) -> None:
         """Train to the end; only then is there NAME/done.json, which `training` reads.
 
@@ -115,6 +119,11 @@ def serve(first: Mapping[str, Any], run: Callable[[int], Mapping[str, Any]]) -> 
     print(json.dumps(first), flush=True)
     for line in sys.stdin:
         print(json.dumps(run(int(line))), flush=True)
+
+
+def done(workdir: str) -> str:
+    """The file that says that a training has come to its end."""
+    return f"{workdir}/done.json"
 
 
 def training(workdir: pathlib.Path) -> dict:
@@ -167,11 +176,42 @@ def parameters(model: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(shapes_of(model)))
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `run`."""
-    parser.add_argument("--jobs", type=int, default=2, help="tasks at a time, one core each")
-    parser.add_argument("--task", help="run this task alone, in this process")
-    parser.add_argument("--collect", action="store_true", help="collect what is there, run nothing")
+# The flags of `run`, and that of several seeds.
+TASKS: dict[str, tuple] = {
+    "jobs": (2, "tasks at a time, one core each"),
+    "task": ("", "run this task alone, in this process"),
+    "collect": (False, "collect what is there, run nothing"),
+}
+SEEDS = {"seeds": ((0, 1, 2), "of fine-tuning and sampling"), **TASKS}
+
+
+def parsed(doc: str | None, **options: tuple) -> argparse.Namespace:
+    """The flags of a driver, whose docstring is `doc`: see `add_flags`."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    add_flags(parser, options)
+    return parser.parse_args()
+
+
+def add_flags(parser: argparse.ArgumentParser, options: Mapping[str, tuple] = TASKS) -> None:
+    """Flags by name, each as (default, text) or (default, text, choices).
+
+    The default is of the flag's type: False of a switch, a tuple of integers with commas between. A
+    type in its place is that of a flag that must be given.
+    """
+    for name, (default, text, *choices) in options.items():
+        if default is False:
+            parser.add_argument(f"--{name}", action="store_true", help=text)
+            continue
+        needed = isinstance(default, type)
+        kind = default if needed else integers if isinstance(default, tuple) else type(default)
+        given = {"required": True} if needed else {"default": default}
+        given |= {"choices": choices[0]} if choices else {}
+        parser.add_argument(f"--{name}", type=kind, help=text, **given)
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """1,2 -> (1, 2)."""
+    return tuple(map(int, text.split(",")))
 
 
 def run(root: pathlib.Path, tasks: Sequence[Task], arguments: argparse.Namespace) -> dict:

@@ -16,7 +16,6 @@ What the project does for speed on the CPU, each also measured without it:
            written for XLA's kernels ("ours") or left to XLA ("xla")
 """
 
-import argparse
 import collections
 import importlib.util
 import itertools
@@ -33,13 +32,13 @@ from pathlib import Path
 
 import numpy as np
 from alternation import Candidate, Holder, Step, Worker, numbers
-from tasks import RESULTS, ROOT, serve
+from tasks import RESULTS, ROOT, parsed, serve
 
 from mclr_jax.files import provenance, write_json
 
 UNET = {"channels": 32, "channel_mult": (1, 2, 2), "num_blocks": 2, "attention_resolutions": (8,)}
 DIT = {"width": 192, "depth": 6, "heads": 3}
-BATCH, LOOP, HUGE = 16, 8, "glibc.malloc.hugetlb=1"
+BATCH, LOOP, ROUNDS, HUGE = 16, 8, 7, "glibc.malloc.hugetlb=1"
 
 
 def candidates(task: str, model: str, threads: int) -> dict[str, dict]:
@@ -77,18 +76,8 @@ def our_task(model: str):
     return Training.parse(config).task(DataInfo((32, 32, 3), 10, 0.5), {})
 
 
-def our_training(model: str, loop: int) -> tuple[Callable, int]:
+def our_run(task: str, model: str, loop: int) -> tuple[Callable, int]:
     """(function of a round, images of a round)."""
-    import jax
-
-    task = our_task(model)
-    step = Step(Candidate(task, "pmap", loop, devices=tuple(jax.devices())), BATCH)
-    step.load()
-    holder = Holder(task, step.devices)
-    return lambda: holder.run(step, LOOP // loop), LOOP * BATCH
-
-
-def our_sampling(model: str) -> tuple[Callable, int]:
     import jax
 
     from mclr_jax import generate
@@ -96,7 +85,13 @@ def our_sampling(model: str) -> tuple[Callable, int]:
     from mclr_jax.samplers import Sampler
     from mclr_jax.training.devices import replicated
 
-    own, labels = our_task(model).model, np.zeros(BATCH, np.int32)
+    trained = our_task(model)
+    if task == "training":
+        step = Step(Candidate(trained, "pmap", loop, devices=tuple(jax.devices())), BATCH)
+        step.load()
+        holder = Holder(trained, step.devices)
+        return lambda: holder.run(step, LOOP // loop), LOOP * BATCH
+    own, labels = trained.model, np.zeros(BATCH, np.int32)
     params = replicated(jax.device_put(numbers(shapes_of(own))))
     return lambda: generate.generate(own, params, labels, Sampler()), BATCH
 
@@ -148,8 +143,7 @@ def worker(task: str, model: str, settings: dict) -> None:
         run, images = torch_run(task, model, mode, settings.get("channels_last", False))
     else:
         settle(settings)
-        training = task == "training"
-        run, images = our_training(model, settings["loop"]) if training else our_sampling(model)
+        run, images = our_run(task, model, settings["loop"])
 
     def rounds(count: int) -> dict[str, float]:
         start = time.perf_counter()
@@ -160,7 +154,7 @@ def worker(task: str, model: str, settings: dict) -> None:
     serve({"first_round_seconds": images / rounds(1)["rate"]}, rounds)
 
 
-def measure(task: str, model: str, threads: int, rounds: int) -> dict:
+def measure(task: str, model: str, threads: int) -> dict:
     """One row: images per second by candidate."""
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[:threads]))
     rows = candidates(task, model, threads)
@@ -175,21 +169,19 @@ def measure(task: str, model: str, threads: int, rounds: int) -> dict:
                 prefix=["taskset", "-c", cores], environment={**os.environ, **huge, **kept},
             )  # fmt: skip
         rates: dict[str, list[float]] = {name: [] for name in rows}
-        for number in range(rounds):
+        for number in range(ROUNDS):
             for name, each in workers.items():
                 if not (number and "XLA's" in name):  # once is enough: it is many times slower
                     rates[name].append(each.run(1)["rate"])
         for each in workers.values():
             each.close()
     best = {name: round(max(values), 2) for name, values in rates.items()}
-    torch_best = max(
-        (rate for name, rate in best.items() if name.startswith("torch")), default=None
-    )
+    torch = max((rate for name, rate in best.items() if name.startswith("torch")), default=None)
     first = {name: round(each.origin["first_round_seconds"], 1) for name, each in workers.items()}
     return {
         "task": task, "model": model, "batch_size": BATCH, "threads": threads, "settings": rows,
         "images_per_second": best,
-        "ours_over_torch": torch_best and round(best["ours"] / torch_best, 3),
+        "ours_over_torch": torch and round(best["ours"] / torch, 3),
         "first_round_seconds": first,
     }  # fmt: skip
 
@@ -199,7 +191,7 @@ def profile(model: str) -> dict[str, float]:
     import jax
 
     settle({"memory": "mallopt", "devices": 1, "gradients": "ours"})
-    run, _ = our_training(model, 1)
+    run, _ = our_run("training", model, 1)
     run()
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -215,17 +207,15 @@ def profile(model: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--row", default="", help="beginning of rows, such as 'training unet'")
-    parser.add_argument("--profile", help="print the time of a step of this model by operation")
-    parser.add_argument("--out", type=Path, default=RESULTS / "throughput.json")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.worker:
-        return worker(*json.loads(args.worker))
-    if args.profile:
-        return print(json.dumps(profile(args.profile), indent=1))
+    flags = parsed(
+        __doc__, row=("", "beginning of rows, such as 'training unet'"),
+        profile=("", "print the time of a step of this model by operation"),
+        out=(RESULTS / "throughput.json", "file to write"), worker=("", "of a process of a row"),
+    )  # fmt: skip
+    if flags.worker:
+        return worker(*json.loads(flags.worker))
+    if flags.profile:
+        return print(json.dumps(profile(flags.profile), indent=1))
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     chip = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
     known = (name for name in ("jax", "jaxlib", "torch") if importlib.util.find_spec(name))
@@ -235,15 +225,15 @@ def main() -> None:
         **provenance(), "load_average": os.getloadavg(), "rows": [],
     }  # fmt: skip
     for case in itertools.product(("training", "sampling"), ("unet", "dit"), (1, 2)):
-        if " ".join(map(str, case)).startswith(args.row):
-            result["rows"].append(row := measure(*case, args.rounds))
+        if " ".join(map(str, case)).startswith(flags.row):
+            result["rows"].append(row := measure(*case))
             print(*case, row["images_per_second"], row["first_round_seconds"], flush=True)
-            write_json(args.out, result)
+            write_json(flags.out, result)
     shares = result["training_time_by_operation"] = {}
     for model in dict.fromkeys(row["model"] for row in result["rows"]):
         command = ["taskset", "-c", "0", sys.executable, __file__, f"--profile={model}"]
         shares[model] = json.loads(subprocess.check_output(command, text=True, cwd=ROOT))
-    write_json(args.out, result)
+    write_json(flags.out, result)
 
 
 if __name__ == "__main__":

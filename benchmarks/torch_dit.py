@@ -8,7 +8,6 @@ function below and what it takes, in JSON.
 
 import json
 import math
-import os
 import pathlib
 import sys
 import time
@@ -40,8 +39,8 @@ class Pixels(AutoencoderKL):
         return DecoderOutput(sample=z)
 
 
-def train(images: str, out: str, seed: int = 0, steps: int = STEPS, keep_every: int = 250) -> dict:
-    """Train on the `images` and `labels` of a file and write a pipeline's folder; it continues."""
+def train(images: str, out: str, seed: int = 0, steps: int = STEPS) -> dict:
+    """Train on the `images` and `labels` of a file and write a pipeline's folder."""
     with np.load(images) as file:
         pixels = torch.from_numpy(file["images"][:, None].astype(np.float32) / 127.5 - 1)
         labels = torch.from_numpy(file["labels"].astype(np.int64))
@@ -52,15 +51,8 @@ def train(images: str, out: str, seed: int = 0, steps: int = STEPS, keep_every: 
     scheduler, parameters = DDIMScheduler(**PROCESS), list(network.parameters())
     average = [each.detach().clone() for each in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0, fused=True)
-    kept, step, seconds, losses = pathlib.Path(out) / "training.pt", 0, 0.0, []
-    if kept.exists():
-        stored = torch.load(kept, weights_only=True)
-        network.load_state_dict(stored["network"])
-        optimizer.load_state_dict(stored["optimizer"])
-        average, step, seconds = stored["average"], stored["step"], stored["seconds"]
-    kept.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    while step < steps:
+    for step in range(steps):
         draw = torch.Generator().manual_seed(1_000_003 * seed + step)
         rows = torch.randint(len(labels), (BATCH,), generator=draw)
         dropped = torch.rand(BATCH, generator=draw) < DROPOUT
@@ -75,19 +67,12 @@ def train(images: str, out: str, seed: int = 0, steps: int = STEPS, keep_every: 
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        step += 1
         with torch.no_grad():
-            torch._foreach_lerp_(average, parameters, 1 - min(DECAY, step / (step + 10)))
-        losses.append(loss.item())
-        if step % keep_every == 0 or step == steps:
-            now = time.perf_counter()
-            start, seconds = now, seconds + now - start
-            state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(),
-                     "average": average, "step": step, "seconds": seconds}  # fmt: skip
-            torch.save(state, partial := kept.with_suffix(".partial"))
-            os.replace(partial, kept)
-            print(f"step {step}: loss {np.mean(losses):.4f}, {seconds:.0f} s", flush=True)
-            losses = []
+            torch._foreach_lerp_(average, parameters, 1 - min(DECAY, (step + 1) / (step + 11)))
+        if step % 250 == 249:
+            seconds = time.perf_counter() - start
+            print(f"step {step + 1}: loss {loss.item():.4f}, {seconds:.0f} s", flush=True)
+    seconds = time.perf_counter() - start
     with torch.no_grad():
         torch._foreach_copy_(parameters, average)
     network.save_pretrained(pathlib.Path(out) / "transformer")
@@ -97,7 +82,7 @@ def train(images: str, out: str, seed: int = 0, steps: int = STEPS, keep_every: 
     index = {"_class_name": "DiTPipeline", "_diffusers_version": diffusers.__version__, **index}
     (pathlib.Path(out) / "model_index.json").write_text(json.dumps(index, indent=2))
     count = sum(map(torch.numel, parameters))
-    return {"steps": step, "seconds": seconds, "parameters": count}
+    return {"steps": steps, "seconds": seconds, "parameters": count}
 
 
 @torch.inference_mode()
@@ -112,8 +97,9 @@ def sample(
     """
     pipe = DiTPipeline.from_pretrained(folder, vae=Pixels(scaling_factor=1.0))
     pipe.set_progress_bar_config(disable=True)
-    labels, images, noises = torch.arange(count) % CLASSES, [], []
-    calls = Calls(pipe.transformer)
+    labels, images, noises, rows = torch.arange(count) % CLASSES, [], [], []  # rows: of each call
+    listen = lambda _, args, kwargs: rows.append(len(args[0]))  # noqa: E731
+    pipe.transformer.register_forward_pre_hook(listen, with_kwargs=True)
     for start in range(0, count, batch):
         own = labels[start : start + batch]
         noise = torch.randn(len(own), 1, 28, 28, generator=seeded(seed, start))
@@ -127,7 +113,7 @@ def sample(
         out, images=torch.cat(images)[:, 0].numpy(), noise=torch.cat(noises)[:, 0].numpy(),
         labels=labels.numpy(),
     )  # fmt: skip
-    return {"samples": count, "network_calls": calls.rows / count, "scale": scale}
+    return {"samples": count, "network_calls": sum(rows) / count, "scale": scale}
 
 
 def seeded(seed: int, start: int) -> torch.Generator:
@@ -146,17 +132,6 @@ def guided(pipe, x: torch.Tensor, labels: torch.Tensor, scale: float, steps: int
         right, null = answers.chunk(2)
         x = pipe.scheduler.step(null + scale * (right - null), level, x).prev_sample
     return x.clamp(-1, 1)
-
-
-class Calls:
-    """Counts the examples that a network has been called on."""
-
-    def __init__(self, network: nn.Module):
-        self.rows = 0
-        network.register_forward_pre_hook(self.count, with_kwargs=True)
-
-    def count(self, network, args, kwargs) -> None:
-        self.rows += len(args[0])
 
 
 def main() -> None:

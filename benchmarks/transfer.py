@@ -9,7 +9,6 @@ has ImageNet features. Writes benchmarks/results/transfer.json and docs/transfer
 writes the rows that are there, without making others.
 """
 
-import argparse
 import dataclasses
 import functools
 import itertools
@@ -21,10 +20,10 @@ from typing import Any
 import figures
 import jax
 import numpy as np
-from image_bench import JUDGES, SECOND, Bench, done
+from image_bench import JUDGED_BY, REFERENCE, SECOND, Bench, once
 from matplotlib.figure import Figure
 from PIL import Image
-from tasks import RESULTS, ROOT, Task, add_flags, config_of, run, training
+from tasks import RESULTS, ROOT, SEEDS, Task, config_of, done, parsed, run
 
 from mclr_jax import generate, images, inherit
 from mclr_jax.data import sources
@@ -143,12 +142,21 @@ class Transfer(Bench):
                "eval_examples": 0} if name == "_classifier" else {}  # fmt: skip
         return config_of(f"fashion_mnist{name}", own | dict(changes))
 
+    @property
+    def plain(self) -> str:
+        """The work directory and the file of plain fine-tuning at STEPS."""
+        return f"plain_steps_{self.per_class}"
+
+    @property
+    def images(self) -> str:
+        """The set of the images of a fine-tuning."""
+        return f"real_subset_{self.per_class}"
+
     def name_of(self, method: str, strength: float, seed: int) -> str:
         """The work directory of a method; strengths of sampling share one."""
         trained = next(k for k, m in METHODS.items() if m.changes == METHODS[method].changes)
         at = f"_{strength:g}" if METHODS[method].key else ""
-        place = trained.replace(" ", "_")
-        return f"{place}{at}_{self.per_class}_{self.steps}_{seed}"
+        return f"{trained.replace(' ', '_')}{at}_{self.per_class}_{self.steps}_{seed}"
 
     def fine_tuning(self, seed: int, changes: Mapping[str, Any]) -> Any:
         given = {"init_from": str(self.root / "base"), "data.name": self.subset(seed),
@@ -162,24 +170,25 @@ class Transfer(Bench):
 
     def plain_steps(self) -> None:
         """Plain fine-tuning of the validation seed at STEPS, judged by samples of seed 0."""
-        name, rows = f"plain_steps_{self.per_class}", []
+        name, rows = self.plain, []
         kept = {"num_steps": max(STEPS), "checkpoint_every": STEPS[0], "keep_checkpoints": 100}
         self.train(name, "finetune", self.fine_tuning(VALIDATION, PLAIN | kept))
         for step in STEPS:
             found, samples, labels, _ = self.drawn(name, COUNT, seed=0, step=step)
             row = {"method": "plain", "strength": 0.0, "seed": VALIDATION, "training_steps": step,
                    "per_class": self.per_class}  # fmt: skip
-            classes = np.array(TARGET)[labels]
-            self.store(f"{name}_{step}", images.as_8_bits(samples), classes, row, found.workdir)
+            self.store_drawn(f"{name}_{step}", samples, labels, row, found.workdir)
             rows.append(self.row(f"{name}_{step}"))
         self.write(name, rows)
 
+    def store_drawn(self, name: str, samples: Any, labels: Any, *more: Any) -> None:
+        """Samples of a fine-tuning, whose labels are places in TARGET, judged."""
+        self.store(name, images.as_8_bits(samples), np.array(TARGET)[labels], *more)
+
     def draw(self, method: str, strength: float, seed: int) -> None:
         """Samples of a method, judged."""
-        found, weak = METHODS[method], None
-        if found.domain:
-            source, weights = self.load("base")
-            weak = source.model, weights
+        found = METHODS[method]
+        weak = self.weak("base" if found.domain else "")
         scale = 1.0 if found.key else 1 + strength
         guided = generate.Guidance(scale, interval=found.interval, weak=weak, domain=found.domain)
         own, samples, labels, calls = self.drawn(
@@ -191,8 +200,8 @@ class Transfer(Bench):
             task = Experiment(inherit.training(config), self.root).task
             weights = jax.tree.leaves(task.shapes)
             row["trained_parameters"] = sum(leaf.size for leaf in weights)
-        name, classes = self.set_of(method, strength, seed), np.array(TARGET)[labels]
-        self.store(name, images.as_8_bits(samples), classes, row | calls, own.workdir)
+        name = self.set_of(method, strength, seed)
+        self.store_drawn(name, samples, labels, row | calls, own.workdir)
 
     def copied(self, row: Mapping[str, Any]) -> Source | None:
         """The images of the fine-tuning; real ones come from none."""
@@ -208,11 +217,9 @@ class Transfer(Bench):
         source = sources.load(f"npz:{path}" if path else self.subset(VALIDATION), "train")
         classes = np.asarray(source.labels) if path else np.array(TARGET)[source.labels]
         rows = np.flatnonzero(np.isin(classes, TARGET))
-        pixels, _ = source[
-            rows := rows if split == "train" else rows[:: max(len(rows) // COUNT, 1)]
-        ]
-        name = f"real_{split}" if path else f"real_subset_{self.per_class}"
-        self.store(name, np.asarray(to_float(pixels)), classes[rows], {})
+        rows = rows if split == "train" else rows[:: max(len(rows) // COUNT, 1)]
+        name = f"real_{split}" if path else self.images
+        self.store(name, np.asarray(to_float(source[rows][0])), classes[rows], {})
 
     def chosen(self, method: str) -> list[float]:
         """Strengths for all seeds, by the validation seed: the lowest FD, and about MATCHED."""
@@ -226,21 +233,14 @@ class Transfer(Bench):
 
     def tasks(self, seeds: tuple[int, ...], stage: int) -> list[Task]:
         """Stage 0 has the strengths, 1 also those of all seeds and the second judge, 2 all."""
-        do, judges = functools.partial, tuple(done(f"judge_{j}") for j in JUDGES)
+        do, sets = functools.partial, ("sets_made.json",)
         tasks = [
-            Task("sets_made", self.sets, "sets_made.json"),
-            Task("base", self.train_base, done("base"), ("sets_made.json",)),
-            *(Task(f"judge_{j}", do(self.judge, j), done(f"judge_{j}"), ("sets_made.json",))
-              for j in JUDGES),
-            Task("real_train", do(self.real, "train"), "sets/real_train.json", judges),
-        ]  # fmt: skip
-        plain = f"plain_steps_{self.per_class}"
-        tasks.append(Task(plain, self.plain_steps, f"{plain}.json",
-                          (done("base"), "sets/real_train.json")))  # fmt: skip
-        for split in ("test", "subset"):
-            name = "real_test" if split == "test" else f"real_subset_{self.per_class}"
-            tasks.append(Task(name, do(self.real, split), f"sets/{name}.json",
-                              ("sets/real_train.json",)))  # fmt: skip
+            Task("sets_made", self.sets, *sets),
+            Task("base", self.train_base, done("base"), sets),
+            *self.judging(*sets),
+            Task(self.plain, self.plain_steps, f"{self.plain}.json", (done("base"), REFERENCE)),
+            Task(self.images, do(self.real, "subset"), f"sets/{self.images}.json", (REFERENCE,)),
+        ]
         middle = [  # of the strengths of each method first; rates and adapters last
             (found.key == RATE, abs(2 * i + 1 - len(found.strengths)), i, m, s)
             for m, found in METHODS.items() for i, s in enumerate(found.strengths)
@@ -254,16 +254,13 @@ class Transfer(Bench):
             place, name = self.name_of(method, strength, seed), self.set_of(method, strength, seed)
             if self.there(f"sets/{name}"):  # its weights are needed no more
                 continue
+            tune, draw = (do(f, method, strength, seed) for f in (self.tune_method, self.draw))
             tasks += [
-                Task(place, do(self.tune_method, method, strength, seed), done(place),
-                     (done("base"),)),
-                Task(f"set_{name}", do(self.draw, method, strength, seed), f"sets/{name}.json",
-                     (done(place), "sets/real_train.json")),
-            ]  # fmt: skip
-        tasks = [*{task.name: task for task in tasks}.values()]
-        names = ["real_train", "real_test", f"real_subset_{self.per_class}",
-                 *(self.set_of(*row) for row in chosen)]  # fmt: skip
-        return tasks + self.second_tasks(f"sets/{name}.json" for name in names if stage)
+                Task(place, tune, done(place), (done("base"),)),
+                Task(f"set_{name}", draw, f"sets/{name}.json", (done(place), REFERENCE)),
+            ]
+        names = ["real_train", "real_test", self.images, *(self.set_of(*row) for row in chosen)]
+        return once(tasks) + self.second_tasks(f"sets/{name}.json" for name in names if stage)
 
 
 def smaller(pixels: np.ndarray) -> np.ndarray:
@@ -274,18 +271,17 @@ def smaller(pixels: np.ndarray) -> np.ndarray:
 
 def collect(bench: Transfer, seeds: tuple[int, ...]) -> dict[str, Any]:
     """The rows that are there."""
-    names = ["real_test", f"real_subset_{bench.per_class}"]
-    rows = [bench.row(name) | {"method": name} for name in names if bench.there(f"sets/{name}")]
-    for method, found in METHODS.items():
-        for strength, seed in itertools.product(found.strengths, (VALIDATION, *seeds)):
-            if bench.there(f"sets/{(name := bench.set_of(method, strength, seed))}"):
-                rows.append(bench.row(name))
-    plain = f"plain_steps_{bench.per_class}"
-    steps = {"plain_by_steps": bench.read(plain)} if bench.there(plain) else {}
+    real = {name: {"method": name} for name in ("real_test", bench.images)}
+    sets = [
+        bench.set_of(method, strength, seed)
+        for method, found in METHODS.items()
+        for strength, seed in itertools.product(found.strengths, (VALIDATION, *seeds))
+    ]
+    rows = [bench.row(name) | real.get(name, {}) for name in [*real, *sets]
+            if bench.there(f"sets/{name}")]  # fmt: skip
+    steps = {"plain_by_steps": bench.read(bench.plain)} if bench.there(bench.plain) else {}
     return {"target": TARGET, "steps": bench.steps, **steps, "interval": INTERVAL, "seeds": seeds,
-            "rows": rows,
-            "other_runs": {name: training(bench.root / name) for name in (
-                "base", *(f"judge_{j}" for j in JUDGES))}}  # fmt: skip
+            "rows": rows, "other_runs": bench.trainings(["base", *JUDGED_BY])}  # fmt: skip
 
 
 def figure(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
@@ -311,17 +307,12 @@ def figure(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--per_class", type=int, default=64, help="images of each class")
-    parser.add_argument("--steps", type=int, default=2400, help="of every fine-tuning")
-    parser.add_argument("--seeds", default="0,1,2", help="of subset, fine-tuning and sampling")
-    add_flags(parser)
-    arguments = parser.parse_args()
-    seeds = tuple(map(int, arguments.seeds.split(",")))
-    bench = Transfer(per_class=arguments.per_class, steps=arguments.steps)
+    flags = parsed(__doc__, per_class=(64, "images of each class"),
+                   steps=(2400, "of every fine-tuning"), **SEEDS)  # fmt: skip
+    bench, seeds = Transfer(per_class=flags.per_class, steps=flags.steps), flags.seeds
     parts = [(0, seeds), *((1, seeds[:n]) for n in range(1, len(seeds) + 1)), (2, seeds)]
-    for stage, some in parts[-1:] if arguments.task else parts:
-        result = run(bench.root, bench.tasks(some, stage), arguments)
+    for stage, some in parts[-1:] if flags.task else parts:
+        result = run(bench.root, bench.tasks(some, stage), flags)
     path = RESULTS / "transfer.json"
     before = json.loads(path.read_text())["sets"] if path.exists() else {}
     found = {(name := f"fashion_mnist_{bench.per_class}"): result | collect(bench, seeds)}

@@ -286,8 +286,9 @@ def test_a_run_is_judged_by_its_first_warning_and_its_first_copies():
 def test_icr_along_the_base_of_digits(digits, tmp_path, monkeypatch):
     root, _ = digits
     monkeypatch.setattr(icr, "config_of", lambda file, changes: small_bench.config("digits"))
-    monkeypatch.setattr(icr, "STEPS", {256: 6})
-    bench = icr.Bench(tmp_path, root, scale=0.01)
+    for name, value in {"STEPS": {256: 6}, "SAMPLES": 20, "IMAGES": 256, "DISPATCHES": 1}.items():
+        monkeypatch.setattr(icr, name, value)
+    bench = icr.Bench(tmp_path, root)
     (tmp_path / "images_256").symlink_to(root / "base")
     with (root / "base" / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 6, "icr": 0.5}) + "\n")
