@@ -35,9 +35,7 @@ NO_DEVICE, AGAIN = 2, 3  # exit statuses of the process of a section
 SCRIPT = __file__
 
 
-def inside(
-    sections: Sequence[str], out: pathlib.Path, tiny: bool, row_name: str, session: str
-) -> int:
+def inside(sections: list[str], out: pathlib.Path, tiny: bool, row_name: str, session: str) -> int:
     """Make the missing rows of these sections in this process; its exit status."""
     if (platforms := os.environ.get("JAX_PLATFORMS")) and "cpu" not in platforms:
         os.environ["JAX_PLATFORMS"] = f"{platforms},cpu"  # the CPU has the reference
@@ -113,25 +111,24 @@ def good(row: Mapping[str, Any]) -> bool:
     return row.get("passed", True) and not any("error" in part for part in (row, *parts))
 
 
-def outside(
-    sections: Sequence[str], out: pathlib.Path, row_name: str, session: str, minutes: float
-) -> int:
+def outside(flags: argparse.Namespace, session: str) -> int:
     """Run the sections as processes; the exit status of this one."""
-    end = time.monotonic() + 60 * minutes
-    for section in sections:
+    end = time.monotonic() + 60 * flags.minutes
+    for section in flags.only:
+        options = [f"--out={flags.out}", f"--only={section}", f"--row={flags.row}"]
+        command = [sys.executable, SCRIPT, *options, f"--inside={session}"]
         status, tried = AGAIN, -1
         while status:
-            own = sum(row["session"] == session for row in read(out))
+            own = sum(row["session"] == session for row in read(flags.out))
             if status != AGAIN and own == tried:
                 break  # it died before it began a row
-            tried = own
-            options = [f"--out={out}", f"--only={section}", f"--row={row_name}"]
-            command = [sys.executable, SCRIPT, *options, f"--inside={session}"]
+            tried, left = own, max(end - time.monotonic(), 0.01)
             try:
-                left = max(end - time.monotonic(), 0.01)
                 status = subprocess.run(command, timeout=left).returncode
             except subprocess.TimeoutExpired:
-                print(f"{minutes:g} minutes are over; the same command continues.", flush=True)
+                print(
+                    f"{flags.minutes:g} minutes are over; the same command continues.", flush=True
+                )
                 return 1
             if status == NO_DEVICE:
                 return status
@@ -173,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.tiny:
         status = inside(args.only, args.out, True, args.row, session)
     else:
-        status = outside(args.only, args.out, args.row, session, args.minutes)
+        status = outside(args, session)
     rows = [row for row in read(args.out) if row["section"] in args.only]
     bad = [f"{row['section']}, {row['name']}" for row in rows if not good(row)]
     if bad:

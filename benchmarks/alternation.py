@@ -27,9 +27,7 @@ from mclr_jax.training.step import TrainState, init_state
 SIGMA_DATA = 0.5
 
 
-def alternate(
-    runs: Mapping[str, Callable[[int], Any]], rounds: int, seconds: float
-) -> dict[str, list[float]]:
+def alternate(runs: Mapping[str, Callable], rounds: int, seconds: float) -> dict[str, list[float]]:
     """Seconds of one call of each function, in `rounds` repetitions in alternation.
 
     `runs` are warm functions of a number of calls, which return when the device is done; a
@@ -56,14 +54,10 @@ class Worker:
     `script` is a file of this folder; `prefix` is a command that starts the process.
     """
 
-    def __init__(
-        self, script: str, *arguments: str, prefix: Sequence[str] = (),
-        environment: Mapping[str, str] | None = None,
-    ):  # fmt: skip
+    def __init__(self, script: str, *arguments: str, prefix: Any = (), environment: Any = None):
         command = [*prefix, sys.executable, str(ROOT / "benchmarks" / script), *arguments]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, env=environment, **pipes)
         self.origin = self._answer()
 
     def _answer(self) -> dict[str, Any]:
@@ -204,9 +198,8 @@ class Holder:
 
 
 def timed(
-    candidates: Mapping[str, Candidate], batch: int, size: Any,
-    others: Callable[[int], Mapping[str, Callable[[int], Any]]] = lambda batch: {},
-) -> dict[str, Any]:  # fmt: skip
+    candidates: Mapping[str, Candidate], batch: int, size: Any, others: Callable = lambda batch: {}
+) -> dict[str, Any]:
     """Speed, memory and compilation of training steps, in alternation, on one state.
 
     The networks of the candidates have the same parameters. The batch is halved until the first one

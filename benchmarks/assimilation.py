@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -126,9 +127,7 @@ def systematic(key: jax.Array, log_weights: jax.Array) -> jax.Array:
     return jnp.clip(jnp.searchsorted(ends, comb), 0, n - 1)
 
 
-def particle_filter(
-    system: System, values: jax.Array, particles: jax.Array, key: jax.Array
-) -> History:
+def particle_filter(system: System, values: jax.Array, particles: jax.Array, key: Any) -> History:
     """Bootstrap filter: particles (N, d) of the first frame's prior, observations (T, m).
 
     They are resampled before a step where the effective number is below N / 2.
@@ -156,9 +155,7 @@ def particle_filter(
     return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, later)
 
 
-def fixed_lag(
-    history: History, lag: int, key: jax.Array, members: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def fixed_lag(history: History, lag: int, key: jax.Array, members: int) -> tuple[jax.Array, ...]:
     """Frame k given the observations up to k + lag: mean and std (T, d), members (T, E, d)."""
     frames, n, _ = history.particles.shape
     same = jnp.broadcast_to(jnp.arange(n), (lag, n))
@@ -175,9 +172,8 @@ def fixed_lag(
     x = jnp.take_along_axis(history.particles, index[..., None], 1)
     mean = (weights * x).sum(1)
     std = jnp.sqrt((weights * (x - mean[:, None]) ** 2).sum(1))
-    chosen = jax.vmap(functools.partial(draw, count=members))(
-        jax.random.split(key, frames), weights[..., 0]
-    )
+    some = functools.partial(draw, count=members)
+    chosen = jax.vmap(some)(jax.random.split(key, frames), weights[..., 0])
     return mean, std, jnp.take_along_axis(x, chosen[..., None], 1)
 
 
@@ -187,9 +183,7 @@ def draw(key: jax.Array, weights: jax.Array, count: int) -> jax.Array:
     return jnp.searchsorted(ends, ends[-1] * jax.random.uniform(key, (count,)))
 
 
-def backward_simulation(
-    system: System, history: History, key: jax.Array, members: int
-) -> jax.Array:
+def backward_simulation(system: System, history: History, key: Any, members: int) -> jax.Array:
     """Joint trajectories (T, E, d) given all observations (Godsill et al. 2004)."""
 
     def back(later, inputs):

@@ -9,27 +9,17 @@ benchmarks/results/assimilation_baselines.json. The protocols are described in a
 The regimes and the numbers of a row are explained in results/README.md.
 """
 
-import argparse
 import json
 import pathlib
 import time
 from typing import Any
 
+import assimilation
 import jax
 import jax.numpy as jnp
 import numpy as np
-from assimilation import (
-    PROTOCOLS,
-    SETS,
-    STD,
-    TIME_STEP,
-    Protocol,
-    attractor,
-    backward_simulation,
-    fixed_lag,
-    particle_filter,
-)  # fmt: skip
-from tasks import RESULTS
+from assimilation import PROTOCOLS, SETS, STD, TIME_STEP, Protocol, attractor
+from tasks import RESULTS, parsed
 
 from mclr_jax.assimilation import scores
 from mclr_jax.files import provenance, write_json
@@ -51,14 +41,14 @@ def posterior(protocol: Protocol, truth: jax.Array, values: jax.Array, seed: int
             particles = jnp.broadcast_to(truth[0], (PARTICLES, 3))
         else:
             particles = jax.random.choice(keys[0], pool, (PARTICLES,), replace=False)
-        history = particle_filter(system, values, particles, keys[1])
+        history = assimilation.particle_filter(system, values, particles, keys[1])
         found = {}
         for (name, lag), key in zip(REGIMES.items(), keys[3:], strict=True):
             if lag is None:
-                x = backward_simulation(system, history, keys[2], BACKWARD)
+                x = assimilation.backward_simulation(system, history, keys[2], BACKWARD)
                 found[name] = x.mean(1), x.std(1, ddof=1), x[:, : 2 * STORED]
             else:
-                found[name] = fixed_lag(history, lag, key, 2 * STORED)
+                found[name] = assimilation.fixed_lag(history, lag, key, 2 * STORED)
         return found
 
     keys = jax.random.split(jax.random.fold_in(key, 1), len(truth))
@@ -67,10 +57,7 @@ def posterior(protocol: Protocol, truth: jax.Array, values: jax.Array, seed: int
     return {name: (m, s, np.moveaxis(x, 2, 1)) for name, (m, s, x) in found.items()}
 
 
-def score(
-    truth: np.ndarray, mean: np.ndarray, std: np.ndarray, members: np.ndarray,
-    scale: np.ndarray = STD,
-) -> dict[str, float]:  # fmt: skip
+def score(truth: Any, mean: Any, std: Any, members: Any, scale: Any = STD) -> dict[str, float]:
     """The numbers of results/README.md; truth, mean, std (n, T, d), members (n, E, T, d)."""
     square, apart = (mean - truth) ** 2, (members - truth[:, None]) / scale
     each, rmse = square.mean((1, 2)), scores.rmse(mean, truth)
@@ -96,9 +83,8 @@ def described(protocol: Protocol, truth: np.ndarray, values: np.ndarray) -> dict
 
 def judge(folder: pathlib.Path, name: str, which: str) -> list[dict]:
     """Draw a set, find its posterior, write both; the rows of its regimes."""
-    protocol = PROTOCOLS[name]
+    protocol, start = PROTOCOLS[name], time.time()
     seed = 10 * list(PROTOCOLS).index(name) + SETS[which]
-    start = time.time()
     truth, values = map(np.asarray, protocol.draw(seed))
     found = posterior(protocol, truth, values, seed)
     arrays, rows = described(protocol, truth, values), []
@@ -120,13 +106,10 @@ def update(part: str, rows: list[dict], **more: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=pathlib.Path, required=True)
-    parser.add_argument("--protocol", choices=PROTOCOLS, help="this one alone")
-    flags = parser.parse_args()
-    flags.folder.mkdir(parents=True, exist_ok=True)
-    for name in [flags.protocol] if flags.protocol else PROTOCOLS:
-        rows = [row for which in SETS for row in judge(flags.folder, name, which)]
+    folder = parsed(__doc__, folder=(pathlib.Path, "of the files to write")).folder
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in PROTOCOLS:
+        rows = [row for which in SETS for row in judge(folder, name, which)]
         update(f"particle_filter_{name}", rows)
 
 

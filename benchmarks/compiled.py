@@ -21,7 +21,6 @@ import tasks
 from mclr_jax import chips, plan
 from mclr_jax.config import Training
 from mclr_jax.files import provenance, write_json
-from mclr_jax.model import DataInfo, Model
 from mclr_jax.objectives.dsm import DSM
 
 # Shape of an example and number of classes, so that no data set need be there.
@@ -51,10 +50,12 @@ NO_NETWORK = {"__init__", "base", "finetune", "mclr_null", "transfer", "trajecto
 # 2501.15420). EDM2 has no null label: its wrong answer is that of a smaller network.
 TUNED = {"network.dtype": "bfloat16", "network.remat": True, "batch_size": 256,
          "num_steps": 28 * 1_281_167 // 256}  # fmt: skip
-NULL = XL | {"network.remat_policy": "weight_products"} | TUNED
+KEPT = {"network.remat_policy": "weight_products"}
+NULL = XL | KEPT | TUNED
 WEAK = TUNED | {"network.name": "edm2", "objective.wrong": "weak",
                 "companions.weak": "runs/fashion_mnist"}  # fmt: skip
 LARGE = [("v5e:4x4", "fsdp"), ("cuda:h200x8", "fsdp")]
+BOTH = [("v5e:4x4", "fsdp"), ("cuda:h100x8", "data")]
 PUBLISHED = {
     "DiT-XL/2, null answer": NULL | {"preconditioning.name": "epsilon"},
     "SiT-XL/2, null answer": NULL | {"preconditioning.name": "velocity"},
@@ -70,17 +71,12 @@ CASES: dict[str, tuple[str, dict[str, Any], list[tuple[str, str]]]] = {
         ("v5e:4x4", "fsdp"), ("v5e:4x4", "data"), ("v6e:2x2", "fsdp"), ("v5p:4x4x4", "fsdp"),
         ("v5e:4x4*2", "fsdp"), ("cuda:h100x8", "data"), ("cuda:h100x8", "fsdp"),
     ]),
-    "DiT-XL/2, weight products kept": ("digits", XL | {"network.remat_policy": "weight_products"}, [
-        ("v5e:4x4", "fsdp"), ("cuda:h100x8", "data"),
-    ]),
-    "DiT-XL/2, not recomputed": ("digits", XL | {"network.remat": False}, [
-        ("v5e:4x4", "fsdp"), ("cuda:h100x8", "data"),
-    ]),
-    "DiT-XL/2, MCLR": ("digits_mclr", XL | HALF, [("v5e:4x4", "fsdp"), ("cuda:h100x8", "data")]),
+    "DiT-XL/2, weight products kept": ("digits", XL | KEPT, BOTH),
+    "DiT-XL/2, not recomputed": ("digits", XL | {"network.remat": False}, BOTH),
+    "DiT-XL/2, MCLR": ("digits_mclr", XL | HALF, BOTH),
     "fashion_mnist": ("fashion_mnist", {}, [("v5e:1x1", "pmap"), ("v5e:2x2", "data")]),
     "fashion_mnist, MCLR": ("fashion_mnist_mclr", {}, [
-        *(("v5e:2x2", mode) for mode in MODES), ("v5e:1x1", "pmap"),
-    ]),
+        *(("v5e:2x2", mode) for mode in MODES), ("v5e:1x1", "pmap")]),
     "fashion_mnist, classifier": ("fashion_mnist_classifier", {}, [("v5e:1x1", "pmap")]),
     "fashion_mnist, MCLR, null answer": ("fashion_mnist_mclr_null", {}, [("v5e:1x1", "pmap")]),
     "cifar10": ("cifar10", {}, [("v5e:4x4", "data")]),
@@ -109,7 +105,7 @@ class Case:
         self.training = Training.parse(tasks.config_of(file, changes))
         latent = next((latent for k, latent in LATENTS.items() if name.startswith(k)), None)
         shape, classes = latent or DATA[self.training.data.name]
-        self.data = info(shape, classes, self.training.sigma_data)
+        self.data = plan.data_info(self.training, shape, classes)
         configs = {key: pathlib.Path(path).name for key, path in self.training.runs.items()}
         weak = {k: x for k, x in changes.items() if k.startswith("network.")}
         weak["network.channels"] = 128  # EDM2-XS
@@ -131,11 +127,6 @@ class Case:
     def samples(self, topology: str, **options: Any) -> dict[str, Any]:
         model = self.training.model(self.data)
         return plan.sampling(model, topology, self.training.sampler, **options)
-
-
-def info(shape: tuple[int, ...], classes: int, sigma_data: float = 0.0) -> DataInfo:
-    """Data of this shape with equally frequent classes."""
-    return DataInfo(shape, classes, sigma_data or 1.0, (1 / classes,) * classes)
 
 
 def counted(name: str) -> list[dict[str, Any]]:
@@ -169,7 +160,8 @@ def count(file: str) -> dict[str, Any]:
     shape, classes = DATA[config.data.get("system", config.data.name)]
     if "frames" in config.data:
         shape = (config.data.frames, *shape[1:])
-    model: Model = Training.parse(config).model(DataInfo(shape, classes, sigma_data=1.0))
+    training = Training.parse(config)
+    model = training.model(plan.data_info(training, shape, classes))
     return {"config": f"configs/{file}.py", "network": config.network.name,
             "data": config.data.name, "shape": shape, "classes": classes,
             "parameters": tasks.parameters(model)}  # fmt: skip

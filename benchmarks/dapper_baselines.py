@@ -16,7 +16,6 @@ Of each method's settings the inflation of the best RMSE on "validation" is chos
 "test". results/README.md explains the rows.
 """
 
-import argparse
 import dataclasses
 import pathlib
 import time
@@ -32,6 +31,7 @@ from assimilation_baselines import score, update
 from dapper.mods import KS, Lorenz96
 from dapper.stats import Stats
 from dapper.tools.localization import nd_Id_localization
+from tasks import parsed
 
 INFLATION = (1.0, 1.01, 1.02, 1.03, 1.05, 1.1, 1.2)
 # regime -> method with {} for the inflation, the inflations; lags in frames
@@ -171,10 +171,8 @@ def fields(name: str, folder: pathlib.Path) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=FIELDS, required=True)
-    parser.add_argument("--folder", type=pathlib.Path, required=True)
-    flags = parser.parse_args()
+    flags = parsed(__doc__, part=(str, "the system", FIELDS),
+                   folder=(pathlib.Path, "of the files to write"))  # fmt: skip
     dapper.rc.liveplotting = False
     dapper.tools.progressbar.disable_progbar = True
     rows = [{k: v for k, v in row.items() if k not in ("mean", "std")}

@@ -47,19 +47,15 @@ def pareto(bench, result: dict, second: str) -> None:
             panel.plot(across, up, "-", color=colour, linewidth=0.8, label=words)
             panel.scatter(across, up, calls, [colour], zorder=3)
             for strength, *at in zip(strengths, across, up, strict=True):
-                panel.annotate(
-                    f"{strength:g}", at, xytext=(4, -8), textcoords="offset points", fontsize=6,
-                    color=colour,
-                )  # fmt: skip
+                panel.annotate(f"{strength:g}", at, xytext=(4, -8), textcoords="offset points",
+                               fontsize=6, color=colour)  # fmt: skip
         floor = ", ".join(f"{value(result['floor'], key, second):.3g}" for key in (x, y))
         panel.set_title(f"{title} (held-out: {floor})", fontsize=9)
         panel.set_xlabel(AXES[x.removeprefix("second.")])
         panel.set_ylabel(AXES[y.removeprefix("second.")])
         panel.legend(fontsize=8)
-    drawing.suptitle(
-        f"{bench.name}: numbers are strengths; the larger a marker, the more network calls",
-        fontsize=10,
-    )
+    title = f"{bench.name}: numbers are strengths; the larger a marker, the more network calls"
+    drawing.suptitle(title, fontsize=10)
     save(drawing, ROOT / "docs" / f"equal_noise_{bench.name}.png")
 
 

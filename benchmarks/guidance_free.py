@@ -27,17 +27,16 @@ from image_bench import JUDGED_BY, SECOND, Bench, Model
 from tables import RATE
 from tasks import RESULTS, ROOT, SEEDS, Task, done, parsed, run
 
-from mclr_jax import images
+from mclr_jax import images, plan
+from mclr_jax.config import Training
+from mclr_jax.experiment import Experiment
 from mclr_jax.files import save_arrays, write_json
 
 # Noise levels of every fine-tuning, the control's too: more at sigma 3 to 20 than the configs have.
 NOISE = {"noise.mean": 0.8, "noise.std": 1.5}
 # gamma = guidance_scale - 1 of the methods that take it when sampling.
-GAMMAS = {
-    "fashion_mnist": (0.2, 0.4, 0.6, 1.0),
-    "digits": (0.2, 0.5, 1.0),
-    "two_digits": (0.2, 0.5, 1.0),
-}
+GAMMAS = {"fashion_mnist": (0.2, 0.4, 0.6, 1.0), "digits": (0.2, 0.5, 1.0),
+          "two_digits": (0.2, 0.5, 1.0)}  # fmt: skip
 INTERVAL = (0.0, 3.0)  # of noise levels that are guided
 INTERPOLATIONS = (0.25, 0.5, 0.75, 1.0, 1.25)
 HIGHEST = 1.0  # strengths as an input are drawn from (0, HIGHEST) in training
@@ -73,6 +72,7 @@ BY_CLASS = ("cca", "model_guidance", "mclr null, beta 1", "mclr null and wrong l
 SEARCHED = ("dsm", *BY_CLASS)
 LEARNING_RATES = (2.0, 4.0)
 FLOPS = "guidance_free_flops"  # file of the cost of steps
+IDENTITY = ("strength", "seed", "noise")  # what tells a row from the others of its method
 
 
 def place_of(method: str) -> str:
@@ -181,11 +181,14 @@ class Comparison(Bench):
         ]  # fmt: skip
 
     def flops(self, seed: int) -> None:
-        """FLOPs of a step of each method; strengths by class need a file and cost nothing."""
-        first = (next(iter(r.values())) for name, r in self.methods().items() if RATE not in name)
-        tuned = {model.tuned: {k: v for k, v in model.changes.items() if k != "class_strengths"}
-                 for model in first}  # fmt: skip
-        self.write(FLOPS, self.step_flops(tuned, seed))
+        """FLOPs of a step of each method over DSM's; strengths by class cost nothing."""
+        first = [next(iter(r.values())) for name, r in self.methods().items() if RATE not in name]
+        flops = {}
+        for model in first:
+            changes = {k: v for k, v in model.changes.items() if k != "class_strengths"}
+            each = Experiment(Training.parse(self.fine_tuning(seed, changes)), self.root)
+            flops[model.tuned] = plan.step_flops(each.task, each.training.batch_size)
+        self.write(FLOPS, {k: value / flops["equal_dsm"] for k, value in flops.items()})
 
 
 def collect(bench: Comparison, seeds: tuple[int, ...], before: dict) -> dict:
@@ -207,8 +210,8 @@ def collect(bench: Comparison, seeds: tuple[int, ...], before: dict) -> dict:
         ]  # fmt: skip
         for row in found:
             row["training_steps"] = row["run"]["steps"]
-        made = {identity(row) for row in found}
-        kept = [row for row in methods.get(method, []) if identity(row) not in made]
+        made = [[row[key] for key in IDENTITY] for row in found]
+        kept = [row for row in methods.get(method, []) if [row[k] for k in IDENTITY] not in made]
         if kept or found:
             methods[method] = kept + found
     weak = ["weak"] * bench.there("weak/done")
@@ -216,11 +219,6 @@ def collect(bench: Comparison, seeds: tuple[int, ...], before: dict) -> dict:
     return {"parameters": others[bench.base(seeds[0])]["parameters"], "floor": floor,
             "interval": INTERVAL, "options": INPUTS | ONCE, "methods": methods,
             "other_runs": others}  # fmt: skip
-
-
-def identity(row: dict) -> tuple:
-    """What tells a row from the others of its method."""
-    return row["strength"], row["seed"], tuple(row["noise"])
 
 
 def main() -> None:
@@ -232,10 +230,8 @@ def main() -> None:
     path = RESULTS / f"guidance_free_{bench.name}.json"
     result |= collect(bench, flags.seeds, json.loads(path.read_text()) if path.exists() else {})
     write_json(path, result)
-    equal = {
-        method: own for method, rows in result["methods"].items()
-        if (own := [row for row in rows if row["noise"] == [*NOISE.values()]])
-    }  # fmt: skip
+    equal = {method: [row for row in rows if row["noise"] == [*NOISE.values()]]
+             for method, rows in result["methods"].items()}  # fmt: skip
     figures.pareto(bench, result | {"methods": equal}, SECOND)
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 import tasks
-from compiled import LATENTS, XL, info
+from compiled import LATENTS, XL
 from robustness_files import archive, npy, png
 
 from mclr_jax import chips, plan
@@ -84,10 +84,8 @@ def content(workdir: pathlib.Path, at: int = STEPS) -> dict[str, np.ndarray]:
 def difference(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
     """Largest difference of two states, relative to the largest entry of each array."""
     assert one.keys() == other.keys()
-    return max(
-        float(np.abs(one[k] - other[k]).max() / max(np.abs(one[k]).max(), 1e-30))
-        for k in one if one[k].dtype.kind == "f"
-    )  # fmt: skip
+    pairs = [(x, other[key]) for key, x in one.items() if x.dtype.kind == "f"]
+    return max(float(np.abs(x - y).max() / max(np.abs(x).max(), 1e-30)) for x, y in pairs)
 
 
 def kill(parallel: str) -> dict[str, Any]:
@@ -158,7 +156,7 @@ def feed(name: str, in_memory: bool) -> dict[str, Any]:
     """
     file, changes, shape, classes = INPUT[name]
     training = Training.parse(tasks.config_of(file, changes))
-    task, size = training.task(info(shape, classes), {}), training.batch_size
+    task, size = training.task(plan.data_info(training, shape, classes), {}), training.batch_size
     with tempfile.TemporaryDirectory() as folder:
         write_zip(path := pathlib.Path(folder) / "images.zip", shape, classes)
         source = sources.load(f"zip:{path}", in_memory=in_memory)

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import figures
@@ -120,14 +120,11 @@ def measured(found: runs.Run, params: Any, **options: Any) -> list[dict]:
     """Rows of `sweep.sweep`, of the run's own data."""
     flips = perturb.Augmentation(flip=found.data.mirrored)
     sources = (found.source(split) for split in ("train", "test"))
-    return sweep.sweep(
-        found.model, params, *sources, augmentation=flips, num_images=IMAGES, **options
-    )
+    options |= {"augmentation": flips, "num_images": IMAGES}
+    return sweep.sweep(found.model, params, *sources, **options)
 
 
-def cost_of(
-    experiment: Experiment, params: Any, read: Callable, every: int, dispatches: int
-) -> dict[str, float]:
+def cost_of(experiment: Experiment, params: Any, read: Any, every: int, dispatches: int) -> dict:
     """CPU time of read(step, params) as a share of that of `every` steps of a training."""
     training, task, devices = experiment.training, experiment.task, experiment.devices
     state, _ = experiment.first_state()
@@ -203,16 +200,13 @@ def training_claims(curves: dict[str, list[dict]]) -> dict:
         readings = [(row["step"], row["icr_in_training"]) for row in rows]
         ends = [i for i in range(1, len(rows) + 1) if turned(readings[:i]) is not None]
         copied = [row["step"] for row in rows if row["memorized"] >= EARLY]
-        (step, least), best = (min(readings, key=lambda reading: reading[1]),
-                               min(rows, key=lambda row: row["frechet"]))  # fmt: skip
+        step, least = min(readings, key=lambda reading: reading[1])
         numbers = {
             "step_of_minimum": step, "minimum": least, "last": readings[-1][1],
             "turned_up": turned(readings) is not None,
             "step_of_warning": readings[ends[0] - 1][0] if ends else None,
             "first_step_with_memorized_samples": copied[0] if copied else None,
             "memorized_at_the_end": rows[-1]["memorized"],
-            "step_of_best_frechet": best["step"], "best_frechet": best["frechet"],
-            "last_frechet": rows[-1]["frechet"],
         }  # fmt: skip
         early = not copied or numbers["step_of_minimum"] <= copied[0]
         claim = f"ICR turns up with {words(name)}, no later than samples are memorized"
@@ -231,9 +225,8 @@ def collect(bench: Bench) -> dict:
         claims |= noise_claims(middle(sweeps["base"]))
     if (few := name_of(min(STEPS))) in sweeps:
         ratios = [row["icr"] for row in middle(sweeps[few])]
-        claims[f"after training on {words(few)} ICR rises from the lowest noise level on"] = {
-            "held": sorted(ratios) == ratios, "by_sigma": ratios,
-        }  # fmt: skip
+        claim = f"after training on {words(few)} ICR rises from the lowest noise level on"
+        claims[claim] = {"held": sorted(ratios) == ratios, "by_sigma": ratios}
     claims |= training_claims(curves)
     if has_cost := bench.there("cost"):
         cost = bench.read("cost")
@@ -249,8 +242,8 @@ def collect(bench: Bench) -> dict:
 
 def middle(rows: list[dict]) -> list[dict]:
     """The rows of the middle one of the layers."""
-    layers = [*dict.fromkeys(row["layer"] for row in rows)]
-    return [row for row in rows if row["layer"] == layers[(len(layers) - 1) // 2]]
+    layers = [*sweep.by_layer(rows).values()]
+    return layers[(len(layers) - 1) // 2]
 
 
 def figure(result: dict, path: pathlib.Path) -> None:
@@ -267,8 +260,7 @@ def figure(result: dict, path: pathlib.Path) -> None:
         panel.legend(fontsize=7)
 
     for name, rows in result["sweeps"].items():
-        for layer in dict.fromkeys(row["layer"] for row in rows):
-            some = [row for row in rows if row["layer"] == layer]
+        for layer, some in sweep.by_layer(rows).items():
             if name == "base":
                 draw(panels[0, 0], "base, by block", some, "sigma", "icr", layer)
                 draw(panels[0, 1], "base, by block", some, "sigma", "probe_accuracy", layer)

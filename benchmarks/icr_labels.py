@@ -21,9 +21,9 @@ from image_bench import Bench
 from tasks import RESULTS, ROOT, SEEDS, Task, done, parsed, run
 
 from mclr_jax import runs
-from mclr_jax.data.protocol import Arrays, Source
+from mclr_jax.data.protocol import Arrays
 from mclr_jax.files import write_json
-from mclr_jax.representation import blocks, icr, perturb, sweep
+from mclr_jax.representation import perturb, sweep
 
 SIGMAS = (0.3, 2.0, 20.0)  # at the last nothing is left of the image
 STEPS = 100  # of each fine-tuning, a tenth of the base's
@@ -75,11 +75,12 @@ class Labels(Bench):
                 self.write(file, rows)
 
 
-def drawn_labels(source: Source) -> Arrays:
-    """The images with labels drawn uniformly, without regard to the image."""
-    rng, rows = np.random.default_rng(len(source)), np.arange(len(source))
-    labels = rng.integers(0, source.num_classes, len(source)).astype(np.int32)
-    return Arrays(source[rows][0], labels, source.num_classes)
+class Drawn(Arrays):
+    """Images that are shown with labels drawn uniformly, without regard to the image."""
+
+    def __getitem__(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        told = np.random.default_rng(len(self)).integers(0, self.num_classes, len(self))
+        return self.images[indices], told.astype(np.int32)[indices]
 
 
 def reading(found: runs.Run, params: Any, sigma: float, told: str) -> dict[str, float]:
@@ -88,25 +89,14 @@ def reading(found: runs.Run, params: Any, sigma: float, told: str) -> dict[str, 
     `told` is the label that the network is told: null, class or drawn; the probe's targets are
     always the classes. There is no ICR at drawn labels, which the views of an image share.
     """
-    layers = blocks.choose(found.model)
     sources = [found.source(split) for split in ("train", "test")]
-
-    def features(source: Source, **options: Any) -> np.ndarray:
-        source = drawn_labels(source) if told == "drawn" else source
-        batches = blocks.extract(
-            found.model, params, source, np.arange(len(source)), sigma, layers=layers,
-            at_labels=told != "null", **options,
-        )  # fmt: skip
-        return np.concatenate([batch[layers[0]] for batch in batches], axis=1).astype(np.float64)
-
-    row = {}
-    if told != "drawn":
-        h = features(sources[0], augmentation=perturb.Augmentation(flip=found.data.mirrored))
-        seen = icr.views(h, sources[0].labels, sources[0].num_classes)
-        for name, views in zip(READINGS, (seen, seen.within_classes), strict=False):
-            row[name] = icr.ratio(views, bias_corrected=True)
-    probed = [(features(source, number_of_views=1)[0], source.labels) for source in sources]
-    return row | {"probe_accuracy": sweep.probe_accuracy(*probed[0], *probed[1])}
+    if told == "drawn":
+        sources = [Drawn(*each[np.arange(len(each))], each.num_classes) for each in sources]
+    (row,) = sweep.sweep(
+        found.model, params, *sources, sigmas=[sigma], num_images=len(sources[0]),
+        at_labels=told != "null", augmentation=perturb.Augmentation(flip=found.data.mirrored),
+    )  # fmt: skip
+    return {name: row[name] for name in (READINGS[-1:] if told == "drawn" else READINGS)}
 
 
 def spread(values: list[float]) -> tuple[float, float | None]:

@@ -15,14 +15,12 @@ from typing import Any
 import numpy as np
 from tasks import ROOT, Files, Task, config_of, done
 
-from mclr_jax import generate, images, plan, runs
-from mclr_jax.config import Training
+from mclr_jax import generate, images, runs
 from mclr_jax.configs import base as configs_base
 from mclr_jax.data import sources
 from mclr_jax.data.pixels import to_float
 from mclr_jax.data.protocol import Source
 from mclr_jax.evaluation import evaluate, features, metrics
-from mclr_jax.experiment import Experiment
 from mclr_jax.files import save_arrays
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -155,9 +153,7 @@ class Bench(Files):
     def tune(self, name: str, seed: int, changes: Mapping[str, Any]) -> None:
         self.train(name, f"{self.configs}_mclr", self.fine_tuning(seed, changes))
 
-    def load(
-        self, name: str, interpolation: float = 1.0, step: int | None = None
-    ) -> tuple[runs.Run, Any]:
+    def load(self, name: str, interpolation: float = 1.0, step: int | None = None) -> tuple:
         """(run, parameters) of this work directory, by default of its last step."""
         found = runs.load(self.root / name)
         return found, found.weights(step=step, interpolation=interpolation)[0]
@@ -185,9 +181,8 @@ class Bench(Files):
         """Samples of a model, judged; features are kept to compare sets of samples."""
         count, weak = self.settings["samples"], self.weak(model.weak)
         guided = generate.Guidance(1 + model.gamma, interval=model.interval, weak=weak)
-        found, samples, labels, calls = self.drawn(
-            model.workdir(seed), count, seed, guided, model.interpolation
-        )
+        drawn = self.drawn(model.workdir(seed), count, seed, guided, model.interpolation)
+        found, samples, labels, calls = drawn
         self.store(model.samples(seed), images.as_8_bits(samples), labels, calls, found.workdir)
 
     def real(self, split: str) -> None:
@@ -245,14 +240,6 @@ class Bench(Files):
         if self.there(f"second/{name}"):
             row[SECOND] = self.read(f"second/{name}") | self.made_by(f"second/{name}")
         return row
-
-    def step_flops(self, tuned: Mapping[str, Mapping], seed: int) -> dict[str, float]:
-        """FLOPs of a training step of fine-tunings, by changes of the config, relative to DSM's."""
-        flops = {}
-        for name, changes in {"dsm": {"objective.name": "dsm"}, **tuned}.items():
-            each = Experiment(Training.parse(self.fine_tuning(seed, changes)), self.root)
-            flops[name] = plan.step_flops(each.task, each.training.batch_size)
-        return {name: value / flops["dsm"] for name, value in flops.items()}
 
     def judging(self, *needs: str) -> list[Task]:
         """The judges, which need these files, and the real images before them."""

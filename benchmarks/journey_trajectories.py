@@ -9,7 +9,6 @@ noise, as the trained model does not. Outputs in DIR are kept; what the commands
 benchmarks/results/journey_trajectories.txt, and the errors to journey_trajectories.json.
 """
 
-import argparse
 import pathlib
 import shlex
 import subprocess
@@ -17,7 +16,7 @@ import sys
 import time
 
 import numpy as np
-from tasks import RESULTS
+from tasks import RESULTS, parsed
 
 from mclr_jax.assimilation import scores
 from mclr_jax.files import provenance, write_json
@@ -74,9 +73,7 @@ def particles(values: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=pathlib.Path, required=True)
-    folder = parser.parse_args().folder
+    folder = parsed(__doc__, folder=(pathlib.Path, "that the commands run in")).folder
     folder.mkdir(parents=True, exist_ok=True)
     truth = simulated(32, FRAMES, seed=1)
     if not (folder / "mine.npy").exists():
@@ -85,13 +82,13 @@ def main() -> None:
         values[:, np.arange(FRAMES) % EVERY > 0] = np.nan
         np.savez(folder / "seen.npz", values=values, std=STD, H=[[1.0, 0.0]], truth=truth)
     log, seconds = [], []
-    for line in COMMANDS.split("\n")[1:-1]:
+    for line in COMMANDS.strip().splitlines():
         start, words = time.time(), shlex.split(line)
         words[0] = str(pathlib.Path(sys.executable).with_name("mclr"))
         done = subprocess.run(words, cwd=folder, text=True, stdout=-1, stderr=-2)
         kept = [text for text in done.stdout.splitlines() if not text.endswith("left)")]  # progress
-        log += ["\n".join([f"$ {line}", *kept, ""])]
-        seconds += [round(time.time() - start)]
+        log.append("\n".join([f"$ {line}", *kept, ""]))
+        seconds.append(round(time.time() - start))
         if done.returncode:
             raise SystemExit(log[-1])
     with np.load(folder / "seen.npz") as file:
@@ -102,12 +99,9 @@ def main() -> None:
     means = map(np.stack, zip(*(particles(row, first) for row in values), strict=True))
     scale = frames.std(0)
     found = dict(zip(("particle filter", "particle smoother"), means, strict=True))
-    rows = {}
-    for name in ("filter", "batch"):
-        with np.load(folder / f"{name}.npz") as file:
-            members = file["members"]
-        found[name] = members.mean(1)
-        rows[name] = scores.summary(members, truth, tuple(scale.tolist()))
+    members = {name: np.load(folder / f"{name}.npz")["members"] for name in ("filter", "batch")}
+    rows = {name: scores.summary(x, truth, scale.tolist()) for name, x in members.items()}
+    found |= {name: x.mean(1) for name, x in members.items()}
     rmse = {name: np.sqrt(((x - truth) ** 2).mean((0, 1))) for name, x in found.items()}
     rmse["standard deviation of the data"] = scale
     lines = [f"{name:30s} prey {a:.3f}  predators {b:.3f}" for name, (a, b) in rmse.items()]

@@ -14,11 +14,10 @@ the guidance is chosen. Writes benchmarks/results/lorenz63.json; rows that are t
 
 import dataclasses
 import itertools
-import json
 from typing import Any
 
 from assimilation import PROTOCOLS
-from tasks import RESULTS, Rows
+from tasks import Rows
 from trajectory_rows import Subject, analysed, chosen, parser, stored_rmse
 
 from mclr_jax import runs
@@ -36,30 +35,13 @@ SCHEMES = {
 }
 
 
-def summary(rows: list[dict]) -> dict:
-    """The numbers on FlowDAS's protocol, test set, and those of the particle filter."""
-    baselines = json.loads((RESULTS / "assimilation_baselines.json").read_text())
-    exact = {r["regime"]: r for r in baselines["particle_filter_flowdas"]["rows"]
-             if r["set"] == "test"}  # fmt: skip
-    found = {
-        r["regime"]: r for r in rows
-        if (r["protocol"], r["set"], r.get("method")) == ("flowdas", "test", None)
-        and "inflation" not in r["plan"]
-    }  # fmt: skip
-    found |= {"particle_filter": exact["filter"], "particle_smoother": exact["batch"]}
-    keys = ("rmse", "rmse_flowdas", "w1_standardised")
-    return {name: {key: row[key] for key in keys} for name, row in found.items()}
-
-
 def main() -> None:
     found = parser(__doc__)
-    found.add_argument("--protocols", choices=PROTOCOLS, nargs="+", default=[*PROTOCOLS])
-    found.add_argument("--regimes", choices=SCHEMES, nargs="+", default=[*SCHEMES])
     found.add_argument("--equations", action="store_true", help="in place of the emulator")
     flags = found.parse_args()
     is_emulator = runs.load(flags.workdir).model.is_emulator
     subject = Subject(flags.workdir, "particle" * is_emulator, flags.equations)
-    rows = Rows("lorenz63", summary)
+    rows = Rows("lorenz63")
 
     def row(name: str, which: str, regime: str, scheme: Any, trajectories: int) -> dict:
         path = flags.folder / f"{name}_{which}.npz"
@@ -81,10 +63,10 @@ def main() -> None:
 
         return rows.row(asked, make)
 
-    for name in flags.protocols if is_emulator else ():
+    for name in PROTOCOLS if is_emulator else ():
         for regime in ("filter", "lag16", "batch", *["blind"] * PROTOCOLS[name].known):
             row(name, "test", regime, Limits(), 64)
-    for name, regime in itertools.product(() if is_emulator else flags.protocols, flags.regimes):
+    for name, regime in itertools.product(() if is_emulator else PROTOCOLS, SCHEMES):
         scheme = SCHEMES[regime]
         tuned_as = "filter" if regime == "lag16" else regime
         key, values = GRIDS[scheme.guidance]

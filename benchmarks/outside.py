@@ -201,10 +201,8 @@ def collect(bench: Outside, seeds: tuple[int, ...]) -> dict[str, Any]:
             if bench.there(f"sets/{(name := named(method, seed, strength))}"):
                 of_seeds["validation" if strength else "rows"].append(bench.row(name))
     names = ("diffusers/done", "parity", *(f"chosen_{kind}" for kind in GRIDS))
-    single = {
-        name.removesuffix("/done"): bench.read(name) | bench.made_by(name)
-        for name in names if bench.there(name)
-    }  # fmt: skip
+    single = {name.removesuffix("/done"): bench.read(name) | bench.made_by(name)
+              for name in filter(bench.there, names)}  # fmt: skip
     return {"floor": bench.row("real_test"), "interval": INTERVAL, **single, **of_seeds,
             "other_runs": bench.trainings(JUDGED_BY)}  # fmt: skip
 

@@ -150,9 +150,7 @@ def of_time(found: Checkpoint, arrays: dict[str, Any], key: str) -> jax.Array:
         return sampled(found, arrays["sampler/y"], sampler, guided)
 
 
-def of_sigma(
-    found: Checkpoint, arrays: dict[str, Any], key: str, folder: pathlib.Path
-) -> jax.Array:
+def of_sigma(found: Checkpoint, arrays: dict, key: str, folder: pathlib.Path) -> jax.Array:
     """The end of a trajectory of EDM or EDM2."""
     name = key.removeprefix("sampler/").removesuffix("_f64")
     noise = arrays.get("sampler/noise", arrays.get("sampler/latents"))

@@ -21,7 +21,7 @@ from absl.flags import FLAGS
 from outcomes import FOREIGN, LOST, REFUSED, SILENT, WORKS, Case, is_ours
 from robustness_files import images
 from robustness_values import fits, small
-from tasks import ROOT, config_of
+from tasks import ROOT, config_of, differences
 
 from mclr_jax import main, runs
 from mclr_jax.assimilation.observe import Observations, Operator, Select, write
@@ -104,8 +104,7 @@ def judge(what: str, status: Any, output: str) -> Case:
 
 def small_flags(config: Any) -> list[str]:
     """The flags that change configs/digits.py to this config."""
-    before, now = flat(config_of("digits").to_dict()), flat(config.to_dict())
-    return [f"--config.{k}={v}" for k, v in now.items() if before[k] != v]
+    return [f"--config.{k}={v}" for k, v in differences(config, "digits").items()]
 
 
 def flags_of(module: str) -> dict[str, Sequence[str]]:
@@ -153,9 +152,7 @@ def cheap() -> Any:
     return small("digits", {"num_steps": 1, "eval_examples": 0})
 
 
-def command(
-    rng: random.Random, folder: pathlib.Path, known: Mapping[str, Mapping[str, Sequence[str]]]
-) -> tuple[str, list[str]]:
+def command(rng: random.Random, folder: pathlib.Path, known: Mapping) -> tuple[str, list[str]]:
     """A random command line with one or two odd words, as module and arguments.
 
     `known` are the flags of each command, see `flags_of`.
@@ -302,18 +299,18 @@ def processes(seed: int, count: int, folder: pathlib.Path) -> Iterator[Case]:
     Each training must end with the weights of one that ran undisturbed.
     """
     rng, third, few = random.Random(seed), max(count // 3, 1), count < 3
-    steps = 30 if few else 300
-    every = 10 if few else 20
+    steps, every = (30, 10) if few else (300, 20)
     config = small("digits", {"num_steps": steps, "checkpoint_every": every, "log_every": 5,
-                              "optimizer.schedule": "constant",
-                              "network.dropout": 0.1, "eval_examples": 0})  # fmt: skip
+                              "optimizer.schedule": "constant", "network.dropout": 0.1,
+                              "eval_examples": 0})  # fmt: skip
     flags = ["--config=configs/digits.py", *small_flags(config)]
     whole, log = folder / "whole", folder / "log"
     start = time.monotonic()
     status, output = call("train", *flags, f"--workdir={whole}", log=log)
     assert status == 0, output
     seconds = time.monotonic() - start
-    yield from _stopped(rng, count, third, flags, folder, seconds)
+    signals = [signal.SIGKILL] * count + [signal.SIGTERM] * third
+    yield from _stopped(rng, signals, flags, folder, seconds)
     sizes = [f"size={round(2 ** rng.uniform(5, 11))}k" for _ in range(third)]
     for options in sizes if few else [*sizes, "ro"]:
         yield _on_disk(options, flags, folder)
@@ -340,11 +337,10 @@ def _on_disk(options: str, flags: list[str], folder: pathlib.Path) -> Case:
 
 
 def _stopped(
-    rng: random.Random, kills: int, terms: int, flags: list[str], folder: pathlib.Path, full: float
+    rng: random.Random, signals: list, flags: list[str], folder: pathlib.Path, full: float
 ) -> Iterator[Case]:
-    """SIGKILL and SIGTERM at random moments; the same command continues until the end."""
+    """Signals at random moments; the same command continues until the end."""
     workdir, log = folder / "stopped", folder / "log"
-    signals: list[Any] = [signal.SIGKILL] * kills + [signal.SIGTERM] * terms
     rng.shuffle(signals)
     for number in [*signals, None]:
         log.unlink(missing_ok=True)

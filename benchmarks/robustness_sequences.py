@@ -97,10 +97,6 @@ class Directory:
         steps = [record["step"] for record in read_lines(self.path / "metrics.jsonl")]
         if steps != sorted(steps) or max(steps) > self.done:
             return f"metrics.jsonl has steps {steps} of {self.done}"
-        return self.other_weights()
-
-    def other_weights(self) -> str:
-        """How the run's weights, as samplers read them, differ from those computed again."""
         found, step = runs.load(self.path).weights()
         if step not in self.saved:
             return f"weights of step {step}; expected one of {self.saved}"
@@ -117,9 +113,7 @@ def contents(path: pathlib.Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in files}
 
 
-def train(
-    place: Directory, changes: dict[str, Any], hooks: tuple[Hook, ...] = (), **options: bool
-) -> str:
+def train(place: Directory, changes: dict, hooks: tuple[Hook, ...] = (), **options: bool) -> str:
     """A training with the changes of BASE, and whether the directory is then as it should be."""
     asked, before = tuple(sorted(changes.items())), contents(place.path)
     target, end = parsed(asked).num_steps, [0]
@@ -184,9 +178,8 @@ def stopped(rng: random.Random, place: Directory) -> tuple[str, str]:
 
 
 def restarted(rng: random.Random, place: Directory) -> tuple[str, str]:
-    changes = (
-        place.changes | rng.choice((*DECIDING, *FIXED, {})) | {"num_steps": rng.choice((3, 6))}
-    )
+    changes = place.changes | rng.choice((*DECIDING, *FIXED, {}))
+    changes |= {"num_steps": rng.choice((3, 6))}
     return f"--restart with {changes}", train(place, changes, restart=True)
 
 

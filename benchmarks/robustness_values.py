@@ -133,9 +133,7 @@ def mutate(config: Any, key: str, value: Any) -> None:
         part[leaf] = value
 
 
-def cases(
-    seed: int, count: int, folder: Any = None, use: Callable[[Any], Any] = trace
-) -> Iterator[Case]:
+def cases(seed: int, count: int, folder: Any = None, use: Callable = trace) -> Iterator[Case]:
     """`count` configs with one or two keys changed; `use` raises the error of a wrong one."""
     rng, made = random.Random(seed), functools.cache(lambda i: small(*VARIANTS[i]))
     for number in range(count):
@@ -167,9 +165,7 @@ def mutation(rng: random.Random, key: str, defaults: dict[str, Any]) -> tuple[st
     return key, rng.choice(NUMBERS if rng.random() < (0.7 if numeric else 0.3) else OTHERS)
 
 
-def judge(
-    what: str, config: Any, mutations: dict, defaults: dict, use: Callable[[Any], Any] = trace
-) -> Case:
+def judge(what: str, config: Any, mutations: dict, defaults: dict, use: Callable = trace) -> Case:
     """The outcome of using a config with these mutations.
 
     What `Training.parse` accepts and should not must be refused by `trace`.

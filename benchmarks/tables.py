@@ -157,9 +157,7 @@ def _second(rows: list[dict]) -> str:
     return f"{statistics.mean(found):.1f}" if found else ""
 
 
-def rivals(
-    result: Row, chosen: Iterable[str] = (), equal: bool = False, every: bool = False
-) -> list[Row]:
+def rivals(result: Row, chosen: Iterable = (), equal: bool = False, every: bool = False) -> list:
     """The floor, then each method at the strength of its best mean FD, or at every strength.
 
     `chosen` are methods, by default all; `equal` asks for the rows at equal noise. Only strengths
@@ -192,9 +190,8 @@ def at_best(rows: list[Row]) -> str:
 
 def over_seeds(result: Row, *by: str) -> list[Row]:
     """The floor, and the means with their standard deviations over seeds, by default by method."""
-    found: list[Row] = [
-        {**result["floor"], "method": "floor", "second": _second([result["floor"]])}
-    ]
+    floor = result["floor"]
+    found: list[Row] = [{**floor, "method": "floor", "second": _second([floor])}]
     by = by or ("method",)
     for same in dict.fromkeys(tuple(row[key] for key in by) for row in result["rows"]):
         rows = [row for row in result["rows"] if tuple(row[key] for key in by) == same]
@@ -220,12 +217,10 @@ def transferred(found: Row, of: Callable) -> list[Row]:
     strengths: dict[str, set[float]] = {}
     for row in means[1:]:
         strengths.setdefault(row["method"], set()).add(row["strength"])
-    kept = [
-        row
-        for row in means[1:]
-        if row["strength"] == of(strengths[row["method"]])
-        and (of is min or row["method"] == "plain" or len(strengths[row["method"]]) > 1)
-    ]
+    kept = [row for row in means[1:] if row["strength"] == of(strengths[row["method"]])]
+    if of is max:
+        several = {method for method, own in strengths.items() if len(own) > 1} | {"plain"}
+        kept = [row for row in kept if row["method"] in several]
     return [means[0], {**subset, "second": _second([subset])}, *kept]
 
 

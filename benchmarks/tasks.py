@@ -28,9 +28,8 @@ from mclr_jax.files import flat, provenance, write_json  # noqa: E402
 class Rows:
     """The rows of a result file, by default benchmarks/results/NAME.json; each is made once."""
 
-    def __init__(self, path: str | pathlib.Path, summary: Callable[[list], Mapping] | None = None):
+    def __init__(self, path: str | pathlib.Path):
         self.path = RESULTS / f"{path}.json" if isinstance(path, str) else path
-        self.summary = summary
 
     def content(self) -> dict[str, Any]:
         """All that is stored, read anew: another process may have written since."""
@@ -48,8 +47,6 @@ class Rows:
         new = {**asked, **make(), **provenance(), "device": banner()}
         content = self.content()
         content[kind] = [*content.get(kind, []), new]
-        if self.summary:
-            content["summary"] = self.summary(content["rows"])
         write_json(self.path, content)
         print({k: v for k, v in new.items() if not isinstance(v, list | dict)}, flush=True)
         return new
@@ -203,15 +200,12 @@ def add_flags(parser: argparse.ArgumentParser, options: Mapping[str, tuple] = TA
             parser.add_argument(f"--{name}", action="store_true", help=text)
             continue
         needed = isinstance(default, type)
-        kind = default if needed else integers if isinstance(default, tuple) else type(default)
+        kind = default if needed else type(default)
+        if isinstance(default, tuple):
+            kind = lambda text: tuple(map(int, text.split(",")))  # noqa: E731
         given = {"required": True} if needed else {"default": default}
         given |= {"choices": choices[0]} if choices else {}
         parser.add_argument(f"--{name}", type=kind, help=text, **given)
-
-
-def integers(text: str) -> tuple[int, ...]:
-    """1,2 -> (1, 2)."""
-    return tuple(map(int, text.split(",")))
 
 
 def run(root: pathlib.Path, tasks: Sequence[Task], arguments: argparse.Namespace) -> dict:

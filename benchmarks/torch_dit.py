@@ -126,9 +126,8 @@ def guided(pipe, x: torch.Tensor, labels: torch.Tensor, scale: float, steps: int
     both = torch.cat([labels, torch.full_like(labels, CLASSES)])
     pipe.scheduler.set_timesteps(steps)
     for level in pipe.scheduler.timesteps:
-        answers = pipe.transformer(
-            torch.cat([x, x]), timestep=level.expand(len(both)), class_labels=both
-        ).sample
+        asked = {"timestep": level.expand(len(both)), "class_labels": both}
+        answers = pipe.transformer(torch.cat([x, x]), **asked).sample
         right, null = answers.chunk(2)
         x = pipe.scheduler.step(null + scale * (right - null), level, x).prev_sample
     return x.clamp(-1, 1)

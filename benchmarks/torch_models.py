@@ -75,9 +75,8 @@ class UNet(nn.Module):
         width = 4 * channels
         self.register_buffer("frequencies", 1e-4 ** torch.linspace(0, 1, channels // 2))
         self.map_label = nn.Linear(num_classes, channels)
-        self.map_noise = nn.Sequential(
-            nn.Linear(channels, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
-        )
+        noise = nn.Linear(channels, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
+        self.map_noise = nn.Sequential(*noise)
         self.first = nn.Conv2d(3, channels, 3, padding=1)
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
         current, skips = channels, [channels]
@@ -99,9 +98,8 @@ class UNet(nn.Module):
                 attend = resolution >> level in attention_resolutions and index == num_blocks
                 inputs, current = current + skips.pop(), channels * channel_mult[level]
                 self.decoder.append(ResidualBlock(inputs, current, width, "", attend))
-        self.last = nn.Sequential(
-            group_norm(current), nn.SiLU(), nn.Conv2d(current, 3, 3, padding=1)
-        )
+        last = nn.Conv2d(current, 3, 3, padding=1)
+        self.last = nn.Sequential(group_norm(current), nn.SiLU(), last)
 
     def forward(self, x, c_noise, label):
         """x (B, 3, H, W), c_noise (B,), label (B,) -> (B, 3, H, W)."""

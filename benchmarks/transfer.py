@@ -191,9 +191,8 @@ class Transfer(Bench):
         weak = self.weak("base" if found.domain else "")
         scale = 1.0 if found.key else 1 + strength
         guided = generate.Guidance(scale, interval=found.interval, weak=weak, domain=found.domain)
-        own, samples, labels, calls = self.drawn(
-            self.name_of(method, strength, seed), COUNT, seed, guided
-        )
+        place = self.name_of(method, strength, seed)
+        own, samples, labels, calls = self.drawn(place, COUNT, seed, guided)
         row = {"method": method, "strength": strength, "seed": seed, "per_class": self.per_class}
         if "adapter.rank" in found.changes:
             config = self.fine_tuning(seed, found.changes)
