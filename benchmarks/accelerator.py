@@ -126,9 +126,7 @@ def outside(flags: argparse.Namespace, session: str) -> int:
             try:
                 status = subprocess.run(command, timeout=left).returncode
             except subprocess.TimeoutExpired:
-                print(
-                    f"{flags.minutes:g} minutes are over; the same command continues.", flush=True
-                )
+                print(f"{flags.minutes:g} minutes are over; the same command continues.")
                 return 1
             if status == NO_DEVICE:
                 return status

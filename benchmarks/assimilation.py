@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,8 @@ class System:
 
     def log_likelihood(self, values: jax.Array, x: jax.Array) -> jax.Array:
         """log p(y | x), (..., m) and (..., d) to (...); NaN in y is no observation."""
-        terms = log_normal(values - self.observe(x), self.observation_std)
+        std, difference = self.observation_std, values - self.observe(x)
+        terms = -0.5 * (difference / std) ** 2 - 0.5 * jnp.log(2 * jnp.pi * std**2)
         return jnp.where(jnp.isnan(values), 0, terms).sum(-1)
 
     def move(self, x: jax.Array, key: jax.Array) -> jax.Array:
@@ -61,10 +62,6 @@ class System:
         """Continue the states x (n, d), which are the first frame: (n, frames, d)."""
         keys = jax.random.split(key, frames)
         return jnp.moveaxis(jax.lax.scan(lambda x, k: (self.move(x, k), x), x, keys)[1], 0, 1)
-
-
-def log_normal(difference: jax.Array, std: float) -> jax.Array:
-    return -0.5 * (difference / std) ** 2 - 0.5 * jnp.log(2 * jnp.pi * std**2)
 
 
 def attractor(key: jax.Array, n: int) -> jax.Array:
@@ -107,16 +104,12 @@ PROTOCOLS = {
 }  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class History:
+class History(NamedTuple):
     """Particles (T, N, d), their log weights (T, N), normalised, and ancestors (T, N) in T - 1."""
 
     particles: jax.Array
     log_weights: jax.Array
     ancestors: jax.Array
-
-
-jax.tree_util.register_dataclass(History, ["particles", "log_weights", "ancestors"], [])
 
 
 def systematic(key: jax.Array, log_weights: jax.Array) -> jax.Array:

@@ -113,10 +113,8 @@ class Bench(Files):
         return [*dict.fromkeys(map(self.base, seeds))]
 
     def train_base(self, seed: int) -> None:
-        config = self.config()
-        config.seed = seed
+        config = self.config(changes={"seed": seed, "sample_every": 0})
         config.num_steps = self.base_steps or config.num_steps
-        config.sample_every = 0
         self.train(self.base(seed), self.configs, config)
 
     def share(self) -> None:
@@ -143,12 +141,9 @@ class Bench(Files):
 
     def fine_tuning(self, seed: int, changes: Mapping[str, Any]) -> Any:
         """The config of MCLR, or of another objective with the same steps and learning rates."""
-        config = self.config("_mclr", changes)
-        config.init_from = str(self.root / self.base(seed))
-        config.companions.classifier = str(self.root / "classifier")
-        config.seed = seed + 1
-        config.sample_every = 0
-        return config
+        own = {"init_from": str(self.root / self.base(seed)), "seed": seed + 1, "sample_every": 0,
+               "companions.classifier": str(self.root / "classifier")}  # fmt: skip
+        return self.config("_mclr", own | dict(changes))
 
     def tune(self, name: str, seed: int, changes: Mapping[str, Any]) -> None:
         self.train(name, f"{self.configs}_mclr", self.fine_tuning(seed, changes))
@@ -158,10 +153,10 @@ class Bench(Files):
         found = runs.load(self.root / name)
         return found, found.weights(step=step, interpolation=interpolation)[0]
 
-    def weak(self, name: str) -> tuple[Any, Any] | None:
-        """The weak model of guidance, a work directory, and its parameters; "": none."""
-        found, params = self.load(name) if name else (None, None)
-        return found and (found.model, params)
+    def weak(self, name: str) -> tuple[Any, Any]:
+        """The model of a work directory and its parameters, for guidance."""
+        found, params = self.load(name)
+        return found.model, params
 
     def drawn(
         self, name: str, count: int, seed: int, guided: generate.Guidance = generate.NONE,
@@ -179,7 +174,7 @@ class Bench(Files):
 
     def sample(self, model: Model, seed: int) -> None:
         """Samples of a model, judged; features are kept to compare sets of samples."""
-        count, weak = self.settings["samples"], self.weak(model.weak)
+        count, weak = self.settings["samples"], self.weak(model.weak) if model.weak else None
         guided = generate.Guidance(1 + model.gamma, interval=model.interval, weak=weak)
         drawn = self.drawn(model.workdir(seed), count, seed, guided, model.interpolation)
         found, samples, labels, calls = drawn

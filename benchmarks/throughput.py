@@ -64,28 +64,21 @@ def candidates(task: str, model: str, threads: int) -> dict[str, dict]:
     return rows
 
 
-def our_task(model: str):
-    """The task that is trained."""
-    from mclr_jax.config import Training
-    from mclr_jax.configs import base
-    from mclr_jax.model import DataInfo
-
-    config = base.base()
-    config.network = base.options(model, **(UNET if model == "unet" else DIT))
-    config.objective.label_dropout = 0.0
-    return Training.parse(config).task(DataInfo((32, 32, 3), 10, 0.5), {})
-
-
 def our_run(task: str, model: str, loop: int) -> tuple[Callable, int]:
     """(function of a round, images of a round)."""
     import jax
 
     from mclr_jax import generate
-    from mclr_jax.model import shapes_of
+    from mclr_jax.config import Training
+    from mclr_jax.configs import base
+    from mclr_jax.model import DataInfo, shapes_of
     from mclr_jax.samplers import Sampler
     from mclr_jax.training.devices import replicated
 
-    trained = our_task(model)
+    config = base.base()
+    config.network = base.options(model, **(UNET if model == "unet" else DIT))
+    config.objective.label_dropout = 0.0
+    trained = Training.parse(config).task(DataInfo((32, 32, 3), 10, 0.5), {})
     if task == "training":
         step = Step(Candidate(trained, "pmap", loop, devices=tuple(jax.devices())), BATCH)
         step.load()

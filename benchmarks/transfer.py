@@ -148,7 +148,7 @@ class Transfer(Bench):
         return f"plain_steps_{self.per_class}"
 
     @property
-    def images(self) -> str:
+    def shown(self) -> str:
         """The set of the images of a fine-tuning."""
         return f"real_subset_{self.per_class}"
 
@@ -188,7 +188,7 @@ class Transfer(Bench):
     def draw(self, method: str, strength: float, seed: int) -> None:
         """Samples of a method, judged."""
         found = METHODS[method]
-        weak = self.weak("base" if found.domain else "")
+        weak = self.weak("base") if found.domain else None
         scale = 1.0 if found.key else 1 + strength
         guided = generate.Guidance(scale, interval=found.interval, weak=weak, domain=found.domain)
         place = self.name_of(method, strength, seed)
@@ -217,7 +217,7 @@ class Transfer(Bench):
         classes = np.asarray(source.labels) if path else np.array(TARGET)[source.labels]
         rows = np.flatnonzero(np.isin(classes, TARGET))
         rows = rows if split == "train" else rows[:: max(len(rows) // COUNT, 1)]
-        name = f"real_{split}" if path else self.images
+        name = f"real_{split}" if path else self.shown
         self.store(name, np.asarray(to_float(source[rows][0])), classes[rows], {})
 
     def chosen(self, method: str) -> list[float]:
@@ -231,25 +231,19 @@ class Transfer(Bench):
         return [*dict.fromkeys([matched, best] if off[matched] < NEAR else [best])]
 
     def tasks(self, seeds: tuple[int, ...], stage: int) -> list[Task]:
-        """Stage 0 has the strengths, 1 also those of all seeds and the second judge, 2 all."""
+        """Stage 0 has all strengths for the validation seed, 1 also those chosen for all seeds."""
         do, sets = functools.partial, ("sets_made.json",)
         tasks = [
             Task("sets_made", self.sets, *sets),
             Task("base", self.train_base, done("base"), sets),
             *self.judging(*sets),
             Task(self.plain, self.plain_steps, f"{self.plain}.json", (done("base"), REFERENCE)),
-            Task(self.images, do(self.real, "subset"), f"sets/{self.images}.json", (REFERENCE,)),
+            Task(self.shown, do(self.real, "subset"), f"sets/{self.shown}.json", (REFERENCE,)),
         ]
-        middle = [  # of the strengths of each method first; rates and adapters last
-            (found.key == RATE, abs(2 * i + 1 - len(found.strengths)), i, m, s)
-            for m, found in METHODS.items() for i, s in enumerate(found.strengths)
-        ]  # fmt: skip
-        rows = [(m, s, VALIDATION) for late, _, _, m, s in sorted(middle, key=lambda row: row[:3])
-                if stage > 1 or not late]  # fmt: skip
+        tried = [(m, s, VALIDATION) for m, found in METHODS.items() for s in found.strengths]
         chosen = [(m, s, seed) for seed, m in itertools.product(seeds if stage else (), METHODS)
                   for s in self.chosen(m)]  # fmt: skip
-        rows += chosen
-        for method, strength, seed in rows:
+        for method, strength, seed in tried + chosen:
             place, name = self.name_of(method, strength, seed), self.set_of(method, strength, seed)
             if self.there(f"sets/{name}"):  # its weights are needed no more
                 continue
@@ -258,7 +252,7 @@ class Transfer(Bench):
                 Task(place, tune, done(place), (done("base"),)),
                 Task(f"set_{name}", draw, f"sets/{name}.json", (done(place), REFERENCE)),
             ]
-        names = ["real_train", "real_test", self.images, *(self.set_of(*row) for row in chosen)]
+        names = ["real_train", "real_test", self.shown, *(self.set_of(*row) for row in chosen)]
         return once(tasks) + self.second_tasks(f"sets/{name}.json" for name in names if stage)
 
 
@@ -270,7 +264,7 @@ def smaller(pixels: np.ndarray) -> np.ndarray:
 
 def collect(bench: Transfer, seeds: tuple[int, ...]) -> dict[str, Any]:
     """The rows that are there."""
-    real = {name: {"method": name} for name in ("real_test", bench.images)}
+    real = {name: {"method": name} for name in ("real_test", bench.shown)}
     sets = [
         bench.set_of(method, strength, seed)
         for method, found in METHODS.items()
@@ -309,9 +303,8 @@ def main() -> None:
     flags = parsed(__doc__, per_class=(64, "images of each class"),
                    steps=(2400, "of every fine-tuning"), **SEEDS)  # fmt: skip
     bench, seeds = Transfer(per_class=flags.per_class, steps=flags.steps), flags.seeds
-    parts = [(0, seeds), *((1, seeds[:n]) for n in range(1, len(seeds) + 1)), (2, seeds)]
-    for stage, some in parts[-1:] if flags.task else parts:
-        result = run(bench.root, bench.tasks(some, stage), flags)
+    for stage in (1,) if flags.task else (0, 1):
+        result = run(bench.root, bench.tasks(seeds, stage), flags)
     path = RESULTS / "transfer.json"
     before = json.loads(path.read_text())["sets"] if path.exists() else {}
     found = {(name := f"fashion_mnist_{bench.per_class}"): result | collect(bench, seeds)}
