@@ -15,13 +15,11 @@ a file NAME.safetensors, or a folder of diffusers if the model came from one.
 
 import pathlib
 
-import jax
 from absl import flags
 
 from mclr_jax import pretrained, runs
 from mclr_jax.files import made
 from mclr_jax.launch import common
-from mclr_jax.model import shapes_of
 from mclr_jax.pretrained import published
 
 WORKDIR, EMA, CHECKPOINT, INTERPOLATION = common.define(
@@ -57,12 +55,7 @@ def main() -> None:
     given, out = dict(text.split("=", 1) for text in SET.value), pathlib.Path(OUT.value)
     with made(out):
         run = pretrained.convert(INPUT.value, out, FAMILY.value, **given)
-    size = sum(leaf.size for leaf in jax.tree.leaves(shapes_of(run.model)))
-    print(
-        f"Wrote {out}: {type(run.model.network).__name__} with {size} parameters for examples of "
-        f"shape {run.model.data.shape} in {run.model.data.num_classes} classes, "
-        f'"{run.sampler.method}".'
-    )
+    print(f"Wrote {out}: {published.described(run)}")
 
 
 if __name__ == "__main__":

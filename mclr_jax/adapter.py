@@ -8,7 +8,7 @@ import dataclasses
 import re
 import zlib
 from collections.abc import Collection
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ class LowRank(struct.PyTreeNode):
 
 
 @dataclasses.dataclass(frozen=True)
-class Adapter(Keys):
+class Adapter(Keys, where="config.adapter"):
     """The weights in training: those of the base and, of each kernel (in, out), scale A B.
 
     A (in, rank) starts normal with variance 1 / in, B (rank, out) at zero, so that training begins
@@ -55,7 +55,6 @@ class Adapter(Keys):
     scale: float = key(1.0, 0.0, 1e6, "(", says="factor of the updates")
     freeze: str = key("", says="regular expression: weights of the run in init_from that are not "
                       "trained, by their paths; empty: none")  # fmt: skip
-    where: ClassVar[str] = "config.adapter"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,7 +8,7 @@ takes the typed value. A name is a key of a table, or `package.module:Name`, whi
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -54,10 +54,8 @@ COMPANIONS = {"reference": "a frozen reference", "classifier": "a classifier"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Training(Keys):
+class Training(Keys, where="config"):
     """A training as a config says it; its named parts are made already."""
-
-    where: ClassVar[str] = "config"
 
     seed: int = key(0, 0, says="of initial weights, data order and noise")
     num_steps: int = key(10_000, 1, says="of the whole training")

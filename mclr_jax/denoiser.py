@@ -11,7 +11,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ class Preconditioning(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class EDM(Keys):
+class EDM(Keys, where="config.preconditioning"):
     """Karras et al. 2022 (arXiv 2206.00364), Table 1: c_noise = ln(sigma) / 4.
 
     Natural weight (sigma^2 + sigma_data^2) / (sigma sigma_data)^2.
@@ -52,7 +52,6 @@ class EDM(Keys):
 
     sigma_data: float = key(0.5, 1e-9, 1e9, says="standard deviation of the data")
 
-    where: ClassVar[str] = "config.preconditioning"
     sigma_range = (0.0, float("inf"))
 
     def scales(self, sigma: jax.Array) -> Scales:
@@ -98,7 +97,7 @@ PATHS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Velocity(Keys):
+class Velocity(Keys, where="config.preconditioning"):
     """Flow matching, x_u = a x0 + s n with sigma = s / a, for u from 0 (data) to 1 (noise).
 
     The path is linear (a = 1 - u, s = u), cosine (cos and sin of pi u / 2; SiT's GVP) or vp (SiT's
@@ -113,7 +112,6 @@ class Velocity(Keys):
     path: str = key("linear", words=PATHS, says="between data and noise")
     prediction: str = key("velocity", words=("velocity", "noise", "score"), says="of the network")
 
-    where: ClassVar[str] = "config.preconditioning"
     sigma_range = (0.0, float("inf"))
 
     def scales(self, sigma: jax.Array) -> Scales:
@@ -129,7 +127,12 @@ class Velocity(Keys):
         return Scales(data, skip, out if towards_data else -out, times[self.data_at])
 
 
-class _Discrete(Keys, abc.ABC):
+def _of_noise(sigma: jax.Array, clock: jax.Array) -> Scales:
+    """The factors of a network that gives the noise of a variance-preserving process."""
+    return Scales(1 / jnp.sqrt(1 + sigma**2), jnp.ones_like(sigma), -sigma, clock)
+
+
+class _Discrete(Keys, abc.ABC, where="config.preconditioning"):
     """A variance-preserving process in discrete steps, with ab the product of the alphas so far.
 
     c_in x is x_t = sqrt(ab) x0 + sqrt(1 - ab) n for sigma = sqrt(1 / ab - 1).
@@ -141,7 +144,6 @@ class _Discrete(Keys, abc.ABC):
         """1 - beta of each step, (steps,) float64."""
 
     steps: int
-    where: ClassVar[str] = "config.preconditioning"
 
     def __post_init__(self):
         super().__post_init__()
@@ -185,8 +187,7 @@ class Epsilon(_Discrete):
         return 1 - np.linspace(*self.betas, self.steps)
 
     def scales(self, sigma: jax.Array) -> Scales:
-        c_in = 1 / jnp.sqrt(1 + sigma**2)
-        return Scales(c_in, jnp.ones_like(sigma), -sigma, self._clock(sigma))
+        return _of_noise(sigma, self._clock(sigma))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +218,7 @@ class V(_Discrete):
 
 
 @dataclasses.dataclass(frozen=True)
-class VP(Keys):
+class VP(Keys, where="config.preconditioning"):
     """Song et al. 2021's variance-preserving process in time t (Karras et al. 2022, Table 1).
 
     The network gives the noise, and gets (steps - 1) t. Natural weight 1 / sigma^2.
@@ -228,8 +229,6 @@ class VP(Keys):
     steps: int = key(1000, 2, 1_000_000, says="of the process from which the clock is taken")
     first: float = key(1e-5, 0.0, 1.0, "()", says="lowest t of the training")
 
-    where: ClassVar[str] = "config.preconditioning"
-
     @property
     def sigma_range(self) -> tuple[float, float]:
         low, high = np.expm1([(self.beta_d / 2 * t + self.beta_min) * t for t in (self.first, 1.0)])
@@ -238,12 +237,11 @@ class VP(Keys):
     def scales(self, sigma: jax.Array) -> Scales:
         total = self.beta_min**2 + 2 * self.beta_d * jnp.log(1 + sigma**2)
         time = (jnp.sqrt(total) - self.beta_min) / self.beta_d
-        c_in, clock = 1 / jnp.sqrt(1 + sigma**2), (self.steps - 1) * time
-        return Scales(c_in, jnp.ones_like(sigma), -sigma, clock)
+        return _of_noise(sigma, (self.steps - 1) * time)
 
 
 @dataclasses.dataclass(frozen=True)
-class VE(Keys):
+class VE(Keys, where="config.preconditioning"):
     """Song et al. 2021's variance-exploding process (Karras et al. 2022, Table 1).
 
     The network gives x0 - x over sigma, and gets ln(sigma / 2). Natural weight 1 / sigma^2.
@@ -251,8 +249,6 @@ class VE(Keys):
 
     sigma_min: float = key(0.02, 0.0, 1e9, "(", says="lowest level of the training")
     sigma_max: float = key(100.0, 0.0, 1e9, "(", says="highest level of the training")
-
-    where: ClassVar[str] = "config.preconditioning"
 
     @property
     def sigma_range(self) -> tuple[float, float]:
@@ -292,8 +288,7 @@ class IDDPM(_Discrete):
 
     def scales(self, sigma: jax.Array) -> Scales:
         step = jnp.searchsorted(jnp.asarray(self._middles, sigma.dtype), sigma) - 1
-        c_in = 1 / jnp.sqrt(1 + sigma**2)
-        return Scales(c_in, jnp.ones_like(sigma), -sigma, step.astype(sigma.dtype))
+        return _of_noise(sigma, step.astype(sigma.dtype))
 
 
 def denoiser(preconditioning: Preconditioning, network: NetworkFn) -> DenoiseFn:
@@ -332,7 +327,8 @@ def _parts(
     """The denoised x, the second half of the output's channels, and c_out with the axes of x."""
     sigma = jnp.broadcast_to(jnp.asarray(sigma, x.dtype), jnp.shape(sigma) or x.shape[:1])
     scales, channels = preconditioning.scales(sigma), x.shape[-1]
-    raw = network(expand(scales.c_in, x) * x, scales.c_noise, as_condition(condition))
+    condition = None if condition is None else as_condition(condition)
+    raw = network(expand(scales.c_in, x) * x, scales.c_noise, condition)
     first, second = (raw[..., k * channels :][..., :channels].astype(x.dtype) for k in (0, 1))
     c_out = expand(scales.c_out, x)
     return expand(scales.c_skip, x) * x + c_out * first, second, c_out

@@ -153,7 +153,4 @@ def provenance() -> dict[str, str]:
     script = pathlib.Path(*words[1:2])
     if script.suffix == "" and script.is_file():  # an installed command
         words[:2] = [script.name]
-    return {
-        "command": shlex.join(words),
-        "revision": revision or f"version {__version__}",
-    }
+    return {"command": shlex.join(words), "revision": revision or f"version {__version__}"}

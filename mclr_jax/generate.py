@@ -19,7 +19,7 @@ from mclr_jax.model import Model
 from mclr_jax.noise import normal_like, sample_keys
 from mclr_jax.samplers import Sampler
 from mclr_jax.schema import class_factors, in_range
-from mclr_jax.training.devices import check_memory, in_batches, replicated, shardings, spread_size
+from mclr_jax.training.devices import check_memory, in_batches, replicated, shardings
 from mclr_jax.types import DenoiseFn
 
 
@@ -244,14 +244,14 @@ def generate(
         sampler.table(model.preconditioning),
         *jax.tree.map(np.float32, (scales, interval, churn or samplers.Churn())),
     )
-    both, (spread, _) = replicated((params, weak_params)), shardings()
+    both = replicated((params, weak_params))
 
-    def draw(rows: np.ndarray, labels: np.ndarray) -> jax.Array:
-        return run(both, np.uint32(seed), *jax.device_put((rows, labels), spread), *scalars)
+    def draw(*inputs: jax.Array) -> jax.Array:
+        return run(both, np.uint32(seed), *inputs, *scalars)
 
     out = np.zeros((len(labels), *model.data.shape), np.float32)
-    size = spread_size(batch_size, len(labels))
-    for rows, samples in in_batches(draw, len(labels), size, labels):
+    given = draw, lambda rows: (rows, labels[rows])
+    for rows, samples in in_batches(*given, len(labels), batch_size):
         out[rows] = samples
         finite = np.isfinite(samples).reshape(len(rows), -1).all(1)
         if not finite.all():

@@ -22,7 +22,7 @@ from mclr_jax.files import digest
 from mclr_jax.model import Model
 from mclr_jax.networks.autoencoder import Autoencoder
 from mclr_jax.pretrained import diffusers
-from mclr_jax.training.devices import in_batches, shardings, spread_size
+from mclr_jax.training.devices import in_batches, shardings
 
 BATCH = 64
 UNSEEN = (
@@ -84,13 +84,9 @@ class Decoder:
 
     def __call__(self, samples: np.ndarray, dtype: Any = np.float32) -> np.ndarray:
         """The images; with `dtype` uint8 in 8 bits."""
-        spread, (_, params) = shardings()[0], load(self.folder)
-
-        def compute(rows: np.ndarray, x: np.ndarray) -> jax.Array:
-            return _compiled(self._decode)(params, jax.device_put(x, spread))
-
+        run = functools.partial(_compiled(self._decode), load(self.folder)[1])
         out = np.zeros((len(samples), *self.shape(samples.shape[1:])), dtype)
-        for rows, found in in_batches(compute, len(out), spread_size(BATCH, len(out)), samples):
+        for rows, found in in_batches(run, lambda rows: (samples[rows],), len(out), BATCH):
             out[rows] = images.to_uint8(found) if dtype == np.uint8 else found
         return out
 
@@ -179,7 +175,7 @@ def encode(
             f"The images have shape {source.shape}; the autoencoder in {folder} takes "
             f"{network.in_channels} channels, or grey, and sides divisible by {factor}."
         )
-    low, spread = KINDS[kind].low, shardings()[0]
+    low = KINDS[kind].low
 
     @functools.partial(jax.jit, out_shardings=shardings()[1])
     def run(params: Any, pixels: jax.Array) -> jax.Array:
@@ -188,13 +184,10 @@ def encode(
         mean_and_std: Any = network.apply({"params": params}, x, method="encode")
         return jnp.moveaxis(jnp.concatenate(mean_and_std, axis=-1), -1, 1)
 
-    def compute(rows: np.ndarray) -> jax.Array:
-        return run(params, jax.device_put(source[rows][0], spread))
-
     names = [f"{i:08d}"[:5] + f"/img-mean-std-{i:08d}.npy" for i in range(len(source))]
     with folders.archive(out, source, names, latents=kind, autoencoder=digest(params)) as archive:
-        size = spread_size(BATCH, len(source))
-        for rows, found in in_batches(compute, len(source), size):
+        given = functools.partial(run, params), lambda rows: source[rows][:1]
+        for rows, found in in_batches(*given, len(source), BATCH):
             for row, array in zip(rows, found, strict=True):
                 np.save(buffer := io.BytesIO(), array)
                 archive.writestr(names[row], buffer.getvalue())

@@ -13,6 +13,7 @@ from mclr_jax.data import pipeline
 from mclr_jax.experiment import Experiment
 from mclr_jax.files import made
 from mclr_jax.labels import warn_of_companions
+from mclr_jax.model import size_of
 from mclr_jax.schema import local
 from mclr_jax.training import loop
 from mclr_jax.training.checkpoint import Checkpoints
@@ -104,11 +105,10 @@ def _train(
         stream = pipeline.stream(
             experiment.source, training.batch_size, training.seed, start, *shard, extra=extra
         )
-        parameters = sum(x.size for x in jax.tree.leaves(state.params))
         logging.info(
             "%d examples of shape %s in %d classes, sigma_data %.4g; %d parameters; from step %d",
             len(experiment.source), experiment.data.shape, experiment.data.num_classes,
-            experiment.data.sigma_data, parameters, start,
+            experiment.data.sigma_data, size_of(state.params), start,
         )  # fmt: skip
         every = training.ema.snapshot_every if training.ema.power_stds else 0
         ours = [

@@ -150,8 +150,7 @@ class Model:
 
     def denoise(self, params: Any) -> DenoiseFn:
         """A `DenoiseFn` (condition None: the null label); raises ValueError for a classifier."""
-        denoise = denoiser(self.preconditioning, self._denoising(params))
-        return lambda x, sigma, condition: denoise(x, sigma, self.complete(condition, len(x)))
+        return denoiser(self.preconditioning, self._denoising(params))
 
     def denoise_with_range(self, params: Any) -> DenoiseFn:
         """`denoise` and the place of the variance for the sampler ddpm: 2 C channels.
@@ -159,17 +158,14 @@ class Model:
         Without `has_range` the place is 1, the upper end, as in DiT without a learned variance.
         """
         if self.has_range:
-            found = with_range(self.preconditioning, self._denoising(params))
-            return lambda x, sigma, condition: found(x, sigma, self.complete(condition, len(x)))
+            return with_range(self.preconditioning, self._denoising(params))
         denoise = self.denoise(params)
         return lambda *inputs: jnp.concatenate([denoise(*inputs), jnp.ones_like(inputs[0])], -1)
 
     def output(self, params: Any) -> NetworkFn:
         """The network's own output for (x (B, ...), c_noise (B,), condition), of x's shape."""
         network = self._denoising(params)
-        return lambda x, c_noise, condition: network(x, c_noise, self.complete(condition, len(x)))[
-            ..., : x.shape[-1]
-        ].astype(x.dtype)
+        return lambda x, *inputs: network(x, *inputs)[..., : x.shape[-1]].astype(x.dtype)
 
     def moments(self, params: Any) -> MomentsFn:
         """A `MomentsFn`: the denoiser's answer, and the variance of x0 given x, both of x's shape.
@@ -178,8 +174,7 @@ class Model:
         For data of unit variance and the preconditioning `edm`, c_out^2 = sigma^2 / (1 + sigma^2).
         Raises ValueError for a classifier.
         """
-        found = moments(self.preconditioning, self._denoising(params), self.has_variance)
-        return lambda x, sigma, condition: found(x, sigma, self.complete(condition, len(x)))
+        return moments(self.preconditioning, self._denoising(params), self.has_variance)
 
     def log_variance(self, params: Any) -> Callable[[jax.Array], jax.Array] | None:
         """u of the levels sigma (B,), of the network's log-variance head; None without one.
@@ -279,3 +274,8 @@ class Model:
 def shapes_of(model: Model) -> Any:
     """The shapes and types of a model's parameters."""
     return jax.eval_shape(model.init, jax.random.key(0))
+
+
+def size_of(tree: Any) -> int:
+    """The number of values in a tree of arrays or shapes, such as parameters."""
+    return sum(x.size for x in jax.tree.leaves(tree))

@@ -5,7 +5,7 @@
 
 import dataclasses
 import math
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -26,26 +26,22 @@ class NoiseLevels(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class LogNormal(Keys):
+class LogNormal(Keys, where="config.noise"):
     """ln sigma ~ N(mean, std^2); the training distribution of EDM (Karras et al. 2022, Table 1)."""
 
     mean: float = key(-1.2, -20.0, 20.0, says="of ln sigma")
     std: float = key(1.2, 0.0, 10.0, says="of ln sigma")
-
-    where: ClassVar[str] = "config.noise"
 
     def sample(self, key: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
         return jnp.exp(self.mean + self.std * jax.random.normal(key, shape))
 
 
 @dataclasses.dataclass(frozen=True)
-class LogUniform(Keys):
+class LogUniform(Keys, where="config.noise"):
     """ln sigma uniform between ln sigma_min and ln sigma_max."""
 
     sigma_min: float = key(0.002, *SIGMA_RANGE, says="lowest level")
     sigma_max: float = key(80.0, *SIGMA_RANGE, says="highest level")
-
-    where: ClassVar[str] = "config.noise"
 
     def __post_init__(self):
         super().__post_init__()
@@ -131,7 +127,7 @@ class Forcing(LogUniform):
 
 
 @dataclasses.dataclass(frozen=True)
-class CausalForcing(Keys):
+class CausalForcing(Keys, where="config.noise"):
     """Causality-aware levels of diffusion forcing for data assimilation (arXiv 2605.14285).
 
     Levels are those of the preconditioning `v` at its steps. With probability 1 - rho the steps of
@@ -144,8 +140,6 @@ class CausalForcing(Keys):
     rho: float = key(0.25, 0.0, 1.0, says="probability of a pyramid")
     stages: int = key(100, 1, says="levels of the pyramid")
     context: int = key(0, 0, says="largest number of first frames; 0: all but one")
-
-    where: ClassVar[str] = "config.noise"
 
     def steps(self, key: jax.Array, frames: int) -> jax.Array:
         """The steps (frames,) of one example, -1 for clean data."""

@@ -25,7 +25,7 @@ from mclr_jax.configs import find, load
 from mclr_jax.files import flat
 from mclr_jax.generate import Guidance
 from mclr_jax.hlo import collectives
-from mclr_jax.model import DataInfo, Model, shapes_of
+from mclr_jax.model import DataInfo, Model, shapes_of, size_of
 from mclr_jax.samplers import Churn, Sampler
 from mclr_jax.schema import fields
 from mclr_jax.task import Task
@@ -172,51 +172,10 @@ def step_flops(task: Task, batch_size: int) -> int:
         return flops(jax.make_jaxpr(make_update(task))(*shapes(task, batch_size)).jaxpr)
 
 
-def plan(
-    task: Task, name: str, parallel: str, *, batch_size: int, steps_per_dispatch: int,
-    num_steps: int, network_calls: int,
-) -> dict[str, Any]:  # fmt: skip
-    """The cost of a training on a topology, as JSON; docs/devices.md explains the keys.
-
-    Args:
-      name: of the topology.
-      parallel: layout of the devices, as config.parallel.
-      batch_size: over all devices.
-      steps_per_dispatch, num_steps: of the training.
-      network_calls: for one sample.
-
-    ValueError, MissingCompilerError: see `chips.topology`; the devices do not divide the batch.
-    """
-    chip, all_devices = chips.topology(name)
-    devices, count = Devices(parallel, all_devices), len(all_devices) // chip.devices
-    devices.check_batch_size(batch_size, task.grad_accumulation)
-    in_step, in_call = step_flops(task, batch_size), forward_flops(task.model)
-    arguments = shapes(task, batch_size, steps_per_dispatch)
-    with backend.programs_for_others():
-        program = functools.partial(lowered, task, devices, arguments)
-        cost = _costs(chip, name, count, program, in_step)
-    sampling = 1000 * network_calls * in_call
-    return cost | {
-        "parallel": parallel,
-        "batch_size": batch_size,
-        "steps_per_dispatch": steps_per_dispatch,
-        "parameters": _size(arguments[0].params),
-        "frozen_parameters": _size(arguments[1]),
-        "flops_per_step": in_step,
-        "flops_per_example": {"forward": in_call, "step": in_step / batch_size},
-        "device_hours": cost["roofline"]["seconds_per_step"] * num_steps * count / 3600,
-        "thousand_samples": {
-            "network_calls": network_calls,
-            "flops": sampling,
-            "chip_seconds": sampling / chip.flops,
-        },
-    }
-
-
 def sampling(
     model: Model, name: str, sampler: Sampler, *, batch_size: int, guidance_scale: float = 1.0
 ) -> dict[str, Any]:
-    """The cost of `generate.generate` for one batch on a topology, as JSON like that of `plan`.
+    """The cost of `generate.generate` for a batch on a topology, as JSON like that of `planned`.
 
     Each call of the sampler is a round of `roofline`, which reads the parameters. ValueError,
     MissingCompilerError: see `chips.topology`; a classifier; the devices do not divide the batch.
@@ -276,10 +235,6 @@ def _costs(
         "roofline": roofline(chip, flops / count, memory, exchanged, rounds),
         "compile_seconds": time.perf_counter() - start,
     }
-
-
-def _size(tree: Any) -> int:
-    return sum(x.size for x in jax.tree.leaves(tree))
 
 
 def roofline(
@@ -352,15 +307,39 @@ def companions(training: Training, data: DataInfo) -> dict[str, Model]:
 def planned(
     training: Training, data: DataInfo, topology: str, models: Mapping[str, Model] | None = None
 ) -> dict[str, Any]:
-    """`plan` of a training; `models` are the companions, by default those of `companions`."""
+    """The cost of a training on a topology, as JSON; docs/devices.md explains the keys.
+
+    `models` are the companions, by default those of `companions`. ValueError, MissingCompilerError:
+    see `chips.topology`; the devices do not divide the batch.
+    """
     task = training.task(data, companions(training, data) if models is None else models)
     calls = 0 if not task.model.is_denoiser else Guidance().calls(task.model, training.sampler)
+    chip, all_devices = chips.topology(topology)
+    devices, count = Devices(training.parallel, all_devices), len(all_devices) // chip.devices
+    batch_size = training.batch_size
+    devices.check_batch_size(batch_size, task.grad_accumulation)
+    in_step, in_call = step_flops(task, batch_size), forward_flops(task.model)
     with backend.programs_for_others():
-        steps = training.dispatch
-    return plan(
-        task, topology, training.parallel, batch_size=training.batch_size, steps_per_dispatch=steps,
-        num_steps=training.num_steps, network_calls=calls,
-    )  # fmt: skip
+        length = training.dispatch
+        arguments = shapes(task, batch_size, length)
+        program = functools.partial(lowered, task, devices, arguments)
+        cost = _costs(chip, topology, count, program, in_step)
+    seconds, samples = cost["roofline"]["seconds_per_step"], 1000 * calls * in_call
+    return cost | {
+        "parallel": training.parallel,
+        "batch_size": batch_size,
+        "steps_per_dispatch": length,
+        "parameters": size_of(arguments[0].params),
+        "frozen_parameters": size_of(arguments[1]),
+        "flops_per_step": in_step,
+        "flops_per_example": {"forward": in_call, "step": in_step / batch_size},
+        "device_hours": seconds * training.num_steps * count / 3600,
+        "thousand_samples": {
+            "network_calls": calls,
+            "flops": samples,
+            "chip_seconds": samples / chip.flops,
+        },
+    }
 
 
 def suggestions(

@@ -18,7 +18,7 @@ multistep method is of first order for that frame.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -156,14 +156,12 @@ SPACINGS: dict[str, Callable[[int, int], np.ndarray]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampler(Keys):
+class Sampler(Keys, where="config.sampler"):
     """The keys of config.sampler: a method, see `sample` and `flow`, and a grid.
 
     The grid is `noise.rho_grid`, or steps of the model's process; methods of `flow` have equal
     steps of time.
     """
-
-    where: ClassVar[str] = "config.sampler"
 
     method: str = key("heun", words=(*METHODS, *flow.METHODS), says="euler, heun or dpmpp_2m; ddpm "
                       "or ddim of DiT; ode_* or sde_* of SiT and REPA, see flow")  # fmt: skip

@@ -174,9 +174,13 @@ def check(value: Any) -> None:
 
 
 class Keys:
-    """Base of a frozen dataclass whose fields are the keys of a section of the config."""
+    """Base of a frozen dataclass whose fields are the keys of the section `where` of the config."""
 
     where: ClassVar[str]
+
+    def __init_subclass__(cls, where: str = "") -> None:
+        if where:
+            cls.where = where
 
     def __post_init__(self) -> None:
         check(self)

@@ -17,7 +17,7 @@ from mclr_jax.config import Training
 from mclr_jax.configs import digits as digits_config
 from mclr_jax.denoiser import Velocity
 from mclr_jax.launch import plan as command
-from mclr_jax.model import DataInfo
+from mclr_jax.model import DataInfo, size_of
 from mclr_jax.samplers import Sampler
 from mclr_jax.training.devices import MODES, Devices, placed
 from mclr_jax.training.step import make_evaluate
@@ -117,7 +117,7 @@ def test_replicated_layouts_exchange_the_gradient_and_fsdp_holds_a_share(paralle
     """And sums of a few metrics, 4 bytes each."""
     config = tiny.config("mixture", **{"network.width": 64, "network.dropout": 0.0})
     arguments = plan.shapes(task := Training.parse(config).task(DataInfo((2,), 3, 1.0), {}), 16)
-    parameters = sum(x.size for x in jax.tree.leaves(arguments[0].params))
+    parameters = size_of(arguments[0].params)
     state = 4 * 4 * parameters  # with Adam's moments and an average
     memory, exchanged = plan._compiled(plan.lowered(task, Devices(parallel), arguments), scale=1)
     if parallel == "fsdp":
@@ -144,7 +144,7 @@ def test_fsdp_gathers_kernels_and_moves_no_activations(name):
     data = dataclasses.replace(DIGITS, class_prior=(0.1,) * 10)
     task = Training.parse(config).task(data, {"reference": Training.parse(config).model(data)})
     arguments = plan.shapes(task, 64)
-    parameters = sum(x.size for x in jax.tree.leaves(arguments[0].params))
+    parameters = size_of(arguments[0].params)
     lowered, devices = plan.lowered(task, Devices("fsdp"), arguments), Devices("fsdp")
     if name == "evaluation":
         state, frozen, rows, _ = arguments
@@ -194,27 +194,27 @@ def test_what_does_not_fit_is_an_answer():
 
 def test_what_exceeds_the_memory_of_a_gpu_does_not_fit(monkeypatch):
     """Its compiler only logs an error: the program is compared with the card."""
-    task = Training.parse(tiny.config("mixture", **tiny.LINEAR)).task(DataInfo((2,), 3, 1.0), {})
-    options = {"batch_size": 8, "steps_per_dispatch": 1, "num_steps": 1, "network_calls": 1}
-    fits = []
+    keys = {"parallel": "data", "batch_size": 8, "steps_per_dispatch": 1, "num_steps": 1}
+    training, fits = Training.parse(tiny.config("mixture", **tiny.LINEAR, **keys)), []
     for memory in (2**30, 2**8):
         chip = dataclasses.replace(chips.CHIPS["v5e"], memory=memory)
         monkeypatch.setattr(chips, "topology", lambda name, chip=chip: (chip, (jax.devices()[0],)))
-        cost = plan.plan(task, "cuda:h100x1", "data", **options)
+        cost = plan.planned(training, DataInfo((2,), 3, 1.0), "cuda:h100x1")
         fits.append((cost["fits"], "DOES NOT FIT" in costs.training(cost)))
     assert fits == [(True, False), (False, True)]
 
 
 def test_a_chip_may_have_several_devices(monkeypatch):
     """A v4 has two, with half of its batch and of its FLOP/s each, and copies of the parameters."""
-    task = Training.parse(tiny.config("mixture", **tiny.LINEAR)).task(DataInfo((2,), 3, 1.0), {})
-    options = {"batch_size": 32, "steps_per_dispatch": 1, "num_steps": 7200, "network_calls": 5}
-    found = {}
+    keys = {"parallel": "data", "batch_size": 32, "steps_per_dispatch": 1, "num_steps": 7200,
+            "sampler.num_steps": 3}  # fmt: skip
+    training = Training.parse(tiny.config("mixture", **tiny.LINEAR, **keys))
+    task, found = training.task(DataInfo((2,), 3, 1.0), {}), {}
     for devices in (1, 2):
         chip = dataclasses.replace(chips.CHIPS["v4"], devices=devices, flops=1e3)
         all_devices = tuple(jax.devices()[: 4 * devices])
         monkeypatch.setattr(chips, "topology", lambda name, c=chip, d=all_devices: (c, d))
-        found[devices] = plan.plan(task, "", "data", **options)
+        found[devices] = plan.planned(training, DataInfo((2,), 3, 1.0), "")
     for each in found.values():
         seconds = plan.step_flops(task, 32) / 4 / 1e3
         assert (each["chips"], each["roofline"]["seconds"]["compute"]) == (4, seconds)

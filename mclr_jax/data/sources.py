@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Collection, Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -90,7 +90,7 @@ def _check_options(name: str, options: Iterable[str], known: Collection[str]) ->
 
 
 @dataclasses.dataclass(frozen=True)
-class Data(Keys):
+class Data(Keys, where="config.data"):
     """The keys of config.data: a data set and what training takes of it."""
 
     name: str = key("digits", says="digits, fashion_mnist, mixture, tfds:NAME, zip:PATH, "
@@ -117,8 +117,6 @@ class Data(Keys):
     flip: bool = key(False, says="random horizontal flips")
     augment: float = key(0.0, 0.0, 1.0, says="probability of EDM's non-leaking augmentations")
     options: dict = rest("options of the format, or of a source of your own")
-
-    where: ClassVar[str] = "config.data"
 
     @property
     def mirrored(self) -> bool:

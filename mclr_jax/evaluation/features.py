@@ -16,7 +16,7 @@ from mclr_jax.files import digest
 from mclr_jax.model import DataInfo
 from mclr_jax.pretrained import tensors
 from mclr_jax.schema import look_up
-from mclr_jax.training.devices import in_batches, shardings, spread_size
+from mclr_jax.training.devices import in_batches, shardings
 
 BATCH = 512
 CPU_BATCH = 16  # of the published extractors, whose activations have to stay in a core's cache
@@ -70,13 +70,9 @@ class Extractor:
                 f"{self.name} takes images of shape {self.shape}; got {images.shape[1:]}. Name a "
                 "classifier of these images, or an extractor of images of any size."
             )
-        spread, kept = shardings()[0], []
-
-        def compute(rows: np.ndarray) -> Any:
-            return self._compiled(to_float(jax.device_put(images[rows], spread)))
-
-        batch = BATCH if self.shape or jax.default_backend() != "cpu" else CPU_BATCH
-        for rows, outputs in in_batches(compute, len(images), spread_size(batch, batch)):
+        batch, kept = BATCH if self.shape or jax.default_backend() != "cpu" else CPU_BATCH, []
+        given = lambda x: self._compiled(to_float(x)), lambda rows: (images[rows],)
+        for rows, outputs in in_batches(*given, len(images), batch, fixed=True):
             kept.append([array.astype(np.float64) for array in outputs])
             progress(len(rows))
         features, logits = (np.concatenate(arrays) for arrays in zip(*kept, strict=True))

@@ -81,14 +81,13 @@ class NullMCLR(Objective):
 
     @property
     def needs(self) -> frozenset[str]:
-        needs = {
-            "weak": self.wrong == "weak",
-            "step": bool(self.step_interval),
-        }
-        found = {name for name, needed in needs.items() if needed} | {"class_strengths"}
-        found |= {self.teacher} if self._asks_teacher else set()
-        found |= {"reference"} if self.wrong == "source" else set()
-        return frozenset(found | ({"reference", "class_prior"} if self.wrong_label else set()))
+        labels = bool(self.wrong_label)
+        needs = [
+            ("class_strengths", True), ("weak", self.wrong == "weak"),
+            ("step", bool(self.step_interval)), (self.teacher, self._asks_teacher),
+            ("reference", labels or self.wrong == "source"), ("class_prior", labels),
+        ]  # fmt: skip
+        return frozenset(name for name, needed in needs if needed)
 
     @property
     def _asks_teacher(self) -> bool:

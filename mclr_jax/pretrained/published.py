@@ -15,6 +15,7 @@ from absl import logging
 from mclr_jax import record, runs
 from mclr_jax.data.latents import units
 from mclr_jax.files import digest, named, save_arrays
+from mclr_jax.model import shapes_of, size_of
 from mclr_jax.pretrained import diffusers, dit, edm, tensors
 from mclr_jax.pretrained.checkpoint import Checkpoint
 from mclr_jax.runs import Run
@@ -134,6 +135,15 @@ def convert(path: str | os.PathLike, workdir: pathlib.Path, family: str = "", **
         }
         save_arrays(workdir / REST, **rest)
     return runs.load(workdir)
+
+
+def described(run: Run) -> str:
+    """A sentence on the model of a run: its network, size, data and sampler."""
+    network, data = type(run.model.network).__name__, run.model.data
+    return (
+        f"{network} with {size_of(shapes_of(run.model))} parameters for examples of shape "
+        f'{data.shape} in {data.num_classes} classes, "{run.sampler.method}".'
+    )
 
 
 def export(run: Run, params: Any, path: pathlib.Path) -> None:

@@ -14,7 +14,7 @@ from mclr_jax.model import Model
 from mclr_jax.noise import sample_keys
 from mclr_jax.representation import perturb
 from mclr_jax.schema import look_up
-from mclr_jax.training.devices import in_batches, replicated, shardings, spread_size
+from mclr_jax.training.devices import in_batches, replicated, shardings
 
 BATCH = 256
 
@@ -96,15 +96,16 @@ def extract(
     if not sigma > 0:
         raise ValueError(f"Got sigma {sigma}; expected above 0. For clean images use 0.002.")
     run = _compiled(model, layers, number_of_views, augmentation)
-    (spread, _), params = shardings(), replicated(params)
+    params = replicated(params)
 
-    def compute(_: np.ndarray, chosen: np.ndarray) -> Any:
-        images, labels = source[chosen]
+    def read(places: np.ndarray) -> tuple[np.ndarray, ...]:
+        images, labels = source[chosen := rows[places]]
         labels = labels if at_labels else np.full_like(labels, model.null_label)
-        inputs = jax.device_put((images, labels, chosen.astype(np.uint32)), spread)
+        return images, labels, chosen.astype(np.uint32)
+
+    def compute(*inputs: jax.Array) -> Any:
         return run(params, *inputs, np.uint32(seed), np.float32(sigma))
 
-    size = spread_size(batch_size, len(rows))
-    for some, features in in_batches(compute, len(rows), size, rows, axis=1):
+    for some, features in in_batches(compute, read, len(rows), batch_size, axis=1):
         yield features
         progress(len(some))

@@ -30,7 +30,7 @@ from mclr_jax.noise import normal_like, sample_keys
 from mclr_jax.samplers import Sampler
 from mclr_jax.training.beside import Memorization
 from mclr_jax.training.checkpoint import before_warning
-from mclr_jax.training.devices import in_batches, replicated, shardings, spread_size
+from mclr_jax.training.devices import in_batches, replicated, shardings
 
 NOISES = 2  # for each image, the same at every reading
 BATCH = 64
@@ -68,14 +68,11 @@ def denoised(
     model: Model, params: Any, x0: np.ndarray, labels: np.ndarray, sigma: float, seed: int = 0
 ) -> np.ndarray:
     """D(x0 + sigma n; label) (NOISES, n, ...) of examples (n, ...), with noise by (seed, row)."""
-    run, (spread, _), params = _compiled(model), shardings(), replicated(params)
-
-    def compute(rows: np.ndarray, *inputs: np.ndarray) -> Any:
-        put = jax.device_put((*inputs, rows.astype(np.uint32)), spread)
-        return run(params, *put, np.uint32(seed), np.float32(sigma))
-
-    size = spread_size(BATCH, len(x0))
-    parts = in_batches(compute, len(x0), size, x0, labels, axis=1)
+    run, params = _compiled(model), replicated(params)
+    parts = in_batches(
+        lambda *inputs: run(params, *inputs, np.uint32(seed), np.float32(sigma)),
+        lambda rows: (x0[rows], labels[rows], rows.astype(np.uint32)), len(x0), BATCH, axis=1,
+    )  # fmt: skip
     return np.concatenate([found for _, found in parts], axis=1)
 
 

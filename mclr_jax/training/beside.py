@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from typing import ClassVar
 
 from mclr_jax.noise import SIGMA_RANGE
 from mclr_jax.schema import Keys, key
@@ -13,7 +12,7 @@ SHARE = 0.02  # of a training's time, at most, for readings of memorization
 
 
 @dataclasses.dataclass(frozen=True)
-class ICR(Keys):
+class ICR(Keys, where="config.icr"):
     """ICR during training (mclr_jax/representation)."""
 
     every_steps: int = key(0, 0, says="steps between two readings; 0 for never")
@@ -22,11 +21,9 @@ class ICR(Keys):
     layer: str = key("", says="name of a block; empty for the middle one")
     samples: int = key(0, 0, says="samples for the memorized fraction; 0 for none")
 
-    where: ClassVar[str] = "config.icr"
-
 
 @dataclasses.dataclass(frozen=True)
-class Memorization(Keys):
+class Memorization(Keys, where="config.memorization"):
     """A warning before samples copy training images (representation/memorization.py)."""
 
     every_steps: int = key(0, -1, says="steps between two readings; 0: so many that they cost less "
@@ -38,8 +35,6 @@ class Memorization(Keys):
     samples: int = key(200, 0, says="drawn after the warning, to count copies; 0 for none")
     features: str = key("", says="extractor, as --features of mclr evaluate, in whose features "
                         "copies are counted, too")  # fmt: skip
-
-    where: ClassVar[str] = "config.memorization"
 
     def __post_init__(self):
         super().__post_init__()
@@ -65,15 +60,13 @@ class Memorization(Keys):
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluate(Keys):
+class Evaluate(Keys, where="config.evaluate"):
     """Samples of the model in training, measured as by mclr evaluate."""
 
     every_steps: int = key(0, 0, says="measure samples; 0 for never")
     num_samples: int = key(1000, 2, says="of all classes, from the same noise each time")
     features: str = key("", says="extractor, as --features of mclr evaluate")
     metrics: tuple[str, ...] = key(METRICS[:2], words=METRICS, says="as --metrics there")
-
-    where: ClassVar[str] = "config.evaluate"
 
     def __post_init__(self):
         super().__post_init__()
@@ -85,19 +78,15 @@ class Evaluate(Keys):
 
 
 @dataclasses.dataclass(frozen=True)
-class Log(Keys):
+class Log(Keys, where="config.log"):
     """Further places of the curves, beside metrics.jsonl and TensorBoard."""
 
     wandb: str = key("", says="project of Weights & Biases; empty: none")
 
-    where: ClassVar[str] = "config.log"
-
 
 @dataclasses.dataclass(frozen=True)
-class Profile(Keys):
+class Profile(Keys, where="config.profile"):
     """Steps that are traced for TensorBoard's profiler."""
 
     start: int = key(0, 0, says="first step")
     num_steps: int = key(0, 0, says="0 for none")
-
-    where: ClassVar[str] = "config.profile"

@@ -170,9 +170,7 @@ def placed(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def shardings(
-    devices: tuple[jax.Device, ...] | None = None,
-) -> tuple[NamedSharding, NamedSharding]:
+def shardings(devices: tuple[jax.Device, ...] | None = None) -> tuple[NamedSharding, NamedSharding]:
     """Rows divided among the devices, by default all, and a copy on each of them."""
     mesh = Devices("data", devices).mesh
     return NamedSharding(mesh, PartitionSpec(AXIS)), NamedSharding(mesh, PartitionSpec())
@@ -187,24 +185,21 @@ def replicated(tree: Any) -> Any:
     return jax.device_put(tree, shardings()[1])
 
 
-def spread_size(batch_size: int, count: int) -> int:
-    """The batch size for `count` examples: at most `count`, rounded up to a multiple of devices."""
-    batch_size = min(batch_size, max(count, 1))
-    return batch_size + -batch_size % jax.device_count()
-
-
 def in_batches(
-    function: Callable[..., Any], count: int, size: int, *arrays: np.ndarray, axis: int = 0
-) -> Iterator[tuple[np.ndarray, Any]]:
-    """(rows (n,), function(rows, *rows of the arrays)) for `size` of `count` rows at a time.
+    run: Callable[..., Any], read: Callable[[np.ndarray], Any], count: int, batch_size: int, *,
+    fixed: bool = False, axis: int = 0,
+) -> Iterator[tuple[np.ndarray, Any]]:  # fmt: skip
+    """(rows (n,), run(*read(rows))) for all of `count` rows, a batch at a time.
 
-    The last batch is padded by its own rows, so that one program computes all batches; the results
-    are trees of NumPy arrays with n rows along `axis`.
+    The batch size is at most `count`, unless `fixed`, and is rounded up to a multiple of the
+    devices, which divide the rows. The last batch is padded by its own rows, so that one program
+    computes all batches; the results are trees of NumPy arrays with n rows along `axis`.
     """
+    size = batch_size if fixed else min(batch_size, max(count, 1))
+    size += -size % jax.device_count()
     for start in range(0, count, size):
         rows = np.arange(start, min(start + size, count))
-        padded = np.resize(rows, size)
-        found = function(padded, *(array[padded] for array in arrays))
+        found = run(*jax.device_put(read(np.resize(rows, size)), shardings()[0]))
         kept = (slice(None),) * axis + (slice(len(rows)),)
         yield rows, jax.tree.map(lambda x, kept=kept: np.asarray(x)[kept], found)
 

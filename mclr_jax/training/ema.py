@@ -5,7 +5,6 @@ Each track has a decay beta(step) and the update ema <- beta ema + (1 - beta) pa
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -54,7 +53,7 @@ def power(std: float) -> Decay:
 
 
 @dataclasses.dataclass(frozen=True)
-class EMA(Keys):
+class EMA(Keys, where="config.ema"):
     """The tracks of a training: `halflife`, if its steps are not 0, then `power_STD`."""
 
     halflife_steps: float = key(1000.0, 0.0, 1e9, says="0 for none")
@@ -63,8 +62,6 @@ class EMA(Keys):
         (), 0.0, 12**-0.5, "()", says="relative widths of power-function averages, as 0.05,0.1"
     )
     snapshot_every: int = key(0, 0, says="store them for post-hoc reconstruction; 0 for never")
-
-    where: ClassVar[str] = "config.ema"
 
     @property
     def tracks(self) -> dict[str, Decay]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar
 
 import jax.numpy as jnp
 import optax
@@ -23,7 +22,7 @@ DECAYS: dict[str, Callable] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Optimizer(Keys):
+class Optimizer(Keys, where="config.optimizer"):
     """AdamW after clipping by the global norm; a linear warm-up times a decay."""
 
     learning_rate: float = key(1e-3, 0.0, 1e6, says="after the warm-up")
@@ -35,8 +34,6 @@ class Optimizer(Keys):
     eps: float = key(1e-8, 0.0, 1e6, "(", says="Adam's divisor is at least this")
     weight_decay: float = key(0.0, 0.0, 1e6, says="of AdamW")
     clip_norm: float = key(0.0, 0.0, 1e9, says="largest global norm of a gradient; 0 for none")
-
-    where: ClassVar[str] = "config.optimizer"
 
     def rate(self, num_steps: int) -> Callable:
         """Step () -> learning rate (), for a training of so many steps."""
