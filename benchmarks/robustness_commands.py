@@ -26,7 +26,6 @@ from tasks import ROOT, config_of, differences
 from mclr_jax import main, runs
 from mclr_jax.assimilation.observe import Observations, Operator, Select, write
 from mclr_jax.files import flat, read_lines
-from mclr_jax.launch import hosts  # noqa: F401  its flags are here before those of a command
 
 sys.path.insert(0, str(ROOT / "tests"))
 # The server imports what all commands need, from this checkout, and forks a process for each.

@@ -23,16 +23,14 @@ for each segment, FRAME:LAG,...: with --lag=0:inf,50:0 the frames before 50 are 
 observations, later ones are filtered.
 """
 
-import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from absl import flags
 
-from mclr_jax import cpu, extras, runs
+from mclr_jax import extras, runs
 from mclr_jax.assimilation import figure, methods, observe, regimes, schedules
 from mclr_jax.files import write_atomically
 from mclr_jax.labels import warn_untrained
@@ -40,7 +38,7 @@ from mclr_jax.launch import common
 from mclr_jax.schema import fields, in_range
 from mclr_jax.training.log import Progress
 
-WORKDIR, EMA, DATA = common.define("workdir", "ema", "data")
+_, _, EMA = common.define("workdir", "data", "ema")
 OBSERVATIONS = flags.DEFINE_string("observations", None, "File to read, NAME.npz.")
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.npz.")
 REGIME = flags.DEFINE_enum("regime", "filter", ["filter", "fixed_lag", "batch"], "See above.")
@@ -74,15 +72,6 @@ BATCH_SIZE = flags.DEFINE_integer(
 )  # fmt: skip
 
 
-@contextlib.contextmanager
-def mistakes() -> Iterator[None]:
-    """An error within it is one of the flags."""
-    try:
-        yield
-    except ValueError as error:
-        common.stop(str(error))
-
-
 def main() -> None:
     if FIGURE.value:
         extras.needed("matplotlib", "figures")
@@ -91,14 +80,13 @@ def main() -> None:
     arrays = observe.load(OBSERVATIONS.value)
     observations = observe.parse(arrays, OBSERVATIONS.value, OPERATOR.value)
     count, frames, _ = observations.values.shape
-    with mistakes():
+    with common.mistakes():
         lags = schedules.lags(REGIME.value, frames, LAG.value)
-    run = runs.load(WORKDIR.value, data=DATA.value)
+    run = common.load()
     method = methods.method_of(run, METHOD.value)
-    with mistakes():
+    with common.mistakes():
         scheme = methods.settings(run, method, SCHEME.value)
     ensemble, shape = ENSEMBLE.value or methods.MEMBERS[method], run.model.data.shape[1:]
-    cpu.use_cores(run.model.network)
     params, step = run.weights(EMA.value)
     solve = methods.solver(run, params, method)
     truth = observe.truth_of(arrays, count, shape, OBSERVATIONS.value)
@@ -111,7 +99,7 @@ def main() -> None:
     settings = {"method": method, "regime": REGIME.value, "lag": ",".join(LAG.value),
                 "seed": SEED.value, "scheme": dataclasses.asdict(scheme),
                 "operator": observations.operator.describe(), "std": observations.std.tolist(),
-                **common.made_by(WORKDIR.value, step, EMA.value, params)}  # fmt: skip
+                **common.made_by(step, params)}  # fmt: skip
     state = regimes.earlier(CONTINUE.value, settings) if CONTINUE.value else None
     out = common.output(OUT.value, ".npz")
     if out.resolve() == pathlib.Path(OBSERVATIONS.value).resolve():

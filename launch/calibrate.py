@@ -20,17 +20,15 @@ import dataclasses
 
 from absl import flags
 
-from mclr_jax import calibrate, cpu, runs
+from mclr_jax import calibrate
 from mclr_jax.evaluation.features import noisy
 from mclr_jax.files import write_json
 from mclr_jax.labels import warn_untrained
 from mclr_jax.launch import common
 from mclr_jax.training.log import Progress
 
-WORKDIR, INIT_FROM, DATA, EMA, CHECKPOINT, BATCH_SIZE = common.define(
-    "workdir", "init_from", "data", "ema", "checkpoint", "batch_size"
-)
-common.define(*common.GUIDANCE)
+EMA, CHECKPOINT, BATCH_SIZE = common.define("ema", "checkpoint", "batch_size")
+common.define("workdir", "init_from", "data", *common.GUIDANCE)
 CLASSIFIER = flags.DEFINE_string("classifier", None, "Directory of a classifier of noisy images.")
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.json.")
 MAX_STRENGTH = flags.DEFINE_float(
@@ -53,9 +51,8 @@ INTERPOLATION = flags.DEFINE_bool(
 
 
 def main() -> None:
-    run = runs.load(WORKDIR.value, INIT_FROM.value, DATA.value)
+    run = common.load()
     out = common.output(OUT.value, ".json")
-    cpu.use_cores(run.model.network)
     guided = common.guidance(run)
     classifier = noisy(CLASSIFIER.value, SIGMA.value, run.model.data, run.data.name)
     params, step = run.weights(EMA.value, CHECKPOINT.value)
@@ -71,7 +68,7 @@ def main() -> None:
             batch_size=BATCH_SIZE.value, progress=progress.update,
         )  # fmt: skip
     settings = {
-        **common.made_by(WORKDIR.value, step, EMA.value, params),
+        **common.made_by(step, params),
         "classifier": CLASSIFIER.value,
         "classifier_weights": classifier.digest,
         "sampler": dataclasses.asdict(run.sampler),

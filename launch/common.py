@@ -1,11 +1,12 @@
 """Shared by the command lines: set-up, and one-line errors that name the nearest valid word."""
 
+import contextlib
 import functools
 import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 from absl import app, flags
@@ -52,12 +53,19 @@ SHARED: dict[str, tuple] = {
                    {"lower_bound": 0}),
     "labels": (flags.DEFINE_string, "", "CSV file of file names and classes; default: those of "
                "dataset.json, or the sub-folders."),
+    "coordinator": (flags.DEFINE_string, None, "Several hosts: address of process 0, HOST:PORT, or "
+                    "auto."),
+    "num_processes": (flags.DEFINE_integer, None, "Several hosts: how many processes.",
+                      {"lower_bound": 1}),
+    "process_id": (flags.DEFINE_integer, None, "Several hosts: number of this process, from 0.",
+                   {"lower_bound": 0}),
     "config": (flags.DEFINE_string, None, "Name of a config of the package, such as digits, or "
                "the path of a file NAME.py; each of its keys is a flag, too. It may come first, "
                "without --config=."),
 }  # fmt: skip
 GUIDANCE = ("class_strengths", "guidance_interval", "guidance_channels", "autoguidance",
             "domain_guidance")  # fmt: skip
+HOSTS = ("coordinator", "num_processes", "process_id")
 
 # Errors of the library on bad input or a broken run; other errors are bugs, shown in full.
 USER_ERRORS = (ValueError, OSError, RuntimeError, FloatingPointError, MissingExtraError)
@@ -83,6 +91,15 @@ def stop(message: str, status: int = 2) -> NoReturn:
     sys.exit(status)
 
 
+@contextlib.contextmanager
+def mistakes() -> Iterator[None]:
+    """A ValueError within it is one of the flags."""
+    try:
+        yield
+    except ValueError as error:
+        stop(str(error))
+
+
 def numbers(flag, kind: type, count: int | None = None) -> list | None:
     """The values of a list flag; stops with a message if they are not `count` numbers."""
     if flag.value is None:
@@ -106,6 +123,42 @@ def define(*names: str) -> list[flags.FlagHolder]:
     return found
 
 
+def of_keys(kind: Any, names: Mapping[str, str]) -> dict[str, flags.FlagHolder]:
+    """Flags, without a default, that are keys of a dataclass, by key; `names` has their names."""
+    found, known = {}, schema.fields(kind)
+    for key, name in names.items():
+        about = known[key].metadata["key"]
+        text = f"{about.says}; default: the run's."
+        if about.words:
+            found[key] = flags.DEFINE_enum(name, None, about.words, text)
+        else:
+            define = flags.DEFINE_integer if known[key].type is int else flags.DEFINE_float
+            found[key] = define(name, None, text, about.low, about.high)
+    return found
+
+
+def load(workdir: str | pathlib.Path | None = None) -> runs.Run:
+    """The run in --workdir, or in another directory, with its parts where the flags say.
+
+    Its network may get a device for each core: call it before JAX is used.
+    """
+    found = flags.FLAGS.flag_values_dict()
+    moved = {key: found[key] for key in ("init_from", "data", "autoencoder") if key in found}
+    run = runs.load(workdir or found["workdir"], **moved)
+    cpu.use_cores(run.model.network)
+    return run
+
+
+def connect(workdir: str) -> None:
+    """Join the processes that the flags HOSTS name; call it before JAX is used.
+
+    Stops with a message if the flags do not fit together. RuntimeError: `auto` finds no cluster,
+    the processes do not meet within five minutes, or see different work directories.
+    """
+    with mistakes():
+        meeting.join(pathlib.Path(workdir), *(flags.FLAGS[name].value for name in HOSTS))
+
+
 def guidance(run: runs.Run, scale: float = 1.0) -> Guidance:
     """The guidance of a run that the flags GUIDANCE ask for."""
     found = flags.FLAGS.flag_values_dict()
@@ -122,8 +175,9 @@ def guidance(run: runs.Run, scale: float = 1.0) -> Guidance:
     return Guidance(scale, factors, interval, weak, found["guidance_channels"], domain)
 
 
-def made_by(workdir: str, step: int, average: str, params: Any) -> dict[str, Any]:
+def made_by(step: int, params: Any) -> dict[str, Any]:
     """The origin of an output: run, weights, command, revision and device."""
+    workdir, average = (flags.FLAGS[name].value for name in ("workdir", "ema"))
     found = {"workdir": workdir, "step": step, "average": average, "weights": digest(params)}
     return {**found, **provenance(), "device": banner()}
 

@@ -36,18 +36,15 @@ import pathlib
 
 from absl import flags
 
-from mclr_jax import cpu, runs
 from mclr_jax.data.protocol import Source
 from mclr_jax.evaluation import compare, evaluate, features
 from mclr_jax.files import write_json
-from mclr_jax.launch import common, hosts
+from mclr_jax.launch import common
 from mclr_jax.training.devices import is_first
 from mclr_jax.training.log import Progress
 
-WORKDIR, SEED, INIT_FROM, DATA, BATCH_SIZE, AUTOENCODER, RESOLUTION = common.define(
-    "workdir", "seed", "init_from", "data", "batch_size", "autoencoder", "resolution"
-)
-common.define(*common.GUIDANCE)
+WORKDIR, SEED, BATCH_SIZE, RESOLUTION = common.define("workdir", "seed", "batch_size", "resolution")
+common.define("init_from", "data", "autoencoder", *common.GUIDANCE, *common.HOSTS)
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.json.")
 SAMPLES = flags.DEFINE_string("samples", None, "Images to measure, in place of those of a run.")
 REFERENCE = flags.DEFINE_string(
@@ -81,7 +78,7 @@ def main() -> None:
         REFERENCE.value and (SAMPLES.value or WRITE_STATISTICS.value)
     ):
         common.stop("Name a run by --workdir, or images by --samples and --reference.")
-    hosts.connect(WORKDIR.value or ".")
+    common.connect(WORKDIR.value or ".")
     out = common.output(OUT.value, ".json") if OUT.value and is_first() else None
     written = common.output(WRITE_STATISTICS.value, ".npz") if WRITE_STATISTICS.value else None
     rows, floor = _images(written) if WORKDIR.value is None else _run(written)
@@ -130,9 +127,8 @@ def _run(written: pathlib.Path | None) -> tuple[list, dict]:
     """The rows of a run, and the floor, if --reference does not replace its data."""
     scales = common.numbers(GUIDANCE_SCALES, float) or [1.0]
     places = common.numbers(INTERPOLATIONS, float) or [1.0]
-    run = runs.load(WORKDIR.value, INIT_FROM.value, DATA.value, AUTOENCODER.value)
-    cpu.use_cores(run.model.network)
-    guided, count = common.guidance(run), NUM_SAMPLES.value or 10_000
+    run, count = common.load(), NUM_SAMPLES.value or 10_000
+    guided = common.guidance(run)
     extractor = features.load(FEATURES.value)
     judge = features.load(JUDGE.value) if JUDGE.value else None
     needed = MEMORIZED.value or not REFERENCE.value

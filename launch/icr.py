@@ -14,19 +14,18 @@ samples. Prints a table, writes it as JSON with its provenance, and writes a fig
   probe_accuracy  of logistic regression, on held-out images
 """
 
-import json
 import pathlib
 
 from absl import flags
 
-from mclr_jax import cpu, extras, runs
-from mclr_jax.files import named, write_atomically, write_json
+from mclr_jax import extras
+from mclr_jax.files import write_atomically, write_json
 from mclr_jax.labels import warn_untrained
 from mclr_jax.launch import common
 from mclr_jax.representation import blocks, perturb, sweep
 from mclr_jax.training.log import Progress
 
-WORKDIR, EMA, CHECKPOINT, DATA = common.define("workdir", "ema", "checkpoint", "data")
+_, _, EMA, CHECKPOINT = common.define("workdir", "data", "ema", "checkpoint")
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.json; NAME.png goes beside it.")
 SIGMAS = flags.DEFINE_list("sigmas", [f"{s:g}" for s in sweep.SIGMAS], "Noise levels, as 0.1,1.")
 LAYERS = flags.DEFINE_list("layers", [], "Names of blocks; default: the middle one; all: all.")
@@ -44,21 +43,13 @@ SEED = flags.DEFINE_integer("seed", 0, "Seed of the perturbations.", lower_bound
 BATCH_SIZE = flags.DEFINE_integer("batch_size", blocks.BATCH, "Images at a time.", lower_bound=1)
 
 
-def compared(path: pathlib.Path) -> dict[str, list]:
-    """The curves of another file of this command, under its name; ValueError: it is none."""
-    with named(f"--compare={path} is no file of mclr icr"):
-        rows = json.loads(path.read_text())["rows"]
-        return {f"{path.stem}: {layer}": x for layer, x in sweep.by_layer(rows).items()}
-
-
 def main() -> None:
     extras.needed("matplotlib", "figures")
     sigmas = common.numbers(SIGMAS, float) or []
-    run = runs.load(WORKDIR.value, data=DATA.value)
+    run = common.load()
     out = common.output(OUT.value, ".json")
-    cpu.use_cores(run.model.network)
     layers = blocks.choose(run.model, LAYERS.value)
-    others = compared(pathlib.Path(COMPARE.value)) if COMPARE.value else {}
+    others = sweep.compared(pathlib.Path(COMPARE.value)) if COMPARE.value else {}
     warn_untrained(run, [] if AT_LABELS.value else [run.model.null_label])
     params, step = run.weights(EMA.value, CHECKPOINT.value)
     train, test = run.source("train"), run.source("test") if PROBE.value else None
@@ -69,9 +60,10 @@ def main() -> None:
             num_images=NUM_IMAGES.value, batch_size=BATCH_SIZE.value, progress=progress.update,
             at_labels=AT_LABELS.value,
         )  # fmt: skip
-    settings = common.made_by(WORKDIR.value, step, EMA.value, params)
-    settings |= {"num_images": min(NUM_IMAGES.value, len(train)), "seed": SEED.value}
-    settings["at_labels"] = AT_LABELS.value
+    settings = common.made_by(step, params) | {
+        "num_images": min(NUM_IMAGES.value, len(train)), "seed": SEED.value,
+        "at_labels": AT_LABELS.value,
+    }  # fmt: skip
     write_json(out, {"settings": settings, "rows": rows})
     print(sweep.table(rows))
     write_atomically(out.with_suffix(".png"), sweep.figure(sweep.by_layer(rows) | others))

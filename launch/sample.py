@@ -19,17 +19,18 @@ import pathlib
 import numpy as np
 from absl import flags
 
-from mclr_jax import cpu, flow, images, runs, samplers, sampling
+from mclr_jax import images, runs, samplers, sampling
 from mclr_jax.labels import chosen
-from mclr_jax.launch import common, hosts
+from mclr_jax.launch import common
+from mclr_jax.samplers import Sampler
+from mclr_jax.schema import fields
 from mclr_jax.training.devices import is_first
 from mclr_jax.training.log import Progress
 
-WORKDIR, SEED, INIT_FROM, EMA, CHECKPOINT, INTERPOLATION, BATCH_SIZE, AUTOENCODER = common.define(
-    "workdir", "seed", "init_from", "ema", "checkpoint", "interpolation", "batch_size",
-    "autoencoder",
-)  # fmt: skip
-common.define(*common.GUIDANCE)
+WORKDIR, SEED, EMA, CHECKPOINT, INTERPOLATION, BATCH_SIZE = common.define(
+    "workdir", "seed", "ema", "checkpoint", "interpolation", "batch_size"
+)
+common.define("init_from", "autoencoder", *common.GUIDANCE, *common.HOSTS)
 OUT = flags.DEFINE_string(
     "out", None, "File to write, NAME.npz; NAME.png goes beside it. With --compare NAME.png alone."
 )
@@ -39,20 +40,8 @@ COMPARE = flags.DEFINE_list(
 )  # fmt: skip
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 100, "How many samples.", lower_bound=1)
 LABELS = flags.DEFINE_list("labels", None, "Classes, as cat,dog or 0,1, or null, repeated.")
-SAMPLER = flags.DEFINE_enum(
-    "sampler", None, sorted({**samplers.METHODS, **flow.METHODS}), "Default: the config's."
-)
-STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; default: the config's.", lower_bound=1)
-SIGMA_MIN = flags.DEFINE_float("sigma_min", None, "Last noise level before 0.", lower_bound=0)
-SIGMA_MAX = flags.DEFINE_float("sigma_max", None, "Noise level to start from.", lower_bound=0)
-RHO = flags.DEFINE_float("rho", None, "Exponent of the grid; larger: more steps at low noise.")
-SPACING = flags.DEFINE_enum(
-    "spacing", None, ["rho", *samplers.SPACINGS], "Grid: rho, or steps of the model's process."
-)
-ETA = flags.DEFINE_float("eta", None, "Fresh noise of ddim, from 0 to 1.", lower_bound=0)
-DIFFUSION = flags.DEFINE_enum(
-    "diffusion", None, [*flow.DIFFUSIONS], "Fresh noise of sde_euler and sde_heun."
-)
+OWN_NAMES = {"method": "sampler", "num_steps": "steps"}
+SAMPLER = common.of_keys(Sampler, {key: OWN_NAMES.get(key, key) for key in fields(Sampler)})
 GUIDANCE_SCALE = flags.DEFINE_float(
     "guidance_scale", 1.0, "Guidance: weak + scale * (conditional - weak), weak the null label."
 )
@@ -60,7 +49,7 @@ CHURN = flags.DEFINE_float("churn", 0.0, "S_churn of EDM's stochastic sampler; 0
 
 
 def main() -> None:
-    hosts.connect(WORKDIR.value or ".")
+    common.connect(WORKDIR.value or ".")
     if WORKDIR.value is None and not COMPARE.value:
         common.stop("Name a run by --workdir, or several by --compare.")
     out = common.output(OUT.value, ".png" if COMPARE.value else ".npz") if is_first() else None
@@ -68,11 +57,11 @@ def main() -> None:
     if COMPARE.value:
         beside = pathlib.Path(WORKDIR.value or ".")
         given = COMPARE.value, beside, LABELS.value, count
-        picture, written = sampling.side_by_side(*given, _load, _draw), [out]
+        picture, written = sampling.side_by_side(*given, common.load, _draw), [out]
         if out:
             images.save(out, picture)
     else:
-        run = _load(WORKDIR.value)
+        run = common.load()
         labels = np.resize(chosen(LABELS.value, run), count)
         drawn = _draw(run, labels, GUIDANCE_SCALE.value)
         written = sampling.write(out, run, labels, drawn) if out else []
@@ -80,16 +69,8 @@ def main() -> None:
         print(f"Wrote {' and '.join(map(str, written))}.")
 
 
-def _load(workdir: str | pathlib.Path) -> runs.Run:
-    run = runs.load(workdir, INIT_FROM.value, autoencoder=AUTOENCODER.value)
-    cpu.use_cores(run.model.network)
-    return run
-
-
 def _draw(run: runs.Run, labels: np.ndarray, scale: float) -> sampling.Drawn:
-    given = {"method": SAMPLER.value, "num_steps": STEPS.value, "sigma_min": SIGMA_MIN.value,
-             "sigma_max": SIGMA_MAX.value, "rho": RHO.value, "spacing": SPACING.value,
-             "eta": ETA.value, "diffusion": DIFFUSION.value}  # fmt: skip
+    given = {key: flag.value for key, flag in SAMPLER.items()}
     weights = EMA.value, CHECKPOINT.value, INTERPOLATION.value
     churn = samplers.Churn(CHURN.value) if CHURN.value else None
     with Progress(len(labels), "sample") as progress:

@@ -16,10 +16,10 @@ with --coordinator=HOST:PORT --num_processes=N --process_id=I.
 from absl import flags
 
 from mclr_jax import cpu, inherit
-from mclr_jax.launch import common, hosts
+from mclr_jax.launch import common
 from mclr_jax.main import train
 
-common.define("config")
+common.define("config", *common.HOSTS)
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; made if missing.")
 CHANGE = flags.DEFINE_bool(
     "change", False, "Train on with other values of keys that decide what the steps learn."
@@ -28,7 +28,7 @@ RESTART = flags.DEFINE_bool("restart", False, "Move the run to WORKDIR/replaced,
 
 
 def main() -> None:
-    hosts.connect(WORKDIR.value)
+    common.connect(WORKDIR.value)
     training = inherit.training(flags.FLAGS.config, WORKDIR.value)
     cpu.use_cores(training.network.factory, training.batch_size)
     train(training, WORKDIR.value, restart=RESTART.value, change=CHANGE.value)

@@ -29,6 +29,29 @@ _alone = threading.Event()  # set but while the processes of a command have met
 _alone.set()
 
 
+def join(folder: pathlib.Path, where: str | None, count: int | None, number: int | None) -> None:
+    """`meet` at `where`, if there is such a place, and `share` the folder.
+
+    ValueError: the values do not fit together.
+    """
+    if where is None:
+        if count is not None or number is not None:
+            raise ValueError("--num_processes and --process_id need --coordinator=HOST:PORT.")
+        return
+    if where != "auto":
+        if not where.rpartition(":")[2].isdigit() or count is None or number is None:
+            raise ValueError(
+                f"--coordinator is {where!r}; expected auto, or HOST:PORT together with "
+                "--num_processes and --process_id."
+            )
+        if number >= count:
+            raise ValueError(
+                f"--process_id is {number}; expected 0 to {count - 1} for {count} processes."
+            )
+    meet(where, count, number)
+    share(folder)
+
+
 def meet(where: str, count: int | None = None, number: int | None = None) -> None:
     """Join `count` processes at the address of process 0; `auto` finds all out of the cluster.
 

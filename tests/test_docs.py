@@ -32,6 +32,7 @@ from mclr_jax import __version__, configs
 from mclr_jax.config import OBJECTIVES
 from mclr_jax.launch import common
 from mclr_jax.objectives.emulate import Emulate
+from mclr_jax.samplers import Sampler
 from mclr_jax.schema import fields
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -212,12 +213,15 @@ def test_options_of_objectives_exist(page):
 def test_flags_of_commands_exist(page):
     text = PAGES[page].replace("\\\n", " ")
     for module, rest in re.findall(rf"{COMMAND}([^`\n#]*)", text, re.MULTILINE):
-        files = [ROOT / f"launch/{name}.py" for name in (module, "common", "hosts")]
+        files = [ROOT / f"launch/{name}.py" for name in (module, "common")]
         code = "".join(file.read_text() for file in files)
         known = {"config", "help", *re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", code)}
+        known |= {*fields(Sampler), "sampler", "steps"} if "of_keys(Sampler" in code else set()
         for shared in re.findall(r"common\.define\(([^)]*)\)", code):
-            names = common.GUIDANCE if "GUIDANCE" in shared else re.findall(r"\w+", shared)
-            known |= {*names} & common.SHARED.keys()
+            names = {*re.findall(r"\w+", shared)}
+            for group in names & {"GUIDANCE", "HOSTS"}:
+                names |= {*getattr(common, group)}
+            known |= names & common.SHARED.keys()
         assert {*re.findall(r"(?<!\S)--(\w+)", rest)} <= known, f"mclr {module}{rest}"
         if module in ("train", "plan") and (config := re.match(r" ([a-z]\w*) ", rest)):
             assert config[1] in configs.names(), f"mclr {module}{rest}"

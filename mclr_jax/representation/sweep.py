@@ -1,6 +1,8 @@
 """The representation of a model at several noise levels: ICR, its parts and a linear probe."""
 
 import io
+import json
+import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,6 +13,7 @@ from sklearn.preprocessing import StandardScaler
 
 from mclr_jax import extras
 from mclr_jax.data.protocol import Source, drawn
+from mclr_jax.files import named
 from mclr_jax.model import Model
 from mclr_jax.representation import blocks, icr, perturb
 
@@ -102,6 +105,13 @@ def by_layer(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     for row in rows:
         found.setdefault(row["layer"], []).append(row)
     return found
+
+
+def compared(path: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
+    """The curves in a file of mclr icr, under its name; ValueError: it is none."""
+    with named(f"--compare={path} is no file of mclr icr"):
+        rows = json.loads(path.read_text())["rows"]
+        return {f"{path.stem}: {layer}": x for layer, x in by_layer(rows).items()}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
