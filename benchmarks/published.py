@@ -32,7 +32,7 @@ from mclr_jax.denoiser import Velocity
 from mclr_jax.files import provenance, write_json
 from mclr_jax.generate import Guidance
 from mclr_jax.pretrained import diffusers
-from mclr_jax.pretrained.checkpoint import Checkpoint
+from mclr_jax.pretrained.names import Checkpoint
 from mclr_jax.samplers import Churn, Sampler
 from mclr_jax.types import Condition
 

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from mclr_jax import backend, schema
 from mclr_jax.adapter import NEW_LABELS, Adapter
+from mclr_jax.data import latents
 from mclr_jax.data.augment import LABEL_SIZE
 from mclr_jax.data.protocol import Source
 from mclr_jax.data.protocol import sigma_data as measured_sigma
@@ -180,7 +181,10 @@ class Training(Keys, where="config"):
         if "class_prior" in self.needs:  # reads all labels of a lazy source
             counts = np.bincount(source.labels, minlength=source.num_classes)
             prior = tuple((counts / len(source)).tolist())
-        units = {name: getattr(source, name) for name in UNITS if hasattr(source, name)}
+        kind = getattr(source, "latents", "")
+        known = latents.units(kind, source.shape[-1]) if kind else ()
+        units = dict(zip(UNITS, known, strict=False))
+        units |= {name: getattr(source, name) for name in UNITS if hasattr(source, name)}
         return DataInfo(tuple(source.shape), source.num_classes, float(sigma_data), prior, **units)
 
     def model(self, data: DataInfo) -> Model:

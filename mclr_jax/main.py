@@ -118,8 +118,8 @@ def _train(
         ]
         last = Hook(training.save_every, save := hooks.Save(checkpoints), when_stopped=True)
         writer = Writer(
-            workdir, start, training.num_steps, is_first(), config=training.config,
-            device=banner(), batch_size=training.batch_size, wandb=training.log.wandb,
+            workdir, start, training.num_steps, config=training.config, device=banner(),
+            batch_size=training.batch_size, wandb=training.log.wandb,
         )  # fmt: skip
         with writer:
             samples = Hook(training.sample_every, hooks.Samples(experiment, writer))

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import traverse_util
+from jax.sharding import SingleDeviceSharding
 
 from mclr_jax import parts, record
 from mclr_jax.adapter import Adapter, relabelled
@@ -102,7 +103,8 @@ class Run:
 
     def _trained(self, shapes: Any, average: str, step: int | None) -> tuple[Any, int]:
         """The stored weights, and their step."""
-        like, (folder, raw) = _like(shapes), self.stored
+        first, (folder, raw) = SingleDeviceSharding(jax.local_devices()[0]), self.stored
+        like = placed(shapes, jax.tree.map(lambda x: first, shapes))
         average = average or (*self.averages, "none")[0]
         if average not in (*self.averages, "none"):
             return self._reconstruct(like, average, step)
@@ -229,12 +231,6 @@ def publish(
         record.write(workdir, described | ({"origin": dict(origin)} if origin else {}))
 
 
-def _like(shapes: Any) -> Any:
-    """The shapes of parameters, on the first device."""
-    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return placed(shapes, jax.tree.map(lambda x: first, shapes))
-
-
 def fitted(weights: Any, model: Model, source: str, other: Model | None = None) -> Any:
     """Weights of another model for this one, which may differ in optional inputs.
 
@@ -328,13 +324,11 @@ def check_companion(
     kinds = {"a classifier": model.is_classifier, "an emulator": model.is_emulator}
     kind = next((kind for kind, found in kinds.items() if found), "a denoiser")
     wanted = "a classifier" if name == "classifier" else "a denoiser"
-    what = "data shape"
-    got: tuple[Any, ...] = (model.data.shape,)
-    expected: tuple[Any, ...] = (data.shape,)
     no_classes = model.data.num_classes == 0 and name in ("weak", "autoguidance")
-    if not (no_classes or name == "domain_guidance" or not asked_for_classes):
-        what += " and number of classes"  # else its one answer is for all classes
-        got, expected = (*got, model.data.num_classes), (*expected, data.num_classes)
+    # else its one answer is for all classes
+    with_classes = asked_for_classes and not no_classes and name != "domain_guidance"
+    what = "data shape" + " and number of classes" * with_classes
+    got, expected = ((x.shape, x.num_classes)[: 1 + with_classes] for x in (model.data, data))
     if (kind, got) != (wanted, expected):
         raise ValueError(
             f"Companion {name!r} in {path!r}: expected {wanted}, {what} "

@@ -238,8 +238,7 @@ def part(
     def explain_one(name: str) -> list[str]:
         of: dict[str, list[str]] = {}  # line -> the names that have this option
         for word, factory in table.items():
-            known = {key: field for key, field in fields(factory).items() if key not in late}
-            for line in _explained(known, f"{name}."):
+            for line in explain(factory, f"{name}.", late):
                 of.setdefault(line, []).append(word)
         for line, words in of.items():
             of[line] = [] if len(words) == len(table) else words
@@ -333,19 +332,17 @@ def filled(kind: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     return found | {name: as_tuple(value) for name, value in given.items() if name not in found}
 
 
-def explain(kind: Any, prefix: str = "") -> list[str]:
-    """A line for each key: its name, default, range and meaning."""
-    return _explained(fields(kind), prefix)
-
-
 def names(kind: Any, prefix: str = "") -> list[str]:
     """The name of each key, of all names that a part may have."""
     return [line.partition("=")[0] for line in explain(kind, prefix)]
 
 
-def _explained(known: Mapping[str, dataclasses.Field], prefix: str) -> list[str]:
+def explain(kind: Any, prefix: str = "", left_out: Collection[str] = ()) -> list[str]:
+    """A line for each key: its name, default, range and meaning."""
     lines = []
-    for name, field in known.items():
+    for name, field in fields(kind).items():
+        if name in left_out:
+            continue
         if part := field.metadata.get("section"):
             lines += part.explain(f"{prefix}{name}")
         elif found := field.metadata.get("key"):
@@ -438,7 +435,7 @@ class Part:
         for key in (key for key in options if key in known):
             values[key] = _value(known[key], options[key], f"{where}.{key}")
         more = {key: as_tuple(value) for key, value in options.items() if key not in known}
-        if more and not any(_are_defaults(other, more) for other in table.values()):
+        if more and not any(more.items() <= _defaults(other).items() for other in table.values()):
             key = next(iter(more))
             raise ValueError(
                 f"{where}.{key}: {name!r} has no such option. "
@@ -456,11 +453,6 @@ class Part:
             if key not in values and (field.default, field.default_factory) == missing:
                 raise ValueError(f"{self.where} lacks {key!r}, which {self.name!r} needs.")
         return self.factory(**values)
-
-
-def _are_defaults(factory: Any, values: Mapping[str, Any]) -> bool:
-    known = _defaults(factory)
-    return all(key in known and known[key] == value for key, value in values.items())
 
 
 def _defaults(factory: Any, left_out: Collection[str] = ()) -> dict[str, Any]:

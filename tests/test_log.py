@@ -81,8 +81,9 @@ def test_a_terminal_without_width_gets_lines(monkeypatch, columns, expected):
         assert log._on_a_terminal() == expected
 
 
-def test_other_processes_write_nothing(tmp_path, capsys):
-    with Writer(tmp_path, 0, 100, enabled=False) as writer:
+def test_other_processes_write_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(log, "is_first", lambda: False)
+    with Writer(tmp_path, 0, 100) as writer:
         writer.progress(10)
         writer.scalars(10, {"loss": 1.0})
     assert not list(tmp_path.iterdir())

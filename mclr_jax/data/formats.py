@@ -20,7 +20,7 @@ from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from mclr_jax import mixture
 from mclr_jax.data import folders, protocol, recorded
-from mclr_jax.data.latents import Drawn, Latents, check_moments
+from mclr_jax.data.latents import Latents, check_moments
 from mclr_jax.data.protocol import Arrays, Lazy, Source
 from mclr_jax.files import named
 
@@ -228,9 +228,7 @@ def _npz(path: str, split: str, *, num_classes: int = 0, latents: str = "") -> A
     protocol.check_values(images, path)
     labels = protocol.as_labels(labels, len(images), path)
     num_classes = num_classes or protocol.count_classes(labels, path)
-    if found == "latents":
-        return Drawn(images, labels, num_classes, latents=latents)
-    return Arrays(images, labels, num_classes)
+    return Arrays(images, labels, num_classes, latents=latents if found == "latents" else "")
 
 
 def _mixture(_: str, split: str) -> Arrays:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mclr_jax.data.protocol import Arrays, Derived, Source, check_finite, names_of
+from mclr_jax.data.protocol import Derived, Source, check_finite, names_of
 
 
 class Kind(NamedTuple):
@@ -39,22 +39,8 @@ def units(kind: str, channels: int) -> tuple[tuple[float, ...], tuple[float, ...
     return offset, scale
 
 
-class _Units:
-    """Attributes of a source of latents, whose last axis has the channels."""
-
-    offset = property(lambda self: units(self.latents, self.shape[-1])[0])
-    scale = property(lambda self: units(self.latents, self.shape[-1])[1])
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
-class Drawn(Arrays, _Units):
-    """Latents x as they are, such as those that a model has drawn."""
-
-    latents: str = ""  # the kind, of KINDS
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Latents(Derived, _Units):
+class Latents(Derived):
     """A source of latents x, drawn from the means and standard deviations of another source.
 
     Indexing draws with noise that follows from the index: the same latents each time. Training
@@ -83,7 +69,7 @@ class Latents(Derived, _Units):
         """Mean and standard deviation of x (n, H, W, 2 C) float32, and labels (n,)."""
         raw, labels = self.source[indices]
         mean, std = np.split(raw, 2, axis=-1)
-        offset, scale = (np.asarray(unit, np.float32) for unit in (self.offset, self.scale))
+        offset, scale = np.asarray(units(self.latents, self.shape[-1]), np.float32)
         return np.concatenate([(mean - offset) / scale, std / scale], axis=-1), labels
 
     def __getitem__(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -39,6 +39,7 @@ class Arrays:
     num_classes: int
     in_memory: bool = True
     class_names: tuple[str, ...] = ()
+    latents: str = ""  # their kind, of `latents.KINDS`; empty: they are none
 
     def __post_init__(self):
         as_labels(self.labels, len(self.images), "the source", self.num_classes)

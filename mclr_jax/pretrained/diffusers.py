@@ -26,8 +26,7 @@ from mclr_jax.networks.autoencoder import Autoencoder
 from mclr_jax.networks.dit import DiT
 from mclr_jax.networks.layers import DEEPEST, WIDEST
 from mclr_jax.pretrained import dit, tensors
-from mclr_jax.pretrained.checkpoint import Checkpoint
-from mclr_jax.pretrained.names import Names, to_params, to_state
+from mclr_jax.pretrained.names import Checkpoint, Names, to_params, to_state
 from mclr_jax.samplers import Sampler
 from mclr_jax.schema import key as field
 

@@ -14,8 +14,7 @@ from absl import logging
 from mclr_jax.denoiser import Epsilon, Preconditioning, Velocity
 from mclr_jax.model import DataInfo, Model, shapes_of
 from mclr_jax.networks.dit import DiT
-from mclr_jax.pretrained.checkpoint import Checkpoint
-from mclr_jax.pretrained.names import Names, Path, to_params, to_state
+from mclr_jax.pretrained.names import Checkpoint, Names, Path, to_params, to_state
 from mclr_jax.samplers import Sampler
 
 # Modules of the network here: their names in a file, where {} is a block, as "blocks.3.".

@@ -15,8 +15,7 @@ from mclr_jax.denoiser import EDM, IDDPM, VE, VP
 from mclr_jax.model import DataInfo, Model, shapes_of
 from mclr_jax.networks.edm2 import EDM2
 from mclr_jax.networks.unet import UNet
-from mclr_jax.pretrained.checkpoint import Checkpoint
-from mclr_jax.pretrained.names import Names, Path, to_params, to_state
+from mclr_jax.pretrained.names import Checkpoint, Names, Path, to_params, to_state
 from mclr_jax.pretrained.tensors import Module
 from mclr_jax.samplers import Sampler
 

@@ -1,12 +1,31 @@
-"""Names and layouts of parameters in official files: one map for each family, read both ways."""
+"""A published checkpoint, and the names and layouts of its parameters in official files.
 
+One map for each family is read both ways.
+"""
+
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from flax import traverse_util
 
+from mclr_jax.model import Model
+from mclr_jax.samplers import Sampler
+
 Path = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A published model with its weights, which all families of files become."""
+
+    family: str
+    model: Model
+    params: Any  # float32, of the network
+    sampler: Sampler  # that of the official script
+    rest: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # other tensors
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for run.json
 
 
 class Names(NamedTuple):

@@ -17,7 +17,7 @@ from mclr_jax.data.latents import units
 from mclr_jax.files import digest, named, save_arrays
 from mclr_jax.model import shapes_of, size_of
 from mclr_jax.pretrained import diffusers, dit, edm, tensors
-from mclr_jax.pretrained.checkpoint import Checkpoint
+from mclr_jax.pretrained.names import Checkpoint
 from mclr_jax.runs import Run
 from mclr_jax.schema import look_up, nearest
 

@@ -39,8 +39,8 @@ class Progress:
     It is shown by the first of several processes.
     """
 
-    def __init__(self, total: int | None, unit: str, done: int = 0, quiet: bool = False):
-        quiet = quiet or not is_first()
+    def __init__(self, total: int | None, unit: str, done: int = 0):
+        quiet = not is_first()
         self._total, self._unit, self._done, self._quiet = total, unit, done, quiet
         self._bar = tqdm.tqdm(
             total=total, initial=done, unit=unit, dynamic_ncols=True,
@@ -91,21 +91,21 @@ class Writer:
     which is announced. Records after `start_step`, from a run that was killed after its last
     checkpoint, are removed, so that each step has one record. TensorBoard, and Weights & Biases if
     `wandb` names a project there, get the config, the device, examples per second and memory, too.
-    With `enabled` false, as in all processes except the first, nothing is written.
+    The first of several processes alone writes.
     """
 
     def __init__(
-        self, workdir: str | pathlib.Path, start_step: int, num_steps: int, enabled: bool = True,
-        *, config: Mapping[str, Any] | None = None, device: str = "", batch_size: int = 0,
+        self, workdir: str | pathlib.Path, start_step: int, num_steps: int, *,
+        config: Mapping[str, Any] | None = None, device: str = "", batch_size: int = 0,
         wandb: str = "",
     ) -> None:  # fmt: skip
-        self._enabled, self._compiled, self._step = enabled, False, start_step
+        self._enabled, self._compiled, self._step = is_first(), False, start_step
         self._made = time.monotonic()
-        self._progress = Progress(num_steps, "step", start_step, quiet=not enabled)
+        self._progress = Progress(num_steps, "step", start_step)
         self._workdir, self._start, self._batch_size = pathlib.Path(workdir), start_step, batch_size
         self._config, self._device, self._project = config or {}, device, wandb
         self._rated: tuple[int, float] | None = None  # step and time of the last report
-        if not enabled:
+        if not self._enabled:
             return
         self._path = self._workdir / "metrics.jsonl"
         kept = [record for record in read_lines(self._path) if record["step"] <= start_step]
