@@ -183,7 +183,7 @@ class Training(Keys, where="config"):
             prior = tuple((counts / len(source)).tolist())
         kind = getattr(source, "latents", "")
         known = latents.units(kind, source.shape[-1]) if kind else ()
-        units = dict(zip(UNITS, known, strict=False))
+        units: dict[str, Any] = dict(zip(UNITS, known, strict=False))
         units |= {name: getattr(source, name) for name in UNITS if hasattr(source, name)}
         return DataInfo(tuple(source.shape), source.num_classes, float(sigma_data), prior, **units)
 
