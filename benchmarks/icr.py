@@ -27,7 +27,7 @@ from mclr_jax.data import pipeline
 from mclr_jax.evaluation import evaluate, features, metrics
 from mclr_jax.experiment import Experiment
 from mclr_jax.files import read_lines, write_json
-from mclr_jax.representation import blocks, monitor, perturb, sweep
+from mclr_jax.representation import blocks, perturb, sweep
 from mclr_jax.training.step import make_update
 
 STEPS = {256: 30000, 1024: 24000, 4096: 6000}  # by number of images
@@ -95,8 +95,8 @@ class Bench(Files):
         config = config_of("fashion_mnist", {"icr.every_steps": INTERVAL})
         experiment = Experiment(Training.parse(config), self.root)
         training, base = experiment.training, runs.load(self.runs / "base")
-        read = monitor.Monitor(training.icr, experiment.model, training.sampler, experiment.source,
-                               training.data.mirrored)  # fmt: skip
+        read = sweep.Monitor(training.icr, experiment.model, training.sampler, experiment.source,
+                             training.data.mirrored)  # fmt: skip
         found = cost_of(experiment, base.weights()[0], read, INTERVAL, DISPATCHES)
         self.write("cost", found, base.workdir)
 

@@ -136,9 +136,9 @@ def _run(written: pathlib.Path | None) -> tuple[list, dict]:
     real = _real(extractor, written, train)
     options = {"names": compare.permitted(METRICS.value, real), "judge": judge, "seed": SEED.value,
                "num_samples": count, "training": train if MEMORIZED.value else None}  # fmt: skip
-    has_floor = test is not None and not REFERENCE.value
-    shown = {**options, "flip": run.data.flip}
-    floor = evaluate.floor(test, extractor, real, **shown) if has_floor else {}
+    floor = {}
+    if test is not None and not REFERENCE.value:
+        floor = evaluate.floor(test, extractor, real, **options, flip=run.data.flip)
     total = count * len(scales) * len(EMAS.value) * len(places)
     with Progress(total, "sample") as progress:
         rows = evaluate.evaluate(

@@ -11,6 +11,7 @@ import jax
 from jax.experimental import topologies
 
 DOCS = "https://docs.cloud.google.com/tpu/docs"
+NVIDIA = "https://www.nvidia.com/en-us/data-center"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,30 +35,22 @@ CHIPS = {
     "v6e": Chip(int(31.25 * 2**30), 918e12, 1638e9, 400e9, f"{DOCS}/v6e"),
 }
 # One direction of NVLink or, without it, of PCIe; tables with sparsity have twice these FLOP/s.
-H100 = "https://www.nvidia.com/en-us/data-center/h100/"
-A100 = "https://www.nvidia.com/en-us/data-center/a100/"
 # By `jax.Device.device_kind`.
 KINDS_OF_CHIP = {
     "TPU v4": CHIPS["v4"],
     "TPU v5 lite": CHIPS["v5e"],
     "TPU v5": CHIPS["v5p"],
     "TPU v6 lite": CHIPS["v6e"],
-    "NVIDIA H200": Chip(
-        int(141e9), 989e12, 4800e9, 450e9, "https://www.nvidia.com/en-us/data-center/h200/"
-    ),
-    "NVIDIA H100 80GB HBM3": Chip(int(80e9), 989e12, 3350e9, 450e9, H100),
-    "NVIDIA H100 PCIe": Chip(int(80e9), 756e12, 2000e9, 64e9, H100),
-    "NVIDIA A100-SXM4-80GB": Chip(int(80e9), 312e12, 2039e9, 300e9, A100),
-    "NVIDIA A100 80GB PCIe": Chip(int(80e9), 312e12, 1935e9, 32e9, A100),
-    "NVIDIA A100-SXM4-40GB": Chip(int(40e9), 312e12, 1555e9, 300e9, A100),
-    "NVIDIA A100-PCIE-40GB": Chip(int(40e9), 312e12, 1555e9, 32e9, A100),
-    "NVIDIA L4": Chip(
-        int(24e9), 121e12, 300e9, 32e9, "https://www.nvidia.com/en-us/data-center/l4/"
-    ),
+    "NVIDIA H200": Chip(int(141e9), 989e12, 4800e9, 450e9, f"{NVIDIA}/h200/"),
+    "NVIDIA H100 80GB HBM3": Chip(int(80e9), 989e12, 3350e9, 450e9, f"{NVIDIA}/h100/"),
+    "NVIDIA H100 PCIe": Chip(int(80e9), 756e12, 2000e9, 64e9, f"{NVIDIA}/h100/"),
+    "NVIDIA A100-SXM4-80GB": Chip(int(80e9), 312e12, 2039e9, 300e9, f"{NVIDIA}/a100/"),
+    "NVIDIA A100 80GB PCIe": Chip(int(80e9), 312e12, 1935e9, 32e9, f"{NVIDIA}/a100/"),
+    "NVIDIA A100-SXM4-40GB": Chip(int(40e9), 312e12, 1555e9, 300e9, f"{NVIDIA}/a100/"),
+    "NVIDIA A100-PCIE-40GB": Chip(int(40e9), 312e12, 1555e9, 32e9, f"{NVIDIA}/a100/"),
+    "NVIDIA L4": Chip(int(24e9), 121e12, 300e9, 32e9, f"{NVIDIA}/l4/"),
     # It has no bf16 units: these are the FLOP/s of float16.
-    "Tesla T4": Chip(
-        int(16e9), 65e12, 320e9, 16e9, "https://www.nvidia.com/en-us/data-center/tesla-t4/"
-    ),
+    "Tesla T4": Chip(int(16e9), 65e12, 320e9, 16e9, f"{NVIDIA}/tesla-t4/"),
 }
 SLICE = re.compile(rf"({'|'.join(CHIPS)}):([1-9]\d*(?:x[1-9]\d*){{1,2}})(?:\*([1-9]\d*))?")
 

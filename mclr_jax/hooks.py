@@ -77,7 +77,7 @@ class HeldOut:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Read:
-    """A reading of the weights for sampling, such as that of `representation.monitor`."""
+    """A reading of the weights for sampling, such as that of `representation.sweep.Monitor`."""
 
     experiment: Experiment
     read: Callable[[int, Any], dict[str, float]]
@@ -209,13 +209,13 @@ def readings(experiment: Experiment, start: int) -> list[Hook]:
         found.append(Hook(training.save_every, held_out, when_stopped=True))
     found += memorization(experiment, start)
     if every := training.icr.every_steps:
-        from mclr_jax.representation.monitor import Monitor  # with scikit-learn: it takes a second
+        from mclr_jax.representation.sweep import Monitor  # with scikit-learn: it takes a second
 
         shown = experiment.source, training.data.mirrored
         monitor = Monitor(training.icr, task.model, training.sampler, *shown)
         found.append(Hook(every, Read(experiment, monitor)))
     if every := training.evaluate.every_steps:
-        from mclr_jax.evaluation.during import Measures  # with SciPy's: it takes a second
+        from mclr_jax.evaluation.evaluate import Measures  # with SciPy's: it takes a second
 
         given = training.sampler, training.data, experiment.source
         found.append(Hook(every, Read(experiment, Measures(training.evaluate, task.model, *given))))

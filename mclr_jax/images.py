@@ -44,11 +44,9 @@ def picture(
             f"samples have {samples.shape[-1]} channels; a picture shows at most 3: decode latents "
             "first (`latents.shown`)"
         )
-    return (
-        _grid(samples, labels, columns, class_names, captions)
-        if samples.ndim == 4
-        else _scatter(samples, labels)
-    )
+    if samples.ndim == 4:
+        return _grid(samples, labels, columns, class_names, captions)
+    return _scatter(samples, labels)
 
 
 def of_source(source: Source, columns: int = 10) -> np.ndarray:

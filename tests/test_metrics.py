@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mclr_jax.evaluation import during, evaluate, metrics
+from mclr_jax.evaluation import evaluate, metrics
 from mclr_jax.evaluation.metrics import Moments, frechet_distance, moments
 from mclr_jax.hooks import HeldOut
 from mclr_jax.representation import icr, memorization
@@ -282,7 +282,7 @@ def test_the_glossary_has_the_names_of_the_code_and_no_others():
     copied = dict.fromkeys(("memorized", "copy_ratio"), metrics.copy_measures)
     names = {**copied, "accuracy": evaluate.measure,
              "network_calls": evaluate.evaluate, "samples_per_second": evaluate.evaluate,
-             "sample_accuracy": during.Measures}  # fmt: skip
+             "sample_accuracy": evaluate.Measures}  # fmt: skip
     assert glossary[0] == {*evaluate.METRICS, *names}
     more = {"learning_rate": loop.run, "images_per_second": log.Writer, "eval_NAME": HeldOut,
             "peak_memory_gib": log.Writer, "icr": Monitor, "icr_memorized": Monitor}  # fmt: skip

@@ -14,7 +14,7 @@ from mclr_jax.data import sources
 from mclr_jax.data.protocol import drawn
 from mclr_jax.evaluation import metrics
 from mclr_jax.main import train
-from mclr_jax.representation import icr, monitor, perturb, sweep
+from mclr_jax.representation import icr, perturb, sweep
 
 FAST = {"optimizer.learning_rate": 0.03, "optimizer.warmup_steps": 0, "ema.snapshot_every": 0}
 READ = FAST | {"icr.every_steps": 6, "icr.num_images": 64, "icr.samples": 10}
@@ -58,7 +58,7 @@ def test_features_that_do_not_vary_give_no_reading(tmp_path, caplog):
     """Blocks that start as the identity leave 2 x 2 patches' means: fewer than 16 directions."""
     given = tiny.config("digits", **READ, **{"network.patch_size": 2})
     training, model, source = Training.parse(given), tiny.model_of(given), sources.load("digits")
-    read = monitor.Monitor(training.icr, model, training.sampler, source, False)
+    read = sweep.Monitor(training.icr, model, training.sampler, source, False)
     assert read(2, model.init(jax.random.key(0))) == {}
     assert "No reading of ICR at step 2: The perturbations leave a direction" in caplog.text
 

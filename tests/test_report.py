@@ -17,7 +17,7 @@ from commands import call
 from test_docs import ROOT
 
 from mclr_jax import latents, sampling
-from mclr_jax.evaluation import charts, report
+from mclr_jax.evaluation import report
 
 BROWSERS = ("chromium", "chromium-headless-shell", "google-chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -206,11 +206,11 @@ def test_a_run_has_one_colour_everywhere():
     assert by_run == [["0", "1", "2"]] * 2
     for svg in re.findall("<svg.*?</svg>", report.page(runs), re.DOTALL):
         for group in ElementTree.fromstring(svg).iterfind(".//*[@data-run]"):
-            colour, _ = charts.look(int(group.attrib["data-run"]))
+            colour, _ = report.look(int(group.attrib["data-run"]))
             drawn = {x.attrib["style"] for x in group.iter() if "stroke:" in x.get("style", "")}
             assert drawn
             assert all(f"stroke: {colour}" in style for style in drawn)
-    assert len({charts.look(number) for number in range(18)}) == 18
+    assert len({report.look(number) for number in range(18)}) == 18
 
 
 def test_colours_are_seen_on_light_and_on_dark():
@@ -224,7 +224,7 @@ def test_colours_are_seen_on_light_and_on_dark():
     light, dark = report.PAGE.template.split("@media (prefers")
     for part in (light, dark):
         found = dict(re.findall(r"--([\w-]+): (#\w+);", part))
-        names = ["text", "quiet", "link", *(f"run-{i}" for i in range(charts.COLOURS))]
+        names = ["text", "quiet", "link", *(f"run-{i}" for i in range(report.COLOURS))]
         for name in names:
             pair = sorted([luminance(found[name]), luminance(found["back"])])
             least = 3 if "run" in name else 4.5
