@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from mclr_jax import costs, inherit, plan
+from mclr_jax import inherit, plan
 from mclr_jax.files import provenance, write_json
 from mclr_jax.launch import common
 from mclr_jax.training.devices import MODES
@@ -36,7 +36,7 @@ OUT = flags.DEFINE_string("out", None, "File to write, NAME.json.")
 
 
 def _show(name: str, found: Any) -> None:
-    text = f"not possible ({found})" if isinstance(found, ValueError) else costs.memory(found)
+    text = f"not possible ({found})" if isinstance(found, ValueError) else plan.memory_told(found)
     print(f"{name}: {text}", flush=True)
 
 
@@ -52,12 +52,12 @@ def main() -> None:
     jax.config.update("jax_enable_compilation_cache", False)  # compile_seconds is that of compiling
     data = plan.data_info(training, common.numbers(SHAPE, int), NUM_CLASSES.value)
     cost = plan.planned(training, data, TOPOLOGY.value)
-    print(costs.training(cost))
+    print(plan.told(cost))
     if SAMPLE_BATCH.value:
         options = {"batch_size": SAMPLE_BATCH.value, "guidance_scale": GUIDANCE_SCALE.value}
         model = training.model(data)
         cost["sampling"] = plan.sampling(model, TOPOLOGY.value, training.sampler, **options)
-        print(costs.sampling(cost["sampling"]))
+        print(plan.sampling_told(cost["sampling"]))
     if SUGGEST.value and not cost["fits"]:
         cost["suggestions"] = plan.suggestions(training, data, TOPOLOGY.value, _show)
     elif not cost["fits"]:

@@ -112,21 +112,19 @@ class Adapter(Keys, where="config.adapter"):
     def of(self, trained: Any, params: Any) -> Any:
         """The weights in training, with those that are trained as they are taken from `params`."""
         given = traverse_util.flatten_dict(params)
-        found = traverse_util.flatten_dict(trained)
-        return traverse_util.unflatten_dict({path: given.get(path, found[path]) for path in found})
+        return traverse_util.path_aware_map(lambda path, x: given.get(path, x), trained)
 
     def merged(self, shapes: Any, base: Any, trained: Any, in_layers: bool = False) -> Any:
         """All parameters, whose `shapes` these are; `in_layers`: kernels are `LowRank`."""
         old, found = traverse_util.flatten_dict(base), traverse_util.flatten_dict(trained)
 
-        def one(path: tuple[str, ...]) -> Any:
+        def one(path: tuple[Any, ...], _: Any) -> Any:
             if (down := found.get((*path, "down"))) is None:
                 return found[path] if path in found else old[path]
             kernel = LowRank(old[path], down, found[*path, "up"], self.scale)
             return kernel if in_layers else kernel.merged()
 
-        flat = traverse_util.flatten_dict(shapes)
-        return traverse_util.unflatten_dict({path: one(path) for path in flat})
+        return traverse_util.path_aware_map(one, shapes)
 
 
 def _matrices(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int, int]:

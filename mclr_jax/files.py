@@ -145,10 +145,8 @@ def provenance() -> dict[str, str]:
     revision = os.environ.get("MCLR_JAX_REVISION", "")
     if not revision and (root / ".git").exists():
         git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        try:
+        with contextlib.suppress(OSError):  # git is not installed
             revision = subprocess.run(git, cwd=root, capture_output=True, text=True).stdout.strip()
-        except OSError:  # git is not installed
-            pass
     words = ["python", *sys.orig_argv[1:]]
     script = pathlib.Path(*words[1:2])
     if script.suffix == "" and script.is_file():  # an installed command

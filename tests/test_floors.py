@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # From the ground up. A file imports from floors below it; files of one folder import each other,
 # but not in a circle. A name with a slash at its end is a folder, but for its files named alone.
 FLOORS = [
-    ["schema", "types", "files", "extras", "costs", "reductions", "cpu", "backend", "hlo", "chips"],
+    ["schema", "types", "files", "extras", "reductions", "cpu", "backend", "hlo", "chips"],
     ["denoiser", "adapter"],
     ["noise"],
     ["guidance", "flow", "mixture"],

@@ -12,7 +12,7 @@ import pytest
 import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mclr_jax import chips, costs, plan
+from mclr_jax import chips, plan
 from mclr_jax.config import Training
 from mclr_jax.configs import digits as digits_config
 from mclr_jax.denoiser import Velocity
@@ -96,7 +96,7 @@ def test_sampling_costs_its_network_calls(monkeypatch):
         asked = {"all-reduce": {"count": 7, "bytes": 7}}  # whether any sample is guided
         assert exchanged == (asked if calls == 14 else {})
         assert cost["fits"]
-        assert "16 at once" in costs.sampling(cost)
+        assert "16 at once" in plan.sampling_told(cost)
         moved, memory = cost["roofline"]["seconds"]["memory"], cost["memory_per_chip_bytes"]
         assert moved * chip.bandwidth > 7 * memory["arguments"]  # the parameters in each call
     flow = dataclasses.replace(model, preconditioning=Velocity())
@@ -200,7 +200,7 @@ def test_what_exceeds_the_memory_of_a_gpu_does_not_fit(monkeypatch):
         chip = dataclasses.replace(chips.CHIPS["v5e"], memory=memory)
         monkeypatch.setattr(chips, "topology", lambda name, chip=chip: (chip, (jax.devices()[0],)))
         cost = plan.planned(training, DataInfo((2,), 3, 1.0), "cuda:h100x1")
-        fits.append((cost["fits"], "DOES NOT FIT" in costs.training(cost)))
+        fits.append((cost["fits"], "DOES NOT FIT" in plan.told(cost)))
     assert fits == [(True, False), (False, True)]
 
 
@@ -224,7 +224,7 @@ def test_a_chip_may_have_several_devices(monkeypatch):
         assert each["thousand_samples"]["flops"] == sampling
         assert each["thousand_samples"]["chip_seconds"] == sampling / 1e3
         assert each["flops_per_example"]["step"] == plan.step_flops(task, 32) / 32
-    text = costs.training(found[1])
+    text = plan.told(found[1])
     for part in ("all-reduce", " chip-hours", "5 network calls each", " TFLOP/s"):
         assert part in text
     one, two = (each["memory_per_chip_bytes"]["arguments"] for each in found.values())
