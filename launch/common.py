@@ -130,7 +130,7 @@ def of_keys(kind: Any, names: Mapping[str, str]) -> dict[str, flags.FlagHolder]:
         about = known[key].metadata["key"]
         text = f"{about.says}; default: the run's."
         if about.words:
-            found[key] = flags.DEFINE_enum(name, None, about.words, text)
+            found[key] = flags.DEFINE_enum(name, None, sorted(about.words), text)
         else:
             define = flags.DEFINE_integer if known[key].type is int else flags.DEFINE_float
             found[key] = define(name, None, text, about.low, about.high)

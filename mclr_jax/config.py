@@ -30,7 +30,7 @@ from mclr_jax.objectives.dsm import DSM
 from mclr_jax.objectives.mclr import MCLR
 from mclr_jax.objectives.mclr_null import NullMCLR
 from mclr_jax.objectives.rivals import CCA, DDO, DPO, GFT, ContrastiveFlow, ModelGuidance
-from mclr_jax.parts import NETWORKS, PRECONDITIONINGS, UNITS
+from mclr_jax.parts import NETWORKS, PRECONDITIONINGS
 from mclr_jax.posterior import Classifier, Exact
 from mclr_jax.samplers import Sampler
 from mclr_jax.schema import Keys, Part, key, part, section
@@ -181,11 +181,8 @@ class Training(Keys, where="config"):
         if "class_prior" in self.needs:  # reads all labels of a lazy source
             counts = np.bincount(source.labels, minlength=source.num_classes)
             prior = tuple((counts / len(source)).tolist())
-        kind = getattr(source, "latents", "")
-        known = latents.units(kind, source.shape[-1]) if kind else ()
-        units: dict[str, Any] = dict(zip(UNITS, known, strict=False))
-        units |= {name: getattr(source, name) for name in UNITS if hasattr(source, name)}
-        return DataInfo(tuple(source.shape), source.num_classes, float(sigma_data), prior, **units)
+        given = tuple(source.shape), source.num_classes, float(sigma_data), prior
+        return DataInfo(*given, **latents.units_of(source))
 
     def model(self, data: DataInfo) -> Model:
         """The model for this data set."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from mclr_jax.data.protocol import UNITS
 from mclr_jax.denoiser import EDM, IDDPM, VE, VP, Epsilon, V, Velocity
 from mclr_jax.model import DataInfo, Model
 from mclr_jax.networks.classifier import ConvClassifier, MLPClassifier
@@ -23,7 +24,6 @@ NETWORKS: dict[str, Any] = {"mlp": MLP, "unet": UNet, "edm2": EDM2, "dit": DiT,
                             **CLASSIFIERS}  # fmt: skip
 PRECONDITIONINGS: dict[str, Any] = {"edm": EDM, "velocity": Velocity, "epsilon": Epsilon, "v": V,
                                     "vp": VP, "ve": VE, "iddpm": IDDPM}  # fmt: skip
-UNITS = ("offset", "scale", "time_step")  # of the data; optional attributes of a source
 LATER = (*UNITS, "has_null")  # not in descriptions of earlier versions, and so not by default
 
 

@@ -23,6 +23,7 @@ from safetensors.numpy import load_file
 from mclr_jax import generate, latents, pretrained, runs
 from mclr_jax.config import Training
 from mclr_jax.data import pixels
+from mclr_jax.data.latents import units_of
 from mclr_jax.data.pipeline import stream
 from mclr_jax.data.pixels import to_float
 from mclr_jax.data.protocol import for_training, limit, sigma_data
@@ -53,8 +54,9 @@ def source():
 
 def test_edm2s_latents_for_the_same_noise(source):
     """x = (mean + noise * std) * scale + bias, with the constants of the file."""
-    np.testing.assert_allclose(1 / np.float64(source.scale), REFERENCE["encoder_scale"], rtol=1e-6)
-    bias = -np.float64(source.offset) / source.scale
+    offset, scale = map(np.float64, units_of(source).values())
+    np.testing.assert_allclose(1 / scale, REFERENCE["encoder_scale"], rtol=1e-6)
+    bias = -offset / scale
     np.testing.assert_allclose(bias, REFERENCE["encoder_bias"], rtol=1e-6)
     moments, labels = for_training(source, ALL)
     np.testing.assert_array_equal(labels, REFERENCE["labels_onehot"].argmax(1))
@@ -68,7 +70,7 @@ def test_the_two_conventions_differ(source):
     """0.18215 for all channels of DiT, SiT and REPA, whose files look the same."""
     other = load(f"zip:{ZIP}", latents="stable_diffusion")
     np.testing.assert_allclose(for_training(other, ALL)[0], 0.18215 * ours("images"), rtol=1e-6)
-    assert other.offset == (0.0,) * 4
+    assert units_of(other)["offset"] == (0.0,) * 4
     assert np.abs(for_training(source, ALL)[0] - for_training(other, ALL)[0]).max() > 0.5
 
 
@@ -211,7 +213,7 @@ def test_sets_are_read_in_memory_and_of_one_shape(tmp_path, monkeypatch):
 def test_a_set_that_says_its_convention_is_read_by_it_alone(tmp_path):
     about = json.dumps({"labels": [["a.npy", 0]], "latents": "stable_diffusion"})
     name = write_zip(tmp_path / "a.zip", {"a.npy": npy(MOMENTS), "dataset.json": about}, ...)
-    assert load(name, latents="stable_diffusion").scale == (1 / 0.18215,) * 4
+    assert units_of(load(name, latents="stable_diffusion"))["scale"] == (1 / 0.18215,) * 4
     for given in ("edm2", ""):
         refused(f"of the kind 'stable_diffusion', and config.data.latents is '{given}'", name,
                 latents=given)  # fmt: skip
@@ -223,12 +225,12 @@ def test_samples_in_latents_are_read_as_they_are(tmp_path, source):
     np.savez(path := tmp_path / "a.npz", images=np.zeros((12, 16, 16, 3)), latents=x, labels=labels)
     found = load(f"npz:{path}", latents="edm2")
     np.testing.assert_array_equal(found[ALL][0], x)
-    assert (found.latents, found.scale) == ("edm2", source.scale)
+    assert (found.latents, units_of(found)) == ("edm2", units_of(source))
     assert load(f"npz:{path}").shape == (16, 16, 3)
     given = Training.parse(config(tmp_path, **{"data.generated": f"npz:{path}"}))
     np.testing.assert_array_equal(given.data.generated_source()[ALL][0], x)
     given = Training.parse(config(tmp_path, **{"data.name": f"npz:{path}"}))
-    assert Experiment(given, tmp_path / "run").data.offset == source.offset
+    assert Experiment(given, tmp_path / "run").data.offset == units_of(source)["offset"]
 
 
 def test_companions_have_the_same_units(tmp_path):

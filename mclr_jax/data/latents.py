@@ -4,11 +4,11 @@ Two conventions are in use, whose files look the same: that of EDM2, and that of
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from mclr_jax.data.protocol import Derived, Source, check_finite, names_of
+from mclr_jax.data.protocol import UNITS, Derived, Source, check_finite, names_of
 
 
 class Kind(NamedTuple):
@@ -37,6 +37,14 @@ def units(kind: str, channels: int) -> tuple[tuple[float, ...], tuple[float, ...
             f"another kind of {', '.join(KINDS)}."
         )
     return offset, scale
+
+
+def units_of(source: Source) -> dict[str, Any]:
+    """The units that a source has, or those of its kind of latents; empty: it has none."""
+    kind = getattr(source, "latents", "")
+    known = units(kind, source.shape[-1]) if kind else ()
+    own = {name: getattr(source, name) for name in UNITS if hasattr(source, name)}
+    return dict(zip(UNITS, known, strict=False)) | own
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

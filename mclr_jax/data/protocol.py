@@ -8,6 +8,8 @@ from typing import Protocol
 import numpy as np
 from absl import logging
 
+UNITS = ("offset", "scale", "time_step")  # of the data; optional attributes of a source
+
 
 class Source(Protocol):
     """Labelled examples by random access.
@@ -95,7 +97,7 @@ class Subset:
         self.source, self.indices = source, indices
         self.shape, self.num_classes = source.shape, source.num_classes
         self.in_memory = source.in_memory
-        for name in ("offset", "scale", "time_step", "latents", "class_names"):  # optional
+        for name in (*UNITS, "latents", "class_names"):  # optional
             if hasattr(source, name):
                 setattr(self, name, getattr(source, name))
         if moments := getattr(source, "moments", None):
