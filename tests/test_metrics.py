@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from mclr_jax.evaluation import evaluate, metrics
 from mclr_jax.evaluation.metrics import Moments, frechet_distance, moments
 from mclr_jax.hooks import HeldOut
-from mclr_jax.representation import icr, memorization
-from mclr_jax.representation.monitor import Monitor
+from mclr_jax.representation import icr, memorization, sweep
 from mclr_jax.training import log, loop
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -285,7 +284,8 @@ def test_the_glossary_has_the_names_of_the_code_and_no_others():
              "sample_accuracy": evaluate.Measures}  # fmt: skip
     assert glossary[0] == {*evaluate.METRICS, *names}
     more = {"learning_rate": loop.run, "images_per_second": log.Writer, "eval_NAME": HeldOut,
-            "peak_memory_gib": log.Writer, "icr": Monitor, "icr_memorized": Monitor}  # fmt: skip
+            "peak_memory_gib": log.Writer, "icr": sweep.Monitor,
+            "icr_memorized": sweep.Monitor}  # fmt: skip
     stages = ("gap", "error", "sigma", "warning", "copies", "copies_by_features", "one_call")
     more |= {f"memorization_{stage}": memorization for stage in stages}
     x = np.random.default_rng(0).normal(size=(8, 2, 3))
