@@ -12,11 +12,11 @@ from typing import Any, NoReturn
 from absl import app, flags
 from ml_collections import config_flags
 
-from mclr_jax import commandline, console, cpu, meeting, runs, schema
+from mclr_jax import commandline, console, cpu, meeting, runs, sampling, schema
 from mclr_jax.config import Training
 from mclr_jax.extras import MissingExtraError
-from mclr_jax.files import digest, made, provenance, write_atomically
-from mclr_jax.generate import Guidance, class_strengths
+from mclr_jax.files import digest, provenance, writable
+from mclr_jax.generate import Guidance
 from mclr_jax.training.devices import banner
 
 flags.disclaim_key_flags()  # those that are defined here belong to the commands
@@ -71,16 +71,16 @@ HOSTS = ("coordinator", "num_processes", "process_id")
 USER_ERRORS = (ValueError, OSError, RuntimeError, FloatingPointError, MissingExtraError)
 
 
-def run(main: Callable[..., None], *required: str, arguments: bool = False) -> None:
+def run(main: Callable[..., None], *required: str, usage: str = "", several: bool = False) -> None:
     """Parse the flags and call `main`; exit with 2 on bad flags, with 1 on a USER_ERROR.
 
-    The flags `required` have no default. With `arguments`, main gets the command line's arguments
-    that are no flags.
+    The flags `required` have no default. With a `usage`, the message if there is none, main gets
+    the command line's argument that is no flag, or several.
     """
     flags.mark_flags_as_required(required)
     app.run(
-        lambda argv: _guarded(functools.partial(main, *([argv[1:]] if arguments else []))),
-        flags_parser=functools.partial(_parse, arguments),
+        lambda argv: _guarded(functools.partial(main, *argv[1:])),
+        flags_parser=functools.partial(_parse, usage, several),
     )
 
 
@@ -161,18 +161,11 @@ def connect(workdir: str) -> None:
 
 def guidance(run: runs.Run, scale: float = 1.0) -> Guidance:
     """The guidance of a run that the flags GUIDANCE ask for."""
-    found = flags.FLAGS.flag_values_dict()
-    interval = numbers(flags.FLAGS["guidance_interval"], float, 2)
-    factors = class_strengths(found["class_strengths"], run.model.null_label)
-    weak, (name, *both) = None, [x for x in GUIDANCE[-2:] if found[x]] or [""]
-    if both:
+    found = {name: flags.FLAGS[name].value for name in GUIDANCE}
+    found["guidance_interval"] = numbers(flags.FLAGS["guidance_interval"], float, 2)
+    if found["autoguidance"] and found["domain_guidance"]:
         stop("Guidance is by one weak model: give --autoguidance or --domain_guidance.")
-    if name:
-        other = runs.load(path := found[name])
-        runs.check_companion(name, path, other.model, run.model.data, run.data.name)
-        weak = other.model, other.weights()[0]
-    interval, domain = tuple(interval) if interval else None, name == "domain_guidance"
-    return Guidance(scale, factors, interval, weak, found["guidance_channels"], domain)
+    return sampling.guidance(run, scale, **found)
 
 
 def made_by(step: int, params: Any) -> dict[str, Any]:
@@ -184,22 +177,11 @@ def made_by(step: int, params: Any) -> dict[str, Any]:
 
 def output(name: str, ending: str) -> pathlib.Path:
     """The file of --out, which must have this ending; stops if it cannot be written."""
-    path = pathlib.Path(name)
-    if path.suffix != ending:
-        stop(f"--out is {name!r}; expected a name that ends in {ending}.")
-    probe = path.with_name(f"{path.name}.tmp")
-    try:
-        if path.is_dir():
-            raise IsADirectoryError("it is a directory")
-        with made(path.parent):
-            write_atomically(probe, b"")
-            probe.unlink()
-    except OSError as error:
-        stop(f"--out is {name!r}, where no file can be written ({error.strerror or error}).")
-    return path
+    with mistakes():
+        return writable("--out", name, ending)
 
 
-def _parse(arguments: bool, argv: list[str]) -> list[str]:
+def _parse(usage: str, several: bool, argv: list[str]) -> list[str]:
     argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
     if "config" in flags.FLAGS:
         if argv[1:] and argv[1][:1] not in ("", "-"):
@@ -229,8 +211,10 @@ def _parse(arguments: bool, argv: list[str]) -> list[str]:
             print("\nKeys of the config, each a flag --config.KEY=VALUE [the names that have it]:")
             print("\n".join(f"  {line}" for line in schema.explain(Training)))
         raise
-    if len(rest) > 1 and not arguments:
+    if len(rest) > 1 and not usage:
         stop(f"Unexpected argument {rest[1]!r}: options are written --name=value.")
+    if usage and (len(rest) < 2 or (len(rest) > 2 and not several)):
+        stop(usage)
     return rest
 
 

@@ -23,13 +23,11 @@ SPLIT = flags.DEFINE_enum("split", "all", ["all", "train", "test"], "Part of the
 UNCONDITIONAL = flags.DEFINE_bool("unconditional", False, "Leave the labels aside: one class.")
 
 
-def main(places: list[str]) -> None:
-    if len(places) != 1:
-        common.stop("Name one folder of images: mclr data FOLDER --resolution=32 --out=mine.zip")
+def main(place: str) -> None:
     out = common.output(OUT.value, ".zip")
     whole = {"held_out": 0.0} if SPLIT.value == "all" else {}
     data = Data(
-        at(places[0]), resolution=RESOLUTION.value, labels=LABELS.value,
+        at(place), resolution=RESOLUTION.value, labels=LABELS.value,
         background=BACKGROUND.value, unconditional=UNCONDITIONAL.value, **whole,
     )  # fmt: skip
     source = data.source("test" if SPLIT.value == "test" else "train", seed=0)
@@ -39,4 +37,5 @@ def main(places: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    common.run(main, "out", arguments=True)
+    usage = "Name one folder of images: mclr data FOLDER --resolution=32 --out=mine.zip"
+    common.run(main, "out", usage=usage)

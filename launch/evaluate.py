@@ -85,10 +85,7 @@ def main() -> None:
     if rows and is_first():
         print(evaluate.table(rows, floor))
         print(evaluate.remark(rows, floor))
-        for row in rows:
-            if "picture" in row:
-                print(f"Nearest training images, {evaluate.title(row)}: "
-                      f"{pathlib.Path(WORKDIR.value) / 'evaluation' / row['picture']}")  # fmt: skip
+        print("".join(evaluate.pictures(rows, WORKDIR.value)), end="")
     if rows and out:
         write_json(out, {"floor": floor, "rows": rows} if floor else {"rows": rows})
         print(f"Wrote {out}.")

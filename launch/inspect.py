@@ -15,11 +15,9 @@ OUT = flags.DEFINE_string("out", "inspect.png", "File to write, NAME.png.")
 RESOLUTION, LABELS = common.define("resolution", "labels")
 
 
-def main(places: list[str]) -> None:
-    if len(places) != 1:
-        common.stop("Name one data set: mclr inspect photos --out=photos.png")
+def main(place: str) -> None:
     out = common.output(OUT.value, ".png")
-    data = sources.Data(sources.at(places[0]), resolution=RESOLUTION.value, labels=LABELS.value)
+    data = sources.Data(sources.at(place), resolution=RESOLUTION.value, labels=LABELS.value)
     lines, some = sources.inspect(data)
     print("\n".join(lines))
     images.save(out, images.of_source(some, 8))
@@ -27,4 +25,4 @@ def main(places: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    common.run(main, arguments=True)
+    common.run(main, usage="Name one data set: mclr inspect photos --out=photos.png")

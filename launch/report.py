@@ -21,9 +21,7 @@ PER_CLASS = flags.DEFINE_integer("per_class", 6, "Samples of each class.", lower
 common.define(*common.GUIDANCE)
 
 
-def main(workdirs: list[str]) -> None:
-    if not workdirs:
-        common.stop("No run was named: mclr report DIR [DIR ...] --out=report.html")
+def main(*workdirs: str) -> None:
     extras.needed("matplotlib", "figures")
     scales = common.numbers(GUIDANCE_SCALES, float) or []
     found = [runs.load(workdir) for workdir in workdirs]
@@ -42,4 +40,5 @@ def main(workdirs: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    common.run(main, "out", arguments=True)
+    usage = "No run was named: mclr report DIR [DIR ...] --out=report.html"
+    common.run(main, "out", usage=usage, several=True)

@@ -54,6 +54,24 @@ def made(folder: pathlib.Path, *inner: str) -> Iterator[None]:
                 path.rmdir()
 
 
+def writable(key: str, name: str, ending: str) -> pathlib.Path:
+    """The path of a file to write later; ValueError: another ending, or it cannot be written."""
+    path = pathlib.Path(name)
+    if path.suffix != ending:
+        raise ValueError(f"{key} is {name!r}; expected a name that ends in {ending}.")
+    probe = path.with_name(f"{path.name}.tmp")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a directory")
+        with made(path.parent):
+            write_atomically(probe, b"")
+            probe.unlink()
+    except OSError as error:
+        what = f"where no file can be written ({error.strerror or error})"
+        raise ValueError(f"{key} is {name!r}, {what}.") from error
+    return path
+
+
 @contextlib.contextmanager
 def _naming(path: str | os.PathLike) -> Iterator[None]:
     """Adds the file to an OSError: that of a full disk names none."""

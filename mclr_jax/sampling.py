@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mclr_jax import generate, images, latents
+from mclr_jax import generate, images, latents, runs
 from mclr_jax.files import named, save_arrays
 from mclr_jax.labels import chosen, warn_untrained
 from mclr_jax.runs import Run
@@ -32,6 +32,26 @@ def draw(
         guided=guided, **options,
     )  # fmt: skip
     return samples, latents.shown(samples, decode)
+
+
+def guidance(
+    run: Run, scale: float = 1.0, *, class_strengths: str | None = None,
+    guidance_interval: Sequence[float] | None = None, guidance_channels: int | None = None,
+    autoguidance: str | None = None, domain_guidance: str | None = None,
+) -> generate.Guidance:  # fmt: skip
+    """Guidance by a file of mclr calibrate, and by the run in a directory, of one of both kinds.
+
+    ValueError: the run there is of other data.
+    """
+    factors = generate.class_strengths(class_strengths, run.model.null_label)
+    name, weak = "domain_guidance" if domain_guidance else "autoguidance", None
+    if path := domain_guidance or autoguidance:
+        other = runs.load(path)
+        runs.check_companion(name, path, other.model, run.model.data, run.data.name)
+        weak = other.model, other.weights()[0]
+    interval: Any = tuple(guidance_interval) if guidance_interval else None
+    domain = bool(domain_guidance)
+    return generate.Guidance(scale, factors, interval, weak, guidance_channels, domain)
 
 
 def write(path: pathlib.Path, run: Run, labels: np.ndarray, drawn: Drawn) -> list[pathlib.Path]:

@@ -191,6 +191,12 @@ def remark(rows: Iterable[Mapping[str, Any]], floor: Mapping[str, Any] = {}) -> 
     return text
 
 
+def pictures(rows: Iterable[Mapping[str, Any]], workdir: str) -> list[str]:
+    """A line for each row of a run that has a picture of `copies_picture`: its place."""
+    folder, shown = pathlib.Path(workdir, "evaluation"), [row for row in rows if "picture" in row]
+    return [f"Nearest training images, {title(x)}: {folder / x['picture']}\n" for x in shown]
+
+
 def real_statistics(
     extractor: Extractor,
     source: Source,
