@@ -10,19 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from mclr_jax import types
 from mclr_jax.denoiser import Epsilon, NetworkFn, Preconditioning, denoiser, moments, with_range
 from mclr_jax.networks.layers import divided
 from mclr_jax.schema import in_range
-from mclr_jax.types import (
-    Answers,
-    Condition,
-    DenoiseFn,
-    ForecastFn,
-    LogitsFn,
-    MomentsFn,
-    as_condition,
-    expand,
-)
+from mclr_jax.types import Condition, DenoiseFn, MomentsFn, as_condition, expand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +194,7 @@ class Model:
         x = expand(scales.c_in, x) * x
         return self._apply(params, x, scales.c_noise, condition, **options)
 
-    def logits(self, params: Any) -> LogitsFn:
+    def logits(self, params: Any) -> types.LogitsFn:
         """The classifier, without output preconditioning; raises ValueError for other networks."""
         if not self.is_classifier:
             raise ValueError(
@@ -211,7 +203,7 @@ class Model:
             )
         return lambda x, sigma, condition: self._raw(params, x, sigma, condition)
 
-    def forecast(self, params: Any) -> ForecastFn:
+    def forecast(self, params: Any) -> types.ForecastFn:
         """The emulator; raises ValueError for other networks."""
         if not self.is_emulator:
             raise ValueError(
@@ -226,9 +218,9 @@ class Model:
 
         return forecast
 
-    def answers(self, params: Any) -> Answers:
+    def answers(self, params: Any) -> types.Answers:
         """Both functions; the function that the network does not have raises when called."""
-        return Answers(
+        return types.Answers(
             lambda *inputs: self.denoise(params)(*inputs),
             lambda *inputs: self.logits(params)(*inputs),
         )

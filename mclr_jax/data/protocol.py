@@ -91,27 +91,34 @@ class Lazy:
 
 
 class Subset:
-    """The examples `indices` (n,) of another source, in this order."""
+    """The examples `indices` (n,) of another source, in this order.
 
-    def __init__(self, source: Source, indices: np.ndarray):
-        self.source, self.indices = source, indices
-        self.shape, self.num_classes = source.shape, source.num_classes
+    Those of `one_class`, the data of an unconditional model, all have label 0.
+    """
+
+    def __init__(self, source: Source, indices: np.ndarray, one_class: bool = False):
+        self.source, self.indices, self.one_class = source, indices, one_class
+        self.shape, self.num_classes = source.shape, 1 if one_class else source.num_classes
         self.in_memory = source.in_memory
-        for name in (*UNITS, "latents", "class_names"):  # optional
+        for name in (*UNITS, "latents"):  # optional
             if hasattr(source, name):
                 setattr(self, name, getattr(source, name))
+        self.class_names = () if one_class else names_of(source)
         if moments := getattr(source, "moments", None):
-            self.moments = lambda indices: moments(self.indices[indices])
+            self.moments = lambda indices: self._labelled(*moments(self.indices[indices]))
 
     @property
     def labels(self) -> np.ndarray:
-        return self.source.labels[self.indices]
+        return np.zeros(len(self), np.int32) if self.one_class else self.source.labels[self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self.source[self.indices[indices]]
+        return self._labelled(*self.source[self.indices[indices]])
+
+    def _labelled(self, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return images, np.zeros(len(labels), np.int32) if self.one_class else labels
 
 
 class Derived:
@@ -129,23 +136,6 @@ class Derived:
 
     def __len__(self) -> int:
         return len(self.source)
-
-
-class OneClass(Subset):
-    """All examples of another source, of one class: the data of an unconditional model."""
-
-    def __init__(self, source: Source):
-        super().__init__(source, np.arange(len(source)))
-        self.num_classes, self.class_names = 1, ()
-        if moments := getattr(source, "moments", None):
-            self.moments = lambda indices: (moments(indices)[0], np.zeros(len(indices), np.int32))
-
-    @property
-    def labels(self) -> np.ndarray:
-        return np.zeros(len(self), np.int32)
-
-    def __getitem__(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self.source[indices][0], np.zeros(len(indices), np.int32)
 
 
 def for_training(source: Source, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

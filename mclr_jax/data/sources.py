@@ -8,21 +8,11 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from mclr_jax.data import protocol
 from mclr_jax.data.folders import divided
 from mclr_jax.data.formats import FORMATS, sizes
 from mclr_jax.data.latents import KINDS
-from mclr_jax.data.protocol import (
-    OneClass,
-    Source,
-    Subset,
-    as_images,
-    as_labels,
-    caption,
-    check_values,
-    limit,
-    names_of,
-    sigma_data,
-)
+from mclr_jax.data.protocol import Source, Subset, caption, limit
 from mclr_jax.files import named
 from mclr_jax.schema import Keys, fields, key, look_up, nearest, resolve, rest
 
@@ -156,7 +146,8 @@ class Data(Keys, where="config.data"):
                     text = "%s: %d of %d examples are held out (config.data.held_out=%g)."
                     logging.info(text, self.name, len(rows["test"]), len(source), self.held_out)
                 source = Subset(source, rows[split])
-        source = OneClass(source) if self.unconditional and source.num_classes > 1 else source
+        if self.unconditional and source.num_classes > 1:
+            source = Subset(source, np.arange(len(source)), one_class=True)
         return limit(source, self.limit, seed) if self.limit and split == "train" else source
 
     def generated_source(self) -> Source:
@@ -198,12 +189,12 @@ def inspect(data: Data, side: int = 64) -> tuple[list[str], Source]:
     test = data.source("test", 0) if kind == "folder" else Subset(train, np.arange(0))
     number = {"to train on": train, "held out": test}
     counts = {k: np.bincount(x.labels, minlength=train.num_classes) for k, x in number.items()}
-    names = [caption(label, names_of(train)) for label in range(train.num_classes)]
+    names = [caption(label, protocol.names_of(train)) for label in range(train.num_classes)]
     width = max(map(len, ["class", *names]))
     lines = [
         f"{data.name}: {len(train) + len(test)} examples of shape {train.shape}",
         *lines,
-        f"sigma_data: {sigma_data(train):.4g}",
+        f"sigma_data: {protocol.sigma_data(train):.4g}",
         "  ".join([f"{'class':{width}s}", *(f"{k:>11s}" for k in counts)]),
         *("  ".join([f"{name:{width}s}", *(f"{n[label]:11d}" for n in counts.values())])
           for label, name in enumerate(names)),
@@ -230,8 +221,8 @@ def _checked(source: Any, what: str) -> Source:
         images, labels = map(np.asarray, source[ends])
     if images.shape != (2, *shape):
         raise ValueError(f"{what}: got images of shape {images.shape}, expected {(2, *shape)}")
-    check_values(as_images(images, what), what)
-    as_labels(labels, 2, what, num_classes)
+    protocol.check_values(protocol.as_images(images, what), what)
+    protocol.as_labels(labels, 2, what, num_classes)
     if source.in_memory:
-        as_labels(np.asarray(source.labels), count, what, num_classes)
+        protocol.as_labels(np.asarray(source.labels), count, what, num_classes)
     return source
