@@ -85,7 +85,7 @@ def main() -> None:
     if rows and is_first():
         print(evaluate.table(rows, floor))
         print(evaluate.remark(rows, floor))
-        print("".join(evaluate.pictures(rows, WORKDIR.value)), end="")
+        print("".join(evaluate.pictures(rows, WORKDIR.value or "")), end="")
     if rows and out:
         write_json(out, {"floor": floor, "rows": rows} if floor else {"rows": rows})
         print(f"Wrote {out}.")

@@ -13,8 +13,7 @@ import tiny
 from commands import call
 from PIL import Image
 
-from mclr_jax import images
-from mclr_jax.launch import common
+from mclr_jax import generate, images
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = """
@@ -106,9 +105,9 @@ def test_a_file_without_strengths_for_these_classes_is_refused(tmp_path, text, m
     path = tmp_path / "x.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
-        common.class_strengths(str(path), 3)
+        generate.class_strengths(str(path), 3)
     path.write_text('{"class_strengths": [1, 0.5, 0]}')
-    assert common.class_strengths(str(path), 3) == [1, 0.5, 0]
+    assert generate.class_strengths(str(path), 3) == [1, 0.5, 0]
 
 
 CONFIG = "--config=configs/digits.py"
