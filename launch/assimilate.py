@@ -27,15 +27,14 @@ import dataclasses
 import pathlib
 from typing import Any
 
-import numpy as np
 from absl import flags
 
-from mclr_jax import extras, runs
+from mclr_jax import extras
 from mclr_jax.assimilation import figure, methods, observe, regimes, schedules
 from mclr_jax.files import write_atomically
 from mclr_jax.labels import warn_untrained
 from mclr_jax.launch import common
-from mclr_jax.schema import fields, in_range
+from mclr_jax.schema import fields
 from mclr_jax.training.log import Progress
 
 _, _, EMA = common.define("workdir", "data", "ema")
@@ -95,7 +94,11 @@ def main() -> None:
     if BATCH_SIZE.value:
         options["batch_size"] = BATCH_SIZE.value
     if TUNE.value:
-        scheme = tune(run, method, solve, scheme, observations, lags, options)
+        about = {"regime": REGIME.value, "lag": ",".join(LAG.value)}
+        scheme, told = methods.tune(
+            run, method, solve, scheme, observations, lags, TUNE.value, about, **options
+        )
+        print(told)
     settings = {"method": method, "regime": REGIME.value, "lag": ",".join(LAG.value),
                 "seed": SEED.value, "scheme": dataclasses.asdict(scheme),
                 "operator": observations.operator.describe(), "std": observations.std.tolist(),
@@ -117,23 +120,6 @@ def main() -> None:
         values, operator = observations.values[0], observations.operator
         shown = result.members[0], values, operator, None if truth is None else truth[0]
         write_atomically(out.with_suffix(".png"), figure.trajectory(*shown, result.before))
-
-
-def tune(
-    run: runs.Run, method: str, solve: methods.Solver, scheme: Any, observations: Any,
-    lags: np.ndarray, options: dict,
-) -> Any:  # fmt: skip
-    """The settings chosen on --tune trajectories, which it stores with the run and prints."""
-    in_range("--ensemble", options["ensemble"], 2)  # for the CRPS
-    grid = methods.grid_of(method, observations, run.model.data.shape[1:])
-    truth, seen = methods.held_out(run, observations, TUNE.value)
-    best, rows = methods.tuned(solve, scheme, grid, truth, seen, lags, **options)
-    about = {"trajectories": len(truth), "ensemble": options["ensemble"], "regime": REGIME.value,
-             "lag": ",".join(LAG.value), "operator": observations.operator.describe()}  # fmt: skip
-    methods.keep(run, method, best, rows, about)
-    told = ",".join(f"{key}={getattr(best, key)}" for key in grid)
-    print(f"Of {len(rows)} settings, stored in {run.workdir / methods.FILE}: --scheme={told}")
-    return best
 
 
 if __name__ == "__main__":

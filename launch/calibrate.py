@@ -28,7 +28,7 @@ from mclr_jax.launch import common
 from mclr_jax.training.log import Progress
 
 EMA, CHECKPOINT, BATCH_SIZE = common.define("ema", "checkpoint", "batch_size")
-common.define("workdir", "init_from", "data", *common.GUIDANCE)
+common.define("workdir", "init_from", "data", *common.GUIDANCE[1:])  # it finds class_strengths
 CLASSIFIER = flags.DEFINE_string("classifier", None, "Directory of a classifier of noisy images.")
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.json.")
 MAX_STRENGTH = flags.DEFINE_float(

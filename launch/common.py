@@ -160,8 +160,8 @@ def connect(workdir: str) -> None:
 
 
 def guidance(run: runs.Run, scale: float = 1.0) -> Guidance:
-    """The guidance of a run that the flags GUIDANCE ask for."""
-    found = {name: flags.FLAGS[name].value for name in GUIDANCE}
+    """The guidance of a run that the flags GUIDANCE ask for, of which a command may have some."""
+    found = {name: flags.FLAGS[name].value for name in GUIDANCE if name in flags.FLAGS}
     found["guidance_interval"] = numbers(flags.FLAGS["guidance_interval"], float, 2)
     if found["autoguidance"] and found["domain_guidance"]:
         stop("Guidance is by one weak model: give --autoguidance or --domain_guidance.")

@@ -24,9 +24,7 @@ PER_CLASS = flags.DEFINE_integer("per_class", 50, "Samples of each class.", lowe
 
 
 def main() -> None:
-    workdir = pathlib.Path(WORKDIR.value)
-    demo.demo(workdir, GUIDANCE_SCALE.value, PER_CLASS.value, print)
-    print(f"Picture: {workdir / 'samples.png'}; numbers: {workdir / 'result.json'}")
+    demo.demo(pathlib.Path(WORKDIR.value), GUIDANCE_SCALE.value, PER_CLASS.value, print)
 
 
 if __name__ == "__main__":

@@ -74,9 +74,8 @@ CACHE = flags.DEFINE_string("cache", evaluate.CACHE, "Folder of the real data's 
 def main() -> None:
     if WORKDIR.value is not None and SAMPLES.value is not None:
         common.stop("With --workdir the samples are those of the run: leave out --samples.")
-    if WORKDIR.value is None and not (
-        REFERENCE.value and (SAMPLES.value or WRITE_STATISTICS.value)
-    ):
+    images = REFERENCE.value and (SAMPLES.value or WRITE_STATISTICS.value)
+    if WORKDIR.value is None and not images:
         common.stop("Name a run by --workdir, or images by --samples and --reference.")
     common.connect(WORKDIR.value or ".")
     out = common.output(OUT.value, ".json") if OUT.value and is_first() else None

@@ -12,7 +12,7 @@ what configs/NAME.py would train. --suggest tries what saves memory, if the step
 docs/devices.md explains the keys of the JSON file.
 """
 
-from typing import Any
+import functools
 
 import jax
 from absl import flags
@@ -35,11 +35,6 @@ GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", 1.0, "Of these samples; 1 
 OUT = flags.DEFINE_string("out", None, "File to write, NAME.json.")
 
 
-def _show(name: str, found: Any) -> None:
-    text = f"not possible ({found})" if isinstance(found, ValueError) else plan.memory_told(found)
-    print(f"{name}: {text}", flush=True)
-
-
 def main() -> None:
     config = flags.FLAGS.config
     if PARALLEL.value:
@@ -59,7 +54,8 @@ def main() -> None:
         cost["sampling"] = plan.sampling(model, TOPOLOGY.value, training.sampler, **options)
         print(plan.sampling_told(cost["sampling"]))
     if SUGGEST.value and not cost["fits"]:
-        cost["suggestions"] = plan.suggestions(training, data, TOPOLOGY.value, _show)
+        say = functools.partial(print, flush=True)
+        cost["suggestions"] = plan.suggestions(training, data, TOPOLOGY.value, say)
     elif not cost["fits"]:
         print("--suggest tries remat, bfloat16, accumulation and fsdp.")
     if out:

@@ -54,6 +54,7 @@ def demo(
     result = {**provenance(), "guidance_scale": guidance_scale, "samples": len(labels),
               "table": table, "device": banner()}  # fmt: skip
     write_json(workdir / "result.json", result)
+    say(f"Picture: {workdir / 'samples.png'}; numbers: {workdir / 'result.json'}")
 
 
 def _features(pixels: np.ndarray) -> np.ndarray:

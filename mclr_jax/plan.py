@@ -343,11 +343,11 @@ def planned(
 
 
 def suggestions(
-    training: Training, data: DataInfo, topology: str, show: Callable[[str, Any], None]
+    training: Training, data: DataInfo, topology: str, say: Callable[[str], Any]
 ) -> dict[str, dict[str, Any]]:
     """Keys that save memory, one by one and together -> the memory needed, and whether it fits.
 
-    Each is shown when it is found, by its name: its cost, or the ValueError that it raises.
+    `say` gets a line for each when it is found: the memory, or why it is not possible.
     """
     given, found = flat(dict(training.config)), {}
     possible: dict[str, Any] = {"grad_accumulation": 4 * training.grad_accumulation}
@@ -365,10 +365,10 @@ def suggestions(
         try:
             cost = planned(Training.parse(changed), data, topology)
         except ValueError as error:  # the parts of the batch are too small
-            show(name, error)
+            say(f"{name}: not possible ({error})")
             continue
         found[name] = {key: cost[key] for key in ("fits", "memory_per_chip_bytes")}
-        show(name, cost)
+        say(f"{name}: {memory_told(cost)}")
     return found
 
 

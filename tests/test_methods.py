@@ -76,18 +76,33 @@ def test_the_settings_of_the_lowest_crps_are_found_one_key_after_the_other():
 
 
 def test_settings_are_those_of_the_run_and_of_the_command(tmp_path):
+    """`tune` stores what it has found, beside what it has found for another method."""
     run = a_run(tmp_path)
+
+    def solve(seen, settings, lags, ensemble):
+        error = abs(settings.c - 0.5) if isinstance(settings, Scheme) else 1 / settings.inflation
+        members = np.full((len(seen.values), ensemble, 4, 2), error) + truth
+        return types.SimpleNamespace(members=members)
+
+    seen = Observations(np.ones((1, 4, 2)), Operator(), 1.0)
+    truth = methods.held_out(run, seen, 3)[0][:, None]
     assert methods.settings(run, "enkf") == Settings()
-    methods.keep(run, "enkf", Settings(radius=6.0), [{"radius": 6.0}], {"regime": "filter"})
-    methods.keep(run, "trajectory", Scheme(c=0.5), [], {})
-    assert methods.settings(run, "enkf", ["inflation=1.1"]) == Settings(radius=6.0, inflation=1.1)
-    assert methods.settings(run, "enkf", ["radius=0"]).radius == 0
+    given = seen, np.zeros(4), 3, {"regime": "filter"}
+    best, told = methods.tune(run, "enkf", solve, Settings(), *given, ensemble=2)
+    assert best == Settings(inflation=1.1)
+    assert told.endswith("assimilation.json: --scheme=inflation=1.1,relaxation=0.0")
+    methods.tune(run, "trajectory", solve, Scheme(), *given, ensemble=2)
+    assert methods.settings(run, "enkf", ["clip=5"]) == Settings(inflation=1.1, clip=5)
+    assert methods.settings(run, "enkf", ["inflation=1"]).inflation == 1
     assert methods.settings(run, "trajectory").c == 0.5
     assert methods.settings(run, "particle") == Limits()
     with pytest.raises(ValueError, match=r"scheme has no key 'radius'.* Known: clip\."):
         methods.settings(run, "particle", ["radius=4"])
+    with pytest.raises(ValueError, match="--ensemble is 1; expected an integer of at least 2"):
+        methods.tune(run, "enkf", solve, Settings(), *given, ensemble=1)
     stored = json.loads((tmp_path / "assimilation.json").read_text())
-    assert stored["enkf"]["rows"] == [{"radius": 6.0}]
+    assert len(stored["enkf"]["rows"]) == 7
+    assert stored["enkf"]["trajectories"] == 3
     assert {"revision", "command", "regime"} <= stored["enkf"].keys()
     (tmp_path / "assimilation.json").write_text("{")
     with pytest.raises(ValueError, match="is no file of mclr assimilate --tune"):

@@ -16,7 +16,6 @@ from mclr_jax import chips, plan
 from mclr_jax.config import Training
 from mclr_jax.configs import digits as digits_config
 from mclr_jax.denoiser import Velocity
-from mclr_jax.launch import plan as command
 from mclr_jax.model import DataInfo, size_of
 from mclr_jax.samplers import Sampler
 from mclr_jax.training.devices import MODES, Devices, placed
@@ -259,7 +258,7 @@ def test_companions_without_a_run_are_those_of_their_configs(monkeypatch):
         plan.companions(Training.parse(config), DIGITS)
 
 
-def test_what_saves_memory_is_tried_alone_and_together(monkeypatch, capsys):
+def test_what_saves_memory_is_tried_alone_and_together(monkeypatch):
     """A step of 48 GiB, which each change halves; four parts alone are refused."""
     config = tiny.config("digits", parallel="fsdp")
 
@@ -271,12 +270,14 @@ def test_what_saves_memory_is_tried_alone_and_together(monkeypatch, capsys):
         return {"fits": halves == 2, "memory_per_chip_bytes": {"peak": 48 * 2**30 >> halves}}
 
     monkeypatch.setattr(plan, "planned", planned)
-    found = plan.suggestions(Training.parse(config), DIGITS, "v5e:1x1", command._show)
+    said: list[str] = []
+    found = plan.suggestions(Training.parse(config), DIGITS, "v5e:1x1", said.append)
     remat, dtype, parts = "network.remat=True", "network.dtype=bfloat16", "grad_accumulation=4"
     fits = {name: each["fits"] for name, each in found.items()}
     kept = f"{remat}, network.remat_policy=weight_products"
     assert fits == {remat: False, dtype: False, kept: False, f"{parts}, {remat}, {dtype}": True}
-    assert "not possible (grad_accumulation is 4)" in capsys.readouterr().out
+    assert said[0] == f"{parts}: not possible (grad_accumulation is 4)"
+    assert said[1] == f"{remat}: peak 24 GiB: DOES NOT FIT"
 
 
 # ---- the compilers of TPUs and GPUs --------------------------------------------------------------

@@ -19,7 +19,7 @@ from mclr_jax.assimilation.schedules import Scheme
 from mclr_jax.data.protocol import evenly
 from mclr_jax.files import named, provenance, write_json
 from mclr_jax.runs import Run
-from mclr_jax.schema import look_up, read
+from mclr_jax.schema import in_range, look_up, read
 
 SETTINGS: dict[str, Any] = {"trajectory": Scheme, "enkf": ensemble.Settings,
                             "particle": ensemble.Limits}  # fmt: skip
@@ -161,7 +161,21 @@ def tuned(
     return best, rows
 
 
-def keep(run: Run, method: str, chosen: Any, rows: list[dict], about: Mapping[str, Any]) -> None:
-    """Store the settings with the run; `settings` reads them."""
-    found = {"scheme": dataclasses.asdict(chosen), "rows": rows, **about, **provenance()}
-    write_json(run.workdir / FILE, _stored(run) | {method: found})
+def tune(
+    run: Run, method: str, solve: Solver, start: Any, seen: Observations, lags: np.ndarray,
+    count: int, about: Mapping[str, Any], *, ensemble: int, **options: Any,
+) -> tuple[Any, str]:  # fmt: skip
+    """The settings chosen on `count` held-out trajectories, observed as `seen`, and a sentence.
+
+    They are stored with the run, beside `about`; `settings` reads them.
+    """
+    in_range("--ensemble", ensemble, 2)  # for the CRPS
+    grid = grid_of(method, seen, run.model.data.shape[1:])
+    truth, here = held_out(run, seen, count)
+    best, rows = tuned(solve, start, grid, truth, here, lags, ensemble=ensemble, **options)
+    kept = {"scheme": dataclasses.asdict(best), "rows": rows, "trajectories": len(truth),
+            "ensemble": ensemble, "operator": seen.operator.describe()}  # fmt: skip
+    found = _stored(run) | {method: {**kept, **about, **provenance()}}
+    write_json(run.workdir / FILE, found)
+    told = ",".join(f"{key}={getattr(best, key)}" for key in grid)
+    return best, f"Of {len(rows)} settings, stored in {run.workdir / FILE}: --scheme={told}"
