@@ -3,6 +3,11 @@
   python -m launch.train --config=configs/lorenz63_forcing.py --workdir=DIR
   python benchmarks/assimilation_baselines.py --folder=FOLDER
   python benchmarks/lorenz63.py --workdir=DIR --folder=FOLDER
+
+The same with --protocols flowdas, of a training with --config.noise.short=0.6
+--config.noise.prefix=0.3 --config.noise.independent=0.1 --config.noise.shared=0.45
+--config.noise.segments=0.15 --config.objective.variance_power=0.1, has the key `short`.
+
   python -m launch.train --config=configs/lorenz63_emulator.py --workdir=ONE
   python benchmarks/lorenz63.py --workdir=ONE --folder=FOLDER [--equations]
 
@@ -38,6 +43,7 @@ SCHEMES = {
 def main() -> None:
     found = parser(__doc__)
     found.add_argument("--equations", action="store_true", help="in place of the emulator")
+    found.add_argument("--protocols", choices=PROTOCOLS, nargs="+", default=[*PROTOCOLS])
     flags = found.parse_args()
     is_emulator = runs.load(flags.workdir).model.is_emulator
     subject = Subject(flags.workdir, "particle" * is_emulator, flags.equations)
@@ -63,10 +69,10 @@ def main() -> None:
 
         return rows.row(asked, make)
 
-    for name in PROTOCOLS if is_emulator else ():
+    for name in flags.protocols if is_emulator else ():
         for regime in ("filter", "lag16", "batch", *["blind"] * PROTOCOLS[name].known):
             row(name, "test", regime, Limits(), 64)
-    for name, regime in itertools.product(() if is_emulator else PROTOCOLS, SCHEMES):
+    for name, regime in itertools.product(() if is_emulator else flags.protocols, SCHEMES):
         scheme = SCHEMES[regime]
         tuned_as = "filter" if regime == "lag16" else regime
         key, values = GRIDS[scheme.guidance]

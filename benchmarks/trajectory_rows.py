@@ -29,6 +29,8 @@ class Subject:
         self.method = methods.method_of(self.run, method)
         self.solve = methods.solver(self.run, self.params, self.method)
         self.name: dict[str, Any] = {"step": step, "weights": digest(self.params)}
+        if short := self.run.config["noise"].get("short"):
+            self.name["short"] = short
         if self.method != "trajectory":
             noise = self.run.config["objective"].get("input_noise", 0.0)
             told = {"method": self.method, "seed": self.run.config["seed"], "input_noise": noise}
