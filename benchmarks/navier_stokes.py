@@ -202,7 +202,7 @@ def main() -> None:
             elif method == "trajectory":
                 plan = dataclasses.asdict(SCHEMES[regime])
                 asked |= {"method": "model", **subject.name, "plan": plan}
-            asked |= {"known": True} if flags.known else {}
+            asked["regime"] += "_known" * flags.known
             rows.row(asked, functools.partial(estimate, name, regime, method))
 
 
