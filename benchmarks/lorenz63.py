@@ -29,7 +29,8 @@ from mclr_jax import runs
 from mclr_jax.assimilation.ensemble import MEMBERS, Limits
 from mclr_jax.assimilation.schedules import Scheme
 
-GRIDS = {"posterior": ("c", (0.25, 0.5, 1.0)), "norm": ("zeta", (0.01, 0.03, 0.1, 0.3, 1.0, 3.0))}
+GRIDS = {"posterior": ("c", (0.25, 0.5, 1.0, 4.0, 16.0, 64.0, 256.0)),
+         "norm": ("zeta", (0.01, 0.03, 0.1, 0.3, 1.0, 3.0))}  # fmt: skip
 CHOSEN_ON = {"filter": 16, "batch": 64, "batch_norm": 64}  # trajectories
 # the frame that a fixed lag reads has frames on both sides of it in the window
 SCHEMES = {
