@@ -94,7 +94,7 @@ class Case:
 
     def row(self, words: str, regime: str, data: dict) -> dict:
         """Numbers of all trajectories of a set, whose file is `data`."""
-        start, members = time.time(), []
+        start, members = time.process_time(), []
         for n, values in enumerate(data["values"]):
             dapper.set_seed(n + 1)
             with np.errstate(all="ignore"):
@@ -102,7 +102,7 @@ class Case:
         members = np.stack(members)
         mean, std = members.mean(1), members.std(1, ddof=1)
         numbers = score(data["truth"], mean, std, members, self.scale)
-        seconds = round(time.time() - start, 1)
+        seconds = round(time.process_time() - start, 1)
         return {"regime": regime, "method": words, **numbers, "seconds": seconds, "mean": mean,
                 "std": std}  # fmt: skip
 
