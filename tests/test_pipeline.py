@@ -156,6 +156,10 @@ def test_a_process_decodes_only_its_rows_from_the_step_on():
 
 def test_stream_refuses_what_cannot_work():
     empty = Subset(source(False), np.arange(0))
+    with pytest.raises(ValueError, match="positive multiple of 4"):
+        pipeline.stream(source(False), 6, seed=0, process_count=4)
+    with pytest.raises(ValueError, match="process_index=4"):
+        pipeline.stream(source(False), 8, seed=0, process_index=4, process_count=4)
     with pytest.raises(ValueError, match="no examples"):
         pipeline.stream(empty, 8, seed=0)
     with pytest.raises(ValueError, match="no examples"):

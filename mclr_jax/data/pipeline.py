@@ -53,8 +53,16 @@ def stream(
     NAME_label for each name in `extra`. The k-th name in alphabetical order, k = 1, 2, ..., is
     drawn with seed + k * OTHER_SEED.
 
-    Raises ValueError if a source has no examples, or a float image has an infinity or NaN.
+    Raises ValueError if the processes do not divide the batch, a source has no examples, or a float
+    image has an infinity or NaN.
     """
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(
+            f"got batch_size={batch_size}, expected a positive multiple of {process_count}, the "
+            "number of processes"
+        )
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"got process_index={process_index}, expected 0 to {process_count - 1}")
     sources = {"": source} | {f"{name}_": extra[name] for name in sorted(extra)}
     if not all(map(len, sources.values())):
         raise ValueError("a source has no examples, expected at least one; check split and limit")
