@@ -49,12 +49,12 @@ def five_steps(task, parallel="data", device_count=1, size=1.0):
 
 
 def assert_same(got, expected):
-    """Within 1e-5 of the largest entry of each array, and 3e-5 of each metric."""
+    """Within 1e-5 of the largest entry of each array, and of each metric."""
 
     def close(a, b):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
-    chex.assert_trees_all_close(got[0], expected[0], rtol=3e-5, atol=1e-6)
+    chex.assert_trees_all_close(got[0], expected[0], rtol=1e-5, atol=1e-6)
     jax.tree.map(close, got[1:], expected[1:])
 
 
