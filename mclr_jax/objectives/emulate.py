@@ -4,10 +4,12 @@ import dataclasses
 
 import jax
 
+from mclr_jax.noise import normal_like, split
 from mclr_jax.objectives import base
 from mclr_jax.objectives.base import Batch, Loss, Models, Objective, Problem
 from mclr_jax.reductions import mean
 from mclr_jax.schema import key
+from mclr_jax.types import expand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,15 +36,11 @@ class Emulate(Objective):
             )
         x, target = batch.x0[:, :-1], batch.x0[:, 1:]
         if self.input_noise:
-            x = x + self.input_noise * jax.vmap(_noise)(keys, x)
+            k_std, k_noise = split(keys, 2)
+            std = jax.vmap(jax.random.uniform)(k_std) ** 3
+            x = x + self.input_noise * (expand(std, x) * normal_like(k_noise, x))
         estimate, variance = models.forecast(x)
         if variance is not None:
             return base.likelihood(estimate, variance, target, self.variance_power)
         error = base.per_example((estimate - target) ** 2)
         return error, {"error": mean(error)}
-
-
-def _noise(key: jax.Array, x: jax.Array) -> jax.Array:
-    """Noise of the shape of x, whose standard deviation is the third power of U(0, 1)."""
-    k_std, k_noise = jax.random.split(key)
-    return jax.random.uniform(k_std) ** 3 * jax.random.normal(k_noise, x.shape, x.dtype)
