@@ -197,9 +197,10 @@ def in_batches(
     """
     size = batch_size if fixed else min(batch_size, max(count, 1))
     size += -size % jax.device_count()
+    spread = shardings()[0]
     for start in range(0, count, size):
         rows = np.arange(start, min(start + size, count))
-        found = run(*jax.device_put(read(np.resize(rows, size)), shardings()[0]))
+        found = run(*jax.device_put(read(np.resize(rows, size)), spread))
         kept = (slice(None),) * axis + (slice(len(rows)),)
         yield rows, jax.tree.map(lambda x, kept=kept: np.asarray(x)[kept], found)
 
