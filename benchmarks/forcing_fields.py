@@ -112,8 +112,7 @@ def main() -> None:
             arrays = observe.load(path)
             data = some_of(observe.parse(arrays, path), TUNED_ON), arrays["truth"][:TUNED_ON]
             asked = {"system": flags.system, "task": "tuning", "set": "validation",
-                     "members": flags.ensemble, "equations": flags.equations,
-                     **subject.name}  # fmt: skip
+                     "members": flags.ensemble, **subject.name}  # fmt: skip
             best = rows.row(asked, lambda d=data: tuning(subject, *d, flags.ensemble))["plan"]
         else:
             best = chosen(

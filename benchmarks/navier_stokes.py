@@ -197,7 +197,7 @@ def main() -> None:
     for method, regimes in methods.items():
         for name, regime in itertools.product(flags.operators, regimes):
             asked = {"set": flags.set, "operator": name, "regime": regime, "method": method}
-            if is_filter and method == "enkf":
+            if method == "enkf":
                 asked |= {**subject.name, "plan": best[name], "members": FILTER_MEMBERS}
             elif method == "trajectory":
                 plan = dataclasses.asdict(SCHEMES[regime])
